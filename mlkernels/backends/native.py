@@ -1,0 +1,35 @@
+"""Loads the compiled libraries, and says why when it cannot."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+
+import torch
+
+from .. import ops  # noqa: F401  (the schemas must exist before their implementations load)
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def _load(stem: str) -> tuple[ctypes.CDLL | None, str | None]:
+    """The library, or why there is none."""
+    if os.environ.get("MLKERNELS_NATIVE", "1") == "0":
+        return None, "switched off by MLKERNELS_NATIVE=0"
+    found = sorted(_PACKAGE.glob(f"{stem}.*so"))
+    if not found:
+        return None, f"{stem} was not built: no C++ compiler was found, or the build failed (see the install log)"
+    try:
+        torch.ops.load_library(str(found[0]))
+        return ctypes.CDLL(str(found[0])), None
+    except (OSError, RuntimeError) as error:
+        return None, f"{found[0].name} does not load: {error}"
+
+
+_cpu, cpu_missing = _load("_cpu")
+
+
+def cpu_isa() -> str | None:
+    """The instruction set that the CPU kernels use: baseline, avx2 or avx512 (MLKERNELS_CPU forces one)."""
+    return None if _cpu is None else ("baseline", "avx2", "avx512")[_cpu.mlkernels_cpu_isa()]

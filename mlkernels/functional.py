@@ -1,0 +1,598 @@
+r"""The losses by name.
+
+Every function of the family is :math:`L = \varphi(\log p_y)`, :math:`p = \operatorname{softmax}(z)`, with
+:math:`z_j = s f_j` and :math:`z_y = s\,t(f_y)`; they differ in the target transform t, the row scale s and the head
+:math:`\varphi`, and share these arguments, which follow :func:`torch.nn.functional.cross_entropy`:
+
+Args:
+    input: (N, C), (N, C, d1, ...) or (C,) logits, half, bfloat16, float or double; read in place, of any stride.
+    target: (N,), (N, d1, ...) or 0-d class indices of any integer dtype.
+    weight: (C,) weight of each class, any floating dtype, not differentiated.
+    ignore_index: rows with this label are not read: loss 0, gradient exactly 0.
+    reduction: ``"mean"`` (divides by the sum of ``weight[target]`` over the rows that are not ignored), ``"sum"``, ``"none"``.
+    label_smoothing: :math:`\epsilon`: :math:`(1-\epsilon)\,\omega_y\varphi(\log p_y) - \frac{\epsilon}{C}\sum_j\omega_j\log p_j`.
+    z_loss: adds z_loss * logsumexp(z)^2, never class-weighted; "mean" divides it by the number of rows not ignored.
+    softcap: c: the logits become :math:`c\tanh(f/c)` first.
+    logit_adjustment: (C,), added to the logits after softcap (priors of long-tailed data), not differentiated.
+    backend: None picks; see :func:`mlkernels.available_backends`.
+
+Returns:
+    The loss: 0-d, or of target's shape under ``"none"``; float32 for half inputs, else of input's dtype.
+
+Raises:
+    TypeError, ValueError: a bad argument, by name, before anything is computed.
+    IndexError: on the CPU, a label outside [0, C) that is not ignore_index, with its row. On a GPU that row's loss and
+        gradient are NaN; see :func:`mlkernels.check_labels`.
+
+A parameter of a loss (a scale, a margin, an exponent) is a Python number or a tensor: 0-d: shared; (C,): per class, indexed
+by the label; target.shape + (1,), that is (N, 1): per row. Tensors may require a gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from . import softmax
+from .backends import choose
+from .center import center_loss
+from .lgm import lgm_loss
+from .multi_margin import multi_margin_loss
+from .softmax import RowStats
+from .spec import Head, HeadKind, Number, ScaleKind, Transform, TransformKind, TwoScale, compose, spec
+
+__all__ = [
+    "arcface_loss",
+    "center_loss",
+    "cosface_loss",
+    "cross_entropy",
+    "focal_loss",
+    "lgm_loss",
+    "margin_cross_entropy",
+    "modulated_cross_entropy",
+    "multi_margin_loss",
+    "piecewise_cross_entropy",
+    "softmax_loss",
+    "sphereface_loss",
+    "two_scale_cross_entropy",
+]
+
+_CROSS_ENTROPY = spec()
+_MODULATED = spec(head=HeadKind.MODULATED)
+_TWO_SCALE = spec(scale=ScaleKind.TWO_SCALE)
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    *,
+    scale: Number = 1.0,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_adjustment: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Cross entropy of scaled logits, :math:`L = -\log\operatorname{softmax}(s f)_y`.
+
+    Args:
+        scale: s > 0, a number or a tensor (0-d, (C,) or (N, 1)).
+
+    The other arguments, the result and the errors are those of :mod:`mlkernels.functional`. A floating ``target`` of
+    input's shape (class probabilities) is served by the reference backend.
+
+    Example:
+        >>> import torch, mlkernels
+        >>> mlkernels.cross_entropy(torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([0]))
+        tensor(0.2395)
+    """
+    if isinstance(target, Tensor) and target.is_floating_point():
+        return _soft_cross_entropy(
+            input, target, scale, weight, reduction, label_smoothing, z_loss, softcap, logit_adjustment, backend
+        )
+    return softmax.apply(
+        _CROSS_ENTROPY, (scale,), input, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap,
+        logit_adjustment, backend,
+    )  # type: ignore[no-any-return]  # fmt: skip
+
+
+def focal_loss(
+    input: Tensor,
+    target: Tensor,
+    gamma: Number = 2.0,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_adjustment: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Focal loss of the softmax, :math:`L = (1-p_y)^\gamma(-\log p_y)`.
+
+    Args:
+        gamma: the focusing exponent, >= 0; 0 is cross entropy. Below 1 the gradient stays finite at p = 1.
+
+    The other arguments, the result and the errors are those of :mod:`mlkernels.functional`.
+
+    Example:
+        >>> import torch, mlkernels
+        >>> mlkernels.focal_loss(torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([0]), gamma=2.0)
+        tensor(0.0109)
+
+    Source: Lin et al., Focal Loss for Dense Object Detection, equation (4), with the softmax's p.
+    """
+    return softmax.apply(
+        _MODULATED, (1.0, 1.0, 1.0, gamma, 1.0), input, target, weight, ignore_index, reduction, label_smoothing,
+        z_loss, softcap, logit_adjustment, backend,
+    )  # type: ignore[no-any-return]  # fmt: skip
+
+
+def modulated_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    beta: Number = 4.0,
+    gamma: Number = 5.0,
+    alpha: Number = 1.0,
+    kappa: Number = 1.0,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_adjustment: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Modulated cross entropy, :math:`L = \alpha\,(1-p_y^\beta)^\gamma\,(-\log p_y)^\kappa`.
+
+    The factor tends to 1 for small p and leaves the loss alone; it tends to 0 for p -> 1; :math:`\beta` widens the range
+    in which the loss is not damped. The family holds the classics: focal (1, :math:`\gamma`, 1, 1), cross entropy
+    (:math:`\beta`, 0, 1, 1) and generalised cross entropy (q, 1, 1/q, 0), as (beta, gamma, alpha, kappa).
+
+    Args:
+        beta: > 0. gamma: >= 0. alpha: >= 0. kappa: >= 0. Numbers or tensors (0-d, (C,) or (N, 1)).
+            gamma + kappa must be >= 1, or the gradient diverges at p = 1.
+
+    The other arguments, the result and the errors are those of :mod:`mlkernels.functional`.
+
+    Example:
+        >>> import torch, mlkernels
+        >>> logits, target = torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([0])
+        >>> mlkernels.modulated_cross_entropy(logits, target)
+        tensor(0.0213)
+        >>> q = 0.7  # generalised cross entropy: (1 - p^q) / q
+        >>> mlkernels.modulated_cross_entropy(logits, target, beta=q, gamma=1.0, alpha=1 / q, kappa=0.0)
+        tensor(0.2205)
+
+    Source: the modulated cross entropy paper, equations (1) and (4). Reconstructed: the formula did not survive in the
+    text at hand; this is the candidate with every property that the text states (see docs/losses.md).
+    """
+    return softmax.apply(
+        _MODULATED, (1.0, alpha, beta, gamma, kappa), input, target, weight, ignore_index, reduction,
+        label_smoothing, z_loss, softcap, logit_adjustment, backend,
+    )  # type: ignore[no-any-return]  # fmt: skip
+
+
+def margin_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    m1: Number = 1.0,
+    m2: Number = 0.0,
+    m3: Number = 0.0,
+    scale: Number = 64.0,
+    norm: Number | None = None,
+    beyond_pi: str | None = None,
+    gradient: str = "exact",
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_adjustment: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Cross entropy with angular margins on the target, :math:`z_y = s(\cos(m_1\theta + m_2) - m_3)`, :math:`z_j = s f_j`.
+
+    ``input`` holds cosines, :math:`f_y = \cos\theta`, except with ``norm`` (L-Softmax on raw logits), where
+    :math:`z_y = n\,t(f_y/n)`; then ``scale`` is usually 1.
+
+    Args:
+        m1, m2, m3, norm, beyond_pi, gradient: see :class:`mlkernels.Margin`.
+        scale: s > 0, a number or a tensor (0-d, (C,) or (N, 1)).
+
+    The other arguments, the result and the errors are those of :mod:`mlkernels.functional`.
+
+    Example:
+        >>> import torch, mlkernels
+        >>> cosines, target = torch.tensor([[0.8, 0.1], [0.3, 0.2]]), torch.tensor([0, 1])
+        >>> mlkernels.margin_cross_entropy(cosines, target, m2=0.3, m3=0.1, scale=16.0, reduction="none")
+        tensor([2.0450e-03, 7.9761e+00])
+
+    Source: ArcFace, equation (4) (the combined margin).
+    """
+    return softmax.apply(
+        spec(TransformKind.MARGIN, beyond_pi=beyond_pi, gradient=gradient), (m1, m2, m3, norm, scale), input, target,
+        weight, ignore_index, reduction, label_smoothing, z_loss, softcap, logit_adjustment, backend,
+    )  # type: ignore[no-any-return]  # fmt: skip
+
+
+def arcface_loss(
+    input: Tensor,
+    target: Tensor,
+    margin: Number = 0.5,
+    scale: Number = 64.0,
+    beyond_pi: str | None = None,
+    gradient: str = "exact",
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_adjustment: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    r"""ArcFace on cosines, :math:`z_y = s\cos(\theta + m)`: an additive angular margin, in radians.
+
+    Args:
+        margin, scale: numbers or tensors (0-d, (C,) or (N, 1)). beyond_pi, gradient: see :class:`mlkernels.Margin`.
+
+    The other arguments, the result and the errors are those of :mod:`mlkernels.functional`.
+
+    Example:
+        >>> import torch, mlkernels
+        >>> mlkernels.arcface_loss(torch.tensor([[0.6, 0.5]]), torch.tensor([0]), scale=8.0)
+        tensor(2.9118)
+
+    Source: Deng et al., ArcFace, equation (3).
+    """
+    return softmax.apply(
+        spec(TransformKind.MARGIN, beyond_pi=beyond_pi, gradient=gradient), (1.0, margin, 0.0, None, scale), input,
+        target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap, logit_adjustment, backend,
+    )  # type: ignore[no-any-return]  # fmt: skip
+
+
+def cosface_loss(
+    input: Tensor,
+    target: Tensor,
+    margin: Number = 0.35,
+    scale: Number = 64.0,
+    beyond_pi: str | None = None,
+    gradient: str = "exact",
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_adjustment: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    r"""CosFace on cosines, :math:`z_y = s(\cos\theta - m)`: an additive cosine margin.
+
+    Args:
+        margin, scale: numbers or tensors (0-d, (C,) or (N, 1)). beyond_pi, gradient: see :class:`mlkernels.Margin`.
+
+    The other arguments, the result and the errors are those of :mod:`mlkernels.functional`.
+
+    Example:
+        >>> import torch, mlkernels
+        >>> mlkernels.cosface_loss(torch.tensor([[0.6, 0.5]]), torch.tensor([0]), scale=8.0)
+        tensor(2.1269)
+
+    Source: Wang et al., CosFace, equation (4).
+    """
+    return softmax.apply(
+        spec(TransformKind.MARGIN, beyond_pi=beyond_pi, gradient=gradient), (1.0, 0.0, margin, None, scale), input,
+        target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap, logit_adjustment, backend,
+    )  # type: ignore[no-any-return]  # fmt: skip
+
+
+def sphereface_loss(
+    input: Tensor,
+    target: Tensor,
+    margin: Number = 4,
+    scale: Number = 64.0,
+    beyond_pi: str | None = None,
+    gradient: str = "exact",
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_adjustment: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    r"""SphereFace (A-Softmax) on cosines, :math:`z_y = s\,\psi(\theta)`, :math:`\psi` the monotone continuation of
+    :math:`\cos m\theta`.
+
+    Args:
+        margin, scale: numbers or tensors (0-d, (C,) or (N, 1)); margin > 0, not only an integer.
+        beyond_pi, gradient: see :class:`mlkernels.Margin`.
+
+    The other arguments, the result and the errors are those of :mod:`mlkernels.functional`.
+
+    Example:
+        >>> import torch, mlkernels
+        >>> mlkernels.sphereface_loss(torch.tensor([[0.6, 0.5]]), torch.tensor([0]), scale=8.0)
+        tensor(13.2544)
+
+    Source: Liu et al., SphereFace, equation (7).
+    """
+    return softmax.apply(
+        spec(TransformKind.MARGIN, beyond_pi=beyond_pi, gradient=gradient), (margin, 0.0, 0.0, None, scale), input,
+        target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap, logit_adjustment, backend,
+    )  # type: ignore[no-any-return]  # fmt: skip
+
+
+def two_scale_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    scale_low: Number,
+    scale_high: Number,
+    eta: float = 0.01,
+    logit_norm: Tensor | None = None,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_adjustment: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Two-scale cross entropy: :math:`L = -\log\operatorname{softmax}(\tfrac{r}{R} X)_y` with
+    :math:`r = R_1` where :math:`\delta X < \eta`, else :math:`R_2`.
+
+    :math:`\delta X = X_y - \max_{j\ne y}X_j` is the row's confidence, of the raw logits; equality takes :math:`R_2`.
+    The selection has no gradient; the scale that no row selected has gradient exactly 0.
+
+    Args:
+        scale_low: R1 > 0, a number or a 0-d tensor. scale_high: R2 > 0.
+        eta: the threshold.
+        logit_norm: R > 0, 0-d; None: 1. Differentiated where it requires a gradient.
+
+    The separation variant (17) is ``scale_low=1, scale_high=R_s``. The other arguments, the result and the errors are
+    those of :mod:`mlkernels.functional`.
+
+    Example:
+        >>> import torch, mlkernels
+        >>> logits, target = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0])
+        >>> mlkernels.two_scale_cross_entropy(logits, target, 1.0, 10.0, reduction="none")
+        tensor([4.5399e-05, 1.3133e+00])
+
+    Source: the two-scale loss, equations (13), (14), (16), (17).
+    """
+    return softmax.apply(
+        _TWO_SCALE, (scale_low, scale_high, eta, logit_norm), input, target, weight, ignore_index, reduction,
+        label_smoothing, z_loss, softcap, logit_adjustment, backend,
+    )  # type: ignore[no-any-return]  # fmt: skip
+
+
+def piecewise_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    t_slope: Tensor | None = None,
+    t_bias: Tensor | None = None,
+    tau_slope: Tensor | None = None,
+    tau_bias: Tensor | None = None,
+    group: Tensor | None = None,
+    norm: Number | None = None,
+    scale: Number = 1.0,
+    tau_min: float = 1e-6,
+    clamp: str = "min",
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_adjustment: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    r"""The searchable loss :math:`L = -\log\tau(p^t_y)` with piecewise-linear t on [-1, 1] and :math:`\tau` on [0, 1].
+
+    :math:`t(x) = a^t_k x + b^t_k` on the k-th of M equal bins, :math:`\tau` likewise; :math:`p^t_y` is the target's
+    probability with t applied to its logit. Pieces are independent, so t and :math:`\tau` are in general not continuous.
+
+    Args:
+        t_slope, t_bias, tau_slope, tau_bias: (M,), or (G, M) for a population of G losses in one call; None: identity
+            (slope 1, bias 0). Tensors may require a gradient.
+        group: of target's shape, which of the G losses each row has; required exactly when tables are (G, M).
+        norm: (N, 1), n > 0: the target's logit is :math:`n\,t(f_y/n)`.
+        scale: s > 0.
+        tau_min: where :math:`\tau \le` tau_min the loss is clamped.
+        clamp: ``"min"`` or ``"cross_entropy"``; see :class:`mlkernels.Tau`.
+
+    The other arguments, the result and the errors are those of :mod:`mlkernels.functional`.
+
+    Example:
+        >>> import torch, mlkernels
+        >>> logits, target = torch.tensor([[0.5, -0.5], [0.2, 0.4]]), torch.tensor([0, 0])
+        >>> slope, bias = torch.tensor([1.0, 0.8]), torch.tensor([0.0, 0.1])
+        >>> mlkernels.piecewise_cross_entropy(logits, target, tau_slope=slope, tau_bias=bias, reduction="none")
+        tensor([0.3786, 0.7981])
+
+    Source: Li et al., AM-LFS, equation (16).
+    """
+    t_slope, t_bias = _tables("t", t_slope, t_bias)
+    tau_slope, tau_bias = _tables("tau", tau_slope, tau_bias)
+    transform = TransformKind.IDENTITY if t_slope is None else TransformKind.PIECEWISE
+    head = HeadKind.LOG if tau_slope is None else HeadKind.TAU
+    values: tuple[Number | None, ...] = (scale,)
+    if t_slope is not None:
+        values = (t_slope, t_bias, norm, -1.0, 1.0, *values)
+    elif norm is not None:
+        raise ValueError("norm divides the argument of t: it needs t_slope or t_bias, got neither")
+    if tau_slope is not None:
+        values = (*values, tau_slope, tau_bias, tau_min)
+    return softmax.apply(
+        spec(transform, head=head, clamp=clamp), values, input, target, weight, ignore_index, reduction,
+        label_smoothing, z_loss, softcap, logit_adjustment, backend, group,
+    )  # type: ignore[no-any-return]  # fmt: skip
+
+
+def _tables(name: str, slope: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    for suffix, table in (("slope", slope), ("bias", bias)):
+        if table is not None and not isinstance(table, Tensor):
+            raise TypeError(f"{name}_{suffix} takes a floating tensor of shape (M,) or (G, M), got {type(table).__name__}")
+    if slope is None and bias is not None:
+        slope = torch.ones_like(bias)
+    if bias is None and slope is not None:
+        bias = torch.zeros_like(slope)
+    return slope, bias
+
+
+@overload
+def softmax_loss(
+    input: Tensor,
+    target: Tensor,
+    *,
+    transform: Transform | None = None,
+    scale: Number | TwoScale = 1.0,
+    head: Head | None = None,
+    target_logit: Tensor | None = None,
+    group: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_adjustment: Tensor | None = None,
+    backend: str | None = None,
+    return_stats: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def softmax_loss(
+    input: Tensor,
+    target: Tensor,
+    *,
+    transform: Transform | None = None,
+    scale: Number | TwoScale = 1.0,
+    head: Head | None = None,
+    target_logit: Tensor | None = None,
+    group: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_adjustment: Tensor | None = None,
+    backend: str | None = None,
+    return_stats: Literal[True],
+) -> tuple[Tensor, RowStats]: ...
+
+
+def softmax_loss(
+    input: Tensor,
+    target: Tensor,
+    *,
+    transform: Transform | None = None,
+    scale: Number | TwoScale = 1.0,
+    head: Head | None = None,
+    target_logit: Tensor | None = None,
+    group: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_adjustment: Tensor | None = None,
+    backend: str | None = None,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, RowStats]:
+    r"""Any composition of the family: target transform x row scale x head.
+
+    .. math:: z_j = s f_j,\quad z_y = s\,t(f_y),\quad \ell = z_y - \operatorname{logsumexp}(z),\quad L = \varphi(\ell)
+
+    Args:
+        transform: :class:`~mlkernels.Margin`, :class:`~mlkernels.Affine`, :class:`~mlkernels.PiecewiseLinear`; None: identity.
+        scale: a number, a tensor (0-d, (C,) or (N, 1)), or :class:`~mlkernels.TwoScale`.
+        head: :class:`~mlkernels.Modulated`, :class:`~mlkernels.Tau`, :class:`~mlkernels.Truncated`; None: :math:`-\ell`.
+        target_logit: (N, 1), differentiable, replaces :math:`t(f_y)`: a target transform of your own.
+        group: see :func:`piecewise_cross_entropy`.
+        return_stats: return ``(loss, RowStats)``.
+
+    The other arguments, the result and the errors are those of :mod:`mlkernels.functional`. A head of your own is any
+    torch function of the row losses, at the cost of N scalars more.
+
+    Example:
+        >>> import torch, mlkernels
+        >>> logits, target = torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]]), torch.tensor([0, 2])
+        >>> mlkernels.softmax_loss(logits, target, scale=mlkernels.TwoScale(1.0, 2.0), head=mlkernels.Modulated())
+        tensor(0.7679)
+        >>> loss, rows = mlkernels.softmax_loss(logits, target, return_stats=True)
+        >>> rows.prediction, rows.rank
+        (tensor([0, 1]), tensor([0, 1]))
+        >>> nll = mlkernels.softmax_loss(logits, target, reduction="none")  # poly-1: -log p + eps (1 - p)
+        >>> (nll + 2.0 * -torch.expm1(-nll)).mean()
+        tensor(1.8966)
+    """
+    structure, values = compose(transform, scale, head, target_logit)
+    return softmax.apply(
+        structure, values, input, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap,
+        logit_adjustment, backend, group, return_stats,
+    )  # type: ignore[no-any-return]  # fmt: skip
+
+
+def _soft_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    scale: Number,
+    weight: Tensor | None,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    logit_adjustment: Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    """Class probabilities as target, in plain torch."""
+    if choose(input.device, backend) != "reference" and backend is not None:
+        raise TypeError(
+            f"target holds class probabilities, which only the reference backend serves; got backend={backend!r}"
+        )
+    if target.shape != input.shape:
+        raise ValueError(f"a floating target must have input's shape {tuple(input.shape)}, got {tuple(target.shape)}")
+    logits = input if input.dtype == torch.float64 else input.float()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    classes = 1 if logits.dim() > 1 else 0
+    if logit_adjustment is not None:
+        logits = logits + logit_adjustment.to(logits.dtype).reshape(-1, *[1] * (logits.dim() - 1 - classes))
+    if isinstance(scale, Tensor) and scale.dim() > 0:
+        raise ValueError(f"with class probabilities as target, scale must be a number or 0-d, got {tuple(scale.shape)}")
+    logits = logits * scale
+    loss = torch.nn.functional.cross_entropy(
+        logits,
+        target.to(logits.dtype),
+        None if weight is None else weight.to(logits.dtype),
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
+    if z_loss > 0:
+        penalty = z_loss * logits.logsumexp(classes).square()
+        loss = loss + (penalty if reduction == "none" else penalty.sum() if reduction == "sum" else penalty.mean())
+    return loss

@@ -1,0 +1,63 @@
+"""The multi-class margin loss, by torch's own kernel behind this package's conventions."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .softmax import check_indices, check_tensors
+
+
+def multi_margin_loss(
+    input: Tensor,
+    target: Tensor,
+    p: int = 1,
+    margin: float = 1.0,
+    *,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Multi-class margin loss, :math:`L = \frac{\omega_y}{C}\sum_{j\ne y}\max(0, m - f_y + f_j)^p`.
+
+    Exactly :func:`torch.nn.functional.multi_margin_loss`, with any integer labels and bad labels named; ``"mean"``
+    divides by N, and there is no ignore_index.
+
+    Args:
+        input: (N, C) or (C,), floating. target: (N,) or 0-d, any integer dtype.
+        p: 1 or 2. margin: m. weight: (C,), any floating dtype.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+
+    Returns:
+        0-d, or of target's shape; float32 for half inputs.
+
+    Raises:
+        TypeError, ValueError: a bad argument, by name. IndexError: a label outside [0, C) on the CPU; on a GPU that row
+            is NaN.
+
+    Example:
+        >>> import torch, mlkernels
+        >>> mlkernels.multi_margin_loss(torch.tensor([[0.1, 0.2, 0.4, 0.8]]), torch.tensor([3]))
+        tensor(0.3250)
+    """
+    check_tensors(input, target)
+    if input.dim() > 2:
+        raise ValueError(f"input must be (C,) or (N, C), got {tuple(input.shape)}")
+    if p not in (1, 2):
+        raise ValueError(f"p must be 1 or 2, got {p}")
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+    classes = input.shape[-1]
+    check_indices("target", target, classes)
+    logits = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+    if weight is not None:
+        if not weight.is_floating_point():
+            raise TypeError(f"weight must be floating, got {weight.dtype}")
+        if weight.shape != (classes,):
+            raise ValueError(f"weight must have one entry per class, ({classes},), got {tuple(weight.shape)}")
+        weight = weight.to(logits.dtype)
+    label = target.long()
+    legal = (label >= 0) & (label < classes)
+    rows = F.multi_margin_loss(logits, torch.where(legal, label, 0), p, margin, weight, reduction="none")
+    rows = rows * torch.where(legal, 1.0, torch.nan).to(rows.dtype)
+    return rows if reduction == "none" else rows.mean() if reduction == "mean" else rows.sum()

@@ -1,0 +1,479 @@
+"""The one door to the family: check the tensors, choose the backend, autograd, reduce."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .backends import choose, reference
+from .spec import (
+    SLOTS,
+    TRAINABLE,
+    HeadKind,
+    Number,
+    Reduction,
+    ScaleKind,
+    Slot,
+    Spec,
+    TransformKind,
+    check_number,
+    check_range,
+)
+
+
+class RowStats(NamedTuple):
+    """What the kernel learned of each row, target-shaped. Ignored rows hold 0, and -1 as prediction.
+
+    Attributes:
+        logsumexp: of the final z; differentiable.
+        log_prob: log p of the target, of the final z; differentiable.
+        prediction: the class of the largest logit before transform and scale; the lowest index on ties, -1 where the
+            row holds a NaN.
+        confidence: the target's logit minus the largest other one, before transform and scale; +inf for C = 1.
+        rank: how many logits are larger than the target's (0: right; < n: right among the top n).
+    """
+
+    logsumexp: Tensor
+    log_prob: Tensor
+    prediction: Tensor
+    confidence: Tensor
+    rank: Tensor
+
+
+_REDUCTIONS = {"none": int(Reduction.NONE), "mean": int(Reduction.MEAN), "sum": int(Reduction.SUM)}
+_FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+_INTEGER = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
+_TRAINABLE = sum(1 << slot for slot in TRAINABLE)
+_DEFAULTS = [0.0] * SLOTS
+_DEFAULTS[Slot.LOGIT_NORM] = 1.0
+_SMOOTHING, _Z_LOSS, _SOFTCAP = int(Slot.SMOOTHING), int(Slot.Z_LOSS), int(Slot.SOFTCAP)
+_WEIGHT, _ADJUSTMENT, _GROUP = int(Slot.WEIGHT), int(Slot.ADJUSTMENT), int(Slot.GROUP)
+_NORM, _LOGIT_NORM = int(Slot.NORM), int(Slot.LOGIT_NORM)
+_ETA = int(Slot.ETA)
+_HEAD_C, _HEAD_D = int(Slot.HEAD_C), int(Slot.HEAD_D)
+
+_check_labels = False
+
+
+def check_labels(enabled: bool = True) -> None:
+    """Raise for labels out of range on every device, at the price of one synchronisation per call.
+
+    On the CPU that is always an ``IndexError``; on a GPU the row's loss and gradient are NaN unless this is on.
+
+    Example:
+        >>> import mlkernels
+        >>> mlkernels.check_labels(True)
+        >>> mlkernels.check_labels(False)
+    """
+    global _check_labels
+    _check_labels = bool(enabled)
+
+
+def traced() -> bool:
+    """Whether values cannot be looked at: under torch.compile, or inside torch.func transforms."""
+    return torch.compiler.is_compiling() or functorch_active()
+
+
+def functorch_active() -> bool:
+    """Whether a torch.func transform (grad, vmap, jvp, ...) is running; kernels are opaque to those."""
+    return torch._C._functorch.maybe_current_level() is not None  # type: ignore[attr-defined, unused-ignore]
+
+
+# ---- checks ------------------------------------------------------------------------------------------------------------
+
+
+def check_tensors(input: Tensor, target: Tensor) -> None:
+    """Types, shapes and devices of the logits and the labels."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input takes a floating tensor, got {type(input).__name__}")
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target takes an integer tensor, got {type(target).__name__}")
+    if input.dtype not in _FLOATING:
+        raise TypeError(f"input must be float16, bfloat16, float32 or float64, got {input.dtype}")
+    if target.dtype not in _INTEGER:
+        raise TypeError(
+            f"target must hold integer class indices, got {target.dtype}"
+            + ("; class probabilities are served by cross_entropy" if target.is_floating_point() else "")
+        )
+    shape, labels = input.shape, target.shape
+    # (N, C) with (N) is nearly every call; the general rule costs microseconds.
+    if not (len(shape) == 2 and len(labels) == 1 and shape[0] == labels[0]):
+        if len(shape) == 0:
+            raise ValueError("input must be (C), (N, C) or (N, C, d1, ...), got a 0-d tensor")
+        wanted = shape[:1] + shape[2:] if len(shape) > 1 else ()
+        if tuple(labels) != tuple(wanted):
+            raise ValueError(
+                f"target must be {tuple(wanted)} for an input of {tuple(shape)} (classes are dimension "
+                f"{1 if len(shape) > 1 else 0}), got {tuple(labels)}"
+            )
+    if shape[1 if len(shape) > 1 else 0] == 0:
+        raise ValueError(f"input must have at least one class, got {tuple(shape)}")
+    if target.device != input.device:
+        raise ValueError(f"target must be on input's device {input.device}, got {target.device}")
+
+
+def check_indices(name: str, index: Tensor, count: int, ignore_index: int | None = None) -> None:
+    """An IndexError naming the first row whose index is outside [0, count); on a GPU only under check_labels."""
+    if traced() or not (index.device.type == "cpu" or _check_labels):
+        return
+    bad = (index < 0) | (index >= count)
+    if ignore_index is not None:
+        bad &= index != ignore_index
+    if bool(bad.any()):
+        row = int(bad.reshape(-1).nonzero()[0])
+        raise index_error(name, row, int(index.reshape(-1)[row]), count)
+
+
+def index_error(name: str, row: int, value: int, count: int) -> IndexError:
+    """The error for one bad index; the compiled kernels say it in the same words."""
+    return IndexError(f"{name} {value} at row {row} is out of range [0, {count})")
+
+
+def check_parameter(name: str, value: Tensor, input: Tensor, target: Tensor) -> Tensor:
+    """A tensor parameter: 0-d, (C,) or target.shape + (1,); returned as the kernels take it."""
+    if value.dtype not in _FLOATING:
+        raise TypeError(f"{name} must be floating, got {value.dtype}")
+    if value.device != input.device:
+        raise ValueError(f"{name} must be on input's device {input.device}, got {value.device}")
+    dim = value.dim()
+    classes = input.shape[1]
+    if dim == 0 or (dim == 1 and value.shape[0] == classes):
+        return value
+    if dim == target.dim() + 1 and value.shape[-1] == 1 and value.shape[:-1] == target.shape:
+        return value
+    rows = (*target.shape, 1)
+    raise ValueError(
+        f"{name} must be a number or a tensor that is 0-d (shared), ({classes},) (per class) or {rows} (per row), "
+        f"got {tuple(value.shape)}"
+    )
+
+
+def _check_class_vector(name: str, value: Tensor, input: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} takes a floating tensor of shape ({input.shape[1]},), got {type(value).__name__}")
+    if value.dtype not in _FLOATING:
+        raise TypeError(f"{name} must be floating, got {value.dtype}")
+    if value.device != input.device:
+        raise ValueError(f"{name} must be on input's device {input.device}, got {value.device}")
+    if value.shape != input.shape[1:2]:
+        raise ValueError(f"{name} must have one entry per class, ({input.shape[1]},), got {tuple(value.shape)}")
+    if value.requires_grad:
+        raise ValueError(f"{name} is not differentiated: it must not require a gradient; pass {name}.detach()")
+
+
+def _check_tables(spec: Spec, params: dict[int, Tensor], group: Tensor | None, input: Tensor, target: Tensor) -> None:
+    """Piecewise tables: slope and bias alike, (M,) or (G, M); group exactly when they are (G, M)."""
+    pairs = []
+    if spec.transform == TransformKind.PIECEWISE:
+        pairs.append((int(Slot.TRANSFORM_A), int(Slot.TRANSFORM_B)))
+    if spec.head == HeadKind.TAU:
+        pairs.append((int(Slot.HEAD_A), int(Slot.HEAD_B)))
+    names = dict(spec.slots)
+    groups = set()
+    for first, second in pairs:
+        for slot in (first, second):
+            table = params.get(slot)
+            name = names[slot]
+            if table is None:
+                raise TypeError(f"{name} takes a floating tensor of shape (M,) or (G, M), got a number")
+            if table.dtype not in _FLOATING:
+                raise TypeError(f"{name} must be floating, got {table.dtype}")
+            if table.device != input.device:
+                raise ValueError(f"{name} must be on input's device {input.device}, got {table.device}")
+            if table.dim() not in (1, 2) or table.numel() == 0:
+                raise ValueError(f"{name} must be (M,) or (G, M) with at least one piece, got {tuple(table.shape)}")
+        if params[first].shape != params[second].shape:
+            raise ValueError(
+                f"{names[second]} must have the shape of {names[first]}, {tuple(params[first].shape)}, "
+                f"got {tuple(params[second].shape)}"
+            )
+        groups.add(params[first].shape[0] if params[first].dim() == 2 else 0)
+    counts = groups - {0}
+    if len(counts) > 1:
+        raise ValueError(f"the tables of t and of tau must have the same number of groups, got {sorted(counts)}")
+    if group is None:
+        if counts:
+            raise ValueError(f"group is required where tables are (G, M): one index in [0, {counts.pop()}) per row")
+        return
+    if not counts:
+        raise ValueError("group is only for tables of shape (G, M)")
+    if not isinstance(group, Tensor) or group.dtype not in _INTEGER:
+        kind = group.dtype if isinstance(group, Tensor) else type(group).__name__
+        raise TypeError(f"group must be an integer tensor, got {kind}")
+    if group.shape != target.shape:
+        raise ValueError(f"group must have target's shape {tuple(target.shape)}, got {tuple(group.shape)}")
+    if group.device != input.device:
+        raise ValueError(f"group must be on input's device {input.device}, got {group.device}")
+    check_indices("group", group, next(iter(counts)))
+
+
+# ---- autograd ----------------------------------------------------------------------------------------------------------
+
+
+class _Call(NamedTuple):
+    """What of a call is not a tensor."""
+
+    ids: list[int]
+    consts: list[float]
+    needs: int
+
+
+def _by_reference(
+    call: _Call, stats: bool, tensors: Sequence[Tensor], upstream: Sequence[Tensor | None]
+) -> dict[int, Tensor]:
+    """The gradients by bit, differentiable again."""
+    input, target, *params = tensors
+    with torch.enable_grad():
+        loss, rows = reference.softmax_loss(input, target, call.ids, call.consts, params)
+        outputs = [loss, rows.logsumexp, rows.log_prob] if stats else [loss]
+        pairs = [(o, g) for o, g in zip(outputs, upstream, strict=True) if g is not None]
+        by_slot = reference.unpack(call.ids[8], params)
+        wanted = {bit: input if bit == ops.INPUT else by_slot[bit] for bit in ops.needed(call.needs)}
+        found = torch.autograd.grad(
+            [o for o, _ in pairs],
+            list(wanted.values()),
+            [g for _, g in pairs],
+            create_graph=True,
+            materialize_grads=True,
+        )
+    return dict(zip(wanted, found, strict=True))
+
+
+def _place(call: _Call, gradients: dict[int, Tensor]) -> list[Tensor | None]:
+    """The gradients in the order of the Function's arguments: call, input, target, *params."""
+    mask = call.ids[8]
+    by_param = [gradients.get(slot) for slot in range(SLOTS) if mask >> slot & 1]
+    return [None, gradients.get(ops.INPUT), None, *by_param]
+
+
+class _SoftmaxLoss(torch.autograd.Function):
+    """The loss alone."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, input: Tensor, target: Tensor, *params: Tensor) -> Tensor:
+        # One visit where it pays: the upstream gradient of a reduced loss is nearly always 1. An fp16 gradient is
+        # written only when the upstream is known: a GradScaler's 65536 would rescale what has already underflowed.
+        single = (
+            call.ids[6] != Reduction.NONE and input.dtype != torch.float16 and not torch.compiler.is_compiling()
+        )
+        loss, saved, gradients = ops.softmax_loss(
+            input, target, call.ids, call.consts, params, call.needs if single else 0, not single
+        )
+        ctx.call = call
+        # Not saved for backward: dropped when handed out, so that the leaf can take it without a copy.
+        ctx.gradients = gradients if single else None
+        ctx.save_for_backward(input, target, saved, *params)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> Any:
+        call: _Call = ctx.call
+        input, target, saved, *params = ctx.saved_tensors
+        if torch.is_grad_enabled() or functorch_active():
+            return tuple(_place(call, _by_reference(call, False, (input, target, *params), (grad_loss,))))
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is not None:
+            upstream = grad_loss.item()
+            if upstream != 1.0:
+                if input.dtype == torch.bfloat16:  # would be rounded twice
+                    gradients = None
+                else:
+                    for gradient in gradients:
+                        gradient.mul_(upstream)
+        if gradients is None:
+            gradients = ops.softmax_loss_backward(
+                grad_loss, None, None, input, target, call.ids, call.consts, params, saved, call.needs
+            )
+        if call.needs == 1 << ops.INPUT:
+            return (None, gradients[0], None, *[None] * len(params))
+        return tuple(_place(call, dict(zip(ops.needed(call.needs), gradients, strict=True))))
+
+
+class _SoftmaxStats(torch.autograd.Function):
+    """The loss and its row statistics."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, input: Tensor, target: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
+        loss, saved, *rows = ops.softmax_stats(input, target, call.ids, call.consts, params)
+        ctx.call = call
+        ctx.save_for_backward(input, target, saved, *params)
+        ctx.mark_non_differentiable(*rows[2:])
+        ctx.set_materialize_grads(False)
+        return loss, *rows
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> Any:
+        call: _Call = ctx.call
+        input, target, saved, *params = ctx.saved_tensors
+        if torch.is_grad_enabled() or functorch_active():
+            found = _by_reference(call, True, (input, target, *params), upstream[:3])
+            return tuple(_place(call, found))
+        gradients = ops.softmax_loss_backward(
+            *upstream[:3], input, target, call.ids, call.consts, params, saved, call.needs
+        )
+        return tuple(_place(call, dict(zip(ops.needed(call.needs), gradients, strict=True))))
+
+
+# ---- the door ----------------------------------------------------------------------------------------------------------
+
+
+def apply(
+    spec: Spec,
+    values: Sequence[Number | None],
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_adjustment: Tensor | None = None,
+    backend: str | None = None,
+    group: Tensor | None = None,
+    return_stats: bool = False,
+) -> Any:
+    """Any loss of the family: ``values`` are its numbers and tensors, in the order of ``spec.slots``."""
+    check_tensors(input, target)
+    if input.dim() == 1:
+        return _single_row(
+            spec, values, input, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap,
+            logit_adjustment, backend, group, return_stats,
+        )  # fmt: skip
+    reduction_id = _REDUCTIONS.get(reduction)
+    if reduction_id is None:
+        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+
+    consts = _DEFAULTS.copy()
+    tensors: dict[int, Tensor] = {}
+    for (slot, name), value in zip(spec.slots, values, strict=True):
+        if type(value) is float or type(value) is int:
+            consts[slot] = check_number(name, value)
+        elif isinstance(value, Tensor):
+            tensors[slot] = value
+        elif value is not None or slot not in (_NORM, _LOGIT_NORM):
+            consts[slot] = check_number(name, value)  # type: ignore[arg-type]
+    if spec.head == HeadKind.MODULATED and _HEAD_C not in tensors and _HEAD_D not in tensors:
+        if consts[_HEAD_C] + consts[_HEAD_D] < 1:
+            raise ValueError(
+                "gamma + kappa must be >= 1, or the gradient diverges where p = 1; "
+                f"got gamma = {consts[_HEAD_C]}, kappa = {consts[_HEAD_D]}"
+            )
+    if spec.transform == TransformKind.MARGIN and spec.ids[3] == 1 and consts[4] != 1 and 4 not in tensors:
+        raise ValueError(f"beyond_pi='linear' needs m1 = 1, got m1 = {consts[4]}")
+    if tensors or group is not None:
+        _check_values(spec, tensors, group, input, target)
+        if group is not None:
+            tensors[_GROUP] = group
+    if label_smoothing:
+        consts[_SMOOTHING] = check_number("label_smoothing", label_smoothing)
+    if z_loss:
+        consts[_Z_LOSS] = check_number("z_loss", z_loss)
+    if softcap is not None:
+        consts[_SOFTCAP] = check_number("softcap", softcap)
+    if weight is not None:
+        _check_class_vector("weight", weight, input)
+        tensors[_WEIGHT] = weight
+    if logit_adjustment is not None:
+        _check_class_vector("logit_adjustment", logit_adjustment, input)
+        tensors[_ADJUSTMENT] = logit_adjustment
+
+    mask = needs = 0
+    params: list[Tensor] = []
+    grad = torch.is_grad_enabled()
+    if grad and input.requires_grad:
+        needs = 1 << ops.INPUT
+    for slot in sorted(tensors):
+        tensor = tensors[slot]
+        params.append(tensor)
+        mask |= 1 << slot
+        if grad and tensor.requires_grad:
+            needs |= (1 << slot) & _TRAINABLE
+    ids = [*spec.ids, reduction_id, ignore_index, mask]
+
+    chosen = choose(input.device, backend)
+    if chosen == "reference" or functorch_active():
+        check_indices("target", target, input.shape[1], ignore_index)
+        loss, rows = reference.softmax_loss(input, target, ids, consts, params)
+        return (loss, RowStats(*rows)) if return_stats else loss
+    if return_stats:
+        if needs:
+            loss, *outputs = _SoftmaxStats.apply(_Call(ids, consts, needs), input, target, *params)
+        else:
+            loss, _, *outputs = ops.softmax_stats(input, target, ids, consts, params)
+        return loss, RowStats(*outputs)
+    if needs:
+        return _SoftmaxLoss.apply(_Call(ids, consts, needs), input, target, *params)
+    return ops.softmax_loss(input, target, ids, consts, params, 0, False)[0]
+
+
+def _check_values(
+    spec: Spec, tensors: dict[int, Tensor], group: Tensor | None, input: Tensor, target: Tensor
+) -> None:
+    tables: tuple[int, ...] = ()
+    if spec.transform == TransformKind.PIECEWISE:
+        tables += (int(Slot.TRANSFORM_A), int(Slot.TRANSFORM_B))
+    if spec.head == HeadKind.TAU:
+        tables += (int(Slot.HEAD_A), int(Slot.HEAD_B))
+    if tables or group is not None:
+        _check_tables(spec, tensors, group, input, target)
+    on_host = input.device.type == "cpu" and not traced()
+    for slot, name in spec.slots:
+        tensor = tensors.get(slot)
+        if tensor is None or slot in tables:
+            continue
+        if slot >= 12:
+            raise TypeError(f"{name} takes a number, got a tensor")
+        if slot == _ETA and tensor.requires_grad:
+            raise ValueError("eta has no gradient (it draws a mask): it must not require one; pass eta.detach()")
+        check_parameter(name, tensor, input, target)
+        if on_host:
+            check_range(name, tensor)
+
+
+def _single_row(
+    spec: Spec,
+    values: Sequence[Number | None],
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    logit_adjustment: Tensor | None,
+    backend: str | None,
+    group: Tensor | None,
+    return_stats: bool,
+) -> Any:
+    """(C,) with a 0-d target: a batch of one, its results 0-d again."""
+
+    def per_row(value: Number | None) -> Number | None:
+        # target.shape + (1,) is (1,) here; (1,) is per class only if there is one class.
+        one = isinstance(value, Tensor) and value.dim() == 1 and value.shape[0] == 1 != input.shape[0]
+        return value.unsqueeze(0) if one else value  # type: ignore[union-attr]
+
+    result = apply(
+        spec,
+        tuple(per_row(value) for value in values),
+        input.unsqueeze(0),
+        target.unsqueeze(0),
+        weight,
+        ignore_index,
+        reduction,
+        label_smoothing,
+        z_loss,
+        softcap,
+        logit_adjustment,
+        backend,
+        None if group is None else group.unsqueeze(0),
+        return_stats,
+    )
+    loss, rows = result if return_stats else (result, None)
+    loss = loss.reshape(())
+    return (loss, RowStats(*(row.squeeze(0) for row in rows))) if return_stats else loss

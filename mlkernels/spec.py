@@ -1,0 +1,502 @@
+"""What a loss *is*: target transform x row scale x head.
+
+A :class:`Spec` holds structure only (which formula, which option), so there are few of them and they are built once.
+The numbers and tensors of a loss travel beside it, one per :class:`Slot`; changing them builds and recompiles nothing.
+``csrc/spec.h`` numbers everything here the same way.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import IntEnum
+from functools import lru_cache
+from typing import TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+
+Number: TypeAlias = float | Tensor
+"""A parameter of a loss: a Python number, or a tensor (0-d: shared; (C,): per class; (N, 1): per row)."""
+
+
+class TransformKind(IntEnum):
+    """What happens to the target's logit."""
+
+    IDENTITY = 0
+    MARGIN = 1
+    AFFINE = 2
+    PIECEWISE = 3
+    GIVEN = 4
+
+
+class ScaleKind(IntEnum):
+    """How a row finds its scale."""
+
+    SINGLE = 0
+    TWO_SCALE = 1
+
+
+class HeadKind(IntEnum):
+    """The function of log p that is the loss."""
+
+    LOG = 0
+    MODULATED = 1
+    TAU = 2
+    TRUNCATED = 3
+
+
+class BeyondPi(IntEnum):
+    """What a margin does where m1*theta + m2 > pi. AUTO: linear where m1 = 1, else monotone."""
+
+    AUTO = 0
+    LINEAR = 1
+    MONOTONE = 2
+    EASY = 3
+    NONE = 4
+
+
+class MarginGradient(IntEnum):
+    """The derivative of a margin: its own, or 1."""
+
+    EXACT = 0
+    STRAIGHT_THROUGH = 1
+
+
+class Clamp(IntEnum):
+    """What the loss is where tau(p) <= minimum."""
+
+    MIN = 0
+    CROSS_ENTROPY = 1
+
+
+class Reduction(IntEnum):
+    """How row losses become the result."""
+
+    NONE = 0
+    MEAN = 1
+    SUM = 2
+
+
+class Slot(IntEnum):
+    """Where each number of a loss lies; the meaning of TRANSFORM_* and HEAD_* depends on the kind."""
+
+    SCALE = 0
+    SCALE_HIGH = 1
+    ETA = 2
+    LOGIT_NORM = 3
+    TRANSFORM_A = 4  # m1, slope, t_slope, the given target logit
+    TRANSFORM_B = 5  # m2, offset, t_bias
+    TRANSFORM_C = 6  # m3
+    NORM = 7
+    HEAD_A = 8  # alpha, tau_slope, k
+    HEAD_B = 9  # beta, tau_bias
+    HEAD_C = 10  # gamma
+    HEAD_D = 11  # kappa
+    DOMAIN_LOW = 12
+    DOMAIN_HIGH = 13
+    TAU_MIN = 14
+    SMOOTHING = 15
+    Z_LOSS = 16
+    SOFTCAP = 17  # 0: none
+    # From here on always tensors, never differentiated.
+    WEIGHT = 18
+    ADJUSTMENT = 19
+    GROUP = 20
+
+
+SLOTS = len(Slot)
+#: The slots whose tensors can be trained. ETA is a threshold: the mask it draws has no gradient.
+TRAINABLE = frozenset(
+    {
+        Slot.SCALE,
+        Slot.SCALE_HIGH,
+        Slot.LOGIT_NORM,
+        Slot.TRANSFORM_A,
+        Slot.TRANSFORM_B,
+        Slot.TRANSFORM_C,
+        Slot.NORM,
+        Slot.HEAD_A,
+        Slot.HEAD_B,
+        Slot.HEAD_C,
+        Slot.HEAD_D,
+    }
+)
+
+_T, _H = TransformKind, HeadKind
+_TRANSFORM_SLOTS: dict[TransformKind, tuple[tuple[Slot, str], ...]] = {
+    _T.IDENTITY: (),
+    _T.MARGIN: ((Slot.TRANSFORM_A, "m1"), (Slot.TRANSFORM_B, "m2"), (Slot.TRANSFORM_C, "m3"), (Slot.NORM, "norm")),
+    _T.AFFINE: ((Slot.TRANSFORM_A, "slope"), (Slot.TRANSFORM_B, "offset")),
+    _T.PIECEWISE: (
+        (Slot.TRANSFORM_A, "t_slope"),
+        (Slot.TRANSFORM_B, "t_bias"),
+        (Slot.NORM, "norm"),
+        (Slot.DOMAIN_LOW, "domain"),
+        (Slot.DOMAIN_HIGH, "domain"),
+    ),
+    _T.GIVEN: ((Slot.TRANSFORM_A, "target_logit"),),
+}
+_SCALE_SLOTS: dict[ScaleKind, tuple[tuple[Slot, str], ...]] = {
+    ScaleKind.SINGLE: ((Slot.SCALE, "scale"),),
+    ScaleKind.TWO_SCALE: (
+        (Slot.SCALE, "scale_low"),
+        (Slot.SCALE_HIGH, "scale_high"),
+        (Slot.ETA, "eta"),
+        (Slot.LOGIT_NORM, "logit_norm"),
+    ),
+}
+_HEAD_SLOTS: dict[HeadKind, tuple[tuple[Slot, str], ...]] = {
+    _H.LOG: (),
+    _H.MODULATED: (
+        (Slot.HEAD_A, "alpha"),
+        (Slot.HEAD_B, "beta"),
+        (Slot.HEAD_C, "gamma"),
+        (Slot.HEAD_D, "kappa"),
+    ),
+    _H.TAU: ((Slot.HEAD_A, "tau_slope"), (Slot.HEAD_B, "tau_bias"), (Slot.TAU_MIN, "tau_min")),
+    _H.TRUNCATED: ((Slot.HEAD_A, "k"),),
+}
+
+# What each argument takes: the open lower end, the closed lower end, the closed upper end, and words for it.
+_RANGES: dict[str, tuple[float, float, float, str]] = {
+    "scale": (0.0, -math.inf, math.inf, "> 0"),
+    "scale_low": (0.0, -math.inf, math.inf, "> 0"),
+    "scale_high": (0.0, -math.inf, math.inf, "> 0"),
+    "logit_norm": (0.0, -math.inf, math.inf, "> 0"),
+    "norm": (0.0, -math.inf, math.inf, "> 0"),
+    "m1": (0.0, -math.inf, math.inf, "> 0"),
+    "alpha": (-math.inf, 0.0, math.inf, ">= 0"),
+    "beta": (0.0, -math.inf, math.inf, "> 0"),
+    "gamma": (-math.inf, 0.0, math.inf, ">= 0"),
+    "kappa": (-math.inf, 0.0, math.inf, ">= 0"),
+    "k": (0.0, -math.inf, 1.0, "in (0, 1]"),
+    "tau_min": (0.0, -math.inf, 1.0, "in (0, 1]"),
+    "label_smoothing": (-math.inf, 0.0, 1.0, "in [0, 1]"),
+    "z_loss": (-math.inf, 0.0, math.inf, ">= 0"),
+    "softcap": (0.0, -math.inf, math.inf, "> 0"),
+}
+_FINITE = (-math.inf, -math.inf, math.inf, "finite")
+
+
+def check_number(name: str, value: float) -> float:
+    """The number as a float, or a ValueError that says which argument is out of which range."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} takes a number or a floating tensor, got {type(value).__name__}")
+    above, low, high, words = _RANGES.get(name, _FINITE)
+    # Written so that NaN fails.
+    if not (value > above and low <= value <= high and abs(value) < math.inf):
+        if name != "eta" or math.isnan(value):
+            raise ValueError(f"{name} must be {words}, got {value}")
+    return float(value)
+
+
+def check_range(name: str, tensor: Tensor) -> None:
+    """The same for a tensor in the host's memory; reading one on a device would synchronise."""
+    above, low, high, words = _RANGES.get(name, _FINITE)
+    if tensor.numel() == 1:
+        value = tensor.item()
+        if value > above and low <= value <= high:
+            return
+        # A non-finite parameter is a training run gone wrong, not a bad argument: it gives NaN rows.
+        if math.isfinite(value):
+            raise ValueError(f"{name} must be {words}, got a tensor holding {value}")
+    elif above > -math.inf or low > -math.inf or high < math.inf:
+        outside = (tensor <= above) | (tensor < low) | (tensor > high)
+        if bool(outside.any()):
+            first = tensor.detach().reshape(-1)[outside.reshape(-1).nonzero()[0]].item()
+            raise ValueError(f"{name} must be {words}, got a tensor holding {first}")
+
+
+def has_range(name: str) -> bool:
+    """Whether any value of this argument is out of range."""
+    return name in _RANGES
+
+
+_E = TypeVar("_E", bound=IntEnum)
+
+
+def option(name: str, value: str | None, choices: type[_E]) -> _E:
+    """The option by its lower-case name; None is the first choice where that is AUTO."""
+    if value is None and "AUTO" in choices.__members__:
+        return choices["AUTO"]
+    member = choices.__members__.get(str(value).upper()) if value != "auto" else None
+    if member is None:
+        allowed = ", ".join(repr(m.lower()) for m in choices.__members__ if m != "AUTO")
+        raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+    return member
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The structure of a loss. Build it with :func:`spec`, which caches."""
+
+    transform: TransformKind = TransformKind.IDENTITY
+    scale: ScaleKind = ScaleKind.SINGLE
+    head: HeadKind = HeadKind.LOG
+    beyond_pi: BeyondPi = BeyondPi.AUTO
+    gradient: MarginGradient = MarginGradient.EXACT
+    clamp: Clamp = Clamp.MIN
+
+    #: (slot, argument name) of each value, in the order in which values are passed.
+    slots: tuple[tuple[int, str], ...] = field(init=False, repr=False, compare=False)
+    #: The structure flattened, as it crosses an op boundary.
+    ids: tuple[int, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        slots = _TRANSFORM_SLOTS[self.transform] + _SCALE_SLOTS[self.scale] + _HEAD_SLOTS[self.head]
+        kinds = (self.transform, self.scale, self.head, self.beyond_pi, self.gradient, self.clamp)
+        object.__setattr__(self, "slots", tuple((int(slot), name) for slot, name in slots))
+        object.__setattr__(self, "ids", tuple(int(kind) for kind in kinds))
+
+    def __str__(self) -> str:
+        names = {slot: name for slot, name in self.slots}
+        parts = []
+        if self.transform is not TransformKind.IDENTITY:
+            options = []
+            if self.transform is TransformKind.MARGIN:
+                options = [f"beyond_pi={self.beyond_pi.name.lower()}", f"gradient={self.gradient.name.lower()}"]
+            own = [names[s] for s, _ in _TRANSFORM_SLOTS[self.transform]]
+            parts.append(f"{self.transform.name.lower()}({', '.join(dict.fromkeys(own + options))})")
+        own = [name for _, name in _SCALE_SLOTS[self.scale]]
+        parts.append("scale" if self.scale is ScaleKind.SINGLE else f"two_scale({', '.join(own)})")
+        own = [name for _, name in _HEAD_SLOTS[self.head]]
+        if self.head is HeadKind.TAU:
+            own.append(f"clamp={self.clamp.name.lower()}")
+        parts.append(f"{self.head.name.lower()}({', '.join(own)})" if own else "-log p")
+        return " -> ".join(parts)
+
+
+@lru_cache(maxsize=None)
+def spec(
+    transform: TransformKind = TransformKind.IDENTITY,
+    scale: ScaleKind = ScaleKind.SINGLE,
+    head: HeadKind = HeadKind.LOG,
+    beyond_pi: str | None = None,
+    gradient: str = "exact",
+    clamp: str = "min",
+) -> Spec:
+    """The one Spec of this structure."""
+    return Spec(
+        transform,
+        scale,
+        head,
+        option("beyond_pi", beyond_pi, BeyondPi),
+        option("gradient", gradient, MarginGradient),
+        option("clamp", clamp, Clamp),
+    )
+
+
+# ---- the public composition types -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Margin:
+    r"""Angular margins on the target's cosine: :math:`t(x) = \cos(m_1\theta + m_2) - m_3`, :math:`\theta=\arccos x`.
+
+    Args:
+        m1: the multiplicative margin (A-Softmax, SphereFace), > 0.
+        m2: the additive angular margin in radians (ArcFace).
+        m3: the additive cosine margin (CosFace).
+        beyond_pi: what happens where :math:`m_1\theta + m_2 > \pi`: ``"linear"`` (only with m1 = 1, and its default),
+            ``"monotone"`` (default otherwise), ``"easy"`` (margin only where the cosine is positive) or ``"none"``.
+        gradient: ``"exact"``, or ``"straight_through"``: the derivative of t by the logit is taken as 1.
+        norm: (N, 1), n > 0: the logit is :math:`n\,t(f_y/n)` (L-Softmax on raw logits).
+
+    Each of m1, m2, m3 is a number or a tensor: 0-d, (C,) per class, (N, 1) per row; tensors may be trained.
+
+    Example:
+        >>> import torch, mlkernels
+        >>> logits, target = torch.tensor([[0.5, 0.1], [0.2, 0.9]]), torch.tensor([0, 1])
+        >>> ldam = mlkernels.Margin(m3=torch.tensor([0.1, 0.3]))  # a margin per class
+        >>> mlkernels.softmax_loss(logits, target, transform=ldam, scale=10.0)
+        tensor(0.0334)
+    """
+
+    m1: Number = 1.0
+    m2: Number = 0.0
+    m3: Number = 0.0
+    beyond_pi: str | None = None
+    gradient: str = "exact"
+    norm: Number | None = None
+
+    @property
+    def values(self) -> tuple[Number | None, ...]:
+        """The numbers in the order of the slots."""
+        return (self.m1, self.m2, self.m3, self.norm)
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    r"""An affine target transform: :math:`t(f) = a f + b`; slope and offset as in :class:`Margin` (a number, 0-d,
+    (C,) or (N, 1))."""
+
+    slope: Number = 1.0
+    offset: Number = 0.0
+
+    @property
+    def values(self) -> tuple[Number | None, ...]:
+        """The numbers in the order of the slots."""
+        return (self.slope, self.offset)
+
+
+@dataclass(frozen=True, eq=False)
+class PiecewiseLinear:
+    r"""A piecewise-linear target transform: :math:`t(x) = a_k x + b_k` on the k-th of M equal bins of ``domain``.
+
+    Args:
+        slope: (M,), or (G, M) for a population of losses (then the loss takes ``group``).
+        bias: of the same shape.
+        domain: the interval that the bins divide; the outer pieces extrapolate.
+        norm: (N, 1), n > 0: the logit is :math:`n\,t(f_y/n)`.
+
+    Source: AM-LFS, equation (16) and its definition of t.
+    """
+
+    slope: Tensor
+    bias: Tensor
+    domain: tuple[float, float] = (-1.0, 1.0)
+    norm: Number | None = None
+
+    @property
+    def values(self) -> tuple[Number | None, ...]:
+        """The numbers in the order of the slots."""
+        low, high = self.domain
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise ValueError(f"domain must be a finite interval (low, high), got {self.domain}")
+        return (self.slope, self.bias, self.norm, float(low), float(high))
+
+
+@dataclass(frozen=True, eq=False)
+class TwoScale:
+    r"""A row's scale by its confidence: :math:`r/R`, with r = low where :math:`\delta X < \eta`, else high.
+
+    Args:
+        low: R1 > 0, of rows that are not well classified: a number or a 0-d tensor.
+        high: R2 > 0, of the others.
+        eta: the threshold on :math:`\delta X = X_y - \max_{j\ne y} X_j`; equality counts as well classified.
+        norm: R > 0 (:func:`mlkernels.weight_norm_product`); None: 1.
+
+    Source: the two-scale loss, equation (13).
+    """
+
+    low: Number
+    high: Number
+    eta: float = 0.01
+    norm: Number | None = None
+
+    @property
+    def values(self) -> tuple[Number | None, ...]:
+        """The numbers in the order of the slots."""
+        return (self.low, self.high, self.eta, self.norm)
+
+
+@dataclass(frozen=True, eq=False)
+class Modulated:
+    r"""The head :math:`\alpha(1-p^\beta)^\gamma(-\log p)^\kappa`; see :func:`mlkernels.modulated_cross_entropy`."""
+
+    alpha: Number = 1.0
+    beta: Number = 4.0
+    gamma: Number = 5.0
+    kappa: Number = 1.0
+
+    @property
+    def values(self) -> tuple[Number | None, ...]:
+        """The numbers in the order of the slots."""
+        return (self.alpha, self.beta, self.gamma, self.kappa)
+
+
+@dataclass(frozen=True, eq=False)
+class Tau:
+    r"""The head :math:`-\log\tau(p)`, :math:`\tau(p) = a_j p + b_j` on the j-th of M equal bins of [0, 1].
+
+    Args:
+        slope: (M,), or (G, M) for a population.
+        bias: of the same shape.
+        minimum: where :math:`\tau \le` this, the loss is clamped.
+        clamp: ``"min"``: to :math:`-\log` minimum, gradient 0; ``"cross_entropy"``: to :math:`-\log` minimum
+            :math:`-\log p`, so that hard samples keep a gradient.
+
+    Source: AM-LFS, equation (16).
+    """
+
+    slope: Tensor
+    bias: Tensor
+    minimum: float = 1e-6
+    clamp: str = "min"
+
+    @property
+    def values(self) -> tuple[Number | None, ...]:
+        """The numbers in the order of the slots."""
+        return (self.slope, self.bias, self.minimum)
+
+
+@dataclass(frozen=True, eq=False)
+class Truncated:
+    r"""The head :math:`-\log\max(p, k)`: a single row costs at most :math:`-\log k`, with gradient 0 there.
+
+    Source: the two-scale paper, equation (12).
+    """
+
+    k: Number
+
+    @property
+    def values(self) -> tuple[Number | None, ...]:
+        """The numbers in the order of the slots."""
+        return (self.k,)
+
+
+Transform: TypeAlias = Margin | Affine | PiecewiseLinear
+Head: TypeAlias = Modulated | Tau | Truncated
+
+
+def compose(
+    transform: Transform | None, scale: Number | TwoScale, head: Head | None, target_logit: Tensor | None
+) -> tuple[Spec, tuple[Number | None, ...]]:
+    """The Spec and the values of a composition."""
+    options: dict[str, str | None] = {}
+    values: tuple[Number | None, ...] = ()
+    if target_logit is not None:
+        if transform is not None:
+            raise ValueError(
+                f"target_logit replaces the target transform: transform must be None, got {type(transform).__name__}"
+            )
+        transform_kind, values = TransformKind.GIVEN, (target_logit,)
+    elif transform is None:
+        transform_kind = TransformKind.IDENTITY
+    elif isinstance(transform, Margin):
+        transform_kind, values = TransformKind.MARGIN, transform.values
+        options.update(beyond_pi=transform.beyond_pi, gradient=transform.gradient)
+    elif isinstance(transform, Affine):
+        transform_kind, values = TransformKind.AFFINE, transform.values
+    elif isinstance(transform, PiecewiseLinear):
+        transform_kind, values = TransformKind.PIECEWISE, transform.values
+    else:
+        raise TypeError(
+            f"transform takes None, Margin, Affine or PiecewiseLinear, got {type(transform).__name__}; "
+            "a transform of your own goes through target_logit"
+        )
+    if isinstance(scale, TwoScale):
+        scale_kind, values = ScaleKind.TWO_SCALE, values + scale.values
+    else:
+        scale_kind, values = ScaleKind.SINGLE, (*values, scale)
+    if head is None:
+        head_kind = HeadKind.LOG
+    elif isinstance(head, Modulated):
+        head_kind, values = HeadKind.MODULATED, values + head.values
+    elif isinstance(head, Tau):
+        head_kind, values = HeadKind.TAU, values + head.values
+        options.update(clamp=head.clamp)
+    elif isinstance(head, Truncated):
+        head_kind, values = HeadKind.TRUNCATED, values + head.values
+    else:
+        raise TypeError(
+            f"head takes None, Modulated, Tau or Truncated, got {type(head).__name__}; "
+            'a head of your own is a function of the result with reduction="none"'
+        )
+    return spec(transform_kind, scale_kind, head_kind, **options), values  # type: ignore[arg-type]
+
+
+def is_number(value: object) -> bool:
+    """A Python number rather than a tensor."""
+    return not isinstance(value, torch.Tensor)
