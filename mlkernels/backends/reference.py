@@ -84,7 +84,10 @@ def margin(x: Tensor, m1: Tensor, m2: Tensor, m3: Tensor, beyond_pi: int, gradie
     single = m1 == 1
     theta = _angle(x)
     phi = m1 * theta + m2
-    cosine = torch.where(single, x * m2.cos() - m2.sin() * _root(x), phi.cos())
+    root = _root(x)
+    closed = x * m2.cos() - m2.sin() * root
+    closed = closed - (m1 - 1) * theta * (x * m2.sin() + m2.cos() * root)  # 0; m1 may be trained from 1
+    cosine = torch.where(single, closed, phi.cos())
     plain = cosine - m3
 
     turn = (phi / math.pi).floor().detach()
@@ -168,7 +171,8 @@ def modulated(nll: Tensor, alpha: Tensor, beta: Tensor, gamma: Tensor, kappa: Te
     close = close.pow(gamma) * torch.where(near, nll, 1).pow(gamma + kappa)
     # At p = 0 the damping is the constant 1: its derivatives are 0, not 0 * inf. NaN takes this branch too.
     inside = ~near & ~impossible
-    damp = torch.where(inside, (-torch.expm1(-torch.where(inside, x, 1))).pow(gamma), 1)
+    # Not expm1: its derivative, formed as expm1 + 1, would be lost where p^beta is small.
+    damp = torch.where(inside, (1 - torch.exp(-torch.where(inside, x, 1))).pow(gamma), 1)
     apart = damp * torch.where(near, 1, nll).pow(kappa)
     legal = (alpha >= 0) & (beta > 0) & (gamma >= 0) & (kappa >= 0)
     return torch.where(legal, alpha * torch.where(near, close, apart), math.nan)
@@ -271,15 +275,17 @@ def _softmax_loss(
     absent = (others == -math.inf).detach()
     z = torch.where(absent, -math.inf, s_rows.unsqueeze(1) * torch.where(absent, 0, others))
 
+    # Everything relative to the largest other class: a difference of large logsumexps would lose what they share.
     top = torch.where(runner_up == -math.inf, 0, runner_up * s_rows.detach())
     total = torch.exp(z - top.unsqueeze(1)).sum(1)
     alone = total == 0  # no other class has a chance: log p_y is 0
-    lse_others = torch.where(alone, -math.inf, top + torch.where(alone, 1, total).log())
-    delta = lse_others - z_y
+    log_total = torch.where(alone, 1, total).log()
+    lead = z_y - top
+    delta = torch.where(alone, -math.inf - z_y, log_total - lead)
     # An infinite logit of the target's is no certainty but an overflow.
     finite = (f_y < math.inf) & (z_y < math.inf)
     nll = torch.where(finite, torch.logaddexp(delta, torch.zeros_like(delta)), math.nan)
-    lse = torch.where(alone, z_y, torch.logaddexp(torch.where(alone, 0, lse_others), z_y))
+    lse = torch.where(alone, lead, torch.logaddexp(log_total, lead))  # less top
     lse = torch.where(finite, lse, math.nan)
 
     # Labels out of range: NaN, never 0 and never a read out of bounds.
@@ -292,10 +298,11 @@ def _softmax_loss(
     smoothing = consts[Slot.SMOOTHING]
     if smoothing > 0:
         every_z = torch.where(is_target, z_y.unsqueeze(1), z)
-        gap = lse.unsqueeze(1) - every_z
+        gap = lse.unsqueeze(1) - (every_z - top.unsqueeze(1))
         spread = (gap if omega is None else gap * omega).sum(1)
         loss = (1 - smoothing) * loss + smoothing / classes * spread * poison
     loss = torch.where(kept, loss, 0)
+    lse = lse + top
     z_loss = consts[Slot.Z_LOSS]
     penalty = torch.where(kept, z_loss * lse * lse * poison, 0) if z_loss > 0 else None
 

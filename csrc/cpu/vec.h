@@ -1,0 +1,240 @@
+// The few vector operations that the row loops use, over the compiler's vector types: one width per instruction set.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#include "../spec.h"
+
+namespace mlkernels {
+namespace MLKERNELS_ISA {
+
+#if defined(__AVX512F__)
+constexpr int BYTES = 64;
+#elif defined(__AVX2__)
+constexpr int BYTES = 32;
+#else
+constexpr int BYTES = 16;
+#endif
+
+typedef float vfloat __attribute__((vector_size(BYTES)));
+typedef int32_t vint __attribute__((vector_size(BYTES)));
+typedef double vdouble __attribute__((vector_size(BYTES)));
+typedef int64_t vlong __attribute__((vector_size(BYTES)));
+
+template <class T>
+struct VecOf;
+template <>
+struct VecOf<float> {
+  typedef vfloat V;
+  typedef vint I;
+};
+template <>
+struct VecOf<double> {
+  typedef vdouble V;
+  typedef vlong I;
+};
+template <class T>
+using Vec = typename VecOf<T>::V;
+template <class T>
+constexpr int WIDTH = BYTES / int(sizeof(T));
+
+template <class T>
+static inline Vec<T> splat(T x) {
+  return x - Vec<T>{};
+}
+template <class T>
+static inline Vec<T> load(const T* p) {
+  Vec<T> v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class T>
+static inline void store(T* p, Vec<T> v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+
+// The first n < WIDTH elements; the others are `fill`. Nothing past p + n is touched.
+static inline vfloat load_first(const float* p, int n, float fill) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), (__mmask16)((1u << n) - 1), p);
+#elif defined(__AVX2__)
+  const __m256i lanes = _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  return (vfloat)_mm256_blendv_ps(_mm256_set1_ps(fill), _mm256_maskload_ps(p, lanes), _mm256_castsi256_ps(lanes));
+#else
+  vfloat v = splat(fill);
+  for (int i = 0; i < n; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+static inline vdouble load_first(const double* p, int n, double fill) {
+#if defined(__AVX512F__)
+  return (vdouble)_mm512_mask_loadu_pd(_mm512_set1_pd(fill), (__mmask8)((1u << n) - 1), p);
+#elif defined(__AVX2__)
+  const __m256i lanes = _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
+  return (vdouble)_mm256_blendv_pd(_mm256_set1_pd(fill), _mm256_maskload_pd(p, lanes), _mm256_castsi256_pd(lanes));
+#else
+  vdouble v = splat(fill);
+  for (int i = 0; i < n; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+static inline void store_first(float* p, int n, vfloat v) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
+#elif defined(__AVX2__)
+  const __m256i lanes = _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  _mm256_maskstore_ps(p, lanes, (__m256)v);
+#else
+  for (int i = 0; i < n; ++i) p[i] = v[i];
+#endif
+}
+static inline void store_first(double* p, int n, vdouble v) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_pd(p, (__mmask8)((1u << n) - 1), (__m512d)v);
+#elif defined(__AVX2__)
+  const __m256i lanes = _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
+  _mm256_maskstore_pd(p, lanes, (__m256d)v);
+#else
+  for (int i = 0; i < n; ++i) p[i] = v[i];
+#endif
+}
+
+// The larger of each pair; a NaN in b is passed over (the sum of exponentials carries it).
+template <class V>
+static inline V larger(V a, V b) {
+  return b > a ? b : a;
+}
+
+template <class T>
+static inline T sum_of(Vec<T> v) {
+  T lanes[WIDTH<T>];
+  store(lanes, v);
+  for (int step = WIDTH<T> / 2; step > 0; step /= 2)
+    for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
+  return lanes[0];
+}
+template <class T>
+static inline T max_of(Vec<T> v) {
+  T lanes[WIDTH<T>];
+  store(lanes, v);
+  for (int step = WIDTH<T> / 2; step > 0; step /= 2)
+    for (int i = 0; i < step; ++i) lanes[i] = lanes[i + step] > lanes[i] ? lanes[i + step] : lanes[i];
+  return lanes[0];
+}
+
+// exp(x) for x <= 0, to 1 ulp or so; 0 below the smallest normal number; NaN for NaN.
+static inline vfloat exp_nonpositive(vfloat x) {
+  const vfloat low = splat(-87.33654f);
+  const vfloat bounded = x < low ? low : x;
+  // n = round(x / ln 2), by adding and subtracting 1.5 * 2^23; r = x - n ln 2, ln 2 in two parts.
+  const float magic = 12582912.0f;
+  const vfloat shifted = bounded * 1.44269504f + magic;
+  const vfloat n = shifted - magic;
+  const vfloat r = (bounded - n * 0.693145752f) - n * 1.42860677e-06f;
+  // exp on [-ln 2 / 2, ln 2 / 2]: 1 + r + r^2 q(r), q the minimax polynomial for exp's relative error (3e-9).
+  vfloat q = r * 1.381454e-03f + 8.368745e-03f;
+  q = q * r + 4.166839e-02f;
+  q = q * r + 1.6666521e-01f;
+  q = q * r + 4.9999994e-01f;
+  const vfloat y = (q * (r * r) + r) + 1.0f;
+  vint bits;
+  __builtin_memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits - 0x4B400000 + 127) << 23;
+  vfloat power;
+  __builtin_memcpy(&power, &bits, sizeof power);
+  const vfloat result = y * power;
+  return x < low ? vfloat{} : result;
+}
+static inline vdouble exp_nonpositive(vdouble x) {
+  const vdouble low = splat(-708.396418532264);
+  const vdouble bounded = x < low ? low : x;
+  const double magic = 6755399441055744.0;
+  const vdouble shifted = bounded * 1.4426950408889634 + magic;
+  const vdouble n = shifted - magic;
+  const vdouble r = (bounded - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;
+  // The Taylor series to r^13: 4e-18 at ln 2 / 2.
+  vdouble q = r * (1.0 / 6227020800.0) + 1.0 / 479001600.0;
+  q = q * r + 1.0 / 39916800.0;
+  q = q * r + 1.0 / 3628800.0;
+  q = q * r + 1.0 / 362880.0;
+  q = q * r + 1.0 / 40320.0;
+  q = q * r + 1.0 / 5040.0;
+  q = q * r + 1.0 / 720.0;
+  q = q * r + 1.0 / 120.0;
+  q = q * r + 1.0 / 24.0;
+  q = q * r + 1.0 / 6.0;
+  q = q * r + 0.5;
+  const vdouble y = (q * (r * r) + r) + 1.0;
+  vlong bits;
+  __builtin_memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits - 0x4338000000000000LL + 1023) << 52;
+  vdouble power;
+  __builtin_memcpy(&power, &bits, sizeof power);
+  const vdouble result = y * power;
+  return x < low ? vdouble{} : result;
+}
+
+// ---- storage types -------------------------------------------------------------------------------------------------
+
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+static inline float widen(float x) { return x; }
+static inline double widen(double x) { return x; }
+static inline float widen(bfloat16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float out;
+  __builtin_memcpy(&out, &bits, sizeof out);
+  return out;
+}
+// Branch-free, exact: the exponent is rebased by a multiplication, which normalises subnormals too.
+static inline float widen(float16 x) {
+  const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13, sign = uint32_t(x.bits & 0x8000) << 16;
+  float value;
+  __builtin_memcpy(&value, &magnitude, sizeof value);
+  value *= 5.192296858534828e33f;  // 2^112
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  bits |= sign | (magnitude >= 0x0f800000u ? 0x7f800000u : 0u);  // inf and NaN
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+static inline void narrow(float x, float& out) { out = x; }
+static inline void narrow(double x, double& out) { out = x; }
+// Round to nearest, ties to even; NaN stays NaN.
+static inline void narrow(float x, bfloat16& out) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  out.bits = uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+}
+static inline void narrow(float x, float16& out) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  const uint32_t sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+  // Normal results: rebase the exponent and round the 13 lost bits. Subnormal ones: adding 1/2 aligns and rounds.
+  const uint32_t normal = (magnitude - 0x38000000u + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  float aligned;
+  __builtin_memcpy(&aligned, &magnitude, sizeof aligned);
+  aligned += 0.5f;
+  uint32_t small;
+  __builtin_memcpy(&small, &aligned, sizeof small);
+  small -= 0x3f000000u;
+  uint32_t out_bits = magnitude < 0x38800000u ? small : normal;
+  out_bits = magnitude >= 0x47800000u ? 0x7c00u : out_bits;  // 2^16 and above: inf (65520 rounds there by itself)
+  out_bits = magnitude > 0x7f800000u ? 0x7e00u : out_bits;
+  out.bits = uint16_t(sign | out_bits);
+}
+
+}  // namespace MLKERNELS_ISA
+}  // namespace mlkernels

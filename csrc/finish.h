@@ -1,0 +1,464 @@
+// The scalar mathematics of a row: from its statistics to its loss, and to the coefficients of its gradient.
+// The same functions in the same order as backends/reference.py. No torch, no CUDA types; T is float or double.
+//
+// With u the logits (after softcap and adjustment) and everything relative to m = max over j != y of u_j:
+//   z_j = s u_j, z_y = s t(u_y), delta = s m + log_sum - z_y, -log p = softplus(delta), 1 - p = sigmoid(delta).
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "spec.h"
+
+namespace mlkernels {
+namespace MLKERNELS_ISA {
+
+// The C library's functions by overload; std:: ones are inline with external linkage, which see spec.h.
+MLK_FN float m_exp(float x) { return ::expf(x); }
+MLK_FN double m_exp(double x) { return ::exp(x); }
+MLK_FN float m_expm1(float x) { return ::expm1f(x); }
+MLK_FN double m_expm1(double x) { return ::expm1(x); }
+MLK_FN float m_log(float x) { return ::logf(x); }
+MLK_FN double m_log(double x) { return ::log(x); }
+MLK_FN float m_log1p(float x) { return ::log1pf(x); }
+MLK_FN double m_log1p(double x) { return ::log1p(x); }
+MLK_FN float m_pow(float x, float y) { return ::powf(x, y); }
+MLK_FN double m_pow(double x, double y) { return ::pow(x, y); }
+MLK_FN float m_sqrt(float x) { return ::sqrtf(x); }
+MLK_FN double m_sqrt(double x) { return ::sqrt(x); }
+MLK_FN float m_sin(float x) { return ::sinf(x); }
+MLK_FN double m_sin(double x) { return ::sin(x); }
+MLK_FN float m_cos(float x) { return ::cosf(x); }
+MLK_FN double m_cos(double x) { return ::cos(x); }
+MLK_FN float m_acos(float x) { return ::acosf(x); }
+MLK_FN double m_acos(double x) { return ::acos(x); }
+MLK_FN float m_floor(float x) { return ::floorf(x); }
+MLK_FN double m_floor(double x) { return ::floor(x); }
+MLK_FN float m_abs(float x) { return ::fabsf(x); }
+MLK_FN double m_abs(double x) { return ::fabs(x); }
+
+template <class T>
+MLK_FN T infinity() {
+  return std::numeric_limits<T>::infinity();
+}
+template <class T>
+MLK_FN T nan() {
+  return std::numeric_limits<T>::quiet_NaN();
+}
+// NaN, unless the parameter is in its range.
+template <class T>
+MLK_FN T legal(bool in_range, T value) {
+  return in_range ? value : nan<T>();
+}
+
+// A piecewise-linear function: slope and bias of `bins` equal pieces.
+template <class T>
+struct Pieces {
+  const T* slope;  // (bins)
+  const T* bias;   // (bins)
+  int bins;
+};
+
+// The numbers of a loss as one row sees them.
+template <class T>
+struct Values {
+  T at[TAU_MIN + 1];
+  Pieces<T> t, tau;  // this row's group
+};
+
+// What the statistics pass knows of a row.
+template <class T>
+struct Row {
+  T target;     // u_y
+  T other_max;  // m; -inf where there is no other class
+  T log_sum;    // log of the sum over j != y of exp(s (u_j - m)); -inf where there is no other class
+};
+
+// ---- transforms: t(u_y) --------------------------------------------------------------------------------------------
+
+template <class T>
+struct Target {
+  T value = 0, slope = 1;          // t and dt/du
+  T da = 0, db = 0, dc = 0;        // by the transform's parameters
+  T dnorm = 0;
+  int bin = 0;                     // of a piecewise t
+};
+
+// The floor of sqrt(1 - x^2) where it divides: derivatives of angles stay finite, and within fp16 at s = 64.
+template <class T>
+MLK_FN T root_floor() {
+  return T(1) / 1024;
+}
+
+// cos(m1 theta + m2) - m3 with the chosen continuation beyond pi.
+template <class T>
+MLK_FN Target<T> margin(const Spec& spec, T x, T m1, T m2, T m3, bool derive) {
+  const T pi = T(3.14159265358979323846);
+  const bool single = m1 == 1;
+  const int beyond = spec.beyond_pi == AUTO ? (single ? LINEAR : MONOTONE) : spec.beyond_pi;
+  const T square = 1 - x * x;
+  const T root = m_sqrt(square > 0 ? square : T(0));
+  const T divisor = root > root_floor<T>() ? root : root_floor<T>();
+  Target<T> out;
+  out.dc = -1;
+  const T clamped = x > 1 ? T(1) : (x < -1 ? T(-1) : x);  // NaN stays
+  T cosine, sine, theta = 0;
+  if (single) {
+    // cos(theta + m2) without an arc cosine, x not clamped: a zero margin is exactly x.
+    const T cos_m = m_cos(m2), sin_m = m_sin(m2);
+    cosine = x * cos_m - sin_m * root;
+    sine = x * sin_m + cos_m * root;
+    out.slope = cos_m + x * sin_m / divisor;
+    if (beyond == MONOTONE || derive) theta = m_acos(clamped);
+    if (beyond == LINEAR && m2 > 0 && (m2 >= pi || x < -cos_m)) {
+      out.value = x - m2 * sin_m - m3;
+      out.slope = 1;
+      out.db = -sin_m - m2 * cos_m;
+      return out;
+    }
+  } else {
+    theta = m_acos(clamped);
+    const T phi = m1 * theta + m2;
+    cosine = m_cos(phi);
+    sine = m_sin(phi);
+    out.slope = m1 * sine / divisor;
+  }
+  out.value = cosine - m3;
+  out.da = -theta * sine;
+  out.db = -sine;
+  if (beyond == MONOTONE) {
+    const T turn = m_floor((m1 * theta + m2) / pi);
+    const T sign = turn - 2 * m_floor(turn / 2) == 0 ? T(1) : T(-1);
+    out.value = sign * cosine - 2 * turn - m3;
+    out.slope *= sign;
+    out.da *= sign;
+    out.db *= sign;
+  } else if (beyond == EASY && !(x > 0)) {
+    out.value = x;
+    out.slope = 1;
+    out.da = out.db = out.dc = 0;
+  } else if (beyond == LINEAR && !single) {
+    out.value = nan<T>();
+  }
+  if (spec.gradient == STRAIGHT_THROUGH) out.slope = 1;
+  return out;
+}
+
+// The index of x's bin, clamped; 0 for NaN, before the integer cast.
+template <class T>
+MLK_FN int bin_of(T x, T low, T high, int count) {
+  const T index = m_floor((x - low) * (T(count) / (high - low)));
+  return index >= 0 ? (index < T(count - 1) ? int(index) : count - 1) : 0;
+}
+
+template <class T>
+MLK_FN Target<T> transform_target(const Spec& spec, const Values<T>& values, T x, bool derive) {
+  Target<T> out;
+  const T a = values.at[TRANSFORM_A], b = values.at[TRANSFORM_B];
+  switch (spec.transform) {
+    case GIVEN:
+      out.value = a;
+      out.slope = 0;
+      out.da = 1;
+      return out;
+    case AFFINE:
+      out.value = a * x + b;
+      out.slope = a;
+      out.da = x;
+      out.db = 1;
+      return out;
+    case MARGIN:
+    case PIECEWISE: {
+      const T norm = values.at[NORM];  // 0: none
+      const bool normed = norm != 0;
+      const T u = normed ? x / legal(norm > 0, norm) : x;
+      if (spec.transform == MARGIN) {
+        out = margin(spec, u, legal(a > 0, a), b, values.at[TRANSFORM_C], derive);
+      } else {
+        out.bin = bin_of(u, values.at[DOMAIN_LOW], values.at[DOMAIN_HIGH], values.t.bins);
+        out.slope = values.t.slope[out.bin];
+        out.value = out.slope * u + values.t.bias[out.bin];
+        out.da = u;
+        out.db = 1;
+      }
+      if (normed) {
+        out.dnorm = out.value - u * out.slope;
+        out.value *= norm;
+        out.da *= norm;
+        out.db *= norm;
+        out.dc *= norm;
+      }
+      return out;
+    }
+    default:
+      out.value = x;
+      return out;
+  }
+}
+
+// ---- row scales ----------------------------------------------------------------------------------------------------
+
+template <class T>
+struct RowScale {
+  T value;       // s
+  int selected;  // the slot that it comes from
+};
+
+template <class T>
+MLK_FN RowScale<T> row_scale(const Spec& spec, const Values<T>& values, T confidence) {
+  RowScale<T> out{values.at[SCALE], SCALE};
+  if (spec.scale == TWO_SCALE) {
+    const T norm = values.at[LOGIT_NORM];
+    if (!(confidence < values.at[ETA])) out = {values.at[SCALE_HIGH], SCALE_HIGH};
+    out.value /= legal(norm > 0, norm);
+  }
+  out.value = legal(out.value > 0, out.value);
+  return out;
+}
+
+// ---- heads: phi(log p) ---------------------------------------------------------------------------------------------
+
+template <class T>
+struct HeadLoss {
+  T value = 0, slope = 1;                // phi and w = -dphi/dlog p
+  T da = 0, db = 0, dc = 0, dd = 0;      // by the head's parameters
+  int bin = 0;                           // of tau
+};
+
+// alpha (1 - p^beta)^gamma (-log p)^kappa; (m/nll)^gamma nll^(gamma+kappa) near p = 1, where m = 1 - p^beta -> 0.
+template <class T>
+MLK_FN HeadLoss<T> modulated(T nll, T alpha, T beta, T gamma, T kappa, bool derive) {
+  HeadLoss<T> out;
+  if (!(alpha >= 0 && beta > 0 && gamma >= 0 && kappa >= 0) || nll != nll) {
+    out.value = out.slope = out.da = out.db = out.dc = out.dd = nan<T>();
+    return out;
+  }
+  if (nll == infinity<T>()) {  // p = 0: the damping is the constant 1
+    const T bare = m_pow(nll, kappa);
+    out.value = alpha * bare;
+    out.slope = kappa == 0 ? T(0) : alpha * kappa * m_pow(nll, kappa - 1);
+    out.da = bare;
+    out.dd = out.value * nll;
+    return out;
+  }
+  const T x = beta * nll;
+  const T power = m_exp(-x);      // p^beta
+  const T m = -m_expm1(-x);
+  const T h = x > 0 ? x * power / m : T(1);
+  T bare;                         // m^gamma nll^(kappa-1)
+  if (x < T(0.25)) {
+    const T exponent = gamma + kappa - 1;
+    bare = m_pow(nll > 0 ? m / nll : beta, gamma) * (exponent == 0 ? T(1) : m_pow(nll, exponent));
+  } else {
+    bare = m_pow(m, gamma) * (kappa == 1 ? T(1) : m_pow(nll, kappa - 1));
+  }
+  out.slope = alpha * bare * (kappa + gamma * h);
+  // Where gamma + kappa < 1 and p = 1 that diverges, but the loss does not.
+  out.da = nll > 0 ? bare * nll : (gamma + kappa == 0 ? T(1) : T(0));
+  out.value = alpha * out.da;
+  if (derive && out.value > 0) {  // 0 times a logarithm is 0
+    out.db = out.value * gamma * h / beta;
+    out.dc = out.value * (power < T(0.5) ? m_log1p(-power) : m_log(m));
+    out.dd = out.value * m_log(nll);
+  }
+  return out;
+}
+
+// -log tau(p), tau(p) = a p + b on p's bin.
+template <class T>
+MLK_FN HeadLoss<T> tau(const Spec& spec, const Values<T>& values, T nll) {
+  HeadLoss<T> out;
+  const T p = m_exp(-nll);
+  out.bin = bin_of(p, T(0), T(1), values.tau.bins);
+  const T a = values.tau.slope[out.bin], b = values.tau.bias[out.bin], minimum = values.at[TAU_MIN];
+  const T level = a * p + b;
+  if (b == 0 && a > 0) {
+    // Not clamped, so identity tables are cross entropy for every p; b's own derivative, -1/tau, is floored.
+    out.value = nll - m_log(a);
+    out.slope = 1;
+    out.da = -1 / a;
+    out.db = -1 / (level > minimum ? level : minimum);
+  } else if (level <= minimum) {
+    out.value = -m_log(minimum);
+    out.slope = 0;
+    if (spec.clamp == CLAMP_CROSS_ENTROPY) {
+      out.value += nll;
+      out.slope = 1;
+    }
+  } else {
+    out.value = -m_log(level);
+    out.slope = a * p / level;
+    out.da = -p / level;
+    out.db = -1 / level;
+  }
+  return out;
+}
+
+// -log max(p, k).
+template <class T>
+MLK_FN HeadLoss<T> truncated(T nll, T k) {
+  HeadLoss<T> out;
+  const T ceiling = -m_log(legal(k > 0 && k <= 1, k));
+  out.value = nll > ceiling ? ceiling : nll + (ceiling - ceiling);  // a NaN ceiling reaches the loss
+  out.slope = nll > ceiling ? T(0) : T(1) + (ceiling - ceiling);
+  out.da = nll > ceiling ? -1 / k : T(0);
+  return out;
+}
+
+template <class T>
+MLK_FN HeadLoss<T> head_loss(const Spec& spec, const Values<T>& values, T nll, bool derive) {
+  switch (spec.head) {
+    case MODULATED:
+      return modulated(nll, values.at[HEAD_A], values.at[HEAD_B], values.at[HEAD_C], values.at[HEAD_D], derive);
+    case TAU:
+      return tau(spec, values, nll);
+    case TRUNCATED:
+      return truncated(nll, values.at[HEAD_A]);
+    default: {
+      HeadLoss<T> out;
+      out.value = nll;
+      return out;
+    }
+  }
+}
+
+// ---- a row, whole --------------------------------------------------------------------------------------------------
+
+// Where the row stands: its scale, its target and its log p.
+template <class T>
+struct Position {
+  RowScale<T> scale;
+  Target<T> target;
+  T nll;       // -log p
+  T q;         // 1 - p
+  T p;
+  T others;    // logsumexp(z) - s m
+  T lse;       // logsumexp(z)
+  bool alone;  // no other class has a chance
+};
+
+template <class T>
+MLK_FN Position<T> locate(const Spec& spec, const Values<T>& values, const Row<T>& row, const RowScale<T>& scale,
+                          bool derive) {
+  Position<T> at;
+  at.scale = scale;
+  at.target = transform_target(spec, values, row.target, derive);
+  const T z_y = scale.value * at.target.value;
+  at.alone = row.log_sum == -infinity<T>();
+  const T base = at.alone ? -infinity<T>() : scale.value * row.other_max + row.log_sum;
+  T delta = base - z_y;
+  // An infinite logit of the target's is no certainty but an overflow.
+  if (!(row.target < infinity<T>()) || !(z_y < infinity<T>())) delta = nan<T>();
+  const T e = m_exp(-m_abs(delta)), tail = m_log1p(e);
+  at.nll = delta > 0 ? delta + tail : tail;
+  at.q = delta > 0 ? 1 / (1 + e) : e / (1 + e);
+  at.p = delta > 0 ? e / (1 + e) : 1 / (1 + e);
+  const T above = delta > 0 ? tail : tail - delta;  // softplus(-delta)
+  at.others = row.log_sum + above;
+  at.lse = delta > 0 ? base + tail : z_y + tail;
+  return at;
+}
+
+// The parts of a batch that every row shares.
+template <class T>
+struct Batch {
+  T smoothing;      // epsilon
+  T smoothing_part; // epsilon / C
+  T z_loss;
+  T weight_sum;     // sum of all class weights; C without weights
+  int64_t classes;
+};
+
+template <class T>
+struct RowLoss {
+  T by_class;  // divided by the sum of weights under "mean"
+  T by_row;    // divided by the number of rows
+};
+
+// weighted_shift: the sum over j != y of w_j (u_j - m); used with smoothing only.
+template <class T>
+MLK_FN RowLoss<T> row_loss(const Batch<T>& batch, const Position<T>& at, const HeadLoss<T>& head, T weight,
+                           T weighted_shift) {
+  RowLoss<T> out{weight * head.value, 0};
+  if (batch.smoothing > 0) {
+    T spread = weight * at.nll;
+    if (batch.classes > 1) {
+      spread += at.alone ? infinity<T>()
+                         : (batch.weight_sum - weight) * at.others - at.scale.value * weighted_shift;
+    }
+    out.by_class = (1 - batch.smoothing) * out.by_class + batch.smoothing_part * spread;
+  }
+  if (batch.z_loss > 0) out.by_row = batch.z_loss * at.lse * at.lse;
+  return out;
+}
+
+// Upstream gradients of a row, each with its part of the reduction.
+template <class T>
+struct Upstream {
+  T by_class, by_row, lse, log_prob;
+};
+
+// dL/du_j = others * exp(s (u_j - m)) - spread * w_j for j != y, and the target's own.
+template <class T>
+struct RowGradient {
+  T others, spread, target;
+  T dz_y;
+  T by_probability;  // the coefficient of p_j alone: what smoothing and z-loss add to every class
+};
+
+template <class T>
+MLK_FN RowGradient<T> row_gradient(const Batch<T>& batch, const Row<T>& row, const Position<T>& at,
+                                   const HeadLoss<T>& head, const Upstream<T>& g, T weight) {
+  RowGradient<T> out;
+  const T pull = g.by_class * (1 - batch.smoothing) * weight * head.slope - g.log_prob;  // of (p_j - 1[j = y])
+  const T part = g.by_class * batch.smoothing_part;
+  const T flat = part * batch.weight_sum + (batch.z_loss > 0 ? g.by_row * 2 * batch.z_loss * at.lse : T(0)) + g.lse;
+  const T s = at.scale.value;
+  out.by_probability = flat;
+  out.dz_y = flat * at.p - pull * at.q - part * weight;
+  out.target = s * at.target.slope * out.dz_y;
+  out.spread = s * part;
+  // The largest other class has exp(0) = 1, so log_sum >= 0 wherever there is one.
+  out.others = at.alone ? 0 * out.dz_y : s * (pull + flat) * (at.q * m_exp(-row.log_sum));
+  return out;
+}
+
+// The derivatives of a row's loss by its parameters, one per trainable slot; tables: by the entry of the row's bin.
+// shift: the sum over j != y of exp(s (u_j - m)) (u_j - m); weighted_shift as above.
+template <class T>
+MLK_FN void row_parameters(const Spec& spec, const Values<T>& values, const Batch<T>& batch, const Row<T>& row,
+                           const Position<T>& at, const HeadLoss<T>& head, const RowGradient<T>& gradient,
+                           const Upstream<T>& g, T weight, T shift, T weighted_shift, T* out /* TRAINABLE_SLOTS */) {
+  for (int slot = 0; slot < TRAINABLE_SLOTS; ++slot) out[slot] = 0;
+  const T t = at.target.value;
+  const T flat = gradient.by_probability;
+  const T pull = g.by_class * (1 - batch.smoothing) * weight * head.slope - g.log_prob;
+  const T part = g.by_class * batch.smoothing_part;
+  const T expected = at.p > 0 ? at.p * t : T(0);  // p_y t: 0 where p is, also when t is -inf
+  T by_scale = flat * expected - (part != 0 ? part * weight * t : T(0));
+  if (!at.alone) {
+    const T mean = row.other_max + shift * m_exp(-row.log_sum);  // of u_j for j != y, under p
+    by_scale = pull * at.q * (mean - t) + flat * (at.q * mean + expected);
+    if (part != 0) by_scale -= part * (weighted_shift + row.other_max * (batch.weight_sum - weight) + weight * t);
+  }
+  if (spec.scale == TWO_SCALE) {
+    const T norm = values.at[LOGIT_NORM];
+    out[at.scale.selected] = by_scale / norm;
+    out[LOGIT_NORM] = -by_scale * at.scale.value / norm;
+  } else {
+    out[SCALE] = by_scale;
+  }
+  const T by_target = at.scale.value * gradient.dz_y;
+  out[TRANSFORM_A] = by_target * at.target.da;
+  out[TRANSFORM_B] = by_target * at.target.db;
+  out[TRANSFORM_C] = by_target * at.target.dc;
+  out[NORM] = by_target * at.target.dnorm;
+  const T by_head = g.by_class * (1 - batch.smoothing) * weight;
+  out[HEAD_A] = by_head * head.da;
+  out[HEAD_B] = by_head * head.db;
+  out[HEAD_C] = by_head * head.dc;
+  out[HEAD_D] = by_head * head.dd;
+}
+
+}  // namespace MLKERNELS_ISA
+}  // namespace mlkernels

@@ -1,0 +1,576 @@
+// The CPU implementations of mlkernels/ops.py: tensors to a Problem, rows to threads, row results to tensors.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <array>
+#include <cstdlib>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include "cpu/problem.h"
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+namespace mlkernels {
+namespace {
+
+// ---- which instruction set -------------------------------------------------------------------------------------------
+
+int choose_isa() {
+  int best = 0;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) best = 1;
+  if (best == 1 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+    best = 2;
+#endif
+  const char* forced = std::getenv("MLKERNELS_CPU");
+  if (forced && *forced) {
+    const std::string name = forced;
+    const int wanted = name == "baseline" ? 0 : name == "avx2" ? 1 : name == "avx512" ? 2 : -1;
+    // Never an instruction that the machine lacks: an unknown or impossible wish is answered by the best there is.
+    if (wanted >= 0 && wanted <= best) return wanted;
+  }
+  return best;
+}
+
+const int isa = choose_isa();
+
+const Kernels& kernels() {
+#if defined(__x86_64__)
+  static const Kernels* const table[] = {&baseline::kernels, &avx2::kernels, &avx512::kernels};
+  return *table[isa];
+#else
+  return baseline::kernels;
+#endif
+}
+
+template <class T>
+struct Run;
+template <>
+struct Run<float> {
+  static void rows(const Problem<float>& p, int64_t begin, int64_t end) { kernels().run_float(p, begin, end); }
+};
+template <>
+struct Run<double> {
+  static void rows(const Problem<double>& p, int64_t begin, int64_t end) { kernels().run_double(p, begin, end); }
+};
+
+// ---- tensors to plain arrays -----------------------------------------------------------------------------------------
+
+Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  std::array<int64_t, 2> strides{1, 1};
+  if (sizes.size() == 2) strides[0] = sizes.begin()[1];
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides.data(),
+                                                         int32_t(dtype), aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// Contiguous, of another's sizes.
+Tensor empty_of(const Tensor& like, ScalarType dtype) {
+  const auto sizes = like.sizes();
+  std::array<int64_t, Layout::MAX_DIMS> strides{};
+  int64_t step = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = step;
+    step *= sizes[d];
+  }
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
+                                                         int32_t(dtype), aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// As torch.empty_like; a large one on huge pages, since above the allocator's threshold every page is a fault.
+Tensor gradient_like(const Tensor& input) {
+  Tensor out = input.is_contiguous() ? empty_of(input, input.scalar_type()) : torch::stable::empty_like(input);
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t HUGE = uintptr_t(2) << 20;
+  const size_t bytes = size_t(out.numel()) * out.element_size();
+  if (bytes >= 16 * HUGE) {
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(out.data_ptr());
+    const uintptr_t from = (begin + HUGE - 1) / HUGE * HUGE, to = (begin + bytes) / HUGE * HUGE;
+    // Advice only: where it is refused the pages are small ones.
+    (void)madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
+  }
+#endif
+  return out;
+}
+
+// Rows of an (N, C, d...) tensor, or with classes = false of an (N, d...) one.
+Layout layout_of(const Tensor& tensor, bool classes) {
+  const auto sizes = tensor.sizes();
+  const auto strides = tensor.strides();
+  STD_TORCH_CHECK(int(sizes.size()) <= Layout::MAX_DIMS, "a tensor has more than ", Layout::MAX_DIMS, " dimensions");
+  Layout layout{};
+  layout.class_stride = classes ? strides[1] : 0;
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (classes && d == 1) continue;
+    // A dimension that continues the one before it is one dimension with it: fewer divisions per row.
+    if (layout.dims > 0 && layout.strides[layout.dims - 1] == sizes[d] * strides[d]) {
+      layout.sizes[layout.dims - 1] *= sizes[d];
+      layout.strides[layout.dims - 1] = strides[d];
+    } else {
+      layout.sizes[layout.dims] = sizes[d];
+      layout.strides[layout.dims++] = strides[d];
+    }
+  }
+  if (layout.dims == 0) {
+    layout.dims = 1;
+    layout.sizes[0] = 1;
+  }
+  return layout;
+}
+
+// A tensor's elements in row order as U: borrowed where they lie so already, else converted.
+template <class U>
+struct Array {
+  const U* data = nullptr;
+  int64_t stride = 1;  // 0: one value for all
+  std::unique_ptr<U[]> owned;
+};
+
+template <class U, class S>
+void convert(const void* from, const Layout& layout, int64_t count, U* to) {
+  const S* in = static_cast<const S*>(from);
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<U>(in[layout.offset(i)]);
+}
+
+template <class U>
+constexpr ScalarType type_of();
+template <>
+constexpr ScalarType type_of<float>() {
+  return ScalarType::Float;
+}
+template <>
+constexpr ScalarType type_of<double>() {
+  return ScalarType::Double;
+}
+template <>
+constexpr ScalarType type_of<int64_t>() {
+  return ScalarType::Long;
+}
+
+template <class U>
+Array<U> array_of(const Tensor& tensor) {
+  Array<U> out;
+  const int64_t count = tensor.numel();
+  const void* data = tensor.data_ptr();
+  const ScalarType type = tensor.scalar_type();
+  if (type == type_of<U>()) {
+    bool flat = true;  // every element is the same one
+    for (const int64_t stride : tensor.strides()) flat &= stride == 0;
+    if (flat || tensor.is_contiguous()) {
+      out.data = static_cast<const U*>(data);
+      out.stride = flat ? 0 : 1;
+      return out;
+    }
+  }
+  out.owned.reset(new U[size_t(count) + 1]);
+  out.data = out.owned.get();
+  const Layout layout = layout_of(tensor, false);
+  U* to = out.owned.get();
+  switch (type) {
+    case ScalarType::Float: convert<U, float>(data, layout, count, to); break;
+    case ScalarType::Double: convert<U, double>(data, layout, count, to); break;
+    case ScalarType::Half: convert<U, torch::headeronly::Half>(data, layout, count, to); break;
+    case ScalarType::BFloat16: convert<U, torch::headeronly::BFloat16>(data, layout, count, to); break;
+    case ScalarType::Long: convert<U, int64_t>(data, layout, count, to); break;
+    case ScalarType::Int: convert<U, int32_t>(data, layout, count, to); break;
+    case ScalarType::Short: convert<U, int16_t>(data, layout, count, to); break;
+    case ScalarType::Char: convert<U, int8_t>(data, layout, count, to); break;
+    case ScalarType::Byte: convert<U, uint8_t>(data, layout, count, to); break;
+    default: throw std::invalid_argument("a tensor has a dtype that the CPU kernels do not read");
+  }
+  return out;
+}
+
+template <class S>
+void write_as(void* to, const double* from, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) static_cast<S*>(to)[i] = static_cast<S>(from[i]);
+}
+
+void write(const Tensor& to, const double* from) {
+  const int64_t count = to.numel();
+  switch (to.scalar_type()) {
+    case ScalarType::Float: return write_as<float>(to.data_ptr(), from, count);
+    case ScalarType::Double: return write_as<double>(to.data_ptr(), from, count);
+    case ScalarType::Half: {
+      for (int64_t i = 0; i < count; ++i)
+        static_cast<torch::headeronly::Half*>(to.data_ptr())[i] = static_cast<float>(from[i]);
+      return;
+    }
+    default: {
+      for (int64_t i = 0; i < count; ++i)
+        static_cast<torch::headeronly::BFloat16*>(to.data_ptr())[i] = static_cast<float>(from[i]);
+    }
+  }
+}
+
+// ---- a call ----------------------------------------------------------------------------------------------------------
+
+Storage storage_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return Storage::FLOAT;
+    case ScalarType::Double: return Storage::DOUBLE;
+    case ScalarType::BFloat16: return Storage::BFLOAT16;
+    case ScalarType::Half: return Storage::FLOAT16;
+    default: throw std::invalid_argument("input must be float16, bfloat16, float32 or float64");
+  }
+}
+
+// The arguments that the operators share, checked and laid out. The order of ids is that of ops.py.
+template <class T>
+struct Call {
+  Problem<T> p{};
+  Array<int64_t> label, group;
+  std::array<Array<T>, SLOTS> arrays;
+  std::array<const Tensor*, SLOTS> tensors{};
+  std::array<T, SLOTS> consts;
+  T one = 1;
+  int64_t groups = 0;
+  double weight_total = 0, kept = 0;  // over the rows that are not ignored
+  int reduction;
+
+  Call(const Tensor& input, const Tensor& target, const std::vector<int64_t>& ids, const std::vector<double>& numbers,
+       const std::vector<Tensor>& params) {
+    STD_TORCH_CHECK(ids.size() == 9 && numbers.size() == SLOTS, "ids or consts have the wrong length");
+    p.spec = {int(ids[0]), int(ids[1]), int(ids[2]), int(ids[3]), int(ids[4]), int(ids[5]), int(ids[6]), ids[7]};
+    reduction = p.spec.reduction;
+    const uint64_t mask = uint64_t(ids[8]);
+    p.rows = target.numel();
+    p.classes = input.size(1);
+    p.storage = storage_of(input.scalar_type());
+    p.input = input.data_ptr();
+    p.in = layout_of(input, true);
+    size_t next = 0;
+    for (int slot = 0; slot < SLOTS; ++slot) {
+      consts[slot] = T(numbers[slot]);
+      if (slot <= TAU_MIN) p.values[slot] = {&consts[slot], Mode::SHARED};
+      if (!(mask >> slot & 1)) continue;
+      STD_TORCH_CHECK(next < params.size(), "params holds fewer tensors than the mask says");
+      const Tensor& tensor = params[next++];
+      tensors[slot] = &tensor;
+      if (slot == GROUP) continue;
+      arrays[slot] = array_of<T>(tensor);
+      if (slot > TAU_MIN || is_table(slot)) continue;
+      const int64_t dims = tensor.dim();
+      p.values[slot] = {arrays[slot].data, dims == 0 || arrays[slot].stride == 0 ? Mode::SHARED
+                                           : dims == 1                           ? Mode::PER_CLASS
+                                                                                 : Mode::PER_ROW};
+    }
+    p.softcap = consts[SOFTCAP];
+    p.smoothing = consts[SMOOTHING];
+    p.z_loss = consts[Z_LOSS];
+    p.weight = vector_of_classes(WEIGHT);
+    p.adjustment = vector_of_classes(ADJUSTMENT);
+    p.weight_sum = T(p.classes);
+    if (p.weight) {
+      double sum = 0;
+      for (int64_t j = 0; j < p.classes; ++j) sum += double(p.weight[j]);
+      p.weight_sum = T(sum);
+    }
+    read_labels(target);
+    if (p.spec.transform == PIECEWISE) p.t = tables(TRANSFORM_A, TRANSFORM_B);
+    if (p.spec.head == TAU) p.tau = tables(HEAD_A, HEAD_B);
+    if (tensors[GROUP]) read_groups();
+  }
+  Call(const Call&) = delete;
+
+  bool is_table(int slot) const {
+    return (p.spec.transform == PIECEWISE && (slot == TRANSFORM_A || slot == TRANSFORM_B)) ||
+           (p.spec.head == TAU && (slot == HEAD_A || slot == HEAD_B));
+  }
+
+  // One entry per class; an expanded scalar becomes one.
+  const T* vector_of_classes(int slot) {
+    Array<T>& array = arrays[slot];
+    if (array.data && array.stride == 0 && p.classes > 1) {
+      std::unique_ptr<T[]> all(new T[size_t(p.classes)]);
+      for (int64_t j = 0; j < p.classes; ++j) all[j] = array.data[0];
+      array.owned = std::move(all);
+      array.data = array.owned.get();
+    }
+    return array.data;
+  }
+
+  Tables<T> tables(int slope, int bias) {
+    STD_TORCH_CHECK(tensors[slope] && tensors[bias], "a piecewise loss needs its tables");
+    const Tensor& table = *tensors[slope];
+    for (const int slot : {slope, bias}) {
+      Array<T>& array = arrays[slot];
+      if (array.stride != 0) continue;  // an expanded scalar: give each entry its place
+      const int64_t count = tensors[slot]->numel();
+      std::unique_ptr<T[]> all(new T[size_t(count) + 1]);
+      for (int64_t i = 0; i < count; ++i) all[i] = array.data[0];
+      array.owned = std::move(all);
+      array.data = array.owned.get();
+    }
+    if (table.dim() == 2) groups = table.size(0);
+    return {arrays[slope].data, arrays[bias].data, int(table.size(table.dim() - 1))};
+  }
+
+  void read_labels(const Tensor& target) {
+    label = array_of<int64_t>(target);
+    if (label.stride == 0 && p.rows > 1) {
+      std::unique_ptr<int64_t[]> all(new int64_t[size_t(p.rows)]);
+      for (int64_t i = 0; i < p.rows; ++i) all[i] = label.data[0];
+      label.owned = std::move(all);
+      label.data = label.owned.get();
+    }
+    p.label = label.data;
+    for (int64_t i = 0; i < p.rows; ++i) {
+      const int64_t y = p.label[i];
+      if (y == p.spec.ignore_index) continue;
+      if (y < 0 || y >= p.classes) out_of_range("target", y, i, p.classes);
+      kept += 1;
+      weight_total += p.weight ? double(p.weight[y]) : 1.0;
+    }
+  }
+
+  void read_groups() {
+    group = array_of<int64_t>(*tensors[GROUP]);
+    if (group.stride == 0 && p.rows > 1) {
+      std::unique_ptr<int64_t[]> all(new int64_t[size_t(p.rows)]);
+      for (int64_t i = 0; i < p.rows; ++i) all[i] = group.data[0];
+      group.owned = std::move(all);
+      group.data = group.owned.get();
+    }
+    p.group = group.data;
+    for (int64_t i = 0; i < p.rows; ++i)
+      if (p.group[i] < 0 || p.group[i] >= groups) out_of_range("group", p.group[i], i, groups);
+  }
+
+  [[noreturn]] static void out_of_range(const char* name, int64_t value, int64_t row, int64_t count) {
+    throw std::out_of_range(std::string(name) + " " + std::to_string(value) + " at row " + std::to_string(row) +
+                            " is out of range [0, " + std::to_string(count) + ")");
+  }
+
+  // The share of each row in the result.
+  void reduce_upstream() {
+    p.by_class_factor = p.by_row_factor = 1;
+    if (reduction == REDUCE_MEAN) {
+      p.by_class_factor = T(1 / weight_total);
+      p.by_row_factor = T(1 / kept);
+    }
+  }
+
+  void run() {
+    // Below this many elements a second thread costs more than it brings.
+    constexpr int64_t GRAIN = 1 << 15;
+    const int64_t grain = GRAIN / (p.classes + 32) + 1;
+    if (p.rows <= grain) {
+      if (p.rows > 0) Run<T>::rows(p, 0, p.rows);
+      return;
+    }
+    torch::stable::parallel_for(0, p.rows, grain,
+                                [this](int64_t begin, int64_t end) { Run<T>::rows(p, begin, end); });
+  }
+};
+
+constexpr int INPUT = SLOTS;  // the bit of `needs` that stands for the logits
+
+// Runs the rows and collects the gradients that are needed, in the order of their bits.
+template <class T>
+std::vector<Tensor> run_with_gradients(Call<T>& call, const Tensor& input, int64_t needs) {
+  Problem<T>& p = call.p;
+  std::vector<Tensor> gradients;
+  std::unique_ptr<T[]> by_row[TRAINABLE_SLOTS];
+  std::unique_ptr<int[]> t_bin, tau_bin;
+  const size_t rows = size_t(p.rows);
+  for (int slot = 0; slot < TRAINABLE_SLOTS; ++slot) {
+    if (!(needs >> slot & 1)) continue;
+    by_row[slot].reset(new T[rows + 1]);
+    p.by_parameter[slot] = by_row[slot].get();
+    if (!call.is_table(slot)) continue;
+    std::unique_ptr<int[]>& bin = slot < HEAD_A ? t_bin : tau_bin;
+    bin.reset(new int[rows + 1]);
+    (slot < HEAD_A ? p.t_bin : p.tau_bin) = bin.get();
+  }
+  Tensor grad;
+  if (needs >> INPUT & 1) {
+    grad = gradient_like(input);
+    p.grad = grad.data_ptr();
+    p.out = layout_of(grad, true);
+  }
+  if (needs) call.reduce_upstream();
+  call.run();
+
+  // In row order and in double: the same bits on every run, whatever the number of threads.
+  for (int slot = 0; slot < TRAINABLE_SLOTS; ++slot) {
+    if (!(needs >> slot & 1)) continue;
+    const Tensor& tensor = *call.tensors[slot];
+    Tensor out = empty_of(tensor, tensor.scalar_type());
+    const int64_t count = tensor.numel();
+    std::vector<double> sums(size_t(count), 0.0);
+    const T* values = by_row[slot].get();
+    if (call.is_table(slot)) {
+      const int bins = slot < HEAD_A ? p.t.bins : p.tau.bins;
+      const int* bin = slot < HEAD_A ? t_bin.get() : tau_bin.get();
+      for (size_t i = 0; i < rows; ++i) {
+        if (p.label[i] == p.spec.ignore_index) continue;
+        sums[size_t((p.group ? p.group[i] : 0) * bins + bin[i])] += double(values[i]);
+      }
+    } else if (tensor.dim() == 0) {
+      for (size_t i = 0; i < rows; ++i) sums[0] += double(values[i]);
+    } else if (tensor.dim() == 1) {
+      for (size_t i = 0; i < rows; ++i)
+        if (p.label[i] != p.spec.ignore_index) sums[size_t(p.label[i])] += double(values[i]);
+    } else {
+      for (size_t i = 0; i < rows; ++i) sums[i] = double(values[i]);
+    }
+    write(out, sums.data());
+    gradients.push_back(std::move(out));
+  }
+  if (needs >> INPUT & 1) gradients.push_back(std::move(grad));
+  return gradients;
+}
+
+// Row losses and their reduction.
+template <class T>
+struct Losses {
+  Tensor result;
+  std::unique_ptr<T[]> by_class, by_row;
+
+  Losses(Call<T>& call, const Tensor& target) {
+    const size_t rows = size_t(call.p.rows);
+    if (call.reduction == REDUCE_NONE) {
+      result = empty_of(target, type_of<T>());
+      call.p.loss_by_class = static_cast<T*>(result.data_ptr());
+    } else {
+      result = empty({}, type_of<T>());
+      by_class.reset(new T[rows + 1]);
+      call.p.loss_by_class = by_class.get();
+    }
+    if (call.p.z_loss > 0) {
+      by_row.reset(new T[rows + 1]);
+      call.p.loss_by_row = by_row.get();
+    }
+  }
+
+  void reduce(const Call<T>& call) {
+    const int64_t rows = call.p.rows;
+    T* out = static_cast<T*>(result.data_ptr());
+    if (call.reduction == REDUCE_NONE) {
+      if (by_row)
+        for (int64_t i = 0; i < rows; ++i) out[i] += by_row[i];
+      return;
+    }
+    double by_class_sum = 0, by_row_sum = 0;
+    for (int64_t i = 0; i < rows; ++i) by_class_sum += double(by_class[i]);
+    if (by_row)
+      for (int64_t i = 0; i < rows; ++i) by_row_sum += double(by_row[i]);
+    if (call.reduction == REDUCE_MEAN) {
+      by_class_sum /= call.weight_total;
+      if (by_row) by_row_sum /= call.kept;
+    }
+    *out = T(by_class_sum + by_row_sum);
+  }
+};
+
+template <class T>
+std::tuple<Tensor, Tensor, std::vector<Tensor>> loss_of(const Tensor& input, const Tensor& target,
+                                                        const std::vector<int64_t>& ids,
+                                                        const std::vector<double>& consts,
+                                                        const std::vector<Tensor>& params, int64_t needs, bool save) {
+  Call<T> call(input, target, ids, consts, params);
+  Losses<T> losses(call, target);
+  Tensor saved = empty({save ? call.p.rows : 0, 2}, type_of<T>());
+  if (save) call.p.save = static_cast<T*>(saved.data_ptr());
+  call.p.up_loss = &call.one;
+  std::vector<Tensor> gradients = run_with_gradients(call, input, needs);
+  losses.reduce(call);
+  return {std::move(losses.result), std::move(saved), std::move(gradients)};
+}
+
+std::tuple<Tensor, Tensor, std::vector<Tensor>> softmax_loss(const Tensor& input, const Tensor& target,
+                                                             std::vector<int64_t> ids, std::vector<double> consts,
+                                                             std::vector<Tensor> params, int64_t needs, bool save) {
+  return input.scalar_type() == ScalarType::Double ? loss_of<double>(input, target, ids, consts, params, needs, save)
+                                                   : loss_of<float>(input, target, ids, consts, params, needs, save);
+}
+
+using Stats = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <class T>
+Stats stats_of(const Tensor& input, const Tensor& target, const std::vector<int64_t>& ids,
+               const std::vector<double>& consts, const std::vector<Tensor>& params) {
+  Call<T> call(input, target, ids, consts, params);
+  Losses<T> losses(call, target);
+  Tensor saved = empty({call.p.rows, 2}, type_of<T>());
+  Tensor logsumexp = empty_of(target, type_of<T>()), log_prob = empty_of(target, type_of<T>());
+  Tensor confidence = empty_of(target, type_of<T>());
+  Tensor prediction = empty_of(target, ScalarType::Long), rank = empty_of(target, ScalarType::Long);
+  call.p.save = static_cast<T*>(saved.data_ptr());
+  call.p.logsumexp = static_cast<T*>(logsumexp.data_ptr());
+  call.p.log_prob = static_cast<T*>(log_prob.data_ptr());
+  call.p.confidence = static_cast<T*>(confidence.data_ptr());
+  call.p.prediction = static_cast<int64_t*>(prediction.data_ptr());
+  call.p.rank = static_cast<int64_t*>(rank.data_ptr());
+  call.run();
+  losses.reduce(call);
+  return {losses.result, saved, logsumexp, log_prob, prediction, confidence, rank};
+}
+
+Stats softmax_stats(const Tensor& input, const Tensor& target, std::vector<int64_t> ids, std::vector<double> consts,
+                    std::vector<Tensor> params) {
+  return input.scalar_type() == ScalarType::Double ? stats_of<double>(input, target, ids, consts, params)
+                                                   : stats_of<float>(input, target, ids, consts, params);
+}
+
+template <class T>
+std::vector<Tensor> backward_of(const std::optional<Tensor>& grad_loss, const std::optional<Tensor>& grad_logsumexp,
+                                const std::optional<Tensor>& grad_log_prob, const Tensor& input, const Tensor& target,
+                                const std::vector<int64_t>& ids, const std::vector<double>& consts,
+                                const std::vector<Tensor>& params, const Tensor& saved, int64_t needs) {
+  Call<T> call(input, target, ids, consts, params);
+  Array<T> loss, logsumexp, log_prob;
+  const auto take = [](const std::optional<Tensor>& tensor, Array<T>& array, const T*& data, int64_t& stride) {
+    if (!tensor) return;
+    array = array_of<T>(*tensor);
+    data = array.data;
+    stride = array.stride;
+  };
+  take(grad_loss, loss, call.p.up_loss, call.p.up_loss_stride);
+  take(grad_logsumexp, logsumexp, call.p.up_logsumexp, call.p.up_logsumexp_stride);
+  take(grad_log_prob, log_prob, call.p.up_log_prob, call.p.up_log_prob_stride);
+  if (call.reduction != REDUCE_NONE) call.p.up_loss_stride = 0;
+  if (saved.numel() > 0) call.p.saved = static_cast<const T*>(saved.data_ptr());
+  return run_with_gradients(call, input, needs);
+}
+
+std::vector<Tensor> softmax_loss_backward(std::optional<Tensor> grad_loss, std::optional<Tensor> grad_logsumexp,
+                                          std::optional<Tensor> grad_log_prob, const Tensor& input,
+                                          const Tensor& target, std::vector<int64_t> ids, std::vector<double> consts,
+                                          std::vector<Tensor> params, const Tensor& saved, int64_t needs) {
+  return input.scalar_type() == ScalarType::Double
+             ? backward_of<double>(grad_loss, grad_logsumexp, grad_log_prob, input, target, ids, consts, params, saved,
+                                   needs)
+             : backward_of<float>(grad_loss, grad_logsumexp, grad_log_prob, input, target, ids, consts, params, saved,
+                                  needs);
+}
+
+}  // namespace
+}  // namespace mlkernels
+
+extern "C" __attribute__((visibility("default"))) int mlkernels_cpu_isa() { return mlkernels::isa; }
+
+STABLE_TORCH_LIBRARY_IMPL(mlkernels, CPU, m) {
+  m.impl("softmax_loss", TORCH_BOX(&mlkernels::softmax_loss));
+  m.impl("softmax_stats", TORCH_BOX(&mlkernels::softmax_stats));
+  m.impl("softmax_loss_backward", TORCH_BOX(&mlkernels::softmax_loss_backward));
+}
