@@ -22,8 +22,8 @@ MLK_FN float m_log(float x) { return ::logf(x); }
 MLK_FN double m_log(double x) { return ::log(x); }
 MLK_FN float m_log1p(float x) { return ::log1pf(x); }
 MLK_FN double m_log1p(double x) { return ::log1p(x); }
-MLK_FN float m_pow(float x, float y) { return ::powf(x, y); }
-MLK_FN double m_pow(double x, double y) { return ::pow(x, y); }
+MLK_FN float c_pow(float x, float y) { return ::powf(x, y); }
+MLK_FN double c_pow(double x, double y) { return ::pow(x, y); }
 MLK_FN float m_sqrt(float x) { return ::sqrtf(x); }
 MLK_FN double m_sqrt(double x) { return ::sqrt(x); }
 MLK_FN float m_sin(float x) { return ::sinf(x); }
@@ -51,6 +51,18 @@ MLK_FN T legal(bool in_range, T value) {
   return in_range ? value : nan<T>();
 }
 
+// x^y for x >= 0. Exponents are nearly always small integers: four multiplications instead of a call.
+template <class T>
+MLK_FN T m_pow(T x, T y) {
+  if (!(y >= 0 && y <= 15) || y != T(int(y))) return c_pow(x, y);
+  T out = 1;
+  for (int n = int(y); n > 0; n >>= 1) {
+    if (n & 1) out *= x;
+    x *= x;
+  }
+  return out;
+}
+
 // A piecewise-linear function: slope and bias of `bins` equal pieces.
 template <class T>
 struct Pieces {
@@ -71,7 +83,8 @@ template <class T>
 struct Row {
   T target;     // u_y
   T other_max;  // m; -inf where there is no other class
-  T log_sum;    // log of the sum over j != y of exp(s (u_j - m)); -inf where there is no other class
+  T log_sum;    // log of S, the sum over j != y of exp(s (u_j - m)); -inf where there is no other class
+  T share;      // 1 / S; 0 where there is no other class
 };
 
 // ---- transforms: t(u_y) --------------------------------------------------------------------------------------------
@@ -242,8 +255,8 @@ MLK_FN HeadLoss<T> modulated(T nll, T alpha, T beta, T gamma, T kappa, bool deri
     return out;
   }
   const T x = beta * nll;
-  const T power = m_exp(-x);      // p^beta
-  const T m = -m_expm1(-x);
+  const T power = m_exp(-x);                         // p^beta
+  const T m = x > 1 ? 1 - power : -m_expm1(-x);      // no cancellation where power < 1/2
   const T h = x > 0 ? x * power / m : T(1);
   T bare;                         // m^gamma nll^(kappa-1)
   if (x < T(0.25)) {
@@ -337,26 +350,33 @@ struct Position {
   bool alone;  // no other class has a chance
 };
 
+// delta, whose sign says whether the row is right: from here on exp(-|delta|) and log1p of that are all it takes, and a
+// backend may compute them for many rows at once.
 template <class T>
-MLK_FN Position<T> locate(const Spec& spec, const Values<T>& values, const Row<T>& row, const RowScale<T>& scale,
-                          bool derive) {
-  Position<T> at;
+MLK_FN T approach(const Spec& spec, const Values<T>& values, const Row<T>& row, const RowScale<T>& scale, bool derive,
+                  Position<T>& at) {
   at.scale = scale;
   at.target = transform_target(spec, values, row.target, derive);
   const T z_y = scale.value * at.target.value;
   at.alone = row.log_sum == -infinity<T>();
   const T base = at.alone ? -infinity<T>() : scale.value * row.other_max + row.log_sum;
-  T delta = base - z_y;
   // An infinite logit of the target's is no certainty but an overflow.
-  if (!(row.target < infinity<T>()) || !(z_y < infinity<T>())) delta = nan<T>();
-  const T e = m_exp(-m_abs(delta)), tail = m_log1p(e);
-  at.nll = delta > 0 ? delta + tail : tail;
-  at.q = delta > 0 ? 1 / (1 + e) : e / (1 + e);
-  at.p = delta > 0 ? e / (1 + e) : 1 / (1 + e);
-  const T above = delta > 0 ? tail : tail - delta;  // softplus(-delta)
-  at.others = row.log_sum + above;
-  at.lse = delta > 0 ? base + tail : z_y + tail;
-  return at;
+  const bool finite = row.target < infinity<T>() && z_y < infinity<T>();
+  const T delta = finite ? base - z_y : nan<T>();
+  at.lse = delta > 0 ? base : z_y;
+  return delta;
+}
+
+// e = exp(-|delta|), tail = log1p(e).
+template <class T>
+MLK_FN void locate(const Row<T>& row, T delta, T e, T tail, Position<T>& at) {
+  const bool wrong = delta > 0;
+  const T near = 1 / (1 + e), far = e * near;
+  at.nll = wrong ? delta + tail : tail;
+  at.q = wrong ? near : far;
+  at.p = wrong ? far : near;
+  at.others = row.log_sum + (wrong ? tail : tail - delta);  // log_sum + softplus(-delta)
+  at.lse += tail;
 }
 
 // The parts of a batch that every row shares.
@@ -419,7 +439,7 @@ MLK_FN RowGradient<T> row_gradient(const Batch<T>& batch, const Row<T>& row, con
   out.target = s * at.target.slope * out.dz_y;
   out.spread = s * part;
   // The largest other class has exp(0) = 1, so log_sum >= 0 wherever there is one.
-  out.others = at.alone ? 0 * out.dz_y : s * (pull + flat) * (at.q * m_exp(-row.log_sum));
+  out.others = at.alone ? 0 * out.dz_y : s * (pull + flat) * (at.q * row.share);
   return out;
 }
 
@@ -437,7 +457,7 @@ MLK_FN void row_parameters(const Spec& spec, const Values<T>& values, const Batc
   const T expected = at.p > 0 ? at.p * t : T(0);  // p_y t: 0 where p is, also when t is -inf
   T by_scale = flat * expected - (part != 0 ? part * weight * t : T(0));
   if (!at.alone) {
-    const T mean = row.other_max + shift * m_exp(-row.log_sum);  // of u_j for j != y, under p
+    const T mean = row.other_max + shift * row.share;  // of u_j for j != y, under p
     by_scale = pull * at.q * (mean - t) + flat * (at.q * mean + expected);
     if (part != 0) by_scale -= part * (weighted_shift + row.other_max * (batch.weight_sum - weight) + weight * t);
   }

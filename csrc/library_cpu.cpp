@@ -258,6 +258,7 @@ struct Call {
     p.input = input.data_ptr();
     p.in = layout_of(input, true);
     size_t next = 0;
+    p.uniform = !(mask >> GROUP & 1);
     for (int slot = 0; slot < SLOTS; ++slot) {
       consts[slot] = T(numbers[slot]);
       if (slot <= TAU_MIN) p.values[slot] = {&consts[slot], Mode::SHARED};
@@ -272,6 +273,7 @@ struct Call {
       p.values[slot] = {arrays[slot].data, dims == 0 || arrays[slot].stride == 0 ? Mode::SHARED
                                            : dims == 1                           ? Mode::PER_CLASS
                                                                                  : Mode::PER_ROW};
+      if (p.values[slot].mode != Mode::SHARED) p.uniform = false;
     }
     p.softcap = consts[SOFTCAP];
     p.smoothing = consts[SMOOTHING];
@@ -396,6 +398,8 @@ std::vector<Tensor> run_with_gradients(Call<T>& call, const Tensor& input, int64
     if (!(needs >> slot & 1)) continue;
     by_row[slot].reset(new T[rows + 1]);
     p.by_parameter[slot] = by_row[slot].get();
+    p.want_parameters = true;
+    if (slot == SCALE || slot == SCALE_HIGH || slot == LOGIT_NORM) p.want_shift = true;
     if (!call.is_table(slot)) continue;
     std::unique_ptr<int[]>& bin = slot < HEAD_A ? t_bin : tau_bin;
     bin.reset(new int[rows + 1]);

@@ -1,7 +1,82 @@
 """Fused softmax-family losses for PyTorch; see the README and :mod:`mlkernels.functional`."""
 
+from . import functional, metrics
 from .backends import available_backends
-from .functional import *  # noqa: F403
-from .functional import __all__ as _functions
+from .functional import (
+    arcface_loss,
+    center_loss,
+    cosface_loss,
+    cross_entropy,
+    focal_loss,
+    lgm_loss,
+    margin_cross_entropy,
+    modulated_cross_entropy,
+    multi_margin_loss,
+    piecewise_cross_entropy,
+    softmax_loss,
+    sphereface_loss,
+    two_scale_cross_entropy,
+)
+from .modules import (
+    ArcFaceLoss,
+    CenterLoss,
+    CosFaceLoss,
+    CrossEntropyLoss,
+    FocalLoss,
+    JointLoss,
+    LGMLoss,
+    MarginLoss,
+    ModulatedCrossEntropyLoss,
+    MultiMarginLoss,
+    PiecewiseLoss,
+    SphereFaceLoss,
+    TwoScaleLoss,
+)
 from .softmax import RowStats, check_labels
 from .spec import Affine, Margin, Modulated, PiecewiseLinear, Tau, Truncated, TwoScale
+from .weight_norm import weight_norm_product
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Affine",
+    "ArcFaceLoss",
+    "CenterLoss",
+    "CosFaceLoss",
+    "CrossEntropyLoss",
+    "FocalLoss",
+    "JointLoss",
+    "LGMLoss",
+    "Margin",
+    "MarginLoss",
+    "Modulated",
+    "ModulatedCrossEntropyLoss",
+    "MultiMarginLoss",
+    "PiecewiseLinear",
+    "PiecewiseLoss",
+    "RowStats",
+    "SphereFaceLoss",
+    "Tau",
+    "Truncated",
+    "TwoScale",
+    "TwoScaleLoss",
+    "__version__",
+    "arcface_loss",
+    "available_backends",
+    "center_loss",
+    "check_labels",
+    "cosface_loss",
+    "cross_entropy",
+    "focal_loss",
+    "functional",
+    "lgm_loss",
+    "margin_cross_entropy",
+    "metrics",
+    "modulated_cross_entropy",
+    "multi_margin_loss",
+    "piecewise_cross_entropy",
+    "softmax_loss",
+    "sphereface_loss",
+    "two_scale_cross_entropy",
+    "weight_norm_product",
+]

@@ -1,1 +1,158 @@
-def lgm_loss(): ...
+"""The large-margin Gaussian mixture loss: the family's kernel on the logits of a Gaussian per class."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import softmax
+from .softmax import check_tensors, traced
+from .spec import Number, TransformKind, check_number, check_range, spec
+
+_GIVEN = spec(TransformKind.GIVEN)
+
+
+def lgm_loss(
+    input: Tensor,
+    target: Tensor,
+    means: Tensor,
+    log_variance: Tensor | None = None,
+    alpha: Number = 0.1,
+    lambda_: float = 0.1,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Large-margin Gaussian mixture loss.
+
+    .. math::
+        d_k = \tfrac12 (x-\mu_k)^\top\Lambda_k^{-1}(x-\mu_k),\quad
+        z_k = -(1+\alpha[k=y])\,d_k - \tfrac12\log|\Lambda_k|,\quad
+        L = -\log\operatorname{softmax}(z)_y + \lambda\,(d_y + \tfrac12\log|\Lambda_y|)
+
+    Args:
+        input: (N, D) features.
+        target: (N,) classes, any integer dtype.
+        means: (C, D), :math:`\mu_k`; may require a gradient.
+        log_variance: (C, D), the logarithm of the diagonal of :math:`\Lambda_k`; None: :math:`\Lambda_k = I`.
+        alpha: the margin on the target's distance, >= 0, a number or a 0-d tensor.
+        lambda_: the weight of the likelihood term, >= 0.
+        weight: (C,) class weights. They weigh both terms of a row, and ``"mean"`` divides both by the sum of
+            ``weight[target]`` over the rows not ignored: a weight of 2 is what repeating the row would be.
+        label_smoothing: of the classification term only.
+        ignore_index, reduction, backend: as in :mod:`mlkernels.functional`.
+
+    Returns:
+        0-d, or (N,); float32 for half inputs.
+
+    Raises:
+        TypeError, ValueError: a bad argument, by name. IndexError: a label outside [0, C) on the CPU; on a GPU that row
+            is NaN.
+
+    Example:
+        >>> import torch, mlkernels
+        >>> features, means = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 1.0], [-1.0, 0.0]])
+        >>> mlkernels.lgm_loss(features, torch.tensor([0]), means, alpha=0.1, lambda_=0.1)
+        tensor(0.2607)
+
+    Source: Wan et al., Rethinking Feature Distribution for Loss Functions in Image Classification, the L-GM loss.
+    """
+    _check(input, target, means, log_variance, alpha, lambda_)
+    accumulate = torch.float64 if input.dtype == torch.float64 else torch.float32
+    classes = means.shape[0]
+    with torch.autocast(input.device.type, enabled=False):
+        label = target.long()
+        kept = label != ignore_index
+        legal = (label >= 0) & (label < classes)
+        y = torch.where(legal, label, 0)
+        # An ignored row is not read: whatever it holds, it holds no gradient.
+        x = torch.where(kept.unsqueeze(1), input, 0).to(accumulate)
+        mu = means.to(accumulate)
+        log_var = None if log_variance is None else log_variance.to(accumulate)
+
+        logits, half_log_det = _class_logits(x, mu, log_var)
+        square = (x - F.embedding(y, mu)).square()
+        own = square if log_var is None else square * torch.exp(-F.embedding(y, log_var))
+        distance = 0.5 * own.sum(1)
+        half_log_det_y = None if half_log_det is None else half_log_det[y]
+
+        # The target's logit is given rather than computed from the GEMM's by the affine transform that it equals: the
+        # GEMM form cancels terms of the size of |x|^2 and is least accurate where d_y is small. Its target column then
+        # takes no part in loss or gradient.
+        target_logit = -(1 + alpha) * distance
+        likelihood = distance
+        if half_log_det_y is not None:
+            target_logit = target_logit - half_log_det_y
+            likelihood = likelihood + half_log_det_y
+        loss: Tensor = softmax.apply(
+            _GIVEN, (target_logit.unsqueeze(1), 1.0), logits, target, weight, ignore_index, reduction,
+            label_smoothing, backend=backend,
+        )  # fmt: skip
+        if lambda_ == 0:
+            return loss
+        poison = torch.where(legal | ~kept, 1.0, math.nan).to(accumulate)
+        likelihood = torch.where(kept, likelihood * poison, 0)
+        omega = torch.ones_like(distance) if weight is None else weight.detach().to(accumulate)[y]
+        likelihood = likelihood * omega
+        if reduction == "none":
+            return loss + lambda_ * likelihood
+        total = likelihood.sum()
+        if reduction == "mean":
+            total = total / torch.where(kept, omega, 0).sum()
+        return loss + lambda_ * total
+
+
+def _class_logits(x: Tensor, mu: Tensor, log_var: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """-d_k - log|Lambda_k| / 2, (N, C), by one GEMM; and log|Lambda_k| / 2, (C,)."""
+    # Distances do not know where the origin is; the GEMM's rounding does.
+    origin = mu.detach().mean(0)
+    x, mu = x - origin, mu - origin
+    if log_var is None:
+        distance = torch.addmm(0.5 * mu.square().sum(1), x, mu.t(), alpha=-1) + 0.5 * x.square().sum(1, keepdim=True)
+        return -distance.clamp(min=0), None
+    precision = torch.exp(-log_var)
+    scaled = precision * mu
+    rows = torch.cat((x.square(), x), 1)
+    columns = torch.cat((0.5 * precision, -scaled), 1)
+    distance = torch.addmm(0.5 * (scaled * mu).sum(1), rows, columns.t())
+    half_log_det = 0.5 * log_var.sum(1)
+    return -distance.clamp(min=0) - half_log_det, half_log_det
+
+
+def _check(
+    input: Tensor, target: Tensor, means: Tensor, log_variance: Tensor | None, alpha: Number, lambda_: float
+) -> None:
+    check_tensors(input, target)
+    if input.dim() != 2:
+        raise ValueError(f"input must be (N, D), got {tuple(input.shape)}")
+    for name, value in (("means", means), ("log_variance", log_variance)):
+        if value is None and name == "log_variance":
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} takes a floating tensor of shape (C, D), got {type(value).__name__}")
+        if not value.is_floating_point():
+            raise TypeError(f"{name} must be floating, got {value.dtype}")
+        if value.device != input.device:
+            raise ValueError(f"{name} must be on input's device {input.device}, got {value.device}")
+    if means.dim() != 2 or means.shape[1] != input.shape[1] or means.shape[0] == 0:
+        raise ValueError(f"means must be (C, {input.shape[1]}) with C > 0, got {tuple(means.shape)}")
+    if log_variance is not None and log_variance.shape != means.shape:
+        raise ValueError(
+            f"log_variance must have the shape of means, {tuple(means.shape)}, got {tuple(log_variance.shape)}"
+        )
+    if not isinstance(alpha, Tensor):
+        check_number("alpha", alpha)
+    elif alpha.dim() != 0 or not alpha.is_floating_point():
+        raise ValueError(f"alpha must be a number or a floating 0-d tensor, got {tuple(alpha.shape)} {alpha.dtype}")
+    elif alpha.device != input.device:
+        raise ValueError(f"alpha must be on input's device {input.device}, got {alpha.device}")
+    elif alpha.device.type == "cpu" and not traced():
+        check_range("alpha", alpha)
+    if check_number("lambda_", lambda_) < 0:
+        raise ValueError(f"lambda_ must be >= 0, got {lambda_}")

@@ -159,22 +159,24 @@ void uncap(T* g, const T* u, int64_t n, T c, const T* adjustment) {
 
 // ---- a row -----------------------------------------------------------------------------------------------------------
 
-// The columns other than y, as at most two pieces.
-struct Others {
-  int64_t begin[2], length[2];
-  int count;
+// A row on its way: what each stage leaves for the next. The stages are apart so that the transcendental functions of
+// a tile of rows are evaluated together, a vector at a time.
+template <class T>
+struct Work {
+  int64_t row, y;
+  const T* u;   // the logits; PADDED: to whole vectors with -inf, and -inf at the label
+  T* g;         // the gradient, or null
+  T m;          // other_max, or 0 where there is no other class
+  T sum, shift, weighted;
+  const Values<T>* values;
+  Values<T> own;
+  Row<T> r;
+  RowScale<T> scale;
+  Position<T> at;
 };
 
 template <class T>
-void run_row(const Problem<T>& p, int64_t row, const T* u, int64_t columns, T* g, T target, const Others& others) {
-  // columns >= classes: a scratch row is padded with -inf, and holds -inf at the label.
-  const int64_t y = p.label[row];
-  const bool want_grad = g != nullptr;
-  bool want_parameters = false;
-  for (int slot = 0; slot < TRAINABLE_SLOTS; ++slot) want_parameters |= p.by_parameter[slot] != nullptr;
-  (void)columns;
-
-  Values<T> values;
+void fetch(const Problem<T>& p, int64_t row, int64_t y, Values<T>& values) {
   for (int slot = 0; slot <= TAU_MIN; ++slot) {
     const Parameter<T>& v = p.values[slot];
     values.at[slot] = v.data[v.mode == Mode::SHARED ? 0 : v.mode == Mode::PER_CLASS ? y : row];
@@ -182,82 +184,131 @@ void run_row(const Problem<T>& p, int64_t row, const T* u, int64_t columns, T* g
   const int64_t group = p.group ? p.group[row] : 0;
   values.t = {p.t.slope + group * p.t.bins, p.t.bias + group * p.t.bins, p.t.bins};
   values.tau = {p.tau.slope + group * p.tau.bins, p.tau.bias + group * p.tau.bins, p.tau.bins};
-  const Batch<T> batch{p.smoothing, p.smoothing / T(p.classes), p.z_loss, p.weight_sum, p.classes};
-  const T weight = p.weight ? p.weight[y] : T(1);
+}
 
-  Row<T> r;
-  r.target = target;
-  T shift = 0, weighted = 0;
-  const bool want_shift = want_parameters && (p.by_parameter[SCALE] || p.by_parameter[SCALE_HIGH] || p.by_parameter[LOGIT_NORM]);
-  const bool one_sweep = p.saved != nullptr;  // the statistics are known: the exponentials are written as the gradient
+template <class T>
+Batch<T> batch_of(const Problem<T>& p) {
+  return {p.smoothing, p.smoothing / T(p.classes), p.z_loss, p.weight_sum, p.classes};
+}
 
-  if (one_sweep) {
-    r.other_max = p.saved[2 * row];
-    r.log_sum = p.saved[2 * row + 1];
+// Calls body(begin, length) for the columns other than y: all of a padded row, else the two pieces.
+template <bool PADDED, class T, class Body>
+inline void each_piece(const Problem<T>& p, int64_t y, Body body) {
+  constexpr int W = WIDTH<T>;
+  if (PADDED) {
+    body(0, (p.classes + W - 1) / W * W);
   } else {
-    r.other_max = -infinity<T>();
-    for (int i = 0; i < others.count; ++i) r.other_max = sweep_max(u + others.begin[i], others.length[i], r.other_max);
+    body(0, y);
+    body(y + 1, p.classes - y - 1);
   }
-  const RowScale<T> scale = row_scale(p.spec, values, r.target - r.other_max);
-  const T m = r.other_max == -infinity<T>() ? T(0) : r.other_max;
-  if (!one_sweep) {
-    T sum = 0;
-    for (int i = 0; i < others.count; ++i) {
-      const T* from = u + others.begin[i];
-      const int64_t n = others.length[i];
-      const Sums<T> s = !want_grad  ? sweep_exp<T, false, false>(from, nullptr, n, m, scale.value, T(1))
-                        : want_shift ? sweep_exp<T, true, true>(from, g + others.begin[i], n, m, scale.value, T(1))
-                                     : sweep_exp<T, true, false>(from, g + others.begin[i], n, m, scale.value, T(1));
-      sum += s.e;
-      shift += s.shift;
-    }
-    r.log_sum = sum == 0 ? -infinity<T>() : m_log(sum);
-  }
-  if (p.smoothing > 0 && !(one_sweep && !want_shift)) {
-    for (int i = 0; i < others.count; ++i) {
-      const int64_t begin = others.begin[i];
-      // A scratch row's padding and label hold -inf: those columns are left out by hand.
-      const int64_t end = begin + others.length[i] > p.classes ? p.classes : begin + others.length[i];
-      if (begin <= y && y < end) {
-        weighted += sweep_weighted(u + begin, p.weight ? p.weight + begin : nullptr, y - begin, m);
-        weighted += sweep_weighted(u + y + 1, p.weight ? p.weight + y + 1 : nullptr, end - y - 1, m);
-      } else {
-        weighted += sweep_weighted(u + begin, p.weight ? p.weight + begin : nullptr, end - begin, m);
-      }
-    }
-  }
+}
 
-  const Position<T> at = locate(p.spec, values, r, scale, want_parameters);
-  const HeadLoss<T> head = head_loss(p.spec, values, at.nll, want_parameters);
+template <bool PADDED, bool STORE, bool SHIFT, class T>
+inline void exponentials(const Problem<T>& p, Work<T>& w, T factor) {
+  each_piece<PADDED>(p, w.y, [&](int64_t begin, int64_t n) {
+    const Sums<T> s = sweep_exp<T, STORE, SHIFT>(w.u + begin, w.g + begin, n, w.m, w.scale.value, factor);
+    w.sum += s.e;
+    w.shift += s.shift;
+  });
+}
+
+// The statistics: maximum, scale and, unless an earlier visit left log S, the sum of exponentials.
+template <bool PADDED, class T>
+inline void measure(const Problem<T>& p, const Values<T>* shared, T target, Work<T>& w) {
+  if (!shared) fetch(p, w.row, w.y, w.own);
+  w.values = shared ? shared : &w.own;
+  w.sum = w.shift = w.weighted = 0;
+  w.r.target = target;
+  w.r.other_max = -infinity<T>();
+  if (p.saved)
+    w.r.other_max = p.saved[2 * w.row];
+  else
+    each_piece<PADDED>(p, w.y, [&](int64_t begin, int64_t n) {
+      w.r.other_max = sweep_max(w.u + begin, n, w.r.other_max);
+    });
+  w.scale = row_scale(p.spec, *w.values, target - w.r.other_max);
+  w.m = w.r.other_max == -infinity<T>() ? T(0) : w.r.other_max;
+  if (!p.saved) {
+    if (!w.g)
+      exponentials<PADDED, false, false>(p, w, T(1));
+    else if (p.want_shift)
+      exponentials<PADDED, true, true>(p, w, T(1));
+    else
+      exponentials<PADDED, true, false>(p, w, T(1));
+  }
+  if (p.smoothing > 0 && (p.want_shift || !p.saved)) {
+    const T* weight = p.weight;
+    w.weighted = sweep_weighted(w.u, weight, w.y, w.m);
+    w.weighted += sweep_weighted(w.u + w.y + 1, weight ? weight + w.y + 1 : nullptr, p.classes - w.y - 1, w.m);
+  }
+}
+
+constexpr int MAX_TILE = 16;
+
+// log S and where the row stands, for a tile.
+template <class T>
+inline void stand(const Problem<T>& p, Work<T>* tile, int count) {
+  constexpr int W = WIDTH<T>;
+  T a[MAX_TILE + W], delta[MAX_TILE + W], e[MAX_TILE + W];
+  for (int b = 0; b < count; ++b) a[b] = p.saved ? p.saved[2 * tile[b].row + 1] : tile[b].sum;
+  for (int b = count; b < (count + W - 1) / W * W; ++b) a[b] = 1;
+  for (int b = 0; b < count; b += W) store(e + b, p.saved ? exp_nonpositive(-load(a + b)) : log_of_sum<T>(load(a + b)));
+  for (int b = 0; b < count; ++b) {
+    Row<T>& r = tile[b].r;
+    const bool alone = p.saved ? a[b] == -infinity<T>() : a[b] == 0;
+    r.log_sum = alone ? -infinity<T>() : p.saved ? a[b] : e[b];
+    r.share = alone ? T(0) : p.saved ? e[b] : 1 / a[b];
+    delta[b] = approach(p.spec, *tile[b].values, r, tile[b].scale, p.want_parameters, tile[b].at);
+  }
+  for (int b = count; b < (count + W - 1) / W * W; ++b) delta[b] = 0;
+  for (int b = 0; b < count; b += W) {
+    const Vec<T> d = load(delta + b);
+    const Vec<T> x = exp_nonpositive(d < Vec<T>{} ? d : -d);
+    store(e + b, x);
+    store(a + b, log1p_of_fraction<T>(x));
+  }
+  for (int b = 0; b < count; ++b) locate(tile[b].r, delta[b], e[b], a[b], tile[b].at);
+}
+
+// RowStats, by plain loops: they are for metrics, not for the training step.
+template <class T>
+void describe(const Problem<T>& p, const Work<T>& w) {
+  const T target = w.r.target;
+  T highest = target;
+  int64_t above = 0, first = -1;
+  bool has_nan = target != target;
+  for (int64_t j = 0; j < p.classes; ++j) {
+    if (j == w.y) continue;  // a padded row holds -inf there
+    above += w.u[j] > target;
+    if (w.u[j] > highest) highest = w.u[j];
+    has_nan |= w.u[j] != w.u[j];
+  }
+  for (int64_t j = 0; j < p.classes && first < 0; ++j)
+    if ((j == w.y ? target : w.u[j]) == highest) first = j;
+  p.logsumexp[w.row] = w.at.lse;
+  p.log_prob[w.row] = -w.at.nll;
+  p.confidence[w.row] = target - w.r.other_max;
+  p.rank[w.row] = above;
+  p.prediction[w.row] = has_nan ? -1 : first;
+}
+
+// The loss and, where wanted, the gradients.
+template <bool PADDED, class T>
+inline void conclude(const Problem<T>& p, const Batch<T>& batch, Work<T>& w) {
+  const int64_t row = w.row;
+  const T weight = p.weight ? p.weight[w.y] : T(1);
+  const HeadLoss<T> head = head_loss(p.spec, *w.values, w.at.nll, p.want_parameters);
   if (p.loss_by_class) {
-    const RowLoss<T> loss = row_loss(batch, at, head, weight, weighted);
+    const RowLoss<T> loss = row_loss(batch, w.at, head, weight, w.weighted);
     p.loss_by_class[row] = loss.by_class;
     if (p.loss_by_row) p.loss_by_row[row] = loss.by_row;
   }
   if (p.save) {
-    p.save[2 * row] = r.other_max;
-    p.save[2 * row + 1] = r.log_sum;
+    p.save[2 * row] = w.r.other_max;
+    p.save[2 * row + 1] = w.r.log_sum;
   }
-  if (p.logsumexp) {
-    p.logsumexp[row] = at.lse;
-    p.log_prob[row] = -at.nll;
-    p.confidence[row] = r.target - r.other_max;
-    // u[y] of a scratch row is -inf, of a row in place the target itself: neither is counted or found below.
-    int64_t larger_count = 0, first = -1;
-    T highest = r.target;
-    for (int64_t j = 0; j < p.classes; ++j) {
-      if (j == y) continue;
-      larger_count += u[j] > r.target;
-      if (u[j] > highest) highest = u[j];
-    }
-    for (int64_t j = 0; j < p.classes && first < 0; ++j)
-      if ((j == y ? r.target : u[j]) == highest) first = j;
-    bool has_nan = r.target != r.target;
-    for (int64_t j = 0; j < p.classes; ++j) has_nan |= u[j] != u[j];
-    p.rank[row] = larger_count;
-    p.prediction[row] = has_nan ? -1 : first;
-  }
-  if (!want_grad && !want_parameters) return;
+  if (p.logsumexp) describe(p, w);
+  if (!w.g && !p.want_parameters) return;
 
   Upstream<T> up{0, 0, 0, 0};
   if (p.up_loss) {
@@ -267,33 +318,28 @@ void run_row(const Problem<T>& p, int64_t row, const T* u, int64_t columns, T* g
   }
   if (p.up_logsumexp) up.lse = p.up_logsumexp[row * p.up_logsumexp_stride];
   if (p.up_log_prob) up.log_prob = p.up_log_prob[row * p.up_log_prob_stride];
-  const RowGradient<T> gradient = row_gradient(batch, r, at, head, up, weight);
+  const RowGradient<T> gradient = row_gradient(batch, w.r, w.at, head, up, weight);
 
-  if (one_sweep && (want_grad || want_shift)) {
-    for (int i = 0; i < others.count; ++i) {
-      const T* from = u + others.begin[i];
-      T* to = want_grad ? g + others.begin[i] : nullptr;
-      const int64_t n = others.length[i];
-      if (want_grad && want_shift)
-        shift += sweep_exp<T, true, true>(from, to, n, m, scale.value, gradient.others).shift;
-      else if (want_grad)
-        sweep_exp<T, true, false>(from, to, n, m, scale.value, gradient.others);
-      else
-        shift += sweep_exp<T, false, true>(from, nullptr, n, m, scale.value, T(1)).shift;
-    }
-  } else if (want_grad) {
-    for (int i = 0; i < others.count; ++i) sweep_multiply(g + others.begin[i], others.length[i], gradient.others);
+  if (p.saved) {
+    if (w.g && p.want_shift)
+      exponentials<PADDED, true, true>(p, w, gradient.others);
+    else if (w.g)
+      exponentials<PADDED, true, false>(p, w, gradient.others);
+    else if (p.want_shift)
+      exponentials<PADDED, false, true>(p, w, T(1));
+  } else if (w.g) {
+    each_piece<PADDED>(p, w.y, [&](int64_t begin, int64_t n) { sweep_multiply(w.g + begin, n, gradient.others); });
   }
-  if (want_grad) {
-    if (gradient.spread != 0) sweep_spread(g, p.weight, p.classes, gradient.spread);
-    g[y] = gradient.target;
+  if (w.g) {
+    if (gradient.spread != 0) sweep_spread(w.g, p.weight, p.classes, gradient.spread);
+    w.g[w.y] = gradient.target;
   }
-  if (want_parameters) {
+  if (p.want_parameters) {
     T by[TRAINABLE_SLOTS];
-    row_parameters(p.spec, values, batch, r, at, head, gradient, up, weight, shift, weighted, by);
+    row_parameters(p.spec, *w.values, batch, w.r, w.at, head, gradient, up, weight, w.shift, w.weighted, by);
     for (int slot = 0; slot < TRAINABLE_SLOTS; ++slot)
       if (p.by_parameter[slot]) p.by_parameter[slot][row] = by[slot];
-    if (p.t_bin) p.t_bin[row] = at.target.bin;
+    if (p.t_bin) p.t_bin[row] = w.at.target.bin;
     if (p.tau_bin) p.tau_bin[row] = head.bin;
   }
 }
@@ -350,64 +396,79 @@ constexpr int64_t SHORT_ROW = 256;
 
 template <class T, class S>
 void run_in_place(const Problem<T>& p, int64_t begin, int64_t end) {
+  const Batch<T> batch = batch_of(p);
+  Values<T> values;
+  if (p.uniform) fetch(p, 0, 0, values);
+  Work<T> w;
   for (int64_t row = begin; row < end; ++row) {
-    const int64_t y = p.label[row];
+    w.row = row;
+    w.y = p.label[row];
     S* g = p.grad ? static_cast<S*>(p.grad) + p.out.offset(row) : nullptr;
-    if (y == p.spec.ignore_index) {
+    if (w.y == p.spec.ignore_index) {
       ignore_row(p, row);
       if (g) clear_row(g, 1, p.classes);
       continue;
     }
-    const T* u = static_cast<const T*>(p.input) + p.in.offset(row);
-    const Others others{{0, y + 1}, {y, p.classes - y - 1}, 2};
-    run_row(p, row, u, p.classes, reinterpret_cast<T*>(g), u[y], others);
+    w.u = static_cast<const T*>(p.input) + p.in.offset(row);
+    w.g = g;
+    measure<false>(p, p.uniform ? &values : nullptr, w.u[w.y], w);
+    stand(p, &w, 1);
+    conclude<false>(p, batch, w);
   }
 }
 
 template <class T, class S>
 void run_through_scratch(const Problem<T>& p, int64_t begin, int64_t end) {
   constexpr int W = WIDTH<T>;
-  constexpr int MAX_TILE = 16;
   const int64_t pitch = (p.classes + W - 1) / W * W;
-  // Rows whose classes are far apart are read several at a time: their neighbours share cache lines.
-  const bool apart = p.in.class_stride != 1 || (p.grad && p.out.class_stride != 1);
-  int64_t tile = apart ? (1 << 16) / (pitch * int64_t(sizeof(T))) : 1;
-  tile = tile < 1 ? 1 : tile > MAX_TILE ? MAX_TILE : tile;
-  T* logits = static_cast<T*>(scratch.get(size_t(2 * tile * pitch) * sizeof(T)));
-  T* grads = logits + tile * pitch;
-  const Others others{{0, 0}, {pitch, 0}, 1};
+  // As many rows as stay in the first cache: where classes are far apart, neighbouring rows share cache lines.
+  int64_t size = (1 << 15) / (2 * pitch * int64_t(sizeof(T)));
+  size = size < 1 ? 1 : size > MAX_TILE ? MAX_TILE : size;
+  T* logits = static_cast<T*>(scratch.get(size_t(2 * size * pitch) * sizeof(T)));
+  T* grads = logits + size * pitch;
   const S* input = static_cast<const S*>(p.input);
   S* output = static_cast<S*>(p.grad);
+  const Batch<T> batch = batch_of(p);
+  Values<T> values;
+  if (p.uniform) fetch(p, 0, 0, values);
+  const bool capped = p.softcap > 0;
 
-  for (int64_t first = begin; first < end;) {
+  for (int64_t next = begin; next < end;) {
+    Work<T> tile[MAX_TILE];
+    T target[MAX_TILE];
     const S* from[MAX_TILE];
     S* to[MAX_TILE];
-    int64_t rows[MAX_TILE];
     int count = 0;
-    for (; first < end && count < tile; ++first) {
-      S* g = output ? output + p.out.offset(first) : nullptr;
-      if (p.label[first] == p.spec.ignore_index) {
-        ignore_row(p, first);
+    for (; next < end && count < size; ++next) {
+      S* g = output ? output + p.out.offset(next) : nullptr;
+      if (p.label[next] == p.spec.ignore_index) {
+        ignore_row(p, next);
         if (g) clear_row(g, p.out.class_stride, p.classes);
         continue;
       }
-      rows[count] = first;
-      from[count] = input + p.in.offset(first);
+      tile[count].row = next;
+      tile[count].y = p.label[next];
+      from[count] = input + p.in.offset(next);
       to[count++] = g;
     }
     gather_rows(from, count, p.in.class_stride, p.classes, logits, pitch);
     for (int b = 0; b < count; ++b) {
       T* u = logits + b * pitch;
-      T* g = output ? grads + b * pitch : nullptr;
-      if (p.softcap > 0 || p.adjustment) cap(u, p.classes, p.softcap, p.adjustment);
-      const int64_t y = p.label[rows[b]];
-      const T target = u[y];
+      if (capped || p.adjustment) cap(u, p.classes, p.softcap, p.adjustment);
       for (int64_t j = p.classes; j < pitch; ++j) u[j] = -infinity<T>();
-      u[y] = -infinity<T>();
-      run_row(p, rows[b], u, pitch, g, target, others);
-      if (g && p.softcap > 0) {
-        u[y] = target;
-        uncap(g, u, p.classes, p.softcap, p.adjustment);
+      target[b] = u[tile[b].y];
+      u[tile[b].y] = -infinity<T>();
+      tile[b].u = u;
+      tile[b].g = output ? grads + b * pitch : nullptr;
+      measure<true>(p, p.uniform ? &values : nullptr, target[b], tile[b]);
+    }
+    stand(p, tile, count);
+    for (int b = 0; b < count; ++b) {
+      conclude<true>(p, batch, tile[b]);
+      if (output && capped) {
+        T* u = logits + b * pitch;
+        u[tile[b].y] = target[b];
+        uncap(tile[b].g, u, p.classes, p.softcap, p.adjustment);
       }
     }
     if (output) scatter_rows(to, count, p.out.class_stride, p.classes, grads, pitch);

@@ -57,6 +57,7 @@ struct Problem {
   const int64_t* label;   // (rows), legal or ignore_index
   const int64_t* group;   // (rows) or null
   Parameter<T> values[TAU_MIN + 1];
+  bool uniform;           // every row has the same values
   Tables<T> t, tau;
   const T* weight;        // (classes) or null
   const T* adjustment;    // (classes) or null
@@ -74,6 +75,7 @@ struct Problem {
   int64_t up_loss_stride, up_logsumexp_stride, up_log_prob_stride;
   T by_class_factor, by_row_factor;
   T* by_parameter[TRAINABLE_SLOTS];  // (rows) each, where that parameter's gradient is wanted
+  bool want_parameters, want_shift;  // any of them; one that needs the mean logit
   int *t_bin, *tau_bin;              // (rows), with the tables' gradients
 };
 

@@ -110,21 +110,40 @@ static inline V larger(V a, V b) {
   return b > a ? b : a;
 }
 
-template <class T>
-static inline T sum_of(Vec<T> v) {
+// All lanes by one operation, halving the vector until one lane is left.
+template <class T, class Combine>
+static inline T fold(Vec<T> v, Combine combine) {
   T lanes[WIDTH<T>];
   store(lanes, v);
-  for (int step = WIDTH<T> / 2; step > 0; step /= 2)
-    for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
-  return lanes[0];
+  constexpr int QUARTER = 16 / int(sizeof(T));  // 16 bytes, the vector that every target has
+  typedef T Small __attribute__((vector_size(16)));
+  Small parts[BYTES / 16];
+  __builtin_memcpy(parts, lanes, sizeof parts);
+  for (int step = BYTES / 32; step > 0; step /= 2)
+    for (int i = 0; i < step; ++i) parts[i] = combine(parts[i], parts[i + step]);
+  T out = parts[0][0];
+  for (int i = 1; i < QUARTER; ++i) out = combine(out, parts[0][i]);
+  return out;
+}
+struct Add {
+  template <class V>
+  V operator()(V a, V b) const {
+    return a + b;
+  }
+};
+struct Larger {
+  template <class V>
+  V operator()(V a, V b) const {
+    return b > a ? b : a;
+  }
+};
+template <class T>
+static inline T sum_of(Vec<T> v) {
+  return fold<T>(v, Add{});
 }
 template <class T>
 static inline T max_of(Vec<T> v) {
-  T lanes[WIDTH<T>];
-  store(lanes, v);
-  for (int step = WIDTH<T> / 2; step > 0; step /= 2)
-    for (int i = 0; i < step; ++i) lanes[i] = lanes[i + step] > lanes[i] ? lanes[i + step] : lanes[i];
-  return lanes[0];
+  return fold<T>(v, Larger{});
 }
 
 // exp(x) for x <= 0, to 1 ulp or so; 0 below the smallest normal number; NaN for NaN.
@@ -177,6 +196,38 @@ static inline vdouble exp_nonpositive(vdouble x) {
   __builtin_memcpy(&power, &bits, sizeof power);
   const vdouble result = y * power;
   return x < low ? vdouble{} : result;
+}
+
+// 2 atanh(s) = log((1 + s) / (1 - s)), by its series in s^2.
+template <class T, int TERMS>
+static inline Vec<T> twice_atanh(Vec<T> s) {
+  const Vec<T> square = s * s;
+  Vec<T> sum = splat(T(2) / T(2 * TERMS + 1));
+  for (int k = TERMS - 1; k > 0; --k) sum = sum * square + T(2) / T(2 * k + 1);
+  return s * square * sum + (s + s);
+}
+// log(1 + e) for e in [0, 1], as accurate for tiny e; NaN for NaN.
+template <class T>
+static inline Vec<T> log1p_of_fraction(Vec<T> e) {
+  return twice_atanh<T, sizeof(T) == 4 ? 7 : 16>(e / (e + T(2)));
+}
+// log(x) for finite x >= 1; NaN for NaN.
+template <class T>
+static inline Vec<T> log_of_sum(Vec<T> x) {
+  typedef typename VecOf<T>::I I;
+  constexpr bool SINGLE_PRECISION = sizeof(T) == 4;
+  constexpr int MANTISSA = SINGLE_PRECISION ? 23 : 52;
+  // x = 2^k f with f in [sqrt(1/2), sqrt(2)): the exponent above that of sqrt(1/2).
+  const auto root = SINGLE_PRECISION ? 0x3f3504f3LL : 0x3fe6a09e667f3bcdLL;
+  I bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  const I k = (bits - decltype(bits[0] + 0)(root)) >> MANTISSA;
+  bits -= k << MANTISSA;
+  Vec<T> f;
+  __builtin_memcpy(&f, &bits, sizeof f);
+  const Vec<T> exponent = __builtin_convertvector(k, Vec<T>);
+  const Vec<T> result = exponent * T(0.693147180559945309417) + twice_atanh<T, SINGLE_PRECISION ? 4 : 10>((f - T(1)) / (f + T(1)));
+  return x == x ? result : x;
 }
 
 // ---- storage types -------------------------------------------------------------------------------------------------

@@ -33,8 +33,10 @@ class Stats(NamedTuple):
 class _Values:
     """The numbers of a loss, per row."""
 
-    def __init__(self, label: Tensor, dtype: torch.dtype, consts: Sequence[float], params: dict[int, Tensor]):
-        self.label, self.dtype, self.consts, self.params = label, dtype, consts, params
+    def __init__(
+        self, label: Tensor, kept: Tensor, dtype: torch.dtype, consts: Sequence[float], params: dict[int, Tensor]
+    ):
+        self.label, self.kept, self.dtype, self.consts, self.params = label, kept, dtype, consts, params
 
     def __getitem__(self, slot: int) -> Tensor:
         """0-d where the number is shared, else (rows,)."""
@@ -44,7 +46,8 @@ class _Values:
         param = param.to(self.dtype)
         if param.dim() == 0:
             return param
-        return param[self.label] if param.dim() == 1 else param.reshape(-1)
+        # An ignored row's own number is not read either: 1 is legal for all of them.
+        return param[self.label] if param.dim() == 1 else torch.where(self.kept, param.reshape(-1), 1)
 
     def bins(self, slot: int) -> int:
         return self.params[slot].shape[-1]
@@ -61,18 +64,24 @@ class _Values:
 # ---- transforms: t(f_y) ------------------------------------------------------------------------------------------------
 
 
+def _change(x: Tensor) -> Tensor:
+    """0, with derivative 1 (for the infinite 0: they have no angle)."""
+    return torch.where(x.isinf(), 0, x - x.detach())
+
+
 def _root(x: Tensor) -> Tensor:
     """sqrt(max(0, 1 - x^2)), its derivative -x / max(root, floor)."""
     square = 1 - x * x
     smooth = square > ROOT_FLOOR**2
-    root = square.clamp(min=0).sqrt().detach() - (x / ROOT_FLOOR).detach() * (x - x.detach())
+    slope = torch.where(x.isinf(), 0, x / ROOT_FLOOR).detach()
+    root = square.clamp(min=0).sqrt().detach() - slope * _change(x)
     return torch.where(smooth, torch.where(smooth, square, 1).sqrt(), root)
 
 
 def _angle(x: Tensor) -> Tensor:
     """arccos of x clamped to [-1, 1], its derivative -1 / max(root, floor)."""
     smooth = 1 - x * x > ROOT_FLOOR**2
-    edge = x.clamp(-1, 1).acos().detach() - (x - x.detach()) / ROOT_FLOOR
+    edge = x.clamp(-1, 1).acos().detach() - _change(x) / ROOT_FLOOR
     return torch.where(smooth, torch.where(smooth, x, 0).acos(), edge)
 
 
@@ -86,11 +95,13 @@ def margin(x: Tensor, m1: Tensor, m2: Tensor, m3: Tensor, beyond_pi: int, gradie
     phi = m1 * theta + m2
     root = _root(x)
     closed = x * m2.cos() - m2.sin() * root
-    closed = closed - (m1 - 1) * theta * (x * m2.sin() + m2.cos() * root)  # 0; m1 may be trained from 1
+    # 0, but m1 may be trained from 1 (clamped: an infinite logit must not meet a 0).
+    closed = closed - (m1 - 1) * theta * (x.clamp(-1, 1) * m2.sin() + m2.cos() * root)
     cosine = torch.where(single, closed, phi.cos())
     plain = cosine - m3
 
-    turn = (phi / math.pi).floor().detach()
+    # At exactly pi (an x of -1, and all below, which the closed form does not clamp) nothing is beyond it yet.
+    turn = torch.where(phi > 0, (phi / math.pi).ceil() - 1, (phi / math.pi).floor()).detach()
     monotone = torch.where(turn % 2 == 0, cosine, -cosine) - 2 * turn - m3
     past = (m2 > 0) & ((m2 >= math.pi) | (x < -m2.cos()))
     linear = torch.where(past, x - m2 * m2.sin() - m3, plain)
@@ -105,7 +116,7 @@ def margin(x: Tensor, m1: Tensor, m2: Tensor, m3: Tensor, beyond_pi: int, gradie
     else:
         t = plain
     if gradient == MarginGradient.STRAIGHT_THROUGH:
-        t = t + (passed - passed.detach())
+        t = t + _change(passed)
     return t
 
 
@@ -252,8 +263,9 @@ def _softmax_loss(
     y = torch.where(legal, label, 0)
     # An ignored row is not read: whatever it holds, it holds no gradient.
     f = torch.where(kept.unsqueeze(1), f, 0)
-    values = _Values(y, accumulate, consts, by_slot)
+    values = _Values(y, kept, accumulate, consts, by_slot)
 
+    finite = f.amax(1) < math.inf  # false for NaN
     cap = consts[Slot.SOFTCAP]
     if cap > 0:
         f = cap * torch.tanh(f / cap)
@@ -266,14 +278,18 @@ def _softmax_loss(
     others = torch.where(is_target, -math.inf, f)
     runner_up = others.amax(1).detach()
     confidence = f_y.detach() - runner_up
+    # NaN, +inf and only -inf: the whole row is NaN, and (a product) its gradient too.
+    mark = torch.where(finite & (f.amax(1) > -math.inf), 1.0, math.nan).to(accumulate)
+    f_y, others = f_y * mark, others * mark.unsqueeze(1)
 
     s = row_scale(ids[1], confidence, values)
     t = transform_target(ids[0], f_y, values, ids)
     s_rows = s.expand_as(t) if s.dim() == 0 else s
     z_y = s_rows * t
-    # A class of probability 0 contributes 0 to every sum: its -inf must not meet a 0.
+    # A class of probability 0 contributes 0 to every sum: its -inf must not meet a 0 on the way to s.
     absent = (others == -math.inf).detach()
-    z = torch.where(absent, -math.inf, s_rows.unsqueeze(1) * torch.where(absent, 0, others))
+    column_s = s_rows.unsqueeze(1)
+    z = torch.where(absent, column_s.detach() * others, column_s * torch.where(absent, 0, others))
 
     # Everything relative to the largest other class: a difference of large logsumexps would lose what they share.
     top = torch.where(runner_up == -math.inf, 0, runner_up * s_rows.detach())
@@ -282,11 +298,11 @@ def _softmax_loss(
     log_total = torch.where(alone, 1, total).log()
     lead = z_y - top
     delta = torch.where(alone, -math.inf - z_y, log_total - lead)
-    # An infinite logit of the target's is no certainty but an overflow.
-    finite = (f_y < math.inf) & (z_y < math.inf)
-    nll = torch.where(finite, torch.logaddexp(delta, torch.zeros_like(delta)), math.nan)
+    # An infinite z of the target's is no certainty but an overflow.
+    overflow = torch.where(z_y < math.inf, 1.0, math.nan).to(accumulate)
+    nll = torch.logaddexp(delta, torch.zeros_like(delta)) * overflow
     lse = torch.where(alone, lead, torch.logaddexp(log_total, lead))  # less top
-    lse = torch.where(finite, lse, math.nan)
+    lse = lse * overflow
 
     # Labels out of range: NaN, never 0 and never a read out of bounds.
     poison = torch.where(legal | ~kept, 1.0, math.nan).to(accumulate)

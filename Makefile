@@ -1,0 +1,61 @@
+# make test, make bench, make demo, make lint: on a fresh machine with Python, a C++ compiler and a package index each of
+# them first makes an environment in .venv.
+#
+#   make test ARGS="-k focal -x"          arguments for pytest; likewise for bench
+#   make test PYTHON=python3 VENV=        that interpreter as it is: nothing is installed, the kernels are built in place
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+# Pinned: any newer one would do, but `torch>=2.11` may pull a build of several GB where this one is at hand. On Linux
+# PyPI's wheel is the CUDA build, which runs on a CPU too; for the small CPU build set
+# PIP_EXTRA_INDEX_URL to PyTorch's own index of those.
+TORCH := torch==2.13.0
+
+ifeq ($(strip $(VENV)),)
+PY := $(PYTHON)
+READY :=
+else
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+endif
+
+# The checkout, also for the scripts in examples/ and for an interpreter into which nothing is installed.
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+.PHONY: test bench demo lint format build clean
+
+test: build
+	$(PY) -m pytest $(ARGS)
+
+bench: build
+	$(PY) -m bench $(ARGS)
+
+demo: build
+	set -e; for script in examples/[a-z]*.py; do echo "== $$script"; $(PY) $$script; done
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(READY)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+# Always asked, and done in no time where nothing changed; where it cannot be done it says so and exits with 0.
+build: $(READY)
+	$(PY) csrc/build.py
+
+# The installation is editable, so the environment is made again only when the dependencies may have changed.
+$(VENV)/.ready: pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install "$(TORCH)" "setuptools>=77"
+	$(PY) -m pip install --no-build-isolation -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info mlkernels/*.so mlkernels/_build_error.txt
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis bench/out examples/out
+	find . -name __pycache__ -not -path './.venv/*' -exec rm -rf {} +

@@ -1,0 +1,162 @@
+"""What a run found, as text, JSON and a picture."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from .run import Run
+from .shapes import Case
+from .targets import Outcome, check
+
+COLOURS = {"ours": "#1b6ca8", "eager": "#c9c9c9", "compile": "#e8a33d"}
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    return f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
+
+
+def _times(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}x"
+
+
+def header_text(run: Run) -> str:
+    """One line on where and with what."""
+    header = run.header
+    versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items() if version)
+    commit = (header["commit"] or "no commit")[:10] + (" with changes" if header["uncommitted_changes"] else "")
+    where = f"{header['device']}, {header['threads']} threads"
+    isa = f", {header['isa']} kernels" if header["device_type"] == "cpu" and header["isa"] else ""
+    return f"{where}{isa}; {versions}; {commit}; {header['date']}"
+
+
+def _case_text(run: Run, case: Case) -> str:
+    floors = {peer: run.median(case, "-", peer) for peer in ("copy", "clone", "F.cross_entropy")}
+    rate = 2 * case.nbytes / floors["copy"] / 1e9 if floors["copy"] else math.nan
+    lines = [
+        "",
+        f"{case}  (logits {case.nbytes / 1e6:.2f} MB; copy_ {_time(floors['copy'])}, {rate:.1f} GB/s; "
+        f"clone {_time(floors['clone'])}; F.cross_entropy {_time(floors['F.cross_entropy'])})",
+        f"  {'loss':<14}{'ours':>11}{'fastest':>11}{'GB/s':>8}{'of copy_':>10}{'ours/copy':>11}{'ours/clone':>11}"
+        f"{'eager/ours':>12}{'compile/ours':>14}{'F.ce/ours':>11}",
+    ]
+    for loss in run.losses(case):
+        ours = run.median(case, loss, "ours")
+        if ours is None:
+            continue
+        best = next(t.best for key, t in run.timings.items() if key == (case, loss, "ours"))
+        copy, clone = (1 / (run.ratio(case, loss, peer) or math.nan) for peer in ("copy", "clone"))
+        lines.append(
+            f"  {loss:<14}{_time(ours):>11}{_time(best):>11}{2 * case.nbytes / ours / 1e9:>8.1f}{1 / copy:>10.0%}"
+            f"{_times(copy):>11}{_times(clone):>11}{_times(run.ratio(case, loss, 'eager')):>12}"
+            f"{_times(run.ratio(case, loss, 'compile')):>14}{_times(run.ratio(case, loss, 'F.cross_entropy')):>11}"
+        )
+    return "\n".join(lines)
+
+
+def text(run: Run) -> str:
+    """The tables for a terminal."""
+    parts = [
+        header_text(run),
+        "A step is the loss and its backward(). GB/s count one read and one write of the logits, which is what copy_ "
+        "does.",
+        *(_case_text(run, case) for case in run.cases()),
+    ]
+    outcomes = check(run)
+    if outcomes:
+        reached = sum(outcome.reached for outcome in outcomes)
+        parts += ["", f"Targets: {reached} of {len(outcomes)} reached", *(f"  {outcome}" for outcome in outcomes)]
+    return "\n".join(parts)
+
+
+def _outcome_json(outcome: Outcome) -> dict[str, Any]:
+    case, loss, peer, bound = outcome.target
+    return {
+        **case._asdict(),
+        "loss": loss,
+        "ratio": f"ours/{peer}" if outcome.target.is_floor else f"{peer}/ours",
+        "bound": bound,
+        "value": outcome.value,
+        "reached": outcome.reached,
+        "missed_by": max(1.0, outcome.missed_by),
+    }
+
+
+def as_json(run: Run) -> dict[str, Any]:
+    """Everything, for other programs."""
+    return {
+        "schema": 1,
+        **run.header,
+        "timings": [
+            {**key.case._asdict(), "loss": key.loss, "peer": key.peer, **timing._asdict()}
+            for key, timing in run.timings.items()
+        ],
+        "disagreements": [
+            {**key.case._asdict(), "loss": key.loss, "peer": key.peer, "relative": value}
+            for key, value in run.disagreements.items()
+        ],
+        "targets": [_outcome_json(outcome) for outcome in check(run)],
+    }
+
+
+def picture(run: Run, path: Path) -> None:
+    """A panel per case: the time of each loss and peer in multiples of copy_."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    cases = run.cases()
+    columns = min(3, len(cases))
+    figure = Figure(figsize=(4.6 * columns + 0.6, 3.3 * math.ceil(len(cases) / columns) + 0.9), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(math.ceil(len(cases) / columns), columns, squeeze=False).ravel()
+    for axes, case in zip(grid, cases, strict=False):
+        names = run.losses(case)
+        copy = run.median(case, "-", "copy") or math.nan
+        for place, (peer, colour) in enumerate(COLOURS.items()):
+            times = [(run.median(case, name, peer) or math.nan) / copy for name in names]
+            heights = [row + 0.27 * (place - 1) for row in range(len(names))]
+            bars = axes.barh(heights, times, 0.25, color=colour, label={"compile": "torch.compile"}.get(peer, peer))
+            labels = ["" if math.isnan(value) else f"{value:.2g}" for value in times]
+            axes.bar_label(bars, labels, padding=2, fontsize=6)
+        for peer, style in (("copy", "-"), ("clone", "--"), ("F.cross_entropy", ":")):
+            seconds = run.median(case, "-", peer)
+            if seconds:
+                axes.axvline(seconds / copy, color="black", linestyle=style, linewidth=1, label=f"{peer}", zorder=3)
+        axes.set(xscale="log", yticks=range(len(names)), title=f"{case}, copy {_time(copy)}")
+        low, high = axes.get_xlim()
+        axes.set_xlim(min(low, 0.8), high * 1.6)
+        axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
+        axes.invert_yaxis()
+        axes.title.set_fontsize(9)
+        axes.tick_params(labelsize=7)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in grid[len(cases) :]:
+        axes.set_visible(False)
+    handles, labels = grid[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8, frameon=False)
+    header = run.header
+    figure.suptitle(
+        f"forward + backward in multiples of copy_ of the logits (log scale)\n{header['device']}, "
+        f"{header['threads']} threads, torch {header['versions']['torch']}",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=130)
+
+
+def write(run: Run, folder: Path) -> list[Path]:
+    """The JSON and the picture; the paths written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    device = re.sub(r"[^a-z0-9]+", "-", run.header["device"].lower()).strip("-")
+    stem = f"{device}-{run.header['date'][:19].replace(':', '')}"
+    data, image = folder / f"{stem}.json", folder / f"{stem}.png"
+    data.write_text(json.dumps(as_json(run), indent=1) + "\n")
+    try:
+        picture(run, image)
+    except ImportError:
+        return [data]  # no matplotlib: the numbers are worth as much
+    return [data, image]

@@ -1,0 +1,32 @@
+import os
+
+import pytest
+import torch
+from hypothesis import settings
+from table import LOSSES, usable_backends
+
+# Windows of a second on a laptop, one on a loaded CI machine: the deadline tells nothing.
+settings.register_profile("default", deadline=None, max_examples=int(os.environ.get("MLKERNELS_EXAMPLES", "60")))
+settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True)
+def _reproducible():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _threads():
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(params=usable_backends())
+def backend(request):
+    """Every backend that can be used here on the CPU."""
+    return request.param
+
+
+@pytest.fixture(params=LOSSES, ids=str)
+def loss(request):
+    """Every loss of the table."""
+    return request.param

@@ -1,0 +1,453 @@
+"""The closed formulas of the losses, row by row, with 50 digits: what every backend is compared with.
+
+Nothing here is shared with the package: no torch, no autograd, no code of the reference backend. Values and derivatives
+are written out by hand (``test_gradients.py`` checks the derivatives against finite differences of the values), with
+conventions (floors, continuations, clamps) where the semantics have them. Confident rows need no care at 50 digits as
+long as 1 - p is a sum of the other classes.
+
+With every number comes its *unit*: the size of the error that one rounding of the row's final logits makes in it. A
+backend is right when it is within a few eps units.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import mpmath
+import numpy as np
+
+mp = mpmath.MPContext()
+mp.dps = 50
+
+ROOT_FLOOR = mp.mpf(2) ** -10
+INF = mp.inf
+
+
+@dataclass
+class Structure:
+    """Which formulas a loss is made of."""
+
+    transform: str = "identity"  # margin, affine, piecewise, given
+    scale: str = "single"  # two_scale
+    head: str = "log"  # modulated, tau, truncated
+    beyond_pi: str | None = None
+    gradient: str = "exact"
+    clamp: str = "min"
+    eta: float = 0.01
+    tau_min: float = 1e-6
+    domain: tuple[float, float] = (-1.0, 1.0)
+
+
+@dataclass
+class Piece:
+    """A scalar function at a point: its value, its derivatives, and how far the next jump is."""
+
+    value: object
+    by_x: object
+    by: dict = field(default_factory=dict)  # parameter name -> derivative, or (index, derivative) for tables
+    gap: object = INF
+    amplify: object = 1  # how much larger the relative error of a derivative is than that of its argument
+
+
+# ---- the target transform ----------------------------------------------------------------------------------------------
+
+
+def margin(x, m1, m2, m3, beyond_pi, gradient):
+    single = m1 == 1
+    beyond_pi = beyond_pi or ("linear" if single else "monotone")
+    inside = min(mp.mpf(1), max(mp.mpf(-1), x))
+    theta = mp.acos(inside)
+    root = mp.sqrt(max(mp.mpf(0), 1 - x * x))
+    floored = max(root, ROOT_FLOOR)
+    phi = m1 * theta + m2
+    if single:
+        cosine = x * mp.cos(m2) - mp.sin(m2) * root
+        by_x = mp.cos(m2) + x * mp.sin(m2) / floored
+        by_m2 = -x * mp.sin(m2) - mp.cos(m2) * root
+    else:
+        cosine = mp.cos(phi)
+        by_x = m1 * mp.sin(phi) / floored
+        by_m2 = -mp.sin(phi)
+    by_m1 = -theta * mp.sin(phi)
+    piece = Piece(cosine - m3, by_x, {"m1": by_m1, "m2": by_m2, "m3": mp.mpf(-1)})
+    if beyond_pi == "linear":
+        assert single
+        piece.gap = abs(x + mp.cos(m2)) if m2 > 0 else INF
+        if m2 > 0 and x < -mp.cos(m2):
+            piece.value = x - m2 * mp.sin(m2) - m3
+            piece.by_x = mp.mpf(1)
+            piece.by = {"m1": mp.mpf(0), "m2": -mp.sin(m2) - m2 * mp.cos(m2), "m3": mp.mpf(-1)}
+    elif beyond_pi == "monotone":
+        k = int(mp.ceil(phi / mp.pi)) - 1 if phi > 0 else int(mp.floor(phi / mp.pi))  # pi itself is not beyond it
+        sign = -1 if k % 2 else 1
+        piece.value = sign * cosine - 2 * k - m3
+        piece.by_x = sign * by_x
+        piece.by = {"m1": sign * by_m1, "m2": sign * by_m2, "m3": mp.mpf(-1)}
+    elif beyond_pi == "easy":
+        piece.gap = abs(x)
+        if x <= 0:
+            piece = Piece(x, mp.mpf(1), {"m1": mp.mpf(0), "m2": mp.mpf(0), "m3": mp.mpf(0)}, abs(x))
+    else:
+        assert beyond_pi == "none"
+    if gradient == "straight_through":
+        piece.by_x = mp.mpf(1)
+    return piece
+
+
+def find_bin(x, low, high, count):
+    """The bin's index, and how far x is from the inner edges."""
+    width = (mp.mpf(high) - mp.mpf(low)) / count
+    index = min(count - 1, max(0, int(mp.floor((x - low) / width))))
+    gap = min((abs(x - (low + k * width)) for k in range(1, count)), default=INF)
+    return index, gap
+
+
+def transform(structure, f_y, p):
+    if structure.transform == "identity":
+        return Piece(f_y, mp.mpf(1))
+    if structure.transform == "given":
+        return Piece(p["target_logit"], mp.mpf(0), {"target_logit": mp.mpf(1)})
+    if structure.transform == "affine":
+        return Piece(p["slope"] * f_y + p["offset"], p["slope"], {"slope": f_y, "offset": mp.mpf(1)})
+    norm = p.get("norm")
+    u = f_y if norm is None else f_y / norm
+    if structure.transform == "margin":
+        piece = margin(u, p["m1"], p["m2"], p["m3"], structure.beyond_pi, structure.gradient)
+    else:
+        slope, bias = p["t_slope"], p["t_bias"]
+        k, gap = find_bin(u, *structure.domain, len(slope))
+        piece = Piece(slope[k] * u + bias[k], slope[k], {"t_slope": (k, u), "t_bias": (k, mp.mpf(1))}, gap)
+    if norm is not None:
+        by_norm = piece.value - u * piece.by_x
+        times = lambda d: (d[0], norm * d[1]) if isinstance(d, tuple) else norm * d  # noqa: E731
+        piece.by = {name: times(d) for name, d in piece.by.items()} | {"norm": by_norm}
+        piece.value = norm * piece.value
+    return piece
+
+
+# ---- the head, a function of n = -log p ----------------------------------------------------------------------------------
+
+
+def modulated(n, alpha, beta, gamma, kappa):
+    if n == 0:
+        by_n = alpha * beta**gamma * (kappa + gamma) if gamma + kappa == 1 else mp.mpf(0)
+        zero = mp.mpf(0)
+        value = alpha if gamma + kappa == 0 else zero
+        return Piece(value, by_n, {"alpha": zero, "beta": zero, "gamma": zero, "kappa": zero})
+    if n == INF:
+        by_n = alpha * kappa if kappa == 1 else INF if kappa > 1 else mp.mpf(0)
+        value = alpha * n**kappa if kappa > 0 else alpha
+        by = {"alpha": value / alpha, "beta": mp.mpf(0), "gamma": mp.mpf(0), "kappa": INF}
+        return Piece(value, by_n, by)
+    x = beta * n
+    m = -mp.expm1(-x)
+    h = x / mp.expm1(x)
+    value = alpha * m**gamma * n**kappa
+    by_n = alpha * m**gamma * n ** (kappa - 1) * (kappa + gamma * h)
+    by_beta = value * gamma * n * mp.exp(-x) / m
+    return Piece(
+        value,
+        by_n,
+        {"alpha": value / alpha, "beta": by_beta, "gamma": value * mp.log(m), "kappa": value * mp.log(n)},
+        amplify=1 + beta + gamma + kappa,
+    )
+
+
+def tau(n, slope, bias, minimum, clamp):
+    q = mp.exp(-n) if n < INF else mp.mpf(0)
+    j, gap = find_bin(q, 0, 1, len(slope))
+    a, b = slope[j], bias[j]
+    level = a * q + b
+    if b == 0 and a > 0:
+        return Piece(
+            n - mp.log(a), mp.mpf(1), {"tau_slope": (j, -1 / a), "tau_bias": (j, -1 / max(level, minimum))}, gap
+        )
+    gap = min(gap, abs(level - minimum))
+    if level <= minimum:
+        zero = mp.mpf(0)
+        piece = Piece(-mp.log(minimum), zero, {"tau_slope": (j, zero), "tau_bias": (j, zero)}, gap)
+        if clamp == "cross_entropy":
+            piece.value, piece.by_x = piece.value + n, mp.mpf(1)
+        return piece
+    by = {"tau_slope": (j, -q / level), "tau_bias": (j, -1 / level)}
+    return Piece(-mp.log(level), a * q / level, by, gap, amplify=1 + abs(b) / level)
+
+
+def truncated(n, k):
+    ceiling = -mp.log(k)
+    gap = abs(mp.exp(-n) - k) if n < INF else k
+    if n > ceiling:
+        return Piece(ceiling, mp.mpf(0), {"k": -1 / k}, gap)
+    return Piece(n, mp.mpf(1), {"k": mp.mpf(0)}, gap)
+
+
+def head(structure, n, p):
+    if structure.head == "log":
+        return Piece(n, mp.mpf(1))
+    if structure.head == "modulated":
+        return modulated(n, p["alpha"], p["beta"], p["gamma"], p["kappa"])
+    if structure.head == "tau":
+        return tau(n, p["tau_slope"], p["tau_bias"], mp.mpf(structure.tau_min), structure.clamp)
+    return truncated(n, p["k"])
+
+
+# ---- a row -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Row:
+    """Everything about a row that is kept, at the upstream factors it was given."""
+
+    loss: object  # (1-eps) omega_y phi + eps/C sum omega_j (-log p_j)
+    penalty: object  # z_loss lse^2
+    omega: object
+    grad: list
+    params: dict
+    logsumexp: object
+    log_prob: object
+    confidence: object
+    prediction: int
+    rank: int
+    gap: object
+    loss_unit: object
+    penalty_unit: object
+    grad_unit: object
+    param_units: dict
+
+
+def row(
+    structure,
+    f,
+    y,
+    params,
+    *,
+    weight=None,
+    label_smoothing=0.0,
+    z_loss=0.0,
+    softcap=None,
+    logit_adjustment=None,
+    up_loss=1.0,
+    up_penalty=1.0,
+    up_logsumexp=0.0,
+    up_log_prob=0.0,
+):
+    """One kept row. ``params`` holds this row's numbers (its own scale, margin, table)."""
+    f = [mp.mpf(v) for v in f]
+    exact = lambda v: v if isinstance(v, mp.mpf) else mp.mpf(float(v))  # noqa: E731
+    p = {k: [exact(v) for v in value] if np.ndim(value) else exact(value) for k, value in params.items()}
+    classes = range(len(f))
+    others = [j for j in classes if j != y]
+    up_loss, up_penalty, up_lse, up_log_p = (mp.mpf(float(v)) for v in (up_loss, up_penalty, up_logsumexp, up_log_prob))
+    eps, lam = mp.mpf(label_smoothing), mp.mpf(z_loss)
+    omega = [mp.mpf(1)] * len(f) if weight is None else [mp.mpf(float(v)) for v in weight]
+
+    capped = [mp.mpf(1)] * len(f)  # d(softcapped)/d(raw)
+    if softcap is not None:
+        cap = mp.mpf(softcap)
+        squashed = [mp.tanh(v / cap) for v in f]
+        capped = [1 - v * v for v in squashed]
+        f = [cap * v for v in squashed]
+    if logit_adjustment is not None:
+        f = [v + mp.mpf(float(a)) for v, a in zip(f, logit_adjustment, strict=True)]
+
+    runner_up = max((f[j] for j in others), default=-INF)
+    confidence = f[y] - runner_up if runner_up > -INF else INF
+    gap = INF
+    if structure.scale == "two_scale":
+        well = confidence >= structure.eta
+        r, norm = p["scale_high" if well else "scale_low"], p.get("logit_norm", mp.mpf(1))
+        s = r / norm
+        gap = abs(confidence - structure.eta)
+    else:
+        s = p["scale"]
+    t = transform(structure, f[y], p)
+    gap = min(gap, t.gap)
+    z = [s * t.value if j == y else s * f[j] if f[j] > -INF else -INF for j in classes]
+    present = [j for j in others if z[j] > -INF]
+
+    if z[y] > -INF:
+        odds = {j: mp.exp(z[j] - z[y]) for j in present}
+        rest = sum(odds.values(), mp.mpf(0))
+        n = mp.log1p(rest)
+        lse = z[y] + n
+        miss = rest / (1 + rest)
+        total = 1 + rest
+    else:
+        top = max(z[j] for j in present)
+        odds = {j: mp.exp(z[j] - top) for j in present}
+        total = sum(odds.values(), mp.mpf(0))
+        lse = top + mp.log(total)
+        n, miss = INF, mp.mpf(1)
+    prob = [1 - miss if j == y else odds[j] / total if j in odds else mp.mpf(0) for j in classes]
+    residual = [-miss if j == y else prob[j] for j in classes]  # p - 1_y
+
+    phi = head(structure, n, p)
+    gap = min(gap, phi.gap)
+    loss = omega[y] * phi.value
+    if eps > 0:
+        spread = sum((w * (lse - v if v > -INF else INF) for w, v in zip(omega, z, strict=True) if w != 0), mp.mpf(0))
+        loss = (1 - eps) * loss + eps / len(f) * spread
+    total_omega = sum(omega)
+
+    through_head = up_loss * (1 - eps) * omega[y]
+    parts = [
+        (
+            through_head * phi.by_x * residual[j],
+            up_loss * eps / len(f) * (prob[j] * total_omega - omega[j]),
+            up_penalty * 2 * lam * lse * prob[j],
+            up_lse * prob[j],
+            -up_log_p * residual[j],
+        )
+        for j in classes
+    ]
+    dz = [sum(part) for part in parts]
+    to_f = [s * capped[j] * (t.by_x if j == y else 1) for j in classes]
+    grad = [d * factor for d, factor in zip(dz, to_f, strict=True)]
+    largest = max(abs(factor) * sum(abs(v) for v in part) for part, factor in zip(parts, to_f, strict=True))
+    # A class of probability 0 contributes 0 to every sum.
+    terms = [0 if z[j] == -INF else (t.value if j == y else f[j]) * dz[j] for j in classes]
+    by_scale = sum(terms, mp.mpf(0))
+
+    sizes = [abs(v) for v in z if v > -INF] + [abs(s)]
+    spread_unit = (1 + 4 * max(sizes)) * phi.amplify  # in units of eps: how far off the row's numbers can be, relatively
+    by_param = {name: scaled(d, through_head) for name, d in phi.by.items()}
+    # L log(1 - p^beta) and L log(-log p) are as accurate as L times a logarithm's argument.
+    least = {"gamma": abs(phi.value), "kappa": abs(phi.value)}
+    units = {
+        name: scaled(absolute(d, least.get(name, 0)), abs(through_head) * spread_unit) for name, d in phi.by.items()
+    }
+    for name, d in t.by.items():
+        by_param[name] = scaled(d, s * dz[y])
+        units[name] = scaled(absolute(d, at_least=1), abs(s * dz[y]) * spread_unit)
+    scale_unit = sum((abs(v) for v in terms), mp.mpf(0)) * spread_unit
+    if structure.scale == "two_scale":
+        chosen, other = ("scale_high", "scale_low") if well else ("scale_low", "scale_high")
+        by_param |= {chosen: by_scale / norm, other: mp.mpf(0), "logit_norm": -r / norm**2 * by_scale}
+        units |= {chosen: scale_unit / norm, other: mp.mpf(0), "logit_norm": r / norm**2 * scale_unit}
+    else:
+        by_param["scale"], units["scale"] = by_scale, scale_unit
+
+    by_z = [omega[y] * phi.by_x * residual[j] for j in classes]
+    finite = phi.value < INF and loss < INF
+    return Row(
+        loss=loss,
+        penalty=lam * lse * lse,
+        omega=omega[y],
+        grad=grad,
+        params={name: d for name, d in by_param.items() if name in params},
+        logsumexp=lse,
+        log_prob=-n,
+        confidence=confidence,
+        prediction=min(j for j in classes if f[j] == max(f)),
+        rank=sum(v > f[y] for v in f),
+        gap=gap,
+        loss_unit=abs(loss) + spread_unit * (sum(abs(v) for v in by_z) + eps * total_omega) if finite else mp.mpf(0),
+        penalty_unit=lam * (lse * lse + spread_unit * abs(lse)),
+        grad_unit=largest * spread_unit,
+        param_units={name: d for name, d in units.items() if name in params},
+    )
+
+
+def scaled(d, factor):
+    # 0 * inf: at p = 0 a derivative may be infinite where nothing asks for it.
+    product = lambda v: mp.mpf(0) if factor == 0 else v * factor  # noqa: E731
+    return (d[0], product(d[1])) if isinstance(d, tuple) else product(d)
+
+
+def absolute(d, at_least=0):
+    return (d[0], max(abs(d[1]), at_least)) if isinstance(d, tuple) else max(abs(d), at_least)
+
+
+# ---- a batch -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Batch:
+    """Reduced values and gradients as float64 arrays, each with its unit (of the same shape)."""
+
+    loss: np.ndarray
+    loss_unit: np.ndarray
+    grad: np.ndarray
+    grad_unit: np.ndarray
+    params: dict
+    param_units: dict
+    rows: list  # Row, or None where ignored
+
+
+def at_row(value, i, y, group):
+    """A parameter's number for row i: shared, per class, per row, or the row's table."""
+    value = np.asarray(value, dtype=np.float64)
+    return value[()] if value.ndim == 0 else value[y] if value.ndim == 1 else value[i, 0]
+
+
+def at_table(value, i, group):
+    value = np.asarray(value, dtype=np.float64)
+    return value if value.ndim == 1 else value[group[i]]
+
+
+TABLES = ("t_slope", "t_bias", "tau_slope", "tau_bias")
+
+
+def batch(
+    structure,
+    input,
+    target,
+    params,
+    *,
+    group=None,
+    reduction="mean",
+    ignore_index=-100,
+    upstream=None,
+    up_logsumexp=None,
+    up_log_prob=None,
+    weight=None,
+    **extras,
+):
+    """(N, C) logits and (N,) labels; ``upstream`` is a number, or (N,) under reduction "none"."""
+    input = np.asarray(input, dtype=np.float64)
+    n, c = input.shape
+    kept = [i for i in range(n) if target[i] != ignore_index]
+    up = np.ones(n) if upstream is None else np.broadcast_to(np.asarray(upstream, dtype=np.float64), (n,))
+    total_omega = sum(1.0 if weight is None else float(weight[target[i]]) for i in kept)
+    of_loss, of_penalty = up, up
+    if reduction == "mean":
+        of_loss = up / total_omega if total_omega else up * np.nan
+        of_penalty = up / len(kept) if kept else up * np.nan
+    rows = [None] * n
+    for i in kept:
+        own = {
+            name: at_table(v, i, group) if name in TABLES else at_row(v, i, target[i], group)
+            for name, v in params.items()
+        }
+        rows[i] = row(
+            structure, input[i], int(target[i]), own, weight=weight, up_loss=of_loss[i], up_penalty=of_penalty[i],
+            up_logsumexp=0 if up_logsumexp is None else up_logsumexp[i],
+            up_log_prob=0 if up_log_prob is None else up_log_prob[i],
+            **extras,
+        )  # fmt: skip
+
+    grad, grad_unit = np.zeros((n, c)), np.zeros((n, c))
+    by_param = {name: np.zeros(np.shape(v)) for name, v in params.items()}
+    units = {name: np.zeros(np.shape(v)) for name, v in params.items()}
+    for i in kept:
+        grad[i], grad_unit[i] = [float(v) for v in rows[i].grad], float(rows[i].grad_unit)
+        for name, v in params.items():
+            for into, found in ((by_param[name], rows[i].params), (units[name], rows[i].param_units)):
+                d = found.get(name, mp.mpf(0))
+                if name in TABLES:
+                    where = (d[0],) if np.ndim(v) == 1 else (group[i], d[0])
+                    into[where] += float(d[1])
+                else:
+                    where = () if np.ndim(v) == 0 else (target[i],) if np.ndim(v) == 1 else (i, 0)
+                    into[where] += float(d)
+
+    per_row = lambda get: np.array([0.0 if r is None else float(get(r)) for r in rows])  # noqa: E731
+    losses, penalties = per_row(lambda r: r.loss), per_row(lambda r: r.penalty)
+    loss_units, penalty_units = per_row(lambda r: r.loss_unit), per_row(lambda r: r.penalty_unit)
+    if reduction == "none":
+        loss, unit = losses + penalties, loss_units + penalty_units
+    else:
+        a, b = (1.0, 1.0) if reduction == "sum" else (total_omega or np.nan, len(kept) or np.nan)
+        loss = np.asarray(losses.sum() / a + (penalties.sum() / b if extras.get("z_loss") else 0.0))
+        unit = np.asarray(loss_units.sum() / abs(a) + (penalty_units.sum() / b if extras.get("z_loss") else 0.0))
+    return Batch(loss, unit, grad, grad_unit, by_param, units, rows)

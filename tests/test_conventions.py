@@ -1,0 +1,348 @@
+"""PyTorch's conventions, and the documented exceptions to them."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from table import BY_NAME, F64, FEW, INF, LOSSES, NAN, draw, run
+
+import mlkernels
+
+NEUTRAL = [loss for loss in LOSSES if loss.neutral is not None]
+CLASSES = 6
+WEIGHT = torch.tensor([0.5, 1.5, 0.0, 2.0, 0.75, 1.25], dtype=F64)
+OPTIONS = {
+    "plain": {},
+    "weight": {"weight": WEIGHT},
+    "smoothing": {"label_smoothing": 0.2},
+    "weighted smoothing": {"weight": WEIGHT, "label_smoothing": 0.2},
+    "ignore": {"ignore_index": 4},
+    "all": {"weight": WEIGHT, "label_smoothing": 0.2, "ignore_index": 4},
+}
+
+
+def neutral_arguments(loss, form, target, classes):
+    if form == "number":
+        return dict(loss.neutral)
+    return {k: torch.tensor(v, dtype=F64, requires_grad=True) for k, v in loss.neutral.items()}
+
+
+def logits(rows=18, classes=CLASSES, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    input = 3 * torch.randn(rows, classes, generator=generator, dtype=F64)
+    target = torch.randint(0, classes, (rows,), generator=generator)
+    for i, lead in enumerate((5.0, 20.0, 40.0, -40.0)[: rows if rows < 4 else 4]):
+        input[i, target[i]] = input[i].max() + lead
+    return input, target
+
+
+def both(loss, input, target, params, reduction, backend, **options):
+    """Ours and torch's (value, gradient), for an upstream gradient that is not 1."""
+    found = []
+    fixed = {k: v for k, v in loss.fixed.items() if k in ("eta", "gradient", "clamp", "beyond_pi")}
+    for function in (
+        lambda x: loss.call(x, target, **params, **fixed, reduction=reduction, backend=backend, **options),
+        lambda x: F.cross_entropy(x, target, reduction=reduction, **options),
+    ):
+        x = input.clone().requires_grad_()
+        value = function(x)
+        upstream = torch.linspace(-1.5, 2, max(value.numel(), 2), dtype=F64)[: value.numel()].reshape(value.shape)
+        value.backward(upstream)
+        found.append((value.detach(), x.grad))
+    return found
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("form", ["number", "shared"])
+@pytest.mark.parametrize("loss", NEUTRAL, ids=str)
+def test_neutral_parameters_are_cross_entropy(loss, backend, form, options, reduction):
+    if loss.structure.gradient == "straight_through" and form == "number" and options:
+        pytest.skip("the same code as exact at neutral values")
+    input, target = logits()
+    ours, theirs = both(loss, input, target, neutral_arguments(loss, form, target, CLASSES), reduction, backend, **options)
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(ours[1], theirs[1], rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("loss", NEUTRAL, ids=str)
+def test_no_rows(loss, backend, reduction):
+    ours, theirs = both(
+        loss, torch.empty(0, CLASSES, dtype=F64), torch.empty(0, dtype=torch.long), loss.neutral, reduction, backend
+    )
+    torch.testing.assert_close(ours[0], theirs[0], equal_nan=True)
+    assert ours[1].shape == (0, CLASSES)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("options", ["plain", "weight", "smoothing"])
+@pytest.mark.parametrize("loss", LOSSES, ids=str)
+def test_all_rows_ignored(loss, backend, options, reduction):
+    """Mean: NaN as in torch, but the gradient is exactly 0 (0/0 of nothing), also that of the parameters."""
+    input, target, params = draw(loss, rows=4, form="shared")
+    target[:] = -100
+    input[1] = NAN
+    group = {"group": loss.group(target)} if loss.groups else {}
+    value, grad, by_param = run(
+        loss, input, target, params, None if reduction != "none" else torch.ones(4), reduction=reduction,
+        backend=backend, **OPTIONS[options], **group,
+    )  # fmt: skip
+    if reduction == "mean":
+        assert math.isnan(float(value))
+    else:
+        assert torch.equal(value, torch.zeros_like(value))
+    assert torch.equal(grad, torch.zeros_like(grad))
+    for name, found in by_param.items():
+        assert torch.equal(found, torch.zeros_like(found)), name
+
+
+def test_weights_that_sum_to_nothing_are_nan_as_in_torch(backend):
+    input, _ = logits(3)
+    target = torch.full((3,), 2)
+    ours, theirs = both(BY_NAME["cross_entropy"], input, target, {"scale": 1.0}, "mean", backend, weight=WEIGHT)
+    assert math.isnan(float(ours[0])) and math.isnan(float(theirs[0]))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize("name", ["cross_entropy", "modulated", "two_scale", "affine"])
+def test_masked_classes_as_in_torch(name, backend, smoothing):
+    """-inf logits are classes of probability 0; smoothing one costs infinitely much, its gradient does not."""
+    loss = BY_NAME[name]
+    input, target = logits(8)
+    input[torch.arange(8), (target + 1) % CLASSES] = -INF
+    input[:4, 5] = torch.where(target[:4] == 5, input[:4, 5], -INF)
+    ours, theirs = both(loss, input, target, loss.neutral, "none", backend, label_smoothing=smoothing)
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(ours[1], theirs[1], rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("loss", NEUTRAL, ids=str)
+def test_a_masked_target_as_in_torch(loss, backend):
+    input, target = logits(4)
+    input[1, target[1]] = -INF
+    ours, theirs = both(loss, input, target, loss.neutral, "none", backend)
+    assert ours[0][1] == INF
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(ours[1], theirs[1], rtol=1e-11, atol=1e-13)
+
+
+BAD_ROWS = {
+    "NaN elsewhere": lambda row, y: row.index_fill_(0, torch.tensor([(y + 1) % CLASSES]), NAN),
+    "NaN at the target": lambda row, y: row.index_fill_(0, torch.tensor([y]), NAN),
+    "NaN everywhere": lambda row, y: row.fill_(NAN),
+    "+inf elsewhere": lambda row, y: row.index_fill_(0, torch.tensor([(y + 1) % CLASSES]), INF),
+    "+inf at the target": lambda row, y: row.index_fill_(0, torch.tensor([y]), INF),
+    "+inf twice": lambda row, y: row.index_fill_(0, torch.tensor([y, (y + 1) % CLASSES]), INF),
+    "all -inf": lambda row, y: row.fill_(-INF),
+    "NaN and +inf": lambda row, y: row.index_fill_(0, torch.tensor([(y + 2) % CLASSES]), NAN).index_fill_(
+        0, torch.tensor([(y + 1) % CLASSES]), INF
+    ),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_ROWS)
+@pytest.mark.parametrize("loss", LOSSES, ids=str)
+def test_a_bad_row_is_nan_alone(loss, backend, bad):
+    """NaN or +inf makes its own row NaN (loss and gradient), and leaves the others what they were, to the bit."""
+    if "target_logit" in loss.params and "target" in bad:
+        pytest.skip("the target's own logit is replaced")
+    if bad == "all -inf" and (not loss.masked_target or "target_logit" in loss.params):
+        pytest.skip("the target's logit is not -inf after the transform")
+    input, target, params = draw(loss, rows=8, form="shared", kinds=("random",))
+    params = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in params.items()}
+    input = input.float()
+    options = {"reduction": "none", "backend": backend} | ({"group": loss.group(target)} if loss.groups else {})
+    upstream = torch.linspace(-1, 2, 8)
+    good = run(loss, input, target, params, upstream, **options)
+    BAD_ROWS[bad](input[3], int(target[3]))
+    value, grad, _ = run(loss, input, target, params, upstream, **options)
+    rest = torch.arange(8) != 3
+    assert torch.equal(value[rest], good[0][rest]) and torch.equal(grad[rest], good[1][rest])
+    assert bool(value[3].isnan()), value
+    read = torch.arange(6) != (target[3] if "target_logit" in loss.params else -1)
+    assert bool(grad[3][read].isnan().all()), grad[3]
+
+
+def test_a_bad_row_in_the_statistics(backend):
+    input, target = logits(4)
+    input[1, 0] = NAN
+    input[2, :] = INF
+    _, rows = mlkernels.softmax_loss(input, target, reduction="none", return_stats=True, backend=backend)
+    assert bool(rows.log_prob[1].isnan()) and int(rows.prediction[1]) == -1
+    assert bool(rows.log_prob[2].isnan())
+    assert bool(rows.log_prob[[0, 3]].isfinite().all())
+
+
+@pytest.mark.parametrize("form", ["number", "shared", "class", "row"])
+@pytest.mark.parametrize("held", [NAN, INF, -INF, 1e30])
+def test_ignored_rows_are_not_read(loss, backend, form, held):
+    """Whatever an ignored row holds, and whatever its own parameters hold."""
+    if form not in loss.forms:
+        pytest.skip("a scale of two is shared")
+    input, target, params = draw(loss, rows=6, form=form, kinds=("random", "ties"))
+    target[2] = -100
+    for name, value in params.items():
+        if isinstance(value, torch.Tensor) and value.dim() == 2 and name not in ("t_slope", "t_bias", "tau_slope", "tau_bias"):
+            value[2] = NAN
+    group = loss.group(target)
+    options = {} if group is None else {"group": group}
+    keep = torch.arange(6) != 2
+    upstream = torch.linspace(-1, 2, 6, dtype=F64)
+    input[2] = held
+    value, grad, by_param = run(loss, input, target, params, upstream, reduction="none", backend=backend, **options)
+    assert float(value[2]) == 0.0 and torch.equal(grad[2], torch.zeros(6, dtype=F64))
+    without = {k: v[keep] if isinstance(v, torch.Tensor) and v.shape == (6, 1) else v for k, v in params.items()}
+    options = {} if group is None else {"group": group[keep]}
+    wanted = run(loss, input[keep], target[keep], without, upstream[keep], reduction="none", backend=backend, **options)
+    assert torch.equal(value[keep], wanted[0]) and torch.equal(grad[keep], wanted[1])
+    for name, found in by_param.items():
+        if found.shape == (6, 1):
+            assert float(found[2]) == 0.0, name
+            found = found[keep]
+        torch.testing.assert_close(found, wanted[2][name], rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("loss", FEW, ids=str)
+@pytest.mark.parametrize("ignore_index", [-100, -1, 0, 5, 300])
+def test_ignore_index_in_and_out_of_range(loss, backend, ignore_index):
+    input, target, params = draw(loss, rows=8)
+    options = {} if loss.group(target) is None else {"group": loss.group(target)}
+    keep = target != ignore_index
+    if ignore_index in (-100, -1, 300):
+        keep = torch.arange(8) % 3 != 1
+        target = torch.where(keep, target, ignore_index)
+    value, _, _ = run(loss, input, target, params, 1.5, ignore_index=ignore_index, backend=backend, **options)
+    params = {k: v[keep] if isinstance(v, torch.Tensor) and v.shape == (8, 1) else v for k, v in params.items()}
+    options = {k: v[keep] for k, v in options.items()}
+    wanted = loss(input[keep], target[keep], params, reduction="sum", backend="reference", **options) / keep.sum()
+    torch.testing.assert_close(value, wanted.detach(), rtol=1e-12, atol=1e-13)
+
+
+def test_z_loss_is_never_class_weighted(backend):
+    input, target = logits(6)
+    target[1] = -100
+    lse = input.logsumexp(1)
+    kept = target != -100
+    for reduction in ("none", "sum", "mean"):
+        plain = mlkernels.cross_entropy(input, target, weight=WEIGHT, reduction=reduction, backend=backend)
+        with_z = mlkernels.cross_entropy(input, target, weight=WEIGHT, reduction=reduction, z_loss=0.5, backend=backend)
+        penalty = torch.where(kept, 0.5 * lse.square(), 0)
+        wanted = {"none": penalty, "sum": penalty.sum(), "mean": penalty.sum() / 5}[reduction]
+        torch.testing.assert_close(with_z - plain, wanted, rtol=1e-11, atol=1e-12)
+
+
+def test_mean_is_torchs_mean(loss, backend):
+    """The sum of weighted losses over the sum of the weights of the kept rows: not over N, nor over the rows kept."""
+    input, target, params = draw(loss, rows=9)
+    target[4] = -100
+    options = {"weight": WEIGHT, "backend": backend} | ({"group": loss.group(target)} if loss.groups else {})
+    total = float(loss(input, target, params, reduction="sum", **options))
+    mean = float(loss(input, target, params, reduction="mean", **options))
+    assert mean == pytest.approx(total / float(WEIGHT[target[target >= 0]].sum()), rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_dtypes_of_results(backend, dtype, reduction):
+    input, target = logits(4)
+    x = input.to(dtype).requires_grad_()
+    weight = WEIGHT.to(torch.bfloat16 if dtype == torch.float64 else F64)  # any floating dtype will do
+    loss, rows = mlkernels.softmax_loss(
+        x, target, weight=weight, reduction=reduction, return_stats=True, backend=backend
+    )
+    wide = F64 if dtype == F64 else torch.float32
+    assert loss.dtype == rows.logsumexp.dtype == rows.log_prob.dtype == rows.confidence.dtype == wide
+    assert rows.prediction.dtype == rows.rank.dtype == torch.int64
+    loss.sum().backward()
+    assert x.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8], ids=str)
+def test_labels_of_any_integer_dtype(loss, backend, dtype):
+    input, target, params = draw(loss, rows=8)
+    ignore = 255 if dtype == torch.uint8 else -3
+    target[2] = ignore
+    options = {"ignore_index": ignore, "backend": backend} | ({"group": loss.group(target)} if loss.groups else {})
+    wanted = run(loss, input, target, params, 0.5, **options)
+    if loss.groups:
+        options["group"] = options["group"].to(dtype)
+    found = run(loss, input, target.to(dtype), params, 0.5, **options)
+    assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+
+
+def test_soft_targets(backend):
+    """Class probabilities are cross_entropy's, on the reference backend; elsewhere an error that says so."""
+    input, _ = logits(5)
+    soft = torch.softmax(torch.randn(5, CLASSES, dtype=F64), 1)
+    if backend != "reference":
+        with pytest.raises(TypeError, match="reference"):
+            mlkernels.cross_entropy(input, soft, backend=backend)
+        return
+    for chosen in (None, "reference"):
+        x, y = input.clone().requires_grad_(), input.clone().requires_grad_()
+        ours = mlkernels.cross_entropy(x, soft, scale=1.5, weight=WEIGHT, label_smoothing=0.1, backend=chosen)
+        theirs = F.cross_entropy(1.5 * y, soft, WEIGHT, label_smoothing=0.1)
+        (3 * ours).backward()
+        (3 * theirs).backward()
+        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(x.grad, y.grad)
+    with pytest.raises(TypeError, match="target"):
+        mlkernels.focal_loss(input, soft, backend=backend)
+
+
+def test_nothing_is_mutated(loss, backend):
+    input, target, params = draw(loss, form="shared")
+    target[1] = -100
+    options = dict(OPTIONS["weighted smoothing"], z_loss=0.1, logit_adjustment=WEIGHT.clone())
+    if loss.groups:
+        options["group"] = loss.group(target)
+    held = [input, target, *(v for v in (*params.values(), *options.values()) if isinstance(v, torch.Tensor))]
+    before = [(v.clone(), v._version) for v in held]
+    value = loss(input.requires_grad_(), target, params, backend=backend, **options)
+    value.backward(torch.tensor(2.0, dtype=F64))
+    for tensor, (old, version) in zip(held, before, strict=True):
+        assert torch.equal(tensor.detach(), old) and tensor._version == version
+
+
+def test_predictions_on_ties(backend):
+    input = torch.tensor([[1.0, 2.0, 2.0], [0.0, 0.0, 0.0], [-INF, -INF, 1.0], [3.0, 3.0, 3.0]])
+    target = torch.tensor([2, 2, 0, -100])
+    _, rows = mlkernels.softmax_loss(input, target, return_stats=True, backend=backend)
+    assert rows.prediction.tolist() == [1, 0, 2, -1]
+    assert rows.rank.tolist() == [0, 0, 1, 0]
+    assert rows.confidence.tolist() == [0.0, 0.0, -INF, 0.0]
+
+
+def test_statistics_are_of_the_untransformed_logits(backend):
+    """softcap and adjustment come before, transform and scale after them."""
+    input = torch.tensor([[0.8, 0.7, -0.2], [0.1, 0.9, 0.3]], dtype=F64)
+    target = torch.tensor([0, 0])
+    loss, rows = mlkernels.softmax_loss(
+        input, target, transform=mlkernels.Margin(m3=0.5), scale=10.0, logit_adjustment=torch.tensor([0.0, 0.0, 1.0]),
+        reduction="none", return_stats=True, backend=backend,
+    )  # fmt: skip
+    assert rows.prediction.tolist() == [0, 2] and rows.rank.tolist() == [0, 2]
+    torch.testing.assert_close(rows.confidence, torch.tensor([0.0, -1.2], dtype=F64), atol=1e-15, rtol=0)
+    torch.testing.assert_close(rows.log_prob, -loss)
+
+
+def test_out_of_range_numbers_in_tensors_are_nan_not_clamped():
+    """What a GPU would meet unchecked: NaN rows. The reference is asked below the checks."""
+    from mlkernels.backends import reference
+    from mlkernels.softmax import _DEFAULTS
+    from mlkernels.spec import HeadKind, Slot, spec
+
+    input, target = logits(3)
+    for slot, structure, bad in (
+        (Slot.SCALE, spec(), -1.0),
+        (Slot.HEAD_B, spec(head=HeadKind.MODULATED), 0.0),
+        (Slot.HEAD_C, spec(head=HeadKind.MODULATED), -0.5),
+        (Slot.HEAD_A, spec(head=HeadKind.TRUNCATED), 1.5),
+    ):
+        consts = _DEFAULTS.copy()
+        consts[Slot.SCALE] = consts[Slot.HEAD_A] = consts[Slot.HEAD_B] = consts[Slot.HEAD_D] = 1.0
+        value = torch.tensor(bad, dtype=F64)
+        loss, _ = reference.softmax_loss(input, target, [*structure.ids, 0, -100, 1 << slot], consts, [value])
+        assert bool(loss.isnan().all()), slot

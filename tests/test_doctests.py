@@ -1,0 +1,39 @@
+"""Every example in the package's docstrings, and every block of code in the docs."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import mlkernels
+
+ROOT = Path(__file__).parent.parent
+# Modules that are scripts, or that need a device to be imported.
+SKIPPED = re.compile(r"\.__main__$|\.triton\b")
+
+
+def module_names():
+    found = (module.name for module in pkgutil.walk_packages(mlkernels.__path__, "mlkernels."))
+    return ["mlkernels", *(name for name in found if not SKIPPED.search(name) and not name.endswith("._cpu"))]
+
+
+@pytest.mark.parametrize("name", module_names())
+def test_docstrings(name):
+    failed, _ = doctest.testmod(importlib.import_module(name))
+    assert failed == 0
+
+
+def test_there_are_examples():
+    assert sum(doctest.testmod(importlib.import_module(name)).attempted for name in module_names()) > 60
+
+
+def test_losses_page():
+    """The blocks of one page build on each other, from top to bottom."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "losses.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) > 10
+    scope = {}
+    for block in blocks:
+        exec(compile(block, "docs/losses.md", "exec"), scope)

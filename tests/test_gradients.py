@@ -1,0 +1,219 @@
+"""Gradients beyond what test_values.py compares anyway: the oracle's own, edges, statistics, subsets of the leaves."""
+
+import oracle
+import pytest
+import torch
+from oracle import TABLES, mp
+from table import BY_NAME, F64, FEW, LOSSES, check, close, draw, expected, for_oracle, leaves, run
+
+import mlkernels
+
+# ---- the oracle against itself: derivatives written by hand against differences of values -------------------------------
+
+
+def total(structure, f, y, params):
+    found = oracle.row(structure, f, y, params, label_smoothing=0.1, z_loss=0.01, softcap=7.0, weight=[0.5, 2.0, 1.5, 1.0])
+    return found.loss + found.penalty
+
+
+def difference(function):
+    """A central difference in 50 digits, good to 20."""
+    h = mp.mpf(10) ** -15
+    return (function(h) - function(-h)) / (2 * h)
+
+
+@pytest.mark.parametrize(
+    "loss", [loss for loss in LOSSES if loss.structure.gradient == "exact"], ids=str
+)  # fmt: skip
+def test_the_closed_derivatives(loss):
+    input, target, params = draw(loss, rows=3, classes=4, kinds=("random", "confident5"), softcap=7.0)
+    shared = for_oracle(loss, params)
+    for i in range(len(target)):
+        f, y = [mp.mpf(v) for v in input[i].tolist()], int(target[i])
+        own = {
+            k: oracle.at_table(v, i, loss.group(target)) if k in TABLES else oracle.at_row(v, i, y, None)
+            for k, v in shared.items()
+        }
+        if loss.structure.transform == "margin" and own["m1"] == 1:
+            own.pop("m1")  # another formula on each side of 1
+            fixed = {"m1": 1.0}
+        else:
+            fixed = {}
+        row = oracle.row(
+            loss.structure, f, y, own | fixed, label_smoothing=0.1, z_loss=0.01, softcap=7.0,
+            weight=[0.5, 2.0, 1.5, 1.0],
+        )  # fmt: skip
+        for j in range(len(f)):
+            slope = difference(lambda h, j=j: total(loss.structure, [*f[:j], f[j] + h, *f[j + 1 :]], y, own | fixed))
+            assert abs(slope - row.grad[j]) < 1e-18 * (1 + abs(slope)), f"logit {j}"
+        for name in own:
+            if name in TABLES:
+                k, slope = row.params[name]
+                nudge = lambda h, name=name, k=k: [v + h if i == k else v for i, v in enumerate(map(mp.mpf, own[name]))]  # noqa: E731
+            else:
+                slope = row.params[name]
+                nudge = lambda h, name=name: mp.mpf(float(own[name])) + h  # noqa: E731
+            if name == "tau_bias" and own[name][k] == 0:
+                continue  # b = 0 is a structure of its own
+            if name == "gamma" and own[name] == 0:
+                continue  # the end of its range
+            moved = difference(lambda h, n=name, nudge=nudge: total(loss.structure, f, y, own | fixed | {n: nudge(h)}))
+            assert abs(moved - slope) < 1e-18 * (1 + abs(moved)), name
+
+
+# ---- edges ---------------------------------------------------------------------------------------------------------------
+
+EDGES = [1.0, -1.0, 1.0000005, -1.0000005, 1.0001, 0.99999, -0.99999]
+MARGINS = [loss.name for loss in LOSSES if loss.structure.transform == "margin" and "norm" not in loss.params]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
+@pytest.mark.parametrize("name", MARGINS)
+def test_cosines_at_the_ends(name, backend, dtype):
+    """acos and sqrt at cos = 1 and just beyond: finite, and the floored derivative."""
+    loss = BY_NAME[name]
+    generator = torch.Generator().manual_seed(5)
+    input = (1.6 * torch.rand(len(EDGES), 5, generator=generator) - 0.8).double()
+    target = torch.randint(0, 5, (len(EDGES),), generator=generator)
+    for i, x in enumerate(EDGES):
+        input[i, target[i]] = torch.tensor(x).double()
+    params = loss.values("shared", target, 5)
+    upstream = torch.linspace(-2, 3, len(EDGES), dtype=torch.float32).double()
+    # 1 - x^2 near 1 is known to eps / (1 - x^2), and acos has no better.
+    check(loss, backend, input, target, params, dtype, upstream, reduction="none", factor=2000.0)
+
+
+@pytest.mark.parametrize("m1", [1.0, 1.0 + 2**-20])
+@pytest.mark.parametrize("beyond_pi", ["monotone", "none", "easy"])
+def test_m1_can_be_trained_away_from_1(backend, beyond_pi, m1):
+    """m1 = 1 is computed in closed form; its derivative, -theta sin(theta + m2), is not 0 for that."""
+    input, target, _ = draw(BY_NAME["margin_easy"], rows=8)
+    fixed = {"m2": 0.3, "m3": 0.1, "scale": 8.0, "beyond_pi": beyond_pi}
+    own = torch.tensor(m1, dtype=F64, requires_grad=True)
+    upstream = torch.linspace(-1, 2, 8, dtype=F64)
+    mlkernels.margin_cross_entropy(input, target, own, **fixed, reduction="none", backend=backend).backward(upstream)
+    structure = oracle.Structure(transform="margin", beyond_pi=beyond_pi)
+    params = {"m1": m1, "m2": 0.3, "m3": 0.1, "scale": 8.0}
+    wanted = oracle.batch(structure, input.numpy(), target.numpy(), params, reduction="none", upstream=upstream.numpy())
+    assert abs(wanted.params["m1"]) > 0.1
+    assert float(own.grad) == pytest.approx(float(wanted.params["m1"]), rel=1e-9)
+
+
+def test_linear_at_its_corner(backend):
+    """The linear continuation jumps at x = -cos m2; on both sides it is what it says."""
+    input = torch.tensor([[-0.88, 0.1], [-0.87, 0.1]], dtype=F64)  # -cos .5 = -.87758
+    x = input.clone().requires_grad_()
+    mlkernels.arcface_loss(x, torch.tensor([0, 0]), 0.5, 8.0, reduction="none", backend=backend).sum().backward()
+    wanted = oracle.batch(
+        oracle.Structure(transform="margin"), input.numpy(), [0, 0], {"m1": 1.0, "m2": 0.5, "m3": 0.0, "scale": 8.0},
+        reduction="none",
+    )  # fmt: skip
+    torch.testing.assert_close(x.grad, torch.as_tensor(wanted.grad), rtol=1e-12, atol=0)
+
+
+def test_two_scale_threshold_is_closed_above(backend):
+    """Equality takes the high scale; the threshold is drawn on the raw logits, not on those divided by the norm."""
+    input = torch.tensor([[0.75, 0.25], [0.75, 0.375]], dtype=F64)
+    low, high = torch.tensor(1.5, dtype=F64, requires_grad=True), torch.tensor(6.0, dtype=F64, requires_grad=True)
+    loss = mlkernels.two_scale_cross_entropy(
+        input, torch.tensor([0, 0]), low, high, eta=0.5, logit_norm=torch.tensor(3.0, dtype=F64), reduction="none",
+        backend=backend,
+    )  # fmt: skip
+    wanted = torch.stack([torch.tensor(-0.5 * 2.0).exp().log1p(), torch.tensor(-0.375 * 0.5).exp().log1p()]).double()
+    torch.testing.assert_close(loss.detach(), wanted, rtol=1e-6, atol=0)
+    loss[0].backward()
+    assert float(low.grad) == 0.0 and float(high.grad) != 0.0  # an empty group's gradient is exactly 0
+
+
+@pytest.mark.parametrize("classes", [1, 2, 5])
+def test_identical_rows_have_identical_gradients(loss, backend, classes):
+    """Batch invariance: a row's result does not depend on where it lies or on its neighbours."""
+    if loss.groups or "target_logit" in loss.params or "norm" in loss.params:
+        pytest.skip("rows have parameters of their own")
+    input, target, params = draw(loss, rows=2, classes=classes, kinds=("random", "ties"))
+    many = torch.cat([input.repeat(9, 1), input[:1]]).float()
+    labels = torch.cat([target.repeat(9), target[:1]])
+    value, grad, _ = run(loss, many, labels, params, torch.full((19,), 1.25), reduction="none", backend=backend)
+    assert torch.equal(value[::2], value[:1].expand(10)) and torch.equal(value[1::2], value[1:2].expand(9))
+    assert torch.equal(grad[::2], grad[:1].expand(10, -1)) and torch.equal(grad[1::2], grad[1:2].expand(9, -1))
+
+
+# ---- subsets of the leaves, and the parameters' dtypes -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", FEW, ids=str)
+def test_each_gradient_alone(loss, backend):
+    """Asking for one gradient gives what asking for all gives."""
+    input, target, params = draw(loss, rows=8, form="shared")
+    options = {"backend": backend, "reduction": "sum"} | ({"group": loss.group(target)} if loss.groups else {})
+    _, grad, by_param = run(loss, input, target, params, 0.75, **options)
+    tensors = [k for k, v in params.items() if isinstance(v, torch.Tensor)]
+    for name in tensors:
+        own = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in params.items()}
+        own[name] = own[name].clone().requires_grad_()
+        (0.75 * loss(input, target, own, **options)).backward()
+        torch.testing.assert_close(own[name].grad, by_param[name], rtol=1e-12, atol=1e-14)
+    x = input.clone().requires_grad_()
+    (0.75 * loss(x, target, params, **options)).backward()
+    torch.testing.assert_close(x.grad, grad, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("loss", FEW, ids=str)
+def test_parameters_of_any_dtype(loss, backend, dtype):
+    """A parameter is read in its own dtype (not cast in place), and its gradient has that dtype."""
+    input, target, params = draw(loss, rows=8, form="shared")
+    params = {k: v.to(dtype) if isinstance(v, torch.Tensor) else v for k, v in params.items()}
+    exact = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in params.items()}
+    options = {"reduction": "none"} | ({"group": loss.group(target)} if loss.groups else {})
+    upstream = torch.linspace(-1, 2, 8).double()
+    own = leaves(params)
+    before = {k: v.detach().clone() for k, v in own.items() if isinstance(v, torch.Tensor)}
+    loss(input.float(), target, own, backend=backend, **options).backward(upstream.float())
+    wanted = expected(loss, input, target, exact, upstream=upstream, **options)
+    for name, old in before.items():
+        assert own[name].dtype == own[name].grad.dtype == dtype
+        assert torch.equal(own[name].detach(), old)
+        eps = torch.finfo(torch.float32).eps
+        close(
+            own[name].grad, wanted.params[name], wanted.param_units[name], eps, name,
+            extra=torch.finfo(dtype).eps, tiny=1e-7 if dtype == torch.float16 else 1e-36,
+        )  # fmt: skip
+
+
+# ---- row statistics -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=str)
+def test_statistics_and_their_gradients(loss, backend):
+    input, target, params = draw(loss, rows=16, form="shared")
+    target[5], input[5] = -100, float("nan")
+    options = {"group": loss.group(target)} if loss.groups else {}
+    x, own = input.clone().requires_grad_(), leaves(params)
+    value, rows = mlkernels.softmax_loss(
+        x, target, **loss.compose(own), **options, reduction="none", return_stats=True, backend=backend
+    )
+    ups = [torch.linspace(a, b, 16, dtype=F64) for a, b in ((-1, 2), (0.5, -2), (1.5, -0.5))]
+    torch.autograd.backward([value, rows.logsumexp, rows.log_prob], ups)
+    wanted = expected(
+        loss, input, target, params, reduction="none", upstream=ups[0], up_logsumexp=ups[1], up_log_prob=ups[2], **options
+    )
+    eps = torch.finfo(F64).eps
+    spread = torch.as_tensor(wanted.loss_unit).abs().max() + 300
+    close(value.detach(), wanted.loss, wanted.loss_unit, eps, "loss")
+    close(x.grad, wanted.grad, wanted.grad_unit, eps, "gradient", factor=40, tiny=1e-300)
+    for name, v in own.items():
+        if isinstance(v, torch.Tensor):
+            key = {"arcface": "m2", "cosface": "m3", "sphereface": "m1"}[loss.name] if name == "margin" else name
+            unit = torch.as_tensor(wanted.param_units[key]) + spread
+            close(v.grad, wanted.params[key], unit, eps, name, tiny=1e-300)
+    for i, row in enumerate(wanted.rows):
+        if row is None:
+            assert [float(s[i].detach()) for s in rows] == [0, 0, -1, 0, 0]
+            continue
+        assert float(rows.logsumexp[i].detach()) == pytest.approx(float(row.logsumexp), rel=1e-12, abs=1e-12)
+        assert float(rows.log_prob[i].detach()) == pytest.approx(float(row.log_prob), rel=1e-10, abs=1e-300)
+        assert int(rows.prediction[i]) == row.prediction
+        assert int(rows.rank[i]) == row.rank
+        assert float(rows.confidence[i]) == pytest.approx(float(row.confidence), rel=1e-14, abs=1e-14)
+    assert not rows.prediction.requires_grad and not rows.confidence.requires_grad and not rows.rank.requires_grad

@@ -1,0 +1,483 @@
+"""The modules: their functional twins with the arguments kept, and what only modules have."""
+
+import copy
+import inspect
+import io
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import mlkernels
+from mlkernels import functional as F
+from mlkernels import modules
+
+F64 = torch.float64
+N, C = 6, 4
+TABLE = torch.tensor([0.9, 1.1]), torch.tensor([0.1, -0.05])
+
+# module, its own arguments, functional
+TWINS = [
+    (mlkernels.CrossEntropyLoss, {"scale": 2.0}, F.cross_entropy),
+    (mlkernels.FocalLoss, {"gamma": 1.5}, F.focal_loss),
+    (
+        mlkernels.ModulatedCrossEntropyLoss,
+        {"beta": 2.0, "gamma": 3.0, "alpha": 0.5, "kappa": 1.5},
+        F.modulated_cross_entropy,
+    ),
+    (
+        mlkernels.MarginLoss,
+        {"m1": 1.2, "m2": 0.2, "m3": 0.1, "scale": 8.0, "beyond_pi": "none"},
+        F.margin_cross_entropy,
+    ),
+    (mlkernels.MarginLoss, {"m2": 0.2, "gradient": "straight_through"}, F.margin_cross_entropy),
+    (mlkernels.ArcFaceLoss, {"margin": 0.3, "scale": 16.0, "beyond_pi": "easy"}, F.arcface_loss),
+    (mlkernels.CosFaceLoss, {"margin": 0.2, "scale": 16.0}, F.cosface_loss),
+    (mlkernels.SphereFaceLoss, {"margin": 2, "scale": 16.0}, F.sphereface_loss),
+    (
+        mlkernels.PiecewiseLoss,
+        {"t_slope": TABLE[0], "tau_slope": TABLE[0], "tau_bias": TABLE[1], "tau_min": 1e-3, "clamp": "cross_entropy"},
+        F.piecewise_cross_entropy,
+    ),
+    (mlkernels.MultiMarginLoss, {"p": 2, "margin": 0.5}, F.multi_margin_loss),
+]
+COMMON = {
+    "weight": torch.tensor([0.5, 1.0, 2.0, 0.7]),
+    "ignore_index": 3,
+    "reduction": "sum",
+    "label_smoothing": 0.1,
+    "z_loss": 0.01,
+    "softcap": 5.0,
+    "logit_adjustment": torch.tensor([0.1, -0.2, 0.3, 0.0]),
+    "backend": "reference",
+}
+
+
+def draw(dtype=torch.float32):
+    return (2 * torch.rand(N, C, dtype=dtype) - 1).requires_grad_(), torch.tensor([0, 1, 2, 3, 1, 0])
+
+
+def value_and_gradient(loss, input):
+    (gradient,) = torch.autograd.grad(2.5 * loss.sum(), input)
+    return loss.detach(), gradient
+
+
+def saved(module):
+    """The state after a trip through a file."""
+    buffer = io.BytesIO()
+    torch.save(module.state_dict(), buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+@pytest.mark.parametrize(("module", "own", "function"), TWINS)
+def test_twins_agree(module, own, function):
+    taken = inspect.signature(function).parameters
+    common = {name: value for name, value in COMMON.items() if name in taken}
+    for options in ({}, common):
+        input, target = draw()
+        loss = module(**own, **options)
+        got = value_and_gradient(loss(input, target), input)
+        wanted = value_and_gradient(function(input, target, **own, **options), input)
+        for one, other in zip(got, wanted, strict=True):
+            assert torch.equal(one, other)
+        assert got[1].abs().sum() > 0
+
+
+@pytest.mark.parametrize(("module", "own", "function"), TWINS)
+def test_twins_have_the_same_arguments_and_defaults(module, own, function):
+    def arguments(of):
+        named = inspect.signature(of).parameters.values()
+        return {p.name: p.default for p in named if p.default is not inspect.Parameter.empty}
+
+    # What belongs to the batch is given to forward.
+    wanted = {name: default for name, default in arguments(function).items() if name not in ("norm", "group")}
+    got = arguments(module.__init__)
+    if issubclass(module, modules._FamilyLoss):
+        got |= arguments(modules._FamilyLoss.__init__)
+    assert got == wanted
+
+
+@pytest.mark.parametrize(("module", "own", "function"), TWINS)
+def test_state_copies_and_pickles(module, own, function):
+    one = module(**{name: nn.Parameter(v) if isinstance(v, torch.Tensor) else v for name, v in own.items()})
+    other = module(**{name: nn.Parameter(2 * v) if isinstance(v, torch.Tensor) else v for name, v in own.items()})
+    other.load_state_dict(saved(one))
+    input, target = draw()
+    wanted = one(input, target)
+    for twin in (other, copy.deepcopy(one)):
+        assert torch.equal(twin(input, target), wanted)
+
+
+def test_every_number_of_a_loss_can_be_trained():
+    for module, names in [
+        (mlkernels.CrossEntropyLoss, {"scale": 2.0}),
+        (mlkernels.FocalLoss, {"gamma": 1.5}),
+        (mlkernels.ModulatedCrossEntropyLoss, {"beta": 4.0, "gamma": 5.0, "alpha": 1.0, "kappa": 1.0}),
+        (mlkernels.MarginLoss, {"m1": 1.3, "m2": 0.2, "m3": 0.1, "scale": 8.0}),
+        (mlkernels.ArcFaceLoss, {"margin": 0.3, "scale": 8.0}),
+        (mlkernels.CosFaceLoss, {"margin": 0.3, "scale": 8.0}),
+        (mlkernels.SphereFaceLoss, {"margin": 2.0, "scale": 8.0}),
+    ]:
+        loss = module(**{name: nn.Parameter(torch.tensor(value, dtype=F64)) for name, value in names.items()})
+        assert dict(loss.named_parameters()).keys() == names.keys()
+        input, target = draw(F64)
+        (2.5 * loss(input, target)).backward()
+        for name, value in names.items():
+            step = 1e-6
+            up, down = (module(**(names | {name: value + h}))(input, target) for h in (step, -step))
+            numeric = 2.5 * (up - down).item() / (2 * step)
+            assert getattr(loss, name).grad.item() == pytest.approx(numeric, rel=1e-5, abs=1e-8), (module, name)
+
+
+def test_tables_can_be_trained():
+    tables = {name: nn.Parameter(TABLE[i].to(F64)) for name, i in [("tau_slope", 0), ("tau_bias", 1)]}
+    tables |= {name: nn.Parameter(TABLE[i].to(F64)) for name, i in [("t_slope", 0), ("t_bias", 1)]}
+    loss = mlkernels.PiecewiseLoss(**tables)
+    input, target = draw(F64)
+    loss(input, target).backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in loss.parameters())
+    assert len(list(loss.parameters())) == 4
+
+
+def test_numbers_stay_numbers_and_tensors_become_buffers():
+    scale = torch.tensor(3.0)
+    loss = mlkernels.CosFaceLoss(margin=0.2, scale=scale, weight=nn.Parameter(torch.ones(C)))
+    assert loss.margin == 0.2
+    assert dict(loss.named_buffers()).keys() == {"scale", "weight"}
+    assert not list(loss.parameters())
+    assert not loss.weight.requires_grad
+    input, target = draw()
+    assert torch.equal(loss(input, target), F.cosface_loss(input, target, 0.2, 3.0))
+    assert loss.double().weight.dtype == F64
+    later = mlkernels.CrossEntropyLoss()
+    later.weight = COMMON["weight"]  # a place was kept for it
+    assert "weight" in later.state_dict()
+
+
+def test_repr():
+    assert repr(mlkernels.FocalLoss(2.0)) == "FocalLoss(gamma=2.0)"
+    loss = mlkernels.MarginLoss(
+        m3=torch.zeros(C), scale=nn.Parameter(torch.tensor(8.0)), reduction="sum", weight=torch.ones(C)
+    )
+    text = (
+        "MarginLoss(m1=1.0, m2=0.0, m3=(4,), scale=(), beyond_pi=None, gradient='exact', weight=(4,), reduction='sum')"
+    )
+    assert repr(loss) == text
+
+
+def test_two_scale_repr():
+    loss = mlkernels.TwoScaleLoss(2.0, variant="fixed", parametrization="relative", z_loss=0.1)
+    text = "eta=0.01, z_loss=0.1, variant='fixed', parametrization='relative', detach_norm=True"
+    assert repr(loss) == f"TwoScaleLoss({text})"
+
+
+def test_unknown_arguments_are_refused():
+    with pytest.raises(TypeError, match="gama"):
+        mlkernels.FocalLoss(gama=2.0)
+
+
+def test_what_belongs_to_the_batch_is_given_to_forward():
+    input, target = draw()
+    norm = torch.rand(N, 1) + 1
+    loss = mlkernels.MarginLoss(m1=2.0, scale=1.0)
+    wanted = F.margin_cross_entropy(input, target, m1=2.0, scale=1.0, norm=norm)
+    assert torch.equal(loss(input, target, norm), wanted)
+    assert not torch.equal(loss(input, target), wanted)
+    slope, bias = torch.rand(2, 3) + 0.5, 0.1 * torch.rand(2, 3)
+    group = torch.tensor([0, 1, 0, 1, 0, 1])
+    loss = mlkernels.PiecewiseLoss(t_slope=slope, t_bias=bias)
+    wanted = F.piecewise_cross_entropy(input, target, slope, bias, group=group, norm=norm)
+    assert torch.equal(loss(input, target, group, norm), wanted)
+
+
+# ---- two scales --------------------------------------------------------------------------------------------------
+
+
+def two_scale(x, target, low, high, norm, eta):
+    """Equation (13), row by row."""
+    rows = []
+    for i, y in enumerate(target.tolist()):
+        others = [j for j in range(x.shape[1]) if j != y]
+        well = (x[i, y] - x[i, others].max()).item() >= eta
+        r = (high if well else low) / norm
+        rows.append(torch.log(1 + sum(torch.exp(r * (x[i, j] - x[i, y])) for j in others)))
+    return torch.stack(rows).mean()
+
+
+@pytest.mark.parametrize("variant", ["trainable", "fixed"])
+@pytest.mark.parametrize("parametrization", ["absolute", "relative"])
+@pytest.mark.parametrize("size", [3.0, 10.0**24.7, 1e100])
+def test_two_scale(variant, parametrization, size):
+    """Equal for every size of R, also where float32 has long overflowed."""
+    input, target = draw(F64)
+    norm = torch.tensor(1.7 * size, dtype=F64, requires_grad=True)
+    loss = mlkernels.TwoScaleLoss(size, eta=0.1, variant=variant, parametrization=parametrization, detach_norm=False)
+    low, high = (torch.tensor(v, dtype=F64, requires_grad=True) for v in (1.0, 10.0))
+    relative = norm / size
+    wanted = two_scale(input, target, low, high, relative, 0.1)
+    for given in ({"logit_norm": norm}, {"log_norm": norm.log()}):
+        found = loss(input, target, **given)
+        torch.testing.assert_close(found, wanted)
+        trained = list(loss.parameters())
+        assert len(trained) == (2 if variant == "trainable" else 0)
+        got = torch.autograd.grad(2.5 * found, [input, norm, *trained])
+        expected = torch.autograd.grad(2.5 * wanted, [input, norm, low, high], retain_graph=True)
+        unit = 1.0 if parametrization == "relative" else size
+        torch.testing.assert_close(got[0], expected[0])
+        torch.testing.assert_close(got[1] * size, expected[1] * size)
+        for gradient, other in zip(got[2:], expected[2:], strict=False):
+            torch.testing.assert_close(gradient.double() * unit, other, rtol=1e-6, atol=1e-9)
+    single = loss(input.detach().float(), target, norm)
+    torch.testing.assert_close(single.double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_two_scale_starts_from_the_model():
+    model = nn.Sequential(nn.Linear(C, C), nn.ReLU(), nn.Linear(C, C))
+    size = mlkernels.weight_norm_product(model).item()
+    absolute = mlkernels.TwoScaleLoss(model)
+    assert absolute.scale_low.item() == pytest.approx(size, rel=1e-12)
+    assert absolute.scale_high.item() == pytest.approx(10 * size, rel=1e-12)
+    assert absolute.scale_low.dtype == F64
+    relative = mlkernels.TwoScaleLoss(model, parametrization="relative")
+    assert (relative.scale_low.item(), relative.scale_high.item()) == (1.0, 10.0)
+    input, target = draw()
+    norm = mlkernels.weight_norm_product(model)
+    wanted = F.two_scale_cross_entropy(input, target, 1.0, 10.0)
+    for loss in (absolute, relative, mlkernels.TwoScaleLoss(norm.detach().float())):
+        torch.testing.assert_close(loss(input, target, norm), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_two_scale_of_a_model_beyond_float64():
+    model = nn.Sequential(*[nn.Linear(1, 1, bias=False) for _ in range(100)])
+    for layer in model:
+        nn.init.constant_(layer.weight, 1e6)
+    with pytest.raises(ValueError, match=r"initial_norm .* 10\^600.0.*relative"):
+        mlkernels.TwoScaleLoss(model)
+    loss = mlkernels.TwoScaleLoss(model, parametrization="relative")
+    input, target = draw()
+    with torch.no_grad():
+        model[0].weight.mul_(2.0)
+    found = loss(input, target, log_norm=mlkernels.weight_norm_product(model, log=True))
+    torch.testing.assert_close(found, F.two_scale_cross_entropy(input, target, 0.5, 5.0))
+
+
+def test_two_scale_detaches_the_norm_by_default():
+    input, target = draw()
+    norm = torch.tensor(2.0, requires_grad=True)
+    mlkernels.TwoScaleLoss(1.0)(input, target, norm).backward()
+    assert norm.grad is None
+    mlkernels.TwoScaleLoss(1.0, detach_norm=False)(input, target, norm).backward()
+    assert norm.grad.item() != 0
+
+
+def test_two_scale_separation():
+    input, target = draw()
+    loss = mlkernels.TwoScaleLoss(variant="separation", eta=0.1)
+    assert [(name, p.item()) for name, p in loss.named_parameters()] == [("scale_high", 10.0)]
+    wanted = F.two_scale_cross_entropy(input, target, 1.0, 10.0, 0.1)
+    assert torch.equal(loss(input, target), wanted)
+    assert torch.equal(loss(input, target, torch.tensor(3.0)), wanted), "R has no place in (17)"
+    loss(input, target).backward()
+    assert loss.scale_high.grad.item() != 0
+    assert torch.equal(loss.probabilities(input), torch.softmax(input, 1))
+
+
+def test_two_scale_without_norm():
+    input, target = draw()
+    loss = mlkernels.TwoScaleLoss()
+    torch.testing.assert_close(loss(input, target), F.two_scale_cross_entropy(input, target, 1.0, 10.0))
+    with pytest.raises(ValueError, match="logit_norm"):
+        loss(input, target, 2.0)
+
+
+def test_two_scale_baseline():
+    """R2 := R1 is a threshold that no row reaches."""
+    input, target = draw()
+    loss = mlkernels.TwoScaleLoss(2.0, eta=math.inf)
+    wanted = F.two_scale_cross_entropy(input, target, 2.0, 2.0, logit_norm=torch.tensor(3.0))
+    torch.testing.assert_close(loss(input, target, 3.0), wanted)
+    loss(input, target, 3.0).backward()
+    assert loss.scale_high.grad.item() == 0.0
+    assert loss.scale_low.grad.item() != 0.0
+
+
+def test_two_scale_probabilities_are_those_of_the_low_scale():
+    input, _ = draw()
+    loss = mlkernels.TwoScaleLoss(4.0)
+    wanted = torch.softmax(input * 0.5, 1)
+    torch.testing.assert_close(loss.probabilities(input, 8.0), wanted)
+    torch.testing.assert_close(loss.probabilities(input, log_norm=math.log(8.0)), wanted)
+    half = loss.probabilities(input.detach().half(), 8.0)
+    assert half.dtype == torch.float32
+    image = torch.randn(2, C, 3)
+    torch.testing.assert_close(loss.probabilities(image, 4.0), torch.softmax(image, 1))
+    torch.testing.assert_close(loss.probabilities(image[0, :, 0], 4.0), torch.softmax(image[0, :, 0], 0))
+
+
+@pytest.mark.parametrize("parametrization", ["absolute", "relative"])
+def test_two_scale_state(parametrization):
+    one = mlkernels.TwoScaleLoss(5.0, parametrization=parametrization)
+    with torch.no_grad():
+        one.scale_low.mul_(1.5)
+    other = mlkernels.TwoScaleLoss(1.0, parametrization=parametrization)
+    other.load_state_dict(saved(one))
+    input, target = draw()
+    assert torch.equal(one(input, target, 6.0), other(input, target, 6.0))
+
+
+def test_two_scale_trains_in_one_optimizer():
+    model = nn.Linear(3, C)
+    loss = mlkernels.TwoScaleLoss(model, parametrization="relative")
+    optimizer = torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=0.1)
+    x, target = torch.randn(64, 3), torch.randint(C, (64,))
+    before = loss(model(x), target, mlkernels.weight_norm_product(model)).item()
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss(model(x), target, mlkernels.weight_norm_product(model)).backward()
+        optimizer.step()
+    assert loss(model(x), target, mlkernels.weight_norm_product(model)).item() < before
+    assert (loss.scale_low.item(), loss.scale_high.item()) != (1.0, 10.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"initial_norm": 0.0}, "initial_norm"),
+        ({"initial_norm": math.inf}, "initial_norm"),
+        ({"initial_norm": torch.tensor(-1.0)}, "initial_norm"),
+        ({"initial_norm": torch.tensor(math.inf), "parametrization": "relative"}, "initial_norm"),
+        ({"initial_norm": torch.ones(2)}, "initial_norm"),
+        ({"initial_norm": nn.BatchNorm1d(2)}, "model"),
+        ({"variant": "moving"}, "variant"),
+        ({"parametrization": "log"}, "parametrization"),
+    ],
+)
+def test_two_scale_bad_construction(change, words):
+    with pytest.raises(ValueError, match=words):
+        mlkernels.TwoScaleLoss(**({"initial_norm": 1.0} | change))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({}, "logit_norm .*required"),
+        ({"logit_norm": 1.0, "log_norm": 0.0}, "log_norm"),
+        ({"logit_norm": 0.0}, "logit_norm"),
+        ({"logit_norm": torch.tensor(-1.0)}, "logit_norm"),
+        ({"logit_norm": torch.ones(N, 1)}, "logit_norm"),
+        ({"log_norm": torch.zeros((), dtype=torch.long)}, "log_norm"),
+    ],
+)
+def test_two_scale_bad_norms(given, words):
+    input, target = draw()
+    with pytest.raises(ValueError, match=words):
+        mlkernels.TwoScaleLoss(1.0)(input, target, **given)
+
+
+# ---- Gaussians ---------------------------------------------------------------------------------------------------
+
+
+def test_lgm_module():
+    x, target = torch.randn(N, 3), torch.tensor([0, 1, -100, 3, 1, 0])
+    loss = mlkernels.LGMLoss(
+        3, C, 0.3, 0.5, diagonal=True, weight=COMMON["weight"], label_smoothing=0.1, reduction="sum"
+    )
+    assert torch.equal(loss.log_variance, torch.zeros(C, 3))
+    nn.init.normal_(loss.log_variance)
+    options = {"weight": COMMON["weight"], "label_smoothing": 0.1, "reduction": "sum"}
+    wanted = F.lgm_loss(x, target, loss.means, loss.log_variance, 0.3, 0.5, **options)
+    assert torch.equal(loss(x, target), wanted)
+    (2.5 * loss(x, target)).backward()
+    assert all(p.grad.abs().sum() > 0 for p in loss.parameters())
+    assert dict(loss.named_parameters()).keys() == {"means", "log_variance"}
+    other = mlkernels.LGMLoss(3, C, 0.3, 0.5, diagonal=True, **options)
+    other.load_state_dict(saved(loss))
+    assert torch.equal(other(x, target), wanted)
+    identity = mlkernels.LGMLoss(3, C)
+    assert torch.equal(identity(x, target), F.lgm_loss(x, target, identity.means))
+    assert "alpha=0.1, lambda_=0.1" in repr(identity)
+    assert mlkernels.LGMLoss(3, C, dtype=F64, diagonal=True).log_variance.dtype == F64
+    defaults = {name: p.default for name, p in inspect.signature(F.lgm_loss).parameters.items()}
+    for name, parameter in inspect.signature(mlkernels.LGMLoss.__init__).parameters.items():
+        assert name not in defaults or parameter.default == defaults[name]
+
+
+# ---- joint losses ------------------------------------------------------------------------------------------------
+
+
+def pair():
+    return [mlkernels.CrossEntropyLoss(), lambda x, y: mlkernels.multi_margin_loss(x, y)]
+
+
+def test_joint_fixed():
+    input, target = draw()
+    one, two = (loss(input, target) for loss in pair())
+    torch.testing.assert_close(mlkernels.JointLoss(pair())(input, target), one + two)
+    torch.testing.assert_close(mlkernels.JointLoss(pair(), [0.25, 3.0])(input, target), 0.25 * one + 3 * two)
+    torch.testing.assert_close(mlkernels.JointLoss(pair()[:1], [2.0])(input, target), 2 * one)
+
+
+def test_joint_trainable():
+    input, target = draw()
+    one, two = (loss(input, target).item() for loss in pair())
+    loss = mlkernels.JointLoss(pair(), [0.2, 0.8], mode="trainable")
+    value = loss(input, target)
+    assert value.item() == pytest.approx(0.2 * one + 0.8 * two)
+    (2.5 * value).backward()
+    assert loss.logit.grad.item() == pytest.approx(2.5 * (one - two) * 0.2 * 0.8, rel=1e-5)
+    assert mlkernels.JointLoss(pair(), mode="trainable")(input, target).item() == pytest.approx((one + two) / 2)
+
+
+def test_joint_uncertainty():
+    input, target = draw()
+    each = [loss(input, target).item() for loss in pair()]
+    loss = mlkernels.JointLoss(pair(), [1.0, 0.5], mode="uncertainty")
+    value = loss(input, target)
+    s = [0.0, math.log(2.0)]
+    assert value.item() == pytest.approx(sum(math.exp(-a) * v + a / 2 for a, v in zip(s, each, strict=True)))
+    (2.5 * value).backward()
+    wanted = [2.5 * (0.5 - math.exp(-a) * v) for a, v in zip(s, each, strict=True)]
+    assert loss.log_variance.grad.tolist() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_joint_holds_what_its_losses_train():
+    scale = nn.Parameter(torch.tensor(2.0))
+    loss = mlkernels.JointLoss([mlkernels.CrossEntropyLoss(scale=scale), lambda x, y: x.square().mean()])
+    assert [p is scale for p in loss.parameters()] == [True]
+    other = mlkernels.JointLoss([mlkernels.CrossEntropyLoss(scale=nn.Parameter(torch.tensor(1.0))), pair()[1]])
+    other.load_state_dict(saved(loss))
+    assert next(other.parameters()).item() == 2.0
+    trained = mlkernels.JointLoss(pair(), [0.9, 0.1], mode="trainable")
+    again = mlkernels.JointLoss(pair(), mode="trainable")
+    again.load_state_dict(saved(trained))
+    assert torch.equal(again.logit, trained.logit)
+    assert "lambda" in repr(trained)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"losses": []}, "losses"),
+        ({"losses": pair()[:1], "mode": "trainable"}, "losses"),
+        ({"mode": "both"}, "mode"),
+        ({"weights": [1.0]}, "weights"),
+        ({"weights": [1.0, math.nan]}, "weights"),
+        ({"weights": [1.0, 0.0], "mode": "uncertainty"}, "weights"),
+        ({"weights": [1.0, 1.0], "mode": "trainable"}, "weights"),
+    ],
+)
+def test_joint_bad_arguments(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        mlkernels.JointLoss(**({"losses": pair()} | arguments))
+
+
+# ---- the package -------------------------------------------------------------------------------------------------
+
+
+def test_public_names():
+    for name in mlkernels.__all__:
+        assert hasattr(mlkernels, name), name
+    assert set(F.__all__) | set(modules.__all__) <= set(mlkernels.__all__)
+    assert mlkernels.__all__ == sorted(mlkernels.__all__)

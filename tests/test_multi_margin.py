@@ -1,0 +1,84 @@
+"""The multi-margin loss: torch's, behind this package's conventions."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import mlkernels
+
+F64 = torch.float64
+N, C = 6, 5
+
+
+def oracle(f, target, p, margin, weight, reduction):
+    rows = []
+    for i, y in enumerate(target.tolist()):
+        total = 0.0
+        for j in range(f.shape[1]):
+            if j != y:
+                total = total + torch.clamp(margin - f[i, y] + f[i, j], min=0) ** p
+        rows.append((1.0 if weight is None else weight[y].item()) * total / f.shape[1])
+    rows = torch.stack(rows)
+    return rows if reduction == "none" else rows.sum() / (f.shape[0] if reduction == "mean" else 1)
+
+
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_values_and_gradients(p, weighted, reduction):
+    f, target = torch.randn(N, C, dtype=F64, requires_grad=True), torch.randint(C, (N,))
+    weight = torch.rand(C, dtype=F64) + 0.5 if weighted else None
+    found = mlkernels.multi_margin_loss(f, target, p, 0.7, weight=weight, reduction=reduction)
+    torch.testing.assert_close(found, oracle(f, target, p, 0.7, weight, reduction))
+    same = F.multi_margin_loss(f, target, p, 0.7, weight, reduction=reduction)
+    torch.testing.assert_close(found, same)
+    upstream = torch.randn_like(found)
+    (got,), (wanted,) = (torch.autograd.grad(loss, f, upstream) for loss in (found, same))
+    torch.testing.assert_close(got, wanted)
+    assert got.abs().sum() > 0
+
+
+def test_gradcheck():
+    f, target = torch.randn(N, C, dtype=F64, requires_grad=True), torch.randint(C, (N,))
+    assert torch.autograd.gradcheck(lambda f: 1.3 * mlkernels.multi_margin_loss(f, target, 2), (f,))
+
+
+@pytest.mark.parametrize("labels", [torch.int64, torch.int32, torch.uint8])
+def test_a_single_row_and_other_integers(labels):
+    f = torch.randn(C)
+    loss = mlkernels.multi_margin_loss(f, torch.tensor(2, dtype=labels))
+    torch.testing.assert_close(loss, F.multi_margin_loss(f, torch.tensor(2)))
+
+
+def test_half_and_a_weight_of_another_dtype():
+    f, target, weight = torch.randn(N, C, dtype=torch.bfloat16), torch.randint(C, (N,)), torch.rand(C, dtype=F64)
+    loss = mlkernels.multi_margin_loss(f, target, weight=weight)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, F.multi_margin_loss(f.float(), target, weight=weight.float()))
+
+
+def test_no_rows():
+    f = torch.zeros(0, C, requires_grad=True)
+    loss = mlkernels.multi_margin_loss(f, torch.zeros(0, dtype=torch.long), reduction="sum")
+    assert loss == 0
+    assert mlkernels.multi_margin_loss(f, torch.zeros(0, dtype=torch.long)).isnan()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"input": torch.zeros(N, C, dtype=torch.int64)}, TypeError, "input"),
+        ({"input": torch.zeros(N, C, 2), "target": torch.zeros(N, 2, dtype=torch.long)}, ValueError, "input"),
+        ({"target": torch.zeros(N)}, TypeError, "target"),
+        ({"target": torch.tensor([0, 0, C, 0, 0, 0])}, IndexError, f"target {C} at row 2"),
+        ({"target": torch.tensor([0, 0, 0, 0, -100, 0])}, IndexError, "target -100 at row 4"),
+        ({"p": 3}, ValueError, "p must"),
+        ({"weight": torch.ones(C - 1)}, ValueError, "weight"),
+        ({"weight": torch.ones(C, dtype=torch.long)}, TypeError, "weight"),
+        ({"reduction": "avg"}, ValueError, "reduction"),
+    ],
+)
+def test_bad_arguments(change, error, words):
+    arguments = {"input": torch.randn(N, C), "target": torch.zeros(N, dtype=torch.long)} | change
+    with pytest.raises(error, match=words):
+        mlkernels.multi_margin_loss(**arguments)

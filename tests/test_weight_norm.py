@@ -1,0 +1,110 @@
+"""R, the product of the layers' norms."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mlkernels
+from mlkernels import weight_norm_product
+
+
+def norm(*tensors):
+    return math.sqrt(sum(float(v) ** 2 for t in tensors for v in t.detach().double().flatten()))
+
+
+def network():
+    return nn.Sequential(nn.Conv2d(1, 3, 2), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 4, bias=False))
+
+
+def test_product_over_linear_and_convolution():
+    model = network()
+    conv, linear = model[0], model[4]
+    wanted = norm(conv.weight, conv.bias) * norm(linear.weight)
+    found = weight_norm_product(model)
+    assert (found.shape, found.dtype) == ((), torch.float64)
+    assert found.item() == pytest.approx(wanted, rel=1e-12)
+    assert weight_norm_product(model, log=True).item() == pytest.approx(math.log(wanted), rel=1e-12)
+
+
+def test_norm_layers_count_for_nothing():
+    model = network()
+    before = weight_norm_product(model).item()
+    nn.init.constant_(model[1].weight, 7.0)
+    assert weight_norm_product(model).item() == before
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Conv1d(2, 3, 3), nn.Conv3d(1, 2, 2), nn.ConvTranspose2d(2, 3, 2), nn.Linear(3, 2)]
+)
+def test_every_kind_of_layer(layer):
+    assert weight_norm_product(layer).item() == pytest.approx(norm(layer.weight, layer.bias), rel=1e-12)
+
+
+def test_tied_weights_count_once():
+    first, second = nn.Linear(3, 3), nn.Linear(3, 3)
+    second.weight = first.weight
+    model = nn.ModuleDict({"a": first, "b": second, "again": first})
+    assert weight_norm_product(model).item() == pytest.approx(norm(first.weight, first.bias, second.bias), rel=1e-12)
+
+
+def test_a_reparametrised_weight_counts_as_it_is_used():
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2, bias=False))
+    with torch.no_grad():
+        layer.parametrizations.weight.original0.fill_(2.0)
+    value = weight_norm_product(layer)
+    assert value.item() == pytest.approx(math.sqrt(8.0), rel=1e-6)
+    value.backward()
+    assert layer.parametrizations.weight.original0.grad.abs().sum() > 0
+
+
+def test_gradient():
+    model = network()
+    (2 * weight_norm_product(model)).backward()
+    product = weight_norm_product(model).item()
+    conv = model[0]
+    wanted = 2 * product * conv.weight.detach() / norm(conv.weight, conv.bias) ** 2
+    torch.testing.assert_close(conv.weight.grad, wanted)
+    assert model[1].weight.grad is None
+    model.double()
+    parameters = [p for p in model.parameters() if p.dim() > 1 or p is conv.bias]
+
+    def of(*_):
+        return weight_norm_product(model, log=True)
+
+    assert torch.autograd.gradcheck(of, tuple(parameters))
+
+
+def test_beyond_float32_and_float64():
+    """WRN-28-10 has R of about 10^25; here 10^60 and 10^600."""
+    deep = nn.Sequential(*[nn.Linear(1, 1, bias=False) for _ in range(100)])
+    for one in deep:
+        nn.init.constant_(one.weight, 1e6)
+    assert weight_norm_product(deep[:10]).item() == pytest.approx(1e60, rel=1e-9)
+    assert weight_norm_product(deep, log=True).item() == pytest.approx(600 * math.log(10), rel=1e-12)
+    assert weight_norm_product(deep).item() == math.inf
+
+
+def test_other_layers_on_request():
+    model = nn.Sequential(nn.Embedding(4, 2), nn.Linear(2, 2))
+    both = weight_norm_product(model, layers=(nn.Linear, nn.Embedding)).item()
+    assert both == pytest.approx(norm(model[0].weight) * norm(model[1].weight, model[1].bias), rel=1e-12)
+
+
+def test_no_layer():
+    with pytest.raises(ValueError, match=r"model must have a layer .* got BatchNorm1d"):
+        weight_norm_product(nn.BatchNorm1d(3))
+
+
+class _NoSynchronisation(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_synchronisation():
+    model = network()
+    with _NoSynchronisation():
+        mlkernels.weight_norm_product(model).backward()
