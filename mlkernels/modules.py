@@ -234,7 +234,7 @@ class ArcFaceLoss(_FamilyLoss):
         super().__init__({"margin": margin, "scale": scale, "beyond_pi": beyond_pi, "gradient": gradient}, **common)
 
 
-class CosFaceLoss(ArcFaceLoss):
+class CosFaceLoss(_FamilyLoss):
     r"""CosFace on cosines; see :func:`mlkernels.cosface_loss`.
 
     Example:
@@ -253,10 +253,10 @@ class CosFaceLoss(ArcFaceLoss):
         gradient: str = "exact",
         **common: Unpack[Common],
     ) -> None:
-        super().__init__(margin, scale, beyond_pi, gradient, **common)
+        super().__init__({"margin": margin, "scale": scale, "beyond_pi": beyond_pi, "gradient": gradient}, **common)
 
 
-class SphereFaceLoss(ArcFaceLoss):
+class SphereFaceLoss(_FamilyLoss):
     r"""SphereFace (A-Softmax) on cosines; see :func:`mlkernels.sphereface_loss`.
 
     Example:
@@ -275,7 +275,7 @@ class SphereFaceLoss(ArcFaceLoss):
         gradient: str = "exact",
         **common: Unpack[Common],
     ) -> None:
-        super().__init__(margin, scale, beyond_pi, gradient, **common)
+        super().__init__({"margin": margin, "scale": scale, "beyond_pi": beyond_pi, "gradient": gradient}, **common)
 
 
 class PiecewiseLoss(_FamilyLoss):

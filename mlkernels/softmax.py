@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -220,6 +221,7 @@ class _Call(NamedTuple):
     ids: list[int]
     consts: list[float]
     needs: int
+    bfloat16: bool
 
 
 def _by_reference(
@@ -272,24 +274,25 @@ class _SoftmaxLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> Any:
         call: _Call = ctx.call
-        input, target, saved, *params = ctx.saved_tensors
         if torch.is_grad_enabled() or functorch_active():
+            input, target, _, *params = ctx.saved_tensors
             return tuple(_place(call, _by_reference(call, False, (input, target, *params), (grad_loss,))))
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is not None:
             upstream = grad_loss.item()
             if upstream != 1.0:
-                if input.dtype == torch.bfloat16:  # would be rounded twice
+                if call.bfloat16:  # would be rounded twice
                     gradients = None
                 else:
                     for gradient in gradients:
                         gradient.mul_(upstream)
         if gradients is None:
+            input, target, saved, *params = ctx.saved_tensors
             gradients = ops.softmax_loss_backward(
                 grad_loss, None, None, input, target, call.ids, call.consts, params, saved, call.needs
             )
-        if call.needs == 1 << ops.INPUT:
-            return (None, gradients[0], None, *[None] * len(params))
+        if call.ids[8] == 0:
+            return None, gradients[0], None
         return tuple(_place(call, dict(zip(ops.needed(call.needs), gradients, strict=True))))
 
 
@@ -350,13 +353,13 @@ def apply(
 
     consts = _DEFAULTS.copy()
     tensors: dict[int, Tensor] = {}
-    for (slot, name), value in zip(spec.slots, values, strict=True):
-        if type(value) is float or type(value) is int:
-            consts[slot] = check_number(name, value)
+    for (slot, above, low, high), value in zip(spec.ranges, values):  # noqa: B905  (strict costs a microsecond)
+        if type(value) is float and above < value and low <= value <= high and value < math.inf:
+            consts[slot] = value
         elif isinstance(value, Tensor):
             tensors[slot] = value
         elif value is not None or slot not in (_NORM, _LOGIT_NORM):
-            consts[slot] = check_number(name, value)  # type: ignore[arg-type]
+            consts[slot] = check_number(dict(spec.slots)[slot], value)  # type: ignore[arg-type]
     if spec.head == HeadKind.MODULATED and _HEAD_C not in tensors and _HEAD_D not in tensors:
         if consts[_HEAD_C] + consts[_HEAD_D] < 1:
             raise ValueError(
@@ -402,12 +405,12 @@ def apply(
         return (loss, RowStats(*rows)) if return_stats else loss
     if return_stats:
         if needs:
-            loss, *outputs = _SoftmaxStats.apply(_Call(ids, consts, needs), input, target, *params)
+            loss, *outputs = _SoftmaxStats.apply(_Call(ids, consts, needs, input.dtype == torch.bfloat16), input, target, *params)
         else:
             loss, _, *outputs = ops.softmax_stats(input, target, ids, consts, params)
         return loss, RowStats(*outputs)
     if needs:
-        return _SoftmaxLoss.apply(_Call(ids, consts, needs), input, target, *params)
+        return _SoftmaxLoss.apply(_Call(ids, consts, needs, input.dtype == torch.bfloat16), input, target, *params)
     return ops.softmax_loss(input, target, ids, consts, params, 0, False)[0]
 
 

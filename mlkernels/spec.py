@@ -240,6 +240,8 @@ class Spec:
 
     #: (slot, argument name) of each value, in the order in which values are passed.
     slots: tuple[tuple[int, str], ...] = field(init=False, repr=False, compare=False)
+    #: (slot, above, low, high) likewise: the range of a float; checked on every call, so nothing is looked up there.
+    ranges: tuple[tuple[int, float, float, float], ...] = field(init=False, repr=False, compare=False)
     #: The structure flattened, as it crosses an op boundary.
     ids: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
@@ -247,6 +249,8 @@ class Spec:
         slots = _TRANSFORM_SLOTS[self.transform] + _SCALE_SLOTS[self.scale] + _HEAD_SLOTS[self.head]
         kinds = (self.transform, self.scale, self.head, self.beyond_pi, self.gradient, self.clamp)
         object.__setattr__(self, "slots", tuple((int(slot), name) for slot, name in slots))
+        ranges = tuple((int(slot), *_RANGES.get(name, _FINITE)[:3]) for slot, name in slots)
+        object.__setattr__(self, "ranges", ranges)
         object.__setattr__(self, "ids", tuple(int(kind) for kind in kinds))
 
     def __str__(self) -> str:

@@ -89,7 +89,7 @@ def test_twice_differentiable():
 @pytest.mark.parametrize(("offset", "spread"), [(0.0, 1.0), (100.0, 1.0), (0.0, 100.0)])
 @pytest.mark.parametrize("diagonal", [False, True])
 def test_float32_keeps_small_distances(diagonal, offset, spread):
-    """Rows close to their means, far from the origin or from each other: a GEMM alone returns the wrong distance there."""
+    """Rows close to their means, far from the origin or each other: a GEMM alone returns a wrong distance there."""
     x, target, means, log_variance, _ = draw(torch.float32, offset)
     with torch.no_grad():
         means *= spread
