@@ -31,6 +31,7 @@ from mlkernels import data, metrics
 
 try:
     import matplotlib
+    from matplotlib.ticker import LogFormatter
     from tqdm import tqdm
 except ImportError as error:
     sys.exit(f"{error}; the examples need: pip install 'mlkernels[demo]'")
@@ -324,7 +325,8 @@ def plot(path: Path, title: str, images: data.Images, results: Sequence[tuple[Ru
         right.plot(torch.arange(1, len(own) + 1) * (100 / len(own)), own, **style)
     left.set(title="training loss (each in its own measure)", xlabel="epoch", yscale="log")
     middle.set(title="test error, %", xlabel="epoch", yscale="log")
-    middle.yaxis.set_major_formatter("{x:g}")
+    for setter in (middle.yaxis.set_major_formatter, middle.yaxis.set_minor_formatter):
+        setter(LogFormatter())  # 2 rather than 2 x 10^0; labels between the decades only where there are few
     right.set(title="probability of the true class", xlabel="test images, %, the hardest first", xscale="log")
     right.xaxis.set_major_formatter("{x:g}")
     for axes in (left, middle, right):
@@ -407,7 +409,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, data.Ima
     parser.add_argument("--limit", type=positive, help="use so many training images only")
     parser.add_argument("--lr", type=rate, default=3e-3, help="highest learning rate of the schedule (AdamW)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=positive, help="by default 1 for images as small as the digits, else torch's")
     parser.add_argument(
         "--backend", choices=list(mlkernels.available_backends()), help="of the loss; by default the fastest"
     )
@@ -423,9 +425,13 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, data.Ima
     except OSError as error:
         parser.error(f"argument --out: {error}")
     try:
-        return options, images_of(options)
+        images = images_of(options)
     except (OSError, ImportError, ValueError) as error:
         parser.error(f"argument --data: {error}")
+    if options.threads is None:
+        # 8 x 8 pixels are too little work to share: waiting for a second core that is busy costs more than it gives.
+        options.threads = 1 if images.train_images[0].numel() < 256 else torch.get_num_threads()
+    return options, images
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Run]:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .softmax import check_indices, check_tensors
+from .softmax import check_indices, check_reduction, check_tensors
 
 
 def center_loss(input: Tensor, target: Tensor, centers: Tensor, *, reduction: str = "mean") -> Tensor:
@@ -34,12 +34,14 @@ def center_loss(input: Tensor, target: Tensor, centers: Tensor, *, reduction: st
     check_tensors(input, target)
     if input.dim() != 2:
         raise ValueError(f"input must be (N, D), got {tuple(input.shape)}")
+    if not isinstance(centers, Tensor) or not centers.is_floating_point():
+        kind = centers.dtype if isinstance(centers, Tensor) else type(centers).__name__
+        raise TypeError(f"centers takes a floating tensor, got {kind}")
     if centers.dim() != 2 or centers.shape[1] != input.shape[1]:
         raise ValueError(f"centers must be (C, {input.shape[1]}), got {tuple(centers.shape)}")
     if centers.device != input.device:
         raise ValueError(f"centers must be on input's device {input.device}, got {centers.device}")
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+    check_reduction(reduction)
     classes = centers.shape[0]
     check_indices("target", target, classes)
     accumulate = torch.float64 if input.dtype == torch.float64 else torch.float32

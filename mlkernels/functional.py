@@ -9,8 +9,10 @@ Args:
     target: (N,), (N, d1, ...) or 0-d class indices of any integer dtype.
     weight: (C,) weight of each class, any floating dtype, not differentiated.
     ignore_index: rows with this label are not read: loss 0, gradient exactly 0.
-    reduction: ``"mean"`` (divides by the sum of ``weight[target]`` over the rows that are not ignored), ``"sum"``, ``"none"``.
-    label_smoothing: :math:`\epsilon`: :math:`(1-\epsilon)\,\omega_y\varphi(\log p_y) - \frac{\epsilon}{C}\sum_j\omega_j\log p_j`.
+    reduction: ``"mean"`` (divides by the sum of ``weight[target]`` over the rows that are not ignored), ``"sum"`` or
+        ``"none"``.
+    label_smoothing: :math:`\epsilon`: a row's loss is
+        :math:`(1-\epsilon)\,\omega_y\varphi(\log p_y) - \frac{\epsilon}{C}\sum_j\omega_j\log p_j`.
     z_loss: adds z_loss * logsumexp(z)^2, never class-weighted; "mean" divides it by the number of rows not ignored.
     softcap: c: the logits become :math:`c\tanh(f/c)` first.
     logit_adjustment: (C,), added to the logits after softcap (priors of long-tailed data), not differentiated.
@@ -24,8 +26,8 @@ Raises:
     IndexError: on the CPU, a label outside [0, C) that is not ignore_index, with its row. On a GPU that row's loss and
         gradient are NaN; see :func:`mlkernels.check_labels`.
 
-A parameter of a loss (a scale, a margin, an exponent) is a Python number or a tensor: 0-d: shared; (C,): per class, indexed
-by the label; target.shape + (1,), that is (N, 1): per row. Tensors may require a gradient.
+A parameter of a loss (a scale, a margin, an exponent) is a Python number or a tensor: 0-d: shared; (C,): per class,
+indexed by the label; target.shape + (1,), that is (N, 1): per row. Tensors may require a gradient.
 """
 
 from __future__ import annotations
@@ -36,12 +38,23 @@ import torch
 from torch import Tensor
 
 from . import softmax
-from .backends import choose
 from .center import center_loss
 from .lgm import lgm_loss
 from .multi_margin import multi_margin_loss
 from .softmax import RowStats
-from .spec import Head, HeadKind, Number, ScaleKind, Transform, TransformKind, TwoScale, compose, spec
+from .spec import (
+    Head,
+    HeadKind,
+    Number,
+    ScaleKind,
+    Transform,
+    TransformKind,
+    TwoScale,
+    check_number,
+    check_range,
+    compose,
+    spec,
+)
 
 __all__ = [
     "arcface_loss",
@@ -98,7 +111,7 @@ def cross_entropy(
     return softmax.apply(
         _CROSS_ENTROPY, (scale,), input, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap,
         logit_adjustment, backend,
-    )  # type: ignore[no-any-return]  # fmt: skip
+    )[0]  # fmt: skip
 
 
 def focal_loss(
@@ -132,7 +145,7 @@ def focal_loss(
     return softmax.apply(
         _MODULATED, (1.0, 1.0, 1.0, gamma, 1.0), input, target, weight, ignore_index, reduction, label_smoothing,
         z_loss, softcap, logit_adjustment, backend,
-    )  # type: ignore[no-any-return]  # fmt: skip
+    )[0]  # fmt: skip
 
 
 def modulated_cross_entropy(
@@ -154,8 +167,8 @@ def modulated_cross_entropy(
 ) -> Tensor:
     r"""Modulated cross entropy, :math:`L = \alpha\,(1-p_y^\beta)^\gamma\,(-\log p_y)^\kappa`.
 
-    The factor tends to 1 for small p and leaves the loss alone; it tends to 0 for p -> 1; :math:`\beta` widens the range
-    in which the loss is not damped. The family holds the classics: focal (1, :math:`\gamma`, 1, 1), cross entropy
+    The factor tends to 1 for small p and leaves the loss alone; it tends to 0 for p -> 1; :math:`\beta` widens the
+    range in which the loss is not damped. The family holds the classics: focal (1, :math:`\gamma`, 1, 1), cross entropy
     (:math:`\beta`, 0, 1, 1) and generalised cross entropy (q, 1, 1/q, 0), as (beta, gamma, alpha, kappa).
 
     Args:
@@ -179,7 +192,7 @@ def modulated_cross_entropy(
     return softmax.apply(
         _MODULATED, (1.0, alpha, beta, gamma, kappa), input, target, weight, ignore_index, reduction,
         label_smoothing, z_loss, softcap, logit_adjustment, backend,
-    )  # type: ignore[no-any-return]  # fmt: skip
+    )[0]  # fmt: skip
 
 
 def margin_cross_entropy(
@@ -202,7 +215,7 @@ def margin_cross_entropy(
     logit_adjustment: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    r"""Cross entropy with angular margins on the target, :math:`z_y = s(\cos(m_1\theta + m_2) - m_3)`, :math:`z_j = s f_j`.
+    r"""Cross entropy with angular margins, :math:`z_y = s(\cos(m_1\theta + m_2) - m_3)`, :math:`z_j = s f_j`.
 
     ``input`` holds cosines, :math:`f_y = \cos\theta`, except with ``norm`` (L-Softmax on raw logits), where
     :math:`z_y = n\,t(f_y/n)`; then ``scale`` is usually 1.
@@ -224,7 +237,7 @@ def margin_cross_entropy(
     return softmax.apply(
         spec(TransformKind.MARGIN, beyond_pi=beyond_pi, gradient=gradient), (m1, m2, m3, norm, scale), input, target,
         weight, ignore_index, reduction, label_smoothing, z_loss, softcap, logit_adjustment, backend,
-    )  # type: ignore[no-any-return]  # fmt: skip
+    )[0]  # fmt: skip
 
 
 def arcface_loss(
@@ -261,7 +274,7 @@ def arcface_loss(
     return softmax.apply(
         spec(TransformKind.MARGIN, beyond_pi=beyond_pi, gradient=gradient), (1.0, margin, 0.0, None, scale), input,
         target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap, logit_adjustment, backend,
-    )  # type: ignore[no-any-return]  # fmt: skip
+    )[0]  # fmt: skip
 
 
 def cosface_loss(
@@ -298,7 +311,7 @@ def cosface_loss(
     return softmax.apply(
         spec(TransformKind.MARGIN, beyond_pi=beyond_pi, gradient=gradient), (1.0, 0.0, margin, None, scale), input,
         target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap, logit_adjustment, backend,
-    )  # type: ignore[no-any-return]  # fmt: skip
+    )[0]  # fmt: skip
 
 
 def sphereface_loss(
@@ -337,7 +350,7 @@ def sphereface_loss(
     return softmax.apply(
         spec(TransformKind.MARGIN, beyond_pi=beyond_pi, gradient=gradient), (margin, 0.0, 0.0, None, scale), input,
         target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap, logit_adjustment, backend,
-    )  # type: ignore[no-any-return]  # fmt: skip
+    )[0]  # fmt: skip
 
 
 def two_scale_cross_entropy(
@@ -382,7 +395,7 @@ def two_scale_cross_entropy(
     return softmax.apply(
         _TWO_SCALE, (scale_low, scale_high, eta, logit_norm), input, target, weight, ignore_index, reduction,
         label_smoothing, z_loss, softcap, logit_adjustment, backend,
-    )  # type: ignore[no-any-return]  # fmt: skip
+    )[0]  # fmt: skip
 
 
 def piecewise_cross_entropy(
@@ -410,7 +423,7 @@ def piecewise_cross_entropy(
     r"""The searchable loss :math:`L = -\log\tau(p^t_y)` with piecewise-linear t on [-1, 1] and :math:`\tau` on [0, 1].
 
     :math:`t(x) = a^t_k x + b^t_k` on the k-th of M equal bins, :math:`\tau` likewise; :math:`p^t_y` is the target's
-    probability with t applied to its logit. Pieces are independent, so t and :math:`\tau` are in general not continuous.
+    probability with t applied to its logit. Pieces are independent: t and :math:`\tau` are in general not continuous.
 
     Args:
         t_slope, t_bias, tau_slope, tau_bias: (M,), or (G, M) for a population of G losses in one call; None: identity
@@ -446,13 +459,15 @@ def piecewise_cross_entropy(
     return softmax.apply(
         spec(transform, head=head, clamp=clamp), values, input, target, weight, ignore_index, reduction,
         label_smoothing, z_loss, softcap, logit_adjustment, backend, group,
-    )  # type: ignore[no-any-return]  # fmt: skip
+    )[0]  # fmt: skip
 
 
 def _tables(name: str, slope: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     for suffix, table in (("slope", slope), ("bias", bias)):
         if table is not None and not isinstance(table, Tensor):
-            raise TypeError(f"{name}_{suffix} takes a floating tensor of shape (M,) or (G, M), got {type(table).__name__}")
+            raise TypeError(
+                f"{name}_{suffix} takes a floating tensor of shape (M,) or (G, M), got {type(table).__name__}"
+            )
     if slope is None and bias is not None:
         slope = torch.ones_like(bias)
     if bias is None and slope is not None:
@@ -528,9 +543,11 @@ def softmax_loss(
     .. math:: z_j = s f_j,\quad z_y = s\,t(f_y),\quad \ell = z_y - \operatorname{logsumexp}(z),\quad L = \varphi(\ell)
 
     Args:
-        transform: :class:`~mlkernels.Margin`, :class:`~mlkernels.Affine`, :class:`~mlkernels.PiecewiseLinear`; None: identity.
+        transform: :class:`~mlkernels.Margin`, :class:`~mlkernels.Affine` or :class:`~mlkernels.PiecewiseLinear`;
+            None: identity.
         scale: a number, a tensor (0-d, (C,) or (N, 1)), or :class:`~mlkernels.TwoScale`.
-        head: :class:`~mlkernels.Modulated`, :class:`~mlkernels.Tau`, :class:`~mlkernels.Truncated`; None: :math:`-\ell`.
+        head: :class:`~mlkernels.Modulated`, :class:`~mlkernels.Tau` or :class:`~mlkernels.Truncated`;
+            None: :math:`-\ell`.
         target_logit: (N, 1), differentiable, replaces :math:`t(f_y)`: a target transform of your own.
         group: see :func:`piecewise_cross_entropy`.
         return_stats: return ``(loss, RowStats)``.
@@ -551,10 +568,11 @@ def softmax_loss(
         tensor(1.8966)
     """
     structure, values = compose(transform, scale, head, target_logit)
-    return softmax.apply(
+    loss, rows = softmax.apply(
         structure, values, input, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap,
         logit_adjustment, backend, group, return_stats,
-    )  # type: ignore[no-any-return]  # fmt: skip
+    )  # fmt: skip
+    return loss if rows is None else (loss, rows)
 
 
 def _soft_cross_entropy(
@@ -570,29 +588,45 @@ def _soft_cross_entropy(
     backend: str | None,
 ) -> Tensor:
     """Class probabilities as target, in plain torch."""
-    if choose(input.device, backend) != "reference" and backend is not None:
+    if backend not in (None, "reference"):
         raise TypeError(
             f"target holds class probabilities, which only the reference backend serves; got backend={backend!r}"
         )
+    softmax.check_input(input)
     if target.shape != input.shape:
         raise ValueError(f"a floating target must have input's shape {tuple(input.shape)}, got {tuple(target.shape)}")
-    logits = input if input.dtype == torch.float64 else input.float()
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    classes = 1 if logits.dim() > 1 else 0
-    if logit_adjustment is not None:
-        logits = logits + logit_adjustment.to(logits.dtype).reshape(-1, *[1] * (logits.dim() - 1 - classes))
-    if isinstance(scale, Tensor) and scale.dim() > 0:
-        raise ValueError(f"with class probabilities as target, scale must be a number or 0-d, got {tuple(scale.shape)}")
-    logits = logits * scale
-    loss = torch.nn.functional.cross_entropy(
-        logits,
-        target.to(logits.dtype),
-        None if weight is None else weight.to(logits.dtype),
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-    )
-    if z_loss > 0:
-        penalty = z_loss * logits.logsumexp(classes).square()
-        loss = loss + (penalty if reduction == "none" else penalty.sum() if reduction == "sum" else penalty.mean())
+    if target.device != input.device:
+        raise ValueError(f"target must be on input's device {input.device}, got {target.device}")
+    softmax.check_reduction(reduction)
+    classes = 1 if input.dim() > 1 else 0
+    for name, vector in (("weight", weight), ("logit_adjustment", logit_adjustment)):
+        if vector is not None:
+            softmax.check_class_vector(name, vector, input, input.shape[classes])
+    if isinstance(scale, Tensor):
+        if scale.dim() > 0:
+            raise ValueError(f"scale must be a number or 0-d with class probabilities, got {tuple(scale.shape)}")
+        if scale.device.type == "cpu" and not softmax.traced():
+            check_range("scale", scale)
+    else:
+        check_number("scale", scale)
+    check_number("label_smoothing", label_smoothing)
+    check_number("z_loss", z_loss)
+    with torch.autocast(input.device.type, enabled=False):
+        logits = input if input.dtype == torch.float64 else input.float()
+        if softcap is not None:
+            check_number("softcap", softcap)
+            logits = softcap * torch.tanh(logits / softcap)
+        if logit_adjustment is not None:
+            logits = logits + logit_adjustment.to(logits.dtype).reshape(-1, *[1] * (logits.dim() - 1 - classes))
+        logits = logits * scale
+        loss = torch.nn.functional.cross_entropy(
+            logits,
+            target.to(logits.dtype),
+            None if weight is None else weight.to(logits.dtype),
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+        )
+        if z_loss > 0:
+            penalty = z_loss * logits.logsumexp(classes).square()
+            loss = loss + (penalty if reduction == "none" else penalty.sum() if reduction == "sum" else penalty.mean())
     return loss

@@ -90,7 +90,7 @@ def lgm_loss(
         if half_log_det_y is not None:
             target_logit = target_logit - half_log_det_y
             likelihood = likelihood + half_log_det_y
-        loss: Tensor = softmax.apply(
+        loss, _ = softmax.apply(
             _GIVEN, (target_logit.unsqueeze(1), 1.0), logits, target, weight, ignore_index, reduction,
             label_smoothing, backend=backend,
         )  # fmt: skip

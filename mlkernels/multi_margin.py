@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .softmax import check_indices, check_tensors
+from .softmax import check_class_vector, check_indices, check_reduction, check_tensors
+from .spec import check_number
 
 
 def multi_margin_loss(
@@ -45,16 +46,13 @@ def multi_margin_loss(
         raise ValueError(f"input must be (C,) or (N, C), got {tuple(input.shape)}")
     if p not in (1, 2):
         raise ValueError(f"p must be 1 or 2, got {p}")
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+    check_number("margin", margin)
+    check_reduction(reduction)
     classes = input.shape[-1]
     check_indices("target", target, classes)
     logits = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
     if weight is not None:
-        if not weight.is_floating_point():
-            raise TypeError(f"weight must be floating, got {weight.dtype}")
-        if weight.shape != (classes,):
-            raise ValueError(f"weight must have one entry per class, ({classes},), got {tuple(weight.shape)}")
+        check_class_vector("weight", weight, input, classes)
         weight = weight.to(logits.dtype)
     label = target.long()
     legal = (label >= 0) & (label < classes)

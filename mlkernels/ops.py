@@ -55,7 +55,9 @@ def _gradients(input: Tensor, ids: Sequence[int], params: Sequence[Tensor], need
     slots = [slot for slot in range(SLOTS) if ids[8] >> slot & 1]
     by_slot = dict(zip(slots, params, strict=True))
     return [
-        torch.empty_like(input) if bit == INPUT else torch.empty_like(by_slot[bit], memory_format=torch.contiguous_format)
+        torch.empty_like(input)
+        if bit == INPUT
+        else torch.empty_like(by_slot[bit], memory_format=torch.contiguous_format)
         for bit in needed(needs)
     ]
 

@@ -17,7 +17,6 @@ from .spec import (
     HeadKind,
     Number,
     Reduction,
-    ScaleKind,
     Slot,
     Spec,
     TransformKind,
@@ -55,7 +54,9 @@ _SMOOTHING, _Z_LOSS, _SOFTCAP = int(Slot.SMOOTHING), int(Slot.Z_LOSS), int(Slot.
 _WEIGHT, _ADJUSTMENT, _GROUP = int(Slot.WEIGHT), int(Slot.ADJUSTMENT), int(Slot.GROUP)
 _NORM, _LOGIT_NORM = int(Slot.NORM), int(Slot.LOGIT_NORM)
 _ETA = int(Slot.ETA)
+_TABLES = frozenset(int(s) for s in (Slot.TRANSFORM_A, Slot.TRANSFORM_B, Slot.HEAD_A, Slot.HEAD_B))
 _HEAD_C, _HEAD_D = int(Slot.HEAD_C), int(Slot.HEAD_D)
+_GAMMA_KAPPA = frozenset({_HEAD_C, _HEAD_D})
 
 _check_labels = False
 
@@ -81,20 +82,26 @@ def traced() -> bool:
 
 def functorch_active() -> bool:
     """Whether a torch.func transform (grad, vmap, jvp, ...) is running; kernels are opaque to those."""
-    return torch._C._functorch.maybe_current_level() is not None  # type: ignore[attr-defined, unused-ignore]
+    level: int | None = torch._C._functorch.maybe_current_level()
+    return level is not None
 
 
-# ---- checks ------------------------------------------------------------------------------------------------------------
+# ---- checks ----------------------------------------------------------------------------------------------------------
+
+
+def check_input(input: Tensor) -> None:
+    """The type of the logits."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input takes a floating tensor, got {type(input).__name__}")
+    if input.dtype not in _FLOATING:
+        raise TypeError(f"input must be float16, bfloat16, float32 or float64, got {input.dtype}")
 
 
 def check_tensors(input: Tensor, target: Tensor) -> None:
     """Types, shapes and devices of the logits and the labels."""
-    if not isinstance(input, Tensor):
-        raise TypeError(f"input takes a floating tensor, got {type(input).__name__}")
+    check_input(input)
     if not isinstance(target, Tensor):
         raise TypeError(f"target takes an integer tensor, got {type(target).__name__}")
-    if input.dtype not in _FLOATING:
-        raise TypeError(f"input must be float16, bfloat16, float32 or float64, got {input.dtype}")
     if target.dtype not in _INTEGER:
         raise TypeError(
             f"target must hold integer class indices, got {target.dtype}"
@@ -153,15 +160,24 @@ def check_parameter(name: str, value: Tensor, input: Tensor, target: Tensor) -> 
     )
 
 
-def _check_class_vector(name: str, value: Tensor, input: Tensor) -> None:
+def check_reduction(reduction: str) -> int:
+    """The reduction's number."""
+    found = _REDUCTIONS.get(reduction)
+    if found is None:
+        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+    return found
+
+
+def check_class_vector(name: str, value: Tensor, input: Tensor, classes: int) -> None:
+    """A (C,) floating tensor on input's device that is not to be differentiated."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} takes a floating tensor of shape ({input.shape[1]},), got {type(value).__name__}")
+        raise TypeError(f"{name} takes a floating tensor of shape ({classes},), got {type(value).__name__}")
     if value.dtype not in _FLOATING:
         raise TypeError(f"{name} must be floating, got {value.dtype}")
     if value.device != input.device:
         raise ValueError(f"{name} must be on input's device {input.device}, got {value.device}")
-    if value.shape != input.shape[1:2]:
-        raise ValueError(f"{name} must have one entry per class, ({input.shape[1]},), got {tuple(value.shape)}")
+    if value.shape != (classes,):
+        raise ValueError(f"{name} must have one entry per class, ({classes},), got {tuple(value.shape)}")
     if value.requires_grad:
         raise ValueError(f"{name} is not differentiated: it must not require a gradient; pass {name}.detach()")
 
@@ -209,10 +225,9 @@ def _check_tables(spec: Spec, params: dict[int, Tensor], group: Tensor | None, i
         raise ValueError(f"group must have target's shape {tuple(target.shape)}, got {tuple(group.shape)}")
     if group.device != input.device:
         raise ValueError(f"group must be on input's device {input.device}, got {group.device}")
-    check_indices("group", group, next(iter(counts)))
 
 
-# ---- autograd ----------------------------------------------------------------------------------------------------------
+# ---- autograd --------------------------------------------------------------------------------------------------------
 
 
 class _Call(NamedTuple):
@@ -259,9 +274,8 @@ class _SoftmaxLoss(torch.autograd.Function):
     def forward(ctx: Any, call: _Call, input: Tensor, target: Tensor, *params: Tensor) -> Tensor:
         # One visit where it pays: the upstream gradient of a reduced loss is nearly always 1. An fp16 gradient is
         # written only when the upstream is known: a GradScaler's 65536 would rescale what has already underflowed.
-        single = (
-            call.ids[6] != Reduction.NONE and input.dtype != torch.float16 and not torch.compiler.is_compiling()
-        )
+        single = call.ids[6] != Reduction.NONE and input.dtype != torch.float16 and not torch.compiler.is_compiling()
+        loss: Tensor
         loss, saved, gradients = ops.softmax_loss(
             input, target, call.ids, call.consts, params, call.needs if single else 0, not single
         )
@@ -321,7 +335,7 @@ class _SoftmaxStats(torch.autograd.Function):
         return tuple(_place(call, dict(zip(ops.needed(call.needs), gradients, strict=True))))
 
 
-# ---- the door ----------------------------------------------------------------------------------------------------------
+# ---- the door --------------------------------------------------------------------------------------------------------
 
 
 def apply(
@@ -339,7 +353,7 @@ def apply(
     backend: str | None = None,
     group: Tensor | None = None,
     return_stats: bool = False,
-) -> Any:
+) -> tuple[Tensor, RowStats | None]:
     """Any loss of the family: ``values`` are its numbers and tensors, in the order of ``spec.slots``."""
     check_tensors(input, target)
     if input.dim() == 1:
@@ -347,9 +361,7 @@ def apply(
             spec, values, input, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap,
             logit_adjustment, backend, group, return_stats,
         )  # fmt: skip
-    reduction_id = _REDUCTIONS.get(reduction)
-    if reduction_id is None:
-        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+    reduction_id = check_reduction(reduction)
 
     consts = _DEFAULTS.copy()
     tensors: dict[int, Tensor] = {}
@@ -360,12 +372,11 @@ def apply(
             tensors[slot] = value
         elif value is not None or slot not in (_NORM, _LOGIT_NORM):
             consts[slot] = check_number(dict(spec.slots)[slot], value)  # type: ignore[arg-type]
-    if spec.head == HeadKind.MODULATED and _HEAD_C not in tensors and _HEAD_D not in tensors:
-        if consts[_HEAD_C] + consts[_HEAD_D] < 1:
-            raise ValueError(
-                "gamma + kappa must be >= 1, or the gradient diverges where p = 1; "
-                f"got gamma = {consts[_HEAD_C]}, kappa = {consts[_HEAD_D]}"
-            )
+    if spec.head == HeadKind.MODULATED and consts[_HEAD_C] + consts[_HEAD_D] < 1 and not _GAMMA_KAPPA & tensors.keys():
+        raise ValueError(
+            "gamma + kappa must be >= 1, or the gradient diverges where p = 1; "
+            f"got gamma = {consts[_HEAD_C]}, kappa = {consts[_HEAD_D]}"
+        )
     if spec.transform == TransformKind.MARGIN and spec.ids[3] == 1 and consts[4] != 1 and 4 not in tensors:
         raise ValueError(f"beyond_pi='linear' needs m1 = 1, got m1 = {consts[4]}")
     if tensors or group is not None:
@@ -379,10 +390,10 @@ def apply(
     if softcap is not None:
         consts[_SOFTCAP] = check_number("softcap", softcap)
     if weight is not None:
-        _check_class_vector("weight", weight, input)
+        check_class_vector("weight", weight, input, input.shape[1])
         tensors[_WEIGHT] = weight
     if logit_adjustment is not None:
-        _check_class_vector("logit_adjustment", logit_adjustment, input)
+        check_class_vector("logit_adjustment", logit_adjustment, input, input.shape[1])
         tensors[_ADJUSTMENT] = logit_adjustment
 
     mask = needs = 0
@@ -401,22 +412,24 @@ def apply(
     chosen = choose(input.device, backend)
     if chosen == "reference" or functorch_active():
         check_indices("target", target, input.shape[1], ignore_index)
+        if group is not None:
+            count = next(t.shape[0] for slot, t in tensors.items() if slot in _TABLES and t.dim() == 2)
+            check_indices("group", group, count)
         loss, rows = reference.softmax_loss(input, target, ids, consts, params)
-        return (loss, RowStats(*rows)) if return_stats else loss
+        return loss, RowStats(*rows) if return_stats else None
+    call = _Call(ids, consts, needs, input.dtype == torch.bfloat16)
     if return_stats:
         if needs:
-            loss, *outputs = _SoftmaxStats.apply(_Call(ids, consts, needs, input.dtype == torch.bfloat16), input, target, *params)
+            loss, *outputs = _SoftmaxStats.apply(call, input, target, *params)  # type: ignore[no-untyped-call]
         else:
             loss, _, *outputs = ops.softmax_stats(input, target, ids, consts, params)
         return loss, RowStats(*outputs)
     if needs:
-        return _SoftmaxLoss.apply(_Call(ids, consts, needs, input.dtype == torch.bfloat16), input, target, *params)
-    return ops.softmax_loss(input, target, ids, consts, params, 0, False)[0]
+        return _SoftmaxLoss.apply(call, input, target, *params), None  # type: ignore[no-untyped-call]
+    return ops.softmax_loss(input, target, ids, consts, params, 0, False)[0], None
 
 
-def _check_values(
-    spec: Spec, tensors: dict[int, Tensor], group: Tensor | None, input: Tensor, target: Tensor
-) -> None:
+def _check_values(spec: Spec, tensors: dict[int, Tensor], group: Tensor | None, input: Tensor, target: Tensor) -> None:
     tables: tuple[int, ...] = ()
     if spec.transform == TransformKind.PIECEWISE:
         tables += (int(Slot.TRANSFORM_A), int(Slot.TRANSFORM_B))
@@ -453,7 +466,7 @@ def _single_row(
     backend: str | None,
     group: Tensor | None,
     return_stats: bool,
-) -> Any:
+) -> tuple[Tensor, RowStats | None]:
     """(C,) with a 0-d target: a batch of one, its results 0-d again."""
 
     def per_row(value: Number | None) -> Number | None:
@@ -461,22 +474,9 @@ def _single_row(
         one = isinstance(value, Tensor) and value.dim() == 1 and value.shape[0] == 1 != input.shape[0]
         return value.unsqueeze(0) if one else value  # type: ignore[union-attr]
 
-    result = apply(
-        spec,
-        tuple(per_row(value) for value in values),
-        input.unsqueeze(0),
-        target.unsqueeze(0),
-        weight,
-        ignore_index,
-        reduction,
-        label_smoothing,
-        z_loss,
-        softcap,
-        logit_adjustment,
-        backend,
-        None if group is None else group.unsqueeze(0),
-        return_stats,
-    )
-    loss, rows = result if return_stats else (result, None)
-    loss = loss.reshape(())
-    return (loss, RowStats(*(row.squeeze(0) for row in rows))) if return_stats else loss
+    loss, rows = apply(
+        spec, tuple(per_row(value) for value in values), input.unsqueeze(0), target.unsqueeze(0), weight, ignore_index,
+        reduction, label_smoothing, z_loss, softcap, logit_adjustment, backend,
+        None if group is None else group.unsqueeze(0), return_stats,
+    )  # fmt: skip
+    return loss.reshape(()), None if rows is None else RowStats(*(row.squeeze(0) for row in rows))

@@ -10,10 +10,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from enum import IntEnum
-from functools import lru_cache
+from functools import cache
 from typing import TypeAlias, TypeVar
 
-import torch
 from torch import Tensor
 
 Number: TypeAlias = float | Tensor
@@ -184,10 +183,10 @@ def check_number(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} takes a number or a floating tensor, got {type(value).__name__}")
     above, low, high, words = _RANGES.get(name, _FINITE)
-    # Written so that NaN fails.
-    if not (value > above and low <= value <= high and abs(value) < math.inf):
-        if name != "eta" or math.isnan(value):
-            raise ValueError(f"{name} must be {words}, got {value}")
+    # An infinite threshold is legal: every row below it, or none. Written so that NaN fails.
+    finite = abs(value) < math.inf or (name == "eta" and value == value)
+    if not (value > above and low <= value <= high and finite):
+        raise ValueError(f"{name} must be {words}, got {value}")
     return float(value)
 
 
@@ -254,7 +253,7 @@ class Spec:
         object.__setattr__(self, "ids", tuple(int(kind) for kind in kinds))
 
     def __str__(self) -> str:
-        names = {slot: name for slot, name in self.slots}
+        names: dict[int, str] = dict(self.slots)
         parts = []
         if self.transform is not TransformKind.IDENTITY:
             options = []
@@ -271,7 +270,7 @@ class Spec:
         return " -> ".join(parts)
 
 
-@lru_cache(maxsize=None)
+@cache
 def spec(
     transform: TransformKind = TransformKind.IDENTITY,
     scale: ScaleKind = ScaleKind.SINGLE,
@@ -291,7 +290,7 @@ def spec(
     )
 
 
-# ---- the public composition types -------------------------------------------------------------------------------------
+# ---- the public composition types ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -498,9 +497,4 @@ def compose(
             f"head takes None, Modulated, Tau or Truncated, got {type(head).__name__}; "
             'a head of your own is a function of the result with reduction="none"'
         )
-    return spec(transform_kind, scale_kind, head_kind, **options), values  # type: ignore[arg-type]
-
-
-def is_number(value: object) -> bool:
-    """A Python number rather than a tensor."""
-    return not isinstance(value, torch.Tensor)
+    return spec(transform_kind, scale_kind, head_kind, **options), values

@@ -5,7 +5,7 @@ import torch
 from hypothesis import settings
 from table import LOSSES, usable_backends
 
-# Windows of a second on a laptop, one on a loaded CI machine: the deadline tells nothing.
+# A deadline would tell how loaded the machine is.
 settings.register_profile("default", deadline=None, max_examples=int(os.environ.get("MLKERNELS_EXAMPLES", "60")))
 settings.load_profile("default")
 
@@ -17,7 +17,8 @@ def _reproducible():
 
 @pytest.fixture(scope="session", autouse=True)
 def _threads():
-    torch.set_num_threads(2)
+    # Small tensors all over: two threads would wait for each other. test_layouts.py has what takes more.
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(params=usable_backends())

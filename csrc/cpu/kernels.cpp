@@ -287,7 +287,7 @@ void describe(const Problem<T>& p, const Work<T>& w) {
     if ((j == w.y ? target : w.u[j]) == highest) first = j;
   p.logsumexp[w.row] = w.at.lse;
   p.log_prob[w.row] = -w.at.nll;
-  p.confidence[w.row] = target - w.r.other_max;
+  p.confidence[w.row] = has_nan ? nan<T>() : target - w.r.other_max;
   p.rank[w.row] = above;
   p.prediction[w.row] = has_nan ? -1 : first;
 }

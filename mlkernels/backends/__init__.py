@@ -28,9 +28,7 @@ _default = {
 }
 
 if _missing["cpu"] is not None:
-    warnings.warn(
-        f"mlkernels runs on its slow reference backend: {_missing['cpu']}", RuntimeWarning, stacklevel=2
-    )
+    warnings.warn(f"mlkernels runs on its slow reference backend: {_missing['cpu']}", RuntimeWarning, stacklevel=2)
 
 
 def available_backends() -> dict[str, str | None]:

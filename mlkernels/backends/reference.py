@@ -61,27 +61,21 @@ class _Values:
         return torch.where(inside, table[torch.where(inside, group, 0), index], math.nan)
 
 
-# ---- transforms: t(f_y) ------------------------------------------------------------------------------------------------
-
-
-def _change(x: Tensor) -> Tensor:
-    """0, with derivative 1 (for the infinite 0: they have no angle)."""
-    return torch.where(x.isinf(), 0, x - x.detach())
+# ---- transforms: t(f_y) ----------------------------------------------------------------------------------------------
 
 
 def _root(x: Tensor) -> Tensor:
     """sqrt(max(0, 1 - x^2)), its derivative -x / max(root, floor)."""
     square = 1 - x * x
     smooth = square > ROOT_FLOOR**2
-    slope = torch.where(x.isinf(), 0, x / ROOT_FLOOR).detach()
-    root = square.clamp(min=0).sqrt().detach() - slope * _change(x)
+    root = square.clamp(min=0).sqrt().detach() - (x / ROOT_FLOOR).detach() * (x - x.detach())
     return torch.where(smooth, torch.where(smooth, square, 1).sqrt(), root)
 
 
 def _angle(x: Tensor) -> Tensor:
     """arccos of x clamped to [-1, 1], its derivative -1 / max(root, floor)."""
     smooth = 1 - x * x > ROOT_FLOOR**2
-    edge = x.clamp(-1, 1).acos().detach() - _change(x) / ROOT_FLOOR
+    edge = x.clamp(-1, 1).acos().detach() - (x - x.detach()) / ROOT_FLOOR
     return torch.where(smooth, torch.where(smooth, x, 0).acos(), edge)
 
 
@@ -91,12 +85,11 @@ def margin(x: Tensor, m1: Tensor, m2: Tensor, m3: Tensor, beyond_pi: int, gradie
     if gradient == MarginGradient.STRAIGHT_THROUGH:
         x = x.detach()
     single = m1 == 1
-    theta = _angle(x)
+    bounded = torch.where(x.isinf(), x.sign(), x)  # a class of probability 0 has no angle
+    theta, root = _angle(bounded), _root(bounded)
     phi = m1 * theta + m2
-    root = _root(x)
     closed = x * m2.cos() - m2.sin() * root
-    # 0, but m1 may be trained from 1 (clamped: an infinite logit must not meet a 0).
-    closed = closed - (m1 - 1) * theta * (x.clamp(-1, 1) * m2.sin() + m2.cos() * root)
+    closed = closed - (m1 - 1) * theta * (bounded * m2.sin() + m2.cos() * root)  # 0; m1 may be trained from 1
     cosine = torch.where(single, closed, phi.cos())
     plain = cosine - m3
 
@@ -116,7 +109,7 @@ def margin(x: Tensor, m1: Tensor, m2: Tensor, m3: Tensor, beyond_pi: int, gradie
     else:
         t = plain
     if gradient == MarginGradient.STRAIGHT_THROUGH:
-        t = t + _change(passed)
+        t = torch.where(t.isinf(), passed, t + (passed - passed.detach()))
     return t
 
 
@@ -150,7 +143,7 @@ def transform_target(kind: int, x: Tensor, values: _Values, ids: Sequence[int]) 
     return t if norm is None else norm * t
 
 
-# ---- row scales --------------------------------------------------------------------------------------------------------
+# ---- row scales ------------------------------------------------------------------------------------------------------
 
 
 def row_scale(kind: int, confidence: Tensor, values: _Values) -> Tensor:
@@ -163,7 +156,7 @@ def row_scale(kind: int, confidence: Tensor, values: _Values) -> Tensor:
     return torch.where(scale > 0, scale, math.nan)
 
 
-# ---- heads: phi(log p), from delta = logsumexp over j != y of z, minus z_y ----------------------------------------------
+# ---- heads: phi(log p), from delta = logsumexp over j != y of z, minus z_y -------------------------------------------
 
 
 def _damping(x: Tensor) -> Tensor:
@@ -226,7 +219,7 @@ def head_loss(kind: int, nll: Tensor, values: _Values, ids: Sequence[int]) -> Te
     return nll
 
 
-# ---- a row, whole ------------------------------------------------------------------------------------------------------
+# ---- a row, whole ----------------------------------------------------------------------------------------------------
 
 
 def unpack(mask: int, params: Sequence[Tensor]) -> dict[int, Tensor]:
