@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,7 +16,7 @@ from .run import PEERS, measure
 from .shapes import CASES, HEADLINE, LOSSES, QUICK, Case
 
 
-def _names(known: list[str]) -> object:
+def _names(known: list[str]) -> Callable[[str], list[str]]:
     def parse(text: str) -> list[str]:
         names = text.split(",")
         for name in names:
@@ -51,8 +53,8 @@ def main(given: list[str] | None = None) -> None:
     options = _arguments(given)
     cases = QUICK if options.quick else CASES
     if options.shapes or options.dtype:
-        shapes = options.shapes or list(dict.fromkeys(case[:2] for case in cases))
-        cases = [Case(*shape, dtype) for dtype in options.dtype or ["float32"] for shape in shapes]
+        shapes = options.shapes or list(dict.fromkeys((case.rows, case.classes) for case in cases))
+        cases = [Case(rows, classes, dtype) for dtype in options.dtype or ["float32"] for rows, classes in shapes]
     names = options.losses or (HEADLINE if options.quick else LOSSES)
     peers = options.peers or PEERS
     if options.quick or options.no_compile:
@@ -67,10 +69,10 @@ def main(given: list[str] | None = None) -> None:
         print(f"[{time.perf_counter() - started:5.0f} s] {what}", file=sys.stderr, flush=True)
 
     run = measure(cases, names, peers, device, 1 / 3 if options.quick else 1.0, say)
-    busy = run.header["load_before"]
     print(report.text(run))
-    if busy is not None and busy > 0.3 * (torch.get_num_threads() or 1):
-        print(f"\nThe machine was busy when this began (load {busy:.1f}): do not publish these numbers.")
+    spare = (os.cpu_count() or 1) - torch.get_num_threads()
+    if run.others_busy > max(spare, 0) + 0.1:
+        print(f"\nOther programs kept {run.others_busy:.1f} CPUs busy meanwhile: do not publish these numbers.")
     for path in report.write(run, options.out):
         print(f"wrote {path}")
 

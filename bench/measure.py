@@ -1,12 +1,14 @@
-"""Timing that is fair on a noisy machine: the candidates take turns in one process, so that what disturbs hits all alike."""
+"""Timing that is fair on a noisy machine: the candidates take turns, so that what disturbs one disturbs all alike."""
 
 from __future__ import annotations
 
 import gc
+import os
 import random
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -42,6 +44,30 @@ def _block(step: Step, count: int, cuda: bool) -> float:
     for _ in range(count):
         step()
     return (time.perf_counter() - begin) / count
+
+
+class CpuClock(NamedTuple):
+    """Seconds: of the wall, of this process's CPUs, of everybody's."""
+
+    wall: float
+    own: float
+    all: float
+
+
+def cpu_clock() -> CpuClock:
+    """Now; everybody's is 0 where the system does not say."""
+    try:
+        # user nice system idle iowait irq softirq steal ...
+        ticks = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        busy = (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        busy = 0.0
+    return CpuClock(time.perf_counter(), time.process_time(), busy)
+
+
+def others_busy(begin: CpuClock, end: CpuClock) -> float:
+    """How many CPUs other programs kept busy in between."""
+    return max(0.0, (end.all - begin.all) - (end.own - begin.own)) / (end.wall - begin.wall)
 
 
 def take_turns(steps: dict[str, Step], seconds: float, device: torch.device) -> dict[str, Timing]:

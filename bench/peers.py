@@ -142,7 +142,7 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
 
 def disagreement(first: LossFunction, second: LossFunction, input: Tensor, target: Tensor) -> float:
     """The larger of the losses' relative and the gradients' normwise relative difference."""
-    found = []
+    found: list[tuple[Tensor, Tensor]] = []
     for function in (first, second):
         input.grad = None
         loss = function(input, target)

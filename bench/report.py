@@ -12,6 +12,18 @@ from .run import Run
 from .shapes import Case
 from .targets import Outcome, check
 
+COLUMNS = {
+    "ours": 11,
+    "fastest": 11,
+    "GB/s": 8,
+    "of copy": 10,
+    "ours/copy": 11,
+    "ours/clone": 11,
+    "eager/ours": 12,
+    "compile/ours": 14,
+    "F.ce/ours": 11,
+}
+WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 0.3}
 COLOURS = {"ours": "#1b6ca8", "eager": "#c9c9c9", "compile": "#e8a33d"}
 
 
@@ -38,24 +50,28 @@ def header_text(run: Run) -> str:
 def _case_text(run: Run, case: Case) -> str:
     floors = {peer: run.median(case, "-", peer) for peer in ("copy", "clone", "F.cross_entropy")}
     rate = 2 * case.nbytes / floors["copy"] / 1e9 if floors["copy"] else math.nan
+    times = ", ".join(f"{peer} {_time(seconds)}" for peer, seconds in floors.items())
     lines = [
         "",
-        f"{case}  (logits {case.nbytes / 1e6:.2f} MB; copy_ {_time(floors['copy'])}, {rate:.1f} GB/s; "
-        f"clone {_time(floors['clone'])}; F.cross_entropy {_time(floors['F.cross_entropy'])})",
-        f"  {'loss':<14}{'ours':>11}{'fastest':>11}{'GB/s':>8}{'of copy_':>10}{'ours/copy':>11}{'ours/clone':>11}"
-        f"{'eager/ours':>12}{'compile/ours':>14}{'F.ce/ours':>11}",
+        f"{case}  (logits {case.nbytes / 1e6:.2f} MB; {times}; copy_ {rate:.1f} GB/s)",
+        "  " + f"{'loss':<14}" + "".join(f"{name:>{width}}" for name, width in COLUMNS.items()),
     ]
     for loss in run.losses(case):
         ours = run.median(case, loss, "ours")
         if ours is None:
             continue
-        best = next(t.best for key, t in run.timings.items() if key == (case, loss, "ours"))
+        best = next(timing.best for key, timing in run.timings.items() if key == (case, loss, "ours"))
         copy, clone = (1 / (run.ratio(case, loss, peer) or math.nan) for peer in ("copy", "clone"))
-        lines.append(
-            f"  {loss:<14}{_time(ours):>11}{_time(best):>11}{2 * case.nbytes / ours / 1e9:>8.1f}{1 / copy:>10.0%}"
-            f"{_times(copy):>11}{_times(clone):>11}{_times(run.ratio(case, loss, 'eager')):>12}"
-            f"{_times(run.ratio(case, loss, 'compile')):>14}{_times(run.ratio(case, loss, 'F.cross_entropy')):>11}"
-        )
+        cells = [
+            _time(ours),
+            _time(best),
+            f"{2 * case.nbytes / ours / 1e9:.1f}",
+            f"{1 / copy:.0%}",
+            *map(_times, (copy, clone)),
+            *(_times(run.ratio(case, loss, peer)) for peer in ("eager", "compile", "F.cross_entropy")),
+        ]
+        line = f"  {loss:<14}"
+        lines.append(line + "".join(f"{cell:>{width}}" for cell, width in zip(cells, COLUMNS.values(), strict=True)))
     return "\n".join(lines)
 
 
@@ -63,8 +79,7 @@ def text(run: Run) -> str:
     """The tables for a terminal."""
     parts = [
         header_text(run),
-        "A step is the loss and its backward(). GB/s count one read and one write of the logits, which is what copy_ "
-        "does.",
+        "A step is a loss and its backward(). GB/s count what copy_ does: one read and one write of the logits.",
         *(_case_text(run, case) for case in run.cases()),
     ]
     outcomes = check(run)
@@ -92,6 +107,7 @@ def as_json(run: Run) -> dict[str, Any]:
     return {
         "schema": 1,
         **run.header,
+        "others_busy": run.others_busy,
         "timings": [
             {**key.case._asdict(), "loss": key.loss, "peer": key.peer, **timing._asdict()}
             for key, timing in run.timings.items()
@@ -110,8 +126,8 @@ def picture(run: Run, path: Path) -> None:
     from matplotlib.figure import Figure
 
     cases = run.cases()
-    columns = min(3, len(cases))
-    figure = Figure(figsize=(4.6 * columns + 0.6, 3.3 * math.ceil(len(cases) / columns) + 0.9), layout="constrained")
+    columns = min(4, len(cases))
+    figure = Figure(figsize=(4.2 * columns + 0.6, 3.3 * math.ceil(len(cases) / columns) + 0.9), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(math.ceil(len(cases) / columns), columns, squeeze=False).ravel()
     for axes, case in zip(grid, cases, strict=False):
@@ -122,7 +138,7 @@ def picture(run: Run, path: Path) -> None:
             heights = [row + 0.27 * (place - 1) for row in range(len(names))]
             bars = axes.barh(heights, times, 0.25, color=colour, label={"compile": "torch.compile"}.get(peer, peer))
             labels = ["" if math.isnan(value) else f"{value:.2g}" for value in times]
-            axes.bar_label(bars, labels, padding=2, fontsize=6)
+            axes.bar_label(bars, labels, padding=2, fontsize=6, zorder=4, bbox=WHITE)
         for peer, style in (("copy", "-"), ("clone", "--"), ("F.cross_entropy", ":")):
             seconds = run.median(case, "-", peer)
             if seconds:

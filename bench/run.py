@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import functools
-import os
 import platform
 import subprocess
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ from torch import Tensor
 import mlkernels
 from mlkernels.backends import native
 
-from .measure import Step, Timing, take_turns
+from .measure import Step, Timing, cpu_clock, others_busy, take_turns
 from .peers import Inputs, LossFunction, disagreement, losses, make_inputs
 from .shapes import Case, is_compiled
 
@@ -43,6 +42,11 @@ class Run(NamedTuple):
     header: dict[str, Any]
     timings: dict[Key, Timing]
     disagreements: dict[Key, float]
+    others: list[float]  # CPUs that other programs kept busy, by case
+
+    @property
+    def others_busy(self) -> float:
+        return max(self.others, default=0.0)
 
     def cases(self) -> list[Case]:
         return list(dict.fromkeys(key.case for key in self.timings))
@@ -99,7 +103,6 @@ def describe(device: torch.device) -> dict[str, Any]:
         "device_type": device.type,
         "threads": torch.get_num_threads(),
         "isa": native.cpu_isa(),
-        "load_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "backends": mlkernels.available_backends(),
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain")),
@@ -144,7 +147,7 @@ def measure(
     say: Callable[[str], None],
 ) -> Run:
     """Measures every case; ``patience`` scales the time that each may take."""
-    run = Run(describe(device), {}, {})
+    run = Run(describe(device), {}, {}, [])
     for case in cases:
         say(f"{case}: compiling and checking")
         torch._dynamo.reset()
@@ -173,6 +176,8 @@ def measure(
         seconds = case.seconds * patience
         say(f"{case}: {len(steps)} candidates take turns for {seconds:.0f} s")
         named = {"\t".join(map(str, key)): step for key, step in steps.items()}
+        begin = cpu_clock()
         timings = take_turns(named, seconds, device)
+        run.others.append(others_busy(begin, cpu_clock()))
         run.timings.update(zip(steps, timings.values(), strict=True))
     return run

@@ -49,7 +49,7 @@ FLAGS = [
     "-DPy_LIMITED_API=0x030A0000",
 ]
 # csrc/cpu/kernels.cpp is compiled once for each; library_cpu.cpp chooses among them at run time.
-ISAS = {"baseline": []}
+ISAS: dict[str, list[str]] = {"baseline": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISAS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     ISAS["avx512"] = [
@@ -118,9 +118,7 @@ def make_library() -> Path:
     compile_command = [*compiler, *FLAGS, "-Wall", f"-I{CSRC.relative_to(ROOT)}", "-isystem", str(torch / "include")]
     compile_command += shlex.split(os.environ.get("CXXFLAGS", ""))
     kernels = CSRC / "cpu" / "kernels.cpp"
-    units = [
-        (OBJECTS / f"kernels_{isa}.o", kernels, [*flags, f"-DMLKERNELS_ISA={isa}"]) for isa, flags in ISAS.items()
-    ]
+    units = [(OBJECTS / f"kernels_{isa}.o", kernels, [*flags, f"-DMLKERNELS_ISA={isa}"]) for isa, flags in ISAS.items()]
     units.append((OBJECTS / "library_cpu.o", CSRC / "library_cpu.cpp", []))
     headers = sorted(CSRC.rglob("*.h"))
 
@@ -133,8 +131,14 @@ def make_library() -> Path:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(compile_one, units))
     objects = [output for output, _, _ in units]
-    # The shim is all of torch that is used, and libtorch_cpu has it. The loader finds that already in the process.
-    link = [*compiler, "-shared", *(str(path.relative_to(ROOT)) for path in objects), f"-L{torch / 'lib'}", "-ltorch_cpu"]
+    # The shim is all of torch that is used; libtorch_cpu has it, and is in the process already when this is loaded.
+    link = [
+        *compiler,
+        "-shared",
+        *(str(path.relative_to(ROOT)) for path in objects),
+        f"-L{torch / 'lib'}",
+        "-ltorch_cpu",
+    ]
     if sys.platform == "linux":
         # A symbol of ours that no library has fails now and not at import; torch's own dependencies need not be here.
         link += ["-Wl,-z,defs", "-Wl,--as-needed", "-Wl,--allow-shlib-undefined", "-s"]

@@ -121,7 +121,7 @@ MLK_FN Target<T> margin(const Spec& spec, T x, T m1, T m2, T m3, bool derive) {
     const T cos_m = m_cos(m2), sin_m = m_sin(m2);
     cosine = x * cos_m - sin_m * root;
     sine = x * sin_m + cos_m * root;
-    out.slope = cos_m + x * sin_m / divisor;
+    out.slope = sin_m == 0 ? cos_m : cos_m + x * sin_m / divisor;  // also for an x of -inf
     if (beyond == MONOTONE || derive) theta = m_acos(clamped);
     if (beyond == LINEAR && m2 > 0 && (m2 >= pi || x < -cos_m)) {
       out.value = x - m2 * sin_m - m3;
@@ -140,7 +140,9 @@ MLK_FN Target<T> margin(const Spec& spec, T x, T m1, T m2, T m3, bool derive) {
   out.da = -theta * sine;
   out.db = -sine;
   if (beyond == MONOTONE) {
-    const T turn = m_floor((m1 * theta + m2) / pi);
+    // Beyond pi, not at it: there a zero margin must leave a logit that is no cosine alone.
+    const T turns = (m1 * theta + m2) / pi;
+    const T turn = turns > 0 ? -m_floor(-turns) - 1 : m_floor(turns);
     const T sign = turn - 2 * m_floor(turn / 2) == 0 ? T(1) : T(-1);
     out.value = sign * cosine - 2 * turn - m3;
     out.slope *= sign;
@@ -359,11 +361,11 @@ MLK_FN T approach(const Spec& spec, const Values<T>& values, const Row<T>& row, 
   at.target = transform_target(spec, values, row.target, derive);
   const T z_y = scale.value * at.target.value;
   at.alone = row.log_sum == -infinity<T>();
-  const T base = at.alone ? -infinity<T>() : scale.value * row.other_max + row.log_sum;
+  // The difference of the logits first: at |z| = 300 anything added before it costs 1e-5 in p.
+  T delta = at.alone ? -infinity<T>() : row.log_sum + scale.value * (row.other_max - at.target.value);
   // An infinite logit of the target's is no certainty but an overflow.
-  const bool finite = row.target < infinity<T>() && z_y < infinity<T>();
-  const T delta = finite ? base - z_y : nan<T>();
-  at.lse = delta > 0 ? base : z_y;
+  if (!(row.target < infinity<T>() && z_y < infinity<T>())) delta = nan<T>();
+  at.lse = delta > 0 ? scale.value * row.other_max + row.log_sum : z_y;
   return delta;
 }
 

@@ -203,12 +203,19 @@ inline void each_piece(const Problem<T>& p, int64_t y, Body body) {
   }
 }
 
-template <bool PADDED, bool STORE, bool SHIFT, class T>
+// Exponentials into the gradient where there is one, and the sums.
+template <bool PADDED, class T>
 inline void exponentials(const Problem<T>& p, Work<T>& w, T factor) {
   each_piece<PADDED>(p, w.y, [&](int64_t begin, int64_t n) {
-    const Sums<T> s = sweep_exp<T, STORE, SHIFT>(w.u + begin, w.g + begin, n, w.m, w.scale.value, factor);
-    w.sum += s.e;
-    w.shift += s.shift;
+    const T* u = w.u + begin;
+    T* out = w.g ? w.g + begin : nullptr;
+    const T s = w.scale.value;
+    const Sums<T> sums = out ? (p.want_shift ? sweep_exp<T, true, true>(u, out, n, w.m, s, factor)
+                                             : sweep_exp<T, true, false>(u, out, n, w.m, s, factor))
+                             : (p.want_shift ? sweep_exp<T, false, true>(u, nullptr, n, w.m, s, factor)
+                                             : sweep_exp<T, false, false>(u, nullptr, n, w.m, s, factor));
+    w.sum += sums.e;
+    w.shift += sums.shift;
   });
 }
 
@@ -229,12 +236,7 @@ inline void measure(const Problem<T>& p, const Values<T>* shared, T target, Work
   w.scale = row_scale(p.spec, *w.values, target - w.r.other_max);
   w.m = w.r.other_max == -infinity<T>() ? T(0) : w.r.other_max;
   if (!p.saved) {
-    if (!w.g)
-      exponentials<PADDED, false, false>(p, w, T(1));
-    else if (p.want_shift)
-      exponentials<PADDED, true, true>(p, w, T(1));
-    else
-      exponentials<PADDED, true, false>(p, w, T(1));
+    exponentials<PADDED>(p, w, T(1));
   }
   if (p.smoothing > 0 && (p.want_shift || !p.saved)) {
     const T* weight = p.weight;
@@ -321,12 +323,7 @@ inline void conclude(const Problem<T>& p, const Batch<T>& batch, Work<T>& w) {
   const RowGradient<T> gradient = row_gradient(batch, w.r, w.at, head, up, weight);
 
   if (p.saved) {
-    if (w.g && p.want_shift)
-      exponentials<PADDED, true, true>(p, w, gradient.others);
-    else if (w.g)
-      exponentials<PADDED, true, false>(p, w, gradient.others);
-    else if (p.want_shift)
-      exponentials<PADDED, false, true>(p, w, T(1));
+    if (w.g || p.want_shift) exponentials<PADDED>(p, w, gradient.others);
   } else if (w.g) {
     each_piece<PADDED>(p, w.y, [&](int64_t begin, int64_t n) { sweep_multiply(w.g + begin, n, gradient.others); });
   }

@@ -1,0 +1,356 @@
+"""What autograd, torch.func, autocast and hooks may ask of a loss."""
+
+import pytest
+import torch
+from table import BY_NAME, F64, FEW, LOSSES, draw, leaves, run
+
+import mlkernels
+
+SMOOTH = [loss for loss in LOSSES if loss.smooth and loss.name != "focal_half"]
+ROWS = ("random", "confident5")
+
+
+def prepared(loss, rows=6, form="shared", **keywords):
+    input, target, params = draw(loss, rows=rows, form=form, classes=4, **keywords)
+    options = {"group": loss.group(target)} if loss.groups else {}
+    return input, target, params, options
+
+
+def tensors_of(own):
+    return [v for v in own.values() if isinstance(v, torch.Tensor)]
+
+
+# ---- once, twice, again -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("loss", FEW, ids=str)
+def test_retained_graphs_give_the_same_twice(loss, backend, reduction, dtype):
+    """The first backward may hand out what the forward kept: the second must not find it changed or gone."""
+    input, target, params, options = prepared(loss, exact=dtype, kinds=ROWS)
+    x, own = input.to(dtype).requires_grad_(), leaves(params)
+    value = loss(x, target, own, reduction=reduction, backend=backend, **options)
+    up = torch.linspace(0.5, 2, value.numel(), dtype=value.dtype).reshape(value.shape)
+    wanted = [run(loss, x, target, params, factor * up, reduction=reduction, backend=backend, **options) for factor in (1.0, 3.0)]
+    for i, factor in enumerate((1.0, 3.0, 1.0)):
+        x.grad = None
+        for v in tensors_of(own):
+            v.grad = None
+        value.backward(factor * up, retain_graph=True)
+        _, grad, by_param = wanted[i % 2]
+        torch.testing.assert_close(x.grad, grad, rtol=1e-2 if dtype in (torch.half, torch.bfloat16) else 1e-6, atol=1e-9)
+        for name, g in by_param.items():
+            torch.testing.assert_close(own[name].grad, g, rtol=1e-5, atol=1e-9)
+
+
+def test_gradients_of_two_backwards_share_nothing(backend):
+    input, target, _, _ = prepared(BY_NAME["cross_entropy"])
+    x = input.float().requires_grad_()
+    value = mlkernels.cross_entropy(x, target, backend=backend)
+    (first,) = torch.autograd.grad(value, x, retain_graph=True)
+    kept = first.clone()
+    (second,) = torch.autograd.grad(value, x, retain_graph=True)
+    assert first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr()
+    second.zero_()
+    first.mul_(5)
+    (third,) = torch.autograd.grad(value, x)
+    torch.testing.assert_close(third, kept, rtol=0, atol=0)
+
+
+def test_a_leafs_gradient_is_its_own(backend):
+    """.grad is accumulated in place: it must alias neither the input nor what the graph still holds."""
+    input, target, _, _ = prepared(BY_NAME["modulated"])
+    x = input.float().requires_grad_()
+    value = mlkernels.modulated_cross_entropy(x, target, backend=backend)
+    value.backward(retain_graph=True)
+    once = x.grad.clone()
+    value.backward(retain_graph=True)
+    torch.testing.assert_close(x.grad, 2 * once)
+    value.backward(torch.tensor(-2.0))
+    torch.testing.assert_close(x.grad, torch.zeros_like(once), atol=1e-8, rtol=0)
+    assert x.grad.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+
+
+def test_a_freed_graph_says_so(backend):
+    input, target, _, _ = prepared(BY_NAME["cross_entropy"])
+    x = input.requires_grad_()
+    value = mlkernels.cross_entropy(x, target, backend=backend)
+    value.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        value.backward()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_an_input_changed_in_place_is_noticed(backend, reduction):
+    input, target, _, _ = prepared(BY_NAME["cross_entropy"])
+    x = input.requires_grad_()
+    y = x * 1
+    value = mlkernels.cross_entropy(y, target, reduction=reduction, backend=backend)
+    y.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.sum().backward()
+
+
+# ---- upstream gradients -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", FEW, ids=str)
+def test_expanded_upstreams(loss, backend):
+    """sum() of unreduced losses sends a stride-0 gradient; slices and transposes of others come too."""
+    input, target, params, options = prepared(loss)
+    plain = torch.linspace(-1, 2, 6, dtype=F64)
+    wide = torch.stack([plain, torch.full_like(plain, 99.0)], 1)
+    for upstream in (torch.tensor(1.75, dtype=F64).expand(6), wide[:, 0], wide.flip(0)[:, 0]):
+        found = run(loss, input, target, params, upstream, reduction="none", backend=backend, **options)
+        dense = upstream.clone(memory_format=torch.contiguous_format)
+        wanted = run(loss, input, target, params, dense, reduction="none", backend=backend, **options)
+        assert torch.equal(found[1], wanted[1])
+        for name, g in found[2].items():
+            torch.testing.assert_close(g, wanted[2][name], rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("scale", [0.0, -2.5, 1e-3, 1.0])
+@pytest.mark.parametrize("loss", FEW, ids=str)
+def test_scaled_losses(loss, backend, scale):
+    """(scale * loss).backward() is scale times loss.backward(), also through further operations."""
+    input, target, params, options = prepared(loss)
+    _, unit, units = run(loss, input, target, params, 1.0, backend=backend, **options)
+    x, own = input.clone().requires_grad_(), leaves(params)
+    value = loss(x, target, own, backend=backend, **options)
+    (scale * value + value.detach() ** 2).backward()
+    torch.testing.assert_close(x.grad, scale * unit, rtol=1e-12, atol=1e-15)
+    for name, g in units.items():
+        torch.testing.assert_close(own[name].grad, scale * g, rtol=1e-10, atol=1e-13)
+
+
+def test_a_zero_upstream_is_exactly_zero(backend):
+    """Where the upstream is 0 a row contributes nothing, finite as it is."""
+    input, target, params, _ = prepared(BY_NAME["cross_entropy"], form="number")
+    up = torch.tensor([0.0, 1.0, 0.0, 2.0, 0.0, 0.0], dtype=F64)
+    _, grad, _ = run(BY_NAME["cross_entropy"], input, target, params, up, reduction="none", backend=backend)
+    assert torch.equal(grad[up == 0], torch.zeros(4, 4, dtype=F64))
+
+
+# ---- twice differentiable -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", SMOOTH, ids=str)
+def test_gradcheck_and_gradgradcheck(loss, backend):
+    input, target, params, options = prepared(loss, rows=2, kinds=ROWS, margin=2e-2)
+    names = [k for k, v in params.items() if isinstance(v, torch.Tensor) and not (k in ("gamma", "margin") and float(v.min()) == 0)]
+    x = input.requires_grad_()
+    own = [params[k].clone().requires_grad_() for k in names]
+    options |= {"label_smoothing": 0.1, "z_loss": 0.01}
+
+    def function(x, *values):
+        return loss(x, target, params | dict(zip(names, values, strict=True)), reduction="none", backend=backend, **options)
+
+    assert torch.autograd.gradcheck(function, (x, *own), fast_mode=True, rtol=1e-4, atol=1e-6)
+    assert torch.autograd.gradgradcheck(function, (x, *own), fast_mode=True, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss", [loss for loss in FEW if loss.smooth], ids=str)
+def test_double_backward_is_the_same_on_every_backend(loss, backend):
+    """The penalty |dL/dx|^2, differentiated: once by hand through create_graph."""
+    input, target, params, options = prepared(loss)
+    found = []
+    for name in (backend, "reference"):
+        x, own = input.clone().requires_grad_(), leaves(params)
+        value = loss(x, target, own, backend=name, **options)
+        grads = torch.autograd.grad(value, [x, *tensors_of(own)], create_graph=True)
+        assert all(g.requires_grad for g in grads)
+        penalty = sum((g * g).sum() for g in grads)
+        found.append((grads, torch.autograd.grad(penalty + value, [x, *tensors_of(own)], materialize_grads=True)))
+    for ours, theirs in zip(found[0][0] + found[0][1], found[1][0] + found[1][1], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+    if backend != "reference":
+        return
+    # The reference's own second derivative, against a difference of its first.
+    x = input.clone().requires_grad_()
+    own = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in params.items()}
+    direction = torch.linspace(-1, 1, x.numel(), dtype=F64).reshape(x.shape)
+    gradient = lambda at: torch.autograd.grad(loss(at, target, own, **options, backend=backend), at, create_graph=True)[0]  # noqa: E731
+    (second,) = torch.autograd.grad((gradient(x) * direction).sum(), x)
+    h = 1e-5
+    up, down = (gradient((input + s * h * direction).requires_grad_()) for s in (1, -1))
+    torch.testing.assert_close(second, ((up - down) / (2 * h)).detach(), rtol=1e-5, atol=1e-7)
+
+
+def test_double_backward_through_statistics(backend):
+    input, target, _, _ = prepared(BY_NAME["cross_entropy"])
+
+    def function(x):
+        loss, rows = mlkernels.softmax_loss(x, target, reduction="none", return_stats=True, backend=backend)
+        return loss, rows.logsumexp, rows.log_prob
+
+    assert torch.autograd.gradgradcheck(function, (input.requires_grad_(),), fast_mode=True)
+
+
+def test_create_graph_then_a_plain_backward(backend):
+    """A create_graph pass leaves nothing behind that a later plain pass would use."""
+    input, target, _, _ = prepared(BY_NAME["modulated"])
+    x = input.requires_grad_()
+    value = mlkernels.modulated_cross_entropy(x, target, backend=backend)
+    (first,) = torch.autograd.grad(value, x, create_graph=True)
+    value.backward(torch.tensor(0.5, dtype=F64))
+    torch.testing.assert_close(x.grad, 0.5 * first.detach(), rtol=1e-10, atol=1e-14)
+
+
+# ---- torch.func ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", FEW, ids=str)
+def test_func_grad_and_jacrev(loss, backend):
+    input, target, params, options = prepared(loss)
+    own = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in params.items()}
+    function = lambda x: loss(x, target, own, backend=backend, **options)  # noqa: E731
+    _, wanted, _ = run(loss, input, target, own, backend=backend, **options)
+    torch.testing.assert_close(torch.func.grad(function)(input), wanted, rtol=1e-9, atol=1e-12)
+    value, grad = torch.func.grad_and_value(function)(input)[::-1]
+    torch.testing.assert_close(value, function(input), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(grad, wanted, rtol=1e-9, atol=1e-12)
+    rows = lambda x: loss(x, target, own, reduction="none", backend=backend, **options)  # noqa: E731
+    jacobian = torch.func.jacrev(rows)(input)
+    assert jacobian.shape == (6, 6, 4)
+    _, dense, _ = run(loss, input, target, own, torch.ones(6), reduction="none", backend=backend, **options)
+    torch.testing.assert_close(jacobian.sum(0), dense, rtol=1e-9, atol=1e-12)
+    for i in range(6):  # a row depends on itself only
+        assert not jacobian[i][torch.arange(6) != i].any()
+
+
+def test_vmap_over_candidates(backend):
+    """A population of models under vmap, each batch its own loss."""
+    generator = torch.Generator().manual_seed(1)
+    input = torch.randn(3, 5, 4, generator=generator, dtype=F64)
+    target = torch.randint(0, 4, (3, 5), generator=generator)
+    one = lambda x, y: mlkernels.modulated_cross_entropy(x, y, reduction="none", backend=backend)  # noqa: E731
+    together = torch.func.vmap(one)(input, target)
+    torch.testing.assert_close(together, torch.stack([one(x, y) for x, y in zip(input, target, strict=True)]))
+    mean = lambda x, y: mlkernels.modulated_cross_entropy(x, y, backend=backend)  # noqa: E731
+    grads = torch.func.vmap(torch.func.grad(mean))(input, target)
+    for i in range(3):
+        torch.testing.assert_close(grads[i], torch.func.grad(mean)(input[i], target[i]))
+
+
+def test_jvp_and_hessian(backend):
+    input, target, _, _ = prepared(BY_NAME["cross_entropy"])
+    function = lambda x: mlkernels.cross_entropy(x, target, backend=backend)  # noqa: E731
+    theirs = lambda x: torch.nn.functional.cross_entropy(x, target)  # noqa: E731
+    direction = torch.linspace(-1, 1, input.numel(), dtype=F64).reshape(input.shape)
+    value, slope = torch.func.jvp(function, (input,), (direction,))
+    torch.testing.assert_close(value, theirs(input))
+    torch.testing.assert_close(slope, torch.func.jvp(theirs, (input,), (direction,))[1])
+    torch.testing.assert_close(torch.func.hessian(function)(input), torch.func.hessian(theirs)(input))
+
+
+# ---- modes --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("loss", FEW, ids=str)
+def test_autocast_changes_nothing(loss, backend, dtype):
+    input, target, params, options = prepared(loss, exact=dtype, kinds=ROWS)
+    x = input.to(dtype)
+    wanted = run(loss, x, target, params, 1.5, backend=backend, **options)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = run(loss, x, target, params, 1.5, backend=backend, **options)
+    assert found[0].dtype == torch.float32
+    assert found[1].dtype == dtype
+    assert torch.equal(found[0], wanted[0])
+    assert torch.equal(found[1], wanted[1])
+    for name, g in found[2].items():
+        assert torch.equal(g, wanted[2][name])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("loss", FEW, ids=str)
+def test_without_gradients(loss, backend, mode):
+    input, target, params, options = prepared(loss)
+    own = leaves(params)
+    wanted = loss(input, target, params, reduction="none", backend=backend, **options).detach()
+    with mode():
+        x = input.clone().requires_grad_() if mode is torch.no_grad else input.clone()
+        value = loss(x, target, own, reduction="none", backend=backend, **options)
+        assert not value.requires_grad
+        torch.testing.assert_close(value, wanted, rtol=1e-12, atol=1e-300)
+
+
+def test_inference_tensors_can_be_scored(backend):
+    with torch.inference_mode():
+        x, y = torch.randn(3, 4), torch.tensor([0, 1, 2])
+    assert not mlkernels.cross_entropy(x, y, backend=backend).requires_grad
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_hooks(backend, reduction):
+    input, target, _, _ = prepared(BY_NAME["cross_entropy"])
+    x = input.requires_grad_()
+    hidden = x * 2
+    seen = []
+    hidden.register_hook(lambda g: seen.append(g.clone()))
+    hidden.register_hook(lambda g: g * 10)
+    x.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+    mlkernels.cross_entropy(hidden, target, reduction=reduction, backend=backend).sum().backward()
+    assert len(seen) == 2
+    torch.testing.assert_close(seen[1], 20 * seen[0])
+    _, wanted, _ = run(
+        BY_NAME["cross_entropy"], 2 * input.detach(), target, {"scale": 1.0},
+        None if reduction == "mean" else torch.ones(6), reduction=reduction, backend=backend,
+    )  # fmt: skip
+    torch.testing.assert_close(seen[0], wanted)
+
+
+def test_anomaly_mode_finds_nothing_in_sound_rows(loss, backend):
+    """The reference masks before it computes: no NaN meets a 0 on the way back."""
+    input, target, params = draw(loss, form="shared")
+    target[2], input[2] = -100, float("nan")
+    options = {"group": loss.group(target)} if loss.groups else {}
+    with torch.autograd.detect_anomaly(check_nan=True):
+        _, grad, by_param = run(loss, input, target, params, 1.25, backend=backend, **options)
+    assert bool(grad.isfinite().all())
+    assert all(bool(g.isfinite().all()) for g in by_param.values())
+
+
+def test_saved_tensor_hooks(backend):
+    """Offloading saved tensors (as checkpointing libraries do) and getting copies back."""
+    input, target, params, options = prepared(BY_NAME["two_scale_margin_modulated"])
+    wanted = run(BY_NAME["two_scale_margin_modulated"], input, target, params, 1.5, backend=backend)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t.clone()):
+        found = run(BY_NAME["two_scale_margin_modulated"], input, target, params, 1.5, backend=backend)
+    torch.testing.assert_close(found[1], wanted[1], rtol=1e-12, atol=1e-15)
+
+
+def test_activation_checkpointing(backend):
+    input, target, _, _ = prepared(BY_NAME["modulated"])
+    x, y = input.clone().requires_grad_(), input.clone().requires_grad_()
+    score = lambda t: mlkernels.modulated_cross_entropy(2 * t, target, backend=backend)  # noqa: E731
+    torch.utils.checkpoint.checkpoint(score, x, use_reentrant=False).backward()
+    score(y).backward()
+    assert torch.equal(x.grad, y.grad)
+
+
+def test_nothing_is_kept_when_nothing_is_asked(backend):
+    input, target, _, _ = prepared(BY_NAME["cross_entropy"])
+    assert mlkernels.cross_entropy(input, target, backend=backend).grad_fn is None
+    x = input.requires_grad_()
+    value = mlkernels.cross_entropy(x.detach(), target, scale=torch.tensor(2.0, requires_grad=True), backend=backend)
+    value.backward()
+    assert x.grad is None
+
+
+def test_one_tensor_in_two_places(backend):
+    """The same leaf as logits and parameter, or as two parameters: gradients add."""
+    input, target, _, _ = prepared(BY_NAME["cross_entropy"])
+    s = torch.tensor(1.5, dtype=F64, requires_grad=True)
+    mlkernels.two_scale_cross_entropy(input, target, s, s, eta=0.0, backend=backend).backward()
+    t = torch.tensor(1.5, dtype=F64, requires_grad=True)
+    mlkernels.cross_entropy(input, target, scale=t, backend=backend).backward()
+    torch.testing.assert_close(s.grad, t.grad)
+    x = input.clone().requires_grad_()
+    own = x.gather(1, target[:, None]) * 2
+    mlkernels.softmax_loss(x, target, target_logit=own, backend=backend).backward()
+    y = input.clone().requires_grad_()
+    z = y.scatter(1, target[:, None], 2 * y.gather(1, target[:, None]))
+    torch.nn.functional.cross_entropy(z, target).backward()
+    torch.testing.assert_close(x.grad, y.grad)
