@@ -96,7 +96,7 @@ def make(output: Path, command: list[str], inputs: list[Path]) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     # Written aside and renamed: a build that is cut off, or a second one at the same time, leaves nothing half done.
     partial = output.with_name(f"{output.name}.{os.getpid()}")
-    print(f"{line} -o {output.relative_to(ROOT)}", flush=True)
+    print(f"{line} -o {os.path.relpath(output, ROOT)}", flush=True)
     started = time.time_ns()
     try:
         done = subprocess.run([*command, "-o", str(partial)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
@@ -135,7 +135,7 @@ def make_library() -> Path:
     link = [
         *compiler,
         "-shared",
-        *(str(path.relative_to(ROOT)) for path in objects),
+        *(os.path.relpath(path, ROOT) for path in objects),
         f"-L{torch / 'lib'}",
         "-ltorch_cpu",
     ]

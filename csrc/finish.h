@@ -362,7 +362,7 @@ MLK_FN T approach(const Spec& spec, const Values<T>& values, const Row<T>& row, 
   const T z_y = scale.value * at.target.value;
   at.alone = row.log_sum == -infinity<T>();
   // The difference of the logits first: at |z| = 300 anything added before it costs 1e-5 in p.
-  T delta = at.alone ? -infinity<T>() : row.log_sum + scale.value * (row.other_max - at.target.value);
+  T delta = at.alone ? -infinity<T>() - z_y : row.log_sum + scale.value * (row.other_max - at.target.value);
   // An infinite logit of the target's is no certainty but an overflow.
   if (!(row.target < infinity<T>() && z_y < infinity<T>())) delta = nan<T>();
   at.lse = delta > 0 ? scale.value * row.other_max + row.log_sum : z_y;

@@ -152,7 +152,7 @@ CASES = [
     case("target_logit|transform|Margin", ValueError, lambda x, y, **o: softmax(
         x, y, transform=Margin(), target_logit=torch.ones(4, 1), **o)),
     case("target_logit|(4, 1)|(4, 3)", ValueError, lambda x, y, **o: softmax(x, y, target_logit=x, **o)),
-    case("scale|TwoScale", TypeError, lambda x, y, **o: softmax(x, y, scale=Modulated(), **o)),
+    case("scale|number|Modulated", TypeError, lambda x, y, **o: softmax(x, y, scale=Modulated(), **o)),
     case("domain|(1.0, -1.0)", ValueError, lambda x, y, **o: softmax(
         x, y, transform=PiecewiseLinear(TABLE, TABLE, (1.0, -1.0)), **o)),
     case("scale_low|> 0|-1", ValueError, lambda x, y, **o: softmax(x, y, scale=TwoScale(-1.0, 2.0), **o)),

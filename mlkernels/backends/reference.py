@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -237,7 +238,8 @@ def softmax_loss(
         ids: Spec.ids, then reduction, ignore_index and the mask of the slots that are tensors.
         consts: one number per slot. params: the tensors, by slot.
     """
-    with torch.autocast(input.device.type, enabled=False):
+    device = input.device.type
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
         return _softmax_loss(input, target, ids, consts, params)
 
 

@@ -1,0 +1,158 @@
+"""What an installation promises: one binary for every torch, a package that works without it, and a word on why."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import mlkernels
+from mlkernels.backends import native
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "csrc" / "build.py"
+COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+
+
+def python(*arguments, **environment):
+    """A fresh interpreter in the checkout."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+
+
+def library():
+    found = sorted(Path(mlkernels.__file__).parent.glob("_cpu.*so"))
+    if not found or sys.platform != "linux" or shutil.which("nm") is None:
+        pytest.skip("needs the compiled library, and nm")
+    return found[0]
+
+
+def nm(path, *options):
+    """(type, name) of each symbol."""
+    done = subprocess.run(["nm", *options, str(path)], capture_output=True, text=True, check=True)
+    return [tuple(line.split()[-2:]) for line in done.stdout.splitlines() if line.strip()]
+
+
+# ---- the binary ------------------------------------------------------------------------------------------------------
+
+
+def test_library_is_built_where_it_can_be():
+    if COMPILER is None or sys.platform == "win32":
+        pytest.skip("no C++ compiler")
+    if os.environ.get("MLKERNELS_NATIVE") == "0":
+        pytest.skip("switched off")
+    assert native.cpu_missing is None
+    assert native.cpu_isa() in ("baseline", "avx2", "avx512")
+
+
+def test_library_needs_only_the_stable_shim():
+    """Every undefined symbol is in torch 2.11's C shim, or comes from the C and C++ runtimes, which are versioned."""
+    lines = (ROOT / "tests" / "shim_symbols_2_11.txt").read_text().splitlines()
+    shim = {line for line in lines if not line.startswith("#")}
+    runtime = re.compile(r"@+(GLIBC|GLIBCXX|CXXABI|GCC|LIBC\+\+|GOMP|OMP)_")
+    strong = [name for kind, name in nm(library(), "-D", "--undefined-only") if kind != "w"]
+    assert [name for name in strong if name not in shim and not runtime.search(name)] == []
+    assert any(name in shim for name in strong)
+
+
+def test_library_exports_no_kernel():
+    """Only its C entry points, and what the C++ runtime itself makes weak."""
+    strong = {name for kind, name in nm(library(), "-D", "--defined-only") if kind in "TDBR"}
+    assert {name for name in strong if not name.startswith("mlkernels_")} <= {
+        "_edata",
+        "_end",
+        "__bss_start",
+        "_init",
+        "_fini",
+    }
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+def test_instruction_sets_do_not_leak(isa):
+    """The linker keeps one of several weak copies: one compiled for AVX-512 must not serve a machine without it."""
+    library()
+    objects = list((ROOT / "build").glob(f"cpu-*/kernels_{isa}.o"))
+    if not objects:
+        pytest.skip(f"not built here for {isa}")
+    for path in objects:
+        weak = {name for kind, name in nm(path, "--defined-only") if kind in ("W", "V", "u")}
+        assert {name for name in weak if isa not in name} == set()
+
+
+def test_import_keeps_subnormals():
+    done = python("-c", "import torch, mlkernels; print(float(torch.tensor(1e-39) * 0.5) > 0, 5e-324 * 1.0 > 0)")
+    assert done.stdout.split() == ["True", "True"]
+
+
+# ---- without the binary ----------------------------------------------------------------------------------------------
+
+
+def test_works_without_the_library():
+    program = (
+        "import torch, mlkernels\n"
+        "x = torch.tensor([[2.0, 0.0, 0.0]], requires_grad=True)\n"
+        "loss = mlkernels.modulated_cross_entropy(x, torch.tensor([0]))\n"
+        "loss.backward()\n"
+        "print(mlkernels.available_backends()['cpu'], float(loss), x.grad.tolist())\n"
+    )
+    done = python("-c", program, MLKERNELS_NATIVE="0")
+    assert done.stdout.startswith("switched off by MLKERNELS_NATIVE=0 0.0213")
+    assert done.stderr.count("RuntimeWarning") == 1
+    assert "slow reference backend: switched off" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"), [("no-such-compiler", "no C++ compiler: no-such-compiler"), ("false", "false failed")]
+)
+def test_failed_build_says_why(tmp_path, compiler, reason):
+    if shutil.which("false") is None:
+        pytest.skip("needs false")
+    stale = tmp_path / "_cpu.abi3.so"
+    stale.write_bytes(b"of an older source")
+    program = (
+        f"import sys; sys.path.insert(0, {str(BUILD.parent)!r}); import build, pathlib; "
+        f"build.OBJECTS = pathlib.Path({str(tmp_path)!r}, 'objects'); "
+        f"build.build_into(pathlib.Path({str(tmp_path)!r}))"
+    )
+    done = python("-c", program, CXX=compiler)
+    assert done.stderr.count("WARNING: mlkernels is without its compiled kernels") == 1
+    assert reason in done.stderr
+    assert not stale.exists()
+    lines = (tmp_path / "_build_error.txt").read_text().splitlines()
+    assert len(lines) == 1 and lines[0].startswith(reason)
+
+
+# ---- what it says ----------------------------------------------------------------------------------------------------
+
+
+def test_report():
+    said = python("-m", "mlkernels").stdout
+    found = dict(re.split(r"  +", line, maxsplit=1) for line in said.splitlines())
+    assert found["mlkernels"] == mlkernels.__version__
+    assert found["torch"] == torch.__version__
+    assert found["backend reference"] == "available"
+    assert found["backend cpu"] == (native.cpu_missing or "available")
+    assert f"kernels for {native.cpu_isa() or 'none'}" in said
+
+
+def test_report_says_why_not():
+    said = python("-m", "mlkernels", MLKERNELS_NATIVE="0").stdout
+    assert re.search(r"backend cpu +switched off by MLKERNELS_NATIVE=0", said)
+    assert "kernels for none" in said
+
+
+def test_version_is_a_literal():
+    """setuptools reads it from the source, without importing torch."""
+    source = Path(mlkernels.__file__).read_text()
+    assert re.search(rf'^__version__ = "{re.escape(mlkernels.__version__)}"$', source, re.MULTILINE)
