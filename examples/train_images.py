@@ -124,23 +124,12 @@ class TwoScale(Objective):
         return self.loss.probabilities(output, mlkernels.weight_norm_product(network)).log()
 
 
-class Part(nn.Module):
-    """A loss of one of several outputs."""
-
-    def __init__(self, index: int, loss: nn.Module) -> None:
-        super().__init__()
-        self.index, self.loss = index, loss
-
-    def forward(self, outputs: tuple[Tensor, ...], target: Tensor) -> Tensor:
-        return self.loss(outputs[self.index], target)
-
-
 class WithCenters(Objective):
     """Cross entropy of the logits, and a little of the center loss of the features."""
 
     def __init__(self, classes: int, backend: str | None) -> None:
-        parts = Part(0, mlkernels.CenterLoss(FEATURES, classes)), Part(1, mlkernels.CrossEntropyLoss(backend=backend))
-        super().__init__(mlkernels.JointLoss(parts, weights=(0.01, 1.0)))
+        losses = mlkernels.CenterLoss(FEATURES, classes), mlkernels.CrossEntropyLoss(backend=backend)
+        super().__init__(mlkernels.JointLoss(losses, weights=(0.01, 1.0), inputs=(0, 1)))
 
     def forward(self, network: Network, features: Tensor, output: Tensor, target: Tensor) -> Tensor:
         return self.loss((features, output), target)
@@ -152,7 +141,7 @@ class Gaussian(Objective):
     loss: mlkernels.LGMLoss
 
     def log_probabilities(self, network: Network, output: Tensor) -> Tensor:
-        return torch.log_softmax(-0.5 * torch.cdist(output, self.loss.means).square(), 1)
+        return torch.log_softmax(self.loss.logits(output), 1)
 
 
 class Truncated(nn.Module):

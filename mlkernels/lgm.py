@@ -76,7 +76,7 @@ def lgm_loss(
         mu = means.to(accumulate)
         log_var = None if log_variance is None else log_variance.to(accumulate)
 
-        logits, half_log_det = _class_logits(x, mu, log_var)
+        logits, half_log_det = class_logits(x, mu, log_var)
         square = (x - F.embedding(y, mu)).square()
         own = square if log_var is None else square * torch.exp(-F.embedding(y, log_var))
         distance = 0.5 * own.sum(1)
@@ -108,8 +108,8 @@ def lgm_loss(
         return loss + lambda_ * total
 
 
-def _class_logits(x: Tensor, mu: Tensor, log_var: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """-d_k - log|Lambda_k| / 2, (N, C), by one GEMM; and log|Lambda_k| / 2, (C,)."""
+def class_logits(x: Tensor, mu: Tensor, log_var: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """-d_k - log|Lambda_k| / 2, (N, C), by one GEMM; and log|Lambda_k| / 2, (C,), or None where that is 0."""
     # Distances do not know where the origin is; the GEMM's rounding does.
     origin = mu.detach().mean(0)
     x, mu = x - origin, mu - origin

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from . import functional as F
+from .lgm import class_logits
 from .softmax import traced
 from .spec import Number, check_number, check_range
 from .weight_norm import weight_norm_product
@@ -632,6 +633,13 @@ class LGMLoss(_Loss):
         )
         self.reset_parameters()
 
+    def logits(self, input: Tensor) -> Tensor:
+        r"""The class logits of features, :math:`-d_k-\tfrac12\log|\Lambda_k|`: (N, D) to (N, C), without the margin."""
+        dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+        log_variance = None if self.log_variance is None else self.log_variance.to(dtype)
+        with torch.autocast(input.device.type, enabled=False):
+            return class_logits(input.to(dtype), self.means.to(dtype), log_variance)[0]
+
     def reset_parameters(self) -> None:
         """Draws the means from N(0, 1) and sets every variance to 1."""
         nn.init.normal_(self.means)
@@ -664,23 +672,23 @@ class JointLoss(nn.Module):
       >= 0: where an :math:`L_k` is negative it is unbounded below.
 
     Args:
-        losses: modules or functions, each called with ``(input, target)`` just as the joint loss is, so what they
-            share need not be a logit tensor: a function may pick its part of the model's output. Only the parameters of
-            modules are among this one's.
+        losses: modules or functions, each called with ``(input, target)``. The parameters of modules are among this
+            one's; a function brings none.
         weights: the :math:`a_k`, one number per loss; for ``"trainable"`` and ``"uncertainty"`` those at the start,
             there :math:`a, 1-a` and :math:`e^{-s_k}`. None: all 1 (``"trainable"``: one half each).
         mode: ``"fixed"``, ``"trainable"`` or ``"uncertainty"``.
+        inputs: where the model's output is a tuple: for each loss the index of the part that it takes, or None for
+            the whole output. None: every loss takes the whole output.
 
     Example:
         >>> import torch, mlkernels
-        >>> center = mlkernels.CenterLoss(2, 3)
-        >>> loss = mlkernels.JointLoss(
-        ...     [lambda out, y: mlkernels.cross_entropy(out[0], y), lambda out, y: center(out[1], y)],
-        ...     weights=[1.0, 0.003],
-        ... )
+        >>> losses = [mlkernels.CrossEntropyLoss(), mlkernels.CenterLoss(2, 3)]
+        >>> loss = mlkernels.JointLoss(losses, weights=[1.0, 0.003], inputs=[0, 1])
         >>> logits, features = torch.randn(4, 3), torch.randn(4, 2)
         >>> loss((logits, features), torch.tensor([0, 1, 2, 0])).shape
         torch.Size([])
+        >>> [name for name, _ in loss.named_parameters()]
+        ['losses.1.centers']
 
     Source: Kendall et al., Multi-Task Learning Using Uncertainty to Weigh Losses, for ``"uncertainty"``.
     """
@@ -693,6 +701,7 @@ class JointLoss(nn.Module):
         losses: Sequence[Callable[[Any, Any], Tensor]],
         weights: Sequence[float] | None = None,
         mode: Literal["fixed", "trainable", "uncertainty"] = "fixed",
+        inputs: Sequence[int | None] | None = None,
     ) -> None:
         super().__init__()
         if mode not in ("fixed", "trainable", "uncertainty"):
@@ -706,12 +715,15 @@ class JointLoss(nn.Module):
         weights = [check_number("weights", weight) for weight in weights]
         if len(weights) != len(losses):
             raise ValueError(f"weights must be one per loss, {len(losses)}, got {len(weights)}")
+        if inputs is not None and len(inputs) != len(losses):
+            raise ValueError(f"inputs must be one per loss, {len(losses)}, got {len(inputs)}")
         if mode != "fixed" and min(weights) <= 0:
             raise ValueError(f"weights must be > 0 under mode={mode!r}, got {weights}")
         if mode == "trainable" and not math.isclose(sum(weights), 1.0):
             raise ValueError(f"weights must add up to 1 under mode='trainable', got {weights}")
         self.losses = nn.ModuleList(loss if isinstance(loss, nn.Module) else _Called(loss) for loss in losses)
         self.mode = mode
+        self.inputs = [None] * len(losses) if inputs is None else list(inputs)
         self.fixed = weights
         if mode == "trainable":
             self.logit = nn.Parameter(torch.tensor(math.log(weights[0] / weights[1])))
@@ -720,7 +732,8 @@ class JointLoss(nn.Module):
 
     def forward(self, input: Any, target: Any) -> Tensor:
         """The weighted sum of the losses of (input, target)."""
-        each: list[Tensor] = [loss(input, target) for loss in self.losses]
+        parts = [input if index is None else input[index] for index in self.inputs]
+        each: list[Tensor] = [loss(part, target) for loss, part in zip(self.losses, parts, strict=True)]
         if self.mode == "trainable":
             a = torch.sigmoid(self.logit)
             # sigmoid(-x) keeps 1 - a where a rounds to 1.

@@ -363,6 +363,9 @@ def apply(
         )  # fmt: skip
     reduction_id = check_reduction(reduction)
 
+    if type(ignore_index) is not int:
+        raise TypeError(f"ignore_index takes an int, got {type(ignore_index).__name__}")
+
     consts = _DEFAULTS.copy()
     tensors: dict[int, Tensor] = {}
     for (slot, above, low, high), value in zip(spec.ranges, values):  # noqa: B905  (strict costs a microsecond)

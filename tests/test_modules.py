@@ -481,3 +481,26 @@ def test_public_names():
         assert hasattr(mlkernels, name), name
     assert set(F.__all__) | set(modules.__all__) <= set(mlkernels.__all__)
     assert mlkernels.__all__ == sorted(mlkernels.__all__)
+
+
+def test_joint_loss_hands_each_loss_its_part():
+    center, classifier = mlkernels.CenterLoss(2, 3), mlkernels.CrossEntropyLoss()
+    joint = mlkernels.JointLoss([classifier, center], weights=[0.5, 2.0], inputs=[0, 1])
+    logits, features = torch.randn(4, 3), torch.randn(4, 2)
+    target = torch.tensor([0, 1, 2, 0])
+    expected = 0.5 * classifier(logits, target) + 2.0 * center(features, target)
+    torch.testing.assert_close(joint((logits, features), target), expected)
+    assert [name for name, _ in joint.named_parameters()] == ["losses.1.centers"]
+    with pytest.raises(ValueError, match="inputs must be one per loss, 2, got 1"):
+        mlkernels.JointLoss([classifier, center], inputs=[0])
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_lgm_logits_are_gaussian_log_densities(diagonal):
+    loss = mlkernels.LGMLoss(3, 4, diagonal=diagonal)
+    if diagonal:
+        torch.nn.init.normal_(loss.log_variance)
+    features = torch.randn(5, 3)
+    deviation = torch.ones(4, 3) if loss.log_variance is None else (0.5 * loss.log_variance).exp()
+    density = torch.distributions.Normal(loss.means, deviation).log_prob(features.unsqueeze(1)).sum(2)
+    torch.testing.assert_close(torch.softmax(loss.logits(features), 1), torch.softmax(density, 1))
