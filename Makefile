@@ -58,4 +58,4 @@ $(VENV)/.ready: pyproject.toml setup.py
 clean:
 	rm -rf build dist *.egg-info mlkernels/*.so mlkernels/_build_error.txt
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis bench/out examples/out
-	find . -name __pycache__ -not -path './.venv/*' -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -43,8 +43,8 @@ def header_text(run: Run) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items() if version)
     commit = (header["commit"] or "no commit")[:10] + (" with changes" if header["uncommitted_changes"] else "")
     where = f"{header['device']}, {header['threads']} threads"
-    isa = f", {header['isa']} kernels" if header["device_type"] == "cpu" and header["isa"] else ""
-    return f"{where}{isa}; {versions}; {commit}; {header['date']}"
+    isa = f" ({header['isa']})" if header["backend"] == "cpu" else ""
+    return f"{where}, backend {header['backend']}{isa}; {versions}; {commit}; {header['date']}"
 
 
 def _case_text(run: Run, case: Case) -> str:

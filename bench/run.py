@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mlkernels
-from mlkernels.backends import native
+from mlkernels.backends import choose, native
 
 from .measure import Step, Timing, cpu_clock, others_busy, take_turns
 from .peers import Inputs, LossFunction, disagreement, losses, make_inputs
@@ -102,6 +102,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "device": device_name(device),
         "device_type": device.type,
         "threads": torch.get_num_threads(),
+        "backend": choose(device, None),
         "isa": native.cpu_isa(),
         "backends": mlkernels.available_backends(),
         "commit": _git("rev-parse", "HEAD"),

@@ -67,7 +67,7 @@ def find_torch() -> Path:
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
         raise CannotBuild(
-            "torch was not there at build time; install torch, then: pip install --no-build-isolation mlkernels"
+            "torch was not there at build time; install it first, then mlkernels with pip install --no-build-isolation"
         )
     version = importlib.metadata.version("torch")
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST_TORCH:

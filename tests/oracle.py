@@ -46,7 +46,7 @@ class Piece:
     by_x: object
     by: dict = field(default_factory=dict)  # parameter name -> derivative, or (index, derivative) for tables
     gap: object = INF
-    amplify: object = 1  # how much larger the relative error of a derivative is than that of its argument
+    amplify: object = 1  # how much larger the relative error of the derivative is than that of the argument
 
 
 # ---- the target transform ----------------------------------------------------------------------------------------------
@@ -69,13 +69,15 @@ def margin(x, m1, m2, m3, beyond_pi, gradient):
         by_x = m1 * mp.sin(phi) / floored
         by_m2 = -mp.sin(phi)
     by_m1 = -theta * mp.sin(phi)
-    piece = Piece(cosine - m3, by_x, {"m1": by_m1, "m2": by_m2, "m3": mp.mpf(-1)})
+    # 1 - x^2 is known to eps of 1; under the floor it does not matter.
+    known = 1 / (1 - x * x) if 1 - x * x > ROOT_FLOOR**2 else mp.mpf(1)
+    piece = Piece(cosine - m3, by_x, {"m1": by_m1, "m2": by_m2, "m3": mp.mpf(-1)}, amplify=known)
     if beyond_pi == "linear":
         assert single
         piece.gap = abs(x + mp.cos(m2)) if m2 > 0 else INF
         if m2 > 0 and x < -mp.cos(m2):
             piece.value = x - m2 * mp.sin(m2) - m3
-            piece.by_x = mp.mpf(1)
+            piece.by_x, piece.amplify = mp.mpf(1), 1
             piece.by = {"m1": mp.mpf(0), "m2": -mp.sin(m2) - m2 * mp.cos(m2), "m3": mp.mpf(-1)}
     elif beyond_pi == "monotone":
         k = int(mp.ceil(phi / mp.pi)) - 1 if phi > 0 else int(mp.floor(phi / mp.pi))  # pi itself is not beyond it
@@ -293,7 +295,8 @@ def row(
     parts = [
         (
             through_head * phi.by_x * residual[j],
-            up_loss * eps / len(f) * (prob[j] * total_omega - omega[j]),
+            up_loss * eps / len(f) * prob[j] * total_omega,
+            -up_loss * eps / len(f) * omega[j],
             up_penalty * 2 * lam * lse * prob[j],
             up_lse * prob[j],
             -up_log_p * residual[j],
@@ -303,13 +306,15 @@ def row(
     dz = [sum(part) for part in parts]
     to_f = [s * capped[j] * (t.by_x if j == y else 1) for j in classes]
     grad = [d * factor for d, factor in zip(dz, to_f, strict=True)]
-    largest = max(abs(factor) * sum(abs(v) for v in part) for part, factor in zip(parts, to_f, strict=True))
+    dz_size = [sum(abs(v) for v in part) for part in parts]  # what cancels in the sum still rounds
+    largest = max(abs(factor) * size for size, factor in zip(dz_size, to_f, strict=True))
     # A class of probability 0 contributes 0 to every sum.
-    terms = [0 if z[j] == -INF else (t.value if j == y else f[j]) * dz[j] for j in classes]
-    by_scale = sum(terms, mp.mpf(0))
+    by_s = [mp.mpf(0) if z[j] == -INF else t.value if j == y else f[j] for j in classes]
+    by_scale = sum((a * b for a, b in zip(by_s, dz, strict=True)), mp.mpf(0))
 
     sizes = [abs(v) for v in z if v > -INF] + [abs(s)]
-    spread_unit = (1 + 4 * max(sizes)) * phi.amplify  # in units of eps: how far off the row's numbers can be, relatively
+    # How far off the row's numbers can be, relatively, in units of eps.
+    spread_unit = (1 + 4 * max(sizes)) * phi.amplify * t.amplify
     by_param = {name: scaled(d, through_head) for name, d in phi.by.items()}
     # L log(1 - p^beta) and L log(-log p) are as accurate as L times a logarithm's argument.
     least = {"gamma": abs(phi.value), "kappa": abs(phi.value)}
@@ -318,8 +323,8 @@ def row(
     }
     for name, d in t.by.items():
         by_param[name] = scaled(d, s * dz[y])
-        units[name] = scaled(absolute(d, at_least=1), abs(s * dz[y]) * spread_unit)
-    scale_unit = sum((abs(v) for v in terms), mp.mpf(0)) * spread_unit
+        units[name] = scaled(absolute(d, at_least=1), abs(s) * dz_size[y] * spread_unit)
+    scale_unit = sum((abs(a) * b for a, b in zip(by_s, dz_size, strict=True)), mp.mpf(0)) * spread_unit
     if structure.scale == "two_scale":
         chosen, other = ("scale_high", "scale_low") if well else ("scale_low", "scale_high")
         by_param |= {chosen: by_scale / norm, other: mp.mpf(0), "logit_norm": -r / norm**2 * by_scale}

@@ -84,7 +84,15 @@ def test_targets_are_judged_the_right_way_round():
                 for peer in ("eager", "compile"):
                     timings[Key(case, loss, peer)] = Timing(other, other, 1, 1)
                 timings[Key(case, loss, "ours")] = Timing(ours, ours, 1, 1)
-        header = {"device_type": "cpu", "device": "", "threads": 1, "isa": None, "versions": {}, "commit": None}
+        header = {
+            "device_type": "cpu",
+            "device": "",
+            "backend": "cpu",
+            "threads": 1,
+            "isa": None,
+            "versions": {},
+            "commit": None,
+        }
         return Run({**header, "uncommitted_changes": False, "date": ""}, timings, {}, [])
 
     fast, slow = run(1.0, 20.0), run(10.0, 1.0)

@@ -173,6 +173,22 @@ def test_a_bad_row_is_nan_alone(loss, bad, backend):
     assert bool(grad[3][read].isnan().all()), grad[3]
 
 
+@pytest.mark.parametrize("at", [0, 1])
+def test_softcap_does_not_hide_an_overflow(backend, at):
+    """c tanh(inf / c) = c would make a number of it; -inf becomes -c, as the formula says."""
+    input, target = torch.tensor([[0.5, 1.0, -0.5], [0.5, 1.0, -0.5]]), torch.tensor([0, 1])
+    input[0, at] = INF
+    input[1, 2] = -INF
+    x = input.requires_grad_()
+    loss = mlkernels.cross_entropy(x, target, softcap=5.0, reduction="none", backend=backend)
+    loss.backward(torch.tensor([1.0, 2.0]))
+    assert bool(loss[0].isnan())
+    assert bool(x.grad[0].isnan().all())
+    capped = 5 * torch.tanh(torch.tensor([0.1, 0.2, -INF]))
+    torch.testing.assert_close(loss[1].detach(), F.cross_entropy(capped, torch.tensor(1)))
+    assert bool(x.grad[1].isfinite().all())
+
+
 def test_a_bad_row_in_the_statistics(backend):
     input, target = logits(4)
     input[1, 0] = NAN

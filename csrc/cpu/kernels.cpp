@@ -37,9 +37,15 @@ struct Sums {
   T shift;  // of exp(s (u_j - m)) (u_j - m)
 };
 
+// What to fetch while a sweep is busy with arithmetic: the next row, at the same columns. bytes: per column; 0: nothing.
+struct Ahead {
+  const char* row;
+  int bytes;
+};
+
 // e_j = factor exp(s (u_j - m)) to out (which may be u), their sum without the factor, and on demand the shifted sum.
 template <class T, bool STORE, bool SHIFT>
-Sums<T> sweep_exp(const T* u, T* out, int64_t n, T m, T s, T factor) {
+Sums<T> sweep_exp(const T* u, T* out, int64_t n, T m, T s, T factor, Ahead ahead) {
   constexpr int W = WIDTH<T>;
   Vec<T> sum0{}, sum1{}, shift0{};
   const Vec<T> vm = splat(m), vs = splat(s);
@@ -53,6 +59,10 @@ Sums<T> sweep_exp(const T* u, T* out, int64_t n, T m, T s, T factor) {
   };
   int64_t j = 0;
   for (; j + 2 * W <= n; j += 2 * W) {
+    if (ahead.bytes) {
+      __builtin_prefetch(ahead.row + j * ahead.bytes, 0, 2);
+      __builtin_prefetch(ahead.row + (j + W) * ahead.bytes, 0, 2);
+    }
     const Vec<T> e0 = one(load(u + j), sum0), e1 = one(load(u + j + W), sum1);
     if (STORE) {
       store(out + j, e0 * factor);
@@ -93,6 +103,24 @@ void sweep_multiply(T* g, int64_t n, T factor) {
   int64_t j = 0;
   for (; j + W <= n; j += W) store(g + j, load(g + j) * factor);
   if (j < n) store_first(g + j, int(n - j), load_first(g + j, int(n - j), T(0)) * factor);
+}
+
+// g_j = factor e_j past the caches, and the target at y.
+template <class T>
+void sweep_out(T* g, const T* e, int64_t n, T factor, int64_t y, T target) {
+  constexpr int W = WIDTH<T>;
+  const int64_t misaligned = int64_t(reinterpret_cast<uintptr_t>(g) % BYTES / sizeof(T));
+  int64_t j = misaligned ? W - misaligned : 0;
+  if (j > n) j = n;
+  if (j > 0) store_first(g, int(j), load_first(e, int(j), T(0)) * factor);
+  const int64_t head = j;
+  for (; j + W <= n; j += W) {
+    Vec<T> v = load(e + j) * factor;
+    if (uint64_t(y - j) < uint64_t(W)) v[y - j] = target;
+    stream(g + j, v);
+  }
+  if (j < n) store_first(g + j, int(n - j), load_first(e + j, int(n - j), T(0)) * factor);
+  if (y < head || y >= j) g[y] = target;
 }
 
 // g_j -= spread w_j; w null: ones.
@@ -166,6 +194,8 @@ struct Work {
   int64_t row, y;
   const T* u;   // the logits; PADDED: to whole vectors with -inf, and -inf at the label
   T* g;         // the gradient, or null
+  T* out;       // where a streamed gradient goes at last, or null
+  Ahead ahead;
   T m;          // other_max, or 0 where there is no other class
   T sum, shift, weighted;
   const Values<T>* values;
@@ -210,10 +240,11 @@ inline void exponentials(const Problem<T>& p, Work<T>& w, T factor) {
     const T* u = w.u + begin;
     T* out = w.g ? w.g + begin : nullptr;
     const T s = w.scale.value;
-    const Sums<T> sums = out ? (p.want_shift ? sweep_exp<T, true, true>(u, out, n, w.m, s, factor)
-                                             : sweep_exp<T, true, false>(u, out, n, w.m, s, factor))
-                             : (p.want_shift ? sweep_exp<T, false, true>(u, nullptr, n, w.m, s, factor)
-                                             : sweep_exp<T, false, false>(u, nullptr, n, w.m, s, factor));
+    const Ahead next{w.ahead.row + begin * w.ahead.bytes, w.ahead.bytes};
+    const Sums<T> sums = out ? (p.want_shift ? sweep_exp<T, true, true>(u, out, n, w.m, s, factor, next)
+                                             : sweep_exp<T, true, false>(u, out, n, w.m, s, factor, next))
+                             : (p.want_shift ? sweep_exp<T, false, true>(u, nullptr, n, w.m, s, factor, next)
+                                             : sweep_exp<T, false, false>(u, nullptr, n, w.m, s, factor, next));
     w.sum += sums.e;
     w.shift += sums.shift;
   });
@@ -322,14 +353,21 @@ inline void conclude(const Problem<T>& p, const Batch<T>& batch, Work<T>& w) {
   if (p.up_log_prob) up.log_prob = p.up_log_prob[row * p.up_log_prob_stride];
   const RowGradient<T> gradient = row_gradient(batch, w.r, w.at, head, up, weight);
 
-  if (p.saved) {
-    if (w.g || p.want_shift) exponentials<PADDED>(p, w, gradient.others);
-  } else if (w.g) {
-    each_piece<PADDED>(p, w.y, [&](int64_t begin, int64_t n) { sweep_multiply(w.g + begin, n, gradient.others); });
+  T factor = gradient.others;  // of the exponentials in w.g
+  if (p.saved && (w.g || p.want_shift)) {
+    exponentials<PADDED>(p, w, factor);
+    factor = 1;
   }
   if (w.g) {
+    if (factor != 1 && (!w.out || gradient.spread != 0)) {
+      each_piece<PADDED>(p, w.y, [&](int64_t begin, int64_t n) { sweep_multiply(w.g + begin, n, factor); });
+      factor = 1;
+    }
     if (gradient.spread != 0) sweep_spread(w.g, p.weight, p.classes, gradient.spread);
-    w.g[w.y] = gradient.target;
+    if (w.out)
+      sweep_out(w.out, w.g, p.classes, factor, w.y, gradient.target);
+    else
+      w.g[w.y] = gradient.target;
   }
   if (p.want_parameters) {
     T by[TRAINABLE_SLOTS];
@@ -390,12 +428,17 @@ constexpr bool SAME<T, T> = true;
 
 // Rows in place pay two pieces and two tails; below this many columns a padded copy is cheaper.
 constexpr int64_t SHORT_ROW = 256;
+constexpr int64_t ROW_IN_CACHE = 1 << 19;  // bytes
 
 template <class T, class S>
 void run_in_place(const Problem<T>& p, int64_t begin, int64_t end) {
   const Batch<T> batch = batch_of(p);
   Values<T> values;
   if (p.uniform) fetch(p, 0, 0, values);
+  // A row and its neighbour have to stay in the second cache for that.
+  const bool fits = p.classes * int64_t(sizeof(T)) <= ROW_IN_CACHE;
+  const bool streamed = p.grad && p.streamed && fits, fetch_ahead = fits;
+  T* row_scratch = streamed ? static_cast<T*>(scratch.get(size_t(p.classes) * sizeof(T))) : nullptr;
   Work<T> w;
   for (int64_t row = begin; row < end; ++row) {
     w.row = row;
@@ -407,11 +450,15 @@ void run_in_place(const Problem<T>& p, int64_t begin, int64_t end) {
       continue;
     }
     w.u = static_cast<const T*>(p.input) + p.in.offset(row);
-    w.g = g;
+    w.g = streamed ? row_scratch : g;
+    w.out = streamed ? g : nullptr;
+    const int64_t next = row + 1 < end ? row + 1 : row;
+    w.ahead = {static_cast<const char*>(p.input) + p.in.offset(next) * int64_t(sizeof(S)), fetch_ahead ? int(sizeof(S)) : 0};
     measure<false>(p, p.uniform ? &values : nullptr, w.u[w.y], w);
     stand(p, &w, 1);
     conclude<false>(p, batch, w);
   }
+  if (streamed) fence();
 }
 
 template <class T, class S>
@@ -429,6 +476,9 @@ void run_through_scratch(const Problem<T>& p, int64_t begin, int64_t end) {
   Values<T> values;
   if (p.uniform) fetch(p, 0, 0, values);
   const bool capped = p.softcap > 0;
+  // Long rows come one at a time: the next one is then the row after this one.
+  const bool fits = size == 1 && p.in.class_stride == 1 && p.classes * int64_t(sizeof(T)) <= ROW_IN_CACHE;
+  const int lookahead = fits ? int(sizeof(S)) : 0;
 
   for (int64_t next = begin; next < end;) {
     Work<T> tile[MAX_TILE];
@@ -457,6 +507,8 @@ void run_through_scratch(const Problem<T>& p, int64_t begin, int64_t end) {
       u[tile[b].y] = -infinity<T>();
       tile[b].u = u;
       tile[b].g = output ? grads + b * pitch : nullptr;
+      tile[b].out = nullptr;
+      tile[b].ahead = {reinterpret_cast<const char*>(input + p.in.offset(next < end ? next : next - 1)), lookahead};
       measure<true>(p, p.uniform ? &values : nullptr, target[b], tile[b]);
     }
     stand(p, tile, count);

@@ -54,6 +54,7 @@ struct Problem {
   Layout in;
   void* grad;  // dL/dinput
   Layout out;
+  bool streamed;          // grad is too large for the caches: write past them
   const int64_t* label;   // (rows), legal or ignore_index
   const int64_t* group;   // (rows) or null
   Parameter<T> values[TAU_MIN + 1];

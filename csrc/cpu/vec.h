@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX2__) || defined(__AVX512F__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -101,6 +101,36 @@ static inline void store_first(double* p, int n, vdouble v) {
   _mm256_maskstore_pd(p, lanes, (__m256d)v);
 #else
   for (int i = 0; i < n; ++i) p[i] = v[i];
+#endif
+}
+
+// Past the caches, for an output that is too large to stay in them: the line is not read before it is overwritten.
+// p is aligned to a whole vector. fence() before anyone else may look.
+static inline void stream(float* p, vfloat v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, (__m512)v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, (__m256)v);
+#elif defined(__SSE2__)
+  _mm_stream_ps(p, (__m128)v);
+#else
+  store(p, v);
+#endif
+}
+static inline void stream(double* p, vdouble v) {
+#if defined(__AVX512F__)
+  _mm512_stream_pd(p, (__m512d)v);
+#elif defined(__AVX2__)
+  _mm256_stream_pd(p, (__m256d)v);
+#elif defined(__SSE2__)
+  _mm_stream_pd(p, (__m128d)v);
+#else
+  store(p, v);
+#endif
+}
+static inline void fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
 #endif
 }
 

@@ -273,8 +273,10 @@ def _softmax_loss(
     others = torch.where(is_target, -math.inf, f)
     runner_up = others.amax(1).detach()
     confidence = f_y.detach() - runner_up
-    # NaN, +inf and only -inf: the whole row is NaN, and (a product) its gradient too.
-    mark = torch.where(finite & (f.amax(1) > -math.inf), 1.0, math.nan).to(accumulate)
+    # NaN, +inf, only -inf, and labels out of range (never 0, never a read out of bounds): the whole row is NaN, and as
+    # this is a product, its gradient too.
+    sound = finite & (f.amax(1) > -math.inf) & (legal | ~kept)
+    mark = torch.where(sound, 1.0, math.nan).to(accumulate)
     f_y, others = f_y * mark, others * mark.unsqueeze(1)
 
     s = row_scale(ids[1], confidence, values)
@@ -299,9 +301,7 @@ def _softmax_loss(
     lse = torch.where(alone, lead, torch.logaddexp(log_total, lead))  # less top
     lse = lse * overflow
 
-    # Labels out of range: NaN, never 0 and never a read out of bounds.
-    poison = torch.where(legal | ~kept, 1.0, math.nan).to(accumulate)
-    loss = head_loss(ids[2], nll, values, ids) * poison
+    loss = head_loss(ids[2], nll, values, ids)
     weight = by_slot.get(Slot.WEIGHT)
     omega = None if weight is None else weight.to(accumulate).detach()
     omega_y = torch.ones_like(loss) if omega is None else omega[y]
@@ -311,11 +311,11 @@ def _softmax_loss(
         every_z = torch.where(is_target, z_y.unsqueeze(1), z)
         gap = lse.unsqueeze(1) - (every_z - top.unsqueeze(1))
         spread = (gap if omega is None else gap * omega).sum(1)
-        loss = (1 - smoothing) * loss + smoothing / classes * spread * poison
+        loss = (1 - smoothing) * loss + smoothing / classes * spread
     loss = torch.where(kept, loss, 0)
     lse = lse + top
     z_loss = consts[Slot.Z_LOSS]
-    penalty = torch.where(kept, z_loss * lse * lse * poison, 0) if z_loss > 0 else None
+    penalty = torch.where(kept, z_loss * lse * lse, 0) if z_loss > 0 else None
 
     if reduction == Reduction.NONE:
         result = loss if penalty is None else loss + penalty
@@ -335,10 +335,10 @@ def _softmax_loss(
         prediction = torch.where(kept & (prediction < classes), prediction, -1)
         rank = torch.where(kept, (f > f_y.unsqueeze(1)).sum(1), 0)
     stats = Stats(
-        torch.where(kept, lse * poison, 0).reshape(shape),
-        torch.where(kept, -nll * poison, 0).reshape(shape),
+        torch.where(kept, lse, 0).reshape(shape),
+        torch.where(kept, -nll, 0).reshape(shape),
         prediction.reshape(shape),
-        torch.where(kept, confidence * poison, 0).reshape(shape),
+        torch.where(kept, torch.where(legal, confidence, math.nan), 0).reshape(shape),
         rank.reshape(shape),
     )
     return result, stats

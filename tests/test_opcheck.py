@@ -1,0 +1,128 @@
+"""The operators as torch.library sees them: schemas, fakes, no mutation, no aliasing."""
+
+import pytest
+import torch
+from table import FEW, draw, usable_backends
+
+import mlkernels
+from mlkernels import ops
+from mlkernels.softmax import _DEFAULTS
+from mlkernels.spec import Slot, compose
+
+#: Autograd lives in softmax.py's Functions: the operators themselves have none to test.
+CHECKS = ("test_schema", "test_faketensor")
+NATIVE = [name for name in usable_backends() if name != "reference"]
+native = pytest.mark.skipif(not NATIVE, reason=f"no native backend: {mlkernels.available_backends()['cpu']}")
+
+
+def flattened(loss, form="shared", reduction=1, dtype=torch.float32, shape=None):
+    """A loss as it crosses the op boundary: input, target, ids, consts, params, needs."""
+    input, target, params = draw(loss, rows=6, form=form, exact=dtype, kinds=("random",))
+    group = loss.group(target)
+    input = input.to(dtype)
+    if shape == "dense":
+        input, target = input.reshape(2, 3, 6).movedim(-1, 1).contiguous(), target.reshape(2, 3)
+        group = None if group is None else group.reshape(2, 3)
+        params = {
+            k: v.reshape(2, 3, 1) if isinstance(v, torch.Tensor) and v.shape == (6, 1) else v for k, v in params.items()
+        }
+    parts = {"transform": None, "scale": 1.0, "head": None, "target_logit": None} | loss.compose(params)
+    structure, values = compose(parts["transform"], parts["scale"], parts["head"], parts["target_logit"])
+    consts, tensors = _DEFAULTS.copy(), {}
+    for (slot, _), value in zip(structure.slots, values, strict=True):
+        if isinstance(value, torch.Tensor):
+            tensors[slot] = value
+        elif value is not None:
+            consts[slot] = float(value)
+    if group is not None:
+        tensors[int(Slot.GROUP)] = group
+    tensors[int(Slot.WEIGHT)] = torch.linspace(0.5, 1.5, 6)
+    mask = sum(1 << slot for slot in tensors)
+    trained = sum(1 << slot for slot in tensors if slot < Slot.WEIGHT)
+    ids = [*structure.ids, reduction, -100, mask]
+    return (input, target, ids, consts, [tensors[s] for s in sorted(tensors)]), trained | 1 << ops.INPUT
+
+
+@pytest.mark.parametrize("name", ["softmax_loss", "softmax_stats", "softmax_loss_backward"])
+def test_operators_exist_without_a_compiler(name):
+    op = getattr(torch.ops.mlkernels, name).default
+    assert torch.Tag.pt2_compliant_tag in op.tags
+    assert not op._schema.is_mutable
+
+
+def test_every_operator_is_checked_here():
+    """A new operator comes with its check."""
+    defined = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("mlkernels::")}
+    assert {n.split("::")[1] for n in defined} == {"softmax_loss", "softmax_stats", "softmax_loss_backward"}
+
+
+CALLS = [
+    pytest.param(loss, form, reduction, dtype, shape, id=f"{loss}-{form}-{reduction}-{str(dtype)[6:]}-{shape}")
+    for loss in FEW
+    for form, reduction, dtype, shape in (
+        ("shared", 1, torch.float32, "rows"),
+        (loss.forms[-1], 0, torch.float64, "dense"),
+    )
+] + [pytest.param(FEW[0], "class", 2, torch.bfloat16, "rows", id="cross_entropy-class-2-bfloat16-rows")]
+
+
+@native
+@pytest.mark.parametrize("save", [True, False])
+@pytest.mark.parametrize(("loss", "form", "reduction", "dtype", "shape"), CALLS)
+def test_softmax_loss(loss, form, reduction, dtype, shape, save):
+    arguments, needs = flattened(loss, form, reduction, dtype, shape)
+    for asked in (needs, 1 << ops.INPUT, 0):
+        torch.library.opcheck(ops.softmax_loss, (*arguments, asked if reduction else 0, save), test_utils=CHECKS)
+
+
+@native
+@pytest.mark.parametrize(("loss", "form", "reduction", "dtype", "shape"), CALLS)
+def test_softmax_stats(loss, form, reduction, dtype, shape):
+    arguments, _ = flattened(loss, form, reduction, dtype, shape)
+    torch.library.opcheck(ops.softmax_stats, arguments, test_utils=CHECKS)
+
+
+@native
+@pytest.mark.parametrize("upstreams", ["loss", "all", "rows"])
+@pytest.mark.parametrize(("loss", "form", "reduction", "dtype", "shape"), CALLS)
+def test_softmax_loss_backward(loss, form, reduction, dtype, shape, upstreams):
+    arguments, needs = flattened(loss, form, reduction, dtype, shape)
+    value, saved, *rows = ops.softmax_stats(*arguments)
+    grads = [torch.full_like(value, 1.5), torch.full_like(rows[0], -0.5), torch.full_like(rows[1], 0.25)]
+    if upstreams == "loss":
+        grads[1:] = [None, None]
+    elif upstreams == "rows":
+        grads[0] = None
+    for kept in (saved, saved[:0]):
+        torch.library.opcheck(ops.softmax_loss_backward, (*grads, *arguments, kept, needs), test_utils=CHECKS)
+
+
+@native
+@pytest.mark.parametrize("loss", FEW, ids=str)
+def test_without_saved_statistics_the_backward_is_the_same(loss):
+    """Empty statistics are computed again, to the same gradients."""
+    arguments, needs = flattened(loss, reduction=0, dtype=torch.float64)
+    value, saved, _ = ops.softmax_loss(*arguments, 0, True)
+    up = torch.linspace(-1, 2, 6, dtype=torch.float64)
+    kept = ops.softmax_loss_backward(up, None, None, *arguments, saved, needs)
+    again = ops.softmax_loss_backward(up, None, None, *arguments, saved[:0], needs)
+    assert value.shape == (6,)
+    for a, b in zip(kept, again, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-15)
+
+
+@native
+def test_operators_do_not_alias_their_inputs():
+    arguments, needs = flattened(FEW[0])
+    loss, saved, gradients = ops.softmax_loss(*arguments, needs, True)
+    storages = {t.untyped_storage().data_ptr() for t in (*arguments[:2], *arguments[4])}
+    assert not {t.untyped_storage().data_ptr() for t in (loss, saved, *gradients)} & storages
+
+
+@native
+@pytest.mark.parametrize("rows", [0, 1])
+def test_few_rows(rows):
+    (input, target, ids, consts, params), _ = flattened(FEW[0], form="number")
+    arguments = (input[:rows], target[:rows], ids, consts, params)
+    torch.library.opcheck(ops.softmax_loss, (*arguments, 1 << ops.INPUT, True), test_utils=CHECKS)
+    torch.library.opcheck(ops.softmax_stats, arguments, test_utils=CHECKS)

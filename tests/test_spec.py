@@ -1,0 +1,203 @@
+"""What a loss is, apart from how it is computed."""
+
+import dataclasses
+import pickle
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from table import LOSSES
+
+import mlkernels
+from mlkernels.spec import (
+    SLOTS,
+    TRAINABLE,
+    BeyondPi,
+    Clamp,
+    HeadKind,
+    MarginGradient,
+    ScaleKind,
+    Slot,
+    Spec,
+    TransformKind,
+    check_number,
+    compose,
+    option,
+    spec,
+)
+
+
+def structures():
+    for transform in TransformKind:
+        for scale in ScaleKind:
+            for head in HeadKind:
+                yield transform, scale, head
+
+
+def test_one_object_per_structure():
+    for kinds in structures():
+        assert spec(*kinds) is spec(*kinds)
+    assert spec(beyond_pi="easy") is not spec()
+    assert spec(TransformKind.MARGIN, beyond_pi="easy").beyond_pi is BeyondPi.EASY
+
+
+def test_equal_and_hashable():
+    assert Spec() == spec()
+    assert hash(Spec()) == hash(spec())
+    assert Spec(head=HeadKind.TAU) != spec()
+    assert len({Spec(*kinds) for kinds in structures()}) == 40
+    assert pickle.loads(pickle.dumps(spec(head=HeadKind.TAU, clamp="cross_entropy"))) == spec(
+        head=HeadKind.TAU, clamp="cross_entropy"
+    )
+
+
+def test_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        spec().head = HeadKind.TAU
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        mlkernels.Margin().m1 = 2.0
+
+
+def test_printable():
+    """A structure reads as what it does, with the names under which its numbers are passed."""
+    assert str(spec()) == "scale -> -log p"
+    texts = {str(spec(*kinds)) for kinds in structures()}
+    assert len(texts) == 40
+    text = str(spec(TransformKind.MARGIN, ScaleKind.TWO_SCALE, HeadKind.TAU, "easy", "straight_through", "cross_entropy"))
+    for word in ("margin", "m1", "m2", "m3", "norm", "beyond_pi=easy", "gradient=straight_through", "two_scale",
+                 "scale_low", "scale_high", "eta", "tau", "tau_slope", "clamp=cross_entropy"):  # fmt: skip
+        assert word in text
+    assert "MODULATED" in repr(spec(head=HeadKind.MODULATED))
+
+
+def test_slots_are_passed_in_the_order_of_transform_scale_head():
+    for kinds in structures():
+        found = spec(*kinds)
+        slots = [slot for slot, _ in found.slots]
+        assert len(slots) == len(set(slots))
+        assert all(0 <= slot < SLOTS for slot in slots)
+        assert all(slot < Slot.WEIGHT for slot in slots)
+        assert len(found.ids) == 6
+        assert found.ids[:3] == kinds
+
+
+def test_thresholds_and_options_are_not_trained():
+    assert Slot.ETA not in TRAINABLE
+    assert not TRAINABLE & {Slot.WEIGHT, Slot.ADJUSTMENT, Slot.GROUP, Slot.TAU_MIN, Slot.SMOOTHING, Slot.Z_LOSS}
+
+
+def test_numbers_in_csrc():
+    """csrc/spec.h numbers everything the same way."""
+    header = Path(mlkernels.__file__).resolve().parent.parent / "csrc" / "spec.h"
+    if not header.exists():
+        pytest.skip("installed without sources")
+    text = header.read_text()
+    found = dict(re.findall(r"\bk([A-Z]\w+)\s*=\s*(\d+)", text)) | dict(re.findall(r"\b([A-Z][A-Z_]+)\s*=\s*(\d+)", text))
+    found = {name.replace("_", "").lower(): int(value) for name, value in found.items()}
+    numbered = 0
+    for kind in (Slot, TransformKind, ScaleKind, HeadKind, BeyondPi, MarginGradient, Clamp):
+        for member in kind:
+            for name in (member.name, kind.__name__.replace("Kind", "") + member.name, kind.__name__ + member.name):
+                value = found.get(name.replace("_", "").lower())
+                if value is not None and (kind is Slot or name != member.name):
+                    assert value == member.value, f"{kind.__name__}.{member.name}"
+                    numbered += 1
+    if not numbered:
+        pytest.skip("csrc/spec.h numbers by enumeration order; the values are compared by test_values.py")
+
+
+# ---- options and numbers ------------------------------------------------------------------------------------------------
+
+
+def test_options():
+    assert option("beyond_pi", None, BeyondPi) is BeyondPi.AUTO
+    for choices, names in (
+        (BeyondPi, ["linear", "monotone", "easy", "none"]),
+        (MarginGradient, ["exact", "straight_through"]),
+        (Clamp, ["min", "cross_entropy"]),
+    ):
+        for name in names:
+            assert option("an_option", name, choices).name == name.upper()
+        for wrong in ("", "auto", "Auto ", 3, ("linear",)):
+            with pytest.raises(ValueError, match="an_option must be one of") as caught:
+                option("an_option", wrong, choices)
+            assert repr(wrong) in str(caught.value)
+            assert all(repr(name) in str(caught.value) for name in names)
+            assert "auto'" not in str(caught.value).split("got")[0]
+    with pytest.raises(ValueError, match="clamp"):
+        option("clamp", None, Clamp)
+
+
+@pytest.mark.parametrize("name", ["scale", "beta", "m1", "norm", "logit_norm", "softcap", "k", "tau_min"])
+def test_positive_numbers(name):
+    assert check_number(name, 1) == 1.0
+    assert isinstance(check_number(name, 1), float)
+    for wrong in (0, 0.0, -1e-300, float("nan"), float("inf"), -float("inf")):
+        with pytest.raises(ValueError, match=name):
+            check_number(name, wrong)
+
+
+@pytest.mark.parametrize("name", ["gamma", "alpha", "kappa", "z_loss", "label_smoothing"])
+def test_numbers_that_may_be_0(name):
+    assert check_number(name, 0) == 0.0
+    for wrong in (-1e-300, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=name):
+            check_number(name, wrong)
+
+
+def test_thresholds_may_be_infinite():
+    """eta = inf: every row at the low scale."""
+    assert check_number("eta", float("inf")) == float("inf")
+    with pytest.raises(ValueError, match="eta"):
+        check_number("eta", float("nan"))
+    x, y = torch.randn(3, 4), torch.tensor([0, 1, 2])
+    low = mlkernels.two_scale_cross_entropy(x, y, 2.0, 7.0, eta=float("inf"))
+    torch.testing.assert_close(low, torch.nn.functional.cross_entropy(2 * x, y))
+    high = mlkernels.two_scale_cross_entropy(x, y, 2.0, 7.0, eta=-float("inf"))
+    torch.testing.assert_close(high, torch.nn.functional.cross_entropy(7 * x, y))
+
+
+@pytest.mark.parametrize("wrong", ["1", None, [1.0], 1j, True, object()], ids=repr)
+def test_numbers_are_numbers(wrong):
+    with pytest.raises(TypeError, match="scale"):
+        check_number("scale", wrong)
+
+
+def test_compositions_by_structure():
+    structure, values = compose(mlkernels.Margin(m2=0.5), mlkernels.TwoScale(1.0, 2.0), mlkernels.Modulated(), None)
+    assert structure == spec(TransformKind.MARGIN, ScaleKind.TWO_SCALE, HeadKind.MODULATED)
+    assert len(values) == len(structure.slots)
+    named = dict(zip((name for _, name in structure.slots), values, strict=True))
+    assert named["m2"] == 0.5
+    assert named["scale_high"] == 2.0
+    assert named["beta"] == 4.0
+    for loss in LOSSES:
+        parts = {"transform": None, "scale": 1.0, "head": None, "target_logit": None} | loss.compose(loss.params | {
+            name: torch.tensor(value) for name, value in loss.params.items() if isinstance(value, tuple)
+        } | {name: torch.ones(2, 1) for name in ("target_logit",) if name in loss.params})  # fmt: skip
+        structure, values = compose(parts["transform"], parts["scale"], parts["head"], parts["target_logit"])
+        assert len(values) == len(structure.slots), loss
+        assert structure.transform.name.lower() == loss.structure.transform
+        assert structure.head.name.lower() == loss.structure.head
+
+
+def test_changing_a_number_builds_no_structure():
+    x, y = torch.randn(3, 4), torch.tensor([0, 1, 2])
+    before = spec.cache_info().misses
+    mlkernels.softmax_loss(x, y, head=mlkernels.Modulated(gamma=2.0))
+    between = spec.cache_info().misses
+    for gamma in (2.5, 3.0, torch.tensor(4.0)):
+        mlkernels.softmax_loss(x, y, head=mlkernels.Modulated(gamma=gamma))
+    assert spec.cache_info().misses == between
+    assert between - before <= 1
+
+
+def test_public_names():
+    for name in ("cross_entropy", "focal_loss", "modulated_cross_entropy", "margin_cross_entropy", "arcface_loss",
+                 "cosface_loss", "sphereface_loss", "two_scale_cross_entropy", "piecewise_cross_entropy", "softmax_loss",
+                 "multi_margin_loss", "center_loss", "Margin", "Affine", "PiecewiseLinear", "TwoScale", "Modulated",
+                 "Tau", "Truncated", "RowStats", "available_backends", "check_labels"):  # fmt: skip
+        assert hasattr(mlkernels, name), name
+    assert set(mlkernels.available_backends()) == {"reference", "cpu", "triton", "cuda"}
+    assert mlkernels.available_backends()["reference"] is None
