@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from enum import IntEnum
-from functools import cache
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from torch import Tensor
 
@@ -270,7 +269,10 @@ class Spec:
         return " -> ".join(parts)
 
 
-@cache
+# Not functools.cache: torch.compile does not see through that, and warns.
+_specs: dict[tuple[object, ...], Spec] = {}
+
+
 def spec(
     transform: TransformKind = TransformKind.IDENTITY,
     scale: ScaleKind = ScaleKind.SINGLE,
@@ -280,14 +282,18 @@ def spec(
     clamp: str = "min",
 ) -> Spec:
     """The one Spec of this structure."""
-    return Spec(
-        transform,
-        scale,
-        head,
-        option("beyond_pi", beyond_pi, BeyondPi),
-        option("gradient", gradient, MarginGradient),
-        option("clamp", clamp, Clamp),
-    )
+    key = (transform, scale, head, beyond_pi, gradient, clamp)
+    found = _specs.get(key)
+    if found is None:
+        found = _specs[key] = Spec(
+            transform,
+            scale,
+            head,
+            option("beyond_pi", beyond_pi, BeyondPi),
+            option("gradient", gradient, MarginGradient),
+            option("clamp", clamp, Clamp),
+        )
+    return found
 
 
 # ---- the public composition types ------------------------------------------------------------------------------------
@@ -457,7 +463,7 @@ def compose(
     transform: Transform | None, scale: Number | TwoScale, head: Head | None, target_logit: Tensor | None
 ) -> tuple[Spec, tuple[Number | None, ...]]:
     """The Spec and the values of a composition."""
-    options: dict[str, str | None] = {}
+    options: dict[str, Any] = {}
     values: tuple[Number | None, ...] = ()
     if target_logit is not None:
         if transform is not None:
