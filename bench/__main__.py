@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -70,11 +69,6 @@ def main(given: list[str] | None = None) -> None:
 
     run = measure(cases, names, peers, device, 1 / 3 if options.quick else 1.0, say)
     print(report.text(run))
-    if run.header["backend"] == "reference":
-        print("\nThis is the reference backend, not a kernel: `python -m mlkernels` says why.")
-    spare = (os.cpu_count() or 1) - torch.get_num_threads()
-    if run.others_busy > max(spare, 0) + 0.1:
-        print(f"\nOther programs kept {run.others_busy:.1f} CPUs busy meanwhile: do not publish these numbers.")
     for path in report.write(run, options.out):
         print(f"wrote {path}")
 

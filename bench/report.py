@@ -80,12 +80,14 @@ def text(run: Run) -> str:
     parts = [
         header_text(run),
         "A step is a loss and its backward(). GB/s count what copy_ does: one read and one write of the logits.",
+        *(f"WARNING: {caveat}" for caveat in run.caveats()),
         *(_case_text(run, case) for case in run.cases()),
     ]
     outcomes = check(run)
     if outcomes:
         reached = sum(outcome.reached for outcome in outcomes)
-        parts += ["", f"Targets: {reached} of {len(outcomes)} reached", *(f"  {outcome}" for outcome in outcomes)]
+        but = " (not valid: see the WARNING above)" if run.caveats() else ""
+        parts += ["", f"Targets: {reached} of {len(outcomes)} reached{but}", *(f"  {outcome}" for outcome in outcomes)]
     return "\n".join(parts)
 
 
@@ -108,6 +110,7 @@ def as_json(run: Run) -> dict[str, Any]:
         "schema": 1,
         **run.header,
         "others_busy": run.others_busy,
+        "caveats": run.caveats(),
         "timings": [
             {**key.case._asdict(), "loss": key.loss, "peer": key.peer, **timing._asdict()}
             for key, timing in run.timings.items()
@@ -158,7 +161,8 @@ def picture(run: Run, path: Path) -> None:
     header = run.header
     figure.suptitle(
         f"forward + backward in multiples of copy_ of the logits (log scale)\n{header['device']}, "
-        f"{header['threads']} threads, torch {header['versions']['torch']}",
+        f"{header['threads']} threads, torch {header['versions']['torch']}"
+        + ("; NOT VALID: disturbed or without kernels" if run.caveats() else ""),
         fontsize=10,
     )
     figure.savefig(path, dpi=130)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import os
 import platform
 import subprocess
 from collections.abc import Callable, Sequence
@@ -47,6 +48,18 @@ class Run(NamedTuple):
     @property
     def others_busy(self) -> float:
         return max(self.others, default=0.0)
+
+    def caveats(self) -> list[str]:
+        """Why these numbers must not be published, if so."""
+        found = []
+        if self.header["backend"] == "reference":
+            found.append("This is the reference backend, not a kernel: `python -m mlkernels` says why.")
+        spare = max(0, (self.header["cpus"] or 1) - self.header["threads"])
+        if self.others_busy > spare + 0.1:
+            found.append(
+                f"Other programs kept {self.others_busy:.1f} CPUs busy meanwhile: do not publish these numbers."
+            )
+        return found
 
     def cases(self) -> list[Case]:
         return list(dict.fromkeys(key.case for key in self.timings))
@@ -102,6 +115,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "device": device_name(device),
         "device_type": device.type,
         "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
         "backend": choose(device, None),
         "isa": native.cpu_isa(),
         "backends": mlkernels.available_backends(),

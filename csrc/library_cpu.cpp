@@ -75,7 +75,7 @@ Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   std::array<int64_t, 2> strides{1, 1};
   if (sizes.size() == 2) strides[0] = sizes.begin()[1];
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides.data(),
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides.data(),
                                                          int32_t(dtype), aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
@@ -90,7 +90,7 @@ Tensor empty_of(const Tensor& like, ScalarType dtype) {
     step *= sizes[d];
   }
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
                                                          int32_t(dtype), aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }

@@ -307,7 +307,8 @@ def row(
     to_f = [s * capped[j] * (t.by_x if j == y else 1) for j in classes]
     grad = [d * factor for d, factor in zip(dz, to_f, strict=True)]
     dz_size = [sum(abs(v) for v in part) for part in parts]  # what cancels in the sum still rounds
-    largest = max(abs(factor) * size for size, factor in zip(dz_size, to_f, strict=True))
+    # Through a saturated softcap 1 - tanh^2 is known to eps of 1.
+    largest = max(abs(s * (t.by_x if j == y else 1)) * dz_size[j] for j in classes)
     # A class of probability 0 contributes 0 to every sum.
     by_s = [mp.mpf(0) if z[j] == -INF else t.value if j == y else f[j] for j in classes]
     by_scale = sum((a * b for a, b in zip(by_s, dz, strict=True)), mp.mpf(0))

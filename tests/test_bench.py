@@ -88,6 +88,7 @@ def test_targets_are_judged_the_right_way_round():
             "device_type": "cpu",
             "device": "",
             "backend": "cpu",
+            "cpus": 1,
             "threads": 1,
             "isa": None,
             "versions": {},
@@ -104,3 +105,6 @@ def test_targets_are_judged_the_right_way_round():
     assert by_peer["copy"].value == pytest.approx(10.0) and by_peer["copy"].missed_by == pytest.approx(10 / 1.9)
     assert by_peer["compile"].value == pytest.approx(0.1) and by_peer["compile"].missed_by == pytest.approx(27.0)
     assert "missed by 27.00x" in report.text(slow)
+    assert "WARNING" not in report.text(slow)
+    assert "not valid" in report.text(slow._replace(others=[0.0, 0.5]))
+    assert "not valid" in report.text(slow._replace(header={**slow.header, "backend": "reference"}))

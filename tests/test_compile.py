@@ -25,6 +25,11 @@ def options_of(loss, target):
     return {"group": loss.group(target)} if loss.groups else {}
 
 
+def programs(counter):
+    """How many graphs were compiled; dynamo may look at a frame without operations, too."""
+    return sum(any(node.op != "output" for node in graph.graph.nodes) for graph in counter.graphs)
+
+
 def same(found, wanted, rtol=1e-5):
     torch.testing.assert_close(found[0], wanted[0], rtol=rtol, atol=1e-6)
     torch.testing.assert_close(found[1], wanted[1], rtol=rtol, atol=1e-6)
@@ -48,7 +53,7 @@ def test_one_graph_with_trained_parameters(loss, backend, reduction):
     value = compiled(x, target, own)
     value.backward(up)
     found = value.detach(), x.grad, {k: v.grad for k, v in own.items() if isinstance(v, torch.Tensor)}
-    assert counter.frame_count == 1
+    assert programs(counter) == 1
     z, own = input.float().requires_grad_(), leaves(params)
     eager = loss(2 * z, target, own, **options)
     eager.backward(up)
@@ -69,7 +74,7 @@ def test_changing_tensors_do_not_recompile(loss, backend):
         value.backward()
         wanted = run(loss, input.float(), target, own, **options)
         same((value.detach(), x.grad, {k: v.grad for k, v in own.items() if isinstance(v, torch.Tensor)}), wanted)
-    assert counter.frame_count == 1
+    assert programs(counter) == 1
 
 
 def test_a_float_that_changes_is_guarded(backend):
@@ -94,7 +99,7 @@ def test_dynamic_shapes(backend):
         (1.5 * compiled(x, target)).backward()
         (1.5 * function(z, target)).backward()
         torch.testing.assert_close(x.grad, z.grad)
-    assert counter.frame_count == 1
+    assert programs(counter) == 1
 
 
 def test_dense_predictions(backend):

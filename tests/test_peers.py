@@ -31,6 +31,7 @@ def side_by_side(peer, ours, x, w, y):
     found = []
     peer = peer.double()
     peer.W.data.copy_(w)
+    peer.W.grad = None
     a = x.clone().requires_grad_()
     value = peer(a, y)
     (1.5 * value).backward()

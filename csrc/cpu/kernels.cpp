@@ -105,22 +105,23 @@ void sweep_multiply(T* g, int64_t n, T factor) {
   if (j < n) store_first(g + j, int(n - j), load_first(g + j, int(n - j), T(0)) * factor);
 }
 
-// g_j = factor e_j past the caches, and the target at y.
-template <class T>
-void sweep_out(T* g, const T* e, int64_t n, T factor, int64_t y, T target) {
+// out_j = factor e_j, and the target at y; streamed: past the caches.
+template <class T, class S>
+void sweep_out(S* out, const T* e, int64_t n, T factor, int64_t y, T target, bool streamed) {
   constexpr int W = WIDTH<T>;
-  const int64_t misaligned = int64_t(reinterpret_cast<uintptr_t>(g) % BYTES / sizeof(T));
-  int64_t j = misaligned ? W - misaligned : 0;
-  if (j > n) j = n;
-  if (j > 0) store_first(g, int(j), load_first(e, int(j), T(0)) * factor);
-  const int64_t head = j;
+  // A streamed vector goes to its own alignment; what is before and after it goes one by one.
+  const int64_t past = streamed ? int64_t(reinterpret_cast<uintptr_t>(out) % (W * sizeof(S)) / sizeof(S)) : 0;
+  int64_t j = past ? W - past : 0;
+  const int64_t head = j < n ? j : n;
+  for (j = 0; j < head; ++j) narrow(e[j] * factor, out[j]);
   for (; j + W <= n; j += W) {
     Vec<T> v = load(e + j) * factor;
     if (uint64_t(y - j) < uint64_t(W)) v[y - j] = target;
-    stream(g + j, v);
+    put(out + j, v, streamed);
   }
-  if (j < n) store_first(g + j, int(n - j), load_first(e + j, int(n - j), T(0)) * factor);
-  if (y < head || y >= j) g[y] = target;
+  const int64_t tail = j;
+  for (; j < n; ++j) narrow(e[j] * factor, out[j]);
+  if (y < head || y >= tail) narrow(target, out[y]);
 }
 
 // g_j -= spread w_j; w null: ones.
@@ -193,8 +194,7 @@ template <class T>
 struct Work {
   int64_t row, y;
   const T* u;   // the logits; PADDED: to whole vectors with -inf, and -inf at the label
-  T* g;         // the gradient, or null
-  T* out;       // where a streamed gradient goes at last, or null
+  T* g;         // the exponentials, which become the gradient; or null
   Ahead ahead;
   T m;          // other_max, or 0 where there is no other class
   T sum, shift, weighted;
@@ -203,6 +203,7 @@ struct Work {
   Row<T> r;
   RowScale<T> scale;
   Position<T> at;
+  T factor, at_target;  // the gradient is factor g_j, and at_target at the label
 };
 
 template <class T>
@@ -358,17 +359,14 @@ inline void conclude(const Problem<T>& p, const Batch<T>& batch, Work<T>& w) {
     exponentials<PADDED>(p, w, factor);
     factor = 1;
   }
-  if (w.g) {
-    if (factor != 1 && (!w.out || gradient.spread != 0)) {
+  if (w.g && gradient.spread != 0) {
+    if (factor != 1)
       each_piece<PADDED>(p, w.y, [&](int64_t begin, int64_t n) { sweep_multiply(w.g + begin, n, factor); });
-      factor = 1;
-    }
-    if (gradient.spread != 0) sweep_spread(w.g, p.weight, p.classes, gradient.spread);
-    if (w.out)
-      sweep_out(w.out, w.g, p.classes, factor, w.y, gradient.target);
-    else
-      w.g[w.y] = gradient.target;
+    factor = 1;
+    sweep_spread(w.g, p.weight, p.classes, gradient.spread);
   }
+  w.factor = factor;
+  w.at_target = gradient.target;
   if (p.want_parameters) {
     T by[TRAINABLE_SLOTS];
     row_parameters(p.spec, *w.values, batch, w.r, w.at, head, gradient, up, weight, w.shift, w.weighted, by);
@@ -451,12 +449,18 @@ void run_in_place(const Problem<T>& p, int64_t begin, int64_t end) {
     }
     w.u = static_cast<const T*>(p.input) + p.in.offset(row);
     w.g = streamed ? row_scratch : g;
-    w.out = streamed ? g : nullptr;
     const int64_t next = row + 1 < end ? row + 1 : row;
     w.ahead = {static_cast<const char*>(p.input) + p.in.offset(next) * int64_t(sizeof(S)), fetch_ahead ? int(sizeof(S)) : 0};
     measure<false>(p, p.uniform ? &values : nullptr, w.u[w.y], w);
     stand(p, &w, 1);
     conclude<false>(p, batch, w);
+    if (streamed) {
+      sweep_out(g, w.g, p.classes, w.factor, w.y, w.at_target, true);
+    } else if (g) {
+      if (w.factor != 1)
+        each_piece<false>(p, w.y, [&](int64_t from, int64_t n) { sweep_multiply(g + from, n, w.factor); });
+      g[w.y] = w.at_target;
+    }
   }
   if (streamed) fence();
 }
@@ -476,6 +480,8 @@ void run_through_scratch(const Problem<T>& p, int64_t begin, int64_t end) {
   Values<T> values;
   if (p.uniform) fetch(p, 0, 0, values);
   const bool capped = p.softcap > 0;
+  const bool direct = output && !capped && p.out.class_stride == 1;
+  const bool overwrite = !capped && p.smoothing <= 0;  // nothing reads the logits after their exponentials
   // Long rows come one at a time: the next one is then the row after this one.
   const bool fits = size == 1 && p.in.class_stride == 1 && p.classes * int64_t(sizeof(T)) <= ROW_IN_CACHE;
   const int lookahead = fits ? int(sizeof(S)) : 0;
@@ -506,22 +512,29 @@ void run_through_scratch(const Problem<T>& p, int64_t begin, int64_t end) {
       target[b] = u[tile[b].y];
       u[tile[b].y] = -infinity<T>();
       tile[b].u = u;
-      tile[b].g = output ? grads + b * pitch : nullptr;
-      tile[b].out = nullptr;
+      tile[b].g = !output ? nullptr : overwrite ? u : grads + b * pitch;
       tile[b].ahead = {reinterpret_cast<const char*>(input + p.in.offset(next < end ? next : next - 1)), lookahead};
       measure<true>(p, p.uniform ? &values : nullptr, target[b], tile[b]);
     }
     stand(p, tile, count);
     for (int b = 0; b < count; ++b) {
-      conclude<true>(p, batch, tile[b]);
-      if (output && capped) {
-        T* u = logits + b * pitch;
-        u[tile[b].y] = target[b];
-        uncap(tile[b].g, u, p.classes, p.softcap, p.adjustment);
+      Work<T>& w = tile[b];
+      conclude<true>(p, batch, w);
+      if (direct) {
+        sweep_out(to[b], w.g, p.classes, w.factor, w.y, w.at_target, p.streamed && size == 1);
+      } else if (output) {
+        sweep_multiply(w.g, p.classes, w.factor);
+        w.g[w.y] = w.at_target;
+        if (capped) {
+          T* u = logits + b * pitch;
+          u[w.y] = target[b];
+          uncap(w.g, u, p.classes, p.softcap, p.adjustment);
+        }
       }
     }
-    if (output) scatter_rows(to, count, p.out.class_stride, p.classes, grads, pitch);
+    if (output && !direct) scatter_rows(to, count, p.out.class_stride, p.classes, tile[0].g, pitch);
   }
+  if (direct && p.streamed) fence();
 }
 
 template <class T, class S>

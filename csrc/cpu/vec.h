@@ -317,5 +317,41 @@ static inline void narrow(float x, float16& out) {
   out.bits = uint16_t(sign | out_bits);
 }
 
+// A whole vector to storage, plainly or past the caches.
+template <class T>
+static inline void put(T* p, Vec<T> v, bool streamed) {
+  if (streamed)
+    stream(p, v);
+  else
+    store(p, v);
+}
+typedef uint16_t vhalf __attribute__((vector_size(BYTES / 2)));
+static inline void put_bits(void* p, vhalf bits, bool streamed) {
+#if defined(__AVX512F__)
+  if (streamed) return _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)bits);
+#elif defined(__AVX2__)
+  if (streamed) return _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)bits);
+#endif
+  __builtin_memcpy(p, &bits, sizeof bits);
+}
+static inline void put(bfloat16* p, vfloat v, bool streamed) {
+  typedef uint32_t vuint __attribute__((vector_size(BYTES)));
+  vuint bits;
+  __builtin_memcpy(&bits, &v, sizeof bits);
+  const vuint rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const vuint kept = (bits & 0x7fffffff) > 0x7f800000 ? vuint{} + 0x7fc0 : rounded;
+  put_bits(p, __builtin_convertvector(kept, vhalf), streamed);
+}
+static inline void put(float16* p, vfloat v, bool streamed) {
+#if defined(__AVX512F__)
+  put_bits(p, (vhalf)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT), streamed);
+#elif defined(__F16C__)
+  put_bits(p, (vhalf)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT), streamed);
+#else
+  (void)streamed;
+  for (int i = 0; i < WIDTH<float>; ++i) narrow(v[i], p[i]);
+#endif
+}
+
 }  // namespace MLKERNELS_ISA
 }  // namespace mlkernels

@@ -19,7 +19,8 @@ def _load(stem: str) -> tuple[ctypes.CDLL | None, str | None]:
         return None, "switched off by MLKERNELS_NATIVE=0"
     found = sorted(_PACKAGE.glob(f"{stem}.*so"))
     if not found:
-        return None, f"{stem} was not built: no C++ compiler was found, or the build failed (see the install log)"
+        reason = _PACKAGE / "_build_error.txt"  # csrc/build.py leaves it
+        return None, f"not built: {reason.read_text().strip() if reason.exists() else 'run csrc/build.py'}"
     try:
         torch.ops.load_library(str(found[0]))
         return ctypes.CDLL(str(found[0])), None

@@ -43,7 +43,7 @@ class _Values:
         """0-d where the number is shared, else (rows,)."""
         param = self.params.get(slot)
         if param is None:
-            return torch.full((), self.consts[slot], dtype=self.dtype, device=self.label.device)
+            return torch.full((), self.consts[int(slot)], dtype=self.dtype, device=self.label.device)
         param = param.to(self.dtype)
         if param.dim() == 0:
             return param
@@ -129,7 +129,7 @@ def transform_target(kind: int, x: Tensor, values: _Values, ids: Sequence[int]) 
         return values[a].expand_as(x)
     if kind == TransformKind.AFFINE:
         return values[a] * x + values[Slot.TRANSFORM_B]
-    has_norm = Slot.NORM in values.params or values.consts[Slot.NORM] > 0
+    has_norm = Slot.NORM in values.params or values.consts[int(Slot.NORM)] > 0
     norm = values[Slot.NORM] if has_norm else None
     if norm is not None:
         norm = torch.where(norm > 0, norm, math.nan)
@@ -138,7 +138,7 @@ def transform_target(kind: int, x: Tensor, values: _Values, ids: Sequence[int]) 
         m = (values[a], values[Slot.TRANSFORM_B], values[Slot.TRANSFORM_C])
         t = margin(u, torch.where(m[0] > 0, m[0], math.nan), m[1], m[2], ids[3], ids[4])
     else:
-        low, high = values.consts[Slot.DOMAIN_LOW], values.consts[Slot.DOMAIN_HIGH]
+        low, high = values.consts[int(Slot.DOMAIN_LOW)], values.consts[int(Slot.DOMAIN_HIGH)]
         index = _bin(u.detach(), low, high, values.bins(a))
         t = values.table(a, index) * u + values.table(Slot.TRANSFORM_B, index)
     return t if norm is None else norm * t
@@ -261,7 +261,7 @@ def _softmax_loss(
     values = _Values(y, kept, accumulate, consts, by_slot)
 
     finite = f.amax(1) < math.inf  # false for NaN
-    cap = consts[Slot.SOFTCAP]
+    cap = consts[int(Slot.SOFTCAP)]
     if cap > 0:
         f = cap * torch.tanh(f / cap)
     if Slot.ADJUSTMENT in by_slot:
@@ -306,7 +306,7 @@ def _softmax_loss(
     omega = None if weight is None else weight.to(accumulate).detach()
     omega_y = torch.ones_like(loss) if omega is None else omega[y]
     loss = omega_y * loss
-    smoothing = consts[Slot.SMOOTHING]
+    smoothing = consts[int(Slot.SMOOTHING)]
     if smoothing > 0:
         every_z = torch.where(is_target, z_y.unsqueeze(1), z)
         gap = lse.unsqueeze(1) - (every_z - top.unsqueeze(1))
@@ -314,7 +314,7 @@ def _softmax_loss(
         loss = (1 - smoothing) * loss + smoothing / classes * spread
     loss = torch.where(kept, loss, 0)
     lse = lse + top
-    z_loss = consts[Slot.Z_LOSS]
+    z_loss = consts[int(Slot.Z_LOSS)]
     penalty = torch.where(kept, z_loss * lse * lse, 0) if z_loss > 0 else None
 
     if reduction == Reduction.NONE:
