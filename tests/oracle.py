@@ -335,6 +335,8 @@ def row(
 
     by_z = [omega[y] * phi.by_x * residual[j] for j in classes]
     finite = phi.value < INF and loss < INF
+    # The logarithm of a tau near 1 is as accurate as tau.
+    rounding = omega[y] if structure.head == "tau" else 0
     return Row(
         loss=loss,
         penalty=lam * lse * lse,
@@ -347,7 +349,7 @@ def row(
         prediction=min(j for j in classes if f[j] == max(f)),
         rank=sum(v > f[y] for v in f),
         gap=gap,
-        loss_unit=abs(loss) + spread_unit * (sum(abs(v) for v in by_z) + eps * total_omega) if finite else mp.mpf(0),
+        loss_unit=abs(loss) + rounding + spread_unit * (sum(map(abs, by_z)) + eps * total_omega) if finite else mp.mpf(0),
         penalty_unit=lam * (lse * lse + spread_unit * abs(lse)),
         grad_unit=largest * spread_unit,
         param_units={name: d for name, d in units.items() if name in params},

@@ -376,7 +376,7 @@ _drawn: dict = {}
 
 def _draw(
     loss: Loss,
-    rows: int = 2 * len(ROW_KINDS),
+    rows: int = len(ROW_KINDS),
     classes: int = 6,
     seed: int = 0,
     form: str = "number",

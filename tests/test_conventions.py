@@ -199,7 +199,7 @@ def test_a_bad_row_in_the_statistics(backend):
     assert bool(rows.log_prob[[0, 3]].isfinite().all())
 
 
-@pytest.mark.parametrize("loss, form", [(loss, form) for loss in LOSSES for form in loss.forms], ids=str)
+@pytest.mark.parametrize("loss, form", [(loss, form) for loss in LOSSES for form in (loss.forms[0], loss.forms[-1])], ids=str)
 @pytest.mark.parametrize("held", [NAN, -INF])
 def test_ignored_rows_are_not_read(loss, form, backend, held):
     """Whatever an ignored row holds, and whatever its own parameters hold."""

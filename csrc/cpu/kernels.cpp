@@ -203,7 +203,7 @@ struct Work {
   Row<T> r;
   RowScale<T> scale;
   Position<T> at;
-  T factor, at_target;  // the gradient is factor g_j, and at_target at the label
+  T factor, spread, at_target;  // the gradient is factor g_j - spread w_j, and at_target at the label
 };
 
 template <class T>
@@ -359,13 +359,8 @@ inline void conclude(const Problem<T>& p, const Batch<T>& batch, Work<T>& w) {
     exponentials<PADDED>(p, w, factor);
     factor = 1;
   }
-  if (w.g && gradient.spread != 0) {
-    if (factor != 1)
-      each_piece<PADDED>(p, w.y, [&](int64_t begin, int64_t n) { sweep_multiply(w.g + begin, n, factor); });
-    factor = 1;
-    sweep_spread(w.g, p.weight, p.classes, gradient.spread);
-  }
   w.factor = factor;
+  w.spread = gradient.spread;
   w.at_target = gradient.target;
   if (p.want_parameters) {
     T by[TRAINABLE_SLOTS];
@@ -375,6 +370,15 @@ inline void conclude(const Problem<T>& p, const Batch<T>& batch, Work<T>& w) {
     if (p.t_bin) p.t_bin[row] = w.at.target.bin;
     if (p.tau_bin) p.tau_bin[row] = head.bin;
   }
+}
+
+// Leaves nothing of a row's gradient to do but the target and, unless there was smoothing, the factor.
+template <class T>
+void spread_out(const Problem<T>& p, Work<T>& w) {
+  if (w.spread == 0) return;
+  sweep_multiply(w.g, p.classes, w.factor);  // what lies at the label is overwritten later
+  sweep_spread(w.g, p.weight, p.classes, w.spread);
+  w.factor = 1;
 }
 
 template <class T>
@@ -454,6 +458,7 @@ void run_in_place(const Problem<T>& p, int64_t begin, int64_t end) {
     measure<false>(p, p.uniform ? &values : nullptr, w.u[w.y], w);
     stand(p, &w, 1);
     conclude<false>(p, batch, w);
+    if (g) spread_out(p, w);
     if (streamed) {
       sweep_out(g, w.g, p.classes, w.factor, w.y, w.at_target, true);
     } else if (g) {
@@ -520,6 +525,7 @@ void run_through_scratch(const Problem<T>& p, int64_t begin, int64_t end) {
     for (int b = 0; b < count; ++b) {
       Work<T>& w = tile[b];
       conclude<true>(p, batch, w);
+      if (output) spread_out(p, w);
       if (direct) {
         sweep_out(to[b], w.g, p.classes, w.factor, w.y, w.at_target, p.streamed && size == 1);
       } else if (output) {
@@ -537,11 +543,128 @@ void run_through_scratch(const Problem<T>& p, int64_t begin, int64_t end) {
   if (direct && p.streamed) fence();
 }
 
+// Short rows, and rows whose classes lie apart: a vector holds one class of W rows. Every sweep is then C vectors long
+// with no tail and no reduction, and where neighbouring rows are neighbours in memory (N, C, d...) nothing is transposed.
+template <class T, class S>
+void run_lanes(const Problem<T>& given, int64_t begin, int64_t end) {
+  constexpr int W = WIDTH<T>;
+  static_assert(W <= MAX_TILE, "a tile is at least a vector");
+  Problem<T> p = given;
+  p.saved = nullptr;  // the maximum and the sum cost less than another way through here
+  const int64_t classes = p.classes;
+  T* e = static_cast<T*>(scratch.get(size_t(classes) * W * sizeof(T)));
+  const S* input = static_cast<const S*>(p.input);
+  S* output = static_cast<S*>(p.grad);
+  const Batch<T> batch = batch_of(p);
+  Values<T> values;
+  if (p.uniform) fetch(p, 0, 0, values);
+  const int64_t in_stride = p.in.class_stride, out_stride = p.out.class_stride;
+
+  for (int64_t next = begin; next < end;) {
+    Work<T> tile[MAX_TILE];
+    const S* from[W];
+    S* to[W];
+    int count = 0;
+    for (; next < end && count < W; ++next) {
+      S* g = output ? output + p.out.offset(next) : nullptr;
+      if (p.label[next] == p.spec.ignore_index) {
+        ignore_row(p, next);
+        if (g) clear_row(g, out_stride, classes);
+        continue;
+      }
+      tile[count].row = next;
+      tile[count].y = p.label[next];
+      from[count] = input + p.in.offset(next);
+      to[count++] = g;
+    }
+    if (count == 0) continue;
+    bool side_by_side = count == W;
+    for (int b = 1; b < count; ++b) side_by_side &= from[b] == from[0] + b && (!output || to[b] == to[0] + b);
+    for (int b = count; b < W; ++b) from[b] = from[0];
+    if (side_by_side) {
+      for (int64_t j = 0; j < classes; ++j)
+        for (int b = 0; b < W; ++b) e[j * W + b] = widen(from[0][j * in_stride + b]);
+    } else {
+      for (int b = 0; b < W; ++b)
+        for (int64_t j = 0; j < classes; ++j) e[j * W + b] = widen(from[b][j * in_stride]);
+    }
+
+    typename VecOf<T>::I label{};
+    for (int b = 0; b < count; ++b) {
+      T& at_label = e[tile[b].y * W + b];
+      label[b] = tile[b].y;
+      tile[b].r.target = at_label;
+      at_label = -infinity<T>();
+    }
+    Vec<T> top = splat(-infinity<T>());
+    for (int64_t j = 0; j < classes; ++j) top = larger(top, load(e + j * W));
+    Vec<T> s{};
+    for (int b = 0; b < count; ++b) {
+      Work<T>& w = tile[b];
+      if (!p.uniform) fetch(p, w.row, w.y, w.own);
+      w.values = p.uniform ? &values : &w.own;
+      w.r.other_max = top[b];
+      w.scale = row_scale(p.spec, *w.values, w.r.target - top[b]);
+      s[b] = w.scale.value;
+    }
+    const Vec<T> m = top == splat(-infinity<T>()) ? Vec<T>{} : top;
+    Vec<T> weighted{}, sum{}, shift{};
+    if (p.smoothing > 0) {
+      for (int64_t j = 0; j < classes; ++j) {
+        const Vec<T> d = load(e + j * W) - m;
+        weighted += label == typename VecOf<T>::I{} + decltype(label[0] + 0)(j) ? Vec<T>{} : p.weight ? d * p.weight[j] : d;
+      }
+    }
+    for (int64_t j = 0; j < classes; ++j) {
+      const Vec<T> d = load(e + j * W) - m;
+      const Vec<T> x = exp_nonpositive(d * s);
+      sum += x;
+      if (p.want_shift) shift += x == Vec<T>{} ? Vec<T>{} : x * d;
+      store(e + j * W, x);
+    }
+    for (int b = 0; b < count; ++b) {
+      Work<T>& w = tile[b];
+      w.u = nullptr;
+      w.g = output ? e : nullptr;
+      w.sum = sum[b];
+      w.shift = shift[b];
+      w.weighted = weighted[b];
+    }
+    stand(p, tile, count);
+    Vec<T> factor{}, spread{};
+    for (int b = 0; b < count; ++b) {
+      conclude<true>(p, batch, tile[b]);
+      factor[b] = tile[b].factor;
+      spread[b] = tile[b].spread;
+    }
+    if (!output) continue;
+    for (int64_t j = 0; j < classes; ++j) {
+      Vec<T> g = load(e + j * W) * factor;
+      if (p.smoothing > 0) g -= p.weight ? spread * p.weight[j] : spread;
+      store(e + j * W, g);
+    }
+    for (int b = 0; b < count; ++b) e[tile[b].y * W + b] = tile[b].at_target;
+    if (side_by_side) {
+      for (int64_t j = 0; j < classes; ++j) put(to[0] + j * out_stride, load(e + j * W), false);
+    } else {
+      for (int b = 0; b < count; ++b)
+        for (int64_t j = 0; j < classes; ++j) narrow(e[j * W + b], to[b][j * out_stride]);
+    }
+  }
+}
+
+// Columns from which a row is worth vectors of its own.
+constexpr int64_t LONG_ROW = 48;
+constexpr int64_t LANES_IN_CACHE = 1 << 18;  // bytes of a tile of rows whose classes lie apart
+
 template <class T, class S>
 void run_as(const Problem<T>& p, int64_t begin, int64_t end) {
+  const bool plain = p.softcap <= 0 && !p.adjustment && !p.logsumexp;
+  const bool apart = p.in.class_stride != 1 || (p.grad && p.out.class_stride != 1);
+  const bool fits = p.classes * BYTES <= LANES_IN_CACHE;
+  if (plain && (p.classes < LONG_ROW || (apart && fits))) return run_lanes<T, S>(p, begin, end);
   if constexpr (SAME<T, S>) {
-    const bool plain = p.softcap <= 0 && !p.adjustment && p.in.class_stride == 1 && (!p.grad || p.out.class_stride == 1);
-    if (plain && p.classes >= SHORT_ROW) return run_in_place<T, S>(p, begin, end);
+    if (p.softcap <= 0 && !p.adjustment && !apart && p.classes >= SHORT_ROW) return run_in_place<T, S>(p, begin, end);
   }
   run_through_scratch<T, S>(p, begin, end);
 }

@@ -344,7 +344,7 @@ static inline void put(bfloat16* p, vfloat v, bool streamed) {
 }
 static inline void put(float16* p, vfloat v, bool streamed) {
 #if defined(__AVX512F__)
-  put_bits(p, (vhalf)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT), streamed);
+  put_bits(p, (vhalf)_mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT), streamed);
 #elif defined(__F16C__)
   put_bits(p, (vhalf)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT), streamed);
 #else
