@@ -248,7 +248,7 @@ struct Call {
 
   Call(const Tensor& input, const Tensor& target, const std::vector<int64_t>& ids, const std::vector<double>& numbers,
        const std::vector<Tensor>& params) {
-    STD_TORCH_CHECK(ids.size() == 9 && numbers.size() == SLOTS, "ids or consts have the wrong length");
+    STD_TORCH_CHECK(ids.size() == 9 && numbers.size() <= SLOTS, "ids or consts have the wrong length");
     p.spec = {int(ids[0]), int(ids[1]), int(ids[2]), int(ids[3]), int(ids[4]), int(ids[5]), int(ids[6]), ids[7]};
     reduction = p.spec.reduction;
     const uint64_t mask = uint64_t(ids[8]);
@@ -260,7 +260,7 @@ struct Call {
     size_t next = 0;
     p.uniform = !(mask >> GROUP & 1);
     for (int slot = 0; slot < SLOTS; ++slot) {
-      consts[slot] = T(numbers[slot]);
+      consts[slot] = size_t(slot) < numbers.size() ? T(numbers[slot]) : T(0);
       if (slot <= TAU_MIN) p.values[slot] = {&consts[slot], Mode::SHARED};
       if (!(mask >> slot & 1)) continue;
       STD_TORCH_CHECK(next < params.size(), "params holds fewer tensors than the mask says");

@@ -6,7 +6,7 @@ their own: ``softmax.py`` gives them their backward, at half the boundary cost o
 The arguments that every operator of the family shares:
 
 * ``ids``: ``Spec.ids``, then reduction, ignore_index and the mask of the slots that hold tensors;
-* ``consts``: one float per :class:`mlkernels.spec.Slot`;
+* ``consts``: one float per :class:`mlkernels.spec.Slot`; those that are left out at the end are 0;
 * ``params``: the tensors, in the order of their slots;
 * ``needs``: bit s asks for the gradient of slot s, bit ``INPUT`` for that of the logits.
 """

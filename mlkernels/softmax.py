@@ -77,13 +77,11 @@ def check_labels(enabled: bool = True) -> None:
 
 def traced() -> bool:
     """Whether values cannot be looked at: under torch.compile, or inside torch.func transforms."""
-    return torch.compiler.is_compiling() or functorch_active()
+    return torch.compiler.is_compiling() or _functorch_level() is not None
 
 
-def functorch_active() -> bool:
-    """Whether a torch.func transform (grad, vmap, jvp, ...) is running; kernels are opaque to those."""
-    level: int | None = torch._C._functorch.maybe_current_level()
-    return level is not None
+# The level of the torch.func transform (grad, vmap, jvp, ...) that is running, or None; kernels are opaque to those.
+_functorch_level = torch._C._functorch.maybe_current_level
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------
@@ -236,6 +234,7 @@ class _Call(NamedTuple):
     ids: list[int]
     consts: list[float]
     needs: int
+    single: bool  # the gradient is made in the forward
     bfloat16: bool
 
 
@@ -272,23 +271,20 @@ class _SoftmaxLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: _Call, input: Tensor, target: Tensor, *params: Tensor) -> Tensor:
-        # One visit where it pays: the upstream gradient of a reduced loss is nearly always 1. An fp16 gradient is
-        # written only when the upstream is known: a GradScaler's 65536 would rescale what has already underflowed.
-        single = call.ids[6] != Reduction.NONE and input.dtype != torch.float16 and not torch.compiler.is_compiling()
         loss: Tensor
         loss, saved, gradients = ops.softmax_loss(
-            input, target, call.ids, call.consts, params, call.needs if single else 0, not single
+            input, target, call.ids, call.consts, params, call.needs if call.single else 0, not call.single
         )
         ctx.call = call
         # Not saved for backward: dropped when handed out, so that the leaf can take it without a copy.
-        ctx.gradients = gradients if single else None
+        ctx.gradients = gradients if call.single else None
         ctx.save_for_backward(input, target, saved, *params)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> Any:
         call: _Call = ctx.call
-        if torch.is_grad_enabled() or functorch_active():
+        if torch.is_grad_enabled() or _functorch_level() is not None:
             input, target, _, *params = ctx.saved_tensors
             return tuple(_place(call, _by_reference(call, False, (input, target, *params), (grad_loss,))))
         gradients, ctx.gradients = ctx.gradients, None
@@ -310,6 +306,10 @@ class _SoftmaxLoss(torch.autograd.Function):
         return tuple(_place(call, dict(zip(ops.needed(call.needs), gradients, strict=True))))
 
 
+# What Function.apply itself calls once it has found no torch.func transform, which the door has asked already: 4 us.
+_run_loss = super(torch.autograd.Function, _SoftmaxLoss).apply
+
+
 class _SoftmaxStats(torch.autograd.Function):
     """The loss and its row statistics."""
 
@@ -326,7 +326,7 @@ class _SoftmaxStats(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
         call: _Call = ctx.call
         input, target, saved, *params = ctx.saved_tensors
-        if torch.is_grad_enabled() or functorch_active():
+        if torch.is_grad_enabled() or _functorch_level() is not None:
             found = _by_reference(call, True, (input, target, *params), upstream[:3])
             return tuple(_place(call, found))
         gradients = ops.softmax_loss_backward(
@@ -366,7 +366,8 @@ def apply(
     if type(ignore_index) is not int:
         raise TypeError(f"ignore_index takes an int, got {type(ignore_index).__name__}")
 
-    consts = _DEFAULTS.copy()
+    plain = softcap is None and not label_smoothing and not z_loss
+    consts = _DEFAULTS[: spec.width if plain else SLOTS]
     tensors: dict[int, Tensor] = {}
     for (slot, above, low, high), value in zip(spec.ranges, values):  # noqa: B905  (strict costs a microsecond)
         if type(value) is float and above < value and low <= value <= high and value < math.inf:
@@ -386,12 +387,11 @@ def apply(
         _check_values(spec, tensors, group, input, target)
         if group is not None:
             tensors[_GROUP] = group
-    if label_smoothing:
+    if not plain:
         consts[_SMOOTHING] = check_number("label_smoothing", label_smoothing)
-    if z_loss:
         consts[_Z_LOSS] = check_number("z_loss", z_loss)
-    if softcap is not None:
-        consts[_SOFTCAP] = check_number("softcap", softcap)
+        if softcap is not None:
+            consts[_SOFTCAP] = check_number("softcap", softcap)
     if weight is not None:
         check_class_vector("weight", weight, input, input.shape[1])
         tensors[_WEIGHT] = weight
@@ -413,23 +413,29 @@ def apply(
     ids = [*spec.ids, reduction_id, ignore_index, mask]
 
     chosen = choose(input.device, backend)
-    if chosen == "reference" or functorch_active():
+    if chosen == "reference" or _functorch_level() is not None:
         check_indices("target", target, input.shape[1], ignore_index)
         if group is not None:
             count = next(t.shape[0] for slot, t in tensors.items() if slot in _TABLES and t.dim() == 2)
             check_indices("group", group, count)
         loss, rows = reference.softmax_loss(input, target, ids, consts, params)
         return loss, RowStats(*rows) if return_stats else None
-    call = _Call(ids, consts, needs, input.dtype == torch.bfloat16)
-    if return_stats:
-        if needs:
-            loss, *outputs = _SoftmaxStats.apply(call, input, target, *params)  # type: ignore[no-untyped-call]
-        else:
-            loss, _, *outputs = ops.softmax_stats(input, target, ids, consts, params)
-        return loss, RowStats(*outputs)
+    if not needs and not return_stats:
+        return ops.softmax_loss(input, target, ids, consts, params, 0, False)[0], None
+    compiling = torch.compiler.is_compiling()
+    dtype = input.dtype
+    # One visit where it pays: the upstream gradient of a reduced loss is nearly always 1. An fp16 gradient is written
+    # only when the upstream is known: a GradScaler's 65536 would rescale what has already underflowed.
+    single = reduction_id != 0 and dtype != torch.float16 and not compiling
+    call = _Call(ids, consts, needs, single, dtype == torch.bfloat16)
+    if not return_stats:
+        run = _SoftmaxLoss.apply if compiling else _run_loss
+        return run(call, input, target, *params), None  # type: ignore[no-untyped-call]
     if needs:
-        return _SoftmaxLoss.apply(call, input, target, *params), None  # type: ignore[no-untyped-call]
-    return ops.softmax_loss(input, target, ids, consts, params, 0, False)[0], None
+        loss, *outputs = _SoftmaxStats.apply(call, input, target, *params)  # type: ignore[no-untyped-call]
+    else:
+        loss, _, *outputs = ops.softmax_stats(input, target, ids, consts, params)
+    return loss, RowStats(*outputs)
 
 
 def _check_values(spec: Spec, tensors: dict[int, Tensor], group: Tensor | None, input: Tensor, target: Tensor) -> None:

@@ -240,6 +240,8 @@ class Spec:
     slots: tuple[tuple[int, str], ...] = field(init=False, repr=False, compare=False)
     #: (slot, above, low, high) likewise: the range of a float; checked on every call, so nothing is looked up there.
     ranges: tuple[tuple[int, float, float, float], ...] = field(init=False, repr=False, compare=False)
+    #: How many of the consts are not zero by default: no more of them need to cross an op boundary.
+    width: int = field(init=False, repr=False, compare=False)
     #: The structure flattened, as it crosses an op boundary.
     ids: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
@@ -249,6 +251,7 @@ class Spec:
         object.__setattr__(self, "slots", tuple((int(slot), name) for slot, name in slots))
         ranges = tuple((int(slot), *_RANGES.get(name, _FINITE)[:3]) for slot, name in slots)
         object.__setattr__(self, "ranges", ranges)
+        object.__setattr__(self, "width", max(slot for slot, *_ in ranges) + 1)
         object.__setattr__(self, "ids", tuple(int(kind) for kind in kinds))
 
     def __str__(self) -> str:

@@ -210,11 +210,78 @@ class Row:
     confidence: object
     prediction: int
     rank: int
-    gap: object
     loss_unit: object
     penalty_unit: object
     grad_unit: object
     param_units: dict
+
+
+@dataclass
+class Forward:
+    """The way from a row's logits to its head."""
+
+    p: dict  # the parameters
+    f: list  # after softcap and adjustment
+    capped: list  # d(softcapped)/d(raw)
+    confidence: object
+    s: object
+    t: Piece
+    z: list
+    n: object  # -log p of the target
+    lse: object
+    miss: object  # 1 - p of the target
+    prob: list
+    phi: Piece
+    gap: object  # how far the next jump is
+
+
+def forward(structure, f, y, params, softcap=None, logit_adjustment=None):
+    """One kept row, up to its head."""
+    f = [mp.mpf(v) for v in f]
+    exact = lambda v: v if isinstance(v, mp.mpf) else mp.mpf(float(v))  # noqa: E731
+    p = {k: [exact(v) for v in value] if np.ndim(value) else exact(value) for k, value in params.items()}
+    classes = range(len(f))
+    capped = [mp.mpf(1)] * len(f)
+    if softcap is not None:
+        cap = mp.mpf(softcap)
+        squashed = [mp.tanh(v / cap) for v in f]
+        capped = [1 - v * v for v in squashed]
+        f = [cap * v for v in squashed]
+    if logit_adjustment is not None:
+        f = [v + mp.mpf(float(a)) for v, a in zip(f, logit_adjustment, strict=True)]
+
+    runner_up = max((f[j] for j in classes if j != y), default=-INF)
+    confidence = f[y] - runner_up if runner_up > -INF else INF
+    gap = INF
+    if structure.scale == "two_scale":
+        well = confidence >= structure.eta
+        r, norm = p["scale_high" if well else "scale_low"], p.get("logit_norm", mp.mpf(1))
+        s = r / norm
+        gap = abs(confidence - structure.eta)
+    else:
+        s = p["scale"]
+    t = transform(structure, f[y], p)
+    gap = min(gap, t.gap)
+    z = [s * t.value if j == y else s * f[j] if f[j] > -INF else -INF for j in classes]
+    present = [j for j in classes if j != y and z[j] > -INF]
+
+    if z[y] > -INF:
+        odds = {j: mp.exp(z[j] - z[y]) for j in present}
+        rest = sum(odds.values(), mp.mpf(0))
+        n = mp.log1p(rest)
+        lse = z[y] + n
+        miss = rest / (1 + rest)
+        total = 1 + rest
+    else:
+        top = max(z[j] for j in present)
+        odds = {j: mp.exp(z[j] - top) for j in present}
+        total = sum(odds.values(), mp.mpf(0))
+        lse = top + mp.log(total)
+        n, miss = INF, mp.mpf(1)
+    prob = [1 - miss if j == y else odds[j] / total if j in odds else mp.mpf(0) for j in classes]
+    phi = head(structure, n, p)
+    gap = min(gap, phi.gap)
+    return Forward(p, f, capped, confidence, s, t, z, n, lse, miss, prob, phi, gap)
 
 
 def row(
@@ -234,57 +301,14 @@ def row(
     up_log_prob=0.0,
 ):
     """One kept row. ``params`` holds this row's numbers (its own scale, margin, table)."""
-    f = [mp.mpf(v) for v in f]
-    exact = lambda v: v if isinstance(v, mp.mpf) else mp.mpf(float(v))  # noqa: E731
-    p = {k: [exact(v) for v in value] if np.ndim(value) else exact(value) for k, value in params.items()}
+    at = forward(structure, f, y, params, softcap, logit_adjustment)
+    p, f, s, t, z, phi, lse, prob = at.p, at.f, at.s, at.t, at.z, at.phi, at.lse, at.prob
     classes = range(len(f))
-    others = [j for j in classes if j != y]
+    residual = [-at.miss if j == y else prob[j] for j in classes]  # p - 1_y
     up_loss, up_penalty, up_lse, up_log_p = (mp.mpf(float(v)) for v in (up_loss, up_penalty, up_logsumexp, up_log_prob))
     eps, lam = mp.mpf(label_smoothing), mp.mpf(z_loss)
     omega = [mp.mpf(1)] * len(f) if weight is None else [mp.mpf(float(v)) for v in weight]
 
-    capped = [mp.mpf(1)] * len(f)  # d(softcapped)/d(raw)
-    if softcap is not None:
-        cap = mp.mpf(softcap)
-        squashed = [mp.tanh(v / cap) for v in f]
-        capped = [1 - v * v for v in squashed]
-        f = [cap * v for v in squashed]
-    if logit_adjustment is not None:
-        f = [v + mp.mpf(float(a)) for v, a in zip(f, logit_adjustment, strict=True)]
-
-    runner_up = max((f[j] for j in others), default=-INF)
-    confidence = f[y] - runner_up if runner_up > -INF else INF
-    gap = INF
-    if structure.scale == "two_scale":
-        well = confidence >= structure.eta
-        r, norm = p["scale_high" if well else "scale_low"], p.get("logit_norm", mp.mpf(1))
-        s = r / norm
-        gap = abs(confidence - structure.eta)
-    else:
-        s = p["scale"]
-    t = transform(structure, f[y], p)
-    gap = min(gap, t.gap)
-    z = [s * t.value if j == y else s * f[j] if f[j] > -INF else -INF for j in classes]
-    present = [j for j in others if z[j] > -INF]
-
-    if z[y] > -INF:
-        odds = {j: mp.exp(z[j] - z[y]) for j in present}
-        rest = sum(odds.values(), mp.mpf(0))
-        n = mp.log1p(rest)
-        lse = z[y] + n
-        miss = rest / (1 + rest)
-        total = 1 + rest
-    else:
-        top = max(z[j] for j in present)
-        odds = {j: mp.exp(z[j] - top) for j in present}
-        total = sum(odds.values(), mp.mpf(0))
-        lse = top + mp.log(total)
-        n, miss = INF, mp.mpf(1)
-    prob = [1 - miss if j == y else odds[j] / total if j in odds else mp.mpf(0) for j in classes]
-    residual = [-miss if j == y else prob[j] for j in classes]  # p - 1_y
-
-    phi = head(structure, n, p)
-    gap = min(gap, phi.gap)
     loss = omega[y] * phi.value
     if eps > 0:
         spread = sum((w * (lse - v if v > -INF else INF) for w, v in zip(omega, z, strict=True) if w != 0), mp.mpf(0))
@@ -304,7 +328,7 @@ def row(
         for j in classes
     ]
     dz = [sum(part) for part in parts]
-    to_f = [s * capped[j] * (t.by_x if j == y else 1) for j in classes]
+    to_f = [s * at.capped[j] * (t.by_x if j == y else 1) for j in classes]
     grad = [d * factor for d, factor in zip(dz, to_f, strict=True)]
     dz_size = [sum(abs(v) for v in part) for part in parts]  # what cancels in the sum still rounds
     # Through a saturated softcap 1 - tanh^2 is known to eps of 1.
@@ -327,7 +351,9 @@ def row(
         units[name] = scaled(absolute(d, at_least=1), abs(s) * dz_size[y] * spread_unit)
     scale_unit = sum((abs(a) * b for a, b in zip(by_s, dz_size, strict=True)), mp.mpf(0)) * spread_unit
     if structure.scale == "two_scale":
+        well = at.confidence >= structure.eta
         chosen, other = ("scale_high", "scale_low") if well else ("scale_low", "scale_high")
+        r, norm = p[chosen], p.get("logit_norm", mp.mpf(1))
         by_param |= {chosen: by_scale / norm, other: mp.mpf(0), "logit_norm": -r / norm**2 * by_scale}
         units |= {chosen: scale_unit / norm, other: mp.mpf(0), "logit_norm": r / norm**2 * scale_unit}
     else:
@@ -344,11 +370,10 @@ def row(
         grad=grad,
         params={name: d for name, d in by_param.items() if name in params},
         logsumexp=lse,
-        log_prob=-n,
-        confidence=confidence,
+        log_prob=-at.n,
+        confidence=at.confidence,
         prediction=min(j for j in classes if f[j] == max(f)),
         rank=sum(v > f[y] for v in f),
-        gap=gap,
         loss_unit=abs(loss) + rounding + spread_unit * (sum(map(abs, by_z)) + eps * total_omega) if finite else mp.mpf(0),
         penalty_unit=lam * (lse * lse + spread_unit * abs(lse)),
         grad_unit=largest * spread_unit,
@@ -382,7 +407,12 @@ class Batch:
     rows: list  # Row, or None where ignored
 
 
-def at_row(value, i, y, group):
+def of_row(params, i, y, group):
+    """The numbers and tables of row i."""
+    return {k: at_table(v, i, group) if k in TABLES else at_row(v, i, y) for k, v in params.items()}
+
+
+def at_row(value, i, y):
     """A parameter's number for row i: shared, per class, per row, or the row's table."""
     value = np.asarray(value, dtype=np.float64)
     return value[()] if value.ndim == 0 else value[y] if value.ndim == 1 else value[i, 0]
@@ -423,12 +453,8 @@ def batch(
         of_penalty = up / len(kept) if kept else up * np.nan
     rows = [None] * n
     for i in kept:
-        own = {
-            name: at_table(v, i, group) if name in TABLES else at_row(v, i, target[i], group)
-            for name, v in params.items()
-        }
         rows[i] = row(
-            structure, input[i], int(target[i]), own, weight=weight, up_loss=of_loss[i], up_penalty=of_penalty[i],
+            structure, input[i], int(target[i]), of_row(params, i, int(target[i]), group), weight=weight, up_loss=of_loss[i], up_penalty=of_penalty[i],
             up_logsumexp=0 if up_logsumexp is None else up_logsumexp[i],
             up_log_prob=0 if up_log_prob is None else up_log_prob[i],
             **extras,

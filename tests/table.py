@@ -300,7 +300,12 @@ def for_oracle(loss: Loss, params: dict) -> dict:
         found = {"alpha": 1.0, "beta": 1.0, "gamma": 0.0, "kappa": 1.0} | found
     if loss.structure.scale == "single":
         found = {"scale": 1.0} | found
-    return {k: v.detach().double().numpy() if isinstance(v, torch.Tensor) else v for k, v in found.items()}
+    return {k: numbers(v) for k, v in found.items()}
+
+
+def numbers(value):
+    """A tensor as float64 numpy; anything else as it is."""
+    return value.detach().double().numpy() if isinstance(value, torch.Tensor) else value
 
 
 def from_oracle(loss: Loss, name: str) -> str:
@@ -310,11 +315,8 @@ def from_oracle(loss: Loss, name: str) -> str:
 
 def expected(loss: Loss, input: torch.Tensor, target: torch.Tensor, params: dict, **options) -> oracle.Batch:
     """What the closed formulas say about (N, C) logits."""
-    options = {
-        k: v.detach().numpy() if k == "group" else v.detach().double().numpy() if isinstance(v, torch.Tensor) else v
-        for k, v in options.items()
-    }
-    arguments = (input.detach().double().numpy(), target.numpy(), for_oracle(loss, params))
+    options = {k: v.numpy() if k == "group" else numbers(v) for k, v in options.items()}
+    arguments = (numbers(input), target.numpy(), for_oracle(loss, params))
     # Backends and dtypes share their rows; 50 digits are slow.
     key = pickle.dumps((loss.name, arguments, sorted(options.items())))
     if key not in _expected:
@@ -395,11 +397,16 @@ def _draw(
     params = loss.values(form, target, classes, seed)
     group = loss.group(target)
     input = torch.empty(rows, classes, dtype=F64)
+    allowed = {k: numbers(v) for k, v in options.items() if k in ("softcap", "logit_adjustment")}
+    found = for_oracle(loss, params)
     for i in range(rows):
         kind = kinds[i % len(kinds)]
         for _ in range(50):
             input[i] = _row(kind, loss.draws, int(target[i]), classes, generator).to(exact).to(F64)
-            if not _jumps(loss) or _gap(loss, input, target, params, group, i, options) > margin:
+            if not _jumps(loss):
+                break
+            own = oracle.of_row(found, i, int(target[i]), group)
+            if oracle.forward(loss.structure, input[i].tolist(), int(target[i]), own, **allowed).gap > margin:
                 break
             kind = "random"
         else:
@@ -411,16 +418,6 @@ def _jumps(loss):
     s = loss.structure
     margin_jumps = s.transform == "margin" and s.beyond_pi in (None, "linear", "easy")
     return margin_jumps or s.transform == "piecewise" or s.scale == "two_scale" or s.head in ("tau", "truncated")
-
-
-def _gap(loss, input, target, params, group, i, options):
-    one = {
-        k: v[i : i + 1] if isinstance(v, torch.Tensor) and v.dim() == 2 and k not in TABLES else v
-        for k, v in params.items()
-    }
-    own = {} if group is None else {"group": group[i : i + 1]}
-    allowed = {k: v for k, v in options.items() if k in ("softcap", "logit_adjustment")}
-    return expected(loss, input[i : i + 1], target[i : i + 1], one, reduction="sum", **own, **allowed).rows[0].gap
 
 
 # ---- running and comparing ---------------------------------------------------------------------------------------------

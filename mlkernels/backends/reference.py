@@ -236,8 +236,9 @@ def softmax_loss(
     Args:
         input: (N, C) or (N, C, d1, ...), floating. target: (N) or (N, d1, ...), integer.
         ids: Spec.ids, then reduction, ignore_index and the mask of the slots that are tensors.
-        consts: one number per slot. params: the tensors, by slot.
+        consts: one number per slot; those that are left out at the end are 0. params: the tensors, by slot.
     """
+    consts = [*consts, *[0.0] * (len(Slot) - len(consts))]
     device = input.device.type
     with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
         return _softmax_loss(input, target, ids, consts, params)
