@@ -49,7 +49,7 @@ class Piece:
     amplify: object = 1  # how much larger the relative error of the derivative is than that of the argument
 
 
-# ---- the target transform ----------------------------------------------------------------------------------------------
+# ---- the target transform --------------------------------------------------------------------------------------------
 
 
 def margin(x, m1, m2, m3, beyond_pi, gradient):
@@ -127,7 +127,7 @@ def transform(structure, f_y, p):
     return piece
 
 
-# ---- the head, a function of n = -log p ----------------------------------------------------------------------------------
+# ---- the head, a function of n = -log p ------------------------------------------------------------------------------
 
 
 def modulated(n, alpha, beta, gamma, kappa):
@@ -193,7 +193,7 @@ def head(structure, n, p):
     return truncated(n, p["k"])
 
 
-# ---- a row -------------------------------------------------------------------------------------------------------------
+# ---- a row -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -374,7 +374,9 @@ def row(
         confidence=at.confidence,
         prediction=min(j for j in classes if f[j] == max(f)),
         rank=sum(v > f[y] for v in f),
-        loss_unit=abs(loss) + rounding + spread_unit * (sum(map(abs, by_z)) + eps * total_omega) if finite else mp.mpf(0),
+        loss_unit=abs(loss) + rounding + spread_unit * (sum(map(abs, by_z)) + eps * total_omega)
+        if finite
+        else mp.mpf(0),
         penalty_unit=lam * (lse * lse + spread_unit * abs(lse)),
         grad_unit=largest * spread_unit,
         param_units={name: d for name, d in units.items() if name in params},
@@ -391,7 +393,7 @@ def absolute(d, at_least=0):
     return (d[0], max(abs(d[1]), at_least)) if isinstance(d, tuple) else max(abs(d), at_least)
 
 
-# ---- a batch -----------------------------------------------------------------------------------------------------------
+# ---- a batch ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -454,7 +456,8 @@ def batch(
     rows = [None] * n
     for i in kept:
         rows[i] = row(
-            structure, input[i], int(target[i]), of_row(params, i, int(target[i]), group), weight=weight, up_loss=of_loss[i], up_penalty=of_penalty[i],
+            structure, input[i], int(target[i]), of_row(params, i, int(target[i]), group),
+            weight=weight, up_loss=of_loss[i], up_penalty=of_penalty[i],
             up_logsumexp=0 if up_logsumexp is None else up_logsumexp[i],
             up_log_prob=0 if up_log_prob is None else up_log_prob[i],
             **extras,

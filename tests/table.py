@@ -93,7 +93,7 @@ class Loss:
         return self.call(input, target, **params, **self.fixed, **options)
 
 
-# ---- the table ---------------------------------------------------------------------------------------------------------
+# ---- the table -------------------------------------------------------------------------------------------------------
 
 
 def general(compose: Callable, fixed_names: tuple = ()) -> Callable:
@@ -125,13 +125,14 @@ def _margin_loss(name, beyond_pi=None, gradient="exact", *, m1=1.0, m2=0.5, m3=0
     if m1 == 1.0:
         # At m1 = 1 the formula changes (closed form, linear continuation): the number, and not trained.
         del params["m1"]
+    neutral = {"m1": 1.0, "m2": 0.0, "m3": 0.0, "scale": 1.0} | ({"norm": 1.0} if norm else {})
     fixed = {"beyond_pi": beyond_pi, "gradient": gradient}
     structure = Structure(transform="margin", beyond_pi=beyond_pi, gradient=gradient)
     compose = lambda p: {"transform": _margin(p, **fixed), "scale": p["scale"]}  # noqa: E731
     return Loss(
         name, mlkernels.margin_cross_entropy, structure, params, compose,
         draws="logits" if norm else "cosines", fixed=fixed, smooth=gradient == "exact" and not norm,
-        neutral={"m1": 1.0, "m2": 0.0, "m3": 0.0, "scale": 1.0} | ({"norm": 1.0} if norm else {}) if m1 == 1.0 else None,
+        neutral=neutral if m1 == 1.0 else None,
         masked_target=False,
     )  # fmt: skip
 
@@ -228,9 +229,13 @@ def _by_compose(name, structure, params, compose, **keywords):
 
 LOSSES = [
     Loss(
-        "cross_entropy", mlkernels.cross_entropy, Structure(), {"scale": 1.7}, lambda p: {"scale": p["scale"]},
+        "cross_entropy",
+        mlkernels.cross_entropy,
+        Structure(),
+        {"scale": 1.7},
+        lambda p: {"scale": p["scale"]},
         neutral={"scale": 1.0},
-    ),  # fmt: skip
+    ),
     _focal_loss("focal_2", 2.0),
     _focal_loss("focal_half", 0.5),
     _focal_loss("focal_0", 0.0),
@@ -239,9 +244,12 @@ LOSSES = [
     _modulated_loss("modulated_half", 2.0, 3.0, 0.5, 0.75),
     _modulated_loss("generalised", 1 / 0.7, 0.7, 1.0, 0.0),
     _by_compose(
-        "truncated", Structure(head="truncated"), {"k": 0.2, "scale": 1.2},
-        lambda p: {"head": Truncated(p["k"]), "scale": p["scale"]}, smooth=False,
-    ),  # fmt: skip
+        "truncated",
+        Structure(head="truncated"),
+        {"k": 0.2, "scale": 1.2},
+        lambda p: {"head": Truncated(p["k"]), "scale": p["scale"]},
+        smooth=False,
+    ),
     _margin_loss("margin"),
     _margin_loss("margin_monotone", "monotone", m2=1.3),
     _margin_loss("margin_easy", "easy"),
@@ -259,10 +267,12 @@ LOSSES = [
     _named_margin("cosface", mlkernels.cosface_loss, "m3", 0.35, 64.0),
     _named_margin("sphereface", mlkernels.sphereface_loss, "m1", 3.5, 64.0),
     _by_compose(
-        "affine", Structure(transform="affine"), {"slope": 1.3, "offset": -0.4, "scale": 1.5},
+        "affine",
+        Structure(transform="affine"),
+        {"slope": 1.3, "offset": -0.4, "scale": 1.5},
         lambda p: {"transform": Affine(p["slope"], p["offset"]), "scale": p["scale"]},
         neutral={"slope": 1.0, "offset": 0.0, "scale": 1.0},
-    ),  # fmt: skip
+    ),
     _two_scale("two_scale", 1.5, 4.0),
     _two_scale("two_scale_norm", 2.0, 20.0, norm=3.0),
     _two_scale("separation", 1.0, 10.0),
@@ -275,9 +285,11 @@ LOSSES = [
     _piecewise("piecewise", _T | _TAU, clamp="cross_entropy"),
     _piecewise("piecewise_groups", _T_GROUPS | _TAU_GROUPS, groups=2),
     _by_compose(
-        "target_logit", Structure(transform="given"), {"target_logit": 1.0, "scale": 1.5},
+        "target_logit",
+        Structure(transform="given"),
+        {"target_logit": 1.0, "scale": 1.5},
         lambda p: {"target_logit": p["target_logit"], "scale": p["scale"]},
-    ),  # fmt: skip
+    ),
     _composition(),
 ]
 BY_NAME = {loss.name: loss for loss in LOSSES}
@@ -327,7 +339,7 @@ def expected(loss: Loss, input: torch.Tensor, target: torch.Tensor, params: dict
 _expected: dict = {}
 
 
-# ---- rows --------------------------------------------------------------------------------------------------------------
+# ---- rows ------------------------------------------------------------------------------------------------------------
 
 ROW_KINDS = ("random", "confident5", "confident20", "confident40", "wrong40", "ties", "tied_top", "masked")
 
@@ -362,9 +374,7 @@ def _row(kind: str, draws: str, y: int, classes: int, generator: torch.Generator
     return f
 
 
-def draw(
-    loss: Loss, *arguments, **keywords
-) -> tuple[torch.Tensor, torch.Tensor, dict]:
+def draw(loss: Loss, *arguments, **keywords) -> tuple[torch.Tensor, torch.Tensor, dict]:
     """See :func:`_draw`; drawn once and copied, as finding rows away from jumps takes the closed formulas."""
     key = (loss.name, arguments, repr(sorted(keywords.items())))
     if key not in _drawn:
@@ -420,7 +430,7 @@ def _jumps(loss):
     return margin_jumps or s.transform == "piecewise" or s.scale == "two_scale" or s.head in ("tau", "truncated")
 
 
-# ---- running and comparing ---------------------------------------------------------------------------------------------
+# ---- running and comparing -------------------------------------------------------------------------------------------
 
 
 def leaves(params: dict, dtype: torch.dtype | None = None) -> dict:

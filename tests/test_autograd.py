@@ -20,7 +20,7 @@ def tensors_of(own):
     return [v for v in own.values() if isinstance(v, torch.Tensor)]
 
 
-# ---- once, twice, again -------------------------------------------------------------------------------------------------
+# ---- once, twice, again ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -43,7 +43,8 @@ def test_retained_graphs_give_the_same_twice(loss, backend, reduction, dtype):
         value.backward(factor * up, retain_graph=True)
         _, grad, by_param = wanted[i % 2]
         # What the forward wrote for an upstream of 1 and rescaled, against what a backward writes at once.
-        torch.testing.assert_close(x.grad, grad, rtol=torch.finfo(dtype).eps if x.element_size() == 2 else 1e-6, atol=1e-9)
+        rtol = torch.finfo(dtype).eps if x.element_size() == 2 else 1e-6
+        torch.testing.assert_close(x.grad, grad, rtol=rtol, atol=1e-9)
         for name, g in by_param.items():
             torch.testing.assert_close(own[name].grad, g, rtol=1e-5, atol=1e-9)
 
@@ -116,7 +117,7 @@ def test_an_input_changed_between_two_backwards_is_noticed(backend):
         value.backward()
 
 
-# ---- upstream gradients -------------------------------------------------------------------------------------------------
+# ---- upstream gradients ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loss", FEW, ids=str)
@@ -156,7 +157,7 @@ def test_a_zero_upstream_is_exactly_zero(backend):
     assert torch.equal(grad[up == 0], torch.zeros(4, 4, dtype=F64))
 
 
-# ---- twice differentiable -----------------------------------------------------------------------------------------------
+# ---- twice differentiable --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loss", SMOOTH, ids=str)
@@ -169,7 +170,9 @@ def test_gradcheck_and_gradgradcheck(loss, backend):
     options |= {"label_smoothing": 0.1, "z_loss": 0.01}
 
     def function(x, *values):
-        return loss(x, target, params | dict(zip(names, values, strict=True)), reduction="none", backend=backend, **options)
+        return loss(
+            x, target, params | dict(zip(names, values, strict=True)), reduction="none", backend=backend, **options
+        )
 
     assert torch.autograd.gradcheck(function, (x, *own), fast_mode=True, rtol=1e-4, atol=1e-6)
     assert torch.autograd.gradgradcheck(function, (x, *own), fast_mode=True, rtol=1e-3, atol=1e-5)
@@ -195,7 +198,10 @@ def test_double_backward_is_the_same_on_every_backend(loss, backend):
     x = input.clone().requires_grad_()
     own = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in params.items()}
     direction = torch.linspace(-1, 1, x.numel(), dtype=F64).reshape(x.shape)
-    gradient = lambda at: torch.autograd.grad(loss(at, target, own, **options, backend=backend), at, create_graph=True)[0]  # noqa: E731
+
+    def gradient(at):
+        return torch.autograd.grad(loss(at, target, own, **options, backend=backend), at, create_graph=True)[0]
+
     (second,) = torch.autograd.grad((gradient(x) * direction).sum(), x)
     h = 1e-5
     up, down = (gradient((input + s * h * direction).requires_grad_()) for s in (1, -1))
@@ -222,7 +228,7 @@ def test_create_graph_then_a_plain_backward(backend):
     torch.testing.assert_close(x.grad, 0.5 * first.detach(), rtol=1e-10, atol=1e-14)
 
 
-# ---- torch.func ---------------------------------------------------------------------------------------------------------
+# ---- torch.func ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loss", FEW, ids=str)
@@ -269,7 +275,7 @@ def test_jvp_and_hessian(backend):
     torch.testing.assert_close(torch.func.hessian(function)(input), torch.func.hessian(theirs)(input))
 
 
-# ---- modes --------------------------------------------------------------------------------------------------------------
+# ---- modes -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -339,10 +345,11 @@ def test_anomaly_mode_finds_nothing_in_sound_rows(loss, backend):
 
 def test_saved_tensor_hooks(backend):
     """Offloading saved tensors (as checkpointing libraries do) and getting copies back."""
-    input, target, params, options = prepared(BY_NAME["two_scale_margin_modulated"])
-    wanted = run(BY_NAME["two_scale_margin_modulated"], input, target, params, 1.5, backend=backend)
+    loss = BY_NAME["two_scale_margin_modulated"]
+    input, target, params, _ = prepared(loss)
+    wanted = run(loss, input, target, params, 1.5, backend=backend)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t.clone()):
-        found = run(BY_NAME["two_scale_margin_modulated"], input, target, params, 1.5, backend=backend)
+        found = run(loss, input, target, params, 1.5, backend=backend)
     torch.testing.assert_close(found[1], wanted[1], rtol=1e-12, atol=1e-15)
 
 

@@ -1,6 +1,7 @@
-"""torch.compile: one graph, the same numbers, and no recompilation when a number that trains or is scheduled changes.
+"""torch.compile: one graph, the same numbers, no recompilation when a number that trains or is scheduled changes.
 
-Most tests use the aot_eager backend, which traces and partitions as inductor does but compiles nothing; one uses inductor.
+Most tests use the aot_eager backend, which traces and partitions as inductor does but compiles nothing; one uses
+inductor.
 """
 
 import pytest
@@ -11,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import mlkernels
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-#: Each with one of the reductions. The reference is traced through all of its operations: seconds each, so two of them.
+#: Each with one of the reductions. The reference is traced through all of its operations, which takes seconds: once.
 COMPILED = [*FEW, BY_NAME["truncated"], BY_NAME["margin_norm"], BY_NAME["piecewise_tau_cross_entropy"]]
 ONE_GRAPH = [
     pytest.param(name, loss, ("mean", "none")[i % 2], id=f"{name}-{loss}")
@@ -99,7 +100,9 @@ def test_a_float_that_changes_is_guarded(best):
     """The other side of it: a Python number is part of the program, so another number gives another loss."""
     input, target, _ = draw(BY_NAME["focal_2"], rows=4)
     x = input.float()
-    compiled = torch.compile(lambda g: mlkernels.focal_loss(x, target, g, backend=best), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda g: mlkernels.focal_loss(x, target, g, backend=best), fullgraph=True, backend="aot_eager"
+    )
     for gamma in (2.0, 0.5, 3.0):
         torch.testing.assert_close(compiled(gamma), mlkernels.focal_loss(x, target, gamma, backend=best))
 
@@ -169,7 +172,8 @@ def test_without_gradients(best):
     input, target, _ = draw(BY_NAME["arcface"], rows=4)
     with torch.no_grad():
         torch.testing.assert_close(
-            compiled(input.float(), target), mlkernels.arcface_loss(input.float(), target, reduction="none", backend=best)
+            compiled(input.float(), target),
+            mlkernels.arcface_loss(input.float(), target, reduction="none", backend=best),
         )
 
 

@@ -80,7 +80,7 @@ def test_4_margins_at_cosine_1(name, dtype, x, backend):
     assert bool((grad != 0).any() or dtype == torch.float16)
 
 
-# ---- 5: offsets -------------------------------------------------------------------------------------------------------
+# ---- 5: offsets ------------------------------------------------------------------------------------------------------
 
 FAR = 2**30 + 7  # elements: three rows of this stride pass 2^31
 
@@ -119,7 +119,7 @@ def test_5_classes_beyond_int32(backend, far_apart):
     torch.testing.assert_close(found, F.cross_entropy(values.float(), target, reduction="none"))
 
 
-# ---- 6: ignored rows ----------------------------------------------------------------------------------------------------
+# ---- 6: ignored rows -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -141,7 +141,7 @@ def test_6_ignored_rows(backend, reduction, label):
     assert not x.grad[[1, 3]].any()
 
 
-# ---- 7: bad labels --------------------------------------------------------------------------------------------------------
+# ---- 7: bad labels ---------------------------------------------------------------------------------------------------
 
 
 def test_7_bad_labels_are_neither_silent_nor_fatal(backend):
@@ -172,7 +172,7 @@ def test_7_where_labels_cannot_be_looked_at_the_row_is_nan(loss, reduction):
         assert bool(value.isnan())
 
 
-# ---- 9: maxima ------------------------------------------------------------------------------------------------------------
+# ---- 9: maxima -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("level", [-1e4, -1e30, -3e38])
@@ -215,7 +215,7 @@ def test_9_rows_of_nothing_but_minus_infinity(backend):
     assert x.grad.isnan().any(1).tolist() == [True, False]
 
 
-# ---- 10: strides ------------------------------------------------------------------------------------------------------------
+# ---- 10: strides -----------------------------------------------------------------------------------------------------
 
 
 def test_10_strided_inputs_and_expanded_upstreams(backend):
@@ -228,7 +228,7 @@ def test_10_strided_inputs_and_expanded_upstreams(backend):
     torch.testing.assert_close(x.grad, y.grad, rtol=1e-14, atol=0)
 
 
-# ---- 12: mean ---------------------------------------------------------------------------------------------------------------
+# ---- 12: mean --------------------------------------------------------------------------------------------------------
 
 
 def test_12_mean_is_torchs(backend):
@@ -239,7 +239,7 @@ def test_12_mean_is_torchs(backend):
     torch.testing.assert_close(ours, F.cross_entropy(input, target, weight))
 
 
-# ---- the process --------------------------------------------------------------------------------------------------------------
+# ---- the process -----------------------------------------------------------------------------------------------------
 
 
 def test_importing_keeps_subnormals_and_threads():
@@ -258,7 +258,9 @@ def test_importing_keeps_subnormals_and_threads():
         assert not torch.is_autocast_enabled() and torch.get_default_dtype() == torch.float32
         print("ok")
     """
-    result = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False
+    )
     assert result.stdout.strip() == "ok", result.stderr
 
 

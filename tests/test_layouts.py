@@ -21,7 +21,14 @@ def reference_of(loss, input, target, params, upstream, **options):
     }
     options = {k: v.reshape(-1) if k == "group" else v for k, v in options.items()}
     value, grad, by_param = run(
-        loss, rows, target.reshape(-1), own, upstream.reshape(-1).double(), reduction="none", backend="reference", **options
+        loss,
+        rows,
+        target.reshape(-1),
+        own,
+        upstream.reshape(-1).double(),
+        reduction="none",
+        backend="reference",
+        **options,
     )
     shape = (*target.shape, input.shape[1])
     by_param = {k: g.reshape(params[k].shape) for k, g in by_param.items()}
@@ -75,7 +82,9 @@ def drawn(loss, shape, form="shared", dtype=torch.float32, seed=0):
     return input, target, params
 
 
-@pytest.mark.parametrize("shape", [(4, 3, 5), (2, 6, 3, 4), (3, 5, 1, 1), (1, 4, 7), (5, 3, 2, 2, 2), (3, 1, 4)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(4, 3, 5), (2, 6, 3, 4), (3, 5, 1, 1), (1, 4, 7), (5, 3, 2, 2, 2), (3, 1, 4)], ids=str
+)
 @pytest.mark.parametrize("loss", FEW, ids=str)
 def test_dense_predictions(loss, backend, shape):
     """(N, C, d1, ...): the group, the per-row parameters and the losses have target's shape."""

@@ -12,7 +12,7 @@ from mlkernels.backends import choose
 HALF = [torch.bfloat16, torch.float16]
 LOW = [*HALF, torch.float32]
 
-# ---- the eager chains that people write ----------------------------------------------------------------------------------
+# ---- the eager chains that people write ------------------------------------------------------------------------------
 
 
 def eager_cross_entropy(x, y, p):
@@ -73,7 +73,9 @@ def test_no_worse_than_eager(name, kind, dtype, backend):
     loss = BY_NAME[name]
     input, target, params = rows_of(kind, loss, dtype)
     wanted = expected(loss, input, target, params, reduction="none", upstream=torch.full((12,), 0.75))
-    value, grad, _ = run(loss, input.to(dtype), target, params, torch.full((12,), 0.75), reduction="none", backend=backend)
+    value, grad, _ = run(
+        loss, input.to(dtype), target, params, torch.full((12,), 0.75), reduction="none", backend=backend
+    )
     x = input.to(dtype).requires_grad_()
     eager = CHAINS[name](x, target, params)
     eager.backward(torch.full((12,), 0.75, dtype=eager.dtype))
@@ -98,7 +100,9 @@ def test_confident_rows_have_half_gradients_to_the_ulp(backend, dtype):
     for kind in ("p=.999", "p=1-1e-7"):
         input, target, params = rows_of(kind, BY_NAME["cross_entropy"], dtype)
         up = torch.full((12,), 1000.0)
-        _, grad, _ = run(BY_NAME["cross_entropy"], input.to(dtype), target, params, up, reduction="none", backend=backend)
+        _, grad, _ = run(
+            BY_NAME["cross_entropy"], input.to(dtype), target, params, up, reduction="none", backend=backend
+        )
         wanted = torch.as_tensor(
             expected(BY_NAME["cross_entropy"], input, target, params, reduction="none", upstream=up).grad
         )

@@ -64,7 +64,9 @@ def test_printable():
     assert str(spec()) == "scale -> -log p"
     texts = {str(spec(*kinds)) for kinds in structures()}
     assert len(texts) == 40
-    text = str(spec(TransformKind.MARGIN, ScaleKind.TWO_SCALE, HeadKind.TAU, "easy", "straight_through", "cross_entropy"))
+    text = str(
+        spec(TransformKind.MARGIN, ScaleKind.TWO_SCALE, HeadKind.TAU, "easy", "straight_through", "cross_entropy")
+    )
     for word in ("margin", "m1", "m2", "m3", "norm", "beyond_pi=easy", "gradient=straight_through", "two_scale",
                  "scale_low", "scale_high", "eta", "tau", "tau_slope", "clamp=cross_entropy"):  # fmt: skip
         assert word in text
@@ -93,7 +95,9 @@ def test_numbers_in_csrc():
     if not header.exists():
         pytest.skip("installed without sources")
     text = header.read_text()
-    found = dict(re.findall(r"\bk([A-Z]\w+)\s*=\s*(\d+)", text)) | dict(re.findall(r"\b([A-Z][A-Z_]+)\s*=\s*(\d+)", text))
+    found = dict(re.findall(r"\bk([A-Z]\w+)\s*=\s*(\d+)", text)) | dict(
+        re.findall(r"\b([A-Z][A-Z_]+)\s*=\s*(\d+)", text)
+    )
     found = {name.replace("_", "").lower(): int(value) for name, value in found.items()}
     numbered = 0
     for kind in (Slot, TransformKind, ScaleKind, HeadKind, BeyondPi, MarginGradient, Clamp):
@@ -107,7 +111,7 @@ def test_numbers_in_csrc():
         pytest.skip("csrc/spec.h numbers by enumeration order; the values are compared by test_values.py")
 
 
-# ---- options and numbers ------------------------------------------------------------------------------------------------
+# ---- options and numbers ---------------------------------------------------------------------------------------------
 
 
 def test_options():
@@ -195,10 +199,12 @@ def test_changing_a_number_builds_no_structure(monkeypatch):
 
 
 def test_public_names():
-    for name in ("cross_entropy", "focal_loss", "modulated_cross_entropy", "margin_cross_entropy", "arcface_loss",
-                 "cosface_loss", "sphereface_loss", "two_scale_cross_entropy", "piecewise_cross_entropy", "softmax_loss",
-                 "multi_margin_loss", "center_loss", "Margin", "Affine", "PiecewiseLinear", "TwoScale", "Modulated",
-                 "Tau", "Truncated", "RowStats", "available_backends", "check_labels"):  # fmt: skip
+    functions = (
+        "cross_entropy focal_loss modulated_cross_entropy margin_cross_entropy arcface_loss cosface_loss "
+        "sphereface_loss two_scale_cross_entropy piecewise_cross_entropy softmax_loss multi_margin_loss center_loss"
+    )
+    types = "Margin Affine PiecewiseLinear TwoScale Modulated Tau Truncated RowStats"
+    for name in f"{functions} {types} available_backends check_labels".split():
         assert hasattr(mlkernels, name), name
     assert set(mlkernels.available_backends()) == {"reference", "cpu", "triton", "cuda"}
     assert mlkernels.available_backends()["reference"] is None

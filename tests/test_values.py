@@ -1,4 +1,4 @@
-"""Every loss, backend, form of parameters and reduction against the closed formulas: values, and with them gradients."""
+"""Every loss, backend, form of parameters and reduction against the closed formulas: values and gradients."""
 
 import pytest
 import torch
@@ -87,7 +87,7 @@ def test_masked_target(loss, backend):
     torch.testing.assert_close(x.grad.double(), torch.as_tensor(wanted.grad), rtol=1e-5, atol=1e-6)
 
 
-# ---- the accuracy of tiny and of large numbers -------------------------------------------------------------------------
+# ---- the accuracy of tiny and of large numbers -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("gap", [5.0, 20.0, 40.0, 80.0])

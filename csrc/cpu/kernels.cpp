@@ -109,19 +109,26 @@ void sweep_multiply(T* g, int64_t n, T factor) {
 template <class T, class S>
 void sweep_out(S* out, const T* e, int64_t n, T factor, int64_t y, T target, bool streamed) {
   constexpr int W = WIDTH<T>;
-  // A streamed vector goes to its own alignment; what is before and after it goes one by one.
-  const int64_t past = streamed ? int64_t(reinterpret_cast<uintptr_t>(out) % (W * sizeof(S)) / sizeof(S)) : 0;
-  int64_t j = past ? W - past : 0;
-  const int64_t head = j < n ? j : n;
-  for (j = 0; j < head; ++j) narrow(e[j] * factor, out[j]);
-  for (; j + W <= n; j += W) {
-    Vec<T> v = load(e + j) * factor;
-    if (uint64_t(y - j) < uint64_t(W)) v[y - j] = target;
-    put(out + j, v, streamed);
+  const auto plain = [&](int64_t from, int64_t to) {
+    int64_t j = from;
+    for (; j + W <= to; j += W) put(out + j, load(e + j) * factor, false);
+    for (; j < to; ++j) narrow(e[j] * factor, out[j]);
+  };
+  if (!streamed) {
+    plain(0, n);
+    return narrow(target, out[y]);
   }
-  const int64_t tail = j;
-  for (; j < n; ++j) narrow(e[j] * factor, out[j]);
-  if (y < head || y >= tail) narrow(target, out[y]);
+  // A streamed vector goes to its own alignment, and the one that holds the label is left to plain stores.
+  const int64_t past = int64_t(reinterpret_cast<uintptr_t>(out) % (W * sizeof(S)) / sizeof(S));
+  const int64_t first = past ? W - past : 0;
+  const int64_t head = first < n ? first : n, tail = head + (n - head) / W * W;
+  const int64_t label = y < head || y >= tail ? tail : head + (y - head) / W * W;
+  plain(0, head);
+  for (int64_t j = head; j < label; j += W) put(out + j, load(e + j) * factor, true);
+  if (label < tail) plain(label, label + W);
+  for (int64_t j = label + W; j < tail; j += W) put(out + j, load(e + j) * factor, true);
+  plain(tail, n);
+  narrow(target, out[y]);
 }
 
 // g_j -= spread w_j; w null: ones.
