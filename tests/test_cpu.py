@@ -13,7 +13,12 @@ if mlkernels.available_backends()["cpu"] is not None:
     pytest.skip(f"no CPU kernels: {mlkernels.available_backends()['cpu']}", allow_module_level=True)
 
 # A gradient of 8 MB and more is written past the caches, row by row, in whole aligned vectors.
-STREAMED = [(torch.float64, 53, 20011), (torch.float32, 67, 32003), (torch.float32, 9, 300001), (torch.bfloat16, 83, 50257)]
+STREAMED = [
+    (torch.float64, 53, 20011),
+    (torch.float32, 67, 32003),
+    (torch.float32, 9, 300001),
+    (torch.bfloat16, 83, 50257),
+]
 
 
 def gradients(dtype, rows, classes, offset, saved, smoothing):
