@@ -182,9 +182,9 @@ def check_number(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} takes a number or a floating tensor, got {type(value).__name__}")
     above, low, high, words = _RANGES.get(name, _FINITE)
-    # An infinite threshold is legal: every row below it, or none. Written so that NaN fails.
-    finite = abs(value) < math.inf or (name == "eta" and value == value)
-    if not (value > above and low <= value <= high and finite):
+    # Written so that NaN fails. An infinite threshold is legal: every row is below it, or none.
+    legal = value > above and low <= value <= high and abs(value) < math.inf
+    if not (legal or (name == "eta" and abs(value) == math.inf)):
         raise ValueError(f"{name} must be {words}, got {value}")
     return float(value)
 

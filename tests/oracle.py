@@ -278,7 +278,9 @@ def forward(structure, f, y, params, softcap=None, logit_adjustment=None):
         total = sum(odds.values(), mp.mpf(0))
         lse = top + mp.log(total)
         n, miss = INF, mp.mpf(1)
-    prob = [1 - miss if j == y else odds[j] / total if j in odds else mp.mpf(0) for j in classes]
+    prob = [odds[j] / total if j in odds else mp.mpf(0) for j in classes]
+    if z[y] > -INF:
+        prob[y] = 1 / total  # not 1 - miss: it may be smaller than 50 digits of 1
     phi = head(structure, n, p)
     gap = min(gap, phi.gap)
     return Forward(p, f, capped, confidence, s, t, z, n, lse, miss, prob, phi, gap)

@@ -125,6 +125,29 @@ def test_two_scale_threshold_is_closed_above(backend):
 SHARED = [loss for loss in LOSSES if not loss.groups and not {"target_logit", "norm"} & loss.params.keys()]
 
 
+@pytest.mark.parametrize("clamp", ["min", "cross_entropy"])
+def test_tau_is_clamped_at_its_minimum(backend, clamp):
+    """Where tau <= minimum, equality included: no gradient, or that of cross entropy."""
+    # p = 1/2 in both rows; tau = slope / 2 + bias is a quarter (the minimum) and a little more.
+    slope = torch.tensor([[1.0], [1.0]], dtype=F64)
+    bias = torch.tensor([[-0.25], [-0.25 + 2.0**-20]], dtype=F64, requires_grad=True)
+    x = torch.zeros(2, 2, dtype=F64, requires_grad=True)
+    loss = mlkernels.piecewise_cross_entropy(
+        x, torch.tensor([0, 1]), tau_slope=slope, tau_bias=bias, group=torch.tensor([0, 1]), tau_min=0.25, clamp=clamp,
+        reduction="none", backend=backend,
+    )  # fmt: skip
+    loss.backward(torch.tensor([1.0, 2.0], dtype=F64))
+    level = torch.tensor([0.25, 0.25 + 2.0**-20], dtype=F64)
+    n = torch.tensor([0.5], dtype=F64).log().neg()
+    extra = torch.cat([n, n * 0]) if clamp == "cross_entropy" else 0
+    torch.testing.assert_close(loss.detach(), -level.log() + extra, rtol=1e-14, atol=0)
+    w = torch.tensor([1.0 if clamp == "cross_entropy" else 0.0, 2 * 0.5 / float(level[1])], dtype=F64)
+    torch.testing.assert_close(x.grad, torch.stack([-w, w], 1) * torch.tensor([[0.5], [-0.5]]), rtol=1e-13, atol=0)
+    torch.testing.assert_close(
+        bias.grad[:, 0], torch.tensor([0.0, -2 / float(level[1])], dtype=F64), rtol=1e-13, atol=0
+    )
+
+
 @pytest.mark.parametrize("loss", SHARED, ids=str)
 @pytest.mark.parametrize("classes", [1, 2, 5])
 def test_identical_rows_have_identical_gradients(loss, backend, classes):

@@ -178,7 +178,7 @@ void cap(T* u, int64_t n, T c, const T* adjustment) {
       // tanh x = sign(x) (1 - e) / (1 + e), e = exp(-2 |x|), by expm1 so that small x keep their digits
       const T e = m_expm1(-2 * m_abs(x));
       const T t = -e / (2 + e);
-      u[j] = c * (x < 0 ? -t : t);
+      u[j] = u[j] == infinity<T>() ? nan<T>() : c * (x < 0 ? -t : t);  // tanh would hide an overflow
     }
   }
   if (adjustment)
