@@ -47,27 +47,34 @@ def _block(step: Step, count: int, cuda: bool) -> float:
 
 
 class CpuClock(NamedTuple):
-    """Seconds: of the wall, of this process's CPUs, of everybody's."""
+    """Seconds: of the wall, of this process's CPUs, of everybody's, of what the hypervisor gave to other machines."""
 
     wall: float
     own: float
     all: float
+    stolen: float
 
 
 def cpu_clock() -> CpuClock:
-    """Now; everybody's is 0 where the system does not say."""
+    """Now; the last two are 0 where the system does not say."""
     try:
         # user nice system idle iowait irq softirq steal ...
         ticks = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
-        busy = (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
+        busy, stolen = sum(ticks) - ticks[3] - ticks[4] - ticks[7], ticks[7]
+        unit = os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, IndexError):
-        busy = 0.0
-    return CpuClock(time.perf_counter(), time.process_time(), busy)
+        busy, stolen, unit = 0, 0, 1
+    return CpuClock(time.perf_counter(), time.process_time(), busy / unit, stolen / unit)
 
 
 def others_busy(begin: CpuClock, end: CpuClock) -> float:
     """How many CPUs other programs kept busy in between."""
     return max(0.0, (end.all - begin.all) - (end.own - begin.own)) / (end.wall - begin.wall)
+
+
+def stolen(begin: CpuClock, end: CpuClock) -> float:
+    """How many CPUs the hypervisor gave to other machines; nothing here can be done about those."""
+    return (end.stolen - begin.stolen) / (end.wall - begin.wall)
 
 
 def take_turns(steps: dict[str, Step], seconds: float, device: torch.device) -> dict[str, Timing]:

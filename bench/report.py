@@ -80,6 +80,7 @@ def text(run: Run) -> str:
     parts = [
         header_text(run),
         "A step is a loss and its backward(). GB/s count what copy_ does: one read and one write of the logits.",
+        f"The hypervisor took up to {max(run.stolen, default=0.0):.2f} CPUs meanwhile.",
         *(f"WARNING: {caveat}" for caveat in run.caveats()),
         *(_case_text(run, case) for case in run.cases()),
     ]
@@ -110,6 +111,7 @@ def as_json(run: Run) -> dict[str, Any]:
         "schema": 1,
         **run.header,
         "others_busy": run.others_busy,
+        "stolen": max(run.stolen, default=0.0),
         "caveats": run.caveats(),
         "timings": [
             {**key.case._asdict(), "loss": key.loss, "peer": key.peer, **timing._asdict()}

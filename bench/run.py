@@ -19,7 +19,7 @@ from torch import Tensor
 import mlkernels
 from mlkernels.backends import choose, native
 
-from .measure import Step, Timing, cpu_clock, others_busy, take_turns
+from .measure import Step, Timing, cpu_clock, others_busy, stolen, take_turns
 from .peers import Inputs, LossFunction, disagreement, losses, make_inputs
 from .shapes import Case, is_compiled
 
@@ -44,6 +44,7 @@ class Run(NamedTuple):
     timings: dict[Key, Timing]
     disagreements: dict[Key, float]
     others: list[float]  # CPUs that other programs kept busy, by case
+    stolen: list[float]  # CPUs that the hypervisor took, by case
 
     @property
     def others_busy(self) -> float:
@@ -162,7 +163,7 @@ def measure(
     say: Callable[[str], None],
 ) -> Run:
     """Measures every case; ``patience`` scales the time that each may take."""
-    run = Run(describe(device), {}, {}, [])
+    run = Run(describe(device), {}, {}, [], [])
     for case in cases:
         say(f"{case}: compiling and checking")
         torch._dynamo.reset()
@@ -193,6 +194,8 @@ def measure(
         named = {"\t".join(map(str, key)): step for key, step in steps.items()}
         begin = cpu_clock()
         timings = take_turns(named, seconds, device)
-        run.others.append(others_busy(begin, cpu_clock()))
+        end = cpu_clock()
+        run.others.append(others_busy(begin, end))
+        run.stolen.append(stolen(begin, end))
         run.timings.update(zip(steps, timings.values(), strict=True))
     return run

@@ -94,7 +94,7 @@ def test_targets_are_judged_the_right_way_round():
             "versions": {},
             "commit": None,
         }
-        return Run({**header, "uncommitted_changes": False, "date": ""}, timings, {}, [])
+        return Run({**header, "uncommitted_changes": False, "date": ""}, timings, {}, [], [])
 
     fast, slow = run(1.0, 20.0), run(10.0, 1.0)
     assert len(targets.check(fast)) == 30
