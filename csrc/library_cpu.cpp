@@ -95,13 +95,13 @@ Tensor empty_of(const Tensor& like, ScalarType dtype) {
   return Tensor(handle);
 }
 
-// As torch.empty_like; a large one on huge pages, since above the allocator's threshold every page is a fault.
+// As torch.empty_like; a large one on huge pages: where the allocator takes fresh memory, every page is a fault.
 Tensor gradient_like(const Tensor& input) {
   Tensor out = input.is_contiguous() ? empty_of(input, input.scalar_type()) : torch::stable::empty_like(input);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t HUGE = uintptr_t(2) << 20;
   const size_t bytes = size_t(out.numel()) * out.element_size();
-  if (bytes >= 16 * HUGE) {
+  if (bytes >= 4 * HUGE) {
     const uintptr_t begin = reinterpret_cast<uintptr_t>(out.data_ptr());
     const uintptr_t from = (begin + HUGE - 1) / HUGE * HUGE, to = (begin + bytes) / HUGE * HUGE;
     // Advice only: where it is refused the pages are small ones.

@@ -154,6 +154,27 @@ void gather_rows(const S* const* rows, int count, int64_t stride, int64_t classe
     for (int b = 0; b < count; ++b) out[b * pitch + j] = widen(rows[b][j * stride]);
 }
 
+// n contiguous elements, and the largest of them and `start`: a row is widened and searched in one sweep.
+template <class T, class S>
+T sweep_widen(const S* in, T* out, int64_t n, T start) {
+  constexpr int W = WIDTH<T>;
+  Vec<T> a = splat(start), b = a;
+  int64_t j = 0;
+  for (; j + 2 * W <= n; j += 2 * W) {
+    const Vec<T> x = get(in + j), y = get(in + j + W);
+    store(out + j, x);
+    store(out + j + W, y);
+    a = larger(a, x);
+    b = larger(b, y);
+  }
+  T top = max_of<T>(larger(a, b));
+  for (; j < n; ++j) {
+    out[j] = widen(in[j]);
+    top = out[j] > top ? out[j] : top;
+  }
+  return top;
+}
+
 template <class T, class S>
 void scatter_rows(S* const* rows, int count, int64_t stride, int64_t classes, const T* from, int64_t pitch) {
   if (stride == 1) {
@@ -258,9 +279,10 @@ inline void exponentials(const Problem<T>& p, Work<T>& w, T factor) {
   });
 }
 
-// The statistics: maximum, scale and, unless an earlier visit left log S, the sum of exponentials.
+// The statistics: maximum (unless it is known already), scale and, unless an earlier visit left log S, the sum of
+// exponentials.
 template <bool PADDED, class T>
-inline void measure(const Problem<T>& p, const Values<T>* shared, T target, Work<T>& w) {
+inline void measure(const Problem<T>& p, const Values<T>* shared, T target, Work<T>& w, const T* top = nullptr) {
   if (!shared) fetch(p, w.row, w.y, w.own);
   w.values = shared ? shared : &w.own;
   w.sum = w.shift = w.weighted = 0;
@@ -268,6 +290,8 @@ inline void measure(const Problem<T>& p, const Values<T>* shared, T target, Work
   w.r.other_max = -infinity<T>();
   if (p.saved)
     w.r.other_max = p.saved[2 * w.row];
+  else if (top)
+    w.r.other_max = *top;
   else
     each_piece<PADDED>(p, w.y, [&](int64_t begin, int64_t n) {
       w.r.other_max = sweep_max(w.u + begin, n, w.r.other_max);
@@ -492,6 +516,7 @@ void run_through_scratch(const Problem<T>& p, int64_t begin, int64_t end) {
   Values<T> values;
   if (p.uniform) fetch(p, 0, 0, values);
   const bool capped = p.softcap > 0;
+  const bool searched = p.in.class_stride == 1 && !capped && !p.adjustment;  // the maximum is found while widening
   const bool direct = output && !capped && p.out.class_stride == 1;
   const bool overwrite = !capped && p.smoothing <= 0;  // nothing reads the logits after their exponentials
   // Long rows come one at a time: the next one is then the row after this one.
@@ -516,9 +541,16 @@ void run_through_scratch(const Problem<T>& p, int64_t begin, int64_t end) {
       from[count] = input + p.in.offset(next);
       to[count++] = g;
     }
-    gather_rows(from, count, p.in.class_stride, p.classes, logits, pitch);
+    if (!searched) gather_rows(from, count, p.in.class_stride, p.classes, logits, pitch);
     for (int b = 0; b < count; ++b) {
       T* u = logits + b * pitch;
+      T top = -infinity<T>();
+      if (searched) {
+        const int64_t y = tile[b].y;
+        top = sweep_widen(from[b], u, y, top);
+        top = sweep_widen(from[b] + y + 1, u + y + 1, p.classes - y - 1, top);
+        u[y] = widen(from[b][y]);
+      }
       if (capped || p.adjustment) cap(u, p.classes, p.softcap, p.adjustment);
       for (int64_t j = p.classes; j < pitch; ++j) u[j] = -infinity<T>();
       target[b] = u[tile[b].y];
@@ -526,7 +558,7 @@ void run_through_scratch(const Problem<T>& p, int64_t begin, int64_t end) {
       tile[b].u = u;
       tile[b].g = !output ? nullptr : overwrite ? u : grads + b * pitch;
       tile[b].ahead = {reinterpret_cast<const char*>(input + p.in.offset(next < end ? next : next - 1)), lookahead};
-      measure<true>(p, p.uniform ? &values : nullptr, target[b], tile[b]);
+      measure<true>(p, p.uniform ? &values : nullptr, target[b], tile[b], searched ? &top : nullptr);
     }
     stand(p, tile, count);
     for (int b = 0; b < count; ++b) {

@@ -317,6 +317,30 @@ static inline void narrow(float x, float16& out) {
   out.bits = uint16_t(sign | out_bits);
 }
 
+// A whole vector from storage.
+static inline vfloat get(const float* p) { return load(p); }
+static inline vdouble get(const double* p) { return load(p); }
+typedef uint16_t vhalf __attribute__((vector_size(BYTES / 2)));
+static inline vfloat get(const bfloat16* p) {
+  vhalf bits;
+  __builtin_memcpy(&bits, p, sizeof bits);
+  const vint wide = __builtin_convertvector(bits, vint) << 16;
+  vfloat v;
+  __builtin_memcpy(&v, &wide, sizeof v);
+  return v;
+}
+static inline vfloat get(const float16* p) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  return (vfloat)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  vfloat v{};
+  for (int i = 0; i < WIDTH<float>; ++i) v[i] = widen(p[i]);
+  return v;
+#endif
+}
+
 // A whole vector to storage, plainly or past the caches.
 template <class T>
 static inline void put(T* p, Vec<T> v, bool streamed) {
@@ -325,7 +349,6 @@ static inline void put(T* p, Vec<T> v, bool streamed) {
   else
     store(p, v);
 }
-typedef uint16_t vhalf __attribute__((vector_size(BYTES / 2)));
 static inline void put_bits(void* p, vhalf bits, bool streamed) {
 #if defined(__AVX512F__)
   if (streamed) return _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)bits);
