@@ -46,6 +46,7 @@ class RowStats(NamedTuple):
 
 _REDUCTIONS = {"none": int(Reduction.NONE), "mean": int(Reduction.MEAN), "sum": int(Reduction.SUM)}
 _FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+_HALF = frozenset({torch.float16, torch.bfloat16})
 _INTEGER = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
 _TRAINABLE = sum(1 << slot for slot in TRAINABLE)
 _DEFAULTS = [0.0] * SLOTS
@@ -235,7 +236,7 @@ class _Call(NamedTuple):
     consts: list[float]
     needs: int
     single: bool  # the gradient is made in the forward
-    bfloat16: bool
+    half: bool  # a gradient is stored in half precision: it is never rescaled, which would round it twice
 
 
 def _by_reference(
@@ -291,7 +292,7 @@ class _SoftmaxLoss(torch.autograd.Function):
         if gradients is not None:
             upstream = grad_loss.item()
             if upstream != 1.0:
-                if call.bfloat16:  # would be rounded twice
+                if call.half:
                     gradients = None
                 else:
                     for gradient in gradients:
@@ -306,7 +307,7 @@ class _SoftmaxLoss(torch.autograd.Function):
         return tuple(_place(call, dict(zip(ops.needed(call.needs), gradients, strict=True))))
 
 
-# What Function.apply itself calls once it has found no torch.func transform, which the door has asked already: 4 us.
+# What Function.apply itself calls once it has found no torch.func transform, which the door has asked already.
 _run_loss = super(torch.autograd.Function, _SoftmaxLoss).apply
 
 
@@ -369,7 +370,7 @@ def apply(
     plain = softcap is None and not label_smoothing and not z_loss
     consts = _DEFAULTS[: spec.width if plain else SLOTS]
     tensors: dict[int, Tensor] = {}
-    for (slot, above, low, high), value in zip(spec.ranges, values):  # noqa: B905  (strict costs a microsecond)
+    for (slot, above, low, high), value in zip(spec.ranges, values, strict=True):
         if type(value) is float and above < value and low <= value <= high and value < math.inf:
             consts[slot] = value
         elif isinstance(value, Tensor):
@@ -427,7 +428,8 @@ def apply(
     # One visit where it pays: the upstream gradient of a reduced loss is nearly always 1. An fp16 gradient is written
     # only when the upstream is known: a GradScaler's 65536 would rescale what has already underflowed.
     single = reduction_id != 0 and dtype != torch.float16 and not compiling
-    call = _Call(ids, consts, needs, single, dtype == torch.bfloat16)
+    half = dtype == torch.bfloat16 or any(param.dtype in _HALF for param in params)
+    call = _Call(ids, consts, needs, single, half)
     if not return_stats:
         run = _SoftmaxLoss.apply if compiling else _run_loss
         return run(call, input, target, *params), None  # type: ignore[no-untyped-call]

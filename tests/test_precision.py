@@ -200,3 +200,16 @@ def test_long_rows_sum_accurately(backend, dtype):
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(found[0].double(), wanted.detach(), rtol=4 * eps, atol=0)
     torch.testing.assert_close(found[1].double(), y.grad, rtol=40 * eps, atol=1e-30)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_half_parameter_is_rounded_once(backend, dtype):
+    """Its gradient is made at the true upstream, not at 1 and rescaled: at 1 it may have underflowed."""
+    torch.manual_seed(0)
+    input, target = torch.randn(64, 5) * 1e-6, torch.randint(5, (64,))
+    scale = torch.tensor(1.0, dtype=dtype).requires_grad_()
+    (mlkernels.cross_entropy(input, target, scale=scale, backend=backend) * 49999.0).backward()
+    exact = torch.tensor(1.0, dtype=torch.float64).requires_grad_()
+    loss = mlkernels.cross_entropy(input.double(), target, scale=exact, backend="reference")
+    (loss * 49999.0).backward()
+    assert scale.grad.item() == pytest.approx(exact.grad.item(), rel=torch.finfo(dtype).eps)
