@@ -206,11 +206,6 @@ def check_range(name: str, tensor: Tensor) -> None:
             raise ValueError(f"{name} must be {words}, got a tensor holding {first}")
 
 
-def has_range(name: str) -> bool:
-    """Whether any value of this argument is out of range."""
-    return name in _RANGES
-
-
 _E = TypeVar("_E", bound=IntEnum)
 
 

@@ -121,7 +121,7 @@ def transform(structure, f_y, p):
         piece = Piece(slope[k] * u + bias[k], slope[k], {"t_slope": (k, u), "t_bias": (k, mp.mpf(1))}, gap)
     if norm is not None:
         by_norm = piece.value - u * piece.by_x
-        times = lambda d: (d[0], norm * d[1]) if isinstance(d, tuple) else norm * d  # noqa: E731
+        times = lambda d: (d[0], norm * d[1]) if isinstance(d, tuple) else norm * d
         piece.by = {name: times(d) for name, d in piece.by.items()} | {"norm": by_norm}
         piece.value = norm * piece.value
     return piece
@@ -238,7 +238,7 @@ class Forward:
 def forward(structure, f, y, params, softcap=None, logit_adjustment=None):
     """One kept row, up to its head."""
     f = [mp.mpf(v) for v in f]
-    exact = lambda v: v if isinstance(v, mp.mpf) else mp.mpf(float(v))  # noqa: E731
+    exact = lambda v: v if isinstance(v, mp.mpf) else mp.mpf(float(v))
     p = {k: [exact(v) for v in value] if np.ndim(value) else exact(value) for k, value in params.items()}
     classes = range(len(f))
     capped = [mp.mpf(1)] * len(f)
@@ -387,7 +387,7 @@ def row(
 
 def scaled(d, factor):
     # 0 * inf: at p = 0 a derivative may be infinite where nothing asks for it.
-    product = lambda v: mp.mpf(0) if factor == 0 else v * factor  # noqa: E731
+    product = lambda v: mp.mpf(0) if factor == 0 else v * factor
     return (d[0], product(d[1])) if isinstance(d, tuple) else product(d)
 
 
@@ -480,7 +480,7 @@ def batch(
                     where = () if np.ndim(v) == 0 else (target[i],) if np.ndim(v) == 1 else (i, 0)
                     into[where] += float(d)
 
-    per_row = lambda get: np.array([0.0 if r is None else float(get(r)) for r in rows])  # noqa: E731
+    per_row = lambda get: np.array([0.0 if r is None else float(get(r)) for r in rows])
     losses, penalties = per_row(lambda r: r.loss), per_row(lambda r: r.penalty)
     loss_units, penalty_units = per_row(lambda r: r.loss_unit), per_row(lambda r: r.penalty_unit)
     if reduction == "none":

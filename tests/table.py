@@ -128,7 +128,7 @@ def _margin_loss(name, beyond_pi=None, gradient="exact", *, m1=1.0, m2=0.5, m3=0
     neutral = {"m1": 1.0, "m2": 0.0, "m3": 0.0, "scale": 1.0} | ({"norm": 1.0} if norm else {})
     fixed = {"beyond_pi": beyond_pi, "gradient": gradient}
     structure = Structure(transform="margin", beyond_pi=beyond_pi, gradient=gradient)
-    compose = lambda p: {"transform": _margin(p, **fixed), "scale": p["scale"]}  # noqa: E731
+    compose = lambda p: {"transform": _margin(p, **fixed), "scale": p["scale"]}
     return Loss(
         name, mlkernels.margin_cross_entropy, structure, params, compose,
         draws="logits" if norm else "cosines", fixed=fixed, smooth=gradient == "exact" and not norm,
@@ -140,7 +140,7 @@ def _margin_loss(name, beyond_pi=None, gradient="exact", *, m1=1.0, m2=0.5, m3=0
 def _named_margin(name, call, own, margin, scale):
     """ArcFace, CosFace, SphereFace: one of the margins, called ``margin``."""
     params = {"margin": margin, "scale": scale}
-    compose = lambda p: {"transform": Margin(**{own: p["margin"]}), "scale": p["scale"]}  # noqa: E731
+    compose = lambda p: {"transform": Margin(**{own: p["margin"]}), "scale": p["scale"]}
     return Loss(
         name, call, Structure(transform="margin"), params, compose, draws="cosines",
         neutral={"margin": 1.0 if own == "m1" else 0.0, "scale": 1.0}, masked_target=False,
@@ -181,7 +181,7 @@ def _piecewise(name, tables, *, clamp="min", groups=0, scale=1.5, norm=None, str
 
 def _two_scale(name, low, high, norm=None, eta=0.5):
     params = {"scale_low": low, "scale_high": high} | ({"logit_norm": norm} if norm else {})
-    compose = lambda p: {  # noqa: E731
+    compose = lambda p: {
         "scale": TwoScale(p["scale_low"], p["scale_high"], eta, p.get("logit_norm")),
     }
     return Loss(
@@ -191,7 +191,7 @@ def _two_scale(name, low, high, norm=None, eta=0.5):
 
 
 def _composition():
-    compose = lambda p: {  # noqa: E731
+    compose = lambda p: {
         "transform": Margin(m2=p["m2"], m3=p["m3"]),
         "scale": TwoScale(p["scale_low"], p["scale_high"], 0.1, p["logit_norm"]),
         "head": _modulated(p),
@@ -345,7 +345,7 @@ ROW_KINDS = ("random", "confident5", "confident20", "confident40", "wrong40", "t
 
 
 def _row(kind: str, draws: str, y: int, classes: int, generator: torch.Generator) -> torch.Tensor:
-    rand = lambda n, a, b: a + (b - a) * torch.rand(n, generator=generator)  # noqa: E731
+    rand = lambda n, a, b: a + (b - a) * torch.rand(n, generator=generator)
     others = torch.arange(classes) != y
     if draws == "logits":
         f = 2 * torch.randn(classes, generator=generator)

@@ -163,7 +163,7 @@ def test_a_zero_upstream_is_exactly_zero(backend):
 @pytest.mark.parametrize("loss", SMOOTH, ids=str)
 def test_gradcheck_and_gradgradcheck(loss, backend):
     input, target, params, options = prepared(loss, rows=2, kinds=ROWS, margin=2e-2)
-    at_its_end = lambda k, v: k in ("gamma", "kappa") and float(v.min()) == 0  # noqa: E731
+    at_its_end = lambda k, v: k in ("gamma", "kappa") and float(v.min()) == 0
     names = [k for k, v in params.items() if isinstance(v, torch.Tensor) and not at_its_end(k, v)]
     x = input.requires_grad_()
     own = [params[k].clone().requires_grad_() for k in names]
@@ -235,13 +235,13 @@ def test_create_graph_then_a_plain_backward(backend):
 def test_func_grad_and_jacrev(loss, backend):
     input, target, params, options = prepared(loss)
     own = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in params.items()}
-    function = lambda x: loss(x, target, own, backend=backend, **options)  # noqa: E731
+    function = lambda x: loss(x, target, own, backend=backend, **options)
     _, wanted, _ = run(loss, input, target, own, backend=backend, **options)
     torch.testing.assert_close(torch.func.grad(function)(input), wanted, rtol=1e-9, atol=1e-12)
     value, grad = torch.func.grad_and_value(function)(input)[::-1]
     torch.testing.assert_close(value, function(input), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(grad, wanted, rtol=1e-9, atol=1e-12)
-    rows = lambda x: loss(x, target, own, reduction="none", backend=backend, **options)  # noqa: E731
+    rows = lambda x: loss(x, target, own, reduction="none", backend=backend, **options)
     jacobian = torch.func.jacrev(rows)(input)
     assert jacobian.shape == (6, 6, 4)
     _, dense, _ = run(loss, input, target, own, torch.ones(6), reduction="none", backend=backend, **options)
@@ -255,10 +255,10 @@ def test_vmap_over_candidates(backend):
     generator = torch.Generator().manual_seed(1)
     input = torch.randn(3, 5, 4, generator=generator, dtype=F64)
     target = torch.randint(0, 4, (3, 5), generator=generator)
-    one = lambda x, y: mlkernels.modulated_cross_entropy(x, y, reduction="none", backend=backend)  # noqa: E731
+    one = lambda x, y: mlkernels.modulated_cross_entropy(x, y, reduction="none", backend=backend)
     together = torch.func.vmap(one)(input, target)
     torch.testing.assert_close(together, torch.stack([one(x, y) for x, y in zip(input, target, strict=True)]))
-    mean = lambda x, y: mlkernels.modulated_cross_entropy(x, y, backend=backend)  # noqa: E731
+    mean = lambda x, y: mlkernels.modulated_cross_entropy(x, y, backend=backend)
     grads = torch.func.vmap(torch.func.grad(mean))(input, target)
     for i in range(3):
         torch.testing.assert_close(grads[i], torch.func.grad(mean)(input[i], target[i]))
@@ -266,8 +266,8 @@ def test_vmap_over_candidates(backend):
 
 def test_jvp_and_hessian(backend):
     input, target, _, _ = prepared(BY_NAME["cross_entropy"])
-    function = lambda x: mlkernels.cross_entropy(x, target, backend=backend)  # noqa: E731
-    theirs = lambda x: torch.nn.functional.cross_entropy(x, target)  # noqa: E731
+    function = lambda x: mlkernels.cross_entropy(x, target, backend=backend)
+    theirs = lambda x: torch.nn.functional.cross_entropy(x, target)
     direction = torch.linspace(-1, 1, input.numel(), dtype=F64).reshape(input.shape)
     value, slope = torch.func.jvp(function, (input,), (direction,))
     torch.testing.assert_close(value, theirs(input))
@@ -356,7 +356,7 @@ def test_saved_tensor_hooks(backend):
 def test_activation_checkpointing(backend):
     input, target, _, _ = prepared(BY_NAME["modulated"])
     x, y = input.clone().requires_grad_(), input.clone().requires_grad_()
-    score = lambda t: mlkernels.modulated_cross_entropy(2 * t, target, backend=backend)  # noqa: E731
+    score = lambda t: mlkernels.modulated_cross_entropy(2 * t, target, backend=backend)
     torch.utils.checkpoint.checkpoint(score, x, use_reentrant=False).backward()
     score(y).backward()
     assert torch.equal(x.grad, y.grad)

@@ -110,7 +110,7 @@ def test_a_float_that_changes_is_guarded(best):
 def test_dynamic_shapes(best):
     """Batches of any size and classifiers of any width through one graph."""
     counter = CompileCounterWithBackend("aot_eager")
-    function = lambda x, y: mlkernels.cross_entropy(x, y, label_smoothing=0.1, backend=best)  # noqa: E731
+    function = lambda x, y: mlkernels.cross_entropy(x, y, label_smoothing=0.1, backend=best)
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
     for rows, classes in ((5, 7), (9, 11), (33, 64), (8, 5)):
         generator = torch.Generator().manual_seed(rows)
@@ -124,7 +124,7 @@ def test_dynamic_shapes(best):
 
 
 def test_dense_predictions(best):
-    function = lambda x, y: mlkernels.cross_entropy(x, y, backend=best)  # noqa: E731
+    function = lambda x, y: mlkernels.cross_entropy(x, y, backend=best)
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     for memory_format in (torch.contiguous_format, torch.channels_last):
         input = torch.randn(2, 5, 3, 4).contiguous(memory_format=memory_format)
@@ -179,7 +179,7 @@ def test_without_gradients(best):
 
 def test_half_inputs(best):
     input, target, _ = draw(BY_NAME["cross_entropy"], rows=4, exact=torch.bfloat16)
-    function = lambda x, y: mlkernels.cross_entropy(x, y, backend=best)  # noqa: E731
+    function = lambda x, y: mlkernels.cross_entropy(x, y, backend=best)
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     x, z = input.bfloat16().requires_grad_(), input.bfloat16().requires_grad_()
     value = compiled(x, target)

@@ -158,7 +158,7 @@ def test_7_where_labels_cannot_be_looked_at_the_row_is_nan(loss, reduction):
     options = {"group": loss.group(target)} if loss.groups else {}
     bad = target.clone()
     bad[1], bad[2] = 6, -3
-    function = lambda x, y: loss(x, y, params, reduction=reduction, **options)  # noqa: E731
+    function = lambda x, y: loss(x, y, params, reduction=reduction, **options)
     value, pull = torch.func.vjp(lambda x: function(x, bad), input)
     (grad,) = pull(torch.ones_like(value))
     good, good_pull = torch.func.vjp(lambda x: function(x, target), input)

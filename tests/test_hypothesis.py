@@ -92,7 +92,7 @@ def check_call(call, backend):
     own, up = leaves(params), upstream
     if layout == "dense":  # the rows as one image: (1, C, rows)
         x, y = x.t().unsqueeze(0).contiguous(), y.unsqueeze(0)
-        per_row = lambda k, v: isinstance(v, torch.Tensor) and v.shape == (rows, 1) and k not in TABLES  # noqa: E731
+        per_row = lambda k, v: isinstance(v, torch.Tensor) and v.shape == (rows, 1) and k not in TABLES
         own = {k: v.detach()[None].requires_grad_() if per_row(k, v) else v for k, v in own.items()}
         group = {k: v.unsqueeze(0) for k, v in group.items()}
         up = upstream.unsqueeze(0) if upstream.dim() else upstream

@@ -1,8 +1,9 @@
 // The row loops of the CPU, compiled once per instruction set (MLKERNELS_ISA).
 //
 // A row is read from memory once while it fits in the cache: maximum, exponentials and gradient are three sweeps over the
-// same lines. float and double rows of class stride 1 are swept where they lie; all others (half types, softcap,
-// adjustment, short rows, other strides) are widened into a scratch row first and narrowed from one at the end.
+// same lines. Long float and double rows of class stride 1 are swept where they lie. Short rows, and rows whose classes
+// lie apart, go a vector of rows at a time. All others (half types, softcap, adjustment, medium length) are widened into
+// a scratch row first and narrowed from one at the end.
 #include "../finish.h"
 #include "problem.h"
 #include "vec.h"
@@ -541,6 +542,7 @@ void run_through_scratch(const Problem<T>& p, int64_t begin, int64_t end) {
       from[count] = input + p.in.offset(next);
       to[count++] = g;
     }
+    if (count == 0) continue;
     if (!searched) gather_rows(from, count, p.in.class_stride, p.classes, logits, pitch);
     for (int b = 0; b < count; ++b) {
       T* u = logits + b * pitch;
