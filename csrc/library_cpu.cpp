@@ -233,7 +233,7 @@ Storage storage_of(ScalarType type) {
   }
 }
 
-// The arguments that the operators share, checked and laid out. The order of ids is that of ops.py.
+// The arguments that the operators share, checked and laid out. The order of the numbers is that of ops.py.
 template <class T>
 struct Call {
   Problem<T> p{};
@@ -246,12 +246,13 @@ struct Call {
   double weight_total = 0, kept = 0;  // over the rows that are not ignored
   int reduction;
 
-  Call(const Tensor& input, const Tensor& target, const std::vector<int64_t>& ids, const std::vector<double>& numbers,
+  Call(const Tensor& input, const Tensor& target, const std::vector<double>& numbers,
        const std::vector<Tensor>& params) {
-    STD_TORCH_CHECK(ids.size() == 9 && numbers.size() <= SLOTS, "ids or consts have the wrong length");
-    p.spec = {int(ids[0]), int(ids[1]), int(ids[2]), int(ids[3]), int(ids[4]), int(ids[5]), int(ids[6]), ids[7]};
+    STD_TORCH_CHECK(numbers.size() >= CONSTS && numbers.size() <= CONSTS + SLOTS, "numbers has the wrong length");
+    p.spec = {int(numbers[0]), int(numbers[1]), int(numbers[2]),         int(numbers[3]),
+              int(numbers[4]), int(numbers[5]), int(numbers[REDUCTION]), int64_t(numbers[IGNORE_INDEX])};
     reduction = p.spec.reduction;
-    const uint64_t mask = uint64_t(ids[8]);
+    const uint64_t mask = uint64_t(numbers[MASK]);
     p.rows = target.numel();
     p.classes = input.size(1);
     p.storage = storage_of(input.scalar_type());
@@ -260,7 +261,7 @@ struct Call {
     size_t next = 0;
     p.uniform = !(mask >> GROUP & 1);
     for (int slot = 0; slot < SLOTS; ++slot) {
-      consts[slot] = size_t(slot) < numbers.size() ? T(numbers[slot]) : T(0);
+      consts[slot] = size_t(CONSTS + slot) < numbers.size() ? T(numbers[CONSTS + slot]) : T(0);
       if (slot <= TAU_MIN) p.values[slot] = {&consts[slot], Mode::SHARED};
       if (!(mask >> slot & 1)) continue;
       STD_TORCH_CHECK(next < params.size(), "params holds fewer tensors than the mask says");
@@ -489,34 +490,57 @@ struct Losses {
   }
 };
 
+// Loss and gradients in one visit of each row.
 template <class T>
-std::tuple<Tensor, Tensor, std::vector<Tensor>> loss_of(const Tensor& input, const Tensor& target,
-                                                        const std::vector<int64_t>& ids,
-                                                        const std::vector<double>& consts,
-                                                        const std::vector<Tensor>& params, int64_t needs, bool save) {
-  Call<T> call(input, target, ids, consts, params);
+std::tuple<Tensor, std::vector<Tensor>> visit(const Tensor& input, const Tensor& target,
+                                              const std::vector<double>& numbers, const std::vector<Tensor>& params,
+                                              int64_t needs) {
+  Call<T> call(input, target, numbers, params);
   Losses<T> losses(call, target);
-  Tensor saved = empty({save ? call.p.rows : 0, 2}, type_of<T>());
-  if (save) call.p.save = static_cast<T*>(saved.data_ptr());
   call.p.up_loss = &call.one;
   std::vector<Tensor> gradients = run_with_gradients(call, input, needs);
   losses.reduce(call);
-  return {std::move(losses.result), std::move(saved), std::move(gradients)};
+  return {std::move(losses.result), std::move(gradients)};
 }
 
-std::tuple<Tensor, Tensor, std::vector<Tensor>> softmax_loss(const Tensor& input, const Tensor& target,
-                                                             std::vector<int64_t> ids, std::vector<double> consts,
-                                                             std::vector<Tensor> params, int64_t needs, bool save) {
-  return input.scalar_type() == ScalarType::Double ? loss_of<double>(input, target, ids, consts, params, needs, save)
-                                                   : loss_of<float>(input, target, ids, consts, params, needs, save);
+std::tuple<Tensor, std::vector<Tensor>> softmax_loss_with_gradients(const Tensor& input, const Tensor& target,
+                                                                    std::vector<double> numbers,
+                                                                    std::vector<Tensor> params, int64_t needs) {
+  return input.scalar_type() == ScalarType::Double ? visit<double>(input, target, numbers, params, needs)
+                                                   : visit<float>(input, target, numbers, params, needs);
+}
+
+std::tuple<Tensor, Tensor> softmax_loss_with_gradient(const Tensor& input, const Tensor& target,
+                                                      std::vector<double> numbers, std::vector<Tensor> params) {
+  auto [loss, gradients] =
+      softmax_loss_with_gradients(input, target, std::move(numbers), std::move(params), int64_t(1) << INPUT);
+  return {std::move(loss), std::move(gradients[0])};
+}
+
+template <class T>
+std::tuple<Tensor, Tensor> loss_of(const Tensor& input, const Tensor& target, const std::vector<double>& numbers,
+                                   const std::vector<Tensor>& params, bool save) {
+  Call<T> call(input, target, numbers, params);
+  Losses<T> losses(call, target);
+  Tensor saved = empty({save ? call.p.rows : 0, 2}, type_of<T>());
+  if (save) call.p.save = static_cast<T*>(saved.data_ptr());
+  call.run();
+  losses.reduce(call);
+  return {std::move(losses.result), std::move(saved)};
+}
+
+std::tuple<Tensor, Tensor> softmax_loss(const Tensor& input, const Tensor& target, std::vector<double> numbers,
+                                        std::vector<Tensor> params, bool save) {
+  return input.scalar_type() == ScalarType::Double ? loss_of<double>(input, target, numbers, params, save)
+                                                   : loss_of<float>(input, target, numbers, params, save);
 }
 
 using Stats = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class T>
-Stats stats_of(const Tensor& input, const Tensor& target, const std::vector<int64_t>& ids,
-               const std::vector<double>& consts, const std::vector<Tensor>& params) {
-  Call<T> call(input, target, ids, consts, params);
+Stats stats_of(const Tensor& input, const Tensor& target, const std::vector<double>& numbers,
+               const std::vector<Tensor>& params) {
+  Call<T> call(input, target, numbers, params);
   Losses<T> losses(call, target);
   Tensor saved = empty({call.p.rows, 2}, type_of<T>());
   Tensor logsumexp = empty_of(target, type_of<T>()), log_prob = empty_of(target, type_of<T>());
@@ -533,18 +557,17 @@ Stats stats_of(const Tensor& input, const Tensor& target, const std::vector<int6
   return {losses.result, saved, logsumexp, log_prob, prediction, confidence, rank};
 }
 
-Stats softmax_stats(const Tensor& input, const Tensor& target, std::vector<int64_t> ids, std::vector<double> consts,
+Stats softmax_stats(const Tensor& input, const Tensor& target, std::vector<double> numbers,
                     std::vector<Tensor> params) {
-  return input.scalar_type() == ScalarType::Double ? stats_of<double>(input, target, ids, consts, params)
-                                                   : stats_of<float>(input, target, ids, consts, params);
+  return input.scalar_type() == ScalarType::Double ? stats_of<double>(input, target, numbers, params)
+                                                   : stats_of<float>(input, target, numbers, params);
 }
 
 template <class T>
 std::vector<Tensor> backward_of(const std::optional<Tensor>& grad_loss, const std::optional<Tensor>& grad_logsumexp,
                                 const std::optional<Tensor>& grad_log_prob, const Tensor& input, const Tensor& target,
-                                const std::vector<int64_t>& ids, const std::vector<double>& consts,
-                                const std::vector<Tensor>& params, const Tensor& saved, int64_t needs) {
-  Call<T> call(input, target, ids, consts, params);
+                                const std::vector<double>& numbers, const std::vector<Tensor>& params, const Tensor& saved, int64_t needs) {
+  Call<T> call(input, target, numbers, params);
   Array<T> loss, logsumexp, log_prob;
   const auto take = [](const std::optional<Tensor>& tensor, Array<T>& array, const T*& data, int64_t& stride) {
     if (!tensor) return;
@@ -562,12 +585,11 @@ std::vector<Tensor> backward_of(const std::optional<Tensor>& grad_loss, const st
 
 std::vector<Tensor> softmax_loss_backward(std::optional<Tensor> grad_loss, std::optional<Tensor> grad_logsumexp,
                                           std::optional<Tensor> grad_log_prob, const Tensor& input,
-                                          const Tensor& target, std::vector<int64_t> ids, std::vector<double> consts,
-                                          std::vector<Tensor> params, const Tensor& saved, int64_t needs) {
+                                          const Tensor& target, std::vector<double> numbers, std::vector<Tensor> params, const Tensor& saved, int64_t needs) {
   return input.scalar_type() == ScalarType::Double
-             ? backward_of<double>(grad_loss, grad_logsumexp, grad_log_prob, input, target, ids, consts, params, saved,
+             ? backward_of<double>(grad_loss, grad_logsumexp, grad_log_prob, input, target, numbers, params, saved,
                                    needs)
-             : backward_of<float>(grad_loss, grad_logsumexp, grad_log_prob, input, target, ids, consts, params, saved,
+             : backward_of<float>(grad_loss, grad_logsumexp, grad_log_prob, input, target, numbers, params, saved,
                                   needs);
 }
 
@@ -578,6 +600,8 @@ extern "C" __attribute__((visibility("default"))) int mlkernels_cpu_isa() { retu
 
 STABLE_TORCH_LIBRARY_IMPL(mlkernels, CPU, m) {
   m.impl("softmax_loss", TORCH_BOX(&mlkernels::softmax_loss));
+  m.impl("softmax_loss_with_gradient", TORCH_BOX(&mlkernels::softmax_loss_with_gradient));
+  m.impl("softmax_loss_with_gradients", TORCH_BOX(&mlkernels::softmax_loss_with_gradients));
   m.impl("softmax_stats", TORCH_BOX(&mlkernels::softmax_stats));
   m.impl("softmax_loss_backward", TORCH_BOX(&mlkernels::softmax_loss_backward));
 }

@@ -51,6 +51,9 @@ enum Slot : int {
   TRAINABLE_SLOTS = HEAD_D + 1,
 };
 
+// Where the numbers that cross an op boundary lie: the six kinds and options, these three, then one per slot.
+enum Number : int { REDUCTION = 6, IGNORE_INDEX = 7, MASK = 8, CONSTS = 9 };
+
 struct Spec {
   int transform, scale, head, beyond_pi, gradient, clamp, reduction;
   int64_t ignore_index;

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from . import ops
 from .backends import choose, reference
 from .spec import (
+    MASK,
     SLOTS,
     TRAINABLE,
     HeadKind,
@@ -58,6 +58,10 @@ _ETA = int(Slot.ETA)
 _TABLES = frozenset(int(s) for s in (Slot.TRANSFORM_A, Slot.TRANSFORM_B, Slot.HEAD_A, Slot.HEAD_B))
 _HEAD_C, _HEAD_D = int(Slot.HEAD_C), int(Slot.HEAD_D)
 _GAMMA_KAPPA = frozenset({_HEAD_C, _HEAD_D})
+
+_ONLY_INPUT = 1 << ops.INPUT
+_PLAIN = frozenset({float, int, str, type(None)})
+_MOST_CALLS = 1024
 
 _check_labels = False
 
@@ -232,10 +236,8 @@ def _check_tables(spec: Spec, params: dict[int, Tensor], group: Tensor | None, i
 class _Call(NamedTuple):
     """What of a call is not a tensor."""
 
-    ids: list[int]
-    consts: list[float]
+    numbers: list[float]
     needs: int
-    single: bool  # the gradient is made in the forward
     half: bool  # a gradient is stored in half precision: it is never rescaled, which would round it twice
 
 
@@ -245,10 +247,10 @@ def _by_reference(
     """The gradients by bit, differentiable again."""
     input, target, *params = tensors
     with torch.enable_grad():
-        loss, rows = reference.softmax_loss(input, target, call.ids, call.consts, params)
+        loss, rows = reference.softmax_loss(input, target, call.numbers, params)
         outputs = [loss, rows.logsumexp, rows.log_prob] if stats else [loss]
         pairs = [(o, g) for o, g in zip(outputs, upstream, strict=True) if g is not None]
-        by_slot = reference.unpack(call.ids[8], params)
+        by_slot = dict(zip(ops.slots_of(call.numbers), params, strict=True))
         wanted = {bit: input if bit == ops.INPUT else by_slot[bit] for bit in ops.needed(call.needs)}
         found = torch.autograd.grad(
             [o for o, _ in pairs],
@@ -261,33 +263,30 @@ def _by_reference(
 
 
 def _place(call: _Call, gradients: dict[int, Tensor]) -> list[Tensor | None]:
-    """The gradients in the order of the Function's arguments: call, input, target, *params."""
-    mask = call.ids[8]
-    by_param = [gradients.get(slot) for slot in range(SLOTS) if mask >> slot & 1]
-    return [None, gradients.get(ops.INPUT), None, *by_param]
+    """The gradients in the order of a Function's arguments: call, input, target, *params."""
+    return [None, gradients.get(ops.INPUT), None, *(gradients.get(slot) for slot in ops.slots_of(call.numbers))]
 
 
-class _SoftmaxLoss(torch.autograd.Function):
-    """The loss alone."""
+class _SingleVisit(torch.autograd.Function):
+    """A reduced loss whose gradients are made with it, for the upstream gradient that it nearly always gets: 1."""
 
     @staticmethod
     def forward(ctx: Any, call: _Call, input: Tensor, target: Tensor, *params: Tensor) -> Tensor:
         loss: Tensor
-        loss, saved, gradients = ops.softmax_loss(
-            input, target, call.ids, call.consts, params, call.needs if call.single else 0, not call.single
-        )
-        ctx.call = call
         # Not saved for backward: dropped when handed out, so that the leaf can take it without a copy.
-        ctx.gradients = gradients if call.single else None
-        ctx.save_for_backward(input, target, saved, *params)
+        if call.needs == _ONLY_INPUT:
+            loss, *ctx.gradients = ops.softmax_loss_with_gradient(input, target, call.numbers, params)
+        else:
+            loss, ctx.gradients = ops.softmax_loss_with_gradients(input, target, call.numbers, params, call.needs)
+        ctx.call = call
+        ctx.save_for_backward(input, target, *params)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> Any:
         call: _Call = ctx.call
         if torch.is_grad_enabled() or _functorch_level() is not None:
-            input, target, _, *params = ctx.saved_tensors
-            return tuple(_place(call, _by_reference(call, False, (input, target, *params), (grad_loss,))))
+            return tuple(_place(call, _by_reference(call, False, ctx.saved_tensors, (grad_loss,))))
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is not None:
             upstream = grad_loss.item()
@@ -298,17 +297,40 @@ class _SoftmaxLoss(torch.autograd.Function):
                     for gradient in gradients:
                         gradient.mul_(upstream)
         if gradients is None:
-            input, target, saved, *params = ctx.saved_tensors
+            input, target, *params = ctx.saved_tensors
             gradients = ops.softmax_loss_backward(
-                grad_loss, None, None, input, target, call.ids, call.consts, params, saved, call.needs
+                grad_loss, None, None, input, target, call.numbers, params, input.new_empty((0, 2)), call.needs
             )
-        if call.ids[8] == 0:
+        if call.needs == _ONLY_INPUT and call.numbers[MASK] == 0:
             return None, gradients[0], None
         return tuple(_place(call, dict(zip(ops.needed(call.needs), gradients, strict=True))))
 
 
 # What Function.apply itself calls once it has found no torch.func transform, which the door has asked already.
-_run_loss = super(torch.autograd.Function, _SoftmaxLoss).apply
+_single_visit = super(torch.autograd.Function, _SingleVisit).apply
+
+
+class _SoftmaxLoss(torch.autograd.Function):
+    """The loss alone, its gradients made once the upstream gradient is known."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, input: Tensor, target: Tensor, *params: Tensor) -> Tensor:
+        loss: Tensor
+        loss, saved = ops.softmax_loss(input, target, call.numbers, params, True)
+        ctx.call = call
+        ctx.save_for_backward(input, target, saved, *params)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> Any:
+        call: _Call = ctx.call
+        input, target, saved, *params = ctx.saved_tensors
+        if torch.is_grad_enabled() or _functorch_level() is not None:
+            return tuple(_place(call, _by_reference(call, False, (input, target, *params), (grad_loss,))))
+        gradients = ops.softmax_loss_backward(
+            grad_loss, None, None, input, target, call.numbers, params, saved, call.needs
+        )
+        return tuple(_place(call, dict(zip(ops.needed(call.needs), gradients, strict=True))))
 
 
 class _SoftmaxStats(torch.autograd.Function):
@@ -316,7 +338,7 @@ class _SoftmaxStats(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: _Call, input: Tensor, target: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
-        loss, saved, *rows = ops.softmax_stats(input, target, call.ids, call.consts, params)
+        loss, saved, *rows = ops.softmax_stats(input, target, call.numbers, params)
         ctx.call = call
         ctx.save_for_backward(input, target, saved, *params)
         ctx.mark_non_differentiable(*rows[2:])
@@ -330,11 +352,11 @@ class _SoftmaxStats(torch.autograd.Function):
         if torch.is_grad_enabled() or _functorch_level() is not None:
             found = _by_reference(call, True, (input, target, *params), upstream[:3])
             return tuple(_place(call, found))
-        gradients = ops.softmax_loss_backward(
-            *upstream[:3], input, target, call.ids, call.consts, params, saved, call.needs
-        )
+        gradients = ops.softmax_loss_backward(*upstream[:3], input, target, call.numbers, params, saved, call.needs)
         return tuple(_place(call, dict(zip(ops.needed(call.needs), gradients, strict=True))))
 
+
+_calls: dict[tuple[object, ...], _Call] = {}
 
 # ---- the door --------------------------------------------------------------------------------------------------------
 
@@ -362,56 +384,49 @@ def apply(
             spec, values, input, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap,
             logit_adjustment, backend, group, return_stats,
         )  # fmt: skip
-    reduction_id = check_reduction(reduction)
-
     if type(ignore_index) is not int:
         raise TypeError(f"ignore_index takes an int, got {type(ignore_index).__name__}")
-
-    plain = softcap is None and not label_smoothing and not z_loss
-    consts = _DEFAULTS[: spec.width if plain else SLOTS]
+    compiling = torch.compiler.is_compiling()
+    key = (spec, reduction, ignore_index, label_smoothing, z_loss, softcap, *values)
     tensors: dict[int, Tensor] = {}
-    for (slot, above, low, high), value in zip(spec.ranges, values, strict=True):
-        if type(value) is float and above < value and low <= value <= high and value < math.inf:
-            consts[slot] = value
-        elif isinstance(value, Tensor):
-            tensors[slot] = value
-        elif value is not None or slot not in (_NORM, _LOGIT_NORM):
-            consts[slot] = check_number(dict(spec.slots)[slot], value)  # type: ignore[arg-type]
-    if spec.head == HeadKind.MODULATED and consts[_HEAD_C] + consts[_HEAD_D] < 1 and not _GAMMA_KAPPA & tensors.keys():
-        raise ValueError(
-            "gamma + kappa must be >= 1, or the gradient diverges where p = 1; "
-            f"got gamma = {consts[_HEAD_C]}, kappa = {consts[_HEAD_D]}"
-        )
-    if spec.transform == TransformKind.MARGIN and spec.ids[3] == 1 and consts[4] != 1 and 4 not in tensors:
-        raise ValueError(f"beyond_pi='linear' needs m1 = 1, got m1 = {consts[4]}")
-    if tensors or group is not None:
-        _check_values(spec, tensors, group, input, target)
-        if group is not None:
-            tensors[_GROUP] = group
-    if not plain:
-        consts[_SMOOTHING] = check_number("label_smoothing", label_smoothing)
-        consts[_Z_LOSS] = check_number("z_loss", z_loss)
-        if softcap is not None:
-            consts[_SOFTCAP] = check_number("softcap", softcap)
-    if weight is not None:
-        check_class_vector("weight", weight, input, input.shape[1])
-        tensors[_WEIGHT] = weight
-    if logit_adjustment is not None:
-        check_class_vector("logit_adjustment", logit_adjustment, input, input.shape[1])
-        tensors[_ADJUSTMENT] = logit_adjustment
+    # A loss whose parameters are numbers is the same call every time: nothing of it is looked at twice.
+    plain = not compiling and _PLAIN.issuperset(map(type, key[1:]))
+    call = _calls.get(key) if plain else None
+    if call is None:
+        numbers, tensors = _numbers(spec, values, ignore_index, reduction, label_smoothing, z_loss, softcap)
+        call = _Call(numbers, _ONLY_INPUT, False)
+        if plain:
+            if len(_calls) >= _MOST_CALLS:  # scheduled numbers: each is used a few times and never again
+                _calls.clear()
+            _calls[key] = call
 
-    mask = needs = 0
-    params: list[Tensor] = []
     grad = torch.is_grad_enabled()
-    if grad and input.requires_grad:
-        needs = 1 << ops.INPUT
-    for slot in sorted(tensors):
-        tensor = tensors[slot]
-        params.append(tensor)
-        mask |= 1 << slot
-        if grad and tensor.requires_grad:
-            needs |= (1 << slot) & _TRAINABLE
-    ids = [*spec.ids, reduction_id, ignore_index, mask]
+    dtype = input.dtype
+    params: list[Tensor] = []
+    needs = _ONLY_INPUT if grad and input.requires_grad else 0
+    half = dtype == torch.bfloat16
+    if tensors or weight is not None or logit_adjustment is not None or group is not None:
+        mask = 0
+        if tensors or group is not None:
+            _check_values(spec, tensors, group, input, target)
+            if group is not None:
+                tensors[_GROUP] = group
+        for slot, name, vector in ((_WEIGHT, "weight", weight), (_ADJUSTMENT, "logit_adjustment", logit_adjustment)):
+            if vector is not None:
+                check_class_vector(name, vector, input, input.shape[1])
+                tensors[slot] = vector
+        for slot in sorted(tensors):
+            tensor = tensors[slot]
+            params.append(tensor)
+            mask |= 1 << slot
+            half |= tensor.dtype in _HALF
+            if grad and tensor.requires_grad:
+                needs |= (1 << slot) & _TRAINABLE
+        numbers = call.numbers.copy()
+        numbers[MASK] = float(mask)
+        call = _Call(numbers, needs, half)
+    elif half or needs != _ONLY_INPUT:
+        call = _Call(call.numbers, needs, half)
 
     chosen = choose(input.device, backend)
     if chosen == "reference" or _functorch_level() is not None:
@@ -419,25 +434,56 @@ def apply(
         if group is not None:
             count = next(t.shape[0] for slot, t in tensors.items() if slot in _TABLES and t.dim() == 2)
             check_indices("group", group, count)
-        loss, rows = reference.softmax_loss(input, target, ids, consts, params)
+        loss, rows = reference.softmax_loss(input, target, call.numbers, params)
         return loss, RowStats(*rows) if return_stats else None
-    if not needs and not return_stats:
-        return ops.softmax_loss(input, target, ids, consts, params, 0, False)[0], None
-    compiling = torch.compiler.is_compiling()
-    dtype = input.dtype
-    # One visit where it pays: the upstream gradient of a reduced loss is nearly always 1. An fp16 gradient is written
-    # only when the upstream is known: a GradScaler's 65536 would rescale what has already underflowed.
-    single = reduction_id != 0 and dtype != torch.float16 and not compiling
-    half = dtype == torch.bfloat16 or any(param.dtype in _HALF for param in params)
-    call = _Call(ids, consts, needs, single, half)
-    if not return_stats:
-        run = _SoftmaxLoss.apply if compiling else _run_loss
-        return run(call, input, target, *params), None  # type: ignore[no-untyped-call]
-    if needs:
-        loss, *outputs = _SoftmaxStats.apply(call, input, target, *params)  # type: ignore[no-untyped-call]
-    else:
-        loss, _, *outputs = ops.softmax_stats(input, target, ids, consts, params)
-    return loss, RowStats(*outputs)
+    if return_stats:
+        if needs:
+            loss, *outputs = _SoftmaxStats.apply(call, input, target, *params)  # type: ignore[no-untyped-call]
+        else:
+            loss, _, *outputs = ops.softmax_stats(input, target, call.numbers, params)
+        return loss, RowStats(*outputs)
+    if not needs:
+        return ops.softmax_loss(input, target, call.numbers, params, False)[0], None
+    # One visit where it pays. An fp16 gradient is written only when the upstream is known: a GradScaler's 65536 would
+    # rescale what has already underflowed.
+    if reduction == "none" or compiling or dtype == torch.float16:
+        return _SoftmaxLoss.apply(call, input, target, *params), None  # type: ignore[no-untyped-call]
+    return _single_visit(call, input, target, *params), None  # type: ignore[no-untyped-call]
+
+
+def _numbers(
+    spec: Spec,
+    values: Sequence[Number | None],
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+) -> tuple[list[float], dict[int, Tensor]]:
+    """The numbers that cross the op boundary, but for the mask, and the tensors by slot."""
+    if int(float(ignore_index)) != ignore_index:
+        raise ValueError(f"ignore_index must be exactly representable as a float64, got {ignore_index}")
+    plain = softcap is None and not label_smoothing and not z_loss
+    consts = _DEFAULTS[: spec.width if plain else SLOTS]
+    tensors: dict[int, Tensor] = {}
+    for (slot, name), value in zip(spec.slots, values, strict=True):
+        if isinstance(value, Tensor):
+            tensors[slot] = value
+        elif value is not None or slot not in (_NORM, _LOGIT_NORM):
+            consts[slot] = check_number(name, value)  # type: ignore[arg-type]
+    if spec.head == HeadKind.MODULATED and consts[_HEAD_C] + consts[_HEAD_D] < 1 and not _GAMMA_KAPPA & tensors.keys():
+        raise ValueError(
+            "gamma + kappa must be >= 1, or the gradient diverges where p = 1; "
+            f"got gamma = {consts[_HEAD_C]}, kappa = {consts[_HEAD_D]}"
+        )
+    if spec.transform == TransformKind.MARGIN and spec.ids[3] == 1 and consts[4] != 1 and 4 not in tensors:
+        raise ValueError(f"beyond_pi='linear' needs m1 = 1, got m1 = {consts[4]}")
+    if not plain:
+        consts[_SMOOTHING] = check_number("label_smoothing", label_smoothing)
+        consts[_Z_LOSS] = check_number("z_loss", z_loss)
+        if softcap is not None:
+            consts[_SOFTCAP] = check_number("softcap", softcap)
+    return [*map(float, spec.ids), float(check_reduction(reduction)), float(ignore_index), 0.0, *consts], tensors
 
 
 def _check_values(spec: Spec, tensors: dict[int, Tensor], group: Tensor | None, input: Tensor, target: Tensor) -> None:

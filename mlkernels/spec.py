@@ -104,6 +104,8 @@ class Slot(IntEnum):
 
 
 SLOTS = len(Slot)
+#: Where the numbers that cross an op boundary lie: Spec.ids, these three, then one per slot.
+REDUCTION, IGNORE_INDEX, MASK, CONSTS = 6, 7, 8, 9
 #: The slots whose tensors can be trained. ETA is a threshold: the mask it draws has no gradient.
 TRAINABLE = frozenset(
     {
@@ -233,8 +235,6 @@ class Spec:
 
     #: (slot, argument name) of each value, in the order in which values are passed.
     slots: tuple[tuple[int, str], ...] = field(init=False, repr=False, compare=False)
-    #: (slot, above, low, high) likewise: the range of a float; checked on every call, so nothing is looked up there.
-    ranges: tuple[tuple[int, float, float, float], ...] = field(init=False, repr=False, compare=False)
     #: How many of the consts are not zero by default: no more of them need to cross an op boundary.
     width: int = field(init=False, repr=False, compare=False)
     #: The structure flattened, as it crosses an op boundary.
@@ -244,9 +244,7 @@ class Spec:
         slots = _TRANSFORM_SLOTS[self.transform] + _SCALE_SLOTS[self.scale] + _HEAD_SLOTS[self.head]
         kinds = (self.transform, self.scale, self.head, self.beyond_pi, self.gradient, self.clamp)
         object.__setattr__(self, "slots", tuple((int(slot), name) for slot, name in slots))
-        ranges = tuple((int(slot), *_RANGES.get(name, _FINITE)[:3]) for slot, name in slots)
-        object.__setattr__(self, "ranges", ranges)
-        object.__setattr__(self, "width", max(slot for slot, *_ in ranges) + 1)
+        object.__setattr__(self, "width", max(slot for slot, _ in slots) + 1)
         object.__setattr__(self, "ids", tuple(int(kind) for kind in kinds))
 
     def __str__(self) -> str:

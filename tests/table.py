@@ -34,6 +34,11 @@ def usable_backends() -> list[str]:
     return usable
 
 
+def numbers_of(structure: mlkernels.spec.Spec, consts: list[float], mask: int = 0, reduction: int = 0) -> list[float]:
+    """A loss as it crosses an op boundary."""
+    return [*map(float, structure.ids), float(reduction), -100.0, float(mask), *consts]
+
+
 @dataclass(frozen=True)
 class Loss:
     """A loss with fixed, non-trivial parameters.

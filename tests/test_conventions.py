@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from table import BY_NAME, F64, FEW, INF, LOSSES, NAN, TABLES, draw, run
+from table import BY_NAME, F64, FEW, INF, LOSSES, NAN, TABLES, draw, numbers_of, run
 
 import mlkernels
 
@@ -368,5 +368,5 @@ def test_out_of_range_numbers_in_tensors_are_nan_not_clamped():
         consts = _DEFAULTS.copy()
         consts[Slot.SCALE] = consts[Slot.HEAD_A] = consts[Slot.HEAD_B] = consts[Slot.HEAD_D] = 1.0
         value = torch.tensor(bad, dtype=F64)
-        loss, _ = reference.softmax_loss(input, target, [*structure.ids, 0, -100, 1 << slot], consts, [value])
+        loss, _ = reference.softmax_loss(input, target, numbers_of(structure, consts, 1 << slot), [value])
         assert bool(loss.isnan().all()), slot

@@ -7,7 +7,7 @@ import torch
 from table import FEW, INF, LOSSES, NAN, draw, run, usable_backends
 
 import mlkernels
-from mlkernels import Affine, Margin, Modulated, PiecewiseLinear, Tau, Truncated, TwoScale
+from mlkernels import Affine, Margin, Modulated, PiecewiseLinear, Tau, Truncated, TwoScale, softmax
 
 N, C = 4, 3
 T = torch.tensor
@@ -111,6 +111,11 @@ CASES = [
     *wrong_tensor("weight", ce),
     *wrong_tensor("logit_adjustment", ce),
     case("ignore_index|int|float", TypeError, lambda x, y, **o: ce(x, y, ignore_index=1.5, **o)),
+    case(
+        "ignore_index|representable|9007199254740993",
+        ValueError,
+        lambda x, y, **o: ce(x, y, ignore_index=2**53 + 1, **o),
+    ),
     case("ignore_index|int|NoneType", TypeError, lambda x, y, **o: ce(x, y, ignore_index=None, **o)),
     case("reduction|'none'|'mean'|'sum'|'average'", ValueError, lambda x, y, **o: ce(x, y, reduction="average", **o)),
     case("reduction|'none'|'mean'|'sum'|None", ValueError, lambda x, y, **o: ce(x, y, reduction=None, **o)),
@@ -245,6 +250,21 @@ def test_bad_label_elsewhere(backend):
 def test_a_label_equal_to_ignore_index_may_be_in_range(backend):
     loss = ce(torch.zeros(2, 3), T([1, 2]), ignore_index=2, reduction="none", backend=backend)
     assert loss.tolist() == [pytest.approx(1.0986123), 0.0]
+
+
+def test_what_is_remembered_of_a_call_is_checked_all_the_same(backend):
+    """Numbers that were seen before are not looked at again, but equals of another kind (True == 1.0) still are."""
+    x, y = torch.zeros(2, 3), T([1, 2])
+    first = mlkernels.focal_loss(x, y, 1.0, backend=backend)
+    assert torch.equal(mlkernels.focal_loss(x, y, 1, backend=backend), first)
+    with pytest.raises(TypeError, match="gamma takes a number"):
+        mlkernels.focal_loss(x, y, True, backend=backend)
+    weighted = mlkernels.focal_loss(x, y, 1.0, weight=torch.tensor([1.0, 2.0, 5.0]), reduction="sum", backend=backend)
+    again = mlkernels.focal_loss(x, y, 1.0, reduction="sum", backend=backend)  # without the weight of the call before
+    assert float(weighted) == pytest.approx(3.5 * float(again))
+    for step in range(softmax._MOST_CALLS + 10):  # a schedule: no number comes twice, and nothing grows without end
+        mlkernels.focal_loss(x, y, 1.0 + step, backend=backend)
+    assert len(softmax._calls) <= softmax._MOST_CALLS
 
 
 def test_backends_that_are_not_there():

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from table import FEW, draw, usable_backends
+from table import FEW, draw, numbers_of, usable_backends
 
 import mlkernels
 from mlkernels import ops
 from mlkernels.softmax import _DEFAULTS
-from mlkernels.spec import Slot, compose
+from mlkernels.spec import Reduction, Slot, compose
 
 #: Autograd lives in softmax.py's Functions: the operators themselves have none to test.
 CHECKS = ("test_schema", "test_faketensor")
@@ -16,7 +16,7 @@ native = pytest.mark.skipif(not NATIVE, reason=f"no native backend: {mlkernels.a
 
 
 def flattened(loss, form="shared", reduction=1, dtype=torch.float32, shape=None):
-    """A loss as it crosses the op boundary: input, target, ids, consts, params, needs."""
+    """A loss as it crosses the op boundary: (input, target, numbers, params), needs."""
     input, target, params = draw(loss, rows=6, form=form, exact=dtype, kinds=("random",))
     group = loss.group(target)
     input = input.to(dtype)
@@ -39,11 +39,17 @@ def flattened(loss, form="shared", reduction=1, dtype=torch.float32, shape=None)
     tensors[int(Slot.WEIGHT)] = torch.linspace(0.5, 1.5, 6)
     mask = sum(1 << slot for slot in tensors)
     trained = sum(1 << slot for slot in tensors if slot < Slot.WEIGHT)
-    ids = [*structure.ids, reduction, -100, mask]
-    return (input, target, ids, consts, [tensors[s] for s in sorted(tensors)]), trained | 1 << ops.INPUT
+    numbers = numbers_of(structure, consts, mask, reduction)
+    return (input, target, numbers, [tensors[s] for s in sorted(tensors)]), trained | 1 << ops.INPUT
 
 
-@pytest.mark.parametrize("name", ["softmax_loss", "softmax_stats", "softmax_loss_backward"])
+OPERATORS = [
+    "softmax_loss", "softmax_loss_with_gradient", "softmax_loss_with_gradients", "softmax_stats",
+    "softmax_loss_backward",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPERATORS)
 def test_operators_exist_without_a_compiler(name):
     op = getattr(torch.ops.mlkernels, name).default
     assert torch.Tag.pt2_compliant_tag in op.tags
@@ -53,7 +59,7 @@ def test_operators_exist_without_a_compiler(name):
 def test_every_operator_is_checked_here():
     """A new operator comes with its check."""
     defined = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("mlkernels::")}
-    assert {n.split("::")[1] for n in defined} == {"softmax_loss", "softmax_stats", "softmax_loss_backward"}
+    assert {n.split("::")[1] for n in defined} == set(OPERATORS)
 
 
 CALLS = [
@@ -70,9 +76,23 @@ CALLS = [
 @pytest.mark.parametrize("save", [True, False])
 @pytest.mark.parametrize(("loss", "form", "reduction", "dtype", "shape"), CALLS)
 def test_softmax_loss(loss, form, reduction, dtype, shape, save):
+    arguments, _ = flattened(loss, form, reduction, dtype, shape)
+    torch.library.opcheck(ops.softmax_loss, (*arguments, save), test_utils=CHECKS)
+
+
+@native
+@pytest.mark.parametrize(
+    ("loss", "form", "reduction", "dtype", "shape"), [call for call in CALLS if call.values[2] != Reduction.NONE]
+)
+def test_softmax_loss_with_gradients(loss, form, reduction, dtype, shape):
     arguments, needs = flattened(loss, form, reduction, dtype, shape)
-    for asked in (needs, 1 << ops.INPUT, 0):
-        torch.library.opcheck(ops.softmax_loss, (*arguments, asked if reduction else 0, save), test_utils=CHECKS)
+    torch.library.opcheck(ops.softmax_loss_with_gradient, arguments, test_utils=CHECKS)
+    for asked in (needs, needs & ~(1 << ops.INPUT), 1 << ops.INPUT):
+        torch.library.opcheck(ops.softmax_loss_with_gradients, (*arguments, asked), test_utils=CHECKS)
+    loss, gradient = ops.softmax_loss_with_gradient(*arguments)
+    again, gradients = ops.softmax_loss_with_gradients(*arguments, needs)
+    assert torch.equal(loss, again)
+    assert torch.equal(gradient, gradients[-1])
 
 
 @native
@@ -102,7 +122,7 @@ def test_softmax_loss_backward(loss, form, reduction, dtype, shape, upstreams):
 def test_without_saved_statistics_the_backward_is_the_same(loss):
     """Empty statistics are computed again, to the same gradients."""
     arguments, needs = flattened(loss, reduction=0, dtype=torch.float64)
-    value, saved, _ = ops.softmax_loss(*arguments, 0, True)
+    value, saved = ops.softmax_loss(*arguments, True)
     up = torch.linspace(-1, 2, 6, dtype=torch.float64)
     kept = ops.softmax_loss_backward(up, None, None, *arguments, saved, needs)
     again = ops.softmax_loss_backward(up, None, None, *arguments, saved[:0], needs)
@@ -114,15 +134,17 @@ def test_without_saved_statistics_the_backward_is_the_same(loss):
 @native
 def test_operators_do_not_alias_their_inputs():
     arguments, needs = flattened(FEW[0])
-    loss, saved, gradients = ops.softmax_loss(*arguments, needs, True)
-    storages = {t.untyped_storage().data_ptr() for t in (*arguments[:2], *arguments[4])}
-    assert not {t.untyped_storage().data_ptr() for t in (loss, saved, *gradients)} & storages
+    found = [*ops.softmax_loss(*arguments, True), *ops.softmax_loss_with_gradient(*arguments)]
+    found += ops.softmax_loss_with_gradients(*arguments, needs)[1]
+    storages = {t.untyped_storage().data_ptr() for t in (*arguments[:2], *arguments[3])}
+    assert not {t.untyped_storage().data_ptr() for t in found} & storages
 
 
 @native
 @pytest.mark.parametrize("rows", [0, 1])
 def test_few_rows(rows):
-    (input, target, ids, consts, params), _ = flattened(FEW[0], form="number")
-    arguments = (input[:rows], target[:rows], ids, consts, params)
-    torch.library.opcheck(ops.softmax_loss, (*arguments, 1 << ops.INPUT, True), test_utils=CHECKS)
+    (input, target, numbers, params), _ = flattened(FEW[0], form="number")
+    arguments = (input[:rows], target[:rows], numbers, params)
+    torch.library.opcheck(ops.softmax_loss, (*arguments, True), test_utils=CHECKS)
+    torch.library.opcheck(ops.softmax_loss_with_gradient, arguments, test_utils=CHECKS)
     torch.library.opcheck(ops.softmax_stats, arguments, test_utils=CHECKS)

@@ -23,8 +23,10 @@ constexpr int BYTES = 16;
 
 typedef float vfloat __attribute__((vector_size(BYTES)));
 typedef int32_t vint __attribute__((vector_size(BYTES)));
+typedef uint32_t vuint __attribute__((vector_size(BYTES)));
 typedef double vdouble __attribute__((vector_size(BYTES)));
 typedef int64_t vlong __attribute__((vector_size(BYTES)));
+typedef uint64_t vulong __attribute__((vector_size(BYTES)));
 
 template <class T>
 struct VecOf;
@@ -179,33 +181,36 @@ static inline T max_of(Vec<T> v) {
 // exp(x) for x <= 0, to 1 ulp or so; 0 below the smallest normal number; NaN for NaN.
 static inline vfloat exp_nonpositive(vfloat x) {
   const vfloat low = splat(-87.33654f);
-  const vfloat bounded = x < low ? low : x;
-  // n = round(x / ln 2), by adding and subtracting 1.5 * 2^23; r = x - n ln 2, ln 2 in two parts.
+  // n = round(x / ln 2), by adding and subtracting 1.5 * 2^23; r = x - n ln 2, ln 2 in two parts. Below `low` all of
+  // this is nonsense (NaN for -inf), and dropped at the end.
   const float magic = 12582912.0f;
-  const vfloat shifted = bounded * 1.44269504f + magic;
+  const vfloat shifted = x * 1.44269504f + magic;
   const vfloat n = shifted - magic;
-  const vfloat r = (bounded - n * 0.693145752f) - n * 1.42860677e-06f;
+  const vfloat r = (x - n * 0.693145752f) - n * 1.42860677e-06f;
   // exp on [-ln 2 / 2, ln 2 / 2]: 1 + r + r^2 q(r), q the minimax polynomial for exp's relative error (3e-9).
   vfloat q = r * 1.381454e-03f + 8.368745e-03f;
   q = q * r + 4.166839e-02f;
   q = q * r + 1.6666521e-01f;
   q = q * r + 4.9999994e-01f;
   const vfloat y = (q * (r * r) + r) + 1.0f;
-  vint bits;
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask((__m512)x, (__m512)low, _CMP_NLT_UQ), (__m512)y, (__m512)n);
+#else
+  vuint bits;
   __builtin_memcpy(&bits, &shifted, sizeof bits);
-  bits = (bits - 0x4B400000 + 127) << 23;
+  bits = (bits - (0x4B400000u - 127u)) << 23;
   vfloat power;
   __builtin_memcpy(&power, &bits, sizeof power);
   const vfloat result = y * power;
   return x < low ? vfloat{} : result;
+#endif
 }
 static inline vdouble exp_nonpositive(vdouble x) {
   const vdouble low = splat(-708.396418532264);
-  const vdouble bounded = x < low ? low : x;
   const double magic = 6755399441055744.0;
-  const vdouble shifted = bounded * 1.4426950408889634 + magic;
+  const vdouble shifted = x * 1.4426950408889634 + magic;
   const vdouble n = shifted - magic;
-  const vdouble r = (bounded - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;
+  const vdouble r = (x - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;
   // The Taylor series to r^13: 4e-18 at ln 2 / 2.
   vdouble q = r * (1.0 / 6227020800.0) + 1.0 / 479001600.0;
   q = q * r + 1.0 / 39916800.0;
@@ -219,9 +224,9 @@ static inline vdouble exp_nonpositive(vdouble x) {
   q = q * r + 1.0 / 6.0;
   q = q * r + 0.5;
   const vdouble y = (q * (r * r) + r) + 1.0;
-  vlong bits;
+  vulong bits;
   __builtin_memcpy(&bits, &shifted, sizeof bits);
-  bits = (bits - 0x4338000000000000LL + 1023) << 52;
+  bits = (bits - (0x4338000000000000ULL - 1023ULL)) << 52;
   vdouble power;
   __builtin_memcpy(&power, &bits, sizeof power);
   const vdouble result = y * power;
@@ -358,7 +363,6 @@ static inline void put_bits(void* p, vhalf bits, bool streamed) {
   __builtin_memcpy(p, &bits, sizeof bits);
 }
 static inline void put(bfloat16* p, vfloat v, bool streamed) {
-  typedef uint32_t vuint __attribute__((vector_size(BYTES)));
   vuint bits;
   __builtin_memcpy(&bits, &v, sizeof bits);
   const vuint rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;

@@ -15,7 +15,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..spec import BeyondPi, Clamp, HeadKind, MarginGradient, Reduction, ScaleKind, Slot, TransformKind
+from ..spec import (
+    CONSTS,
+    IGNORE_INDEX,
+    MASK,
+    REDUCTION,
+    SLOTS,
+    BeyondPi,
+    Clamp,
+    HeadKind,
+    MarginGradient,
+    Reduction,
+    ScaleKind,
+    Slot,
+    TransformKind,
+)
 
 #: The floor of sqrt(1 - x^2) where it divides: derivatives of angles stay finite, and within fp16 at s = 64.
 ROOT_FLOOR = 2.0**-10
@@ -225,20 +239,22 @@ def head_loss(kind: int, nll: Tensor, values: _Values, ids: Sequence[int]) -> Te
 
 def unpack(mask: int, params: Sequence[Tensor]) -> dict[int, Tensor]:
     """The tensors by slot: bit s of the mask says that slot s holds the next one."""
-    return dict(zip((s for s in range(len(Slot)) if mask >> s & 1), params, strict=True))
+    return dict(zip((s for s in range(SLOTS) if mask >> s & 1), params, strict=True))
 
 
 def softmax_loss(
-    input: Tensor, target: Tensor, ids: Sequence[int], consts: Sequence[float], params: Sequence[Tensor]
+    input: Tensor, target: Tensor, numbers: Sequence[float], params: Sequence[Tensor]
 ) -> tuple[Tensor, Stats]:
     """Any loss of the family, reduced, and its row statistics.
 
     Args:
         input: (N, C) or (N, C, d1, ...), floating. target: (N) or (N, d1, ...), integer.
-        ids: Spec.ids, then reduction, ignore_index and the mask of the slots that are tensors.
-        consts: one number per slot; those that are left out at the end are 0. params: the tensors, by slot.
+        numbers: Spec.ids, reduction, ignore_index, the mask of the slots that are tensors, then one number per slot;
+            those that are left out at the end are 0.
+        params: the tensors, by slot.
     """
-    consts = [*consts, *[0.0] * (len(Slot) - len(consts))]
+    ids = [int(number) for number in numbers[:CONSTS]]
+    consts = [*numbers[CONSTS:], *[0.0] * (SLOTS + CONSTS - len(numbers))]
     device = input.device.type
     with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
         return _softmax_loss(input, target, ids, consts, params)
@@ -247,7 +263,7 @@ def softmax_loss(
 def _softmax_loss(
     input: Tensor, target: Tensor, ids: Sequence[int], consts: Sequence[float], params: Sequence[Tensor]
 ) -> tuple[Tensor, Stats]:
-    reduction, ignore_index, mask = ids[6:9]
+    reduction, ignore_index, mask = ids[REDUCTION], ids[IGNORE_INDEX], ids[MASK]
     by_slot = unpack(mask, params)
     accumulate = torch.float64 if input.dtype == torch.float64 else torch.float32
     classes = input.shape[1]
