@@ -1,7 +1,8 @@
 """The schemas of the package's operators, and what they return without being run.
 
-The operators are defined here, so they exist without a compiler; C++ only implements them. They carry no autograd of
-their own: ``softmax.py`` gives them their backward, at half the boundary cost of a registered one.
+The operators are defined here, so they exist without a compiler; the backends only implement them: C++ those of the
+library ``mlkernels``, Triton those of ``mlkernels_triton``. They carry no autograd of their own: ``softmax.py`` gives
+them their backward, at half the boundary cost of a registered one.
 
 The arguments that every operator of the family shares:
 
@@ -14,7 +15,9 @@ The arguments that every operator of the family shares:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +27,7 @@ from .spec import MASK, REDUCTION, SLOTS, Reduction
 #: The bit of ``needs`` that stands for the logits.
 INPUT = SLOTS
 
-_library = torch.library.Library("mlkernels", "DEF")
+_libraries = [torch.library.Library(name, "DEF") for name in ("mlkernels", "mlkernels_triton")]
 _tags = (torch.Tag.pt2_compliant_tag,)
 _COMMON = "Tensor input, Tensor target, float[] numbers, Tensor[] params"
 
@@ -41,8 +44,9 @@ _SCHEMAS = (
     # `saved` may be empty: the row statistics are then computed again.
     f"softmax_loss_backward({_UPSTREAM}, {_COMMON}, Tensor saved, int needs) -> Tensor[]",
 )
-for _schema in _SCHEMAS:
-    _library.define(_schema, tags=_tags)
+for _library in _libraries:
+    for _schema in _SCHEMAS:
+        _library.define(_schema, tags=_tags)
 
 
 def needed(needs: int) -> list[int]:
@@ -75,7 +79,6 @@ def _loss_like(input: Tensor, target: Tensor, numbers: Sequence[float]) -> Tenso
     return input.new_empty(shape, dtype=_accumulate(input.dtype))
 
 
-@torch.library.register_fake("mlkernels::softmax_loss", lib=_library)
 def _softmax_loss(
     input: Tensor, target: Tensor, numbers: Sequence[float], params: Sequence[Tensor], save: bool
 ) -> tuple[Tensor, Tensor]:
@@ -83,21 +86,18 @@ def _softmax_loss(
     return _loss_like(input, target, numbers), saved
 
 
-@torch.library.register_fake("mlkernels::softmax_loss_with_gradient", lib=_library)
 def _softmax_loss_with_gradient(
     input: Tensor, target: Tensor, numbers: Sequence[float], params: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     return _loss_like(input, target, numbers), torch.empty_like(input)
 
 
-@torch.library.register_fake("mlkernels::softmax_loss_with_gradients", lib=_library)
 def _softmax_loss_with_gradients(
     input: Tensor, target: Tensor, numbers: Sequence[float], params: Sequence[Tensor], needs: int
 ) -> tuple[Tensor, list[Tensor]]:
     return _loss_like(input, target, numbers), _gradients(input, numbers, params, needs)
 
 
-@torch.library.register_fake("mlkernels::softmax_stats", lib=_library)
 def _softmax_stats(
     input: Tensor, target: Tensor, numbers: Sequence[float], params: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -108,7 +108,6 @@ def _softmax_stats(
     return _loss_like(input, target, numbers), saved, real[0], real[1], whole[0], real[2], whole[1]
 
 
-@torch.library.register_fake("mlkernels::softmax_loss_backward", lib=_library)
 def _softmax_loss_backward(
     grad_loss: Tensor | None,
     grad_logsumexp: Tensor | None,
@@ -123,8 +122,53 @@ def _softmax_loss_backward(
     return _gradients(input, numbers, params, needs)
 
 
-softmax_loss = torch.ops.mlkernels.softmax_loss.default
-softmax_loss_with_gradient = torch.ops.mlkernels.softmax_loss_with_gradient.default
-softmax_loss_with_gradients = torch.ops.mlkernels.softmax_loss_with_gradients.default
-softmax_stats = torch.ops.mlkernels.softmax_stats.default
-softmax_loss_backward = torch.ops.mlkernels.softmax_loss_backward.default
+_FAKES: dict[str, Callable[..., Any]] = {
+    "softmax_loss": _softmax_loss,
+    "softmax_loss_with_gradient": _softmax_loss_with_gradient,
+    "softmax_loss_with_gradients": _softmax_loss_with_gradients,
+    "softmax_stats": _softmax_stats,
+    "softmax_loss_backward": _softmax_loss_backward,
+}
+
+
+def _by_triton(name: str) -> Callable[..., Any]:
+    """The operator's implementation; Triton takes a second to import, so that waits for the first call."""
+
+    def run(*arguments: Any) -> Any:
+        from .backends.triton import launch
+
+        return launch.OPERATORS[name](*arguments)
+
+    return run
+
+
+for _name, _fake in _FAKES.items():
+    for _library in _libraries:
+        torch.library.register_fake(f"{_library.ns}::{_name}", _fake, lib=_library)
+    _libraries[1].impl(_name, _by_triton(_name), "CompositeExplicitAutograd")
+
+
+class Kernels(NamedTuple):
+    """A backend's operators, callable."""
+
+    softmax_loss: Callable[..., Any]
+    softmax_loss_with_gradient: Callable[..., Any]
+    softmax_loss_with_gradients: Callable[..., Any]
+    softmax_stats: Callable[..., Any]
+    softmax_loss_backward: Callable[..., Any]
+    #: Writes a gradient made for an upstream gradient of 1 anew unless the device finds that it is 1; None where the
+    #: host may look for itself.
+    refresh: Callable[..., None] | None = None
+
+
+NATIVE = Kernels(*(getattr(torch.ops.mlkernels, name).default for name in _FAKES))
+#: Under torch.compile. In eager mode Triton's functions are called as they are, without a dispatcher in between.
+TRITON_TRACED = Kernels(*(getattr(torch.ops.mlkernels_triton, name).default for name in _FAKES))
+
+
+@functools.cache
+def triton() -> Kernels:
+    """Triton's operators in eager mode."""
+    from .backends.triton import launch
+
+    return Kernels(*(launch.OPERATORS[name] for name in _FAKES), refresh=launch.refresh)

@@ -239,6 +239,7 @@ class _Call(NamedTuple):
     numbers: list[float]
     needs: int
     half: bool  # a gradient is stored in half precision: it is never rescaled, which would round it twice
+    kernels: ops.Kernels
 
 
 def _by_reference(
@@ -275,9 +276,11 @@ class _SingleVisit(torch.autograd.Function):
         loss: Tensor
         # Not saved for backward: dropped when handed out, so that the leaf can take it without a copy.
         if call.needs == _ONLY_INPUT:
-            loss, *ctx.gradients = ops.softmax_loss_with_gradient(input, target, call.numbers, params)
+            loss, *ctx.gradients = call.kernels.softmax_loss_with_gradient(input, target, call.numbers, params)
         else:
-            loss, ctx.gradients = ops.softmax_loss_with_gradients(input, target, call.numbers, params, call.needs)
+            loss, ctx.gradients = call.kernels.softmax_loss_with_gradients(
+                input, target, call.numbers, params, call.needs
+            )
         ctx.call = call
         ctx.save_for_backward(input, target, *params)
         return loss
@@ -288,7 +291,14 @@ class _SingleVisit(torch.autograd.Function):
         if torch.is_grad_enabled() or _functorch_level() is not None:
             return tuple(_place(call, _by_reference(call, False, ctx.saved_tensors, (grad_loss,))))
         gradients, ctx.gradients = ctx.gradients, None
-        if gradients is not None:
+        if gradients is not None and call.kernels.refresh is not None:
+            # A second look at the rows where the upstream gradient is not 1; only the device knows.
+            input, target, *params = ctx.saved_tensors
+            if call.needs & _ONLY_INPUT:
+                call.kernels.refresh(grad_loss, input, target, call.numbers, params, gradients[-1])
+            for gradient in gradients[: -1 if call.needs & _ONLY_INPUT else None]:
+                gradient.mul_(grad_loss)
+        elif gradients is not None:
             upstream = grad_loss.item()
             if upstream != 1.0:
                 if call.half:
@@ -298,7 +308,7 @@ class _SingleVisit(torch.autograd.Function):
                         gradient.mul_(upstream)
         if gradients is None:
             input, target, *params = ctx.saved_tensors
-            gradients = ops.softmax_loss_backward(
+            gradients = call.kernels.softmax_loss_backward(
                 grad_loss, None, None, input, target, call.numbers, params, input.new_empty((0, 2)), call.needs
             )
         if call.needs == _ONLY_INPUT and call.numbers[MASK] == 0:
@@ -316,7 +326,7 @@ class _SoftmaxLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, input: Tensor, target: Tensor, *params: Tensor) -> Tensor:
         loss: Tensor
-        loss, saved = ops.softmax_loss(input, target, call.numbers, params, True)
+        loss, saved = call.kernels.softmax_loss(input, target, call.numbers, params, True)
         ctx.call = call
         ctx.save_for_backward(input, target, saved, *params)
         return loss
@@ -327,7 +337,7 @@ class _SoftmaxLoss(torch.autograd.Function):
         input, target, saved, *params = ctx.saved_tensors
         if torch.is_grad_enabled() or _functorch_level() is not None:
             return tuple(_place(call, _by_reference(call, False, (input, target, *params), (grad_loss,))))
-        gradients = ops.softmax_loss_backward(
+        gradients = call.kernels.softmax_loss_backward(
             grad_loss, None, None, input, target, call.numbers, params, saved, call.needs
         )
         return tuple(_place(call, dict(zip(ops.needed(call.needs), gradients, strict=True))))
@@ -338,7 +348,7 @@ class _SoftmaxStats(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: _Call, input: Tensor, target: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
-        loss, saved, *rows = ops.softmax_stats(input, target, call.numbers, params)
+        loss, saved, *rows = call.kernels.softmax_stats(input, target, call.numbers, params)
         ctx.call = call
         ctx.save_for_backward(input, target, saved, *params)
         ctx.mark_non_differentiable(*rows[2:])
@@ -352,7 +362,9 @@ class _SoftmaxStats(torch.autograd.Function):
         if torch.is_grad_enabled() or _functorch_level() is not None:
             found = _by_reference(call, True, (input, target, *params), upstream[:3])
             return tuple(_place(call, found))
-        gradients = ops.softmax_loss_backward(*upstream[:3], input, target, call.numbers, params, saved, call.needs)
+        gradients = call.kernels.softmax_loss_backward(
+            *upstream[:3], input, target, call.numbers, params, saved, call.needs
+        )
         return tuple(_place(call, dict(zip(ops.needed(call.needs), gradients, strict=True))))
 
 
@@ -394,7 +406,7 @@ def apply(
     call = _calls.get(key) if plain else None
     if call is None:
         numbers, tensors = _numbers(spec, values, ignore_index, reduction, label_smoothing, z_loss, softcap)
-        call = _Call(numbers, _ONLY_INPUT, False)
+        call = _Call(numbers, _ONLY_INPUT, False, ops.NATIVE)
         if plain:
             if len(_calls) >= _MOST_CALLS:  # scheduled numbers: each is used a few times and never again
                 _calls.clear()
@@ -424,9 +436,9 @@ def apply(
                 needs |= (1 << slot) & _TRAINABLE
         numbers = call.numbers.copy()
         numbers[MASK] = float(mask)
-        call = _Call(numbers, needs, half)
+        call = _Call(numbers, needs, half, ops.NATIVE)
     elif half or needs != _ONLY_INPUT:
-        call = _Call(call.numbers, needs, half)
+        call = _Call(call.numbers, needs, half, ops.NATIVE)
 
     chosen = choose(input.device, backend)
     if chosen == "reference" or _functorch_level() is not None:
@@ -436,17 +448,24 @@ def apply(
             check_indices("group", group, count)
         loss, rows = reference.softmax_loss(input, target, call.numbers, params)
         return loss, RowStats(*rows) if return_stats else None
+    # One visit where it pays. An fp16 gradient is written only when the upstream is known: a GradScaler's 65536 would
+    # rescale what has already underflowed.
+    split = reduction == "none" or compiling or dtype == torch.float16
+    if chosen == "triton":
+        if input.device.type == "cpu":  # under the interpreter
+            check_indices("target", target, input.shape[1], ignore_index)
+        call = call._replace(kernels=ops.TRITON_TRACED if compiling else ops.triton())
+        # Nobody on the host knows the upstream gradient, so a parameter's is always multiplied by it.
+        split = split or (half and needs != _ONLY_INPUT and any(param.dtype in _HALF for param in params))
     if return_stats:
         if needs:
             loss, *outputs = _SoftmaxStats.apply(call, input, target, *params)  # type: ignore[no-untyped-call]
         else:
-            loss, _, *outputs = ops.softmax_stats(input, target, call.numbers, params)
+            loss, _, *outputs = call.kernels.softmax_stats(input, target, call.numbers, params)
         return loss, RowStats(*outputs)
     if not needs:
-        return ops.softmax_loss(input, target, call.numbers, params, False)[0], None
-    # One visit where it pays. An fp16 gradient is written only when the upstream is known: a GradScaler's 65536 would
-    # rescale what has already underflowed.
-    if reduction == "none" or compiling or dtype == torch.float16:
+        return call.kernels.softmax_loss(input, target, call.numbers, params, False)[0], None
+    if split:
         return _SoftmaxLoss.apply(call, input, target, *params), None  # type: ignore[no-untyped-call]
     return _single_visit(call, input, target, *params), None  # type: ignore[no-untyped-call]
 

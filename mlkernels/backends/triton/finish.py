@@ -1,0 +1,456 @@
+"""The scalar mathematics of a row: from its statistics to its loss, and to the coefficients of its gradient.
+
+The same functions in the same order as ``reference.py`` and ``csrc/finish.h``, over a block of rows. With u the logits
+(after softcap and adjustment) and everything relative to m = max over j != y of u_j:
+
+    z_j = s u_j,  z_y = s t(u_y),  delta = s m + log_sum - z_y,  -log p = softplus(delta),  1 - p = sigmoid(delta).
+
+Kinds and options are run-time numbers, the same for a whole launch: one branch per block, no kernel per loss. What a
+loss does not have costs nothing, and a number that changes compiles nothing.
+
+log1p, expm1, tanh, acos and pow are written from core operations: libdevice does not exist under Triton's interpreter,
+and the hardware's ``lg2.approx`` loses every digit near 1. The polynomials are Chebyshev interpolants, to 1e-17.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ... import spec
+
+# Triton reads globals only as constants of its own.
+IDENTITY = tl.constexpr(int(spec.TransformKind.IDENTITY))
+MARGIN = tl.constexpr(int(spec.TransformKind.MARGIN))
+AFFINE = tl.constexpr(int(spec.TransformKind.AFFINE))
+GIVEN = tl.constexpr(int(spec.TransformKind.GIVEN))
+TWO_SCALE = tl.constexpr(int(spec.ScaleKind.TWO_SCALE))
+MODULATED = tl.constexpr(int(spec.HeadKind.MODULATED))
+TRUNCATED = tl.constexpr(int(spec.HeadKind.TRUNCATED))
+AUTO = tl.constexpr(int(spec.BeyondPi.AUTO))
+LINEAR = tl.constexpr(int(spec.BeyondPi.LINEAR))
+MONOTONE = tl.constexpr(int(spec.BeyondPi.MONOTONE))
+EASY = tl.constexpr(int(spec.BeyondPi.EASY))
+STRAIGHT_THROUGH = tl.constexpr(int(spec.MarginGradient.STRAIGHT_THROUGH))
+CLAMP_CROSS_ENTROPY = tl.constexpr(int(spec.Clamp.CROSS_ENTROPY))
+
+#: The floor of sqrt(1 - x^2) where it divides: derivatives of angles stay finite, and within fp16 at s = 64.
+ROOT_FLOOR = tl.constexpr(2.0**-10)
+PI = tl.constexpr(3.14159265358979323846)
+INF = tl.constexpr(float("inf"))
+NAN = tl.constexpr(float("nan"))
+
+
+# ---- elementary functions --------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) for x in [-1/2, 1], as 2 atanh(x / (2 + x))."""
+    q = x / (2.0 + x)
+    z = q * q
+    p = 0.08036283067339135 * z + 0.02892704498833825
+    p = p * z + 0.050490927343170296
+    p = p * z + 0.052274737577654315
+    p = p * z + 0.058853092776241546
+    p = p * z + 0.06666499760192586
+    p = p * z + 0.07692314110632321
+    p = p * z + 0.09090908926090614
+    p = p * z + 0.11111111113820867
+    p = p * z + 0.14285714285687826
+    p = p * z + 0.20000000000000134
+    p = p * z + 0.3333333333333333
+    return 2.0 * (q + q * z * p)
+
+
+@triton.jit
+def expm1(x):
+    """exp(x) - 1 for x <= 0."""
+    near = tl.maximum(x, -1.0)
+    p = 7.222915311329333e-12 * near + 1.4837007128194298e-10
+    p = p * near + 2.0661045908143847e-09
+    p = p * near + 2.5026785756368368e-08
+    p = p * near + 2.7555260613089595e-07
+    p = p * near + 2.7557201235631274e-06
+    p = p * near + 2.480158252409286e-05
+    p = p * near + 0.00019841269706207543
+    p = p * near + 0.0013888888886293793
+    p = p * near + 0.008333333333301
+    p = p * near + 0.04166666666666425
+    p = p * near + 0.16666666666666657
+    p = p * near + 0.5
+    return tl.where(x > -1.0, x + x * x * p, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def tanh(x):
+    """tanh(x); an element-wise function of the row, so float32 gets a shorter polynomial."""
+    size = tl.abs(x)
+    z = x * x
+    if x.dtype == tl.float64:
+        p = 6.470078364014186e-06 * z - 3.1104261846121384e-05
+        p = p * z + 9.241657269481757e-05
+        p = p * z - 0.0002374715608405353
+        p = p * z + 0.0005896074102746657
+        p = p * z - 0.0014557605438571845
+        p = p * z + 0.003592119093164207
+        p = p * z - 0.008863234800939741
+        p = p * z + 0.021869488497898507
+        p = p * z - 0.05396825396705626
+        p = p * z + 0.13333333333331382
+        p = p * z - 0.3333333333333332
+    else:
+        p = 0.002212133989001269 * z - 0.008245524711047482
+        p = p * z + 0.02172505575274289
+        p = p * z - 0.05395053585469283
+        p = p * z + 0.13333228623286253
+        p = p * z - 0.3333333099520263
+    e = tl.exp(-2.0 * size)
+    far = (1.0 - e) / (1.0 + e)
+    return tl.where(size < 0.6, x + x * z * p, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def acos(x):
+    """arccos(x) for x in [-1, 1], by arcsine on [0, 1/2] and the half-angle formula beyond."""
+    size = tl.abs(x)
+    far = size > 0.5
+    z = tl.where(far, 0.5 - 0.5 * size, x * x)
+    root = tl.sqrt(tl.maximum(z, 0.0))
+    p = 0.03187962140081284 * z - 0.016187392271599134
+    p = p * z + 0.019513468251252167
+    p = p * z + 0.0065293020047365695
+    p = p * z + 0.012170138592391726
+    p = p * z + 0.01388484282640208
+    p = p * z + 0.01735977964134998
+    p = p * z + 0.022371749733164054
+    p = p * z + 0.03038195969768514
+    p = p * z + 0.044642856805998936
+    p = p * z + 0.07500000000385201
+    p = p * z + 0.16666666666664942
+    arc = root + root * z * p  # arcsin(root)
+    beyond = tl.where(x > 0, 2.0 * arc, PI - 2.0 * arc)
+    return tl.where(far, beyond, PI / 2 - tl.where(x > 0, arc, -arc))
+
+
+@triton.jit
+def power(x, y):
+    """x^y for x >= 0. The whole part of the exponent by multiplications: exponents are nearly always small integers."""
+    small = (y >= 0) & (y < 16)
+    whole = tl.where(small, tl.floor(y), 0.0)
+    count = whole.to(tl.int32)
+    out = tl.where(count % 2 == 1, x, 1.0)
+    square = x * x
+    out = tl.where(count // 2 % 2 == 1, out * square, out)
+    square = square * square
+    out = tl.where(count // 4 % 2 == 1, out * square, out)
+    square = square * square
+    out = tl.where(count // 8 % 2 == 1, out * square, out)
+    rest = y - whole
+    return tl.where(rest == 0, out, out * tl.exp2(rest * tl.log2(x)))
+
+
+@triton.jit
+def legal(in_range, value):
+    """NaN, unless the parameter is in its range."""
+    return tl.where(in_range, value, NAN)
+
+
+# ---- transforms: t(u_y) ----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def margin(x, m1, m2, m3, beyond_pi, gradient):
+    """cos(m1 theta + m2) - m3 with the chosen continuation beyond pi; t, dt/dx, and dt by m1, m2, m3."""
+    # One per row: the interpreter cannot join a shared condition with the rows' own.
+    beyond = beyond_pi + tl.zeros(x.shape, tl.int32)
+    single = m1 == 1.0
+    square = 1.0 - x * x
+    root = tl.sqrt(tl.where(square > 0, square, tl.where(square <= 0, 0.0, square)))
+    divisor = tl.maximum(root, ROOT_FLOOR)
+    theta = acos(tl.where(x > 1.0, 1.0, tl.where(x < -1.0, -1.0, x)))
+    phi = m1 * theta + m2
+    # m1 = 1: cos(theta + m2) without an arc cosine, x not clamped, so that a zero margin is exactly x.
+    cos_m = tl.cos(m2)
+    sin_m = tl.sin(m2)
+    straight = sin_m == 0.0  # also for an x of -inf
+    cosine = tl.where(single, tl.where(straight, x * cos_m, x * cos_m - sin_m * root), tl.cos(phi))
+    sine = tl.where(single, x * sin_m + cos_m * root, tl.sin(phi))
+    turned = tl.where(straight, cos_m, cos_m + x * sin_m / divisor)
+    slope = tl.where(single, turned, m1 * sine / divisor)
+    value = cosine - m3
+    da = -theta * sine
+    db = -sine
+    dc = tl.full(x.shape, -1.0, x.dtype)
+
+    linear = single & ((beyond == LINEAR) | (beyond == AUTO))
+    past = linear & (m2 > 0) & ((m2 >= PI) | (x < -cos_m))
+    value = tl.where(past, x - m2 * sin_m - m3, value)
+    slope = tl.where(past, 1.0, slope)
+    da = tl.where(past, 0.0, da)
+    db = tl.where(past, -sin_m - m2 * cos_m, db)
+    # A multiplicative margin has no linear continuation.
+    value = tl.where((beyond == LINEAR) & (m1 != 1.0), NAN, value)
+
+    # Beyond pi, not at it: there a zero margin must leave a logit that is no cosine alone.
+    turns = phi / PI
+    turn = tl.where(turns > 0, tl.ceil(turns) - 1.0, tl.floor(turns))
+    sign = tl.where(turn - 2.0 * tl.floor(0.5 * turn) == 0.0, 1.0, -1.0)
+    monotone = (beyond == MONOTONE) | ((beyond == AUTO) & (m1 != 1.0))
+    value = tl.where(monotone, sign * cosine - 2.0 * turn - m3, value)
+    sign = tl.where(monotone, sign, 1.0)
+    slope, da, db = slope * sign, da * sign, db * sign
+
+    left_alone = (beyond == EASY) & ((x > 0) == 0)
+    value = tl.where(left_alone, x, value)
+    slope = tl.where(left_alone, 1.0, slope)
+    da = tl.where(left_alone, 0.0, da)
+    db = tl.where(left_alone, 0.0, db)
+    dc = tl.where(left_alone, 0.0, dc)
+    slope = tl.where(gradient == STRAIGHT_THROUGH, 1.0, slope)
+    return value, slope, da, db, dc
+
+
+@triton.jit
+def bin_of(x, low, high, count):
+    """The index of x's bin, clamped; 0 for NaN, before the integer cast."""
+    index = tl.floor((x - low) * (count / (high - low)))
+    index = tl.where(index >= 0, index, 0.0)
+    return tl.where(index < count, index, count - 1.0).to(tl.int32)
+
+
+@triton.jit
+def piece(slope, bias, bin, bins, group, groups, T: tl.constexpr):
+    """The bin's slope and bias, of the row's group; NaN for a group that there is not."""
+    there = (group >= 0) & (group < groups)
+    at = tl.where(there, group, 0) * bins + bin
+    return tl.load(slope + at, there, NAN).to(T), tl.load(bias + at, there, NAN).to(T)
+
+
+@triton.jit
+def transform_target(transform, beyond_pi, gradient, x, v, group, tables, T: tl.constexpr, PIECEWISE: tl.constexpr):
+    """t(u_y), dt/du, dt by the transform's parameters and by the norm, and the bin of a piecewise t."""
+    value = x
+    slope = tl.full(x.shape, 1.0, T)
+    da = tl.zeros(x.shape, T)
+    db = tl.zeros(x.shape, T)
+    dc = tl.zeros(x.shape, T)
+    dnorm = tl.zeros(x.shape, T)
+    bin = tl.zeros(x.shape, tl.int32)
+    a, b, c, norm = v[4], v[5], v[6], v[7]
+    normed = norm != 0.0  # 0: none
+    n = tl.where(normed, legal(norm > 0, norm), 1.0)
+    if PIECEWISE:
+        u = x / n
+        bins, groups = tables[2], tables[3]
+        bin = bin_of(u, v[12], v[13], bins.to(T))
+        slope, bias = piece(tables[0], tables[1], bin, bins, group, groups, T)
+        value = slope * u + bias
+        dnorm = tl.where(normed, bias, 0.0)
+        da = u * n
+        db = slope * 0.0 + n
+        value = value * n
+    else:
+        if transform == MARGIN:
+            u = x / n
+            t, slope, da, db, dc = margin(u, legal(a > 0, a), b, c, beyond_pi, gradient)
+            dnorm = tl.where(normed, t - u * slope, dnorm)
+            value = t * n
+            da = da * n
+            db = db * n
+            dc = dc * n
+        elif transform == AFFINE:
+            value = a * x + b
+            slope = slope * a
+            da = x
+            db = slope * 0.0 + 1.0
+        elif transform == GIVEN:
+            value = a + tl.zeros(x.shape, T)
+            slope = slope * 0.0
+            da = da + 1.0
+    return value, slope, da, db, dc, dnorm, bin
+
+
+# ---- row scales ------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def row_scale(scale, confidence, v):
+    """s, and whether it is the second of two scales."""
+    two = (scale + tl.zeros(confidence.shape, tl.int32)) == TWO_SCALE
+    high = two & ((confidence < v[2]) == 0)
+    value = tl.where(high, v[1], v[0])
+    value = tl.where(two, value / legal(v[3] > 0, v[3]), value)
+    return legal(value > 0, value), high
+
+
+# ---- heads: phi(log p) -----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def modulated(nll, alpha, beta, gamma, kappa):
+    """alpha (1 - p^beta)^gamma (-log p)^kappa; (m/nll)^gamma nll^(gamma+kappa) near p = 1, where m = 1 - p^beta -> 0.
+
+    phi, w = -dphi/dlog p, and phi by alpha, beta, gamma, kappa.
+    """
+    sound = (alpha >= 0) & (beta > 0) & (gamma >= 0) & (kappa >= 0) & (nll == nll)
+    impossible = nll == INF  # p = 0: the damping is the constant 1
+    some = nll > 0
+    inner = tl.where(impossible, 1.0, nll)
+    x = beta * inner
+    p_beta = tl.exp(-x)
+    m = -expm1(-x)
+    h = tl.where(x > 0, x * p_beta / tl.where(x > 0, m, 1.0), 1.0)
+    near = x < 0.25
+    exponent = gamma + kappa - 1.0
+    outer = tl.where(near, exponent, kappa - 1.0)
+    rest = tl.where(outer == 0, 1.0, power(inner, outer))
+    damped = tl.where(near, tl.where(some, m / tl.where(some, inner, 1.0), beta), m)
+    bare = power(damped, gamma) * rest  # m^gamma nll^(kappa-1)
+    w = alpha * bare * (kappa + gamma * h)
+    # Where gamma + kappa < 1 and p = 1 that diverges, but the loss does not.
+    da = tl.where(some, bare * inner, tl.where(gamma + kappa == 0, 1.0, 0.0))
+    value = alpha * da
+    counts = value > 0  # 0 times a logarithm is 0
+    log_m = tl.where(p_beta < 0.5, log1p(-tl.where(p_beta < 0.5, p_beta, 0.0)), tl.log(m))
+    db = tl.where(counts, value * gamma * h / beta, 0.0)
+    dc = tl.where(counts, value * log_m, 0.0)
+    dd = tl.where(counts, value * tl.log(inner), 0.0)
+    if tl.max(impossible.to(tl.int32), 0) > 0:
+        ends = power(nll, kappa)
+        falls = tl.where(kappa == 0, 0.0, alpha * kappa * power(nll, kappa - 1.0))
+        value = tl.where(impossible, alpha * ends, value)
+        w = tl.where(impossible, falls, w)
+        da = tl.where(impossible, ends, da)
+        db = tl.where(impossible, 0.0, db)
+        dc = tl.where(impossible, 0.0, dc)
+        dd = tl.where(impossible, alpha * ends * nll, dd)
+    return legal(sound, value), legal(sound, w), legal(sound, da), legal(sound, db), legal(sound, dc), legal(sound, dd)
+
+
+@triton.jit
+def tau(nll, minimum, clamp, group, tables, T: tl.constexpr):
+    """-log tau(p), tau(p) = a p + b on p's bin: phi, w, phi by a and by b, and the bin."""
+    p = tl.exp(-nll)
+    bins, groups = tables[2], tables[3]
+    bin = bin_of(p, 0.0, 1.0, bins.to(T))
+    a, b = piece(tables[0], tables[1], bin, bins, group, groups, T)
+    level = a * p + b
+    # Not clamped where b = 0, so identity tables are cross entropy for every p; b's own derivative is floored.
+    pure = (b == 0) & (a > 0)
+    low = (pure == 0) & (level <= minimum)
+    floored = tl.where(level > minimum, level, tl.where(low | pure, minimum, level))
+    value = tl.where(pure, nll - tl.log(tl.where(pure, a, 1.0)), -tl.log(floored))
+    w = tl.where(pure, 1.0, a * p / floored)
+    da = tl.where(pure, -1.0 / tl.where(pure, a, 1.0), -p / floored)
+    db = -1.0 / floored
+    passes = (clamp + bin * 0) == CLAMP_CROSS_ENTROPY
+    value = tl.where(low & passes, value + nll, value)
+    w = tl.where(low, tl.where(passes, 1.0, 0.0), w)
+    da = tl.where(low, 0.0, da)
+    db = tl.where(low, 0.0, db)
+    value = tl.where(nll == nll, value, nll)
+    return value, w, da, db, bin
+
+
+@triton.jit
+def truncated(nll, k):
+    """-log max(p, k): phi, w, and phi by k."""
+    ceiling = -tl.log(legal((k > 0) & (k <= 1), k))
+    over = nll > ceiling
+    doubt = ceiling - ceiling  # a NaN ceiling reaches the loss
+    return tl.where(over, ceiling, nll + doubt), tl.where(over, 0.0, 1.0 + doubt), tl.where(over, -1.0 / k, 0.0)
+
+
+@triton.jit
+def head_loss(head, clamp, nll, v, group, tables, T: tl.constexpr, TAU: tl.constexpr):
+    """phi(log p), w = -dphi/dlog p, phi by the head's parameters, and the bin of tau."""
+    value = nll
+    w = tl.full(nll.shape, 1.0, T)
+    da = tl.zeros(nll.shape, T)
+    db = tl.zeros(nll.shape, T)
+    dc = tl.zeros(nll.shape, T)
+    dd = tl.zeros(nll.shape, T)
+    bin = tl.zeros(nll.shape, tl.int32)
+    if TAU:
+        value, w, da, db, bin = tau(nll, v[14], clamp, group, tables, T)
+    else:
+        if head == MODULATED:
+            value, w, da, db, dc, dd = modulated(nll, v[8], v[9], v[10], v[11])
+        elif head == TRUNCATED:
+            value, w, da = truncated(nll, v[8])
+    return value, w, da, db, dc, dd, bin
+
+
+# ---- a row, whole ----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def locate(target, other_max, log_sum, s, t):
+    """Where the row stands: -log p, 1 - p, p, logsumexp(z) - s m, logsumexp(z), whether no other class has a chance."""
+    z_y = s * t
+    alone = log_sum == -INF
+    # The difference of the logits first: at |z| = 300 anything added before it costs 1e-5 in p.
+    delta = tl.where(alone, -INF - z_y, log_sum + s * (tl.where(alone, 0.0, other_max) - t))
+    # An infinite logit of the target's is no certainty but an overflow.
+    delta = tl.where((target < INF) & (z_y < INF), delta, NAN)
+    wrong = delta > 0
+    e = tl.exp(-tl.abs(delta))
+    tail = log1p(e)
+    near = 1.0 / (1.0 + e)
+    far = e * near
+    nll = tl.where(wrong, delta + tail, tail)
+    q = tl.where(wrong, near, far)
+    p = tl.where(wrong, far, near)
+    others = log_sum + tl.where(wrong, tail, tail - delta)  # log_sum + softplus(-delta)
+    lse = tl.where(wrong, s * other_max + log_sum, z_y) + tail
+    return nll, q, p, others, lse, alone
+
+
+@triton.jit
+def row_loss(classes, smoothing, z_loss, weight_sum, s, nll, others, lse, alone, phi, weight, weighted):
+    """The loss that "mean" divides by the sum of weights, and the one that it divides by the number of rows.
+
+    weighted: the sum over j != y of w_j (u_j - m); used with smoothing only.
+    """
+    by_class = weight * phi
+    if smoothing > 0:
+        spread = tl.where(alone, INF, (weight_sum - weight) * others - s * weighted)
+        spread = weight * nll + tl.where(classes > 1, spread, 0.0)
+        by_class = (1.0 - smoothing) * by_class + smoothing / classes * spread
+    by_row = tl.zeros_like(nll)
+    if z_loss > 0:
+        by_row = z_loss * lse * lse
+    return by_class, by_row
+
+
+@triton.jit
+def row_gradient(
+    classes, smoothing, z_loss, weight_sum, share, s, slope, q, p, lse, alone, w, weight,
+    g_class, g_row, g_lse, g_log_prob,
+):  # fmt: skip
+    """dL/du_j = others * exp(s (u_j - m)) - spread * w_j for j != y; the target's own; pull, part, flat and dL/dz_y.
+
+    pull is the coefficient of p_j - 1[j = y], flat that of p_j alone, part that of -w_j.
+    """
+    pull = g_class * (1.0 - smoothing) * weight * w - g_log_prob
+    part = g_class * smoothing / classes
+    flat = part * weight_sum + g_lse
+    if z_loss > 0:
+        flat += g_row * 2.0 * z_loss * lse
+    dz_y = flat * p - pull * q - part * weight
+    # The largest other class has exp(0) = 1, so log_sum >= 0 wherever there is one.
+    others = tl.where(alone, 0.0 * dz_y, s * (pull + flat) * (q * share))
+    return others, s * part, s * slope * dz_y, pull, part, flat, dz_y
+
+
+@triton.jit
+def by_scale(alone, other_max, share, t, p, q, pull, part, flat, weight, weight_sum, shift, weighted):
+    """The derivative of a row's loss by s. shift: the sum over j != y of exp(s (u_j - m)) (u_j - m)."""
+    expected = tl.where(p > 0, p * t, 0.0)  # p_y t: 0 where p is, also when t is -inf
+    smooth = part != 0
+    bare = flat * expected - tl.where(smooth, part * weight * t, 0.0)
+    mean = other_max + shift * share  # of u_j for j != y, under p
+    full = pull * q * (mean - t) + flat * (q * mean + expected)
+    full -= tl.where(smooth, part * (weighted + other_max * (weight_sum - weight) + weight * t), 0.0)
+    return tl.where(alone, bare, full)

@@ -1,0 +1,441 @@
+"""From tensors to launches: the package's operators on any device that Triton serves.
+
+Nothing here looks at a number in a tensor, so nothing waits for the device, and all of it can be captured in a CUDA
+graph. ``sizes.json`` holds the measured launch sizes per architecture, ``bench/tune.py`` writes it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ... import ops
+from ...spec import (
+    CONSTS,
+    IGNORE_INDEX,
+    REDUCTION,
+    SLOTS,
+    HeadKind,
+    Reduction,
+    ScaleKind,
+    Slot,
+    TransformKind,
+)
+from . import rows as kernels
+
+_NUMBERS = int(Slot.SOFTCAP) + 1
+_TRAINABLE = int(Slot.HEAD_D) + 1
+_PARTS = int(kernels.PARTS.value)
+_INT32 = 2**31
+_SUM_BLOCK = 1024
+
+
+# ---- sizes -----------------------------------------------------------------------------------------------------------
+
+
+class Tile(NamedTuple):
+    """What a program holds."""
+
+    rows: int
+    cols: int
+    warps: int
+    on_chip: bool
+
+
+@functools.cache
+def _sizes(architecture: str) -> dict[str, list[list[int]]]:
+    table = json.loads((Path(__file__).parent / "sizes.json").read_text())
+    return {**table["default"], **table.get(architecture, {})}
+
+
+@functools.cache
+def _architecture(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "default"
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties(device).gcnArchName.split(":")[0])
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+@functools.cache
+def tile(architecture: str, classes: int, side_by_side: bool, itemsize: int) -> Tile:
+    """The program of rows of so many classes. side_by_side: it is rows, not classes, that are neighbours in memory.
+
+    Nothing else counts, the number of rows least of all: a row's results do not depend on the batch it is in.
+    """
+    table = _sizes(architecture)["rows_side_by_side" if side_by_side else "classes_side_by_side"]
+    half = itemsize == 8  # float64 takes twice the registers
+    cols = triton.next_power_of_2(classes)
+    for limit, elements, warps in table:
+        if limit and cols <= limit // (1 + half):
+            return Tile(max(1, elements // (1 + half) // cols), cols, warps, True)
+    _, elements, warps = table[-1]
+    cols = min(cols, elements // 64) if side_by_side else elements
+    return Tile(max(1, elements // cols), cols, warps, False)
+
+
+# ---- tensors to arguments --------------------------------------------------------------------------------------------
+
+
+def _collapsed(input: Tensor, gradient: Tensor) -> tuple[tuple[int, int], tuple[int, ...], tuple[int, ...]] | None:
+    """(d1, d2), and (class, N, d1, d2) strides of both: row dimensions that continue each other are one.
+
+    None where more than three row dimensions remain.
+    """
+    dims: list[list[int]] = []  # size, stride, the other's stride
+    for d, size in enumerate(input.shape):
+        if d == 1 or size == 1:
+            continue
+        stride, other = input.stride(d), gradient.stride(d)
+        if dims and dims[-1][1] == size * stride and dims[-1][2] == size * other:
+            dims[-1] = [dims[-1][0] * size, stride, other]
+        else:
+            dims.append([size, stride, other])
+    if len(dims) > 3:
+        return None
+    dims += [[1, 0, 0]] * (3 - len(dims))
+    sizes = (dims[1][0], dims[2][0])
+    strides = (input.stride(1), *(d[1] for d in dims))
+    others = (gradient.stride(1), *(d[2] for d in dims))
+    return sizes, strides, others
+
+
+def _reach(tensor: Tensor) -> int:
+    """The largest offset of an element."""
+    return sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _exact(value: float) -> bool:
+    """Whether float32, in which numbers travel by value, holds this one."""
+    return value != value or ctypes.c_float(value).value == value
+
+
+class _Call:
+    """The arguments that the operators share, as the kernels take them."""
+
+    def __init__(self, input: Tensor, target: Tensor, numbers: Sequence[float], params: Sequence[Tensor]):
+        self.device = input.device
+        self.accumulate = torch.float64 if input.dtype == torch.float64 else torch.float32
+        self.classes = input.shape[1]
+        self.rows = target.numel()
+        self.shape = target.shape
+        # What only exists without a gradient is laid out like one.
+        if _collapsed(input, input) is None:
+            input = input.contiguous()
+        self.input = input
+        self.target = target.reshape(-1)
+        if not self.target.is_contiguous():
+            self.target = self.target.contiguous()
+        self.structure = tuple(int(n) for n in numbers[:REDUCTION])
+        self.reduction = int(numbers[REDUCTION])
+        self.ignore_index = int(numbers[IGNORE_INDEX])
+        consts = [*numbers[CONSTS:], *[0.0] * (SLOTS + CONSTS - len(numbers))]
+        self.by_slot = dict(zip(ops.slots_of(numbers), params, strict=True))
+        self.capped = consts[Slot.SOFTCAP] > 0
+        self.smooth = consts[Slot.SMOOTHING] > 0
+
+        self.tables = tuple(
+            self._table(*slots) if there else None
+            for slots, there in (
+                ((Slot.TRANSFORM_A, Slot.TRANSFORM_B), self.structure[0] == TransformKind.PIECEWISE),
+                ((Slot.HEAD_A, Slot.HEAD_B), self.structure[2] == HeadKind.TAU),
+            )
+        )
+        self.modes = 0
+        values: list[float | Tensor] = []
+        for slot in range(_NUMBERS):
+            param = self.by_slot.get(slot)
+            if param is None:
+                number = consts[slot]
+                if self.accumulate == torch.float64 and not _exact(number):
+                    # Filled on the device, from a kernel's argument: no copy from the host.
+                    values.append(torch.full((), number, dtype=torch.float64, device=self.device))
+                    self.modes |= kernels.SHARED << (2 * slot)
+                else:
+                    values.append(number)
+            elif self.is_table(slot):
+                values.append(0.0)
+            else:
+                values.append(param.detach().contiguous())
+                mode = (kernels.SHARED, kernels.PER_CLASS)[param.dim()] if param.dim() < 2 else kernels.PER_ROW
+                self.modes |= mode << (2 * slot)
+        self.values = tuple(values)
+        self.weight = self._vector(Slot.WEIGHT)
+        self.adjustment = self._vector(Slot.ADJUSTMENT)
+        group = self.by_slot.get(Slot.GROUP)
+        self.group = None if group is None else group.reshape(-1).contiguous()
+        self.weight_sum = self.weight.sum(dtype=self.accumulate) if self.smooth and self.weight is not None else None
+        self._divisors: tuple[Tensor, int] | None = None
+
+    def is_table(self, slot: int) -> bool:
+        return (self.structure[0] == TransformKind.PIECEWISE and slot in (Slot.TRANSFORM_A, Slot.TRANSFORM_B)) or (
+            self.structure[2] == HeadKind.TAU and slot in (Slot.HEAD_A, Slot.HEAD_B)
+        )
+
+    def _table(self, first: int, second: int) -> tuple[Tensor, Tensor, int, int]:
+        slope, bias = self.by_slot[first].detach().contiguous(), self.by_slot[second].detach().contiguous()
+        return slope, bias, slope.shape[-1], slope.shape[0] if slope.dim() == 2 else 1
+
+    def _vector(self, slot: int) -> Tensor | None:
+        vector = self.by_slot.get(slot)
+        return None if vector is None else vector.contiguous()
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.accumulate, device=self.device)
+
+    def on_device(self) -> AbstractContextManager[Any]:
+        """Triton launches on the current device."""
+        if self.device.type != "cuda" or self.device.index == torch.cuda.current_device():
+            return nullcontext()
+        return torch.cuda.device(self.device)
+
+    @property
+    def divisors(self) -> tuple[Tensor, int] | None:
+        """What "mean" divides by, in parts; nothing elsewhere."""
+        if self.reduction != Reduction.MEAN:
+            return None
+        if self._divisors is None:
+            chunk, programs = _chunks(self.rows)
+            parts = self.empty(programs, 2, dtype=torch.float64)
+            kernels.count[(programs,)](
+                self.target, self.weight, parts, self.rows, self.classes, self.ignore_index, chunk, BLOCK=_SUM_BLOCK
+            )
+            self._divisors = _gathered(parts)
+        return self._divisors
+
+    def run(
+        self,
+        *,
+        losses: bool = False,
+        save: Tensor | None = None,
+        saved: Tensor | None = None,
+        stats: tuple[Tensor, ...] | None = None,
+        gradient: Tensor | None = None,
+        needs: int = 0,
+        upstream: Sequence[Tensor | None] = (None, None, None),
+        conditional: bool = False,
+    ) -> tuple[Tensor | None, dict[int, Tensor]]:
+        """One visit of all rows: the loss, and the gradients of the parameters in needs by slot."""
+        input, rows = self.input, self.rows
+        out = input if gradient is None else gradient
+        layout = _collapsed(input, out)
+        if layout is None:  # the gradient's own layout differs from the input's beyond three dimensions
+            input = self.input = input.contiguous()
+            layout = _collapsed(input, out)
+            assert layout is not None
+        sizes, in_strides, out_strides = layout
+        side_by_side = in_strides[0] != 1 and self.classes > 1
+        shape = tile(_architecture(self.device), self.classes, side_by_side, input.element_size())
+        programs = triton.cdiv(rows, shape.rows)
+
+        wanted = [slot for slot in ops.needed(needs) if slot != ops.INPUT]
+        by_parameter = self.empty(_TRAINABLE, rows) if wanted else None
+        bins = self.empty(2, rows, dtype=torch.int32) if any(map(self.is_table, wanted)) else None
+        row_losses = None
+        if losses:
+            row_losses = self.empty(rows) if self.reduction == Reduction.NONE else self.empty(programs, 2)
+        ups, up_strides = _upstream(upstream, self.reduction)
+        mean = self.reduction == Reduction.MEAN and (losses or gradient is not None or bool(wanted))
+        divisors = self.divisors if mean else None
+        if rows > 0:
+            arguments = (
+                input, self.target, self.values, *self.tables, self.group, self.weight, self.weight_sum,
+                self.adjustment, divisors, ups, saved, row_losses, save, stats, gradient, by_parameter, bins,
+                rows, self.classes, sizes, in_strides, out_strides, up_strides, self.structure, self.ignore_index,
+            )  # fmt: skip
+            options = {
+                "MODES": self.modes,
+                "WANT": sum(1 << slot for slot in wanted),
+                "REDUCTION": self.reduction,
+                "CAPPED": self.capped,
+                "CONDITIONAL": conditional,
+                "WIDE": max(_reach(input), _reach(out)) + shape.cols * max(in_strides[0], out_strides[0]) >= _INT32,
+                "ROWS": shape.rows,
+                "COLS": shape.cols,
+                "num_warps": shape.warps,
+            }
+            if shape.on_chip:
+                kernels.on_chip[(programs,)](*arguments, **options)
+            else:
+                options["TWO"] = self.structure[1] == ScaleKind.TWO_SCALE
+                kernels.streamed[(programs,)](*arguments, **options)
+        loss = None
+        if row_losses is not None:
+            loss = (
+                row_losses.view(self.shape) if self.reduction == Reduction.NONE else self._total(row_losses, programs)
+            )
+        return loss, {slot: self._parameter(slot, by_parameter[slot], bins) for slot in wanted}  # type: ignore[index]
+
+    def _total(self, terms: Tensor, count: int) -> Tensor:
+        """The reduced loss."""
+        loss = self.empty()
+        if count > _PARTS * _SUM_BLOCK:
+            chunk, programs = _chunks(count)
+            sums = self.empty(programs, 2, dtype=torch.float64)
+            kernels.total[(programs,)](terms, sums, None, count, chunk, BLOCK=_SUM_BLOCK, FINAL=False)
+            terms, count = sums, programs
+        kernels.total[(1,)](terms, loss, self.divisors, count, count, BLOCK=_SUM_BLOCK, FINAL=True)
+        return loss
+
+    def _parameter(self, slot: int, values: Tensor, bins: Tensor | None) -> Tensor:
+        """A parameter's gradient from those of the rows, in a fixed order."""
+        param = self.by_slot[slot]
+        if self.is_table(slot):
+            assert bins is not None
+            tau = slot >= Slot.HEAD_A
+            _, _, count, groups = self.tables[tau]  # type: ignore[misc]
+            chunk, programs = _chunks(self.rows)
+            sums = self.empty(count * groups, programs, dtype=torch.float64)
+            kernels.bucket[(count * groups, programs)](
+                values, bins[int(tau)], self.group, sums, self.rows, chunk, count, BLOCK=_SUM_BLOCK
+            )
+            found = sums.sum(1)
+        elif param.dim() == 0:
+            found = values.sum(dtype=torch.float64)
+        elif param.dim() == 1:
+            # An ignored row adds 0 to class 0. Accumulating index_put sorts: the same bits on every run.
+            label = self.target.long()
+            label = torch.where((label >= 0) & (label < self.classes), label, 0)
+            found = torch.zeros(self.classes, dtype=torch.float64, device=self.device)
+            found.index_put_((label,), values.double(), accumulate=True)
+        else:
+            found = values
+        return found.reshape(param.shape).to(param.dtype)
+
+
+def _chunks(count: int) -> tuple[int, int]:
+    """How many terms a program adds up, and how many programs that takes."""
+    chunk = max(_SUM_BLOCK, triton.cdiv(triton.cdiv(count, 16 * _PARTS), _SUM_BLOCK) * _SUM_BLOCK)
+    return chunk, max(1, triton.cdiv(count, chunk))
+
+
+def _gathered(parts: Tensor) -> tuple[Tensor, int]:
+    """At most PARTS parts."""
+    count = parts.shape[0]
+    if count > _PARTS:
+        chunk = triton.cdiv(count, _PARTS)
+        count = triton.cdiv(count, chunk)
+        fewer = torch.empty((count, 2), dtype=parts.dtype, device=parts.device)
+        kernels.total[(count,)](parts, fewer, None, parts.shape[0], chunk, BLOCK=32, FINAL=False)
+        parts = fewer
+    return parts, count
+
+
+def _upstream(grads: Sequence[Tensor | None], reduction: int) -> tuple[tuple[Tensor | None, ...], tuple[int, ...]]:
+    """Upstream gradients as they lie, an expanded one (stride 0) too."""
+    found: list[Tensor | None] = []
+    strides = []
+    for index, grad in enumerate(grads):
+        stride = 0
+        if grad is not None and not (index == 0 and reduction != Reduction.NONE):
+            if grad.dim() > 0 and any(grad.stride()):
+                grad = grad.reshape(-1)
+                stride = grad.stride(0)
+        found.append(grad)
+        strides.append(stride)
+    return tuple(found), tuple(strides)
+
+
+# ---- the operators; see ops.py ---------------------------------------------------------------------------------------
+
+
+def softmax_loss(
+    input: Tensor, target: Tensor, numbers: Sequence[float], params: Sequence[Tensor], save: bool
+) -> tuple[Tensor, Tensor]:
+    call = _Call(input, target, numbers, params)
+    with call.on_device():
+        saved = call.empty(call.rows if save else 0, 2)
+        loss, _ = call.run(losses=True, save=saved if save else None)
+    assert loss is not None
+    return loss, saved
+
+
+def softmax_loss_with_gradient(
+    input: Tensor, target: Tensor, numbers: Sequence[float], params: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    call = _Call(input, target, numbers, params)
+    gradient = torch.empty_like(input)
+    with call.on_device():
+        loss, _ = call.run(losses=True, gradient=gradient)
+    assert loss is not None
+    return loss, gradient
+
+
+def softmax_loss_with_gradients(
+    input: Tensor, target: Tensor, numbers: Sequence[float], params: Sequence[Tensor], needs: int
+) -> tuple[Tensor, list[Tensor]]:
+    call = _Call(input, target, numbers, params)
+    gradient = torch.empty_like(input) if needs >> ops.INPUT & 1 else None
+    with call.on_device():
+        loss, found = call.run(losses=True, gradient=gradient, needs=needs)
+    assert loss is not None
+    return loss, [*found.values(), *([] if gradient is None else [gradient])]
+
+
+def refresh(
+    grad_loss: Tensor, input: Tensor, target: Tensor, numbers: Sequence[float], params: Sequence[Tensor],
+    gradient: Tensor,
+) -> None:  # fmt: skip
+    """Writes a gradient that was made for an upstream gradient of 1 anew, unless that is what it is: the device looks."""
+    call = _Call(input, target, numbers, params)
+    with call.on_device():
+        call.run(gradient=gradient, upstream=(grad_loss, None, None), conditional=True)
+
+
+def softmax_stats(
+    input: Tensor, target: Tensor, numbers: Sequence[float], params: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    call = _Call(input, target, numbers, params)
+    with call.on_device():
+        saved = call.empty(call.rows, 2)
+        real = [call.empty(*target.shape) for _ in range(3)]
+        whole = [call.empty(*target.shape, dtype=torch.int64) for _ in range(2)]
+        rows = (real[0], real[1], whole[0], real[2], whole[1])
+        loss, _ = call.run(losses=True, save=saved, stats=rows)
+    assert loss is not None
+    return loss, saved, *rows
+
+
+def softmax_loss_backward(
+    grad_loss: Tensor | None,
+    grad_logsumexp: Tensor | None,
+    grad_log_prob: Tensor | None,
+    input: Tensor,
+    target: Tensor,
+    numbers: Sequence[float],
+    params: Sequence[Tensor],
+    saved: Tensor,
+    needs: int,
+) -> list[Tensor]:
+    call = _Call(input, target, numbers, params)
+    gradient = torch.empty_like(input) if needs >> ops.INPUT & 1 else None
+    with call.on_device():
+        _, found = call.run(
+            saved=saved if saved.numel() else None,
+            gradient=gradient,
+            needs=needs,
+            upstream=(grad_loss, grad_logsumexp, grad_log_prob),
+        )
+    return [*found.values(), *([] if gradient is None else [gradient])]
+
+
+OPERATORS: dict[str, Callable[..., Any]] = {
+    function.__name__: function
+    for function in (
+        softmax_loss,
+        softmax_loss_with_gradient,
+        softmax_loss_with_gradients,
+        softmax_stats,
+        softmax_loss_backward,
+    )
+}
