@@ -8,7 +8,7 @@ The same functions in the same order as ``reference.py`` and ``csrc/finish.h``, 
 Kinds and options are run-time numbers, the same for a whole launch: one branch per block, no kernel per loss. What a
 loss does not have costs nothing, and a number that changes compiles nothing.
 
-log1p, expm1, tanh, acos and pow are written from core operations: libdevice does not exist under Triton's interpreter,
+log1p, expm1, tanh, acos, sin, cos and pow are written from core operations: libdevice does not exist under Triton's interpreter,
 and the hardware's ``lg2.approx`` loses every digit near 1. The polynomials are Chebyshev interpolants, to 1e-17.
 """
 
@@ -38,7 +38,6 @@ CLAMP_CROSS_ENTROPY = tl.constexpr(int(spec.Clamp.CROSS_ENTROPY))
 ROOT_FLOOR = tl.constexpr(2.0**-10)
 PI = tl.constexpr(3.14159265358979323846)
 INF = tl.constexpr(float("inf"))
-NAN = tl.constexpr(float("nan"))
 
 
 # ---- elementary functions --------------------------------------------------------------------------------------------
@@ -134,6 +133,34 @@ def acos(x):
 
 
 @triton.jit
+def sincos(x):
+    """sin(x) and cos(x), |x| < 10^4. libdevice's would keep an array in local memory, for angles that no margin has."""
+    turns = tl.floor(x * 0.6366197723675814 + 0.5)  # of pi / 2, which comes in three parts
+    if x.dtype == tl.float64:
+        r = ((x - turns * 1.57079625129699707031) - turns * 7.54978941586159635335e-8) - turns * 5.39030285815811905e-15
+    else:
+        r = ((x - turns * 1.5703125) - turns * 4.837512969970703125e-4) - turns * 7.549789948768648e-8
+    z = r * r
+    p = -2.5051092507057447e-08 + 1.5915323212043705e-10 * z
+    p = p * z + 2.7557315911911136e-06
+    p = p * z - 0.00019841269836387345
+    p = p * z + 0.0083333333333307
+    p = p * z - 0.16666666666666666
+    sine = r + r * z * p
+    p = 2.087612165640664e-09 - 1.1380876805740403e-11 * z
+    p = p * z - 2.7557317152451535e-07
+    p = p * z + 2.4801587298533412e-05
+    p = p * z - 0.0013888888888887241
+    p = p * z + 0.041666666666666664
+    cosine = 1.0 - 0.5 * z + z * z * p
+    quarter = turns - 4.0 * tl.floor(0.25 * turns)
+    odd = (quarter == 1.0) | (quarter == 3.0)
+    first = tl.where(odd, cosine, sine)
+    second = tl.where(odd, sine, cosine)
+    return tl.where(quarter >= 2.0, -first, first), tl.where((quarter == 1.0) | (quarter == 2.0), -second, second)
+
+
+@triton.jit
 def power(x, y):
     """x^y for x >= 0. The whole part of the exponent by multiplications: exponents are nearly always small integers."""
     small = (y >= 0) & (y < 16)
@@ -153,7 +180,7 @@ def power(x, y):
 @triton.jit
 def legal(in_range, value):
     """NaN, unless the parameter is in its range."""
-    return tl.where(in_range, value, NAN)
+    return tl.where(in_range, value, float("nan"))
 
 
 # ---- transforms: t(u_y) ----------------------------------------------------------------------------------------------
@@ -171,11 +198,11 @@ def margin(x, m1, m2, m3, beyond_pi, gradient):
     theta = acos(tl.where(x > 1.0, 1.0, tl.where(x < -1.0, -1.0, x)))
     phi = m1 * theta + m2
     # m1 = 1: cos(theta + m2) without an arc cosine, x not clamped, so that a zero margin is exactly x.
-    cos_m = tl.cos(m2)
-    sin_m = tl.sin(m2)
+    sin_m, cos_m = sincos(m2)
+    sin_phi, cos_phi = sincos(phi)
     straight = sin_m == 0.0  # also for an x of -inf
-    cosine = tl.where(single, tl.where(straight, x * cos_m, x * cos_m - sin_m * root), tl.cos(phi))
-    sine = tl.where(single, x * sin_m + cos_m * root, tl.sin(phi))
+    cosine = tl.where(single, tl.where(straight, x * cos_m, x * cos_m - sin_m * root), cos_phi)
+    sine = tl.where(single, x * sin_m + cos_m * root, sin_phi)
     turned = tl.where(straight, cos_m, cos_m + x * sin_m / divisor)
     slope = tl.where(single, turned, m1 * sine / divisor)
     value = cosine - m3
@@ -190,7 +217,7 @@ def margin(x, m1, m2, m3, beyond_pi, gradient):
     da = tl.where(past, 0.0, da)
     db = tl.where(past, -sin_m - m2 * cos_m, db)
     # A multiplicative margin has no linear continuation.
-    value = tl.where((beyond == LINEAR) & (m1 != 1.0), NAN, value)
+    value = tl.where((beyond == LINEAR) & (m1 != 1.0), float("nan"), value)
 
     # Beyond pi, not at it: there a zero margin must leave a logit that is no cosine alone.
     turns = phi / PI
@@ -224,7 +251,7 @@ def piece(slope, bias, bin, bins, group, groups, T: tl.constexpr):
     """The bin's slope and bias, of the row's group; NaN for a group that there is not."""
     there = (group >= 0) & (group < groups)
     at = tl.where(there, group, 0) * bins + bin
-    return tl.load(slope + at, there, NAN).to(T), tl.load(bias + at, there, NAN).to(T)
+    return tl.load(slope + at, there, float("nan")).to(T), tl.load(bias + at, there, float("nan")).to(T)
 
 
 @triton.jit
@@ -393,7 +420,7 @@ def locate(target, other_max, log_sum, s, t):
     # The difference of the logits first: at |z| = 300 anything added before it costs 1e-5 in p.
     delta = tl.where(alone, -INF - z_y, log_sum + s * (tl.where(alone, 0.0, other_max) - t))
     # An infinite logit of the target's is no certainty but an overflow.
-    delta = tl.where((target < INF) & (z_y < INF), delta, NAN)
+    delta = tl.where((target < INF) & (z_y < INF), delta, float("nan"))
     wrong = delta > 0
     e = tl.exp(-tl.abs(delta))
     tail = log1p(e)

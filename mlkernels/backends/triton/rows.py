@@ -17,7 +17,6 @@ import triton.language as tl
 from ... import spec
 from .finish import (
     INF,
-    NAN,
     TWO_SCALE,
     by_scale,
     head_loss,
@@ -125,7 +124,7 @@ def label_of(target, row, rows, classes, ignore_index):
 def prepared(u, cap, adjustment, col, valid, T: tl.constexpr, CAPPED: tl.constexpr):
     """Logits after softcap and adjustment."""
     if CAPPED:
-        u = tl.where(u == INF, NAN, cap * tanh(u / cap))  # tanh would hide an overflow
+        u = tl.where(u == INF, float("nan"), cap * tanh(u / cap))  # tanh would hide an overflow
     if adjustment is not None:
         u += tl.load(adjustment + col, valid, 0.0).to(T)
     return u
@@ -134,9 +133,9 @@ def prepared(u, cap, adjustment, col, valid, T: tl.constexpr, CAPPED: tl.constex
 @triton.jit
 def prepared_load(pointers, mask, adjustment, at, cap, T: tl.constexpr, CAPPED: tl.constexpr):
     """The same for one logit of each row; NaN where there is none."""
-    u = tl.load(pointers, mask, NAN).to(T)
+    u = tl.load(pointers, mask, float("nan")).to(T)
     if CAPPED:
-        u = tl.where(u == INF, NAN, cap * tanh(u / cap))
+        u = tl.where(u == INF, float("nan"), cap * tanh(u / cap))
     if adjustment is not None:
         u += tl.load(adjustment + at, mask, 0.0).to(T)
     return u
@@ -188,7 +187,7 @@ def leave_stats(stats, row, rows, kept, exists, lse, nll, confidence, first, abo
     tl.store(stats[0] + row, tl.where(kept, lse, 0.0), inside)
     tl.store(stats[1] + row, tl.where(kept, -nll, 0.0), inside)
     tl.store(stats[2] + row, tl.where(kept & (doubtful == 0), first, -1).to(tl.int64), inside)
-    confidence = tl.where(doubtful | (exists == 0), NAN, confidence)
+    confidence = tl.where(doubtful | (exists == 0), float("nan"), confidence)
     tl.store(stats[3] + row, tl.where(kept, confidence, 0.0), inside)
     tl.store(stats[4] + row, tl.where(kept, above, 0).to(tl.int64), inside)
 
@@ -295,15 +294,6 @@ def on_chip(
     s, high = row_scale(structure[1], confidence, v)
     floor = tl.where(m == -INF, 0.0, m)
     d = u - floor[:, None]
-    e = tl.exp(d * s[:, None])
-    if saved is not None:
-        log_sum = tl.load(saved + 2 * row + 1, kept, 0.0)
-        share = tl.where(log_sum == -INF, 0.0, tl.exp(-log_sum))
-    else:
-        total = tl.sum(e, 1)
-        log_sum = tl.log(total)
-        share = tl.where(total == 0, 0.0, 1.0 / total)
-
     w_y = tl.full(row.shape, 1.0, T)
     every_weight = tl.full((), classes, T)
     if weight is not None:
@@ -318,6 +308,15 @@ def on_chip(
         if weight is not None:
             counted = counted * tl.load(weight + col, valid, 0.0).to(T)[None, :]
         weighted = tl.sum(counted, 1)
+    # After that: what is not needed beside the exponentials leaves them its registers.
+    e = tl.exp(d * s[:, None])
+    if saved is not None:
+        log_sum = tl.load(saved + 2 * row + 1, kept, 0.0)
+        share = tl.where(log_sum == -INF, 0.0, tl.exp(-log_sum))
+    else:
+        total = tl.sum(e, 1)
+        log_sum = tl.log(total)
+        share = tl.where(total == 0, 0.0, 1.0 / total)
 
     t, slope, ta, tb, tc, tn, t_bin = transform_target(
         structure[0], structure[3], structure[4], at_target, v, own_group, t_tables, T, PIECEWISE
