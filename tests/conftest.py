@@ -1,9 +1,17 @@
 import os
 
+import numpy as np
 import pytest
 import torch
+
+# Without a GPU Triton's kernels are interpreted. The variable counts where Triton is imported, so before all else.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from hypothesis import settings
 from table import LOSSES, usable_backends
+
+import mlkernels
 
 # A deadline would tell how loaded the machine is.
 settings.register_profile("default", deadline=None, max_examples=int(os.environ.get("MLKERNELS_EXAMPLES", "60")))
@@ -20,6 +28,25 @@ def _reproducible():
 def _threads():
     # Small tensors all over: two threads would wait for each other. test_layouts.py has what takes more.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _bfloat16_rounds():
+    """The interpreter cuts float32 down to bfloat16; the hardware rounds to the nearest, ties to even."""
+    if mlkernels.available_backends()["triton"] is not None or os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounding(input, input_dtype, output_dtype, mode):
+        if str(output_dtype) == "bf16" and str(input_dtype) == "fp32":
+            bits = np.ascontiguousarray(input, dtype=np.float32).view(np.uint32).astype(np.uint64)
+            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+            return np.where(np.isnan(input), 0x7FC0, rounded).astype(np.uint16)
+        return convert(input, input_dtype, output_dtype, mode)
+
+    interpreter._convert_float = rounding
 
 
 @pytest.fixture(params=usable_backends())

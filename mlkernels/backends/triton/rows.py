@@ -347,7 +347,7 @@ def on_chip(
         )  # fmt: skip
         if by_parameter is not None:
             shift = tl.zeros(row.shape, T)
-            if WANT & NEED_SHIFT:
+            if NEED_SHIFT & WANT:
                 # A class of probability 0 contributes 0, also when its logit is -inf.
                 shift = tl.sum(tl.where(e == 0, 0.0, e * d), 1)
             by_s = by_scale(alone, m, share, t, p, q, pull, part, flat, w_y, every_weight, shift, weighted)
@@ -515,7 +515,7 @@ def streamed(
             g_class, g_row, g_lse, g_log_prob,
         )  # fmt: skip
         shift = zero
-        if gradient is not None or WANT & NEED_SHIFT:
+        if gradient is not None or NEED_SHIFT & WANT:
             floor = tl.where(m == -INF, 0.0, m)
             if gradient is not None:
                 out = row_offset(row, sizes, out_strides, WIDE)
@@ -529,7 +529,7 @@ def streamed(
                 u = tl.where(is_target | (valid[None, :] == 0), -INF, u)
                 d = u - floor[:, None]
                 e = tl.exp(d * s[:, None])
-                if WANT & NEED_SHIFT:
+                if NEED_SHIFT & WANT:
                     shift += tl.sum(tl.where(e == 0, 0.0, e * d), 1)
                 if gradient is not None:
                     g = e * factor[:, None]
