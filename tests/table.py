@@ -451,7 +451,7 @@ def run(loss: Loss, input: torch.Tensor, target: torch.Tensor, params: dict, ups
     x = input.detach().requires_grad_()
     own = leaves(params)
     value = loss(x, target, own, **options)
-    value.backward(None if upstream is None else torch.as_tensor(upstream, dtype=value.dtype))
+    value.backward(None if upstream is None else torch.as_tensor(upstream, dtype=value.dtype, device=value.device))
     return value.detach(), x.grad, {k: v.grad for k, v in own.items() if isinstance(v, torch.Tensor)}
 
 
@@ -478,14 +478,24 @@ def close(actual, wanted, unit, eps: float, what: str, *, factor: float = 8.0, e
         )
 
 
-def check(loss, backend, input, target, params, dtype, upstream=None, factor: float = 8.0, **options):
+def placed(value, device):
+    """A tensor, or the tensors in a dict, on a device; anything else as it is."""
+    if isinstance(value, dict):
+        return {k: placed(v, device) for k, v in value.items()}
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+def check(loss, backend, input, target, params, dtype, upstream=None, factor: float = 8.0, device="cpu", **options):
     """A backend against the closed formulas: value, gradient of the logits, gradients of the parameters."""
     group = loss.group(target)
     if group is not None:
         options["group"] = group
     x = input.to(dtype)
     assert torch.equal(x.double().nan_to_num(3.0), input.nan_to_num(3.0)), "rows must be exact in the tested dtype"
-    value, grad, by_param = run(loss, x, target, params, upstream, backend=backend, **options)
+    found = run(
+        loss, *(placed(v, device) for v in (x, target, params, upstream)), backend=backend, **placed(options, device)
+    )
+    value, grad, by_param = (placed(v, "cpu") for v in found)
     wanted = expected(loss, input, target, params, upstream=upstream, **options)
     eps = accumulation_eps(dtype)
     half = torch.finfo(dtype).eps if dtype in (torch.float16, torch.bfloat16) else 0.0

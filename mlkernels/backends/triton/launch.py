@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import json
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -260,6 +261,8 @@ class _Call:
                 "CAPPED": self.capped,
                 "CONDITIONAL": conditional,
                 "WIDE": max(_reach(input), _reach(out)) + shape.cols * max(in_strides[0], out_strides[0]) >= _INT32,
+                "UNIT": math.gcd(16, self.classes, *in_strides[1:], *out_strides[1:]) if not side_by_side else 1,
+                "ACROSS": side_by_side,
                 "ROWS": shape.rows,
                 "COLS": shape.cols,
                 "num_warps": shape.warps,

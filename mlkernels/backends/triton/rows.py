@@ -44,13 +44,23 @@ PARTS = tl.constexpr(64)
 
 
 @triton.jit
-def row_offset(row, sizes, strides, WIDE: tl.constexpr):
+def multiple(number, UNIT: tl.constexpr):
+    """A number that is a multiple of UNIT, told so that the compiler sees it: Triton itself looks for 16 only, and 1000
+    classes would be read one by one."""
+    if UNIT > 1:
+        number = number // UNIT * UNIT
+    return number
+
+
+@triton.jit
+def row_offset(row, sizes, strides, WIDE: tl.constexpr, UNIT: tl.constexpr):
     """Where rows begin, in elements. sizes: (d1, d2) of (N, d1, d2); strides: (class, N, d1, d2)."""
     if WIDE:
         row = row.to(tl.int64)
     inner = row % sizes[1]
     rest = row // sizes[1]
-    return rest // sizes[0] * strides[1] + rest % sizes[0] * strides[2] + inner * strides[3]
+    outer = rest // sizes[0] * multiple(strides[1], UNIT) + rest % sizes[0] * multiple(strides[2], UNIT)
+    return outer + inner * multiple(strides[3], UNIT)
 
 
 @triton.jit
@@ -251,15 +261,18 @@ def on_chip(
     # the loss: transform, scale, head, beyond_pi, gradient, clamp
     structure, ignore_index,
     MODES: tl.constexpr, WANT: tl.constexpr, REDUCTION: tl.constexpr, CAPPED: tl.constexpr, CONDITIONAL: tl.constexpr,
-    WIDE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    WIDE: tl.constexpr, UNIT: tl.constexpr, ACROSS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """A tile of whole rows: reads each logit once (1u), writes each gradient once (1u). C <= COLS.
 
     CONDITIONAL: nothing is done where the upstream gradient is 1, for which the results are there already.
+    UNIT: a divisor of C and of all row strides. ACROSS: it is rows that are neighbours in memory; ignored ones are then
+    read with their neighbours, and dropped.
     """
     if CONDITIONAL:
         if tl.load(upstream[0]) == 1.0:
             return
+    classes = multiple(classes, UNIT)
     T: tl.constexpr = tl.float64 if input.dtype.element_ty == tl.float64 else tl.float32
     PIECEWISE: tl.constexpr = t_tables is not None
     TAU: tl.constexpr = tau_tables is not None
@@ -277,9 +290,9 @@ def on_chip(
         at = col.to(tl.int64) * in_strides[0]
     else:
         at = col * in_strides[0]
-    base = row_offset(row, sizes, in_strides, WIDE)
-    mask = kept[:, None] & valid[None, :]
-    raw = tl.load(input + base[:, None] + at[None, :], mask, -INF).to(T)
+    base = row_offset(row, sizes, in_strides, WIDE, UNIT)
+    read = row < rows if ACROSS else kept
+    raw = tl.load(input + base[:, None] + at[None, :], read[:, None] & valid[None, :], -INF).to(T)
     own = input + base + (y.to(tl.int64) * in_strides[0] if WIDE else y * in_strides[0])
     at_target = prepared_load(own, exists, adjustment, y, cap, T, CAPPED)
     u = prepared(raw, cap, adjustment, col[None, :], valid[None, :], T, CAPPED)
@@ -372,7 +385,7 @@ def on_chip(
                 to = col.to(tl.int64) * out_strides[0]
             else:
                 to = col * out_strides[0]
-            base = row_offset(row, sizes, out_strides, WIDE)
+            base = row_offset(row, sizes, out_strides, WIDE, UNIT)
             place = gradient + base[:, None] + to[None, :]
             tl.store(place, g.to(gradient.dtype.element_ty), (row < rows)[:, None] & valid[None, :])
 
@@ -388,7 +401,7 @@ def streamed(
     in_strides, out_strides, upstream_strides,
     structure, ignore_index,
     MODES: tl.constexpr, WANT: tl.constexpr, REDUCTION: tl.constexpr, CAPPED: tl.constexpr, CONDITIONAL: tl.constexpr,
-    WIDE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, TWO: tl.constexpr,
+    WIDE: tl.constexpr, UNIT: tl.constexpr, ACROSS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, TWO: tl.constexpr,
 ):  # fmt: skip
     """The same for rows of any length: statistics in one pass (1u), the gradient in one backwards (2u).
 
@@ -397,6 +410,7 @@ def streamed(
     if CONDITIONAL:
         if tl.load(upstream[0]) == 1.0:
             return
+    classes = multiple(classes, UNIT)
     T: tl.constexpr = tl.float64 if input.dtype.element_ty == tl.float64 else tl.float32
     PIECEWISE: tl.constexpr = t_tables is not None
     TAU: tl.constexpr = tau_tables is not None
@@ -407,7 +421,7 @@ def streamed(
     own_group = tl.zeros_like(row)
     if group is not None:
         own_group = tl.load(group + row, kept, 0).to(tl.int32)
-    base = row_offset(row, sizes, in_strides, WIDE)
+    base = row_offset(row, sizes, in_strides, WIDE, UNIT)
     own = input + base + (y.to(tl.int64) * in_strides[0] if WIDE else y * in_strides[0])
     at_target = prepared_load(own, exists, adjustment, y, cap, T, CAPPED)
     smoothing = shared(values, 15, MODES, T)
@@ -424,6 +438,7 @@ def streamed(
     weighted = zero
     log_sum, share = zero, zero
     blocks = tl.cdiv(classes, COLS)
+    read = row < rows if ACROSS else kept
     if saved is not None:
         m = tl.load(saved + 2 * row, kept, 0.0)
         log_sum = tl.load(saved + 2 * row + 1, kept, 0.0)
@@ -436,7 +451,7 @@ def streamed(
                     col = block * COLS + tl.arange(0, COLS)
                     valid = col < classes
                     at = (col.to(tl.int64) if WIDE else col) * in_strides[0]
-                    u = tl.load(input + base[:, None] + at[None, :], kept[:, None] & valid[None, :], 0.0).to(T)
+                    u = tl.load(input + base[:, None] + at[None, :], read[:, None] & valid[None, :], 0.0).to(T)
                     u = prepared(u, cap, adjustment, col[None, :], valid[None, :], T, CAPPED)
                     counted = tl.where((col[None, :] == y[:, None]) | (valid[None, :] == 0), 0.0, u - floor[:, None])
                     if weight is not None:
@@ -455,7 +470,7 @@ def streamed(
             col = block * COLS + tl.arange(0, COLS)
             valid = col < classes
             at = (col.to(tl.int64) if WIDE else col) * in_strides[0]
-            u = tl.load(input + base[:, None] + at[None, :], kept[:, None] & valid[None, :], -INF).to(T)
+            u = tl.load(input + base[:, None] + at[None, :], read[:, None] & valid[None, :], -INF).to(T)
             u = prepared(u, cap, adjustment, col[None, :], valid[None, :], T, CAPPED)
             is_target = col[None, :] == y[:, None]
             skipped = is_target | (valid[None, :] == 0)
@@ -518,12 +533,12 @@ def streamed(
         if gradient is not None or NEED_SHIFT & WANT:
             floor = tl.where(m == -INF, 0.0, m)
             if gradient is not None:
-                out = row_offset(row, sizes, out_strides, WIDE)
+                out = row_offset(row, sizes, out_strides, WIDE, UNIT)
             for back in range(blocks):
                 col = (blocks - 1 - back) * COLS + tl.arange(0, COLS)
                 valid = col < classes
                 at = (col.to(tl.int64) if WIDE else col) * in_strides[0]
-                raw = tl.load(input + base[:, None] + at[None, :], kept[:, None] & valid[None, :], -INF).to(T)
+                raw = tl.load(input + base[:, None] + at[None, :], read[:, None] & valid[None, :], -INF).to(T)
                 u = prepared(raw, cap, adjustment, col[None, :], valid[None, :], T, CAPPED)
                 is_target = col[None, :] == y[:, None]
                 u = tl.where(is_target | (valid[None, :] == 0), -INF, u)

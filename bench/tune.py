@@ -1,0 +1,235 @@
+"""``python -m bench.tune``: measures the launch sizes on the GPU at hand and writes the best into ``sizes.json``.
+
+A row of a table there is the largest number of classes it serves (0: any, block by block), how many elements a program
+holds, and its warps. Each row's candidates are timed in bfloat16 as a fraction of the copy bandwidth, a mean with its
+gradient and the split way alike; one whose kernels spill registers, or that fails, is not taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mlkernels.backends.triton import launch
+
+from .gpu import Problem, compile_ahead, few_rows, first_line, floor_bytes, gpu, make_inputs, our_step, ours, visit
+from .measure import take_turns
+from .run import describe
+
+Table = dict[str, list[list[int]]]
+
+PATH = Path(launch.__file__).parent / "sizes.json"
+LISTS = ["classes_side_by_side", "rows_side_by_side"]
+ELEMENTS, COPIED = 2**28, 2**30  # of a problem's logits; bytes of the copy
+LONGEST = 32768  # classes that may fit on chip; whether they do is measured
+MARGIN = 1.02  # a new size must be that much better than the old one
+BUDGET, COMPILING, SECONDS = 210.0, 110.0, 0.15
+
+
+class Candidate(NamedTuple):
+    """One way to launch the rows that an entry of a table serves."""
+
+    table: str
+    limit: int
+    row: tuple[int, int] | None  # elements and warps; None: without an entry, block by block
+    classes: tuple[int, ...]  # what it is measured at
+
+    def __str__(self) -> str:
+        what = "no entry" if self.row is None else f"{self.row[0]:>6} elements, {self.row[1]:>2} warps"
+        served = f"C <= {self.limit}" if self.limit else "any C"
+        return f"{self.table:<21} {served:<11} {what:<25} measured at C = {', '.join(map(str, self.classes))}"
+
+
+def measured_at(name: str, limit: int) -> tuple[int, ...]:
+    """The numbers of classes that stand for a row."""
+    if name == "rows_side_by_side":
+        return (19,) if limit else (150,)
+    if limit == 0:
+        return (128256,)
+    return (100, 1000) if limit <= 2048 else (limit,)
+
+
+def candidates(table: Table) -> list[list[Candidate]]:
+    """By row, the row as it is first."""
+    found = []
+    for name in LISTS:
+        for limit, elements, warps in table[name]:
+            # A long row on chip is one tile, whatever the table says.
+            sizes = [elements] if limit > 2048 else [elements, elements // 2, elements * 2]
+            counts = [warps, *(w for w in (warps // 2, warps * 2) if 1 <= w <= 32)]
+            at = measured_at(name, limit)
+            found.append([Candidate(name, limit, (size, count), at) for size in sizes for count in counts])
+        if name == LISTS[0] and all(limit < LONGEST for limit, _, _ in table[name]):
+            rows: list[tuple[int, int] | None] = [None, (LONGEST, 16), (LONGEST, 32)]
+            found.append([Candidate(name, LONGEST, row, (LONGEST,)) for row in rows])
+    return found
+
+
+def with_row(table: Table, candidate: Candidate) -> Table:
+    """The table with this row in the place of that with its limit, or added."""
+    name, limit, row, _ = candidate
+    if row is None:
+        return table
+    rows = [one for one in table[name] if one[0] != limit] + [[limit, *row]]
+    return {**table, name: sorted(rows, key=lambda one: one[0] or math.inf)}
+
+
+def use(table: Table) -> None:
+    """Launches go by this table from now on, on every architecture."""
+    launch._sizes = lambda architecture: table  # type: ignore[assignment]
+    launch.tile.cache_clear()
+
+
+def problem_of(candidate: Candidate, classes: int, elements: int) -> Problem:
+    """About so many elements, the classes or the rows side by side."""
+    if candidate.table == "classes_side_by_side":
+        return Problem((max(1, elements // classes // 16) * 16, classes), "bfloat16")
+    side = min(512, math.isqrt(elements // classes))
+    return Problem((max(1, elements // classes // side**2), classes, side, side), "bfloat16")
+
+
+class Recorder:
+    """A kernel that remembers how many registers its launches spilled at most."""
+
+    def __init__(self, kernel: Any):
+        self.kernel = kernel
+        self.spills = 0
+
+    def __getitem__(self, grid: Any) -> Callable[..., Any]:
+        launched = self.kernel[grid]
+
+        def run(*arguments: Any, **options: Any) -> Any:
+            compiled = launched(*arguments, **options)
+            self.spills = max(self.spills, getattr(compiled, "n_spills", None) or 0)
+            return compiled
+
+        return run
+
+
+def prepare(table: Table, candidate: Candidate, kind: str, elements: int) -> None:
+    """Compiles what a candidate runs; in a process of its own."""
+    use(with_row(table, candidate))
+    for classes in candidate.classes:
+        visit(few_rows(problem_of(candidate, classes, elements)), ["cross_entropy", "piecewise"], kind)
+
+
+def rate(table: Table, candidate: Candidate, copied: tuple[Tensor, Tensor], elements: int) -> float:
+    """The fraction of the copy bandwidth, a mean over problems and modes; 0 where the kernels spill."""
+    device = copied[0].device
+    use(with_row(table, candidate))
+    kernels = launch.kernels
+    originals = kernels.on_chip, kernels.streamed
+    recorders = [Recorder(kernel) for kernel in originals]
+    kernels.on_chip, kernels.streamed = recorders
+    fractions = []
+    try:
+        for classes in candidate.classes:
+            problem = problem_of(candidate, classes, elements)
+            visit(few_rows(problem), ["piecewise"], device.type)  # for its spills: the heaviest kernels
+            sets = [make_inputs(problem, False, device)]
+            function = ours(device)["cross_entropy"]
+            steps = {mode: our_step(function, mode, sets) for mode in ("single", "split")}
+            timings = take_turns({**steps, "copy": lambda: copied[0].copy_(copied[1])}, SECONDS, device)
+            if any(recorder.spills for recorder in recorders):
+                return 0.0
+            bandwidth = 2 * copied[0].nbytes / timings["copy"].median
+            fractions += [floor_bytes(problem, mode) / timings[mode].median / bandwidth for mode in steps]
+    finally:
+        kernels.on_chip, kernels.streamed = originals
+    return math.prod(fractions) ** (1 / len(fractions))
+
+
+def tune(
+    table: Table,
+    rate_of: Callable[[Table, Candidate], float],
+    deadline: float,
+    say: Callable[[str], None],
+) -> tuple[Table, list[str]]:
+    """The table with the best candidates, and what each row was measured on. What has no time left stays as it is."""
+    best = {name: [list(row) for row in table[name]] for name in LISTS}
+    notes = []
+    for group in candidates(table):
+        found: dict[Candidate, float] = {}
+        for candidate in group:
+            if time.perf_counter() > deadline:
+                break
+            try:
+                found[candidate] = rate_of(best, candidate)
+            except Exception as error:
+                say(f"{candidate}: {first_line(error)}")
+                continue
+            say(f"{candidate}: {found[candidate]:.1%}" if found[candidate] else f"{candidate}: spills")
+        old = found.get(group[0], 0.0)
+        chosen = max(found, key=lambda one: found[one], default=group[0])
+        if found.get(chosen, 0.0) <= MARGIN * old:
+            chosen = group[0]
+        best = with_row(best, chosen)
+        measured = f"{found[chosen]:.1%} of a copy" if found.get(chosen) else "not measured: kept"
+        notes.append(f"{' '.join(str(chosen).split())}: {measured}, {len(found)} of {len(group)} candidates ran")
+    return best, notes
+
+
+def text_of(sizes: dict[str, Any]) -> str:
+    """sizes.json: a list of rows on a line."""
+    blocks = []
+    for architecture, entry in sizes.items():
+        lines = [f"    {json.dumps(name)}: {json.dumps(value)}" for name, value in entry.items() if name != "measured"]
+        if "measured" in entry:
+            note = json.dumps(entry["measured"], indent=2).replace("\n", "\n    ")
+            lines.append(f'    "measured": {note}')
+        blocks.append(f"  {json.dumps(architecture)}: {{\n" + ",\n".join(lines) + "\n  }")
+    return "{\n" + ",\n".join(blocks) + "\n}\n"
+
+
+def main(given: list[str] | None = None) -> int:
+    """Measures and writes; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bench.tune", description="Measures Triton's launch sizes.")
+    parser.add_argument("--dry-run", action="store_true", help="lists the candidates; needs no GPU")
+    options = parser.parse_args(given)
+    sizes = json.loads(PATH.read_text())
+    if options.dry_run:
+        for group in candidates(sizes["default"]):
+            print("\n".join(map(str, group)))
+        return 0
+    device = gpu()
+    if device is None:
+        print("bench.tune: no GPU here (torch.cuda.is_available() is False)", file=sys.stderr)
+        return 1
+    started = time.perf_counter()
+
+    def say(what: str) -> None:
+        print(f"[{time.perf_counter() - started:5.0f} s] {what}", flush=True)
+
+    architecture = launch._architecture(device)
+    table = {name: rows for name, rows in launch._sizes(architecture).items() if name in LISTS}
+    every = [candidate for group in candidates(table) for candidate in group]
+    say(f"compiling for {len(every)} candidates")
+    compile_ahead(
+        [functools.partial(prepare, table, candidate, device.type, ELEMENTS) for candidate in every], COMPILING, say
+    )
+    copied = tuple(torch.zeros(COPIED, dtype=torch.uint8, device=device) for _ in range(2))
+    best, notes = tune(table, lambda table, candidate: rate(table, candidate, copied, ELEMENTS), started + BUDGET, say)
+    if not any("of a copy" in note for note in notes):
+        print("bench.tune: no candidate ran; nothing is written", file=sys.stderr)
+        return 1
+    header = describe(device)
+    kept = {name: header[name] for name in ("device", "date", "commit", "versions")}
+    sizes[architecture] = {**best, "measured": {**kept, "dtype": "bfloat16", "rows": notes}}
+    PATH.write_text(text_of(sizes))
+    print("\n".join(notes))
+    print(f"wrote {architecture} of {PATH}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,474 @@
+"""Compiles ahead of time, without a GPU, what the Triton backend launches; ``test_compile_targets.py`` runs this.
+
+    python tests/aot.py [--full] [--target sm_90] [--jobs 2]
+
+prints one JSON object per compiled kernel. What is compiled is what is launched: losses of the table are called on meta
+tensors, every launch is recorded, and Triton's own binder turns its arguments into a specialisation. That needs the
+compiler, so it is a process of its own: under TRITON_INTERPRET=1 ``triton.jit`` makes functions that nothing compiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from table import BY_NAME, LOSSES
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+import mlkernels
+from mlkernels.backends.triton import launch
+
+# By name: the package exports functions that are called like its modules.
+softmax = importlib.import_module("mlkernels.softmax")
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+# ---- calls -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of the package, and the backward pass after it."""
+
+    classes: int
+    rows: int = 4096
+    # rows: (N, C). strided: (n, C, d1, d2), where it is rows that are neighbours. sliced: (N, C) out of wider rows that
+    # begin at odd addresses.
+    layout: str = "rows"
+    dtype: str = "bf16"
+    loss: str = "cross_entropy"
+    form: str = "number"
+    half_parameters: bool = False
+    reduction: str = "mean"
+    # train: by the logits. all: by the parameters too. parameters: by those alone.
+    mode: str = "train"
+    stats: bool = False
+    backward: bool = True
+    upstream: str = "contiguous"  # expanded
+    labels: torch.dtype = torch.int64
+    weight: bool = False
+    smoothing: float = 0.0
+    adjustment: bool = False
+    softcap: float | None = None
+    tile: launch.Tile | None = None  # another than the package's
+
+    def run(self) -> None:
+        shape: tuple[int, ...] = (self.rows, self.classes)
+        if self.layout == "strided":
+            shape = (max(1, self.rows // 256), self.classes, 16, 16)
+        dtype = DTYPES[self.dtype]
+        if self.layout == "sliced":
+            input = torch.empty(self.rows, self.classes + 3, dtype=dtype, device="meta")[:, 1 : 1 + self.classes]
+        else:
+            input = torch.empty(shape, dtype=dtype, device="meta")
+        target = torch.empty((shape[0], *shape[2:]), dtype=self.labels, device="meta")
+        loss = BY_NAME[self.loss]
+        own = torch.bfloat16 if self.half_parameters else torch.float32
+        params = {
+            # A parameter has one of these forms; tables and norms, which have only one, are what values() says.
+            name: value.to("meta").requires_grad_(self.mode in ("all", "parameters"))
+            if isinstance(value, torch.Tensor)
+            else value
+            for name, value in loss.values(self.form, torch.empty(target.shape), self.classes, dtype=own).items()
+        }
+        vector = lambda there: torch.empty(self.classes, device="meta") if there else None
+        options: dict[str, Any] = {
+            "reduction": self.reduction,
+            "weight": vector(self.weight),
+            "label_smoothing": self.smoothing,
+            "logit_adjustment": vector(self.adjustment),
+            "softcap": self.softcap,
+            "return_stats": self.stats,
+        }
+        if loss.groups:
+            options["group"] = torch.empty(target.shape, dtype=torch.int64, device="meta")
+        input.requires_grad_(self.mode in ("train", "all"))
+        value: Any = mlkernels.softmax_loss(input, target, **loss.compose(params), **options)
+        outputs = [value[0], *value[1][:2]] if self.stats else [value]
+        outputs = [output for output in outputs if output.requires_grad]
+        if outputs and self.backward:
+            grads = [torch.empty((), device="meta", dtype=output.dtype).expand(output.shape) for output in outputs]
+            if self.upstream == "contiguous":
+                grads = [grad.contiguous() for grad in grads]
+            torch.autograd.backward(outputs, grads)
+
+
+def _rows(classes: int) -> int:
+    return 4096 if classes <= 16384 else 256  # below 2^31 elements
+
+
+def sizes(architecture: str, side_by_side: bool, itemsize: int, every: bool) -> list[int]:
+    """Numbers of classes, one for each tile that there is; or only the largest for each amount of work of a thread."""
+    found: dict[Any, int] = {}
+    for exponent in range(19):
+        tile = launch.tile(architecture, 2**exponent, side_by_side, itemsize)
+        found[tile if every else (tile.rows * tile.cols, tile.warps, tile.on_chip)] = 2**exponent
+    return list(found.values())
+
+
+def tiles(architecture: str, full: bool) -> Iterator[Case]:
+    """Every tile: plain cross entropy, and in the full set also with everything that takes registers."""
+    for dtype, layout in itertools.product(DTYPES if full else ("bf16", "fp32"), ("rows", "strided")):
+        for classes in sizes(architecture, layout == "strided", DTYPES[dtype].itemsize, full):
+            plain = Case(classes, _rows(classes), layout, dtype)
+            yield replace(plain, backward=full)
+            if full:
+                yield replace(plain, reduction="none")
+                yield replace(plain, mode="eval")
+                yield replace(plain, mode="eval", stats=True)
+                yield heaviest(plain)
+
+
+def heaviest(case: Case) -> Case:
+    """With everything that takes registers."""
+    return replace(
+        case, loss="two_scale_margin_modulated", form="shared", mode="all", reduction="none", stats=True, weight=True,
+        smoothing=0.1, adjustment=True, softcap=30.0,
+    )  # fmt: skip
+
+
+def widest(architecture: str) -> int:
+    """The longest rows that are held on chip."""
+    classes = sizes(architecture, False, 2, False)
+    return max(c for c in classes if launch.tile(architecture, c, False, 2).on_chip)
+
+
+def essentials(architecture: str) -> Iterator[Case]:
+    """Each kernel in each of its ways."""
+    longest = widest(architecture)
+    yield Case(longest)  # in one visit, and again if the upstream gradient is not 1
+    yield Case(131072, 256, dtype="fp32")
+    yield heaviest(Case(longest))  # in two visits
+    yield heaviest(Case(131072, 256))
+    yield Case(16, loss="piecewise_groups", mode="parameters", reduction="sum")
+    yield Case(64, layout="strided", mode="eval")
+    yield Case(1000, backward=False)  # a multiple of 8, not of 16
+
+
+#: What calls differ in, for the pairs.
+AXES: dict[str, list[Any]] = {
+    "shape": ["short", "odd", "widest", "long", "strided", "strided long", "sliced", "huge"],
+    "dtype": ["bf16", "fp32", "fp16", "fp64"],
+    "loss": ["cross_entropy", "two_scale_margin_modulated", "piecewise_groups", "target_logit", "margin_norm_combined"],
+    "form": ["number", "shared", "class", "row"],
+    "half_parameters": [False, True],
+    "reduction": ["mean", "none", "sum"],
+    "mode": ["train", "all", "eval", "parameters"],
+    "stats": [False, True],
+    "upstream": ["contiguous", "expanded"],
+    "labels": [torch.int64, torch.int32],
+    "weight": [False, True],
+    "smoothing": [0.0, 0.1],
+    "adjustment": [False, True],
+    "softcap": [None, 30.0],
+}
+#: The same for every run of the tests: pairs of fewer shapes and losses.
+FEWER = AXES | {
+    "shape": ["odd", "widest", "long", "huge"],
+    "loss": ["cross_entropy", "two_scale_margin_modulated", "piecewise_groups"],
+    "dtype": ["bf16", "fp32", "fp64"],
+    "mode": ["all", "eval", "parameters"],
+    "upstream": ["contiguous"],
+    "labels": [torch.int64],
+}
+
+
+def pairs(axes: dict[str, list[Any]], seed: int = 0) -> Iterator[dict[str, Any]]:
+    """Choices such that any two values of two axes come together once: the best of a few random ones, again and again.
+
+    What is left at the end is put together directly, so that this ends.
+    """
+    names = list(axes)
+    missing = {
+        ((a, x), (b, y))
+        for a, b in itertools.combinations(range(len(names)), 2)
+        for x in range(len(axes[names[a]]))
+        for y in range(len(axes[names[b]]))
+    }
+    generator = random.Random(seed)
+    while missing:
+        best: tuple[set, list[int]] = (set(), [])
+        start = min(missing)
+        for _ in range(100):
+            choice = [generator.randrange(len(axes[name])) for name in names]
+            for axis, value in start:
+                choice[axis] = value
+            covered = missing.intersection(itertools.combinations(enumerate(choice), 2))
+            best = max(best, (covered, choice), key=lambda found: len(found[0]))
+        missing -= best[0]
+        yield {name: axes[name][value] for name, value in zip(names, best[1], strict=True)}
+
+
+def paired(architecture: str, axes: dict[str, list[Any]]) -> Iterator[Case]:
+    shapes = {
+        "short": (16, 4096, "rows"),
+        "odd": (1001, 77, "rows"),
+        "widest": (widest(architecture), 4096, "rows"),
+        "long": (131072, 256, "rows"),
+        "strided": (19, 4096, "strided"),
+        "strided long": (150, 4096, "strided"),
+        "sliced": (1000, 4096, "sliced"),
+        "huge": (131072, 17000, "rows"),
+    }
+    for choice in pairs(axes):
+        classes, rows, layout = shapes[choice.pop("shape")]
+        yield Case(classes, rows, layout, **choice)
+
+
+def cases(name: str, full: bool) -> Iterator[Case]:
+    yield from essentials(name)
+    if full:
+        yield from tiles(name, True)
+        yield from paired(name, AXES)
+        yield Case(16, 2**21, mode="eval", reduction="sum")  # more parts than one program adds up
+        for loss in LOSSES:
+            for form, mode in itertools.product(loss.forms, ("train", "all")):
+                yield Case(1024, loss=loss.name, form=form, mode=mode)
+    elif name == "sm_90":
+        yield from tiles(name, False)
+        yield from paired(name, FEWER)
+
+
+# ---- from calls to specialisations -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Launch:
+    """A kernel as it is launched, and as Triton compiles it."""
+
+    target: str
+    kernel: JITFunction
+    arguments: dict[str, Any]
+    signature: dict[str, Any]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        return repr((self.target, self.kernel.__name__, self.signature, self.constants, self.attributes, self.options))
+
+    def known(self, name: str, *path: int) -> int:
+        """What an integer is known to be a multiple of."""
+        at = (list(self.signature).index(name), *path)
+        return self.constants.get(at) or dict(self.attributes.get(at, ())).get("tt.divisibility", 1)
+
+    @property
+    def does(self) -> str:
+        """What sets it apart, in words."""
+        given = self.arguments
+        words = [
+            name
+            for name in (
+                "losses", "save", "stats", "gradient", "by_parameter", "bins", "saved", "group", "weight", "weight_sum",
+                "adjustment", "divisors", "t_tables", "tau_tables",
+            )
+            if given.get(name) is not None
+        ]  # fmt: skip
+        words += [f"upstream{i}" for i, u in enumerate(given.get("upstream", ())) if u is not None]
+        return " ".join(
+            words + [f"{k}={int(v)}" for k, v in given.items() if k.isupper() and v and k not in ("ROWS", "COLS")]
+        )
+
+    def wide(self, name: str, strides: str) -> int:
+        """How many 128-bit accesses a thread must make to a tensor of aligned rows; 0: none."""
+        given = self.arguments
+        tensor = given.get(name)
+        if tensor is None or tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            return 0
+        places = given[strides]
+        if places[0] == 1:  # classes side by side
+            aligned = all(p * tensor.element_size() % 16 == 0 for p in (given["classes"], *places[1:]))
+        else:
+            aligned = 1 in places[1:] and all(p % 16 == 0 or p == 1 for p in places) and given["sizes"][0] % 16 == 0
+            aligned = aligned and self.known("rows") % 16 == 0
+        if not (aligned and self.known(name) % 16 == 0):
+            return 0
+        threads = TARGETS[self.target].warp_size * self.options["num_warps"]
+        return max(1, given["ROWS"] * given["COLS"] * tensor.element_size() // (16 * threads))
+
+
+def launches(name: str, calls: Callable[[], None]) -> list[Launch]:
+    """What calls launch on a target."""
+    target = TARGETS[name]
+    backend = make_backend(target)
+    found: list[Launch] = []
+
+    def launcher(kernel: JITFunction, grid: Any) -> Callable[..., None]:
+        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+
+        def record(*arguments: Any, **options: Any) -> None:
+            bound, specialisation, rest = bind(*arguments, **options)
+            packed = kernel._pack_args(backend, options, bound, specialisation, rest)
+            chosen, signature, constants, attributes = packed
+            found.append(Launch(name, kernel, bound, signature, constants, attributes, chosen.__dict__))
+
+        return record
+
+    kept = JITFunction.__getitem__, launch._architecture, softmax.choose
+    JITFunction.__getitem__ = launcher  # type: ignore[method-assign]
+    launch._architecture, softmax.choose = lambda device: name, lambda device, backend: "triton"
+    try:
+        calls()
+    finally:
+        JITFunction.__getitem__, launch._architecture, softmax.choose = kept
+    return found
+
+
+def of_case(name: str, case: Case) -> list[Launch]:
+    if case.tile is None:
+        return launches(name, case.run)
+    kept, launch.tile = launch.tile, lambda *_: case.tile  # type: ignore[assignment]
+    try:
+        return launches(name, case.run)
+    finally:
+        launch.tile = kept
+
+
+# ---- compiling -------------------------------------------------------------------------------------------------------
+
+
+def measured(target: GPUTarget, assembly: dict[str, Any]) -> dict[str, int]:
+    """Registers, spills and 128-bit accesses of a compiled kernel."""
+    if target.backend == "hip":
+        text = assembly["amdgcn"]
+        number = lambda name: int(re.search(rf"\.{name}:\s*(\d+)", text).group(1))  # type: ignore[union-attr]
+        return {
+            "registers": number("vgpr_count"),
+            "spills": number("vgpr_spill_count") + number("private_segment_fixed_size"),
+            "loads": len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", text)),
+            "stores": len(re.findall(r"\b(?:global|buffer)_store_dwordx4\b", text)),
+            "narrow": 2 * len(re.findall(r"\b(?:global|buffer)_load_[us]short\w*", text))
+            + 4 * len(re.findall(r"\b(?:global|buffer)_load_dword\b", text)),
+        }
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(assembly["cubin"])
+        file.flush()
+        dump = lambda what: subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True).stdout
+        usage, code = dump("--dump-resource-usage"), dump("--dump-sass")
+    registers, stack, local = map(
+        int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage).groups()  # type: ignore[union-attr]
+    )  # fmt: skip
+    wide = lambda name: sum(int(bits) // 128 for bits in re.findall(rf"\b{name}\.E\S*\.(128|256)\b", code))
+    return {
+        "registers": registers,
+        "spills": stack + local,
+        "loads": wide("LDG"),
+        "stores": wide("STG"),
+        # Bytes; 32 bits are what has no suffix.
+        "narrow": 2 * len(re.findall(r"\bLDG\.E\S*\.U16\b", code))
+        + 4 * len(re.findall(r"\bLDG\.E(?!\S*\.(?:[US]?8|[US]?16|64|128|256)\b)", code)),
+    }
+
+
+def compiled(one: Launch) -> dict[str, Any]:
+    """The specialisation's row of the table."""
+    given = one.arguments
+    dtype = getattr(given.get("input"), "dtype", None)
+    row = {
+        "kernel": one.kernel.__name__,
+        "target": one.target,
+        "tile": f"{given['ROWS']}x{given['COLS']}" if "ROWS" in given else str(given["BLOCK"]),
+        "warps": one.options["num_warps"],
+        "dtype": next((n for n, d in DTYPES.items() if d == dtype), ""),
+        "does": one.does,
+        "wide_loads": one.wide("input", "in_strides") if "input" in given else 0,
+        "wide_stores": one.wide("gradient", "out_strides") if "gradient" in given else 0,
+    }
+    others = ("weight", "adjustment", "group", "t_tables", "tau_tables")
+    if row["wide_loads"] and not given["MODES"] and all(given[name] is None for name in others):
+        # Labels and sums are wide too; but where little else is read there are fewer narrow loads than logits.
+        row["narrow_limit"] = row["wide_loads"] * 16
+    begun = time.monotonic()
+    try:
+        source = ASTSource(one.kernel, one.signature, one.constants, one.attributes)
+        made = triton.compile(source, target=TARGETS[one.target], options=one.options)
+        row |= measured(TARGETS[one.target], made.asm) | {"shared": made.metadata.shared}
+    except Exception as error:
+        row["error"] = f"{type(error).__name__}: {error}"
+    return row | {"seconds": round(time.monotonic() - begun, 2)}
+
+
+@triton.jit
+def _nothing(x):
+    tl.store(x, 0.0)
+
+
+def why_not(name: str) -> str | None:
+    """Why this Triton cannot compile for the target: not even the smallest kernel."""
+    try:
+        target = TARGETS[name]
+        triton.compile(ASTSource(_nothing, {"x": "*fp32"}, {}, {}), target=target)
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error)[:200]}"
+    return None
+
+
+_work: list[tuple[Launch, dict[str, Any]]] = []  # for the workers, which are forks
+
+
+def _one(index: int) -> dict[str, Any]:
+    one, more = _work[index]
+    return compiled(one) | more
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--full", action="store_true", help="every tile, loss, form and pair of options on each target")
+    parser.add_argument("--target", action="append", choices=TARGETS)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--list", action="store_true", help="what there would be to compile")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    seen: set[str] = set()
+    for name in arguments.target or TARGETS:
+        reason = why_not(name)
+        print(json.dumps({"target": name, "unavailable": reason}), flush=True)
+        if reason is not None:
+            continue
+        for case in cases(name, arguments.full):
+            for one in of_case(name, case):
+                if one.key not in seen:
+                    seen.add(one.key)
+                    _work.append((one, {"case": repr(case)}))
+        if name == "sm_90":
+            # Rows that do not fit: the checks must see it.
+            spilling = Case(32768, 256, mode="train", tile=launch.Tile(1, 32768, 32, True))
+            _work.extend((one, {"bad": True}) for one in of_case(name, spilling)[-1:])
+    if arguments.list:
+        for one, more in _work:
+            print(one.target, one.kernel.__name__, one.does, more)
+        return
+    with multiprocessing.get_context("fork").Pool(arguments.jobs) as pool:
+        for row in pool.imap_unordered(_one, range(len(_work))):
+            print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Without a GPU: what the Triton backend launches compiles for every architecture, spills nothing, and moves 128 bits.
+
+``aot.py`` does the compiling, in processes of their own. Two minutes on two cores the first time, then Triton's cache
+serves. ``MLKERNELS_FULL=1``: every tile, loss, form and pair of options on each target, which takes hours.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+ROOT = Path(__file__).parent.parent
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+FULL = os.environ.get("MLKERNELS_FULL") == "1"
+
+
+def _table(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """One line for all specialisations of a kernel in a tile, with the most that one of them takes."""
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        key = (row["kernel"], row["target"], row["tile"], str(row["warps"]), row["dtype"])
+        groups.setdefault(key, []).append(row)
+    yield "kernel   target       tile warps dtype forms registers shared spills"
+    for key, group in sorted(groups.items()):
+        kernel, target, tile, warps, dtype = key
+        most = {name: max(row.get(name, -1) for row in group) for name in ("registers", "shared", "spills")}
+        numbers = f"{most['registers']:10}{most['shared']:7}{most['spills']:7}"
+        yield f"{kernel:9}{target:8}{tile:>9}{warps:>6}{dtype:>6}{len(group):6}{numbers}"
+
+
+@pytest.fixture(scope="module")
+def everything(request) -> list[dict[str, Any]]:
+    """What ``aot.py`` says; printed as a table."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, str(ROOT / "tests" / "aot.py"), *(["--full"] if FULL else [])]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        rows = [row for row in found if "kernel" in row and "bad" not in row]
+        print("", *_table(rows), f"{len(rows)} compiled", sep="\n")
+    return found
+
+
+@pytest.fixture(params=TARGETS)
+def rows(request, everything) -> list[dict[str, Any]]:
+    """A target's kernels."""
+    (reason,) = (row["unavailable"] for row in everything if "unavailable" in row and row["target"] == request.param)
+    if reason is not None:
+        pytest.skip(f"this Triton does not compile for {request.param}: {reason}")
+    return [row for row in everything if row["target"] == request.param and "kernel" in row and "bad" not in row]
+
+
+def _told(rows: list[dict[str, Any]]) -> str:
+    """For an assertion's message."""
+    return "\n".join(["", *(json.dumps(row) for row in rows)])
+
+
+def test_compiles(rows):
+    failed = [row for row in rows if "error" in row]
+    assert not failed, _told(failed)
+
+
+def test_every_kernel(rows):
+    """What launch.py launches is here."""
+    launched = set(re.findall(r"kernels\.(\w+)\[", (ROOT / "mlkernels/backends/triton/launch.py").read_text()))
+    assert launched and launched == {row["kernel"] for row in rows}
+
+
+def test_no_spills(rows):
+    spilling = [row for row in rows if row.get("spills", 0) > 0]
+    assert not spilling, _told(spilling)
+
+
+def test_wide_accesses(rows):
+    """Aligned rows are read and written 128 bits at a time."""
+    asked = [row for row in rows if row["wide_loads"] and "error" not in row]
+    narrow = [
+        row
+        for row in asked
+        if row["loads"] < row["wide_loads"]
+        or row["stores"] < row["wide_stores"]
+        or row["narrow"] >= row.get("narrow_limit", math.inf)
+    ]
+    assert any(row["wide_stores"] for row in asked)
+    assert not narrow, _told(narrow)
+
+
+def test_a_spill_is_seen(everything):
+    """Rows of 32768 classes, held by 1024 threads with 64 registers each."""
+    (row,) = (row for row in everything if "bad" in row)
+    assert row["spills"] > 0, _told([row])
