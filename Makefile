@@ -27,7 +27,7 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 .PHONY: test bench demo lint format build clean
 
 test: build
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n auto --dist worksteal $(ARGS)
 
 bench: build
 	$(PY) -m bench $(ARGS)

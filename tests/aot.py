@@ -126,7 +126,7 @@ def sizes(architecture: str, side_by_side: bool, itemsize: int, every: bool) -> 
     """Numbers of classes, one for each tile that there is; or only the largest for each amount of work of a thread."""
     found: dict[Any, int] = {}
     for exponent in range(19):
-        tile = launch.tile(architecture, 2**exponent, side_by_side, itemsize)
+        tile = launch.tile(architecture, 2**exponent, side_by_side, itemsize, True)
         found[tile if every else (tile.rows * tile.cols, tile.warps, tile.on_chip)] = 2**exponent
     return list(found.values())
 
@@ -152,10 +152,10 @@ def heaviest(case: Case) -> Case:
     )  # fmt: skip
 
 
-def widest(architecture: str) -> int:
+def widest(architecture: str, plain: bool = True) -> int:
     """The longest rows that are held on chip."""
-    classes = sizes(architecture, False, 2, False)
-    return max(c for c in classes if launch.tile(architecture, c, False, 2).on_chip)
+    classes = sizes(architecture, False, 2, True)
+    return max(c for c in classes if launch.tile(architecture, c, False, 2, plain).on_chip)
 
 
 def essentials(architecture: str) -> Iterator[Case]:
@@ -163,7 +163,7 @@ def essentials(architecture: str) -> Iterator[Case]:
     longest = widest(architecture)
     yield Case(longest)  # in one visit, and again if the upstream gradient is not 1
     yield Case(131072, 256, dtype="fp32")
-    yield heaviest(Case(longest))  # in two visits
+    yield heaviest(Case(widest(architecture, plain=False)))  # in two visits
     yield heaviest(Case(131072, 256))
     yield Case(16, loss="piecewise_groups", mode="parameters", reduction="sum")
     yield Case(64, layout="strided", mode="eval")

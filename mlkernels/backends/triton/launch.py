@@ -69,20 +69,23 @@ def _architecture(device: torch.device) -> str:
 
 
 @functools.cache
-def tile(architecture: str, classes: int, side_by_side: bool, itemsize: int) -> Tile:
-    """The program of rows of so many classes. side_by_side: it is rows, not classes, that are neighbours in memory.
+def tile(architecture: str, classes: int, side_by_side: bool, itemsize: int, plain: bool) -> Tile:
+    """The program of rows of so many classes. side_by_side: it is rows, not classes, that are neighbours in memory;
+    plain: nothing is read beside logits and labels, and nothing written but loss and gradient of the logits.
 
     Nothing else counts, the number of rows least of all: a row's results do not depend on the batch it is in.
     """
     table = _sizes(architecture)["rows_side_by_side" if side_by_side else "classes_side_by_side"]
-    half = itemsize == 8  # float64 takes twice the registers
+    half = 1 + (itemsize == 8)  # float64 takes twice the registers
     cols = triton.next_power_of_2(classes)
-    for limit, elements, warps in table:
-        if limit and cols <= limit // (1 + half):
-            return Tile(max(1, elements // (1 + half) // cols), cols, warps, True)
+    for limit, elements, warps in table[:-1]:
+        # 16 warps leave a thread 128 registers: enough for the logits, not for all that a loss can have.
+        if cols <= limit // half and (plain or warps < 16):
+            return Tile(max(1, elements // half // cols), cols, warps, True)
     _, elements, warps = table[-1]
+    elements //= half
     cols = min(cols, elements // 64) if side_by_side else elements
-    return Tile(max(1, elements // cols), cols, warps, False)
+    return Tile(elements // cols, cols, warps, False)
 
 
 # ---- tensors to arguments --------------------------------------------------------------------------------------------
@@ -176,6 +179,7 @@ class _Call:
         group = self.by_slot.get(Slot.GROUP)
         self.group = None if group is None else group.reshape(-1).contiguous()
         self.weight_sum = self.weight.sum(dtype=self.accumulate) if self.smooth and self.weight is not None else None
+        self.plain = not self.by_slot and not self.smooth and not self.capped
         self._divisors: tuple[Tensor, int] | None = None
 
     def is_table(self, slot: int) -> bool:
@@ -236,10 +240,11 @@ class _Call:
             assert layout is not None
         sizes, in_strides, out_strides = layout
         side_by_side = in_strides[0] != 1 and self.classes > 1
-        shape = tile(_architecture(self.device), self.classes, side_by_side, input.element_size())
+        wanted = [slot for slot in ops.needed(needs) if slot != ops.INPUT]
+        plain = self.plain and not wanted and stats is None and upstream[1] is upstream[2] is None
+        shape = tile(_architecture(self.device), self.classes, side_by_side, input.element_size(), plain)
         programs = triton.cdiv(rows, shape.rows)
 
-        wanted = [slot for slot in ops.needed(needs) if slot != ops.INPUT]
         by_parameter = self.empty(_TRAINABLE, rows) if wanted else None
         bins = self.empty(2, rows, dtype=torch.int32) if any(map(self.is_table, wanted)) else None
         row_losses = None
@@ -389,7 +394,7 @@ def refresh(
     grad_loss: Tensor, input: Tensor, target: Tensor, numbers: Sequence[float], params: Sequence[Tensor],
     gradient: Tensor,
 ) -> None:  # fmt: skip
-    """Writes a gradient that was made for an upstream gradient of 1 anew, unless that is what it is: the device looks."""
+    """Writes a gradient that was made for an upstream gradient of 1 anew, unless the device finds that it is 1."""
     call = _Call(input, target, numbers, params)
     with call.on_device():
         call.run(gradient=gradient, upstream=(grad_loss, None, None), conditional=True)

@@ -401,7 +401,8 @@ def streamed(
     in_strides, out_strides, upstream_strides,
     structure, ignore_index,
     MODES: tl.constexpr, WANT: tl.constexpr, REDUCTION: tl.constexpr, CAPPED: tl.constexpr, CONDITIONAL: tl.constexpr,
-    WIDE: tl.constexpr, UNIT: tl.constexpr, ACROSS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, TWO: tl.constexpr,
+    WIDE: tl.constexpr, UNIT: tl.constexpr, ACROSS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    TWO: tl.constexpr,
 ):  # fmt: skip
     """The same for rows of any length: statistics in one pass (1u), the gradient in one backwards (2u).
 
@@ -575,7 +576,7 @@ def streamed(
 
 @triton.jit(do_not_specialize=["ignore_index"])
 def count(target, weight, parts, rows, classes, ignore_index, chunk, BLOCK: tl.constexpr):
-    """parts: (programs, 2), float64: the sum of weights and the number of the rows that are not ignored, a chunk each."""
+    """parts: (programs, 2), float64: the sum of weights and the number of the rows that count, of a chunk each."""
     pid = tl.program_id(0)
     weights = tl.zeros((BLOCK,), tl.float64)
     kept_rows = tl.zeros((BLOCK,), tl.float64)
@@ -595,8 +596,10 @@ def count(target, weight, parts, rows, classes, ignore_index, chunk, BLOCK: tl.c
 
 @triton.jit
 def total(terms, sums, divisors, count, chunk, BLOCK: tl.constexpr, FINAL: tl.constexpr):
-    """The two columns of terms, (count, 2), added up in float64: per chunk into sums, (programs, 2); or FINAL, where one
-    program has them all, into one number, each column divided by its divisor where there are divisors."""
+    """The two columns of terms, (count, 2), added up in float64: per chunk into sums, (programs, 2).
+
+    FINAL: one program has them all, and makes one number of them, each column divided by its divisor if there are any.
+    """
     pid = tl.program_id(0)
     a = tl.zeros((BLOCK,), tl.float64)
     b = tl.zeros((BLOCK,), tl.float64)
