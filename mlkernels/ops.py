@@ -171,4 +171,4 @@ def triton() -> Kernels:
     """Triton's operators in eager mode."""
     from .backends.triton import launch
 
-    return Kernels(*(launch.OPERATORS[name] for name in _FAKES), refresh=launch.refresh)
+    return Kernels(*(launch.OPERATORS[name] for name in _FAKES))._replace(refresh=launch.refresh)

@@ -441,19 +441,19 @@ def apply(
         call = _Call(call.numbers, needs, half, ops.NATIVE)
 
     chosen = choose(input.device, backend)
-    if chosen == "reference" or _functorch_level() is not None:
+    by_reference = chosen == "reference" or _functorch_level() is not None
+    if by_reference or chosen == "triton":  # C++ looks at the indices while it reads them
         check_indices("target", target, input.shape[1], ignore_index)
         if group is not None:
             count = next(t.shape[0] for slot, t in tensors.items() if slot in _TABLES and t.dim() == 2)
             check_indices("group", group, count)
+    if by_reference:
         loss, rows = reference.softmax_loss(input, target, call.numbers, params)
         return loss, RowStats(*rows) if return_stats else None
     # One visit where it pays. An fp16 gradient is written only when the upstream is known: a GradScaler's 65536 would
     # rescale what has already underflowed.
     split = reduction == "none" or compiling or dtype == torch.float16
     if chosen == "triton":
-        if input.device.type == "cpu":  # under the interpreter
-            check_indices("target", target, input.shape[1], ignore_index)
         call = call._replace(kernels=ops.TRITON_TRACED if compiling else ops.triton())
         # Nobody on the host knows the upstream gradient, so a parameter's is always multiplied by it.
         split = split or (half and needs != _ONLY_INPUT and any(param.dtype in _HALF for param in params))

@@ -96,7 +96,8 @@ def test_an_input_changed_in_place_is_noticed(backend, reduction):
     y = x * 1
     value = mlkernels.cross_entropy(y, target, reduction=reduction, backend=backend)
     y.mul_(torch.linspace(-2, 2, 4, dtype=F64))
-    if backend == "reference" or reduction == "mean":  # it works on a copy; its gradient is written by the forward
+    # The reference works on a copy; on the CPU the forward writes a mean's gradient, which Triton's may have to redo.
+    if backend == "reference" or (backend == "cpu" and reduction == "mean"):
         value.sum().backward()
         torch.testing.assert_close(x.grad, wanted)
     else:

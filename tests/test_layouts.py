@@ -269,6 +269,8 @@ def test_upstreams_have_targets_layout(backend):
 @pytest.mark.parametrize("shape", [(257, 997), (40, 21, 33), (3, 40013)], ids=str)
 def test_threads_change_nothing(backend, shape):
     """Reductions are deterministic: the same bits with one thread, with two, and again."""
+    if backend == "triton":
+        pytest.skip("has no threads; test_triton.py runs everything twice")
     loss = BY_NAME["two_scale_norm"]
     generator = torch.Generator().manual_seed(0)
     input = torch.randn(shape, generator=generator)

@@ -4,15 +4,19 @@ import pytest
 import torch
 from table import FEW, draw, numbers_of, usable_backends
 
-import mlkernels
 from mlkernels import ops
 from mlkernels.softmax import _DEFAULTS
 from mlkernels.spec import Reduction, Slot, compose
 
 #: Autograd lives in softmax.py's Functions: the operators themselves have none to test.
 CHECKS = ("test_schema", "test_faketensor")
-NATIVE = [name for name in usable_backends() if name != "reference"]
-native = pytest.mark.skipif(not NATIVE, reason=f"no native backend: {mlkernels.available_backends()['cpu']}")
+KERNELS = {"cpu": ops.NATIVE, "triton": ops.TRITON_TRACED}
+
+
+@pytest.fixture(params=[name for name in usable_backends() if name in KERNELS])
+def kernels(request):
+    """The operators of a backend."""
+    return KERNELS[request.param]
 
 
 def flattened(loss, form="shared", reduction=1, dtype=torch.float32, shape=None):
@@ -51,15 +55,17 @@ OPERATORS = [
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_operators_exist_without_a_compiler(name):
-    op = getattr(torch.ops.mlkernels, name).default
-    assert torch.Tag.pt2_compliant_tag in op.tags
-    assert not op._schema.is_mutable
+    for library in (torch.ops.mlkernels, torch.ops.mlkernels_triton):
+        op = getattr(library, name).default
+        assert torch.Tag.pt2_compliant_tag in op.tags
+        assert not op._schema.is_mutable
 
 
 def test_every_operator_is_checked_here():
     """A new operator comes with its check."""
-    defined = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("mlkernels::")}
-    assert {n.split("::")[1] for n in defined} == set(OPERATORS)
+    for library in ("mlkernels", "mlkernels_triton"):
+        defined = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith(f"{library}::")}
+        assert {n.split("::")[1] for n in defined} == set(OPERATORS)
 
 
 CALLS = [
@@ -72,79 +78,72 @@ CALLS = [
 ] + [pytest.param(FEW[0], "class", 2, torch.bfloat16, "rows", id="cross_entropy-class-2-bfloat16-rows")]
 
 
-@native
 @pytest.mark.parametrize("save", [True, False])
 @pytest.mark.parametrize(("loss", "form", "reduction", "dtype", "shape"), CALLS)
-def test_softmax_loss(loss, form, reduction, dtype, shape, save):
+def test_softmax_loss(loss, form, reduction, dtype, shape, save, kernels):
     arguments, _ = flattened(loss, form, reduction, dtype, shape)
-    torch.library.opcheck(ops.softmax_loss, (*arguments, save), test_utils=CHECKS)
+    torch.library.opcheck(kernels.softmax_loss, (*arguments, save), test_utils=CHECKS)
 
 
-@native
 @pytest.mark.parametrize(
     ("loss", "form", "reduction", "dtype", "shape"), [call for call in CALLS if call.values[2] != Reduction.NONE]
 )
-def test_softmax_loss_with_gradients(loss, form, reduction, dtype, shape):
+def test_softmax_loss_with_gradients(loss, form, reduction, dtype, shape, kernels):
     arguments, needs = flattened(loss, form, reduction, dtype, shape)
-    torch.library.opcheck(ops.softmax_loss_with_gradient, arguments, test_utils=CHECKS)
+    torch.library.opcheck(kernels.softmax_loss_with_gradient, arguments, test_utils=CHECKS)
     for asked in (needs, needs & ~(1 << ops.INPUT), 1 << ops.INPUT):
-        torch.library.opcheck(ops.softmax_loss_with_gradients, (*arguments, asked), test_utils=CHECKS)
-    loss, gradient = ops.softmax_loss_with_gradient(*arguments)
-    again, gradients = ops.softmax_loss_with_gradients(*arguments, needs)
+        torch.library.opcheck(kernels.softmax_loss_with_gradients, (*arguments, asked), test_utils=CHECKS)
+    loss, gradient = kernels.softmax_loss_with_gradient(*arguments)
+    again, gradients = kernels.softmax_loss_with_gradients(*arguments, needs)
     assert torch.equal(loss, again)
     assert torch.equal(gradient, gradients[-1])
 
 
-@native
 @pytest.mark.parametrize(("loss", "form", "reduction", "dtype", "shape"), CALLS)
-def test_softmax_stats(loss, form, reduction, dtype, shape):
+def test_softmax_stats(loss, form, reduction, dtype, shape, kernels):
     arguments, _ = flattened(loss, form, reduction, dtype, shape)
-    torch.library.opcheck(ops.softmax_stats, arguments, test_utils=CHECKS)
+    torch.library.opcheck(kernels.softmax_stats, arguments, test_utils=CHECKS)
 
 
-@native
 @pytest.mark.parametrize("upstreams", ["loss", "all", "rows"])
 @pytest.mark.parametrize(("loss", "form", "reduction", "dtype", "shape"), CALLS)
-def test_softmax_loss_backward(loss, form, reduction, dtype, shape, upstreams):
+def test_softmax_loss_backward(loss, form, reduction, dtype, shape, upstreams, kernels):
     arguments, needs = flattened(loss, form, reduction, dtype, shape)
-    value, saved, *rows = ops.softmax_stats(*arguments)
+    value, saved, *rows = kernels.softmax_stats(*arguments)
     grads = [torch.full_like(value, 1.5), torch.full_like(rows[0], -0.5), torch.full_like(rows[1], 0.25)]
     if upstreams == "loss":
         grads[1:] = [None, None]
     elif upstreams == "rows":
         grads[0] = None
     for kept in (saved, saved[:0]):
-        torch.library.opcheck(ops.softmax_loss_backward, (*grads, *arguments, kept, needs), test_utils=CHECKS)
+        torch.library.opcheck(kernels.softmax_loss_backward, (*grads, *arguments, kept, needs), test_utils=CHECKS)
 
 
-@native
 @pytest.mark.parametrize("loss", FEW, ids=str)
-def test_without_saved_statistics_the_backward_is_the_same(loss):
+def test_without_saved_statistics_the_backward_is_the_same(loss, kernels):
     """Empty statistics are computed again, to the same gradients."""
     arguments, needs = flattened(loss, reduction=0, dtype=torch.float64)
-    value, saved = ops.softmax_loss(*arguments, True)
+    value, saved = kernels.softmax_loss(*arguments, True)
     up = torch.linspace(-1, 2, 6, dtype=torch.float64)
-    kept = ops.softmax_loss_backward(up, None, None, *arguments, saved, needs)
-    again = ops.softmax_loss_backward(up, None, None, *arguments, saved[:0], needs)
+    kept = kernels.softmax_loss_backward(up, None, None, *arguments, saved, needs)
+    again = kernels.softmax_loss_backward(up, None, None, *arguments, saved[:0], needs)
     assert value.shape == (6,)
     for a, b in zip(kept, again, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-15)
 
 
-@native
-def test_operators_do_not_alias_their_inputs():
+def test_operators_do_not_alias_their_inputs(kernels):
     arguments, needs = flattened(FEW[0])
-    found = [*ops.softmax_loss(*arguments, True), *ops.softmax_loss_with_gradient(*arguments)]
-    found += ops.softmax_loss_with_gradients(*arguments, needs)[1]
+    found = [*kernels.softmax_loss(*arguments, True), *kernels.softmax_loss_with_gradient(*arguments)]
+    found += kernels.softmax_loss_with_gradients(*arguments, needs)[1]
     storages = {t.untyped_storage().data_ptr() for t in (*arguments[:2], *arguments[3])}
     assert not {t.untyped_storage().data_ptr() for t in found} & storages
 
 
-@native
 @pytest.mark.parametrize("rows", [0, 1])
-def test_few_rows(rows):
+def test_few_rows(rows, kernels):
     (input, target, numbers, params), _ = flattened(FEW[0], form="number")
     arguments = (input[:rows], target[:rows], numbers, params)
-    torch.library.opcheck(ops.softmax_loss, (*arguments, True), test_utils=CHECKS)
-    torch.library.opcheck(ops.softmax_loss_with_gradient, arguments, test_utils=CHECKS)
-    torch.library.opcheck(ops.softmax_stats, arguments, test_utils=CHECKS)
+    torch.library.opcheck(kernels.softmax_loss, (*arguments, True), test_utils=CHECKS)
+    torch.library.opcheck(kernels.softmax_loss_with_gradient, arguments, test_utils=CHECKS)
+    torch.library.opcheck(kernels.softmax_stats, arguments, test_utils=CHECKS)

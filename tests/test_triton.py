@@ -227,13 +227,13 @@ def test_long_rows_in_real_blocks():
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_sums_in_many_parts(reduction, monkeypatch):
     """As with millions of rows: label counts gathered twice, row losses added up in two stages, tables in chunks."""
-    monkeypatch.setattr(launch, "_SUM_BLOCK", 4)
+    monkeypatch.setattr(launch, "_SUM_BLOCK", 1)
     monkeypatch.setattr(launch, "tile", lambda *arguments: launch.Tile(1, 8, 1, True))
     sizes = []
     chunks = launch._chunks
     monkeypatch.setattr(launch, "_chunks", lambda n: sizes.append(chunks(n)[1]) or chunks(n))
     loss = BY_NAME["piecewise_groups"]
-    input, target, params = draw(loss, rows=301, kinds=("random", "confident5"))
+    input, target, params = draw(loss, rows=70, kinds=("random", "confident5"))
     target[::7] = -100
     options = {"group": loss.group(target), "weight": torch.linspace(0.5, 2, 6), "reduction": reduction}
     found = run(loss, input.float(), target, params, 1.5, backend="triton", **options)
@@ -389,7 +389,7 @@ def test_numbers_that_change_are_the_same_kernel(loss):
 
     kernel, rows.on_chip = rows.on_chip, Recorder()
     try:
-        for factor in (1.0, 0.9, 0.8):
+        for factor in (1.0, 1.1, 1.2):
             own = {
                 k: factor * v if isinstance(v, (float, torch.Tensor)) and k != "m1" else v for k, v in params.items()
             }

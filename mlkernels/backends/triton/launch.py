@@ -317,7 +317,7 @@ class _Call:
             found = torch.zeros(self.classes, dtype=torch.float64, device=self.device)
             found.index_put_((label,), values.double(), accumulate=True)
         else:
-            found = values
+            found = values.clone()  # not a view of what holds every parameter's
         return found.reshape(param.shape).to(param.dtype)
 
 

@@ -30,6 +30,7 @@ from .finish import (
 
 NONE = tl.constexpr(int(spec.Reduction.NONE))
 MEAN = tl.constexpr(int(spec.Reduction.MEAN))
+LOG2_E = tl.constexpr(1.4426950408889634)  # exp is the hardware's exp2 of that, which a row's scale can take in
 TRAINABLE = tl.constexpr(int(spec.Slot.HEAD_D) + 1)
 
 #: How a number reaches a kernel, two bits a slot: by value, through a pointer, one per class, one per row.
@@ -305,6 +306,7 @@ def on_chip(
         m = tl.max(u, 1)
     confidence = at_target - m
     s, high = row_scale(structure[1], confidence, v)
+    s = tl.where(kept, s, 1.0)
     floor = tl.where(m == -INF, 0.0, m)
     d = u - floor[:, None]
     w_y = tl.full(row.shape, 1.0, T)
@@ -322,7 +324,7 @@ def on_chip(
             counted = counted * tl.load(weight + col, valid, 0.0).to(T)[None, :]
         weighted = tl.sum(counted, 1)
     # After that: what is not needed beside the exponentials leaves them its registers.
-    e = tl.exp(d * s[:, None])
+    e = tl.exp2(d * (s * LOG2_E)[:, None])
     if saved is not None:
         log_sum = tl.load(saved + 2 * row + 1, kept, 0.0)
         share = tl.where(log_sum == -INF, 0.0, tl.exp(-log_sum))
@@ -370,6 +372,9 @@ def on_chip(
                 (ha, hb, hc, hd), t_bin, tau_bin, structure[1] == TWO_SCALE, WANT,
             )  # fmt: skip
         if gradient is not None:
+            # An ignored row was read as -inf: its exponentials are 0, and so is all that they are multiplied by.
+            factor, spread = tl.where(kept, factor, 0.0), tl.where(kept, spread, 0.0)
+            own_gradient = tl.where(kept, own_gradient, 0.0)
             g = e * factor[:, None]
             if smoothing > 0:
                 if weight is not None:
@@ -380,7 +385,8 @@ def on_chip(
             if CAPPED:
                 slack = tanh(raw / cap)
                 g = g * ((1.0 - slack) * (1.0 + slack))
-            g = tl.where(kept[:, None], g, 0.0)
+            if ACROSS:
+                g = tl.where(kept[:, None], g, 0.0)
             if WIDE:
                 to = col.to(tl.int64) * out_strides[0]
             else:
@@ -460,8 +466,8 @@ def streamed(
                     weighted += tl.sum(counted, 1)
     else:
         # The first scale's sum; the second's where there is one. Not positive: NaN, like everything after it.
-        low_scale, _ = row_scale(structure[1], zero - INF, v)
-        high_scale, _ = row_scale(structure[1], zero + INF, v)
+        low_scale = row_scale(structure[1], zero - INF, v)[0] * LOG2_E
+        high_scale = row_scale(structure[1], zero + INF, v)[0] * LOG2_E
         low_total, high_total, seen = zero, zero, zero
         above = tl.zeros(row.shape, tl.int32)
         first = tl.zeros(row.shape, tl.int32)
@@ -480,9 +486,9 @@ def streamed(
             floor = tl.where(higher == -INF, 0.0, higher)
             rise = tl.where(m == -INF, 0.0, m - floor)  # <= 0
             d = u - floor[:, None]
-            low_total = low_total * tl.exp(rise * low_scale) + tl.sum(tl.exp(d * low_scale[:, None]), 1)
+            low_total = low_total * tl.exp2(rise * low_scale) + tl.sum(tl.exp2(d * low_scale[:, None]), 1)
             if TWO:
-                high_total = high_total * tl.exp(rise * high_scale) + tl.sum(tl.exp(d * high_scale[:, None]), 1)
+                high_total = high_total * tl.exp2(rise * high_scale) + tl.sum(tl.exp2(d * high_scale[:, None]), 1)
             if smoothing > 0:
                 counted = tl.where(skipped, 0.0, d)
                 weights = tl.where(skipped, 0.0, tl.full((ROWS, COLS), 1.0, T))
@@ -533,6 +539,9 @@ def streamed(
         shift = zero
         if gradient is not None or NEED_SHIFT & WANT:
             floor = tl.where(m == -INF, 0.0, m)
+            s = tl.where(kept, s, 1.0)
+            factor, spread = tl.where(kept, factor, 0.0), tl.where(kept, spread, 0.0)
+            own_gradient = tl.where(kept, own_gradient, 0.0)
             if gradient is not None:
                 out = row_offset(row, sizes, out_strides, WIDE, UNIT)
             for back in range(blocks):
@@ -544,7 +553,7 @@ def streamed(
                 is_target = col[None, :] == y[:, None]
                 u = tl.where(is_target | (valid[None, :] == 0), -INF, u)
                 d = u - floor[:, None]
-                e = tl.exp(d * s[:, None])
+                e = tl.exp2(d * (s * LOG2_E)[:, None])
                 if NEED_SHIFT & WANT:
                     shift += tl.sum(tl.where(e == 0, 0.0, e * d), 1)
                 if gradient is not None:
@@ -558,7 +567,8 @@ def streamed(
                     if CAPPED:
                         slack = tanh(raw / cap)
                         g = g * ((1.0 - slack) * (1.0 + slack))
-                    g = tl.where(kept[:, None], g, 0.0)
+                    if ACROSS:
+                        g = tl.where(kept[:, None], g, 0.0)
                     to = (col.to(tl.int64) if WIDE else col) * out_strides[0]
                     place = gradient + out[:, None] + to[None, :]
                     tl.store(place, g.to(gradient.dtype.element_ty), (row < rows)[:, None] & valid[None, :])
