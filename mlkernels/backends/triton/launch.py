@@ -83,9 +83,8 @@ def tile(architecture: str, classes: int, side_by_side: bool, itemsize: int, pla
         if cols <= limit // half and (plain or warps < 16):
             return Tile(max(1, elements // half // cols), cols, warps, True)
     _, elements, warps = table[-1]
-    elements //= half
     cols = min(cols, elements // 64) if side_by_side else elements
-    return Tile(elements // cols, cols, warps, False)
+    return Tile(elements // cols, cols, warps * half, False)
 
 
 # ---- tensors to arguments --------------------------------------------------------------------------------------------
