@@ -18,6 +18,15 @@ settings.register_profile("default", deadline=None, max_examples=int(os.environ.
 settings.load_profile("default")
 
 
+def pytest_terminal_summary(terminalreporter, config):
+    """What test_compile_targets.py compiled, perhaps in another process."""
+    factory = getattr(config, "_tmp_path_factory", None)
+    table = factory and factory.getbasetemp() / "aot.txt"
+    if table and table.exists():
+        terminalreporter.section("Triton kernels ahead of time")
+        terminalreporter.write_line(table.read_text())
+
+
 @pytest.fixture(autouse=True)
 def _reproducible():
     # Not torch.manual_seed: for devices that are not there it keeps a stack trace, 5 ms a test.

@@ -6,6 +6,7 @@ serves. ``MLKERNELS_FULL=1``: every tile, loss, form and pair of options on each
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import json
 import math
@@ -41,18 +42,30 @@ def _table(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def everything(request) -> list[dict[str, Any]]:
-    """What ``aot.py`` says; printed as a table."""
+def everything(tmp_path_factory) -> list[dict[str, Any]]:
+    """What ``aot.py`` says; conftest.py prints it as a table at the end."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # one of them compiles, the others wait for it
+        folder = folder.parent
+    with (folder / "aot.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        said = folder / "aot.jsonl"
+        if not said.exists():
+            said.write_text(_compiled())
+            rows = [
+                row for row in map(json.loads, said.read_text().splitlines()) if "kernel" in row and "bad" not in row
+            ]
+            (folder / "aot.txt").write_text("\n".join([*_table(rows), f"{len(rows)} compiled"]))
+    return [json.loads(line) for line in said.read_text().splitlines()]
+
+
+def _compiled() -> str:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, str(ROOT / "tests" / "aot.py"), *(["--full"] if FULL else [])]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        rows = [row for row in found if "kernel" in row and "bad" not in row]
-        print("", *_table(rows), f"{len(rows)} compiled", sep="\n")
-    return found
+    return done.stdout
 
 
 @pytest.fixture(params=TARGETS)
