@@ -456,7 +456,7 @@ def apply(
     if chosen == "triton":
         call = call._replace(kernels=ops.TRITON_TRACED if compiling else ops.triton())
         # Nobody on the host knows the upstream gradient, so a parameter's is always multiplied by it.
-        split = split or (half and needs != _ONLY_INPUT and any(param.dtype in _HALF for param in params))
+        split = split or (needs != _ONLY_INPUT and any(param.dtype in _HALF for param in params))
     if return_stats:
         if needs:
             loss, *outputs = _SoftmaxStats.apply(call, input, target, *params)  # type: ignore[no-untyped-call]

@@ -290,3 +290,17 @@ def test_threads_change_nothing(backend, shape):
         assert torch.equal(grad, found[0][1])
         for name, g in by_param.items():
             assert torch.equal(g, found[0][2][name]), name
+
+
+@pytest.mark.parametrize("upstream", [1.0, 0.75])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_row_dimensions_in_any_order(backend, reduction, upstream):
+    """Four of them, none of which continues another, in a tensor without gaps: the gradient lies like the logits."""
+    x = torch.randn(2, 3, 4, 5, 6).permute(4, 3, 2, 1, 0)
+    y = torch.randint(0, 5, (6, 4, 3, 2))
+    up = torch.full(() if reduction == "mean" else y.shape, upstream)
+    found = run(BY_NAME["focal_2"], x, y, {"gamma": 2.0}, up, reduction=reduction, backend=backend)
+    wanted = run(BY_NAME["focal_2"], x.double(), y, {"gamma": 2.0}, up, reduction=reduction, backend="reference")
+    assert found[1].stride() == x.stride()
+    torch.testing.assert_close(found[0].double(), wanted[0], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(found[1].double(), wanted[1], rtol=1e-5, atol=1e-8)

@@ -132,9 +132,6 @@ class _Call:
         self.classes = input.shape[1]
         self.rows = target.numel()
         self.shape = target.shape
-        # What only exists without a gradient is laid out like one.
-        if _collapsed(input, input) is None:
-            input = input.contiguous()
         self.input = input
         self.target = target.reshape(-1)
         if not self.target.is_contiguous():
@@ -233,8 +230,8 @@ class _Call:
         input, rows = self.input, self.rows
         out = input if gradient is None else gradient
         layout = _collapsed(input, out)
-        if layout is None:  # the gradient's own layout differs from the input's beyond three dimensions
-            input = self.input = input.contiguous()
+        if layout is None:  # more than three row dimensions: by way of copies
+            input, out = input.contiguous(), out.contiguous()
             layout = _collapsed(input, out)
             assert layout is not None
         sizes, in_strides, out_strides = layout
@@ -255,7 +252,8 @@ class _Call:
         if rows > 0:
             arguments = (
                 input, self.target, self.values, *self.tables, self.group, self.weight, self.weight_sum,
-                self.adjustment, divisors, ups, saved, row_losses, save, stats, gradient, by_parameter, bins,
+                self.adjustment, divisors, ups, saved, row_losses, save, stats,
+                None if gradient is None else out, by_parameter, bins,
                 rows, self.classes, sizes, in_strides, out_strides, up_strides, self.structure, self.ignore_index,
             )  # fmt: skip
             options = {
@@ -276,6 +274,8 @@ class _Call:
             else:
                 options["TWO"] = self.structure[1] == ScaleKind.TWO_SCALE
                 kernels.streamed[(programs,)](*arguments, **options)
+        if gradient is not None and out is not gradient:
+            gradient.copy_(out)
         loss = None
         if row_losses is not None:
             loss = (
