@@ -47,6 +47,8 @@ _SCHEMAS = (
 for _library in _libraries:
     for _schema in _SCHEMAS:
         _library.define(_schema, tags=_tags)
+# Each dst from the src at its place, bit for bit; with a flag (one boolean) only where the device finds it true.
+_libraries[0].define("multi_copy_(Tensor(a!)[] dst, Tensor[] src, Tensor? flag=None) -> ()", tags=_tags)
 
 
 def needed(needs: int) -> list[int]:
@@ -146,6 +148,75 @@ for _name, _fake in _FAKES.items():
     for _library in _libraries:
         torch.library.register_fake(f"{_library.ns}::{_name}", _fake, lib=_library)
     _libraries[1].impl(_name, _by_triton(_name), "CompositeExplicitAutograd")
+
+
+def _multi_copy_(dst: list[Tensor], src: list[Tensor], flag: Tensor | None = None) -> None:
+    """Where no compiled kernel serves the device: no synchronisation either, but one launch per tensor under a flag."""
+    check_copies(dst, src, flag)
+    if not dst:
+        return
+    if flag is not None and flag.device.type == "cpu":
+        if not bool(flag):
+            return
+        flag = None
+    if flag is None:
+        torch._foreach_copy_(dst, src)
+    else:
+        for to, other in zip(dst, src, strict=True):
+            to.copy_(torch.where(flag, other, to))
+
+
+def check_copies(dst: Sequence[Tensor], src: Sequence[Tensor], flag: Tensor | None) -> None:
+    """What ``multi_copy_`` takes: pairs of one shape, dtype and device, and a boolean."""
+    if len(dst) != len(src):
+        raise ValueError(f"src must hold one tensor per tensor of dst, {len(dst)}, got {len(src)}")
+    for index, (to, other) in enumerate(zip(dst, src, strict=True)):
+        for name in ("shape", "dtype", "device"):
+            if getattr(to, name) != getattr(other, name):
+                wanted, got = getattr(to, name), getattr(other, name)
+                raise ValueError(f"src[{index}] must have the {name} of dst[{index}], {wanted}, got {got}")
+    if flag is not None and (flag.dtype != torch.bool or flag.numel() != 1):
+        raise ValueError(f"flag takes one boolean, got {flag.dtype} of shape {tuple(flag.shape)}")
+    if flag is not None and flag.device.type != "cpu":
+        for index, to in enumerate(dst):
+            if to.device != flag.device:
+                raise ValueError(f"dst[{index}] must be on flag's device {flag.device}, got {to.device}")
+
+
+def _multi_copy_fake(dst: list[Tensor], src: list[Tensor], flag: Tensor | None = None) -> None:
+    check_copies(dst, src, flag)
+
+
+_libraries[0].impl("multi_copy_", _multi_copy_, "CompositeExplicitAutograd")
+torch.library.register_fake("mlkernels::multi_copy_", _multi_copy_fake, lib=_libraries[0])
+
+
+def multi_copy_(dst: Sequence[Tensor], src: Sequence[Tensor], flag: Tensor | None = None) -> None:
+    r"""Copies many tensors in place: :math:`dst_i \leftarrow src_i`, all or, under a flag, all or none.
+
+    On a GPU with the compiled kernels one launch serves them all and the flag never leaves the device.
+
+    Args:
+        dst: tensors of any dtypes, shapes and strides.
+        src: as many, each of the shape, dtype and device of its partner; copied bit for bit.
+        flag: one boolean: copy only if it is true. On a GPU it lies on the tensors' device; a CPU flag is looked at
+            by the host.
+
+    Raises:
+        ValueError: pairs that do not match, or a flag that is no boolean; nothing has been copied then.
+
+    Example:
+        >>> import torch
+        >>> from mlkernels.ops import multi_copy_
+        >>> a, b = torch.zeros(3), torch.ones(3)
+        >>> multi_copy_([a], [b], torch.tensor(False))
+        >>> a
+        tensor([0., 0., 0.])
+        >>> multi_copy_([a], [b], torch.tensor(True))
+        >>> a
+        tensor([1., 1., 1.])
+    """
+    torch.ops.mlkernels.multi_copy_.default(dst, src, flag)
 
 
 class Kernels(NamedTuple):
