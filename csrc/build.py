@@ -1,4 +1,5 @@
 """Builds the CPU kernels, ``mlkernels/_cpu.abi3.so``: ``python csrc/build.py`` in place, setup.py for an installation.
+With ``--simt`` also the CUDA kernels for the host, which only the tests load.
 
 Standard library only: an interpreter that has torch but no (recent) setuptools can build in place all the same.
 
@@ -56,6 +57,10 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"),
         "-mprefer-vector-width=512",
     ]
+
+
+# csrc/cuda/rows.cu is compiled once for each.
+STORAGES = ("float", "double", "bfloat16", "float16")
 
 
 class CannotBuild(Exception):
@@ -148,6 +153,34 @@ def make_library() -> Path:
     return library
 
 
+def make_simt() -> Path:
+    """The CUDA kernels over fibers of the host (csrc/simt_host.h): for the tests, not for the package."""
+    torch, compiler = find_torch(), find_compiler()
+    objects_of = OBJECTS.with_name(OBJECTS.name.replace("cpu", "simt", 1))
+    flags = [flag for flag in FLAGS if flag not in ("-O3", "-fno-trapping-math")]
+    flags += ["-O2", "-Wall", "-DMLK_HOST", "-DMLKERNELS_ISA=host_simt", f"-I{CSRC.relative_to(ROOT)}"]
+    compile_command = [*compiler, *flags, "-isystem", str(torch / "include")]
+    cuda = CSRC / "cuda"
+    units = [(f"rows_{kind}.o", cuda / "rows.cu", [f"-DMLK_STORAGE={kind}"]) for kind in STORAGES]
+    units.append(("others.o", cuda / "others.cu", []))
+    units.append(("library.o", CSRC / "library_cuda.cpp", ["-DMLK_LIBRARY=mlkernels_simt", "-DMLK_KEY=CPU"]))
+    headers = sorted(CSRC.rglob("*.h"))
+
+    def compile_one(unit: tuple[str, Path, list[str]]) -> None:
+        name, source, more = unit
+        language = ["-x", "c++"] if source.suffix == ".cu" else []
+        command = [*compile_command, *more, *language, "-c", str(source.relative_to(ROOT))]
+        make(objects_of / name, command, [source, *headers])
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compile_one, units))
+    objects = [objects_of / name for name, _, _ in units]
+    link = [*compiler, "-shared", *(os.path.relpath(path, ROOT) for path in objects), f"-L{torch / 'lib'}", "-ltorch_cpu"]
+    library = objects_of / "_simt.abi3.so"
+    make(library, link, objects)
+    return library
+
+
 def place(content: bytes, path: Path) -> None:
     # By rename: a process that runs the old library keeps it.
     partial = path.with_name(f"{path.name}.{os.getpid()}")
@@ -174,3 +207,8 @@ def build_into(package: Path) -> None:
 
 if __name__ == "__main__":
     build_into(ROOT / "mlkernels")
+    if "--simt" in sys.argv[1:]:
+        try:
+            make_simt()
+        except CannotBuild as error:
+            print(f"\nWARNING: the CUDA kernels cannot be tested on this host: {error}\n", file=sys.stderr, flush=True)

@@ -26,14 +26,47 @@ MLK_FN float c_pow(float x, float y) { return ::powf(x, y); }
 MLK_FN double c_pow(double x, double y) { return ::pow(x, y); }
 MLK_FN float m_sqrt(float x) { return ::sqrtf(x); }
 MLK_FN double m_sqrt(double x) { return ::sqrt(x); }
+MLK_FN float m_floor(float x) { return ::floorf(x); }
+MLK_FN double m_floor(double x) { return ::floor(x); }
+#ifdef MLK_SIMT
+// sin(x + quarters pi / 2) for |x| < 10^4. CUDA's own keeps an array in local memory, for angles that no margin has.
+template <class T>
+MLK_FN T sine(T x, int quarters) {
+  const T turns = m_floor(x * T(0.6366197723675814) + T(0.5));  // of pi / 2, which comes in three parts
+  T r;
+  if (sizeof(T) == 8)
+    r = ((x - turns * T(1.57079625129699707031)) - turns * T(7.54978941586159635335e-8)) - turns * T(5.39030285815811905e-15);
+  else
+    r = ((x - turns * T(1.5703125)) - turns * T(4.837512969970703125e-4)) - turns * T(7.549789948768648e-8);
+  const T z = r * r;
+  T p = T(-2.5051092507057447e-08) + T(1.5915323212043705e-10) * z;
+  p = p * z + T(2.7557315911911136e-06);
+  p = p * z - T(0.00019841269836387345);
+  p = p * z + T(0.0083333333333307);
+  p = p * z - T(0.16666666666666666);
+  const T sin_r = r + r * z * p;
+  p = T(2.087612165640664e-09) - T(1.1380876805740403e-11) * z;
+  p = p * z - T(2.7557317152451535e-07);
+  p = p * z + T(2.4801587298533412e-05);
+  p = p * z - T(0.0013888888888887241);
+  p = p * z + T(0.041666666666666664);
+  const T cos_r = 1 - T(0.5) * z + z * z * p;
+  const int quarter = (int(turns == turns ? turns : T(0)) + quarters) & 3;
+  const T value = quarter & 1 ? cos_r : sin_r;
+  return quarter & 2 ? -value : value;
+}
+MLK_FN float m_sin(float x) { return sine(x, 0); }
+MLK_FN double m_sin(double x) { return sine(x, 0); }
+MLK_FN float m_cos(float x) { return sine(x, 1); }
+MLK_FN double m_cos(double x) { return sine(x, 1); }
+#else
 MLK_FN float m_sin(float x) { return ::sinf(x); }
 MLK_FN double m_sin(double x) { return ::sin(x); }
 MLK_FN float m_cos(float x) { return ::cosf(x); }
 MLK_FN double m_cos(double x) { return ::cos(x); }
+#endif
 MLK_FN float m_acos(float x) { return ::acosf(x); }
 MLK_FN double m_acos(double x) { return ::acos(x); }
-MLK_FN float m_floor(float x) { return ::floorf(x); }
-MLK_FN double m_floor(double x) { return ::floor(x); }
 MLK_FN float m_abs(float x) { return ::fabsf(x); }
 MLK_FN double m_abs(double x) { return ::fabs(x); }
 
@@ -465,7 +498,9 @@ MLK_FN void row_parameters(const Spec& spec, const Values<T>& values, const Batc
   }
   if (spec.scale == TWO_SCALE) {
     const T norm = values.at[LOGIT_NORM];
-    out[at.scale.selected] = by_scale / norm;
+    const bool high = at.scale.selected == SCALE_HIGH;  // no index that only the row knows: out stays in registers
+    out[SCALE] = high ? T(0) : by_scale / norm;
+    out[SCALE_HIGH] = high ? by_scale / norm : T(0);
     out[LOGIT_NORM] = -by_scale * at.scale.value / norm;
   } else {
     out[SCALE] = by_scale;

@@ -62,11 +62,11 @@ template <class T>
 struct Run;
 template <>
 struct Run<float> {
-  static void rows(const Problem<float>& p, int64_t begin, int64_t end) { kernels().run_float(p, begin, end); }
+  static void rows(const CpuProblem<float>& p, int64_t begin, int64_t end) { kernels().run_float(p, begin, end); }
 };
 template <>
 struct Run<double> {
-  static void rows(const Problem<double>& p, int64_t begin, int64_t end) { kernels().run_double(p, begin, end); }
+  static void rows(const CpuProblem<double>& p, int64_t begin, int64_t end) { kernels().run_double(p, begin, end); }
 };
 
 // ---- tensors to plain arrays -----------------------------------------------------------------------------------------
@@ -236,12 +236,11 @@ Storage storage_of(ScalarType type) {
 // The arguments that the operators share, checked and laid out. The order of the numbers is that of ops.py.
 template <class T>
 struct Call {
-  Problem<T> p{};
+  CpuProblem<T> p{};
   Array<int64_t> label, group;
   std::array<Array<T>, SLOTS> arrays;
   std::array<const Tensor*, SLOTS> tensors{};
   std::array<T, SLOTS> consts;
-  T one = 1;
   int64_t groups = 0;
   double weight_total = 0, kept = 0;  // over the rows that are not ignored
   int reduction;
@@ -262,7 +261,7 @@ struct Call {
     p.uniform = !(mask >> GROUP & 1);
     for (int slot = 0; slot < SLOTS; ++slot) {
       consts[slot] = size_t(CONSTS + slot) < numbers.size() ? T(numbers[CONSTS + slot]) : T(0);
-      if (slot <= TAU_MIN) p.values[slot] = {&consts[slot], Mode::SHARED};
+      if (slot <= TAU_MIN) p.values[slot] = {consts[slot], nullptr, Mode::SHARED, Storage::DOUBLE};
       if (!(mask >> slot & 1)) continue;
       STD_TORCH_CHECK(next < params.size(), "params holds fewer tensors than the mask says");
       const Tensor& tensor = params[next++];
@@ -271,10 +270,11 @@ struct Call {
       arrays[slot] = array_of<T>(tensor);
       if (slot > TAU_MIN || is_table(slot)) continue;
       const int64_t dims = tensor.dim();
-      p.values[slot] = {arrays[slot].data, dims == 0 || arrays[slot].stride == 0 ? Mode::SHARED
-                                           : dims == 1                           ? Mode::PER_CLASS
-                                                                                 : Mode::PER_ROW};
-      if (p.values[slot].mode != Mode::SHARED) p.uniform = false;
+      const Mode mode = dims == 0 || arrays[slot].stride == 0 ? Mode::SHARED
+                        : dims == 1                           ? Mode::PER_CLASS
+                                                              : Mode::PER_ROW;
+      p.values[slot] = {T(0), arrays[slot].data, mode, sizeof(T) == 8 ? Storage::DOUBLE : Storage::FLOAT};
+      if (mode != Mode::SHARED) p.uniform = false;
     }
     p.softcap = consts[SOFTCAP];
     p.smoothing = consts[SMOOTHING];
@@ -324,7 +324,7 @@ struct Call {
       array.data = array.owned.get();
     }
     if (table.dim() == 2) groups = table.size(0);
-    return {arrays[slope].data, arrays[bias].data, int(table.size(table.dim() - 1))};
+    return {arrays[slope].data, arrays[bias].data, int(table.size(table.dim() - 1)), groups};
   }
 
   void read_labels(const Tensor& target) {
@@ -390,7 +390,7 @@ constexpr int INPUT = SLOTS;  // the bit of `needs` that stands for the logits
 // Runs the rows and collects the gradients that are needed, in the order of their bits.
 template <class T>
 std::vector<Tensor> run_with_gradients(Call<T>& call, const Tensor& input, int64_t needs) {
-  Problem<T>& p = call.p;
+  CpuProblem<T>& p = call.p;
   std::vector<Tensor> gradients;
   std::unique_ptr<T[]> by_row[TRAINABLE_SLOTS];
   std::unique_ptr<int[]> t_bin, tau_bin;
@@ -497,7 +497,7 @@ std::tuple<Tensor, std::vector<Tensor>> visit(const Tensor& input, const Tensor&
                                               int64_t needs) {
   Call<T> call(input, target, numbers, params);
   Losses<T> losses(call, target);
-  call.p.up_loss = &call.one;
+  call.p.up_value = 1;
   std::vector<Tensor> gradients = run_with_gradients(call, input, needs);
   losses.reduce(call);
   return {std::move(losses.result), std::move(gradients)};

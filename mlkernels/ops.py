@@ -47,6 +47,8 @@ _SCHEMAS = (
 for _library in _libraries:
     for _schema in _SCHEMAS:
         _library.define(_schema, tags=_tags)
+# Writes a gradient that was made for an upstream gradient of 1 anew, unless the device finds that it is 1.
+_libraries[0].define(f"softmax_loss_refresh(Tensor grad_loss, {_COMMON}, Tensor(a!) gradient) -> ()", tags=_tags)
 # Each dst from the src at its place, bit for bit; with a flag (one boolean) only where the device finds it true.
 _libraries[0].define("multi_copy_(Tensor(a!)[] dst, Tensor[] src, Tensor? flag=None) -> ()", tags=_tags)
 
@@ -183,6 +185,13 @@ def check_copies(dst: Sequence[Tensor], src: Sequence[Tensor], flag: Tensor | No
                 raise ValueError(f"dst[{index}] must be on flag's device {flag.device}, got {to.device}")
 
 
+def _nothing(*arguments: Any) -> None:
+    pass
+
+
+torch.library.register_fake("mlkernels::softmax_loss_refresh", _nothing, lib=_libraries[0])
+
+
 def _multi_copy_fake(dst: list[Tensor], src: list[Tensor], flag: Tensor | None = None) -> None:
     check_copies(dst, src, flag)
 
@@ -233,6 +242,7 @@ class Kernels(NamedTuple):
 
 
 NATIVE = Kernels(*(getattr(torch.ops.mlkernels, name).default for name in _FAKES))
+CUDA = NATIVE._replace(refresh=torch.ops.mlkernels.softmax_loss_refresh.default)
 #: Under torch.compile. In eager mode Triton's functions are called as they are, without a dispatcher in between.
 TRITON_TRACED = Kernels(*(getattr(torch.ops.mlkernels_triton, name).default for name in _FAKES))
 

@@ -442,7 +442,7 @@ def apply(
 
     chosen = choose(input.device, backend)
     by_reference = chosen == "reference" or _functorch_level() is not None
-    if by_reference or chosen == "triton":  # C++ looks at the indices while it reads them
+    if by_reference or chosen != "cpu":  # the CPU's kernels look at the indices while they read them
         check_indices("target", target, input.shape[1], ignore_index)
         if group is not None:
             count = next(t.shape[0] for slot, t in tensors.items() if slot in _TABLES and t.dim() == 2)
@@ -453,8 +453,11 @@ def apply(
     # One visit where it pays. An fp16 gradient is written only when the upstream is known: a GradScaler's 65536 would
     # rescale what has already underflowed.
     split = reduction == "none" or compiling or dtype == torch.float16
-    if chosen == "triton":
-        call = call._replace(kernels=ops.TRITON_TRACED if compiling else ops.triton())
+    if chosen != "cpu":
+        if chosen == "cuda":
+            call = call._replace(kernels=ops.CUDA)
+        else:
+            call = call._replace(kernels=ops.TRITON_TRACED if compiling else ops.triton())
         # Nobody on the host knows the upstream gradient, so a parameter's is always multiplied by it.
         split = split or (needs != _ONLY_INPUT and any(param.dtype in _HALF for param in params))
     if return_stats:

@@ -8,10 +8,15 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import simt
 from hypothesis import settings
 from table import LOSSES, usable_backends
 
 import mlkernels
+
+# Without a GPU the CUDA kernels run over fibers. Before any module asks which backends there are.
+if not torch.cuda.is_available():
+    simt.install()
 
 # A deadline would tell how loaded the machine is.
 settings.register_profile("default", deadline=None, max_examples=int(os.environ.get("MLKERNELS_EXAMPLES", "60")))

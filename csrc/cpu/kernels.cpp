@@ -4,7 +4,6 @@
 // same lines. Long float and double rows of class stride 1 are swept where they lie. Short rows, and rows whose classes
 // lie apart, go a vector of rows at a time. All others (half types, softcap, adjustment, medium length) are widened into
 // a scratch row first and narrowed from one at the end.
-#include "../finish.h"
 #include "problem.h"
 #include "vec.h"
 
@@ -192,27 +191,15 @@ void scatter_rows(S* const* rows, int count, int64_t stride, int64_t classes, co
 
 // softcap and adjustment, in place; afterwards the gradient's chain rule back through softcap.
 template <class T>
-void cap(T* u, int64_t n, T c, const T* adjustment) {
-  if (c > 0) {
-    const T inverse = 1 / c;
-    for (int64_t j = 0; j < n; ++j) {
-      const T x = u[j] * inverse;
-      // tanh x = sign(x) (1 - e) / (1 + e), e = exp(-2 |x|), by expm1 so that small x keep their digits
-      const T e = m_expm1(-2 * m_abs(x));
-      const T t = -e / (2 + e);
-      u[j] = u[j] == infinity<T>() ? nan<T>() : c * (x < 0 ? -t : t);  // tanh would hide an overflow
-    }
-  }
+void cap_row(T* u, int64_t n, T c, const T* adjustment) {
+  if (c > 0)
+    for (int64_t j = 0; j < n; ++j) u[j] = cap(u[j], c);
   if (adjustment)
     for (int64_t j = 0; j < n; ++j) u[j] += adjustment[j];
 }
 template <class T>
-void uncap(T* g, const T* u, int64_t n, T c, const T* adjustment) {
-  const T inverse = 1 / c;
-  for (int64_t j = 0; j < n; ++j) {
-    const T t = (adjustment ? u[j] - adjustment[j] : u[j]) * inverse;
-    g[j] *= (1 - t) * (1 + t);
-  }
+void uncap_row(T* g, const T* u, int64_t n, T c, const T* adjustment) {
+  for (int64_t j = 0; j < n; ++j) g[j] *= cap_slope(adjustment ? u[j] - adjustment[j] : u[j], c);
 }
 
 // ---- a row -----------------------------------------------------------------------------------------------------------
@@ -235,25 +222,9 @@ struct Work {
   T factor, spread, at_target;  // the gradient is factor g_j - spread w_j, and at_target at the label
 };
 
-template <class T>
-void fetch(const Problem<T>& p, int64_t row, int64_t y, Values<T>& values) {
-  for (int slot = 0; slot <= TAU_MIN; ++slot) {
-    const Parameter<T>& v = p.values[slot];
-    values.at[slot] = v.data[v.mode == Mode::SHARED ? 0 : v.mode == Mode::PER_CLASS ? y : row];
-  }
-  const int64_t group = p.group ? p.group[row] : 0;
-  values.t = {p.t.slope + group * p.t.bins, p.t.bias + group * p.t.bins, p.t.bins};
-  values.tau = {p.tau.slope + group * p.tau.bins, p.tau.bias + group * p.tau.bins, p.tau.bins};
-}
-
-template <class T>
-Batch<T> batch_of(const Problem<T>& p) {
-  return {p.smoothing, p.smoothing / T(p.classes), p.z_loss, p.weight_sum, p.classes};
-}
-
 // Calls body(begin, length) for the columns other than y: all of a padded row, else the two pieces.
 template <bool PADDED, class T, class Body>
-inline void each_piece(const Problem<T>& p, int64_t y, Body body) {
+inline void each_piece(const CpuProblem<T>& p, int64_t y, Body body) {
   constexpr int W = WIDTH<T>;
   if (PADDED) {
     body(0, (p.classes + W - 1) / W * W);
@@ -265,7 +236,7 @@ inline void each_piece(const Problem<T>& p, int64_t y, Body body) {
 
 // Exponentials into the gradient where there is one, and the sums.
 template <bool PADDED, class T>
-inline void exponentials(const Problem<T>& p, Work<T>& w, T factor) {
+inline void exponentials(const CpuProblem<T>& p, Work<T>& w, T factor) {
   each_piece<PADDED>(p, w.y, [&](int64_t begin, int64_t n) {
     const T* u = w.u + begin;
     T* out = w.g ? w.g + begin : nullptr;
@@ -283,8 +254,8 @@ inline void exponentials(const Problem<T>& p, Work<T>& w, T factor) {
 // The statistics: maximum (unless it is known already), scale and, unless an earlier visit left log S, the sum of
 // exponentials.
 template <bool PADDED, class T>
-inline void measure(const Problem<T>& p, const Values<T>* shared, T target, Work<T>& w, const T* top = nullptr) {
-  if (!shared) fetch(p, w.row, w.y, w.own);
+inline void measure(const CpuProblem<T>& p, const Values<T>* shared, T target, Work<T>& w, const T* top = nullptr) {
+  if (!shared) fetch(p, w.row, w.y, p.group ? p.group[w.row] : 0, w.own);
   w.values = shared ? shared : &w.own;
   w.sum = w.shift = w.weighted = 0;
   w.r.target = target;
@@ -299,9 +270,7 @@ inline void measure(const Problem<T>& p, const Values<T>* shared, T target, Work
     });
   w.scale = row_scale(p.spec, *w.values, target - w.r.other_max);
   w.m = w.r.other_max == -infinity<T>() ? T(0) : w.r.other_max;
-  if (!p.saved) {
-    exponentials<PADDED>(p, w, T(1));
-  }
+  if (!p.saved || p.want_shift) exponentials<PADDED>(p, w, T(1));
   if (p.smoothing > 0 && (p.want_shift || !p.saved)) {
     const T* weight = p.weight;
     w.weighted = sweep_weighted(w.u, weight, w.y, w.m);
@@ -313,7 +282,7 @@ constexpr int MAX_TILE = 16;
 
 // log S and where the row stands, for a tile.
 template <class T>
-inline void stand(const Problem<T>& p, Work<T>* tile, int count) {
+inline void stand(const CpuProblem<T>& p, Work<T>* tile, int count) {
   constexpr int W = WIDTH<T>;
   T a[MAX_TILE + W], delta[MAX_TILE + W], e[MAX_TILE + W];
   for (int b = 0; b < count; ++b) a[b] = p.saved ? p.saved[2 * tile[b].row + 1] : tile[b].sum;
@@ -338,7 +307,7 @@ inline void stand(const Problem<T>& p, Work<T>* tile, int count) {
 
 // RowStats, by plain loops: they are for metrics, not for the training step.
 template <class T>
-void describe(const Problem<T>& p, const Work<T>& w) {
+void describe(const CpuProblem<T>& p, const Work<T>& w) {
   const T target = w.r.target;
   T highest = target;
   int64_t above = 0, first = -1;
@@ -360,53 +329,28 @@ void describe(const Problem<T>& p, const Work<T>& w) {
 
 // The loss and, where wanted, the gradients.
 template <bool PADDED, class T>
-inline void conclude(const Problem<T>& p, const Batch<T>& batch, Work<T>& w) {
-  const int64_t row = w.row;
+inline void conclude(const CpuProblem<T>& p, const Batch<T>& batch, Work<T>& w) {
   const T weight = p.weight ? p.weight[w.y] : T(1);
-  const HeadLoss<T> head = head_loss(p.spec, *w.values, w.at.nll, p.want_parameters);
+  const Share<T> share{p.by_class_factor, p.by_row_factor};
+  const Conclusion<T> row =
+      conclude_row(static_cast<const Problem<T>&>(p), batch, share, w.row, *w.values, w.r, w.at, weight, w.shift, w.weighted, true);
   if (p.loss_by_class) {
-    const RowLoss<T> loss = row_loss(batch, w.at, head, weight, w.weighted);
-    p.loss_by_class[row] = loss.by_class;
-    if (p.loss_by_row) p.loss_by_row[row] = loss.by_row;
-  }
-  if (p.save) {
-    p.save[2 * row] = w.r.other_max;
-    p.save[2 * row + 1] = w.r.log_sum;
+    p.loss_by_class[w.row] = row.loss.by_class;
+    if (p.loss_by_row) p.loss_by_row[w.row] = row.loss.by_row;
   }
   if (p.logsumexp) describe(p, w);
-  if (!w.g && !p.want_parameters) return;
-
-  Upstream<T> up{0, 0, 0, 0};
-  if (p.up_loss) {
-    const T g_loss = p.up_loss[row * p.up_loss_stride];
-    up.by_class = g_loss * p.by_class_factor;
-    up.by_row = g_loss * p.by_row_factor;
-  }
-  if (p.up_logsumexp) up.lse = p.up_logsumexp[row * p.up_logsumexp_stride];
-  if (p.up_log_prob) up.log_prob = p.up_log_prob[row * p.up_log_prob_stride];
-  const RowGradient<T> gradient = row_gradient(batch, w.r, w.at, head, up, weight);
-
-  T factor = gradient.others;  // of the exponentials in w.g
-  if (p.saved && (w.g || p.want_shift)) {
-    exponentials<PADDED>(p, w, factor);
-    factor = 1;
-  }
-  w.factor = factor;
-  w.spread = gradient.spread;
-  w.at_target = gradient.target;
-  if (p.want_parameters) {
-    T by[TRAINABLE_SLOTS];
-    row_parameters(p.spec, *w.values, batch, w.r, w.at, head, gradient, up, weight, w.shift, w.weighted, by);
-    for (int slot = 0; slot < TRAINABLE_SLOTS; ++slot)
-      if (p.by_parameter[slot]) p.by_parameter[slot][row] = by[slot];
-    if (p.t_bin) p.t_bin[row] = w.at.target.bin;
-    if (p.tau_bin) p.tau_bin[row] = head.bin;
+  w.factor = row.factor;
+  w.spread = row.spread;
+  w.at_target = row.at_target;
+  if (p.saved && w.g && !p.want_shift) {
+    exponentials<PADDED>(p, w, w.factor);
+    w.factor = 1;
   }
 }
 
 // Leaves nothing of a row's gradient to do but the target and, unless there was smoothing, the factor.
 template <class T>
-void spread_out(const Problem<T>& p, Work<T>& w) {
+void spread_out(const CpuProblem<T>& p, Work<T>& w) {
   if (w.spread == 0) return;
   sweep_multiply(w.g, p.classes, w.factor);  // what lies at the label is overwritten later
   sweep_spread(w.g, p.weight, p.classes, w.spread);
@@ -414,19 +358,10 @@ void spread_out(const Problem<T>& p, Work<T>& w) {
 }
 
 template <class T>
-void ignore_row(const Problem<T>& p, int64_t row) {
+void ignore_row(const CpuProblem<T>& p, int64_t row) {
   if (p.loss_by_class) p.loss_by_class[row] = 0;
   if (p.loss_by_row) p.loss_by_row[row] = 0;
-  if (p.save) p.save[2 * row] = p.save[2 * row + 1] = 0;
-  if (p.logsumexp) {
-    p.logsumexp[row] = p.log_prob[row] = p.confidence[row] = 0;
-    p.prediction[row] = -1;
-    p.rank[row] = 0;
-  }
-  for (int slot = 0; slot < TRAINABLE_SLOTS; ++slot)
-    if (p.by_parameter[slot]) p.by_parameter[slot][row] = 0;
-  if (p.t_bin) p.t_bin[row] = 0;
-  if (p.tau_bin) p.tau_bin[row] = 0;
+  leave_unread(p, row, T(0));
 }
 
 template <class S>
@@ -465,10 +400,10 @@ constexpr int64_t SHORT_ROW = 256;
 constexpr int64_t ROW_IN_CACHE = 1 << 19;  // bytes
 
 template <class T, class S>
-void run_in_place(const Problem<T>& p, int64_t begin, int64_t end) {
+void run_in_place(const CpuProblem<T>& p, int64_t begin, int64_t end) {
   const Batch<T> batch = batch_of(p);
   Values<T> values;
-  if (p.uniform) fetch(p, 0, 0, values);
+  if (p.uniform) fetch(p, 0, 0, 0, values);
   // A row and its neighbour have to stay in the second cache for that.
   const bool fits = p.classes * int64_t(sizeof(T)) <= ROW_IN_CACHE;
   const bool streamed = p.grad && p.streamed && fits, fetch_ahead = fits;
@@ -503,7 +438,7 @@ void run_in_place(const Problem<T>& p, int64_t begin, int64_t end) {
 }
 
 template <class T, class S>
-void run_through_scratch(const Problem<T>& p, int64_t begin, int64_t end) {
+void run_through_scratch(const CpuProblem<T>& p, int64_t begin, int64_t end) {
   constexpr int W = WIDTH<T>;
   const int64_t pitch = (p.classes + W - 1) / W * W;
   // As many rows as stay in the first cache: where classes are far apart, neighbouring rows share cache lines.
@@ -515,7 +450,7 @@ void run_through_scratch(const Problem<T>& p, int64_t begin, int64_t end) {
   S* output = static_cast<S*>(p.grad);
   const Batch<T> batch = batch_of(p);
   Values<T> values;
-  if (p.uniform) fetch(p, 0, 0, values);
+  if (p.uniform) fetch(p, 0, 0, 0, values);
   const bool capped = p.softcap > 0;
   const bool searched = p.in.class_stride == 1 && !capped && !p.adjustment;  // the maximum is found while widening
   const bool direct = output && !capped && p.out.class_stride == 1;
@@ -553,7 +488,7 @@ void run_through_scratch(const Problem<T>& p, int64_t begin, int64_t end) {
         top = sweep_widen(from[b] + y + 1, u + y + 1, p.classes - y - 1, top);
         u[y] = widen(from[b][y]);
       }
-      if (capped || p.adjustment) cap(u, p.classes, p.softcap, p.adjustment);
+      if (capped || p.adjustment) cap_row(u, p.classes, p.softcap, p.adjustment);
       for (int64_t j = p.classes; j < pitch; ++j) u[j] = -infinity<T>();
       target[b] = u[tile[b].y];
       u[tile[b].y] = -infinity<T>();
@@ -575,7 +510,7 @@ void run_through_scratch(const Problem<T>& p, int64_t begin, int64_t end) {
         if (capped) {
           T* u = logits + b * pitch;
           u[w.y] = target[b];
-          uncap(w.g, u, p.classes, p.softcap, p.adjustment);
+          uncap_row(w.g, u, p.classes, p.softcap, p.adjustment);
         }
       }
     }
@@ -587,10 +522,10 @@ void run_through_scratch(const Problem<T>& p, int64_t begin, int64_t end) {
 // Short rows, and rows whose classes lie apart: a vector holds one class of W rows. Every sweep is then C vectors long
 // with no tail and no reduction, and where neighbouring rows are neighbours in memory (N, C, d...) nothing is transposed.
 template <class T, class S>
-void run_lanes(const Problem<T>& given, int64_t begin, int64_t end) {
+void run_lanes(const CpuProblem<T>& given, int64_t begin, int64_t end) {
   constexpr int W = WIDTH<T>;
   static_assert(W <= MAX_TILE, "a tile is at least a vector");
-  Problem<T> p = given;
+  CpuProblem<T> p = given;
   p.saved = nullptr;  // the maximum and the sum cost less than another way through here
   const int64_t classes = p.classes;
   T* e = static_cast<T*>(scratch.get(size_t(classes) * W * sizeof(T)));
@@ -598,7 +533,7 @@ void run_lanes(const Problem<T>& given, int64_t begin, int64_t end) {
   S* output = static_cast<S*>(p.grad);
   const Batch<T> batch = batch_of(p);
   Values<T> values;
-  if (p.uniform) fetch(p, 0, 0, values);
+  if (p.uniform) fetch(p, 0, 0, 0, values);
   const int64_t in_stride = p.in.class_stride, out_stride = p.out.class_stride;
 
   for (int64_t next = begin; next < end;) {
@@ -642,7 +577,7 @@ void run_lanes(const Problem<T>& given, int64_t begin, int64_t end) {
     Vec<T> s{};
     for (int b = 0; b < count; ++b) {
       Work<T>& w = tile[b];
-      if (!p.uniform) fetch(p, w.row, w.y, w.own);
+      if (!p.uniform) fetch(p, w.row, w.y, p.group ? p.group[w.row] : 0, w.own);
       w.values = p.uniform ? &values : &w.own;
       w.r.other_max = top[b];
       w.scale = row_scale(p.spec, *w.values, w.r.target - top[b]);
@@ -699,7 +634,7 @@ constexpr int64_t LONG_ROW = 48;
 constexpr int64_t LANES_IN_CACHE = 1 << 18;  // bytes of a tile of rows whose classes lie apart
 
 template <class T, class S>
-void run_as(const Problem<T>& p, int64_t begin, int64_t end) {
+void run_as(const CpuProblem<T>& p, int64_t begin, int64_t end) {
   const bool plain = p.softcap <= 0 && !p.adjustment && !p.logsumexp;
   const bool apart = p.in.class_stride != 1 || (p.grad && p.out.class_stride != 1);
   const bool fits = p.classes * BYTES <= LANES_IN_CACHE;
@@ -710,12 +645,12 @@ void run_as(const Problem<T>& p, int64_t begin, int64_t end) {
   run_through_scratch<T, S>(p, begin, end);
 }
 
-void run_float(const Problem<float>& p, int64_t begin, int64_t end) {
+void run_float(const CpuProblem<float>& p, int64_t begin, int64_t end) {
   if (p.storage == Storage::FLOAT) return run_as<float, float>(p, begin, end);
   if (p.storage == Storage::BFLOAT16) return run_as<float, bfloat16>(p, begin, end);
   run_as<float, float16>(p, begin, end);
 }
-void run_double(const Problem<double>& p, int64_t begin, int64_t end) { run_as<double, double>(p, begin, end); }
+void run_double(const CpuProblem<double>& p, int64_t begin, int64_t end) { run_as<double, double>(p, begin, end); }
 
 }  // namespace
 

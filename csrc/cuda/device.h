@@ -1,0 +1,61 @@
+// The device as library_cuda.cpp finds it: a GPU and its current stream, or for the tests a host.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "kernels.h"
+
+#ifndef MLK_HOST
+#include <cuda_runtime_api.h>
+#endif
+
+namespace mlkernels {
+
+#ifdef MLK_HOST
+
+inline int32_t device_type() { return aoti_torch_device_type_cpu(); }
+
+inline Device device_of(int) {
+  // A device with clusters, and little shared memory: long rows begin early, and the fibers' shadow stays small.
+  return {0, 2, 9, 48 << 10, nullptr};
+}
+
+struct DeviceGuard {
+  explicit DeviceGuard(const torch::stable::Tensor&) {}
+  ~DeviceGuard() {}
+};
+
+#else
+
+inline int32_t device_type() { return aoti_torch_device_type_cuda(); }
+
+inline Device device_of(int index) {
+  constexpr int MOST = 64;
+  static Device known[MOST];
+  Device out{};
+  if (index < MOST && known[index].multiprocessors > 0) {
+    out = known[index];
+  } else {
+    out.index = index;
+    const auto ask = [&](int& to, cudaDeviceAttr what) {
+      if (cudaDeviceGetAttribute(&to, what, index) != cudaSuccess)
+        throw std::runtime_error("CUDA: the device does not say what it has");
+    };
+    ask(out.multiprocessors, cudaDevAttrMultiProcessorCount);
+    ask(out.major, cudaDevAttrComputeCapabilityMajor);
+    ask(out.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    if (index < MOST) known[index] = out;
+  }
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &out.stream));
+  return out;
+}
+
+struct DeviceGuard : torch::stable::accelerator::DeviceGuard {
+  explicit DeviceGuard(const torch::stable::Tensor& tensor)
+      : torch::stable::accelerator::DeviceGuard(tensor.get_device_index()) {}
+};
+
+#endif
+
+}  // namespace mlkernels

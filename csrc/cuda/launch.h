@@ -1,0 +1,127 @@
+// How a body of the kernels is started: on a device, or by the host's fibers.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace mlkernels {
+namespace MLKERNELS_ISA {
+
+#ifdef __CUDACC__
+
+inline void check(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  (void)cudaGetLastError();
+  throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(status));
+}
+
+// The arguments of a launch, which lie in constant memory.
+template <class A, class B>
+struct Both {
+  A first;
+  B second;
+};
+
+template <class Body, class A>
+__global__ void __launch_bounds__(Body::THREADS, Body::BLOCKS) entry(const __grid_constant__ A arguments) {
+  const Simt simt;
+  Body::run(simt, arguments);
+}
+template <class Body, class A, class B>
+__global__ void __launch_bounds__(Body::THREADS, Body::BLOCKS) entry_of_two(const __grid_constant__ Both<A, B> arguments) {
+  const Simt simt;
+  Body::run(simt, arguments.first, arguments.second);
+}
+
+template <class Body, class A>
+constexpr auto kernel_of() {
+  return &entry<Body, A>;
+}
+template <class Body, class A, class B>
+constexpr auto kernel_of() {
+  return &entry_of_two<Body, A, B>;
+}
+template <class A>
+const A& packed(const A& a) {
+  return a;
+}
+template <class A, class B>
+Both<A, B> packed(const A& a, const B& b) {
+  return {a, b};
+}
+
+// What a kernel may use is set once per device.
+template <class Body, class... A>
+void allow(const Device& device, int cluster) {
+  constexpr int MOST_DEVICES = 64;
+  static bool done[MOST_DEVICES][2];
+  const bool large = cluster > 8;
+  if (device.index < MOST_DEVICES && done[device.index][large]) return;
+  check(cudaFuncSetAttribute(kernel_of<Body, A...>(), cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared), "shared memory");
+  if (large) check(cudaFuncSetAttribute(kernel_of<Body, A...>(), cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "large clusters");
+  if (device.index < MOST_DEVICES) done[device.index][large] = true;
+}
+
+struct Configuration {
+  cudaLaunchConfig_t config{};
+  cudaLaunchAttribute cluster[1];
+  Configuration(const Device& device, int blocks, int warps, int size, int shared) {
+    config.gridDim = dim3(unsigned(blocks));
+    config.blockDim = dim3(unsigned(warps * LANES));
+    config.dynamicSmemBytes = size_t(shared);
+    config.stream = static_cast<cudaStream_t>(device.stream);
+    if (size > 1) {
+      cluster[0].id = cudaLaunchAttributeClusterDimension;
+      cluster[0].val.clusterDim.x = unsigned(size);
+      cluster[0].val.clusterDim.y = cluster[0].val.clusterDim.z = 1;
+      config.attrs = cluster;
+      config.numAttrs = 1;
+    }
+  }
+};
+
+template <class Body, class... A>
+void launch(const Device& device, int blocks, int warps, int cluster, int shared, const A&... arguments) {
+  allow<Body, A...>(device, cluster);
+  const Configuration c(device, blocks, warps, cluster, shared);
+  check(cudaLaunchKernelEx(&c.config, kernel_of<Body, A...>(), packed(arguments...)), "a launch");
+}
+
+// Blocks, or clusters, that the device runs at once; 0: it cannot.
+template <class Body, class... A>
+int at_once(const Device& device, int warps, int cluster, int shared) {
+  allow<Body, A...>(device, cluster);
+  int count = 0;
+  if (cluster > 1) {
+    const Configuration c(device, cluster, warps, cluster, shared);
+    if (cudaOccupancyMaxActiveClusters(&count, kernel_of<Body, A...>(), &c.config) != cudaSuccess) {
+      (void)cudaGetLastError();
+      return 0;
+    }
+    return count;
+  }
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel_of<Body, A...>(), warps * LANES, size_t(shared)), "occupancy");
+  return count * device.multiprocessors;
+}
+
+#else
+
+template <class Body, class... A>
+void launch(const Device&, int blocks, int warps, int cluster, int shared, const A&... arguments) {
+  simt::Machine::get().run(blocks, warps, cluster, shared, [&] {
+    const Simt simt;
+    Body::run(simt, arguments...);
+  });
+}
+
+template <class Body, class... A>
+int at_once(const Device&, int, int, int) {
+  return 3;
+}
+
+#endif
+
+}  // namespace MLKERNELS_ISA
+}  // namespace mlkernels

@@ -1,0 +1,82 @@
+// Many tensors copied by one launch, under a condition that only the device knows.
+//
+// Where the tensors lie is part of the launch itself, up to 32 kB of arguments: nothing is sent before it, nothing has
+// to outlive it, and a CUDA graph keeps it. Blocks share the bytes out in pieces of one size whatever the tensors' sizes.
+#pragma once
+
+#include "visit.h"
+
+namespace mlkernels {
+
+// As many as fit.
+struct CopyTable {
+  static constexpr int MOST = 1100;
+  static constexpr int64_t PIECE = int64_t(1) << 15;  // bytes
+  const bool* flag;   // or null: copy
+  int count;
+  int64_t pieces;     // of all tensors
+  char* to[MOST];
+  const char* from[MOST];
+  int64_t bytes[MOST];
+  int32_t end[MOST];  // the pieces of this tensor and of those before it
+};
+static_assert(sizeof(CopyTable) <= 32000, "the arguments of a launch");
+
+namespace MLKERNELS_ISA {
+
+struct CopyMany {
+  static constexpr int THREADS = 256, BLOCKS = 2;
+
+  template <class Simt>
+  static MLK_DEVICE void run(const Simt& simt, const CopyTable& table) {
+    if (table.flag && !*table.flag) return;
+    for (int64_t piece = simt.block(); piece < table.pieces; piece += simt.blocks()) {
+      int low = 0, high = table.count - 1;  // the tensor of this piece
+      while (low < high) {
+        const int middle = (low + high) / 2;
+        if (piece < table.end[middle])
+          high = middle;
+        else
+          low = middle + 1;
+      }
+      const int64_t begin = (piece - (low > 0 ? table.end[low - 1] : 0)) * CopyTable::PIECE;
+      const int64_t left = table.bytes[low] - begin;
+      copy(simt, table.to[low] + begin, table.from[low] + begin, left < CopyTable::PIECE ? left : CopyTable::PIECE);
+    }
+  }
+
+  template <class Simt>
+  static MLK_DEVICE void copy(const Simt& simt, char* to, const char* from, int64_t bytes) {
+    const uintptr_t apart = reinterpret_cast<uintptr_t>(to) ^ reinterpret_cast<uintptr_t>(from);
+    if (apart % 16 == 0)
+      by<Vec16>(simt, to, from, bytes);
+    else if (apart % 4 == 0)
+      by<uint32_t>(simt, to, from, bytes);
+    else
+      by<unsigned char>(simt, to, from, bytes);
+  }
+
+  static MLK_DEVICE void move(Vec16* to, const Vec16* from) { store_vector(to, load_vector(from)); }
+  template <class W>
+  static MLK_DEVICE void move(W* to, const W* from) {
+    *to = *from;
+  }
+
+  // Both ends are equally far from a multiple of W's size.
+  template <class W, class Simt>
+  static MLK_DEVICE void by(const Simt& simt, char* to, const char* from, int64_t bytes) {
+    constexpr int SIZE = int(sizeof(W));
+    int64_t head = (SIZE - int(reinterpret_cast<uintptr_t>(to) % SIZE)) % SIZE;
+    if (head > bytes) head = bytes;
+    const int64_t words = (bytes - head) / SIZE, tail = head + words * SIZE;
+    for (int64_t i = simt.thread(); i < head; i += simt.threads()) to[i] = from[i];
+    W* const wide_to = reinterpret_cast<W*>(to + head);
+    const W* const wide_from = reinterpret_cast<const W*>(from + head);
+MLK_UNROLL_4
+    for (int64_t i = simt.thread(); i < words; i += simt.threads()) move(wide_to + i, wide_from + i);
+    for (int64_t i = tail + simt.thread(); i < bytes; i += simt.threads()) to[i] = from[i];
+  }
+};
+
+}  // namespace MLKERNELS_ISA
+}  // namespace mlkernels

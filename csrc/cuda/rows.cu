@@ -1,0 +1,190 @@
+// The row kernels of one storage type, and which of them serves which rows. Compiled once per type (MLK_STORAGE).
+#include <algorithm>
+
+#include "launch.h"
+#include "rows_apart.h"
+
+namespace mlkernels {
+namespace MLKERNELS_ISA {
+namespace {
+
+using S = MLK_STORAGE;
+using T = std::conditional_t<sizeof(S) == 8, double, float>;
+
+bool general(const Visit<T>& v) { return v.softcap > 0 || v.adjustment || v.smoothing > 0 || v.logsumexp; }
+
+bool one_after_another(const Layout& layout, int64_t classes) {
+  return layout.dims == 1 && (layout.strides[0] == classes || layout.sizes[0] <= 1) &&
+         (layout.class_stride == 1 || classes == 1);
+}
+
+int power_of_two_from(int64_t x) {
+  int out = 1;
+  while (out < x) out *= 2;
+  return out;
+}
+
+// ---- sizes -----------------------------------------------------------------------------------------------------------
+// By calculation: none of these numbers has been measured yet.
+
+constexpr int64_t SHORT_ROW = 1024;       // columns that 32 lanes hold
+constexpr int64_t FEW_COLUMNS = 64;       // up to here a lane holds 8 of them, above 32
+constexpr int64_t TILE_BYTES = 4096;
+constexpr int64_t BYTES_OF_A_WARP = 4096; // of a long row
+constexpr int MOST_WARPS = 16;
+constexpr int CHUNK = 128;                // vectors: 2 kB
+constexpr int64_t ALONE_ROWS = 4096, ALONE_ELEMENTS = 1 << 19;  // one cluster is quicker than three launches up to here
+
+bool plan_short(const Visit<T>& v, const Device& device, Choice& out) {
+  out.way = Way::SHORT;
+  out.warps = forced.warps ? forced.warps : 8;
+  const int64_t row_bytes = v.classes * int64_t(sizeof(S));
+  TilePlan& tiles = out.tiles;
+  tiles.lanes = power_of_two_from((v.classes + (v.classes <= FEW_COLUMNS ? 7 : 31)) / (v.classes <= FEW_COLUMNS ? 8 : 32));
+  const int together = LANES / tiles.lanes;
+  tiles.rows = int(std::max<int64_t>(1, std::min<int64_t>(TILE_BYTES / row_bytes, 512) / together)) * together;
+  if (forced.tile_rows) tiles.rows = forced.tile_rows * together;
+  tiles.slots = forced.slots ? forced.slots : 2;
+  tiles.alone = 0;
+  out.cluster = 1;
+  if (v.rows <= ALONE_ROWS && v.rows * v.classes <= ALONE_ELEMENTS && v.losses) {
+    // As many warps as there are tiles, each tile no larger than it has to be.
+    if (!forced.tile_rows) tiles.rows = together;
+    const int64_t wanted = ((v.rows + tiles.rows - 1) / tiles.rows + out.warps - 1) / out.warps;
+    const int most = device.major >= 9 ? 8 : 1;
+    if (wanted <= 4 * most || v.rows * v.classes <= 1 << 14) {
+      tiles.alone = 1;
+      out.cluster = int(std::min<int64_t>(power_of_two_from(std::max<int64_t>(wanted, 1)), most));
+    }
+  }
+  if (forced.cluster) {
+    tiles.alone = forced.cluster > 0;
+    out.cluster = std::max(1, forced.cluster);
+  }
+  return tile_shared_bytes(tiles, row_bytes, out.warps, out.cluster) <= device.shared;
+}
+
+// Rows that `cluster` blocks hold; false if they do not.
+bool plan_long(const Visit<T>& v, const Device& device, int cluster, Choice& out) {
+  const int64_t vectors = (v.classes + PER_VECTOR<S> - 1) / PER_VECTOR<S> + 1;
+  out.way = Way::LONG;
+  out.cluster = cluster;
+  out.warps = forced.warps ? forced.warps
+                           : int(std::min<int64_t>(MOST_WARPS, power_of_two_from((vectors * 16 + BYTES_OF_A_WARP - 1) / BYTES_OF_A_WARP)));
+  const int64_t share = (vectors + out.warps * cluster - 1) / (out.warps * cluster);
+  const int longest = forced.chunk ? forced.chunk : CHUNK;
+  out.rows.chunks = int((share + longest - 1) / longest);
+  out.rows.chunk = int(((share + out.rows.chunks - 1) / out.rows.chunks + LANES - 1) / LANES * LANES);
+  const RowPlan none{out.rows.chunk, 0, 0};
+  const int64_t left = device.shared - long_shared_bytes(none, out.warps, cluster) - 128;
+  const int64_t most = left / out.warps / (out.rows.chunk * 16 + 8);
+  out.rows.slots = int(std::min<int64_t>(most, 2 * out.rows.chunks));
+  if (forced.slots) out.rows.slots = std::max(forced.slots, out.rows.chunks);
+  return most >= out.rows.chunks;
+}
+
+Choice plan_streamed(const Visit<T>& v, const Device& device) {
+  Choice out{};
+  (void)plan_long(v, device, 1, out);
+  out.way = Way::STREAMED;
+  out.rows.chunk = forced.chunk ? forced.chunk : CHUNK;
+  const int64_t vectors = (v.classes + PER_VECTOR<S> - 1) / PER_VECTOR<S> + 1;
+  const int64_t share = (vectors + out.warps - 1) / out.warps;
+  out.rows.chunks = int((share + out.rows.chunk - 1) / out.rows.chunk);
+  const RowPlan none{out.rows.chunk, 0, 0};
+  const int64_t left = device.shared - long_shared_bytes(none, out.warps, 1) - 128;
+  out.rows.slots = forced.slots ? forced.slots : int(left / out.warps / (out.rows.chunk * 16 + 8));
+  return out;
+}
+
+// ---- which way -------------------------------------------------------------------------------------------------------
+
+template <bool GENERAL>
+using ShortFew = RowsShort<T, S, 8, GENERAL>;
+template <bool GENERAL>
+using ShortMany = RowsShort<T, S, 32, GENERAL>;
+
+// Calls with<Body>(plan, bytes of shared memory) for the kernel of a choice.
+template <class With>
+auto dispatch(const Visit<T>& v, const Choice& c, With with) {
+  const bool g = general(v);
+  const int64_t row_bytes = v.classes * int64_t(sizeof(S));
+  const int tile_bytes = c.way == Way::SHORT ? tile_shared_bytes(c.tiles, row_bytes, c.warps, c.cluster) : 0;
+  const int ring_bytes = c.way == Way::LONG || c.way == Way::STREAMED ? long_shared_bytes(c.rows, c.warps, c.cluster) : 0;
+  switch (c.way) {
+    case Way::SHORT:
+      if (v.classes <= FEW_COLUMNS)
+        return g ? with(ShortFew<true>(), c.tiles, tile_bytes) : with(ShortFew<false>(), c.tiles, tile_bytes);
+      return g ? with(ShortMany<true>(), c.tiles, tile_bytes) : with(ShortMany<false>(), c.tiles, tile_bytes);
+    case Way::LONG:
+      return g ? with(RowsLong<T, S, true, false>(), c.rows, ring_bytes)
+               : with(RowsLong<T, S, false, false>(), c.rows, ring_bytes);
+    case Way::STREAMED:
+      return g ? with(RowsLong<T, S, true, true>(), c.rows, ring_bytes)
+               : with(RowsLong<T, S, false, true>(), c.rows, ring_bytes);
+    default:
+      return with(RowsApart<T, S>(), ApartPlan(), 0);
+  }
+}
+
+int blocks_of(const Visit<T>& v, const Device& device, const Choice& c) {
+  if (c.way == Way::SHORT && c.tiles.alone) return c.cluster;
+  const int64_t work = c.way == Way::SHORT   ? ((v.rows + c.tiles.rows - 1) / c.tiles.rows + c.warps - 1) / c.warps
+                       : c.way == Way::APART ? (v.rows + c.warps * LANES - 1) / (c.warps * LANES)
+                                             : v.rows;
+  int teams = dispatch(v, c, [&](auto body, const auto& plan, int shared) {
+    using Body = decltype(body);
+    return at_once<Body, Visit<T>, std::decay_t<decltype(plan)>>(device, c.warps, c.cluster, shared);
+  });
+  if (forced.teams) teams = forced.teams;
+  return int(std::max<int64_t>(1, std::min<int64_t>(work, teams))) * c.cluster;
+}
+
+Choice choose(const Visit<T>& v, const Device& device) {
+  Choice out{};
+  const bool grad = v.grad != nullptr;
+  const auto apart = [&] {
+    Choice way{};
+    way.way = Way::APART;
+    way.warps = forced.warps ? forced.warps : 8;
+    way.cluster = 1;
+    return way;
+  };
+  const bool together = (v.in.class_stride == 1 || v.classes == 1) && (!grad || v.out.class_stride == 1 || v.classes == 1);
+  if (!together || forced.way == int(Way::APART) + 1) return apart();
+  const bool packed = one_after_another(v.in, v.classes) && (!grad || one_after_another(v.out, v.classes));
+  const bool may_be_short = packed && v.classes <= SHORT_ROW;
+  if (may_be_short && (!forced.way || forced.way == int(Way::SHORT) + 1) && plan_short(v, device, out)) return out;
+  if (v.classes < LANES && !forced.way) return apart();  // a few columns of a wider matrix
+  if (forced.way == int(Way::STREAMED) + 1) return plan_streamed(v, device);
+  const int most = forced.cluster > 0 ? forced.cluster : device.major >= 9 ? 16 : 1;
+  for (int cluster = forced.cluster > 0 ? forced.cluster : 1; cluster <= most; cluster *= 2) {
+    out = Choice{};
+    if (!plan_long(v, device, cluster, out)) continue;
+    // A cluster of 16 is more than every device promises.
+    if (cluster == 1 || forced.cluster > 0) return out;
+    const int runs = dispatch(v, out, [&](auto body, const auto& plan, int shared) {
+      using Body = decltype(body);
+      return at_once<Body, Visit<T>, std::decay_t<decltype(plan)>>(device, out.warps, out.cluster, shared);
+    });
+    if (runs > 0) return out;
+  }
+  return plan_streamed(v, device);
+}
+
+void run(const Visit<T>& v, const Device& device, const Choice& c, int blocks) {
+  dispatch(v, c, [&](auto body, const auto& plan, int shared) {
+    launch<decltype(body)>(device, blocks, c.warps, c.cluster, shared, v, plan);
+    return 0;
+  });
+}
+
+}  // namespace
+}  // namespace MLKERNELS_ISA
+
+#define MLK_JOIN_(a, b) a##b
+#define MLK_JOIN(a, b) MLK_JOIN_(a, b)
+const RowKernels<MLKERNELS_ISA::T> MLK_JOIN(rows_, MLK_STORAGE){MLKERNELS_ISA::choose, MLKERNELS_ISA::blocks_of,
+                                                                MLKERNELS_ISA::run};
+
+}  // namespace mlkernels

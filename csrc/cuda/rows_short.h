@@ -1,0 +1,265 @@
+// Short rows that lie one after another, many of them at once.
+//
+// A warp takes tiles of rows. A tile is one piece of memory whatever the number of classes, so it comes and goes 16 bytes
+// at a time; its rows are worked on in shared memory, each by 1 ... 32 lanes that hold it in registers. Warps have
+// nothing to do with each other, and the next tile is on its way while this one is worked on.
+//
+// Alone: a small batch is served by one block or cluster in one launch, which counts the rows for "mean" before it
+// starts and adds up the loss when it is done.
+//
+// Bytes: one reading and one writing of the logits; rows with an ignored label are read with their neighbours.
+// T: the accumulation type; S: storage; ELEMENTS: of a lane. GENERAL: softcap, adjustment, smoothing and RowStats.
+#pragma once
+
+#include "visit.h"
+
+namespace mlkernels {
+
+struct TilePlan {
+  int lanes;  // of a row: a power of two
+  int rows;   // of a tile, a multiple of LANES / lanes
+  int slots;  // tiles that a warp's part of shared memory holds
+  int alone;  // whether this launch is one block or cluster that does everything
+};
+
+namespace MLKERNELS_ISA {
+
+struct TilePlaces {
+  int barriers, told, ring, tile;
+  MLK_FN TilePlaces(const TilePlan& plan, int64_t row_bytes, int warp, int warps, int ranks) {
+    tile = int((plan.rows * row_bytes + 15) / 16 * 16 + 16);
+    barriers = warp * plan.slots * 8;
+    told = (warps * plan.slots * 8 + 127) / 128 * 128;
+    const int rings = told + (plan.alone ? (4 * warps * ranks * 8 + 127) / 128 * 128 : 0);
+    ring = rings + warp * plan.slots * tile;
+  }
+};
+inline int tile_shared_bytes(const TilePlan& plan, int64_t row_bytes, int warps, int ranks) {
+  return TilePlaces(plan, row_bytes, warps, warps, ranks).ring;
+}
+
+template <class T_, class S_, int ELEMENTS, bool GENERAL>
+struct RowsShort {
+  using T = T_;
+  using S = S_;
+  static constexpr int THREADS = 256, BLOCKS = 2;
+  static constexpr T INF = std::numeric_limits<T>::infinity();
+
+  // Two sums over all threads of the launch, which is one block or cluster; the same bits for all of them.
+  template <class Simt>
+  static MLK_DEVICE void over_all(const Simt& simt, int told, double& a, double& b) {
+    a = sum_over(simt, a);
+    b = sum_over(simt, b);
+    const int parts = simt.warps() * simt.ranks(), part = simt.rank() * simt.warps() + simt.warp();
+    if (parts == 1) return;
+    if (simt.ranks() > 1) {
+      if (simt.lane() < simt.ranks()) {
+        simt.store_remote(simt.lane(), told + 16 * part, a);
+        simt.store_remote(simt.lane(), told + 16 * part + 8, b);
+      }
+      simt.cluster_sync();
+    } else {
+      if (simt.lane() == 0) {
+        simt.store(told + 16 * part, a);
+        simt.store(told + 16 * part + 8, b);
+      }
+      simt.block_sync();
+    }
+    a = b = 0;
+    for (int i = simt.lane(); i < parts; i += LANES) {
+      a += simt.template load<double>(told + 16 * i);
+      b += simt.template load<double>(told + 16 * i + 8);
+    }
+    a = sum_over(simt, a);
+    b = sum_over(simt, b);
+  }
+
+  template <class Simt>
+  static MLK_DEVICE void run(const Simt& simt, const Visit<T>& v, const TilePlan& plan) {
+    if (v.unless_one && *v.unless_one == T(1)) return;
+    const TilePlaces at(plan, v.classes * int64_t(sizeof(S)), simt.warp(), simt.warps(), simt.ranks());
+    const int64_t tiles = (v.rows + plan.rows - 1) / plan.rows;
+    const int64_t every = int64_t(simt.blocks()) * simt.warps();
+    const int64_t mine = int64_t(simt.block()) * simt.warps() + simt.warp();
+    for (int slot = simt.lane(); slot < plan.slots; slot += LANES) simt.barrier_init(at.barriers + 8 * slot);
+    simt.barriers_ready();
+    simt.warp_sync();
+    if (simt.ranks() > 1) simt.cluster_sync();
+
+    const auto ask = [&](int64_t tile, int slot) {
+      if (tile >= tiles) return;
+      const int64_t row = tile * plan.rows;
+      const int64_t rows = v.rows - row < plan.rows ? v.rows - row : plan.rows;
+      const S* x = static_cast<const S*>(v.input) + row * v.classes;
+      const int phase = phase_of(x);
+      const int count = int((phase + rows * v.classes + PER_VECTOR<S> - 1) / PER_VECTOR<S>);
+      fetch_vectors<S>(simt, v, at.barriers + 8 * slot, at.ring + slot * at.tile, reinterpret_cast<const char*>(x - phase), 0,
+                       count);
+    };
+    for (int slot = 0; slot < plan.slots; ++slot) ask(mine + slot * every, slot);
+
+    Share<T> share{1, 1};
+    double weights = 0, kept = 0;
+    if (!plan.alone) {
+      share = share_of(simt, v);
+    } else if (v.spec.reduction == REDUCE_MEAN) {
+      for (int64_t row = int64_t(simt.block()) * simt.threads() + simt.thread(); row < v.rows;
+           row += int64_t(simt.blocks()) * simt.threads()) {
+        const Label label = label_of(v, row);
+        if (label.fate == Fate::IGNORED) continue;
+        weights += label.fate == Fate::KEPT && v.weight ? double(v.weight[label.y]) : 1.0;
+        kept += 1;
+      }
+      over_all(simt, at.told, weights, kept);
+      share = {T(1 / weights), T(1 / kept)};
+    }
+    const Batch<T> batch = batch_on_device(v);
+    double by_class = 0, by_row = 0;
+    int slot = 0, parity = 0;
+    for (int64_t tile = mine; tile < tiles; tile += every) {
+      simt.copy_wait(at.barriers + 8 * slot, parity);
+      const int64_t first = tile * plan.rows;
+      const int64_t rows = v.rows - first < plan.rows ? v.rows - first : plan.rows;
+      const S* x = static_cast<const S*>(v.input) + first * v.classes;
+      const int begin = at.ring + slot * at.tile + phase_of(x) * int(sizeof(S));
+      const int together = LANES / plan.lanes;
+      for (int64_t r = 0; r < rows; r += together)
+        visit(simt, v, plan, batch, share, first, r + simt.lane() / plan.lanes, rows, begin, by_class, by_row);
+      simt.warp_sync();
+      if (v.grad) {
+        write_out(simt, begin, static_cast<S*>(v.grad) + first * v.classes, rows * v.classes);
+        simt.before_copy();
+        simt.warp_sync();
+      }
+      ask(tile + plan.slots * every, slot);
+      if (++slot == plan.slots) {
+        slot = 0;
+        parity ^= 1;
+      }
+    }
+    if (v.spec.reduction == REDUCE_NONE || !v.losses) {
+      if (simt.ranks() > 1) simt.cluster_sync();
+      return;
+    }
+    if (plan.alone) {
+      over_all(simt, at.told + 16 * simt.warps() * simt.ranks(), by_class, by_row);
+      if (v.spec.reduction == REDUCE_MEAN) {
+        by_class /= weights;
+        by_row = by_row == 0 ? 0.0 : by_row / kept;
+      }
+      if (simt.block() == 0 && simt.thread() == 0) *v.losses = T(by_class + by_row);
+      if (simt.ranks() > 1) simt.cluster_sync();
+    } else {
+      by_class = sum_over(simt, by_class);
+      by_row = sum_over(simt, by_row);
+      if (simt.lane() == 0) {
+        v.partials[2 * mine] = by_class;
+        v.partials[2 * mine + 1] = by_row;
+      }
+    }
+  }
+
+  // A row by its lanes; all lanes of the warp come here, also those that have no row.
+  template <class Simt>
+  static MLK_DEVICE void visit(const Simt& simt, const Visit<T>& v, const TilePlan& plan, const Batch<T>& batch,
+                               const Share<T>& share, int64_t first_row, int64_t r, int64_t rows, int begin,
+                               double& by_class, double& by_row) {
+    const int sub = simt.lane() % plan.lanes;
+    const bool exists = r < rows;
+    const int64_t row = first_row + r;
+    Label label{0, 0, Fate::IGNORED};
+    if (exists) label = label_of(v, row);
+    const bool kept = label.fate == Fate::KEPT;
+    const int64_t y = kept ? label.y : 0;
+    const int at = begin + int(r * v.classes) * int(sizeof(S));
+    const auto element = [&](int j) { return T(widen(simt.template load<S>(at + j * int(sizeof(S))))); };
+
+    Standing<T> stands;
+    T u[ELEMENTS];
+    stands.m = -INF;
+    int first = -1;
+    MLK_UNROLL
+    for (int i = 0; i < ELEMENTS; ++i) {
+      const int j = i * plan.lanes + sub;
+      u[i] = -INF;
+      if (kept && j < v.classes && j != y) {
+        u[i] = element(j);
+        if (GENERAL) {
+          u[i] = prepare(v, u[i], j);
+          if (u[i] > stands.m || first < 0) first = j;
+        }
+        stands.m = larger(stands.m, u[i]);
+      }
+    }
+    stands.target = kept ? element(int(y)) : T(0);
+    if (GENERAL && kept) stands.target = prepare(v, stands.target, y);
+    if (kept) fetch(static_cast<const Problem<T>&>(v), row, y, label.group, stands.values);
+    Counts counts{-1, 0};
+    for (int mask = plan.lanes / 2; mask > 0; mask /= 2) {
+      const T m = simt.butterfly(stands.m, mask);
+      if (GENERAL) {
+        const int other = simt.butterfly(first, mask);
+        if (other >= 0 && (first < 0 || m > stands.m || (m == stands.m && other < first))) first = other;
+      }
+      stands.m = larger(stands.m, m);
+    }
+    counts.first = first;
+    if (v.saved && kept) stands.m = v.saved[2 * row];
+    T sum = 0, shift = 0, weighted = 0;
+    int above = 0;
+    if (kept) {
+      stand(v, stands);
+      const T m = stands.floor(), scale2 = stands.scale2();
+      MLK_UNROLL
+      for (int i = 0; i < ELEMENTS; ++i) {
+        const int j = i * plan.lanes + sub;
+        const T d = u[i] - m;
+        if (GENERAL && j < v.classes && j != y) {
+          if (v.smoothing > 0) weighted += v.weight ? d * v.weight[j] : d;
+          above += u[i] > stands.target;
+        }
+        const T e = exp2_of(d * scale2);
+        sum += e;
+        if (v.want_shift) shift += e == 0 ? T(0) : e * d;
+      }
+    }
+    sum = sum_over(simt, sum, plan.lanes);
+    if (v.want_shift) shift = sum_over(simt, shift, plan.lanes);
+    if (GENERAL) {
+      weighted = sum_over(simt, weighted, plan.lanes);
+      above = sum_over(simt, above, plan.lanes);
+      counts.above = above;
+    }
+    Conclusion<T> c{};
+    if (kept) {
+      c = finish_row(v, batch, share, row, y, stands, sum, shift, weighted, counts, sub == 0);
+      if (sub == 0) leave_loss(v, row, c.loss, by_class, by_row);
+    } else if (exists && sub == 0) {
+      leave_fate(v, row, label.fate, by_class, by_row);
+    }
+    if (!v.grad) return;
+    simt.warp_sync();  // the target's logit is read by all of the row's lanes
+    if (!exists) return;
+    const T fill = label.fate == Fate::BAD ? nan<T>() : T(0);
+    const T m = stands.floor(), scale2 = kept ? stands.scale2() : T(0);
+    MLK_UNROLL
+    for (int i = 0; i < ELEMENTS; ++i) {
+      const int j = i * plan.lanes + sub;
+      if (j >= v.classes) continue;
+      T g = fill;
+      if (kept) {
+        // Again, rather than kept: the registers are worth more.
+        g = c.factor * exp2_of((u[i] - m) * scale2);
+        if (GENERAL) g -= v.weight && v.smoothing > 0 ? c.spread * v.weight[j] : c.spread;
+        if (j == y) g = c.at_target;
+        if (GENERAL) g = unprepare(v, g, j == y ? stands.target : u[i], j);
+      }
+      S narrowed;
+      narrow(g, narrowed);
+      simt.store(at + j * int(sizeof(S)), narrowed);
+    }
+  }
+};
+
+}  // namespace MLKERNELS_ISA
+}  // namespace mlkernels

@@ -1,0 +1,176 @@
+// The sums around a visit: what "mean" divides by, the reduced loss, the gradients of parameters. All in double and in a
+// fixed order: the same bits on every run, and no atomics.
+#pragma once
+
+#include "visit.h"
+
+namespace mlkernels {
+namespace MLKERNELS_ISA {
+
+// Two sums of a block's threads; the first thread has them.
+template <class Simt>
+MLK_DEVICE void over_block(const Simt& simt, double& a, double& b) {
+  a = sum_over(simt, a);
+  b = sum_over(simt, b);
+  if (simt.warps() == 1) return;
+  if (simt.lane() == 0) {
+    simt.store(16 * simt.warp(), a);
+    simt.store(16 * simt.warp() + 8, b);
+  }
+  simt.block_sync();
+  a = b = 0;
+  if (simt.lane() < simt.warps()) {
+    a = simt.template load<double>(16 * simt.lane());
+    b = simt.template load<double>(16 * simt.lane() + 8);
+  }
+  a = sum_over(simt, a);
+  b = sum_over(simt, b);
+}
+inline int over_block_bytes(int warps) { return 16 * warps; }
+
+// (blocks, 2): the sum of the kept rows' class weights, and of the kept rows.
+template <class T>
+struct CountRows {
+  static constexpr int THREADS = 256, BLOCKS = 2;
+  struct Plan {
+    double* out;
+  };
+  template <class Simt>
+  static MLK_DEVICE void run(const Simt& simt, const Visit<T>& v, const Plan& plan) {
+    double weights = 0, rows = 0;
+    for (int64_t row = int64_t(simt.block()) * simt.threads() + simt.thread(); row < v.rows;
+         row += int64_t(simt.blocks()) * simt.threads()) {
+      const Label label = label_of(v, row);
+      if (label.fate == Fate::IGNORED) continue;
+      weights += label.fate == Fate::KEPT && v.weight ? double(v.weight[label.y]) : 1.0;
+      rows += 1;
+    }
+    over_block(simt, weights, rows);
+    if (simt.thread() != 0) return;
+    plan.out[2 * simt.block()] = weights;
+    plan.out[2 * simt.block() + 1] = rows;
+  }
+};
+
+// The reduced loss from the teams' partial sums, by one block.
+template <class T>
+struct TotalLoss {
+  static constexpr int THREADS = 256, BLOCKS = 2;
+  struct Plan {
+    int64_t partials;
+  };
+  template <class Simt>
+  static MLK_DEVICE void run(const Simt& simt, const Visit<T>& v, const Plan& plan) {
+    double by_class = 0, by_row = 0;
+    for (int64_t i = simt.thread(); i < plan.partials; i += simt.threads()) {
+      by_class += v.partials[2 * i];
+      by_row += v.partials[2 * i + 1];
+    }
+    over_block(simt, by_class, by_row);
+    if (simt.warp() != 0) return;
+    if (v.parts > 0) {
+      double weights = 0, rows = 0;
+      for (int i = simt.lane(); i < v.parts; i += LANES) {
+        weights += v.divisors[2 * i];
+        rows += v.divisors[2 * i + 1];
+      }
+      by_class /= sum_over(simt, weights);
+      rows = sum_over(simt, rows);
+      by_row = by_row == 0 ? 0.0 : by_row / rows;
+    }
+    if (simt.lane() == 0) *v.losses = T(by_class + by_row);
+  }
+};
+
+// The sum of a (count) tensor, by one block.
+template <class T>
+struct TotalOf {
+  static constexpr int THREADS = 256, BLOCKS = 2;
+  struct Plan {
+    const T* in;
+    int64_t count;
+    double* out;
+  };
+  template <class Simt>
+  static MLK_DEVICE void run(const Simt& simt, const Plan& plan) {
+    double sum = 0, none = 0;
+    for (int64_t i = simt.thread(); i < plan.count; i += simt.threads()) sum += double(plan.in[i]);
+    over_block(simt, sum, none);
+    if (simt.thread() == 0) *plan.out = sum;
+  }
+};
+
+// A parameter's gradient from those of the rows, per bucket: block (bucket, chunk) adds up the chunk's rows of its bucket.
+// bins null: one bucket for all; else the bucket is the row's bin, of its group's.
+template <class T>
+struct SumBuckets {
+  static constexpr int THREADS = 256, BLOCKS = 2;
+  struct Plan {
+    const T* values;  // (rows)
+    const int* bins;
+    int per_group;
+    int chunks;
+    double* out;  // (buckets, chunks)
+  };
+  template <class Simt>
+  static MLK_DEVICE void run(const Simt& simt, const Visit<T>& v, const Plan& plan) {
+    const int64_t bucket = simt.block() / plan.chunks, chunk = simt.block() % plan.chunks;
+    double sum = 0, none = 0;
+    for (int64_t row = chunk * simt.threads() + simt.thread(); row < v.rows; row += int64_t(plan.chunks) * simt.threads()) {
+      if (plan.bins) {
+        const Label label = label_of(v, row);
+        if (label.fate != Fate::KEPT && !(plan.values[row] != plan.values[row])) continue;
+        const int64_t group = label.fate == Fate::KEPT ? label.group : 0;
+        if (group * plan.per_group + plan.bins[row] != bucket) continue;
+      }
+      sum += double(plan.values[row]);
+    }
+    over_block(simt, sum, none);
+    if (simt.thread() == 0) plan.out[simt.block()] = sum;
+  }
+};
+
+// Labels as the sort of SumRuns wants them: those that are none, or are ignored, come last.
+template <class T>
+struct SortKeys {
+  static constexpr int THREADS = 256, BLOCKS = 2;
+  struct Plan {
+    int64_t* out;  // (rows)
+  };
+  template <class Simt>
+  static MLK_DEVICE void run(const Simt& simt, const Visit<T>& v, const Plan& plan) {
+    for (int64_t row = int64_t(simt.block()) * simt.threads() + simt.thread(); row < v.rows;
+         row += int64_t(simt.blocks()) * simt.threads()) {
+      const Label label = label_of(v, row);
+      plan.out[row] = label.fate == Fate::KEPT ? label.y : label.fate == Fate::BAD ? v.classes : v.classes + 1;
+    }
+  }
+};
+
+// Per class: the rows in the order of their labels, a warp for each row that begins a class. out is zero before.
+template <class T>
+struct SumRuns {
+  static constexpr int THREADS = 256, BLOCKS = 2;
+  struct Plan {
+    const T* values;      // (rows)
+    const int64_t* keys;  // (rows), sorted
+    const int64_t* order;  // (rows): which row each is
+    double* out;           // (classes)
+  };
+  template <class Simt>
+  static MLK_DEVICE void run(const Simt& simt, const Visit<T>& v, const Plan& plan) {
+    const int64_t every = int64_t(simt.blocks()) * simt.warps();
+    for (int64_t at = int64_t(simt.block()) * simt.warps() + simt.warp(); at < v.rows; at += every) {
+      const int64_t key = plan.keys[at];
+      if (key >= v.classes || (at > 0 && plan.keys[at - 1] == key)) continue;
+      double sum = 0;
+      for (int64_t i = at + simt.lane(); i < v.rows && plan.keys[i] == key; i += LANES)
+        sum += double(plan.values[plan.order[i]]);
+      sum = sum_over(simt, sum);
+      if (simt.lane() == 0) plan.out[key] = sum;
+    }
+  }
+};
+
+}  // namespace MLKERNELS_ISA
+}  // namespace mlkernels

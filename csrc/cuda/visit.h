@@ -1,0 +1,335 @@
+// What the GPU's row kernels share: the call as they see it, and a row from its sums to its coefficients. Written over
+// simt.h, so that a host runs it as well.
+#pragma once
+
+#include "../simt.h"
+
+#include "../rows.h"
+
+namespace mlkernels {
+
+enum class Index : int { INT64, INT32, INT16, INT8, UINT8 };
+
+// A visit whose labels and numbers only the device knows.
+template <class T>
+struct Visit : Problem<T> {
+  const void* label;  // (rows), contiguous
+  Index label_type;
+  const void* group;  // (rows), contiguous, or null
+  Index group_type;
+  const char *begin, *end;     // the memory of the logits: nothing outside is read
+  const double* weight_total;  // the sum of all class weights, or null
+  // The sums of the kept rows' weights and of the kept rows, in parts: what "mean" divides by. parts = 0: not needed.
+  const double* divisors;
+  int parts;
+  const T* unless_one;  // nothing is done where this upstream gradient is 1; or null
+  T* losses;            // (rows), or the reduced loss; or null
+  double* partials;     // (teams, 2) where the loss is reduced
+};
+
+namespace MLKERNELS_ISA {
+
+constexpr int MOST_PARTS = 128;
+
+MLK_DEVICE int64_t read_index(const void* data, Index type, int64_t at) {
+  switch (type) {
+    case Index::INT64: return static_cast<const int64_t*>(data)[at];
+    case Index::INT32: return static_cast<const int32_t*>(data)[at];
+    case Index::INT16: return static_cast<const int16_t*>(data)[at];
+    case Index::INT8: return static_cast<const int8_t*>(data)[at];
+    default: return static_cast<const uint8_t*>(data)[at];
+  }
+}
+
+// A row and its label.
+enum class Fate : int { KEPT, IGNORED, BAD };
+struct Label {
+  int64_t y, group;
+  Fate fate;
+};
+
+template <class T>
+MLK_DEVICE Label label_of(const Visit<T>& v, int64_t row) {
+  Label out{read_index(v.label, v.label_type, row), 0, Fate::KEPT};
+  if (out.y == v.spec.ignore_index) {
+    out.fate = Fate::IGNORED;
+    return out;
+  }
+  if (out.y < 0 || out.y >= v.classes) out.fate = Fate::BAD;
+  if (v.group) {
+    out.group = read_index(v.group, v.group_type, row);
+    const int64_t groups = v.t.groups > v.tau.groups ? v.t.groups : v.tau.groups;
+    if (out.group < 0 || out.group >= groups) out.fate = Fate::BAD;
+  }
+  return out;
+}
+
+// ---- elements --------------------------------------------------------------------------------------------------------
+
+MLK_DEVICE float widen(float x) { return x; }
+MLK_DEVICE double widen(double x) { return x; }
+MLK_DEVICE float widen(bfloat16 x) { return from_bfloat16(x.bits); }
+MLK_DEVICE float widen(float16 x) { return from_float16(x.bits); }
+MLK_DEVICE void narrow(float x, float& out) { out = x; }
+MLK_DEVICE void narrow(double x, double& out) { out = x; }
+template <class S>
+MLK_DEVICE void narrow(float x, S& out) {
+  out.bits = uint16_t(narrow_pair(x, 0.0f, S()));
+}
+
+template <class S>
+constexpr int PER_VECTOR = 16 / int(sizeof(S));
+
+template <class T, class S>
+MLK_DEVICE void unpack(const Vec16& in, T (&out)[PER_VECTOR<S>]) {
+  MLK_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(S) == 4) {
+      memcpy(&out[i], &in.word[i], 4);
+    } else if constexpr (sizeof(S) == 8) {
+      if (i % 2 == 0) {
+        const uint64_t bits = uint64_t(in.word[i]) | uint64_t(in.word[i + 1]) << 32;
+        memcpy(&out[i / 2], &bits, 8);
+      }
+    } else {
+      out[2 * i] = widen(S{uint16_t(in.word[i])});
+      out[2 * i + 1] = widen(S{uint16_t(in.word[i] >> 16)});
+    }
+  }
+}
+
+template <class T, class S>
+MLK_DEVICE Vec16 pack(const T (&in)[PER_VECTOR<S>]) {
+  Vec16 out;
+  MLK_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(S) == 4) {
+      memcpy(&out.word[i], &in[i], 4);
+    } else if constexpr (sizeof(S) == 8) {
+      if (i % 2 == 0) {
+        uint64_t bits;
+        memcpy(&bits, &in[i / 2], 8);
+        out.word[i] = uint32_t(bits);
+        out.word[i + 1] = uint32_t(bits >> 32);
+      }
+    } else {
+      out.word[i] = narrow_pair(in[2 * i], in[2 * i + 1], S());
+    }
+  }
+  return out;
+}
+
+// A logit as the loss sees it: softcap, then adjustment.
+template <class T>
+MLK_DEVICE T prepare(const Visit<T>& v, T x, int64_t j) {
+  if (v.softcap > 0) x = cap(x, v.softcap);
+  return v.adjustment ? x + v.adjustment[j] : x;
+}
+// A gradient's way back through that.
+template <class T>
+MLK_DEVICE T unprepare(const Visit<T>& v, T gradient, T u, int64_t j) {
+  return v.softcap > 0 ? gradient * cap_slope(v.adjustment ? u - v.adjustment[j] : u, v.softcap) : gradient;
+}
+
+// How many elements lie between an address and the 16-byte boundary before it.
+template <class S>
+MLK_DEVICE int phase_of(const S* at) {
+  return int((reinterpret_cast<uintptr_t>(at) & 15) / sizeof(S));
+}
+
+// ---- warps -----------------------------------------------------------------------------------------------------------
+
+template <class T>
+MLK_DEVICE T larger(T a, T b) {  // a NaN is passed over: the sum of exponentials finds it
+  return b > a ? b : a;
+}
+
+template <class Simt, class V>
+MLK_DEVICE V sum_over(const Simt& simt, V x, int lanes = LANES) {
+  for (int mask = lanes / 2; mask > 0; mask /= 2) x += simt.butterfly(x, mask);
+  return x;
+}
+template <class Simt, class V>
+MLK_DEVICE V max_over(const Simt& simt, V x, int lanes = LANES) {
+  for (int mask = lanes / 2; mask > 0; mask /= 2) x = larger(x, simt.butterfly(x, mask));
+  return x;
+}
+
+// ---- rows ------------------------------------------------------------------------------------------------------------
+
+// What each row's upstream gradient is multiplied by; by a whole warp.
+template <class Simt, class T>
+MLK_DEVICE Share<T> share_of(const Simt& simt, const Visit<T>& v) {
+  if (v.parts == 0) return {1, 1};
+  double weights = 0, rows = 0;
+  for (int i = simt.lane(); i < v.parts; i += LANES) {
+    weights += v.divisors[2 * i];
+    rows += v.divisors[2 * i + 1];
+  }
+  return {T(1 / sum_over(simt, weights)), T(1 / sum_over(simt, rows))};
+}
+
+template <class T>
+MLK_DEVICE Batch<T> batch_on_device(const Visit<T>& v) {
+  Batch<T> out = batch_of(v);
+  if (v.weight_total) out.weight_sum = T(*v.weight_total);
+  return out;
+}
+
+// A row between its maximum and its end.
+template <class T>
+struct Standing {
+  Values<T> values;
+  RowScale<T> scale;
+  T target, m;  // m may be -inf
+  MLK_DEVICE T floor() const { return m == -infinity<T>() ? T(0) : m; }
+  MLK_DEVICE T scale2() const { return scale.value * T(1.4426950408889634); }  // of base-2 exponentials
+};
+
+template <class T>
+MLK_DEVICE void stand(const Visit<T>& v, Standing<T>& at) {
+  at.scale = row_scale(v.spec, at.values, at.target - at.m);
+}
+
+struct Counts {  // for RowStats
+  int64_t first;  // the first of the largest other logits, -1: there is none
+  int64_t above;
+};
+
+// sum, shift, weighted: over the other classes, as finish.h has them. With saved statistics, sum is not used.
+template <class T>
+MLK_DEVICE Conclusion<T> finish_row(const Visit<T>& v, const Batch<T>& batch, const Share<T>& share, int64_t row, int64_t y,
+                                    const Standing<T>& stands, T sum, T shift, T weighted, const Counts& counts,
+                                    bool leaves) {
+  Row<T> r;
+  r.target = stands.target;
+  r.other_max = stands.m;
+  if (v.saved) {
+    r.log_sum = v.saved[2 * row + 1];
+    r.share = r.log_sum == -infinity<T>() ? T(0) : m_exp(-r.log_sum);
+  } else {
+    r.log_sum = sum == 0 ? -infinity<T>() : m_log(sum);
+    r.share = sum == 0 ? T(0) : 1 / sum;
+  }
+  Position<T> at;
+  const T delta = approach(v.spec, stands.values, r, stands.scale, v.want_parameters, at);
+  const T e = m_exp(-m_abs(delta));
+  locate(r, delta, e, m_log1p(e), at);
+  if (v.logsumexp && leaves) {
+    const bool doubtful = sum != sum || r.target != r.target;
+    v.logsumexp[row] = at.lse;
+    v.log_prob[row] = -at.nll;
+    v.confidence[row] = doubtful ? nan<T>() : r.target - r.other_max;
+    v.rank[row] = counts.above;
+    int64_t best = counts.first;
+    if (best < 0 || r.target > r.other_max || (r.target == r.other_max && y < best)) best = y;
+    v.prediction[row] = doubtful ? -1 : best;
+  }
+  const T weight = v.weight ? v.weight[y] : T(1);
+  return conclude_row(static_cast<const Problem<T>&>(v), batch, share, row, stands.values, r, at, weight, shift, weighted,
+                      leaves);
+}
+
+// A row's loss to where it goes: its place, or the sums of whoever has this row.
+template <class T>
+MLK_DEVICE void leave_loss(const Visit<T>& v, int64_t row, const RowLoss<T>& loss, double& by_class, double& by_row) {
+  if (v.spec.reduction == REDUCE_NONE) {
+    if (v.losses) v.losses[row] = loss.by_class + loss.by_row;
+  } else {
+    by_class += double(loss.by_class);
+    by_row += double(loss.by_row);
+  }
+}
+
+// What a row that is not looked at leaves, but for its gradient.
+template <class T>
+MLK_DEVICE void leave_fate(const Visit<T>& v, int64_t row, Fate fate, double& by_class, double& by_row) {
+  const T value = fate == Fate::BAD ? nan<T>() : T(0);
+  leave_unread(static_cast<const Problem<T>&>(v), row, value);
+  leave_loss(v, row, RowLoss<T>{value, T(0)}, by_class, by_row);
+}
+
+// ---- copies between shared and global memory -------------------------------------------------------------------------
+
+// The vectors [first, first + count) of a span of elements that begins `phase` elements after the 16-byte boundary `base`,
+// asked for by a warp into its place `to`. What would reach beyond the logits' memory is read element by element.
+template <class S, class Simt, class T>
+MLK_DEVICE void fetch_vectors(const Simt& simt, const Visit<T>& v, int barrier, int to, const char* base, int64_t first,
+                              int count) {
+  const char* from = base + 16 * first;
+  const bool before = count > 0 && from < v.begin;
+  const bool beyond = count > 0 && from + 16 * int64_t(count) > v.end && !(before && count == 1);
+  for (int side = 0; side < 2; ++side) {
+    if (!(side == 0 ? before : beyond)) continue;
+    const int vector = side == 0 ? 0 : count - 1;
+    if (simt.lane() < PER_VECTOR<S>) {
+      const char* at = from + 16 * int64_t(vector) + int(sizeof(S)) * simt.lane();
+      S value{};
+      if (at >= v.begin && at < v.end) value = *reinterpret_cast<const S*>(at);
+      simt.store(to + 16 * vector + int(sizeof(S)) * simt.lane(), value);
+    }
+    simt.before_copy();
+    simt.warp_sync();
+  }
+  simt.copy_async(barrier, to + 16 * before, from + 16 * before, count - before - beyond);
+}
+
+// `count` elements from shared memory, where they begin at `at`, to anywhere: by a warp, 16 bytes at a time.
+template <class S, class Simt>
+MLK_DEVICE void write_out(const Simt& simt, int at, S* to, int64_t count) {
+  constexpr int V = PER_VECTOR<S>;
+  const int phase = phase_of(to);
+  int64_t head = phase ? V - phase : 0;
+  if (head > count) head = count;
+  const int64_t vectors = (count - head) / V, tail = head + vectors * V;
+  const auto one = [&](int64_t j) { return simt.template load<S>(at + int(sizeof(S)) * int(j)); };
+  for (int64_t j = simt.lane(); j < head; j += LANES) to[j] = one(j);
+  const bool together = (at + int(sizeof(S)) * int(head)) % 16 == 0;
+  for (int64_t i = simt.lane(); i < vectors; i += LANES) {
+    const int64_t j = head + V * i;
+    Vec16 vector;
+    if (together) {
+      vector = simt.template load<Vec16>(at + int(sizeof(S)) * int(j));
+    } else {
+      S each[V];
+      MLK_UNROLL
+      for (int e = 0; e < V; ++e) each[e] = one(j + e);
+      MLK_UNROLL
+      for (int w = 0; w < 4; ++w) {
+        if constexpr (sizeof(S) == 2) {
+          vector.word[w] = uint32_t(each[2 * w].bits) | uint32_t(each[2 * w + 1].bits) << 16;
+        } else if constexpr (sizeof(S) == 4) {
+          memcpy(&vector.word[w], &each[w], 4);
+        } else {
+          uint64_t bits;
+          memcpy(&bits, &each[w / 2], 8);
+          vector.word[w] = uint32_t(w % 2 ? bits >> 32 : bits);
+        }
+      }
+    }
+    store_vector(to + j, vector);
+  }
+  for (int64_t j = tail + simt.lane(); j < count; j += LANES) to[j] = one(j);
+}
+
+// A whole row of one value, by the threads [mine, mine + every, ...).
+template <class S, class T>
+MLK_DEVICE void fill(S* to, int64_t count, T value, int mine, int every) {
+  constexpr int V = PER_VECTOR<S>;
+  const int phase = phase_of(to);
+  int64_t head = phase ? V - phase : 0;
+  if (head > count) head = count;
+  const int64_t vectors = (count - head) / V, tail = head + vectors * V;
+  S one;
+  narrow(value, one);
+  T same[V];
+  MLK_UNROLL
+  for (int e = 0; e < V; ++e) same[e] = value;
+  const Vec16 vector = pack<T, S>(same);
+  for (int64_t j = mine; j < head; j += every) to[j] = one;
+  for (int64_t i = mine; i < vectors; i += every) store_vector(to + head + V * i, vector);
+  for (int64_t j = tail + mine; j < count; j += every) to[j] = one;
+}
+
+}  // namespace MLKERNELS_ISA
+}  // namespace mlkernels

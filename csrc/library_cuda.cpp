@@ -1,0 +1,548 @@
+// The CUDA implementations of mlkernels/ops.py: tensors to a Visit, a visit to launches, row results to tensors. Nothing
+// here looks at a number in a tensor, so nothing waits for the device, and all of it can be captured in a CUDA graph.
+//
+// Compiled without CUDA (MLK_HOST) it runs the same kernels on the CPU's memory by simt_host.h, for the tests.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <array>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cuda/device.h"
+#include "cuda/kernels.h"
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+namespace mlkernels {
+
+Forced forced;
+
+namespace {
+
+// ---- tensors -----------------------------------------------------------------------------------------------------------
+
+template <class T>
+constexpr ScalarType type_of() {
+  return sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
+}
+
+Storage storage_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return Storage::FLOAT;
+    case ScalarType::Double: return Storage::DOUBLE;
+    case ScalarType::BFloat16: return Storage::BFLOAT16;
+    case ScalarType::Half: return Storage::FLOAT16;
+    default: throw std::invalid_argument("a tensor must be float16, bfloat16, float32 or float64");
+  }
+}
+
+Index index_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Long: return Index::INT64;
+    case ScalarType::Int: return Index::INT32;
+    case ScalarType::Short: return Index::INT16;
+    case ScalarType::Char: return Index::INT8;
+    case ScalarType::Byte: return Index::UINT8;
+    default: throw std::invalid_argument("labels must be integers");
+  }
+}
+
+// Where a call runs, and the new tensors that it makes there.
+struct Place {
+  Device device;
+
+  explicit Place(const Tensor& like) : device(device_of(like.get_device_index())) {}
+
+  Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) const {
+    std::vector<int64_t> strides(sizes.size());
+    int64_t step = 1;
+    for (size_t d = sizes.size(); d-- > 0;) {
+      strides[d] = step;
+      step *= sizes[d];
+    }
+    AtenTensorHandle handle;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), int32_t(dtype),
+                                                    device_type(), device.index, &handle));
+    return Tensor(handle);
+  }
+  Tensor empty_of(const Tensor& like, ScalarType dtype) const {
+    const auto sizes = like.sizes();
+    return empty({sizes.begin(), sizes.end()}, dtype);
+  }
+};
+
+Layout layout_of(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  const auto strides = tensor.strides();
+  STD_TORCH_CHECK(int(sizes.size()) <= Layout::MAX_DIMS, "a tensor has more than ", Layout::MAX_DIMS, " dimensions");
+  Layout layout{};
+  layout.class_stride = strides[1];
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (d == 1 || (sizes[d] == 1 && layout.dims > 0)) continue;
+    // A dimension that continues the one before it is one dimension with it.
+    if (layout.dims > 0 && (layout.strides[layout.dims - 1] == sizes[d] * strides[d] || layout.sizes[layout.dims - 1] == 1)) {
+      layout.sizes[layout.dims - 1] *= sizes[d];
+      layout.strides[layout.dims - 1] = strides[d];
+    } else {
+      layout.sizes[layout.dims] = sizes[d];
+      layout.strides[layout.dims++] = strides[d];
+    }
+  }
+  return layout;
+}
+
+// The tensor as it is, or a contiguous copy in another dtype; kept alive by the call.
+Tensor plain(const Tensor& tensor, ScalarType dtype, const Place& place) {
+  if (tensor.scalar_type() == dtype && tensor.is_contiguous()) return tensor;
+  Tensor out = place.empty_of(tensor, dtype);
+  return torch::stable::copy_(out, tensor);
+}
+
+// ---- a call ------------------------------------------------------------------------------------------------------------
+
+template <class T>
+const RowKernels<T>& kernels_of(Storage storage);
+template <>
+const RowKernels<float>& kernels_of<float>(Storage storage) {
+  return storage == Storage::FLOAT ? rows_float : storage == Storage::BFLOAT16 ? rows_bfloat16 : rows_float16;
+}
+template <>
+const RowKernels<double>& kernels_of<double>(Storage) {
+  return rows_double;
+}
+
+constexpr int INPUT = SLOTS;  // the bit of `needs` that stands for the logits
+
+// The arguments that the operators share, laid out. The order of the numbers is that of ops.py.
+template <class T>
+struct Call {
+  Place place;
+  Visit<T> v{};
+  std::array<const Tensor*, SLOTS> tensors{};
+  std::vector<Tensor> kept;  // what the launches still read
+
+  Call(const Tensor& input, const Tensor& target, const std::vector<double>& numbers, const std::vector<Tensor>& params)
+      : place(input) {
+    STD_TORCH_CHECK(numbers.size() >= CONSTS && numbers.size() <= CONSTS + SLOTS, "numbers has the wrong length");
+    v.spec = {int(numbers[0]), int(numbers[1]), int(numbers[2]),         int(numbers[3]),
+              int(numbers[4]), int(numbers[5]), int(numbers[REDUCTION]), int64_t(numbers[IGNORE_INDEX])};
+    const uint64_t mask = uint64_t(numbers[MASK]);
+    v.rows = target.numel();
+    v.classes = input.size(1);
+    v.storage = storage_of(input.scalar_type());
+    v.input = input.data_ptr();
+    v.in = layout_of(input);
+    int64_t reach = 0;
+    for (int64_t d = 0; d < input.dim(); ++d) reach += (input.size(d) - 1) * input.stride(d);
+    v.begin = static_cast<const char*>(v.input);
+    v.end = v.begin + (reach + 1) * int64_t(input.element_size());
+    v.label = keep(plain(target, target.scalar_type(), place)).data_ptr();
+    v.label_type = index_of(target.scalar_type());
+
+    size_t next = 0;
+    std::array<double, SLOTS> consts{};
+    for (int slot = 0; slot < SLOTS; ++slot) {
+      if (size_t(CONSTS + slot) < numbers.size()) consts[slot] = numbers[size_t(CONSTS + slot)];
+      if (slot <= TAU_MIN) v.values[slot] = {T(consts[slot]), nullptr, Mode::SHARED, Storage::DOUBLE};
+      if (!(mask >> slot & 1)) continue;
+      STD_TORCH_CHECK(next < params.size(), "params holds fewer tensors than the mask says");
+      const Tensor& tensor = params[next++];
+      tensors[slot] = &tensor;
+      if (slot > TAU_MIN || is_table(slot)) continue;
+      const Tensor& number = keep(plain(tensor, tensor.scalar_type(), place));
+      const Mode mode = tensor.dim() == 0 ? Mode::SHARED : tensor.dim() == 1 ? Mode::PER_CLASS : Mode::PER_ROW;
+      v.values[slot] = {T(0), number.data_ptr(), mode, storage_of(tensor.scalar_type())};
+    }
+    v.softcap = T(consts[SOFTCAP]);
+    v.smoothing = T(consts[SMOOTHING]);
+    v.z_loss = T(consts[Z_LOSS]);
+    v.weight = vector_of(WEIGHT);
+    v.adjustment = vector_of(ADJUSTMENT);
+    v.weight_sum = T(v.classes);
+    if (v.spec.transform == PIECEWISE) v.t = tables(TRANSFORM_A, TRANSFORM_B);
+    if (v.spec.head == TAU) v.tau = tables(HEAD_A, HEAD_B);
+    if (tensors[GROUP]) {
+      v.group = keep(plain(*tensors[GROUP], tensors[GROUP]->scalar_type(), place)).data_ptr();
+      v.group_type = index_of(tensors[GROUP]->scalar_type());
+    }
+    if (v.smoothing > 0 && v.weight) {
+      double* total = numbers_of(1);
+      Sums::total_of(v.weight, v.classes, total, place.device);
+      v.weight_total = total;
+    }
+  }
+  Call(const Call&) = delete;
+
+  const Tensor& keep(Tensor tensor) {
+    if (kept.capacity() == 0) kept.reserve(2 * SLOTS + 16);  // references into it stay good
+    STD_TORCH_CHECK(kept.size() < kept.capacity(), "a call keeps too many tensors");
+    kept.push_back(std::move(tensor));
+    return kept.back();
+  }
+  double* numbers_of(int64_t count) {
+    return static_cast<double*>(keep(place.empty({count}, ScalarType::Double)).data_ptr());
+  }
+
+  bool is_table(int slot) const {
+    return (v.spec.transform == PIECEWISE && (slot == TRANSFORM_A || slot == TRANSFORM_B)) ||
+           (v.spec.head == TAU && (slot == HEAD_A || slot == HEAD_B));
+  }
+  const T* vector_of(int slot) {
+    return tensors[slot] ? static_cast<const T*>(keep(plain(*tensors[slot], type_of<T>(), place)).data_ptr()) : nullptr;
+  }
+  Tables<T> tables(int slope, int bias) {
+    STD_TORCH_CHECK(tensors[slope] && tensors[bias], "a piecewise loss needs its tables");
+    const Tensor& table = *tensors[slope];
+    const int64_t groups = table.dim() == 2 ? table.size(0) : 0;
+    return {vector_of(slope), vector_of(bias), int(table.size(table.dim() - 1)), groups};
+  }
+
+  bool mean() const { return v.spec.reduction == REDUCE_MEAN; }
+
+  // An upstream gradient as T, where it lies if it can be read there.
+  void take(const std::optional<Tensor>& tensor, const T*& data, int64_t& stride) {
+    if (!tensor) return;
+    bool flat = true;  // every element is the same one
+    for (const int64_t step : tensor->strides()) flat &= step == 0;
+    stride = flat ? 0 : 1;
+    if (flat && tensor->scalar_type() == type_of<T>())
+      data = static_cast<const T*>(keep(*tensor).data_ptr());
+    else
+      data = static_cast<const T*>(keep(plain(*tensor, type_of<T>(), place)).data_ptr());
+  }
+
+  // Everything of the visit is wanted by now: the rows, and the sums around them.
+  void run(Tensor* loss) {
+    if (loss && v.spec.reduction == REDUCE_NONE) v.losses = static_cast<T*>(loss->data_ptr());
+    const bool reduced = loss && v.spec.reduction != REDUCE_NONE;
+    if (reduced) v.losses = static_cast<T*>(loss->data_ptr());
+    const RowKernels<T>& kernels = kernels_of<T>(v.storage);
+    if (v.rows == 0) {
+      if (!reduced) return;
+      v.parts = mean() ? 1 : 0;
+      double* zeros = numbers_of(2);
+      v.divisors = zeros;
+      if (mean()) Sums::count(v, place.device, zeros, 1);
+      Sums::total(v, place.device, 0);
+      return;
+    }
+    const Choice choice = kernels.choose(v, place.device);
+    const bool alone = choice.way == Way::SHORT && choice.tiles.alone;
+    if (mean() && (v.losses || v.grad || v.want_parameters) && !alone) {
+      v.parts = int(std::min<int64_t>(MLKERNELS_ISA::MOST_PARTS, (v.rows + 1023) / 1024));
+      double* parts = numbers_of(2 * v.parts);
+      v.divisors = parts;
+      Sums::count(v, place.device, parts, v.parts);
+    }
+    const int blocks = kernels.blocks(v, place.device, choice);
+    int64_t partials = 0;
+    if (reduced && !alone) {
+      const bool by_warp = choice.way == Way::SHORT || choice.way == Way::APART;
+      partials = by_warp ? int64_t(blocks) * choice.warps : blocks / choice.cluster;
+      v.partials = numbers_of(2 * partials);
+    }
+    kernels.run(v, place.device, choice, blocks);
+    if (partials > 0) Sums::total(v, place.device, partials);
+  }
+
+  Tensor loss_like(const Tensor& target) const {
+    return v.spec.reduction == REDUCE_NONE ? place.empty_of(target, type_of<T>()) : place.empty({}, type_of<T>());
+  }
+
+  // The visit, and the gradients that are needed in the order of their bits.
+  std::vector<Tensor> run_with_gradients(const Tensor& input, int64_t needs, Tensor* loss) {
+    std::vector<Tensor> gradients;
+    std::array<T*, TRAINABLE_SLOTS> values{};
+    int* bins = nullptr;
+    const int64_t rows = v.rows;
+    for (int slot = 0; slot < TRAINABLE_SLOTS; ++slot) {
+      if (!(needs >> slot & 1)) continue;
+      v.want_parameters = true;
+      if (slot == SCALE || slot == SCALE_HIGH || slot == LOGIT_NORM) v.want_shift = true;
+      values[size_t(slot)] = static_cast<T*>(keep(place.empty({rows}, type_of<T>())).data_ptr());
+      v.by_parameter[slot] = values[size_t(slot)];
+      if (!is_table(slot) || bins) continue;
+      bins = static_cast<int*>(keep(place.empty({2, rows}, ScalarType::Int)).data_ptr());
+      v.t_bin = bins;
+      v.tau_bin = bins + rows;
+    }
+    std::vector<Tensor> grad;
+    if (needs >> INPUT & 1) {
+      grad.push_back(torch::stable::empty_like(input));
+      v.grad = grad[0].data_ptr();
+      v.out = layout_of(grad[0]);
+    }
+    run(loss);
+    int64_t* keys = nullptr;
+    int64_t* order = nullptr;
+    for (int slot = 0; slot < TRAINABLE_SLOTS; ++slot) {
+      if (!(needs >> slot & 1)) continue;
+      const Tensor& tensor = *tensors[size_t(slot)];
+      gradients.push_back(place.empty_of(tensor, tensor.scalar_type()));
+      reduce(slot, values[size_t(slot)], gradients.back(), keys, order);
+    }
+    if (!grad.empty()) gradients.push_back(std::move(grad[0]));
+    return gradients;
+  }
+
+  // A parameter's gradient from those of the rows.
+  void reduce(int slot, const T* values, const Tensor& out, int64_t*& keys, int64_t*& order) {
+    const Storage storage = storage_of(out.scalar_type());
+    const int64_t count = out.numel(), rows = v.rows;
+    const Device& device = place.device;
+    if (!is_table(slot) && out.dim() >= 2) {
+      if (count > 0) Sums::store(values, count, 1, out.data_ptr(), storage, device);
+      return;
+    }
+    if (!is_table(slot) && out.dim() == 1) {
+      if (!keys) sort_labels(keys, order);
+      Tensor sums = place.empty({count}, ScalarType::Double);
+      torch::stable::zero_(sums);
+      double* at = static_cast<double*>(keep(std::move(sums)).data_ptr());
+      if (rows > 0) Sums::runs(v, device, values, keys, order, at);
+      Sums::store(at, count, 1, out.data_ptr(), storage, device);
+      return;
+    }
+    const int* bins = !is_table(slot) ? nullptr : slot < HEAD_A ? v.t_bin : v.tau_bin;
+    const int per_group = slot < HEAD_A ? v.t.bins : v.tau.bins;
+    const int chunks = int(std::clamp<int64_t>((rows + 4095) / 4096, 1, 64));
+    double* sums = numbers_of(count * chunks);
+    Sums::buckets(v, device, values, bins, per_group, count, chunks, sums);
+    Sums::store(sums, count, chunks, out.data_ptr(), storage, device);
+  }
+
+  // Rows in the order of their labels. The sort is stable: the same order, and so the same sums, on every run.
+  void sort_labels(int64_t*& keys, int64_t*& order) {
+    Tensor labels = place.empty({v.rows}, ScalarType::Long);
+    if (v.rows > 0) Sums::keys(v, place.device, static_cast<int64_t*>(labels.data_ptr()));
+    std::array<StableIValue, 4> stack{torch::stable::detail::from(labels),
+                                      torch::stable::detail::from(std::optional<bool>(true)),
+                                      torch::stable::detail::from(int64_t(-1)), torch::stable::detail::from(false)};
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
+    keys = static_cast<int64_t*>(keep(torch::stable::detail::to<Tensor>(stack[0])).data_ptr());
+    order = static_cast<int64_t*>(keep(torch::stable::detail::to<Tensor>(stack[1])).data_ptr());
+  }
+};
+
+// Calls with(T{}) for the accumulation type.
+template <class With>
+auto by_type(const Tensor& input, With with) {
+  return input.scalar_type() == ScalarType::Double ? with(double()) : with(float());
+}
+
+// ---- the operators; see ops.py ---------------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor> softmax_loss(const Tensor& input, const Tensor& target, std::vector<double> numbers,
+                                        std::vector<Tensor> params, bool save) {
+  const DeviceGuard guard(input);
+  return by_type(input, [&](auto zero) {
+    using T = decltype(zero);
+    Call<T> call(input, target, numbers, params);
+    Tensor loss = call.loss_like(target);
+    Tensor saved = call.place.empty({save ? call.v.rows : 0, 2}, type_of<T>());
+    if (save) call.v.save = static_cast<T*>(saved.data_ptr());
+    call.run(&loss);
+    return std::tuple<Tensor, Tensor>{std::move(loss), std::move(saved)};
+  });
+}
+
+std::tuple<Tensor, std::vector<Tensor>> softmax_loss_with_gradients(const Tensor& input, const Tensor& target,
+                                                                    std::vector<double> numbers,
+                                                                    std::vector<Tensor> params, int64_t needs) {
+  const DeviceGuard guard(input);
+  return by_type(input, [&](auto zero) {
+    using T = decltype(zero);
+    Call<T> call(input, target, numbers, params);
+    Tensor loss = call.loss_like(target);
+    call.v.up_value = 1;
+    std::vector<Tensor> gradients = call.run_with_gradients(input, needs, &loss);
+    return std::tuple<Tensor, std::vector<Tensor>>{std::move(loss), std::move(gradients)};
+  });
+}
+
+std::tuple<Tensor, Tensor> softmax_loss_with_gradient(const Tensor& input, const Tensor& target,
+                                                      std::vector<double> numbers, std::vector<Tensor> params) {
+  auto [loss, gradients] =
+      softmax_loss_with_gradients(input, target, std::move(numbers), std::move(params), int64_t(1) << INPUT);
+  return {std::move(loss), std::move(gradients[0])};
+}
+
+using Stats = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Stats softmax_stats(const Tensor& input, const Tensor& target, std::vector<double> numbers, std::vector<Tensor> params) {
+  const DeviceGuard guard(input);
+  return by_type(input, [&](auto zero) {
+    using T = decltype(zero);
+    Call<T> call(input, target, numbers, params);
+    Tensor loss = call.loss_like(target);
+    Tensor saved = call.place.empty({call.v.rows, 2}, type_of<T>());
+    const auto of = [&](ScalarType type) { return call.place.empty_of(target, type); };
+    Tensor logsumexp = of(type_of<T>()), log_prob = of(type_of<T>()), confidence = of(type_of<T>());
+    Tensor prediction = of(ScalarType::Long), rank = of(ScalarType::Long);
+    call.v.save = static_cast<T*>(saved.data_ptr());
+    call.v.logsumexp = static_cast<T*>(logsumexp.data_ptr());
+    call.v.log_prob = static_cast<T*>(log_prob.data_ptr());
+    call.v.confidence = static_cast<T*>(confidence.data_ptr());
+    call.v.prediction = static_cast<int64_t*>(prediction.data_ptr());
+    call.v.rank = static_cast<int64_t*>(rank.data_ptr());
+    call.run(&loss);
+    return Stats{loss, saved, logsumexp, log_prob, prediction, confidence, rank};
+  });
+}
+
+std::vector<Tensor> softmax_loss_backward(std::optional<Tensor> grad_loss, std::optional<Tensor> grad_logsumexp,
+                                          std::optional<Tensor> grad_log_prob, const Tensor& input, const Tensor& target,
+                                          std::vector<double> numbers, std::vector<Tensor> params, const Tensor& saved,
+                                          int64_t needs) {
+  const DeviceGuard guard(input);
+  return by_type(input, [&](auto zero) {
+    using T = decltype(zero);
+    Call<T> call(input, target, numbers, params);
+    call.take(grad_loss, call.v.up_loss, call.v.up_loss_stride);
+    call.take(grad_logsumexp, call.v.up_logsumexp, call.v.up_logsumexp_stride);
+    call.take(grad_log_prob, call.v.up_log_prob, call.v.up_log_prob_stride);
+    if (call.v.spec.reduction != REDUCE_NONE) call.v.up_loss_stride = 0;
+    if (saved.numel() > 0) call.v.saved = static_cast<const T*>(saved.data_ptr());
+    return call.run_with_gradients(input, needs, nullptr);
+  });
+}
+
+void softmax_loss_refresh(const Tensor& grad_loss, const Tensor& input, const Tensor& target, std::vector<double> numbers,
+                          std::vector<Tensor> params, Tensor gradient) {
+  const DeviceGuard guard(input);
+  by_type(input, [&](auto zero) {
+    using T = decltype(zero);
+    Call<T> call(input, target, numbers, params);
+    call.take(grad_loss, call.v.up_loss, call.v.up_loss_stride);
+    call.v.up_loss_stride = 0;
+    call.v.unless_one = call.v.up_loss;
+    call.v.grad = gradient.data_ptr();
+    call.v.out = layout_of(gradient);
+    call.run(nullptr);
+    return 0;
+  });
+}
+
+// ---- copies of many tensors ------------------------------------------------------------------------------------------
+
+bool dense(const Tensor& tensor) {
+  // Its elements fill one piece of memory, in whatever order.
+  std::vector<std::pair<int64_t, int64_t>> dims;
+  for (int64_t d = 0; d < tensor.dim(); ++d)
+    if (tensor.size(d) != 1) dims.emplace_back(tensor.stride(d), tensor.size(d));
+  std::sort(dims.begin(), dims.end());
+  int64_t step = 1;
+  for (const auto& [stride, size] : dims) {
+    if (stride != step) return false;
+    step *= size;
+  }
+  return true;
+}
+
+bool alike(const Tensor& a, const Tensor& b) {
+  for (int64_t d = 0; d < a.dim(); ++d)
+    if (a.size(d) != 1 && a.stride(d) != b.stride(d)) return false;
+  return true;
+}
+
+void copy_apart(Tensor& dst, const Tensor& src, const std::optional<Tensor>& flag) {
+  if (!flag) {
+    torch::stable::copy_(dst, src);
+    return;
+  }
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(*flag), torch::stable::detail::from(src),
+                                    torch::stable::detail::from(dst)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::where", "self", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::copy_(dst, torch::stable::detail::to<Tensor>(stack[0]));
+}
+
+void check_pairs(const std::vector<Tensor>& dst, const std::vector<Tensor>& src, const std::optional<Tensor>& flag) {
+  const auto require = [](bool good, const std::string& what) {
+    if (!good) throw std::invalid_argument(what);
+  };
+  require(dst.size() == src.size(), "src must hold one tensor per tensor of dst, " + std::to_string(dst.size()) + ", got " +
+                                        std::to_string(src.size()));
+  for (size_t i = 0; i < dst.size(); ++i) {
+    const std::string names = "src[" + std::to_string(i) + "] must have the ";
+    bool same = dst[i].dim() == src[i].dim();
+    for (int64_t d = 0; same && d < dst[i].dim(); ++d) same = dst[i].size(d) == src[i].size(d);
+    require(same, names + "shape of dst[" + std::to_string(i) + "]");
+    require(dst[i].scalar_type() == src[i].scalar_type(), names + "dtype of dst[" + std::to_string(i) + "]");
+    require(dst[i].get_device_index() == src[i].get_device_index(), names + "device of dst[" + std::to_string(i) + "]");
+  }
+  if (flag) require(flag->scalar_type() == ScalarType::Bool && flag->numel() == 1, "flag takes one boolean");
+}
+
+void multi_copy_(std::vector<Tensor> dst, std::vector<Tensor> src, std::optional<Tensor> flag) {
+  check_pairs(dst, src, flag);
+  if (dst.empty()) return;
+  const DeviceGuard guard(dst[0]);
+  // By device, in the order in which they come; the arguments of a launch are too large for some stacks.
+  std::vector<bool> done(dst.size(), false);
+  const std::unique_ptr<CopyTable> table(new CopyTable);
+  for (size_t first = 0; first < dst.size(); ++first) {
+    if (done[first]) continue;
+    const int index = dst[first].get_device_index();
+    const DeviceGuard here(dst[first]);
+    const Place place(dst[first]);
+    table->flag = flag ? static_cast<const bool*>(flag->data_ptr()) : nullptr;
+    table->count = 0;
+    table->pieces = 0;
+    std::vector<Tensor> kept;
+    const auto launch = [&] {
+      if (table->pieces > 0) copy_many(*table, place.device);
+      table->count = 0;
+      table->pieces = 0;
+    };
+    for (size_t i = first; i < dst.size(); ++i) {
+      if (done[i] || dst[i].get_device_index() != index) continue;
+      done[i] = true;
+      const int64_t bytes = dst[i].numel() * int64_t(dst[i].element_size());
+      if (bytes == 0) continue;
+      if (!dense(dst[i]) || !alike(dst[i], src[i])) {  // not two pieces of memory of one order
+        copy_apart(dst[i], src[i], flag);
+        continue;
+      }
+      table->to[table->count] = static_cast<char*>(dst[i].data_ptr());
+      table->from[table->count] = static_cast<const char*>(src[i].data_ptr());
+      table->bytes[table->count] = bytes;
+      table->pieces += (bytes + CopyTable::PIECE - 1) / CopyTable::PIECE;
+      table->end[table->count] = int32_t(table->pieces);
+      if (++table->count == CopyTable::MOST) launch();
+    }
+    launch();
+  }
+}
+
+}  // namespace
+}  // namespace mlkernels
+
+STABLE_TORCH_LIBRARY_IMPL(MLK_LIBRARY, MLK_KEY, m) {
+  m.impl("softmax_loss", TORCH_BOX(&mlkernels::softmax_loss));
+  m.impl("softmax_loss_with_gradient", TORCH_BOX(&mlkernels::softmax_loss_with_gradient));
+  m.impl("softmax_loss_with_gradients", TORCH_BOX(&mlkernels::softmax_loss_with_gradients));
+  m.impl("softmax_stats", TORCH_BOX(&mlkernels::softmax_stats));
+  m.impl("softmax_loss_backward", TORCH_BOX(&mlkernels::softmax_loss_backward));
+  m.impl("softmax_loss_refresh", TORCH_BOX(&mlkernels::softmax_loss_refresh));
+  m.impl("multi_copy_", TORCH_BOX(&mlkernels::multi_copy_));
+}
+
+#ifdef MLK_HOST
+// For the tests: launches of a given shape, and the order of the fibers.
+extern "C" __attribute__((visibility("default"))) void mlkernels_simt_force(int way, int warps, int cluster, int chunk,
+                                                                            int slots, int tile_rows, int teams,
+                                                                            uint64_t seed) {
+  mlkernels::forced = {way, warps, cluster, chunk, slots, tile_rows, teams};
+  mlkernels::simt::Machine::get().seed = seed;
+}
+#endif

@@ -1,0 +1,234 @@
+// A call as plain data, and the steps of a row that every row loop shares: its numbers, its results. No torch, no CUDA
+// types; which elements are read and written when is each loop's own business.
+#pragma once
+
+#include <cstring>
+
+#include "finish.h"
+
+namespace mlkernels {
+
+enum class Storage : int { FLOAT, DOUBLE, BFLOAT16, FLOAT16 };
+
+// Where the rows of an (N, C, d1, ...) tensor lie, in elements.
+struct Layout {
+  static constexpr int MAX_DIMS = 16;
+  int dims;  // of the rows: N, d1, ...
+  int64_t sizes[MAX_DIMS];
+  int64_t strides[MAX_DIMS];
+  int64_t class_stride;
+
+  MLK_FN int64_t offset(int64_t row) const {
+    if (dims == 1) return row * strides[0];
+    int64_t at = 0;
+    for (int d = dims - 1; d > 0; --d) {
+      at += row % sizes[d] * strides[d];
+      row /= sizes[d];
+    }
+    return at + row * strides[0];
+  }
+};
+
+enum class Mode : int { SHARED, PER_CLASS, PER_ROW };
+
+// A number of the loss: itself, or where it lies.
+template <class T>
+struct Parameter {
+  T value;
+  const void* data;  // null: the value
+  Mode mode;
+  Storage storage;
+};
+
+template <class T>
+struct Tables {
+  const T* slope;  // (groups, bins)
+  const T* bias;
+  int bins;
+  int64_t groups;
+};
+
+// The visit: what one pass over the rows has to produce. Null pointers are not wanted.
+template <class T>
+struct Problem {
+  Spec spec;
+  int64_t rows, classes;
+  Storage storage;
+  const void* input;
+  Layout in;
+  void* grad;  // dL/dinput
+  Layout out;
+  Parameter<T> values[TAU_MIN + 1];
+  Tables<T> t, tau;
+  const T* weight;        // (classes) or null
+  const T* adjustment;    // (classes) or null
+  T weight_sum, smoothing, z_loss, softcap;
+
+  const T* saved;         // (rows, 2): m and log_sum of an earlier visit, or null
+  T* save;                // (rows, 2)
+  T* loss_by_class;       // (rows)
+  T* loss_by_row;         // (rows), only with z_loss
+  T *logsumexp, *log_prob, *confidence;  // (rows)
+  int64_t *prediction, *rank;            // (rows)
+
+  // Upstream gradients; each is a pointer with a stride of 0 or 1 rows, or null: the loss's is up_value then.
+  T up_value;
+  const T *up_loss, *up_logsumexp, *up_log_prob;
+  int64_t up_loss_stride, up_logsumexp_stride, up_log_prob_stride;
+  T* by_parameter[TRAINABLE_SLOTS];  // (rows) each, where that parameter's gradient is wanted
+  bool want_parameters, want_shift;  // any of them; one that needs the mean logit
+  int *t_bin, *tau_bin;              // (rows), with the tables' gradients
+};
+
+namespace MLKERNELS_ISA {
+
+#ifdef __CUDACC__
+#define MLK_UNROLL _Pragma("unroll")
+#define MLK_UNROLL_4 _Pragma("unroll 4")
+#else
+#define MLK_UNROLL
+#define MLK_UNROLL_4
+#endif
+
+// The bits of a half as a number.
+MLK_FN float from_bfloat16(uint16_t bits) {
+  const uint32_t wide = uint32_t(bits) << 16;
+  float out;
+  memcpy(&out, &wide, 4);
+  return out;
+}
+MLK_FN float from_float16(uint16_t bits) {
+#ifdef __CUDA_ARCH__
+  float out;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"(bits));
+  return out;
+#else
+  const uint32_t sign = uint32_t(bits & 0x8000) << 16;
+  uint32_t rest = uint32_t(bits & 0x7fff) << 13;
+  float out;
+  if ((bits & 0x7c00) == 0x7c00) {
+    rest |= 0x7f800000;
+  } else {
+    // Exponents are 112 apart; a multiplication moves them and makes subnormals normal.
+    memcpy(&out, &rest, 4);
+    out *= 5.192296858534828e33f;  // 2^112
+    memcpy(&rest, &out, 4);
+  }
+  rest |= sign;
+  memcpy(&out, &rest, 4);
+  return out;
+#endif
+}
+
+template <class T>
+MLK_FN T read_number(const void* data, Storage storage, int64_t index) {
+  switch (storage) {
+    case Storage::FLOAT: return T(static_cast<const float*>(data)[index]);
+    case Storage::DOUBLE: return T(static_cast<const double*>(data)[index]);
+    case Storage::BFLOAT16: return T(from_bfloat16(static_cast<const uint16_t*>(data)[index]));
+    default: return T(from_float16(static_cast<const uint16_t*>(data)[index]));
+  }
+}
+
+// A row's numbers. y and group are legal, or nothing here depends on them.
+template <class T>
+MLK_FN void fetch(const Problem<T>& p, int64_t row, int64_t y, int64_t group, Values<T>& values) {
+  MLK_UNROLL
+  for (int slot = 0; slot <= TAU_MIN; ++slot) {
+    const Parameter<T>& v = p.values[slot];
+    values.at[slot] = v.value;
+    if (v.data)
+      values.at[slot] = read_number<T>(v.data, v.storage, v.mode == Mode::SHARED ? 0 : v.mode == Mode::PER_CLASS ? y : row);
+  }
+  values.t = {p.t.slope + group * p.t.bins, p.t.bias + group * p.t.bins, p.t.bins};
+  values.tau = {p.tau.slope + group * p.tau.bins, p.tau.bias + group * p.tau.bins, p.tau.bins};
+}
+
+template <class T>
+MLK_FN Batch<T> batch_of(const Problem<T>& p) {
+  return {p.smoothing, p.smoothing / T(p.classes), p.z_loss, p.weight_sum, p.classes};
+}
+
+// What each upstream gradient of a loss is multiplied by: the row's share in the result.
+template <class T>
+struct Share {
+  T by_class, by_row;
+};
+
+// What is left of a row where it stands: its loss, and how its gradient is made:
+//   dL/du_j = factor exp(s (u_j - m)) - spread w_j for j != y, and at_target.
+template <class T>
+struct Conclusion {
+  RowLoss<T> loss;
+  T factor, spread, at_target;
+};
+
+// Finishes a row that stands at `at`, and leaves its results but for loss and gradient; leaves: this thread is the one to.
+template <class T>
+MLK_FN Conclusion<T> conclude_row(const Problem<T>& p, const Batch<T>& batch, const Share<T>& share, int64_t row,
+                                  const Values<T>& values, const Row<T>& r, const Position<T>& at, T weight, T shift,
+                                  T weighted, bool leaves) {
+  Conclusion<T> out{};
+  const HeadLoss<T> head = head_loss(p.spec, values, at.nll, p.want_parameters);
+  out.loss = row_loss(batch, at, head, weight, weighted);
+  if (p.save && leaves) {
+    p.save[2 * row] = r.other_max;
+    p.save[2 * row + 1] = r.log_sum;
+  }
+  if (!p.grad && !p.want_parameters) return out;
+  Upstream<T> up{0, 0, 0, 0};
+  const T g_loss = p.up_loss ? p.up_loss[row * p.up_loss_stride] : p.up_value;
+  up.by_class = g_loss * share.by_class;
+  up.by_row = g_loss * share.by_row;
+  if (p.up_logsumexp) up.lse = p.up_logsumexp[row * p.up_logsumexp_stride];
+  if (p.up_log_prob) up.log_prob = p.up_log_prob[row * p.up_log_prob_stride];
+  const RowGradient<T> gradient = row_gradient(batch, r, at, head, up, weight);
+  out.factor = gradient.others;
+  out.spread = gradient.spread;
+  out.at_target = gradient.target;
+  if (p.want_parameters && leaves) {
+    T by[TRAINABLE_SLOTS];
+    row_parameters(p.spec, values, batch, r, at, head, gradient, up, weight, shift, weighted, by);
+    MLK_UNROLL
+    for (int slot = 0; slot < TRAINABLE_SLOTS; ++slot)
+      if (p.by_parameter[slot]) p.by_parameter[slot][row] = by[slot];
+    if (p.t_bin) p.t_bin[row] = at.target.bin;
+    if (p.tau_bin) p.tau_bin[row] = head.bin;
+  }
+  return out;
+}
+
+// The results, but for the loss, of a row that is not looked at: 0 where its label is ignored, NaN where it is no label.
+template <class T>
+MLK_FN void leave_unread(const Problem<T>& p, int64_t row, T value) {
+  if (p.save) p.save[2 * row] = p.save[2 * row + 1] = 0;
+  if (p.logsumexp) {
+    p.logsumexp[row] = p.log_prob[row] = p.confidence[row] = value;
+    p.prediction[row] = -1;
+    p.rank[row] = 0;
+  }
+  MLK_UNROLL
+  for (int slot = 0; slot < TRAINABLE_SLOTS; ++slot)
+    if (p.by_parameter[slot]) p.by_parameter[slot][row] = value;
+  if (p.t_bin) p.t_bin[row] = 0;
+  if (p.tau_bin) p.tau_bin[row] = 0;
+}
+
+// softcap: c tanh(x / c), and an overflow stays one.
+template <class T>
+MLK_FN T cap(T x, T c) {
+  const T u = x / c;
+  // tanh u = sign(u) (1 - e) / (1 + e), e = exp(-2 |u|), by expm1 so that small u keep their digits
+  const T e = m_expm1(-2 * m_abs(u));
+  const T t = -e / (2 + e);
+  return x == infinity<T>() ? nan<T>() : c * (u < 0 ? -t : t);
+}
+// Its derivative, where its value is y.
+template <class T>
+MLK_FN T cap_slope(T y, T c) {
+  const T t = y / c;
+  return (1 - t) * (1 + t);
+}
+
+}  // namespace MLKERNELS_ISA
+}  // namespace mlkernels

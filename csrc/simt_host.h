@@ -1,0 +1,575 @@
+// The primitives of simt.h without a device: a thread is a fiber, a block runs as fibers that take turns in a random
+// order, blocks (clusters) run one after another. It is made to find mistakes, not to be fast:
+// * a barrier that not all threads reach is a deadlock, and said to be one; so is a warp whose lanes call different things;
+// * asynchronous copies arrive late, and not in the order in which they were asked for;
+// * a shadow of shared memory knows who wrote and who read each two bytes last, and when: an access that no barrier, or no
+//   wait, separates from a conflicting one fails even where the values happen to agree;
+// * shared memory that nobody wrote may not be read; vectors must lie at multiples of 16 bytes.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+#define MLK_DEVICE inline
+
+namespace mlkernels {
+namespace simt {
+
+// ---- fibers ----------------------------------------------------------------------------------------------------------
+
+#if defined(__x86_64__)
+// Saves what a function must keep, and goes on where another one has saved it: 30 ns, where ucontext asks the kernel.
+extern "C" void mlkernels_switch(void** from, void* to) __asm__("mlkernels_switch_local");
+__asm__(
+    ".text\n"
+    ".type mlkernels_switch_local,@function\n"
+    "mlkernels_switch_local:\n"
+    "  pushq %rbp\n  pushq %rbx\n  pushq %r12\n  pushq %r13\n  pushq %r14\n  pushq %r15\n"
+    "  movq %rsp, (%rdi)\n"
+    "  movq %rsi, %rsp\n"
+    "  popq %r15\n  popq %r14\n  popq %r13\n  popq %r12\n  popq %rbx\n  popq %rbp\n"
+    "  ret\n"
+    ".size mlkernels_switch_local,.-mlkernels_switch_local\n");
+#endif
+
+struct Block;
+
+struct Fiber {
+  static constexpr size_t STACK = 1 << 17;
+  std::unique_ptr<char[]> stack;
+#if defined(__x86_64__)
+  void* place = nullptr;
+#else
+  ucontext_t place;
+#endif
+  Block* block = nullptr;
+  int thread = 0;
+  // How many barriers this thread has passed: what lies before one is ordered before what lies after it.
+  uint32_t block_epoch = 0, warp_epoch = 0, cluster_epoch = 0;
+  uint32_t collectives = 0;
+  std::unordered_map<int, uint32_t> seen;  // by barrier: the phases that this thread has waited for
+};
+
+// Who touched two bytes of shared memory last.
+struct Touch {
+  int thread = -1;  // in its cluster; -1: nobody, MANY: several of one block
+  int warp = -1;    // in its cluster; -1: several
+  uint32_t block_epoch = 0, warp_epoch = 0, cluster_epoch = 0;
+};
+constexpr int MANY = -2;
+
+struct Cell {
+  uint64_t launch = 0;  // older than the running one: untouched
+  Touch writer, reader;
+  int barrier = -1;  // of the copy that wrote it; -1: a thread did
+  uint32_t phase = 0;
+  bool arriving = false;
+};
+
+struct Barrier {
+  uint32_t completed = 0;  // phases
+  bool busy = false;
+  std::vector<Fiber*> waiting;
+};
+
+struct Copy {
+  Block* block;
+  int barrier, to;
+  const char* from;
+  int bytes;
+};
+
+struct Warp {
+  uint32_t arrived = 0;
+  int kind = 0;
+  unsigned char value[2][LANES][16];
+  std::vector<Fiber*> waiting;
+};
+
+struct Block {
+  int index = 0, rank = 0;
+  std::vector<unsigned char> shared;
+  std::vector<Cell> cells;
+  std::unordered_map<int, Barrier> barriers;
+  std::vector<Warp> warps;
+  std::vector<Fiber*> waiting;  // at block_sync
+  int finished = 0;
+};
+
+// ---- one launch ------------------------------------------------------------------------------------------------------
+
+class Machine {
+ public:
+  // The order of everything follows from it.
+  uint64_t seed = 1;
+
+  static Machine& get() {
+    static Machine machine;
+    return machine;
+  }
+
+  template <class Body>
+  void run(int blocks, int warps, int cluster, int shared, Body body) {
+    std::lock_guard<std::mutex> one_at_a_time(mutex_);
+    if (blocks % cluster != 0) throw std::runtime_error("simt: blocks must fill their clusters");
+    body_ = std::ref(body);
+    threads_ = warps * LANES;
+    blocks_ = blocks;
+    cluster_ = cluster;
+    state_ = seed * 0x9E3779B97F4A7C15ull + 1;
+    for (int first = 0; first < blocks; first += cluster) run_cluster(first, warps, shared);
+  }
+
+  int threads() const { return threads_; }
+  int blocks() const { return blocks_; }
+  int cluster() const { return cluster_; }
+  uint64_t launch() const { return launch_; }
+  Fiber& running() const { return *running_; }
+  Block& neighbour(int rank) { return *team_[size_t(rank)]; }
+
+  [[noreturn]] void fail(const std::string& what) {
+    const Fiber& f = *running_;
+    throw std::runtime_error("simt: " + what + " (block " + std::to_string(f.block->index) + ", thread " +
+                             std::to_string(f.thread) + ")");
+  }
+
+  void wake(std::vector<Fiber*>& waiting) {
+    ready_.insert(ready_.end(), waiting.begin(), waiting.end());
+    waiting.clear();
+  }
+
+  // Gives the turn to another fiber; comes back once somebody has woken this one.
+  void wait(std::vector<Fiber*>& in) {
+    in.push_back(running_);
+    give_turn();
+  }
+
+  // At a barrier of `count`; the last one to come opens it.
+  void meet(std::vector<Fiber*>& in, int count) {
+    if (int(in.size()) + 1 == count)
+      wake(in);
+    else
+      wait(in);
+  }
+
+  std::vector<Fiber*>& at_cluster_sync() { return at_cluster_sync_; }
+
+  void ask(const Copy& copy) { copies_.push_back(copy); }
+
+  uint32_t random() {
+    state_ ^= state_ << 13;
+    state_ ^= state_ >> 7;
+    state_ ^= state_ << 17;
+    return uint32_t(state_ >> 32);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::function<void()> body_;
+  int threads_ = 0, blocks_ = 0, cluster_ = 0, unfinished_ = 0;
+  uint64_t state_ = 1, launch_ = 0;
+  std::vector<std::unique_ptr<Fiber>> fibers_;
+  std::vector<std::unique_ptr<Block>> team_;
+  std::vector<Fiber*> ready_, at_cluster_sync_;
+  std::vector<Copy> copies_;
+  Fiber* running_ = nullptr;
+  std::string error_;
+#if defined(__x86_64__)
+  void* home_ = nullptr;
+#else
+  ucontext_t home_;
+#endif
+
+  void run_cluster(int first, int warps, int shared) {
+    ++launch_;
+    ready_.clear();
+    at_cluster_sync_.clear();
+    copies_.clear();
+    error_.clear();
+    while (int(team_.size()) < cluster_) team_.push_back(std::make_unique<Block>());
+    while (int(fibers_.size()) < cluster_ * threads_) fibers_.push_back(std::make_unique<Fiber>());
+    for (int rank = 0; rank < cluster_; ++rank) {
+      Block& block = *team_[size_t(rank)];
+      block.index = first + rank;
+      block.rank = rank;
+      if (int(block.shared.size()) < shared) {
+        block.shared.resize(size_t(shared) + 16);
+        block.cells.resize(size_t(shared) / 2 + 8);
+      }
+      block.barriers.clear();
+      block.warps.resize(size_t(warps));
+      for (Warp& warp : block.warps) {
+        warp.arrived = 0;
+        warp.waiting.clear();
+      }
+      block.waiting.clear();
+      block.finished = 0;
+      for (int thread = 0; thread < threads_; ++thread) {
+        Fiber& f = *fibers_[size_t(rank * threads_ + thread)];
+        f.block = &block;
+        f.thread = thread;
+        f.block_epoch = f.warp_epoch = f.cluster_epoch = 1;
+        f.collectives = 0;
+        f.seen.clear();
+        prepare(f);
+        ready_.push_back(&f);
+      }
+    }
+    shared_bytes_ = shared;
+    unfinished_ = cluster_ * threads_;
+    go_home_until_done();
+    if (!error_.empty()) throw std::runtime_error(error_);
+  }
+
+  int shared_bytes_ = 0;
+
+ public:
+  int shared_bytes() const { return shared_bytes_; }
+
+ private:
+  static void entry() {
+    Machine& machine = get();
+    machine.enter();
+    std::abort();  // a finished fiber is never resumed
+  }
+
+  void enter() {
+    try {
+      body_();
+    } catch (const std::exception& error) {
+      error_ = error.what();
+    }
+    --unfinished_;
+    ++running_->block->finished;
+    if (!error_.empty() || unfinished_ == 0) leave();
+    give_turn();
+  }
+
+  // The copies on their way: one arrives.
+  void deliver() {
+    const size_t which = random() % copies_.size();
+    const Copy copy = copies_[which];
+    copies_[which] = copies_.back();
+    copies_.pop_back();
+    Barrier& barrier = copy.block->barriers[copy.barrier];
+    std::memcpy(copy.block->shared.data() + copy.to, copy.from, size_t(copy.bytes));
+    for (int at = copy.to; at < copy.to + copy.bytes; at += 2) {
+      Cell& cell = copy.block->cells[size_t(at / 2)];
+      cell.arriving = false;
+      cell.phase = barrier.completed + 1;
+    }
+    ++barrier.completed;
+    barrier.busy = false;
+    wake(barrier.waiting);
+  }
+
+  void give_turn() {
+    while (true) {
+      if (!copies_.empty() && (ready_.empty() || random() % 16 == 0)) deliver();
+      if (!ready_.empty()) break;
+      if (!copies_.empty()) continue;
+      error_ = "simt: deadlock: " + std::to_string(unfinished_) + " threads wait for others that have finished or wait elsewhere";
+      leave();
+    }
+    const size_t which = random() % ready_.size();
+    Fiber* next = ready_[which];
+    ready_[which] = ready_.back();
+    ready_.pop_back();
+    Fiber* self = running_;
+    if (next == self) return;
+    running_ = next;
+#if defined(__x86_64__)
+    mlkernels_switch(&self->place, next->place);
+#else
+    swapcontext(&self->place, &next->place);
+#endif
+  }
+
+#if defined(__x86_64__)
+  void prepare(Fiber& f) {
+    if (!f.stack) f.stack.reset(new char[Fiber::STACK]);
+    // As mlkernels_switch leaves it: six registers, and where to go; at the entry of a function rsp + 8 is a multiple of 16.
+    uintptr_t top = reinterpret_cast<uintptr_t>(f.stack.get() + Fiber::STACK) / 16 * 16 - 8;
+    void** at = reinterpret_cast<void**>(top);
+    *--at = reinterpret_cast<void*>(&Machine::entry);
+    for (int i = 0; i < 6; ++i) *--at = nullptr;
+    f.place = at;
+  }
+  void go_home_until_done() {
+    running_ = ready_.back();
+    ready_.pop_back();
+    mlkernels_switch(&home_, running_->place);
+  }
+  void leave() {
+    void* ignored;
+    mlkernels_switch(&ignored, home_);
+  }
+#else
+  void prepare(Fiber& f) {
+    if (!f.stack) f.stack.reset(new char[Fiber::STACK]);
+    getcontext(&f.place);
+    f.place.uc_stack.ss_sp = f.stack.get();
+    f.place.uc_stack.ss_size = Fiber::STACK;
+    f.place.uc_link = nullptr;
+    makecontext(&f.place, &Machine::entry, 0);
+  }
+  void go_home_until_done() {
+    running_ = ready_.back();
+    ready_.pop_back();
+    swapcontext(&home_, &running_->place);
+  }
+  void leave() { setcontext(&home_); }
+#endif
+};
+
+}  // namespace simt
+
+struct Simt {
+  int thread() const { return self().thread; }
+  int threads() const { return machine().threads(); }
+  int lane() const { return self().thread % LANES; }
+  int warp() const { return self().thread / LANES; }
+  int warps() const { return machine().threads() / LANES; }
+  int block() const { return self().block->index; }
+  int blocks() const { return machine().blocks(); }
+  int rank() const { return self().block->rank; }
+  int ranks() const { return machine().cluster(); }
+
+  template <class V>
+  V exchange(V x, int from) const {
+    return collective(EXCHANGE, x, from);
+  }
+  template <class V>
+  V butterfly(V x, int mask) const {
+    return collective(BUTTERFLY + mask, x, lane() ^ mask);
+  }
+
+  void warp_sync() const {
+    collective(SYNC, 0, 0);
+    ++self().warp_epoch;
+  }
+  void block_sync() const {
+    machine().meet(self().block->waiting, machine().threads());
+    ++self().block_epoch;
+  }
+  void cluster_sync() const {
+    machine().meet(machine().at_cluster_sync(), machine().threads() * machine().cluster());
+    ++self().block_epoch;
+    ++self().cluster_epoch;
+  }
+
+  template <class V>
+  V load(int at) const {
+    check_place<V>(at);
+    simt::Fiber& f = self();
+    for (int i = at; i < at + int(sizeof(V)); i += 2) {
+      simt::Cell& cell = cell_of(*f.block, i);
+      if (cell.launch != machine().launch() || (cell.writer.thread == -1 && cell.barrier < 0))
+        machine().fail("shared memory is read that nobody wrote, at " + std::to_string(i));
+      if (cell.barrier >= 0) {
+        const auto seen = f.seen.find(cell.barrier);
+        if (cell.arriving || seen == f.seen.end() || seen->second < cell.phase)
+          machine().fail("shared memory is read before its copy was waited for, at " + std::to_string(i));
+      } else if (!ordered(cell.writer)) {
+        machine().fail("shared memory is read that another thread wrote without a barrier between, at " + std::to_string(i));
+      }
+      note_reader(cell);
+    }
+    V out;
+    std::memcpy(&out, f.block->shared.data() + at, sizeof(V));
+    return out;
+  }
+  template <class V>
+  void store(int at, V value) const {
+    check_place<V>(at);
+    write(*self().block, at, &value, sizeof(V));
+  }
+  template <class V>
+  void store_remote(int rank, int at, V value) const {
+    static_assert(sizeof(V) == 4 || sizeof(V) == 8, "4 or 8 bytes");
+    check_place<V>(at);
+    simt::Block& block = machine().neighbour(rank);
+    if (ranks() > 1 && self().cluster_epoch < 2) machine().fail("another block is reached before the first cluster_sync");
+    if (block.finished == machine().threads()) machine().fail("a block is reached that has ended");
+    write(block, at, &value, sizeof(V));
+  }
+
+  void barrier_init(int barrier) const {
+    check_place<uint64_t>(barrier);
+    self().block->barriers[barrier] = simt::Barrier();
+  }
+  void barriers_ready() const {}
+  void before_copy() const {}
+  void copy_async(int barrier, int to, const void* from, int vectors) const {
+    collective(COPY, 0, 0);
+    if (lane() != 0) return;
+    simt::Fiber& f = self();
+    simt::Block& block = *f.block;
+    const auto found = block.barriers.find(barrier);
+    if (found == block.barriers.end()) machine().fail("a copy without barrier_init");
+    if (found->second.busy) machine().fail("a copy is asked for whose barrier still waits for an earlier one");
+    if (reinterpret_cast<uintptr_t>(from) % 16 || to % 16) machine().fail("a copy from or to a place not at 16 bytes");
+    if (to < 0 || to + 16 * vectors > machine().shared_bytes()) machine().fail("a copy beyond the end of shared memory");
+    for (int at = to; at < to + 16 * vectors; at += 2) {
+      simt::Cell& cell = cell_of(block, at);
+      if (cell.launch == machine().launch()) {
+        if (cell.arriving) machine().fail("two copies to one place at once");
+        if (cell.barrier < 0 && cell.writer.thread != -1 && !ordered(cell.writer, true))
+          machine().fail("a copy overwrites what another thread is writing, at " + std::to_string(at));
+        if (cell.reader.thread != -1 && !ordered(cell.reader, true))
+          machine().fail("a copy overwrites what another thread is reading, at " + std::to_string(at));
+      }
+      cell = simt::Cell();
+      cell.launch = machine().launch();
+      cell.barrier = barrier;
+      cell.arriving = true;
+    }
+    found->second.busy = true;
+    machine().ask({&block, barrier, to, static_cast<const char*>(from), 16 * vectors});
+  }
+  void copy_wait(int barrier, int parity) const {
+    simt::Fiber& f = self();
+    simt::Barrier& b = f.block->barriers.at(barrier);
+    while (int((b.completed + 1) & 1) != parity) machine().wait(b.waiting);
+    f.seen[barrier] = b.completed;
+  }
+
+ private:
+  enum Kind { SYNC = 1000, EXCHANGE = 2000, COPY = 3000, BUTTERFLY = 4000 };
+
+  static simt::Machine& machine() { return simt::Machine::get(); }
+  static simt::Fiber& self() { return machine().running(); }
+
+  template <class V>
+  V collective(int kind, V x, int from) const {
+    static_assert(sizeof(V) <= 16, "at most 16 bytes");
+    simt::Fiber& f = self();
+    simt::Warp& warp = f.block->warps[size_t(f.thread / LANES)];
+    // Two sets of values in turn: a lane may be one call ahead of the slowest, never two.
+    unsigned char(&values)[LANES][16] = warp.value[f.collectives++ & 1];
+    if (warp.waiting.empty())
+      warp.kind = kind;
+    else if (warp.kind != kind)
+      machine().fail("the lanes of a warp call different collectives");
+    std::memcpy(values[f.thread % LANES], &x, sizeof(V));
+    machine().meet(warp.waiting, LANES);
+    if (from < 0 || from >= LANES) machine().fail("an exchange with lane " + std::to_string(from));
+    V out;
+    std::memcpy(&out, values[from], sizeof(V));
+    return out;
+  }
+
+  template <class V>
+  void check_place(int at) const {
+    if (at < 0 || at + int(sizeof(V)) > machine().shared_bytes())
+      machine().fail("an access beyond the end of shared memory, at " + std::to_string(at));
+    if (at % int(sizeof(V))) machine().fail("a misaligned access to shared memory, at " + std::to_string(at));
+  }
+
+  static simt::Cell& cell_of(simt::Block& block, int at) { return block.cells[size_t(at / 2)]; }
+
+  // Whether a barrier lies between that and what this thread does now. whole_warp: the other lanes of the warp are not
+  // excepted, nor is this one's own order of any use: the copy engine does not know it.
+  bool ordered(const simt::Touch& touch, bool whole_warp = false) const {
+    const simt::Fiber& f = self();
+    const int me = f.block->rank * machine().threads() + f.thread;
+    if (touch.thread == me && !whole_warp) return true;
+    const int rank = touch.warp >= 0 ? touch.warp * LANES / machine().threads() : f.block->rank;
+    if (rank != f.block->rank) return touch.cluster_epoch < f.cluster_epoch;
+    if (touch.block_epoch < f.block_epoch) return true;
+    return touch.warp == me / LANES && touch.warp_epoch < f.warp_epoch;
+  }
+
+  simt::Touch now() const {
+    const simt::Fiber& f = self();
+    const int me = f.block->rank * machine().threads() + f.thread;
+    return {me, me / LANES, f.block_epoch, f.warp_epoch, f.cluster_epoch};
+  }
+
+  void note_reader(simt::Cell& cell) const {
+    const simt::Touch mine = now();
+    simt::Touch& last = cell.reader;
+    const bool together = last.thread != -1 && last.thread != mine.thread && last.block_epoch == mine.block_epoch;
+    const int warp = last.warp;
+    last = mine;
+    if (!together) return;
+    last.thread = simt::MANY;
+    if (warp != mine.warp) last.warp = -1;
+  }
+
+  void write(simt::Block& block, int at, const void* from, size_t bytes) const {
+    simt::Machine& m = machine();
+    for (int i = at; i < at + int(bytes); i += 2) {
+      simt::Cell& cell = cell_of(block, i);
+      if (cell.launch == m.launch()) {
+        if (cell.barrier >= 0) {
+          const auto seen = self().seen.find(cell.barrier);
+          if (cell.arriving || &block != self().block || seen == self().seen.end() || seen->second < cell.phase)
+            m.fail("shared memory is written while a copy may arrive there, at " + std::to_string(i));
+        } else if (cell.writer.thread != -1 && !ordered(cell.writer)) {
+          m.fail("two threads write without a barrier between, at " + std::to_string(i));
+        }
+        if (cell.reader.thread != -1 && !ordered(cell.reader) &&
+            !(cell.reader.thread == now().thread && &block == self().block))
+          m.fail("shared memory is overwritten that another thread reads, at " + std::to_string(i));
+      } else {
+        cell = simt::Cell();
+        cell.launch = m.launch();
+      }
+      cell.barrier = -1;
+      cell.writer = now();
+      cell.reader = simt::Touch();
+    }
+    std::memcpy(block.shared.data() + at, from, bytes);
+  }
+};
+
+// ---- arithmetic and storage ------------------------------------------------------------------------------------------
+
+inline float exp2_of(float x) { return ::exp2f(x); }
+inline double exp2_of(double x) { return ::exp2(x); }
+
+inline uint16_t narrow_one(float x, bfloat16) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if (x != x) return uint16_t(bits >> 16 | 0x40);
+  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+inline uint16_t narrow_one(float x, float16) {
+  const _Float16 half = _Float16(x);
+  uint16_t bits;
+  std::memcpy(&bits, &half, 2);
+  return bits;
+}
+template <class S>
+uint32_t narrow_pair(float low, float high, S) {
+  return uint32_t(narrow_one(low, S())) | uint32_t(narrow_one(high, S())) << 16;
+}
+
+inline void check_vector(const void* at) {
+  if (reinterpret_cast<uintptr_t>(at) % 16) throw std::runtime_error("simt: a vector not at 16 bytes");
+}
+inline Vec16 load_vector(const void* at) {
+  check_vector(at);
+  Vec16 out;
+  std::memcpy(&out, at, 16);
+  return out;
+}
+inline void store_vector(void* at, const Vec16& v) {
+  check_vector(at);
+  std::memcpy(at, &v, 16);
+}
+
+}  // namespace mlkernels
