@@ -164,18 +164,19 @@ struct Conclusion {
 };
 
 // Finishes a row that stands at `at`, and leaves its results but for loss and gradient; leaves: this thread is the one to.
-template <class T>
+// PARAMETERS: whether gradients of parameters may be wanted at all.
+template <bool PARAMETERS, class T>
 MLK_FN Conclusion<T> conclude_row(const Problem<T>& p, const Batch<T>& batch, const Share<T>& share, int64_t row,
                                   const Values<T>& values, const Row<T>& r, const Position<T>& at, T weight, T shift,
                                   T weighted, bool leaves) {
   Conclusion<T> out{};
-  const HeadLoss<T> head = head_loss(p.spec, values, at.nll, p.want_parameters);
+  const HeadLoss<T> head = head_loss(p.spec, values, at.nll, PARAMETERS && p.want_parameters);
   out.loss = row_loss(batch, at, head, weight, weighted);
   if (p.save && leaves) {
     p.save[2 * row] = r.other_max;
     p.save[2 * row + 1] = r.log_sum;
   }
-  if (!p.grad && !p.want_parameters) return out;
+  if (!p.grad && !(PARAMETERS && p.want_parameters)) return out;
   Upstream<T> up{0, 0, 0, 0};
   const T g_loss = p.up_loss ? p.up_loss[row * p.up_loss_stride] : p.up_value;
   up.by_class = g_loss * share.by_class;
@@ -186,7 +187,7 @@ MLK_FN Conclusion<T> conclude_row(const Problem<T>& p, const Batch<T>& batch, co
   out.factor = gradient.others;
   out.spread = gradient.spread;
   out.at_target = gradient.target;
-  if (p.want_parameters && leaves) {
+  if (PARAMETERS && p.want_parameters && leaves) {
     T by[TRAINABLE_SLOTS];
     row_parameters(p.spec, values, batch, r, at, head, gradient, up, weight, shift, weighted, by);
     MLK_UNROLL

@@ -11,7 +11,9 @@ namespace {
 using S = MLK_STORAGE;
 using T = std::conditional_t<sizeof(S) == 8, double, float>;
 
-bool general(const Visit<T>& v) { return v.softcap > 0 || v.adjustment || v.smoothing > 0 || v.logsumexp; }
+bool general(const Visit<T>& v) {
+  return v.softcap > 0 || v.adjustment || v.smoothing > 0 || v.logsumexp || v.want_parameters;
+}
 
 bool one_after_another(const Layout& layout, int64_t classes) {
   return layout.dims == 1 && (layout.strides[0] == classes || layout.sizes[0] <= 1) &&
@@ -31,13 +33,13 @@ constexpr int64_t SHORT_ROW = 1024;       // columns that 32 lanes hold
 constexpr int64_t FEW_COLUMNS = 64;       // up to here a lane holds 8 of them, above 32
 constexpr int64_t TILE_BYTES = 4096;
 constexpr int64_t BYTES_OF_A_WARP = 4096; // of a long row
-constexpr int MOST_WARPS = 16;
+constexpr int MOST_WARPS = RowsLong<T, S, true, true>::THREADS / LANES;
 constexpr int CHUNK = 128;                // vectors: 2 kB
 constexpr int64_t ALONE_ROWS = 4096, ALONE_ELEMENTS = 1 << 19;  // one cluster is quicker than three launches up to here
 
 bool plan_short(const Visit<T>& v, const Device& device, Choice& out) {
   out.way = Way::SHORT;
-  out.warps = forced.warps ? forced.warps : 8;
+  out.warps = forced.warps ? forced.warps : 4;
   const int64_t row_bytes = v.classes * int64_t(sizeof(S));
   TilePlan& tiles = out.tiles;
   tiles.lanes = power_of_two_from((v.classes + (v.classes <= FEW_COLUMNS ? 7 : 31)) / (v.classes <= FEW_COLUMNS ? 8 : 32));

@@ -82,7 +82,7 @@ MLK_UNROLL_4
         counts.above += u > stands.target;
       }
     }
-    const Conclusion<T> c = finish_row(v, batch, share, row, y, stands, sum, shift, weighted, counts, true);
+    const Conclusion<T> c = finish_row<true>(v, batch, share, row, y, stands, sum, shift, weighted, counts, true);
     leave_loss(v, row, c.loss, by_class, by_row);
     if (!g) return;
 MLK_UNROLL_4

@@ -8,7 +8,7 @@
 // so that the second reading begins with what the second-level cache still has.
 //
 // Bytes: one reading (STREAMED: two, with a gradient) and one writing of the logits. T: the accumulation type; S: storage.
-// GENERAL: softcap, adjustment, smoothing and RowStats, element by element.
+// GENERAL: softcap, adjustment, smoothing, RowStats, gradients of parameters.
 #pragma once
 
 #include "visit.h"
@@ -45,7 +45,7 @@ struct RowsLong {
   using T = T_;
   using S = S_;
   static constexpr int V = PER_VECTOR<S>;
-  static constexpr int THREADS = 512, BLOCKS = 1;
+  static constexpr int THREADS = sizeof(T) == 8 ? 256 : 512, BLOCKS = 1;  // registers: 128 a thread, or 255
   static constexpr T INF = std::numeric_limits<T>::infinity();
 
   // The warp's share of a row that lies in memory at x.
@@ -270,7 +270,7 @@ struct RowsLong {
       const T d = u - m;
       const T e = exp2_of(d * scale2);
       sums.e += e;
-      if (v.want_shift) sums.shift += e == 0 ? T(0) : e * d;  // a class of probability 0 adds 0, also at -inf
+      if (GENERAL && v.want_shift) sums.shift += e == 0 ? T(0) : e * d;  // a class of probability 0 adds 0, also at -inf
       if (GENERAL && j >= 0 && j < v.classes && j != y) {
         if (v.smoothing > 0) sums.weighted += v.weight ? d * v.weight[j] : d;
         sums.above += u > target;
@@ -340,7 +340,7 @@ struct RowsLong {
               if (s >= scales) continue;
               const T x = exp2_of(d * scale2[s]);
               r.e[s] += x;
-              if (v.want_shift) r.shift[s] += x == 0 ? T(0) : x * d;
+              if (GENERAL && v.want_shift) r.shift[s] += x == 0 ? T(0) : x * d;
             }
             if (GENERAL && j + e >= 0 && j + e < v.classes && j + e != y) {
               if (v.smoothing > 0) {
@@ -439,7 +439,7 @@ struct RowsLong {
       double x4[SUMS] = {double(sums.e), double(sums.shift), double(sums.weighted), double(sums.above)};
       if (adds) combine<false>(x4);
       counts.above = x4[3] == x4[3] ? int64_t(x4[3]) : 0;
-      const Conclusion<T> c = finish_row(v, batch, share, row, label.y, stands, T(x4[0]), T(x4[1]), T(x4[2]), counts, leaves);
+      const Conclusion<T> c = finish_row<GENERAL>(v, batch, share, row, label.y, stands, T(x4[0]), T(x4[1]), T(x4[2]), counts, leaves);
       if (leaves) leave_loss(v, row, c.loss, by_class, by_row);
       if (v.grad)
         write_gradient(span, row, label.y, stands, c);

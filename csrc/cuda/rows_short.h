@@ -8,7 +8,8 @@
 // starts and adds up the loss when it is done.
 //
 // Bytes: one reading and one writing of the logits; rows with an ignored label are read with their neighbours.
-// T: the accumulation type; S: storage; ELEMENTS: of a lane. GENERAL: softcap, adjustment, smoothing and RowStats.
+// T: the accumulation type; S: storage; ELEMENTS: of a lane. GENERAL: softcap, adjustment, smoothing, RowStats,
+// gradients of parameters.
 #pragma once
 
 #include "visit.h"
@@ -42,7 +43,7 @@ template <class T_, class S_, int ELEMENTS, bool GENERAL>
 struct RowsShort {
   using T = T_;
   using S = S_;
-  static constexpr int THREADS = 256, BLOCKS = 2;
+  static constexpr int THREADS = 128, BLOCKS = GENERAL || sizeof(T) == 8 ? 2 : 3;
   static constexpr T INF = std::numeric_limits<T>::infinity();
 
   // Two sums over all threads of the launch, which is one block or cluster; the same bits for all of them.
@@ -220,11 +221,11 @@ struct RowsShort {
         }
         const T e = exp2_of(d * scale2);
         sum += e;
-        if (v.want_shift) shift += e == 0 ? T(0) : e * d;
+        if (GENERAL && v.want_shift) shift += e == 0 ? T(0) : e * d;
       }
     }
     sum = sum_over(simt, sum, plan.lanes);
-    if (v.want_shift) shift = sum_over(simt, shift, plan.lanes);
+    if (GENERAL && v.want_shift) shift = sum_over(simt, shift, plan.lanes);
     if (GENERAL) {
       weighted = sum_over(simt, weighted, plan.lanes);
       above = sum_over(simt, above, plan.lanes);
@@ -232,7 +233,7 @@ struct RowsShort {
     }
     Conclusion<T> c{};
     if (kept) {
-      c = finish_row(v, batch, share, row, y, stands, sum, shift, weighted, counts, sub == 0);
+      c = finish_row<GENERAL>(v, batch, share, row, y, stands, sum, shift, weighted, counts, sub == 0);
       if (sub == 0) leave_loss(v, row, c.loss, by_class, by_row);
     } else if (exists && sub == 0) {
       leave_fate(v, row, label.fate, by_class, by_row);

@@ -197,7 +197,8 @@ struct Counts {  // for RowStats
 };
 
 // sum, shift, weighted: over the other classes, as finish.h has them. With saved statistics, sum is not used.
-template <class T>
+// GENERAL: RowStats and gradients of parameters may be wanted.
+template <bool GENERAL, class T>
 MLK_DEVICE Conclusion<T> finish_row(const Visit<T>& v, const Batch<T>& batch, const Share<T>& share, int64_t row, int64_t y,
                                     const Standing<T>& stands, T sum, T shift, T weighted, const Counts& counts,
                                     bool leaves) {
@@ -212,10 +213,10 @@ MLK_DEVICE Conclusion<T> finish_row(const Visit<T>& v, const Batch<T>& batch, co
     r.share = sum == 0 ? T(0) : 1 / sum;
   }
   Position<T> at;
-  const T delta = approach(v.spec, stands.values, r, stands.scale, v.want_parameters, at);
+  const T delta = approach(v.spec, stands.values, r, stands.scale, GENERAL && v.want_parameters, at);
   const T e = m_exp(-m_abs(delta));
   locate(r, delta, e, m_log1p(e), at);
-  if (v.logsumexp && leaves) {
+  if (GENERAL && v.logsumexp && leaves) {
     const bool doubtful = sum != sum || r.target != r.target;
     v.logsumexp[row] = at.lse;
     v.log_prob[row] = -at.nll;
@@ -226,8 +227,8 @@ MLK_DEVICE Conclusion<T> finish_row(const Visit<T>& v, const Batch<T>& batch, co
     v.prediction[row] = doubtful ? -1 : best;
   }
   const T weight = v.weight ? v.weight[y] : T(1);
-  return conclude_row(static_cast<const Problem<T>&>(v), batch, share, row, stands.values, r, at, weight, shift, weighted,
-                      leaves);
+  return conclude_row<GENERAL>(static_cast<const Problem<T>&>(v), batch, share, row, stands.values, r, at, weight, shift,
+                               weighted, leaves);
 }
 
 // A row's loss to where it goes: its place, or the sums of whoever has this row.
