@@ -24,6 +24,9 @@ endif
 # The checkout, also for the scripts in examples/ and for an interpreter into which nothing is installed.
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
+# For the tests one target of the CUDA kernels is enough, where there is an nvcc; an installation has them all.
+export MLKERNELS_CUDA_ARCHS ?= 90a
+
 .PHONY: test bench demo lint format build clean
 
 test: build
@@ -46,7 +49,7 @@ format: $(READY)
 
 # Always asked, and done in no time where nothing changed; where it cannot be done it says so and exits with 0.
 build: $(READY)
-	$(PY) csrc/build.py
+	$(PY) csrc/build.py --simt
 
 # The installation is editable, so the environment is made again only when the dependencies may have changed.
 $(VENV)/.ready: pyproject.toml setup.py
@@ -56,6 +59,6 @@ $(VENV)/.ready: pyproject.toml setup.py
 	touch $@
 
 clean:
-	rm -rf build dist *.egg-info mlkernels/*.so mlkernels/_build_error.txt
+	rm -rf build dist *.egg-info mlkernels/*.so mlkernels/*.error.txt
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis bench/out examples/out
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -12,7 +12,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "csrc"))  # not there by itself where pip runs this file
 
-from build import LIBRARY, REASON, build_into  # noqa: E402
+from build import NAMES, build_into  # noqa: E402
 
 
 class Build(build_ext):
@@ -28,7 +28,7 @@ class Build(build_ext):
         built = Path(self.build_lib) / "mlkernels"
         here = ROOT / "mlkernels"
         found = here if self.inplace else built
-        return {str(built / name): str(here / name) for name in (LIBRARY, REASON) if (found / name).exists()}
+        return {str(built / name): str(here / name) for name in NAMES if (found / name).exists()}
 
 
 setup(

@@ -82,7 +82,7 @@ def test_library_exports_no_kernel():
 def test_instruction_sets_do_not_leak(isa):
     """The linker keeps one of several weak copies: one compiled for AVX-512 must not serve a machine without it."""
     library()
-    objects = list((ROOT / "build").glob(f"cpu-*/kernels_{isa}.o"))
+    objects = list((ROOT / "build").glob(f"*/cpu/kernels_{isa}.o"))
     if not objects:
         pytest.skip(f"not built here for {isa}")
     for path in objects:
@@ -129,7 +129,7 @@ def test_failed_build_says_why(tmp_path, compiler, reason):
     assert done.stderr.count("WARNING: mlkernels is without its compiled kernels") == 1
     assert reason in done.stderr
     assert not stale.exists()
-    lines = (tmp_path / "_build_error.txt").read_text().splitlines()
+    lines = (tmp_path / "_cpu.error.txt").read_text().splitlines()
     assert len(lines) == 1 and lines[0].startswith(reason)
 
 

@@ -19,7 +19,7 @@ def _load(stem: str) -> tuple[ctypes.CDLL | None, str | None]:
         return None, "switched off by MLKERNELS_NATIVE=0"
     found = sorted(_PACKAGE.glob(f"{stem}.*so"))
     if not found:
-        reason = _PACKAGE / "_build_error.txt"  # csrc/build.py leaves it
+        reason = _PACKAGE / f"{stem}.error.txt"  # csrc/build.py leaves it
         return None, f"not built: {reason.read_text().strip() if reason.exists() else 'run csrc/build.py'}"
     try:
         torch.ops.load_library(str(found[0]))
@@ -29,6 +29,15 @@ def _load(stem: str) -> tuple[ctypes.CDLL | None, str | None]:
 
 
 _cpu, cpu_missing = _load("_cpu")
+_cuda: ctypes.CDLL | None = None
+cuda_missing: str | None
+if torch.version.cuda is None:
+    built = ", though the kernels are built" if list(_PACKAGE.glob("_cuda.*so")) else ""
+    cuda_missing = f"this torch is built without CUDA{built}"
+else:
+    _cuda, cuda_missing = _load("_cuda")
+    if cuda_missing is None and not torch.cuda.is_available():
+        cuda_missing = "there is no GPU"
 
 
 def cpu_isa() -> str | None:
