@@ -199,9 +199,8 @@ def cuda_archs() -> tuple[str, ...]:
 
 def cuda_units(nvcc: Path, compiler: list[str], here: Path, archs: Sequence[str], *more: str) -> list[Unit]:
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    newest = archs[-1]
-    if newest.isdigit():  # and what comes after it compiles that itself
-        targets.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
+    # And for devices that are none of these: compiled where it runs. Code of an "a" target runs nowhere else.
+    targets += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in dict.fromkeys((archs[0], archs[-1])) if arch.isdigit()]
     command = [str(nvcc), *NVCC_FLAGS, f"-ccbin={compiler[0]}", f"-I{CSRC.relative_to(ROOT)}", *targets, *more]
     rows = [Unit(here / f"rows_{s}.o", CSRC / "cuda" / "rows.cu", [*command, f"-DMLK_STORAGE={s}"]) for s in STORAGES]
     return [*rows, Unit(here / "others.o", CSRC / "cuda" / "others.cu", command)]

@@ -466,6 +466,17 @@ void copy_apart(Tensor& dst, const Tensor& src, const std::optional<Tensor>& fla
   torch::stable::copy_(dst, torch::stable::detail::to<Tensor>(stack[0]));
 }
 
+// The device's type and number.
+std::pair<int32_t, int32_t> device_of_tensor(const Tensor& tensor) {
+  int32_t type = 0, index = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &index));
+  return {type, index};
+}
+
+// Not where the kernels run.
+bool on_host(const Tensor& tensor) { return device_of_tensor(tensor).first != device_type(); }
+
 void check_pairs(const std::vector<Tensor>& dst, const std::vector<Tensor>& src, const std::optional<Tensor>& flag) {
   const auto require = [](bool good, const std::string& what) {
     if (!good) throw std::invalid_argument(what);
@@ -478,21 +489,29 @@ void check_pairs(const std::vector<Tensor>& dst, const std::vector<Tensor>& src,
     for (int64_t d = 0; same && d < dst[i].dim(); ++d) same = dst[i].size(d) == src[i].size(d);
     require(same, names + "shape of dst[" + std::to_string(i) + "]");
     require(dst[i].scalar_type() == src[i].scalar_type(), names + "dtype of dst[" + std::to_string(i) + "]");
-    require(dst[i].get_device_index() == src[i].get_device_index(), names + "device of dst[" + std::to_string(i) + "]");
+    require(device_of_tensor(dst[i]) == device_of_tensor(src[i]), names + "device of dst[" + std::to_string(i) + "]");
+    if (flag && !on_host(*flag))
+      require(device_of_tensor(dst[i]) == device_of_tensor(*flag), "dst[" + std::to_string(i) + "] must be on flag's device");
   }
   if (flag) require(flag->scalar_type() == ScalarType::Bool && flag->numel() == 1, "flag takes one boolean");
 }
 
 void multi_copy_(std::vector<Tensor> dst, std::vector<Tensor> src, std::optional<Tensor> flag) {
   check_pairs(dst, src, flag);
-  if (dst.empty()) return;
-  const DeviceGuard guard(dst[0]);
+  if (flag && on_host(*flag)) {
+    if (!*static_cast<const bool*>(flag->data_ptr())) return;
+    flag.reset();
+  }
   // By device, in the order in which they come; the arguments of a launch are too large for some stacks.
   std::vector<bool> done(dst.size(), false);
   const std::unique_ptr<CopyTable> table(new CopyTable);
   for (size_t first = 0; first < dst.size(); ++first) {
     if (done[first]) continue;
-    const int index = dst[first].get_device_index();
+    if (on_host(dst[first])) {
+      torch::stable::copy_(dst[first], src[first]);
+      continue;
+    }
+    const auto index = device_of_tensor(dst[first]);
     const DeviceGuard here(dst[first]);
     const Place place(dst[first]);
     table->flag = flag ? static_cast<const bool*>(flag->data_ptr()) : nullptr;
@@ -505,7 +524,7 @@ void multi_copy_(std::vector<Tensor> dst, std::vector<Tensor> src, std::optional
       table->pieces = 0;
     };
     for (size_t i = first; i < dst.size(); ++i) {
-      if (done[i] || dst[i].get_device_index() != index) continue;
+      if (done[i] || device_of_tensor(dst[i]) != index) continue;
       done[i] = true;
       const int64_t bytes = dst[i].numel() * int64_t(dst[i].element_size());
       if (bytes == 0) continue;
@@ -517,7 +536,7 @@ void multi_copy_(std::vector<Tensor> dst, std::vector<Tensor> src, std::optional
       table->from[table->count] = static_cast<const char*>(src[i].data_ptr());
       table->bytes[table->count] = bytes;
       table->pieces += (bytes + CopyTable::PIECE - 1) / CopyTable::PIECE;
-      table->end[table->count] = int32_t(table->pieces);
+      table->end[table->count] = table->pieces;
       if (++table->count == CopyTable::MOST) launch();
     }
     launch();
@@ -536,6 +555,15 @@ STABLE_TORCH_LIBRARY_IMPL(MLK_LIBRARY, MLK_KEY, m) {
   m.impl("softmax_loss_refresh", TORCH_BOX(&mlkernels::softmax_loss_refresh));
   m.impl("multi_copy_", TORCH_BOX(&mlkernels::multi_copy_));
 }
+
+#ifndef MLK_HOST
+// Whether anything can run on a device: 0, or CUDA's number of the reason; and its words.
+extern "C" __attribute__((visibility("default"))) int mlkernels_cuda_probe(int index) { return mlkernels::probe(index); }
+extern "C" __attribute__((visibility("default"))) const char* mlkernels_cuda_words(int status) {
+  return cudaGetErrorString(static_cast<cudaError_t>(status));
+}
+extern "C" __attribute__((visibility("default"))) const char* mlkernels_cuda_archs() { return MLK_ARCHS; }
+#endif
 
 #ifdef MLK_HOST
 // For the tests: launches of a given shape, and the order of the fibers.

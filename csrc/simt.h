@@ -142,7 +142,7 @@ struct Simt {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
   }
-  // Between ordinary accesses to a place and the next copy into it, by each thread that made them; then warp_sync.
+  // Between ordinary accesses to shared memory and the next copy into it, by each thread that made them; then warp_sync.
   MLK_DEVICE void before_copy() const {
 #if __CUDA_ARCH__ >= 900
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -208,6 +208,20 @@ MLK_DEVICE uint32_t narrow_pair(float low, float high, float16) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
   return out;
 }
+
+// The larger of each of two halves; a NaN is passed over.
+MLK_DEVICE uint32_t larger_pair(uint32_t a, uint32_t b, bfloat16) {
+  asm("max.bf16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
+  return a;
+}
+MLK_DEVICE uint32_t larger_pair(uint32_t a, uint32_t b, float16) {
+  asm("max.f16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
+  return a;
+}
+MLK_DEVICE float larger(float a, float b) { return ::fmaxf(a, b); }
+MLK_DEVICE double larger(double a, double b) { return ::fmax(a, b); }
+MLK_DEVICE float multiply_add(float a, float b, float c) { return ::fmaf(a, b, c); }
+MLK_DEVICE double multiply_add(double a, double b, double c) { return ::fma(a, b, c); }
 
 // 16 bytes of global memory, read or written once.
 MLK_DEVICE Vec16 load_vector(const void* at) {

@@ -59,6 +59,7 @@ struct Fiber {
   // How many barriers this thread has passed: what lies before one is ordered before what lies after it.
   uint32_t block_epoch = 0, warp_epoch = 0, cluster_epoch = 0;
   uint32_t collectives = 0;
+  uint64_t accesses = 0, fenced = 0;  // of shared memory; before the last before_copy
   std::unordered_map<int, uint32_t> seen;  // by barrier: the phases that this thread has waited for
 };
 
@@ -222,6 +223,7 @@ class Machine {
         f.thread = thread;
         f.block_epoch = f.warp_epoch = f.cluster_epoch = 1;
         f.collectives = 0;
+        f.accesses = f.fenced = 0;
         f.seen.clear();
         prepare(f);
         ready_.push_back(&f);
@@ -374,6 +376,7 @@ struct Simt {
   V load(int at) const {
     check_place<V>(at);
     simt::Fiber& f = self();
+    ++f.accesses;
     for (int i = at; i < at + int(sizeof(V)); i += 2) {
       simt::Cell& cell = cell_of(*f.block, i);
       if (cell.launch != machine().launch() || (cell.writer.thread == -1 && cell.barrier < 0))
@@ -411,15 +414,17 @@ struct Simt {
     self().block->barriers[barrier] = simt::Barrier();
   }
   void barriers_ready() const {}
-  void before_copy() const {}
+  void before_copy() const { self().fenced = self().accesses; }
   void copy_async(int barrier, int to, const void* from, int vectors) const {
+    if (self().accesses != self().fenced) machine().fail("a copy without before_copy after the accesses of this thread");
     collective(COPY, 0, 0);
     if (lane() != 0) return;
     simt::Fiber& f = self();
     simt::Block& block = *f.block;
     const auto found = block.barriers.find(barrier);
     if (found == block.barriers.end()) machine().fail("a copy without barrier_init");
-    if (found->second.busy) machine().fail("a copy is asked for whose barrier still waits for an earlier one");
+    if (found->second.busy || (found->second.completed > 0 && f.seen[barrier] < found->second.completed))
+      machine().fail("a copy is asked for before the barrier's earlier one was waited for");
     if (reinterpret_cast<uintptr_t>(from) % 16 || to % 16) machine().fail("a copy from or to a place not at 16 bytes");
     if (to < 0 || to + 16 * vectors > machine().shared_bytes()) machine().fail("a copy beyond the end of shared memory");
     for (int at = to; at < to + 16 * vectors; at += 2) {
@@ -511,6 +516,7 @@ struct Simt {
 
   void write(simt::Block& block, int at, const void* from, size_t bytes) const {
     simt::Machine& m = machine();
+    ++self().accesses;
     for (int i = at; i < at + int(bytes); i += 2) {
       simt::Cell& cell = cell_of(block, i);
       if (cell.launch == m.launch()) {
@@ -556,6 +562,33 @@ inline uint16_t narrow_one(float x, float16) {
 template <class S>
 uint32_t narrow_pair(float low, float high, S) {
   return uint32_t(narrow_one(low, S())) | uint32_t(narrow_one(high, S())) << 16;
+}
+
+inline float larger(float a, float b) { return b > a || a != a ? b : a; }
+inline double larger(double a, double b) { return b > a || a != a ? b : a; }
+inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
+inline double multiply_add(double a, double b, double c) { return std::fma(a, b, c); }
+
+inline float wide(uint16_t bits, bfloat16) {
+  const uint32_t word = uint32_t(bits) << 16;
+  float out;
+  std::memcpy(&out, &word, 4);
+  return out;
+}
+inline float wide(uint16_t bits, float16) {
+  _Float16 half;
+  std::memcpy(&half, &bits, 2);
+  return float(half);
+}
+template <class S>
+uint32_t larger_pair(uint32_t a, uint32_t b, S) {
+  uint32_t out = 0;
+  for (int shift = 0; shift < 32; shift += 16) {
+    const uint16_t x = uint16_t(a >> shift), y = uint16_t(b >> shift);
+    const float u = wide(x, S()), w = wide(y, S());
+    out |= uint32_t(w > u || u != u ? y : x) << shift;
+  }
+  return out;
 }
 
 inline void check_vector(const void* at) {

@@ -4,6 +4,10 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <mutex>
+#include <stdexcept>
+#include <string>
+
 #include "kernels.h"
 
 #ifndef MLK_HOST
@@ -33,20 +37,23 @@ inline int32_t device_type() { return aoti_torch_device_type_cuda(); }
 inline Device device_of(int index) {
   constexpr int MOST = 64;
   static Device known[MOST];
-  Device out{};
-  if (index < MOST && known[index].multiprocessors > 0) {
-    out = known[index];
-  } else {
-    out.index = index;
+  static std::once_flag once[MOST];
+  if (index < 0 || index >= MOST) throw std::runtime_error("CUDA: a device number beyond 64");
+  std::call_once(once[index], [&] {
+    Device found{};
+    found.index = index;
     const auto ask = [&](int& to, cudaDeviceAttr what) {
-      if (cudaDeviceGetAttribute(&to, what, index) != cudaSuccess)
-        throw std::runtime_error("CUDA: the device does not say what it has");
+      const cudaError_t status = cudaDeviceGetAttribute(&to, what, index);
+      if (status == cudaSuccess) return;
+      (void)cudaGetLastError();
+      throw std::runtime_error(std::string("CUDA: the device does not say what it has: ") + cudaGetErrorString(status));
     };
-    ask(out.multiprocessors, cudaDevAttrMultiProcessorCount);
-    ask(out.major, cudaDevAttrComputeCapabilityMajor);
-    ask(out.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-    if (index < MOST) known[index] = out;
-  }
+    ask(found.multiprocessors, cudaDevAttrMultiProcessorCount);
+    ask(found.major, cudaDevAttrComputeCapabilityMajor);
+    ask(found.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    known[index] = found;
+  });
+  Device out = known[index];
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &out.stream));
   return out;
 }

@@ -64,6 +64,9 @@ struct Sums {
   static void store(const T* in, int64_t count, int terms, void* out, Storage storage, const Device& device);
 };
 
+// Whether the kernels run on this device: 0, or CUDA's number of the reason.
+int probe(int device);
+
 void copy_many(const CopyTable& table, const Device& device);
 
 }  // namespace mlkernels

@@ -1,6 +1,11 @@
 // How a body of the kernels is started: on a device, or by the host's fibers.
 #pragma once
 
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 
@@ -52,16 +57,38 @@ Both<A, B> packed(const A& a, const B& b) {
   return {a, b};
 }
 
-// What a kernel may use is set once per device.
+constexpr int MOST_DEVICES = 64;
+
+inline int checked_index(const Device& device) {
+  if (device.index < 0 || device.index >= MOST_DEVICES) throw std::runtime_error("CUDA: a device number beyond 64");
+  return device.index;
+}
+
+// What a kernel may use is set once per device. Two threads may both do it: the same, and no harm.
 template <class Body, class... A>
 void allow(const Device& device, int cluster) {
-  constexpr int MOST_DEVICES = 64;
-  static bool done[MOST_DEVICES][2];
+  static std::atomic<bool> done[MOST_DEVICES][2];
   const bool large = cluster > 8;
-  if (device.index < MOST_DEVICES && done[device.index][large]) return;
-  check(cudaFuncSetAttribute(kernel_of<Body, A...>(), cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared), "shared memory");
-  if (large) check(cudaFuncSetAttribute(kernel_of<Body, A...>(), cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "large clusters");
-  if (device.index < MOST_DEVICES) done[device.index][large] = true;
+  std::atomic<bool>& set = done[checked_index(device)][large];
+  if (set.load(std::memory_order_acquire)) return;
+  check(cudaFuncSetAttribute(kernel_of<Body, A...>(), cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared),
+        "shared memory");
+  if (large)
+    check(cudaFuncSetAttribute(kernel_of<Body, A...>(), cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "large clusters");
+  set.store(true, std::memory_order_release);
+}
+
+// The generation that the code which runs here was compiled for: on a newer device it may be an older one's.
+template <class Body, class... A>
+int compiled_major(const Device& device) {
+  static std::atomic<int> known[MOST_DEVICES];
+  std::atomic<int>& major = known[checked_index(device)];
+  if (const int found = major.load(std::memory_order_relaxed)) return found;
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, kernel_of<Body, A...>()), "a kernel for this device");
+  const int found = std::min(device.major, attributes.ptxVersion / 10);
+  major.store(found, std::memory_order_relaxed);
+  return found;
 }
 
 struct Configuration {
@@ -89,9 +116,8 @@ void launch(const Device& device, int blocks, int warps, int cluster, int shared
   check(cudaLaunchKernelEx(&c.config, kernel_of<Body, A...>(), packed(arguments...)), "a launch");
 }
 
-// Blocks, or clusters, that the device runs at once; 0: it cannot.
 template <class Body, class... A>
-int at_once(const Device& device, int warps, int cluster, int shared) {
+int ask_at_once(const Device& device, int warps, int cluster, int shared) {
   allow<Body, A...>(device, cluster);
   int count = 0;
   if (cluster > 1) {
@@ -106,7 +132,24 @@ int at_once(const Device& device, int warps, int cluster, int shared) {
   return count * device.multiprocessors;
 }
 
+// Blocks, or clusters, that the device runs at once; 0: it cannot. Asked once: it takes microseconds.
+template <class Body, class... A>
+int at_once(const Device& device, int warps, int cluster, int shared) {
+  static std::mutex mutex;
+  static std::map<std::array<int, 4>, int> known;
+  const std::array<int, 4> key{checked_index(device), warps, cluster, shared};
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(key);
+  if (found != known.end()) return found->second;
+  return known[key] = ask_at_once<Body, A...>(device, warps, cluster, shared);
+}
+
 #else
+
+template <class Body, class... A>
+int compiled_major(const Device& device) {
+  return device.major;
+}
 
 template <class Body, class... A>
 void launch(const Device&, int blocks, int warps, int cluster, int shared, const A&... arguments) {

@@ -8,9 +8,10 @@
 
 namespace mlkernels {
 
-// As many as fit.
-struct CopyTable {
-  static constexpr int MOST = 1100;
+// Up to MOST tensors; a launch sends the whole table.
+template <int MOST_>
+struct CopyTableOf {
+  static constexpr int MOST = MOST_;
   static constexpr int64_t PIECE = int64_t(1) << 15;  // bytes
   const bool* flag;   // or null: copy
   int count;
@@ -18,17 +19,19 @@ struct CopyTable {
   char* to[MOST];
   const char* from[MOST];
   int64_t bytes[MOST];
-  int32_t end[MOST];  // the pieces of this tensor and of those before it
+  int64_t end[MOST];  // the pieces of this tensor and of those before it
 };
-static_assert(sizeof(CopyTable) <= 32000, "the arguments of a launch");
+using CopyTable = CopyTableOf<1000>;
+using SmallCopyTable = CopyTableOf<48>;
+static_assert(sizeof(CopyTable) <= 32764, "the arguments of a launch");
 
 namespace MLKERNELS_ISA {
 
 struct CopyMany {
   static constexpr int THREADS = 256, BLOCKS = 2;
 
-  template <class Simt>
-  static MLK_DEVICE void run(const Simt& simt, const CopyTable& table) {
+  template <class Simt, int MOST>
+  static MLK_DEVICE void run(const Simt& simt, const CopyTableOf<MOST>& table) {
     if (table.flag && !*table.flag) return;
     for (int64_t piece = simt.block(); piece < table.pieces; piece += simt.blocks()) {
       int low = 0, high = table.count - 1;  // the tensor of this piece
@@ -56,10 +59,15 @@ struct CopyMany {
       by<unsigned char>(simt, to, from, bytes);
   }
 
-  static MLK_DEVICE void move(Vec16* to, const Vec16* from) { store_vector(to, load_vector(from)); }
+  static MLK_DEVICE Vec16 read(const Vec16* from) { return load_vector(from); }
+  static MLK_DEVICE void write(Vec16* to, const Vec16& value) { store_vector(to, value); }
   template <class W>
-  static MLK_DEVICE void move(W* to, const W* from) {
-    *to = *from;
+  static MLK_DEVICE W read(const W* from) {
+    return *from;
+  }
+  template <class W>
+  static MLK_DEVICE void write(W* to, const W& value) {
+    *to = value;
   }
 
   // Both ends are equally far from a multiple of W's size.
@@ -72,8 +80,18 @@ struct CopyMany {
     for (int64_t i = simt.thread(); i < head; i += simt.threads()) to[i] = from[i];
     W* const wide_to = reinterpret_cast<W*>(to + head);
     const W* const wide_from = reinterpret_cast<const W*>(from + head);
-MLK_UNROLL_4
-    for (int64_t i = simt.thread(); i < words; i += simt.threads()) move(wide_to + i, wide_from + i);
+    // Several readings on their way at once; the compiler may not move one past a writing by itself.
+    constexpr int AT_ONCE = 4;
+    const int64_t step = simt.threads();
+    int64_t at = simt.thread();
+    for (; at + (AT_ONCE - 1) * step < words; at += AT_ONCE * step) {
+      W words_read[AT_ONCE];
+      MLK_UNROLL
+      for (int k = 0; k < AT_ONCE; ++k) words_read[k] = read(wide_from + at + k * step);
+      MLK_UNROLL
+      for (int k = 0; k < AT_ONCE; ++k) write(wide_to + at + k * step, words_read[k]);
+    }
+    for (; at < words; at += step) write(wide_to + at, read(wide_from + at));
     for (int64_t i = tail + simt.thread(); i < bytes; i += simt.threads()) to[i] = from[i];
   }
 };

@@ -91,7 +91,29 @@ MLK_INSTANTIATE(double)
 
 void copy_many(const CopyTable& table, const Device& device) {
   const int blocks = int(std::max<int64_t>(1, std::min<int64_t>(table.pieces, 8 * device.multiprocessors)));
-  launch<CopyMany>(device, blocks, WARPS, 1, 0, table);
+  if (table.count > SmallCopyTable::MOST) return launch<CopyMany>(device, blocks, WARPS, 1, 0, table);
+  SmallCopyTable few{};
+  few.flag = table.flag;
+  few.count = table.count;
+  few.pieces = table.pieces;
+  std::copy_n(table.to, table.count, few.to);
+  std::copy_n(table.from, table.count, few.from);
+  std::copy_n(table.bytes, table.count, few.bytes);
+  std::copy_n(table.end, table.count, few.end);
+  launch<CopyMany>(device, blocks, WARPS, 1, 0, few);
 }
+
+#ifdef __CUDACC__
+int probe(int device) {
+  int before = 0;
+  cudaError_t status = cudaGetDevice(&before);
+  if (status == cudaSuccess) status = cudaSetDevice(device);
+  cudaFuncAttributes attributes;
+  if (status == cudaSuccess) status = cudaFuncGetAttributes(&attributes, kernel_of<CopyMany, SmallCopyTable>());
+  if (before != device) (void)cudaSetDevice(before);
+  (void)cudaGetLastError();
+  return int(status);
+}
+#endif
 
 }  // namespace mlkernels

@@ -32,8 +32,7 @@ int power_of_two_from(int64_t x) {
 constexpr int64_t SHORT_ROW = 1024;       // columns that 32 lanes hold
 constexpr int64_t FEW_COLUMNS = 64;       // up to here a lane holds 8 of them, above 32
 constexpr int64_t TILE_BYTES = 4096;
-constexpr int64_t BYTES_OF_A_WARP = 4096; // of a long row
-constexpr int MOST_WARPS = RowsLong<T, S, true, true>::THREADS / LANES;
+constexpr int64_t BYTES_OF_A_WARP = 8192;  // of a long row
 constexpr int CHUNK = 128;                // vectors: 2 kB
 constexpr int64_t ALONE_ROWS = 4096, ALONE_ELEMENTS = 1 << 19;  // one cluster is quicker than three launches up to here
 
@@ -49,7 +48,7 @@ bool plan_short(const Visit<T>& v, const Device& device, Choice& out) {
   tiles.slots = forced.slots ? forced.slots : 2;
   tiles.alone = 0;
   out.cluster = 1;
-  if (v.rows <= ALONE_ROWS && v.rows * v.classes <= ALONE_ELEMENTS && v.losses) {
+  if (v.rows <= ALONE_ROWS && v.rows * v.classes <= ALONE_ELEMENTS) {
     // As many warps as there are tiles, each tile no larger than it has to be.
     if (!forced.tile_rows) tiles.rows = together;
     const int64_t wanted = ((v.rows + tiles.rows - 1) / tiles.rows + out.warps - 1) / out.warps;
@@ -66,18 +65,33 @@ bool plan_short(const Visit<T>& v, const Device& device, Choice& out) {
   return tile_shared_bytes(tiles, row_bytes, out.warps, out.cluster) <= device.shared;
 }
 
+// The vectors that a row touches, at most.
+int64_t vectors_of(const Visit<T>& v) {
+  constexpr int64_t V = PER_VECTOR<S>;
+  const bool aligned = reinterpret_cast<uintptr_t>(v.input) % 16 == 0 && v.in.dims == 1 &&
+                       (v.rows == 1 || v.in.strides[0] % V == 0);
+  return aligned ? (v.classes + V - 1) / V : (v.classes + V - 1 + V - 1) / V;
+}
+
+// Equal shares for the warps, in chunks of equal size.
+void share_out(Choice& out, int64_t vectors, int cluster) {
+  const int64_t longest = forced.chunk ? forced.chunk : CHUNK, parts = out.warps * cluster;
+  const int64_t each = ((vectors + parts - 1) / parts + LANES - 1) / LANES * LANES;
+  out.rows.each = int(each);
+  out.rows.chunks = int((each + longest - 1) / longest);
+  out.rows.chunk = int(((each + out.rows.chunks - 1) / out.rows.chunks + LANES - 1) / LANES * LANES);
+}
+
 // Rows that `cluster` blocks hold; false if they do not.
 bool plan_long(const Visit<T>& v, const Device& device, int cluster, Choice& out) {
-  const int64_t vectors = (v.classes + PER_VECTOR<S> - 1) / PER_VECTOR<S> + 1;
   out.way = Way::LONG;
+  const int64_t vectors = vectors_of(v);
   out.cluster = cluster;
+  const int most_warps = (general(v) ? RowsLong<T, S, true, false>::THREADS : RowsLong<T, S, false, false>::THREADS) / LANES;
   out.warps = forced.warps ? forced.warps
-                           : int(std::min<int64_t>(MOST_WARPS, power_of_two_from((vectors * 16 + BYTES_OF_A_WARP - 1) / BYTES_OF_A_WARP)));
-  const int64_t share = (vectors + out.warps * cluster - 1) / (out.warps * cluster);
-  const int longest = forced.chunk ? forced.chunk : CHUNK;
-  out.rows.chunks = int((share + longest - 1) / longest);
-  out.rows.chunk = int(((share + out.rows.chunks - 1) / out.rows.chunks + LANES - 1) / LANES * LANES);
-  const RowPlan none{out.rows.chunk, 0, 0};
+                           : int(std::min<int64_t>(most_warps, power_of_two_from((vectors * 16 + BYTES_OF_A_WARP - 1) / BYTES_OF_A_WARP)));
+  share_out(out, vectors, cluster);
+  const RowPlan none{out.rows.chunk, 0, 0, 0};
   const int64_t left = device.shared - long_shared_bytes(none, out.warps, cluster) - 128;
   const int64_t most = left / out.warps / (out.rows.chunk * 16 + 8);
   out.rows.slots = int(std::min<int64_t>(most, 2 * out.rows.chunks));
@@ -85,15 +99,16 @@ bool plan_long(const Visit<T>& v, const Device& device, int cluster, Choice& out
   return most >= out.rows.chunks;
 }
 
+// Whether the next row can be on its way while this one is worked on.
+bool deep(const Choice& c) { return 2 * c.rows.slots >= 3 * c.rows.chunks; }
+
 Choice plan_streamed(const Visit<T>& v, const Device& device) {
   Choice out{};
   (void)plan_long(v, device, 1, out);
   out.way = Way::STREAMED;
-  out.rows.chunk = forced.chunk ? forced.chunk : CHUNK;
-  const int64_t vectors = (v.classes + PER_VECTOR<S> - 1) / PER_VECTOR<S> + 1;
-  const int64_t share = (vectors + out.warps - 1) / out.warps;
-  out.rows.chunks = int((share + out.rows.chunk - 1) / out.rows.chunk);
-  const RowPlan none{out.rows.chunk, 0, 0};
+  out.warps = std::min(out.warps, RowsLong<T, S, true, true>::THREADS / LANES);
+  share_out(out, vectors_of(v), 1);
+  const RowPlan none{out.rows.chunk, 0, 0, 0};
   const int64_t left = device.shared - long_shared_bytes(none, out.warps, 1) - 128;
   out.rows.slots = forced.slots ? forced.slots : int(left / out.warps / (out.rows.chunk * 16 + 8));
   return out;
@@ -129,21 +144,26 @@ auto dispatch(const Visit<T>& v, const Choice& c, With with) {
   }
 }
 
+// Blocks, or clusters, that run at once.
+int teams_of(const Visit<T>& v, const Device& device, const Choice& c) {
+  return dispatch(v, c, [&](auto body, const auto& plan, int shared) {
+    return at_once<decltype(body), Visit<T>, std::decay_t<decltype(plan)>>(device, c.warps, c.cluster, shared);
+  });
+}
+
 int blocks_of(const Visit<T>& v, const Device& device, const Choice& c) {
   if (c.way == Way::SHORT && c.tiles.alone) return c.cluster;
   const int64_t work = c.way == Way::SHORT   ? ((v.rows + c.tiles.rows - 1) / c.tiles.rows + c.warps - 1) / c.warps
                        : c.way == Way::APART ? (v.rows + c.warps * LANES - 1) / (c.warps * LANES)
                                              : v.rows;
-  int teams = dispatch(v, c, [&](auto body, const auto& plan, int shared) {
-    using Body = decltype(body);
-    return at_once<Body, Visit<T>, std::decay_t<decltype(plan)>>(device, c.warps, c.cluster, shared);
-  });
-  if (forced.teams) teams = forced.teams;
+  const int teams = forced.teams ? forced.teams : teams_of(v, device, c);
   return int(std::max<int64_t>(1, std::min<int64_t>(work, teams))) * c.cluster;
 }
 
-Choice choose(const Visit<T>& v, const Device& device) {
+Choice choose(const Visit<T>& v, const Device& any) {
   Choice out{};
+  Device device = any;
+  device.major = compiled_major<RowsLong<T, S, true, false>, Visit<T>, RowPlan>(any);
   const bool grad = v.grad != nullptr;
   const auto apart = [&] {
     Choice way{};
@@ -160,18 +180,19 @@ Choice choose(const Visit<T>& v, const Device& device) {
   if (v.classes < LANES && !forced.way) return apart();  // a few columns of a wider matrix
   if (forced.way == int(Way::STREAMED) + 1) return plan_streamed(v, device);
   const int most = forced.cluster > 0 ? forced.cluster : device.major >= 9 ? 16 : 1;
+  // The smallest cluster that holds a row and a half, else the last one that holds a row.
+  bool holds = false;
   for (int cluster = forced.cluster > 0 ? forced.cluster : 1; cluster <= most; cluster *= 2) {
-    out = Choice{};
-    if (!plan_long(v, device, cluster, out)) continue;
+    Choice way{};
+    if (!plan_long(v, device, cluster, way)) continue;
+    if (forced.cluster > 0) return way;
     // A cluster of 16 is more than every device promises.
-    if (cluster == 1 || forced.cluster > 0) return out;
-    const int runs = dispatch(v, out, [&](auto body, const auto& plan, int shared) {
-      using Body = decltype(body);
-      return at_once<Body, Visit<T>, std::decay_t<decltype(plan)>>(device, out.warps, out.cluster, shared);
-    });
-    if (runs > 0) return out;
+    if (cluster > 1 && teams_of(v, device, way) == 0) break;
+    out = way;
+    holds = true;
+    if (deep(out)) break;
   }
-  return plan_streamed(v, device);
+  return holds ? out : plan_streamed(v, device);
 }
 
 void run(const Visit<T>& v, const Device& device, const Choice& c, int blocks) {

@@ -59,7 +59,7 @@ struct RowsApart {
     if (v.saved) {
       stands.m = v.saved[2 * row];
     } else {
-MLK_UNROLL_4
+      MLK_UNROLL_4
       for (int64_t j = 0; j < v.classes; ++j) {
         const T u = logit(j);
         if (j == y) continue;
@@ -71,21 +71,30 @@ MLK_UNROLL_4
     const T m = stands.floor(), scale2 = stands.scale2();
     T sum = 0, shift = 0, weighted = 0;
     if (!v.saved || v.want_shift) {
-MLK_UNROLL_4
-      for (int64_t j = 0; j < v.classes; ++j) {
-        const T u = logit(j);
-        if (j == y) continue;
-        const T d = u - m, e = exp2_of(d * scale2);
-        sum += e;
-        if (v.want_shift) shift += e == 0 ? T(0) : e * d;
-        if (v.smoothing > 0) weighted += v.weight ? d * v.weight[j] : d;
-        counts.above += u > stands.target;
+      // Sums of sums: an error that grows with the square root of the classes at most.
+      constexpr int64_t TOGETHER = 64;
+      for (int64_t from = 0; from < v.classes; from += TOGETHER) {
+        const int64_t to = from + TOGETHER < v.classes ? from + TOGETHER : v.classes;
+        T some = 0, some_shift = 0, some_weighted = 0;
+      MLK_UNROLL_4
+        for (int64_t j = from; j < to; ++j) {
+          const T u = logit(j);
+          if (j == y) continue;
+          const T d = u - m, e = exp2_of(d * scale2);
+          some += e;
+          if (v.want_shift) some_shift += e == 0 ? T(0) : e * d;
+          if (v.smoothing > 0) some_weighted += v.weight ? d * v.weight[j] : d;
+          counts.above += u > stands.target;
+        }
+        sum += some;
+        shift += some_shift;
+        weighted += some_weighted;
       }
     }
     const Conclusion<T> c = finish_row<true>(v, batch, share, row, y, stands, sum, shift, weighted, counts, true);
     leave_loss(v, row, c.loss, by_class, by_row);
     if (!g) return;
-MLK_UNROLL_4
+      MLK_UNROLL_4
     for (int64_t j = v.classes - 1; j >= 0; --j) {  // what was read last is still near
       const T u = logit(j);
       T out = c.factor * exp2_of((u - m) * scale2) - (v.weight && v.smoothing > 0 ? c.spread * v.weight[j] : c.spread);

@@ -17,14 +17,15 @@ namespace mlkernels {
 
 // How a long row is shared out.
 struct RowPlan {
-  int chunk;     // vectors of 16 bytes that come together, a multiple of a warp's lanes
-  int slots;     // places of a warp's ring
-  int chunks;    // chunks of a warp's share of a row
+  int chunk;   // vectors of 16 bytes that come together, a multiple of a warp's lanes
+  int slots;   // places of a warp's ring
+  int each;    // vectors of a warp's share of a row
+  int chunks;  // chunks of those, the last one perhaps shorter
 };
 
 namespace MLKERNELS_ISA {
 
-constexpr int SUMS = 4;  // doubles that a warp tells the others
+constexpr int SUMS = 4;  // numbers that a warp tells the others, of 8 bytes at most
 
 // Where things lie in shared memory.
 struct LongPlaces {
@@ -45,7 +46,7 @@ struct RowsLong {
   using T = T_;
   using S = S_;
   static constexpr int V = PER_VECTOR<S>;
-  static constexpr int THREADS = sizeof(T) == 8 ? 256 : 512, BLOCKS = 1;  // registers: 128 a thread, or 255
+  static constexpr int THREADS = GENERAL || STREAMED || sizeof(T) == 8 ? 256 : 512, BLOCKS = 1;  // registers: 255, or 128
   static constexpr T INF = std::numeric_limits<T>::infinity();
 
   // The warp's share of a row that lies in memory at x.
@@ -59,9 +60,9 @@ struct RowsLong {
     Span out;
     out.phase = phase_of(x);
     out.base = reinterpret_cast<const char*>(x - out.phase);
-    const int64_t vectors = (out.phase + classes + V - 1) / V, each = int64_t(plan.chunk) * plan.chunks;
-    out.begin = part * each < vectors ? part * each : vectors;
-    out.end = out.begin + each < vectors ? out.begin + each : vectors;
+    const int64_t vectors = (out.phase + classes + V - 1) / V, begin = int64_t(part) * plan.each;
+    out.begin = begin < vectors ? begin : vectors;
+    out.end = out.begin + plan.each < vectors ? out.begin + plan.each : vectors;
     out.last = vectors - 1;
     return out;
   }
@@ -83,7 +84,9 @@ struct RowsLong {
   // What the warp asks for next.
   struct Loader {
     int64_t row;
+    Label next;  // the label of the row after it, read long before it is looked at
     Span span;
+    bool edge;   // whether its vectors may reach beyond the logits' memory
     int order = 0;
     Place place;
   };
@@ -132,10 +135,20 @@ struct RowsLong {
       return span.begin + int64_t(chunk) * plan.chunk;
     }
 
+    MLK_DEVICE Label label_before(int64_t row) const { return row < v.rows ? label_of(v, row) : Label{0, 0, Fate::IGNORED}; }
+
+    // The first row from here on that is kept.
     MLK_DEVICE void seek(int64_t row) {
-      while (row < v.rows && label_of(v, row).fate != Fate::KEPT) row += teams;
+      while (row < v.rows) {
+        const Label label = ahead.next;
+        ahead.next = label_before(row + teams);
+        if (label.fate == Fate::KEPT) break;
+        row += teams;
+      }
       ahead.row = row;
-      if (row < v.rows) ahead.span = span_of(row_at(row), v.classes, plan, part);
+      if (row >= v.rows) return;
+      ahead.span = span_of(row_at(row), v.classes, plan, part);
+      ahead.edge = ahead.span.base < v.begin || ahead.span.base + 16 * (ahead.span.last + 1) > v.end;
     }
 
     MLK_DEVICE int ring_at(const Place& p) const { return at.ring + p.slot * plan.chunk * 16; }
@@ -144,7 +157,7 @@ struct RowsLong {
       if (ahead.row >= v.rows || per_row == 0) return;
       const int64_t from = chunk_from(ahead.span, ahead.order);
       fetch_vectors<S>(simt, v, at.barriers + 8 * ahead.place.slot, ring_at(ahead.place), ahead.span.base, from,
-                       chunk_size(ahead.span, plan, from));
+                       chunk_size(ahead.span, plan, from), ahead.edge);
       ahead.place.next(plan);
       if (++ahead.order == per_row) {
         ahead.order = 0;
@@ -160,40 +173,78 @@ struct RowsLong {
 
     MLK_DEVICE void arrived(const Place& p) const { simt.copy_wait(at.barriers + 8 * p.slot, p.parity); }
 
-    // Calls body(i, u, special) for this lane's vectors of a chunk: u the other classes' logits, -inf where there is none.
-    // special: the vector holds the target, or what does not belong to the row.
+    // Where a chunk lies in its ring and in its row.
+    struct Chunk {
+      int ring, count;
+      int64_t first;  // class of its first element; negative where the row begins within the first vector
+    };
+    MLK_DEVICE Chunk chunk_of(const Span& span, const Place& p, int order) const {
+      const int64_t from = chunk_from(span, order);
+      return {ring_at(p), chunk_size(span, plan, from), from * V - span.phase};
+    }
+
+    // Calls body(at, i, j, u) for this lane's vectors of a chunk, which begin with class j: u the logits of the other
+    // classes, -inf where there is none.
     template <class Body>
-    MLK_DEVICE void each(const Span& span, int ring, int64_t from, int64_t y, Body body) const {
-      const int count = chunk_size(span, plan, from);
-      const int64_t target_vector = (y + span.phase) / V;
-      for (int i = simt.lane(); i < count; i += LANES) {
-        const int64_t vector = from + i;
+    MLK_DEVICE void each(const Chunk& chunk, int64_t y, Body body) const {
+      int at = chunk.ring + 16 * simt.lane();
+      for (int i = simt.lane(); i < chunk.count; i += LANES, at += 16 * LANES) {
         T u[V];
-        unpack<T, S>(simt.template load<Vec16>(ring + 16 * i), u);
-        const bool special = vector == 0 || vector == span.last || vector == target_vector;
-        const int64_t j = vector * V - span.phase;
-        if (GENERAL || special) {
+        unpack<T, S>(simt.template load<Vec16>(at), u);
+        const int64_t j = chunk.first + int64_t(i) * V;
+        if (GENERAL) {
           MLK_UNROLL
           for (int e = 0; e < V; ++e) {
             const bool inside = j + e >= 0 && j + e < v.classes;
-            if (GENERAL && inside) u[e] = prepare(v, u[e], j + e);
+            if (inside) u[e] = prepare(v, u[e], j + e);
             if (!inside || j + e == y) u[e] = -INF;
           }
         }
-        body(i, j, u, special);
+        body(at, i, j, u);
       }
     }
 
-    // The sums (or with MAX the largest of the first two, lexicographically) of all warps of the team.
-    template <bool MAX>
-    MLK_DEVICE void combine(double (&x)[SUMS]) {
-      over_lanes<MAX>(x);
-      if (parts == 1) return;
+    // -inf in place of the target and of what does not belong to the row, by the lane that will read the vector: then no
+    // element has to be looked at twice. Not where softcap would make a number of it.
+    MLK_DEVICE void blank(const Chunk& chunk, int64_t y) const {
+      if (GENERAL) return;
+      S nothing;
+      narrow(-INF, nothing);
+      const auto put = [&](int64_t j) {
+        const int64_t place = j - chunk.first;
+        if (place < 0 || place >= int64_t(chunk.count) * V) return;
+        if (int(place / V) % LANES == simt.lane()) simt.store(chunk.ring + int(place) * int(sizeof(S)), nothing);
+      };
+      put(y);
+      if (chunk.first < 0)
+        for (int64_t j = chunk.first; j < 0; ++j) put(j);
+      const int64_t end = chunk.first + int64_t(chunk.count) * V;
+      for (int64_t j = v.classes; j < end; ++j) put(j);
+    }
+
+    // u becomes (u - m) scale, of base-2 exponentials, up to a number that all of a row share and that `slip` returns: one
+    // multiplication with addition in place of two operations, and no digit is lost.
+    struct Exponent {
+      T m, scale2, shifted;
+      bool fused;  // large logits would make the slip large
+      MLK_DEVICE explicit Exponent(const Standing<T>& stands) : m(stands.floor()), scale2(stands.scale2()), shifted(m * scale2) {
+        fused = sizeof(T) == 4 && m_abs(shifted) < T(1 << 18);
+      }
+      MLK_DEVICE T slip() const { return fused ? exp2_of(-multiply_add(m, scale2, -shifted)) : T(1); }
+      template <bool FUSED>
+      MLK_DEVICE T of(T u) const {
+        return FUSED ? exp2_of(multiply_add(u, scale2, -shifted)) : exp2_of((u - m) * scale2);
+      }
+    };
+
+    // What the warps tell each other: K numbers of T's size each.
+    template <int K>
+    MLK_DEVICE int tell(const T (&x)[K]) {
       const int here = at.told + told * parts * SUMS * 8;
       told ^= 1;
       if (simt.lane() < simt.ranks()) {
         MLK_UNROLL
-        for (int k = 0; k < SUMS; ++k) {
+        for (int k = 0; k < K; ++k) {
           const int to = here + (part * SUMS + k) * 8;
           if (simt.ranks() > 1)
             simt.store_remote(simt.lane(), to, x[k]);
@@ -202,36 +253,54 @@ struct RowsLong {
         }
       }
       sync();
+      return here;
+    }
+    MLK_DEVICE T said(int here, int part, int k) const { return simt.template load<T>(here + (part * SUMS + k) * 8); }
+
+    // Sums over the team, the same bits for all of it.
+    template <int K>
+    MLK_DEVICE void sum_all(T (&x)[K]) {
       MLK_UNROLL
-      for (int k = 0; k < SUMS; ++k) x[k] = MAX && k == 0 ? -std::numeric_limits<double>::infinity() : 0.0;
-      for (int i = simt.lane(); i < parts; i += LANES) {
-        double other[SUMS];
-        MLK_UNROLL
-        for (int k = 0; k < SUMS; ++k) other[k] = simt.template load<double>(here + (i * SUMS + k) * 8);
-        merge<MAX>(x, other);
-      }
-      over_lanes<MAX>(x);
-    }
-    template <bool MAX>
-    static MLK_DEVICE void merge(double (&x)[SUMS], const double (&other)[SUMS]) {
-      if (MAX) {
-        // The second: minus the index of the first largest, below zero; 0: none was seen.
-        const bool takes = other[0] > x[0] || (other[0] == x[0] && other[1] != 0 && (x[1] == 0 || other[1] > x[1]));
-        x[0] = takes ? other[0] : x[0];
-        x[1] = takes ? other[1] : x[1];
-      } else {
-        MLK_UNROLL
-        for (int k = 0; k < SUMS; ++k) x[k] += other[k];
+      for (int k = 0; k < K; ++k) x[k] = sum_over(simt, x[k]);
+      if (parts == 1) return;
+      const int here = tell(x), lanes = parts < LANES ? parts : LANES;
+      MLK_UNROLL
+      for (int k = 0; k < K; ++k) {
+        x[k] = 0;
+        for (int i = simt.lane() % lanes; i < parts; i += lanes) x[k] += said(here, i, k);
+        x[k] = sum_over(simt, x[k], lanes);
       }
     }
-    template <bool MAX>
-    MLK_DEVICE void over_lanes(double (&x)[SUMS]) const {
-      for (int mask = LANES / 2; mask > 0; mask /= 2) {
-        double other[SUMS];
-        MLK_UNROLL
-        for (int k = 0; k < (MAX ? 2 : SUMS); ++k) other[k] = simt.butterfly(x[k], mask);
-        merge<MAX>(x, other);
+
+    // The largest m, and of those the lowest class.
+    MLK_DEVICE void max_all(T& m, int64_t& first) {
+      const auto merge = [&](T other, int64_t its) {
+        if (GENERAL && its >= 0 && (first < 0 || other > m || (other == m && its < first))) first = its;
+        m = larger(m, other);
+      };
+      const auto lanes_merge = [&](int lanes) {
+        for (int mask = lanes / 2; mask > 0; mask /= 2) {
+          const T other = simt.butterfly(m, mask);
+          merge(other, GENERAL ? simt.butterfly(first, mask) : 0);
+        }
+      };
+      lanes_merge(LANES);
+      if (parts == 1) return;
+      // A class in two numbers: a float does not hold every one.
+      const T x[3] = {m, T(first < 0 ? -1 : first >> 16), T(first < 0 ? 0 : first & 0xffff)};
+      const T y[1] = {m};
+      const int here = GENERAL ? tell(x) : tell(y), lanes = parts < LANES ? parts : LANES;
+      m = -INF;
+      first = -1;
+      for (int i = simt.lane() % lanes; i < parts; i += lanes) {
+        int64_t its = -1;
+        if (GENERAL) {
+          const T high = said(here, i, 1), low = said(here, i, 2);
+          its = high < 0 ? -1 : (int64_t(high) << 16) + int64_t(low);
+        }
+        merge(said(here, i, 0), its);
       }
+      lanes_merge(lanes);
     }
 
     // ---- a row's passes ------------------------------------------------------------------------------------------------
@@ -240,21 +309,37 @@ struct RowsLong {
     MLK_DEVICE void find_max(const Span& span, int64_t y, Standing<T>& stands, Counts& counts) {
       T m = -INF;
       int64_t first = -1;
+      constexpr bool PAIRS = sizeof(S) == 2 && !GENERAL;
+      S nothing;
+      narrow(-INF, nothing);
+      uint32_t pair = 0;
+      memcpy(&pair, &nothing, sizeof(S) < 4 ? sizeof(S) : 4);
+      pair |= pair << 16;
       Place p = place;
       for (int k = 0; k < plan.chunks; ++k, p.next(plan)) {
         arrived(p);
-        each(span, ring_at(p), chunk_from(span, k), y, [&](int, int64_t j, const T(&u)[V], bool) {
-          MLK_UNROLL
-          for (int e = 0; e < V; ++e) {
-            if (GENERAL) note_first(j + e, y, u[e], m, first);
-            m = larger(m, u[e]);
+        const Chunk chunk = chunk_of(span, p, k);
+        blank(chunk, y);
+        if constexpr (PAIRS) {  // as they lie
+          int from = chunk.ring + 16 * simt.lane();
+          for (int i = simt.lane(); i < chunk.count; i += LANES, from += 16 * LANES) {
+            const Vec16 u = simt.template load<Vec16>(from);
+            pair = larger_pair(pair, larger_pair(larger_pair(u.word[0], u.word[1], S()), larger_pair(u.word[2], u.word[3], S()), S()), S());
           }
-        });
+        } else {
+          each(chunk, y, [&](int, int, int64_t j, const T(&u)[V]) {
+            MLK_UNROLL
+            for (int e = 0; e < V; ++e) {
+              if (GENERAL) note_first(j + e, y, u[e], m, first);
+              m = larger(m, u[e]);
+            }
+          });
+        }
       }
-      double x[SUMS] = {double(m), first < 0 ? 0.0 : -double(first) - 1, 0, 0};
-      combine<true>(x);
-      stands.m = T(x[0]);
-      counts.first = x[1] == 0 ? -1 : int64_t(-x[1]) - 1;
+      if constexpr (PAIRS) m = larger(widen(S{uint16_t(pair)}), widen(S{uint16_t(pair >> 16)}));
+      max_all(m, first);
+      stands.m = m;
+      counts.first = first;
     }
     // In the order of classes, before m knows of it.
     MLK_DEVICE void note_first(int64_t j, int64_t y, T u, T m, int64_t& first) const {
@@ -266,26 +351,36 @@ struct RowsLong {
       int above = 0;
     };
 
-    MLK_DEVICE void add(Sums& sums, int64_t y, int64_t j, T u, T m, T scale2, T target) const {
-      const T d = u - m;
-      const T e = exp2_of(d * scale2);
-      sums.e += e;
-      if (GENERAL && v.want_shift) sums.shift += e == 0 ? T(0) : e * d;  // a class of probability 0 adds 0, also at -inf
-      if (GENERAL && j >= 0 && j < v.classes && j != y) {
-        if (v.smoothing > 0) sums.weighted += v.weight ? d * v.weight[j] : d;
-        sums.above += u > target;
-      }
-    }
-
     // The sums, on chip, once the scale is known.
     MLK_DEVICE void add_up(const Span& span, int64_t y, const Standing<T>& stands, bool releases, Sums& sums) {
-      const T m = stands.floor(), scale2 = stands.scale2();
+      const Exponent exponent(stands);
+      if (exponent.fused)
+        add_chunks<sizeof(T) == 4>(span, y, stands, exponent, releases, sums);
+      else
+        add_chunks<false>(span, y, stands, exponent, releases, sums);
+      sums.e *= exponent.slip();
+      sums.shift *= exponent.slip();
+    }
+    template <bool FUSED>
+    MLK_DEVICE void add_chunks(const Span& span, int64_t y, const Standing<T>& stands, const Exponent& exponent,
+                               bool releases, Sums& sums) {
       Place p = place;
       for (int k = 0; k < plan.chunks; ++k, p.next(plan)) {
         arrived(p);
-        each(span, ring_at(p), chunk_from(span, k), y, [&](int, int64_t j, const T(&u)[V], bool) {
+        const Chunk chunk = chunk_of(span, p, k);
+        if (v.saved) blank(chunk, y);
+        each(chunk, y, [&](int, int, int64_t j, const T(&u)[V]) {
           MLK_UNROLL
-          for (int e = 0; e < V; ++e) add(sums, y, j + e, u[e], m, scale2, stands.target);
+          for (int i = 0; i < V; ++i) {
+            const T e = exponent.template of<FUSED>(u[i]);
+            sums.e += e;
+            if (!GENERAL) continue;
+            const T d = u[i] - exponent.m;
+            if (v.want_shift) sums.shift += e == 0 ? T(0) : e * d;  // a class of probability 0 adds 0, also at -inf
+            if (j + i < 0 || j + i >= v.classes || j + i == y) continue;
+            if (v.smoothing > 0) sums.weighted += v.weight ? d * v.weight[j + i] : d;
+            sums.above += u[i] > stands.target;
+          }
         });
         if (releases) release();
       }
@@ -323,7 +418,9 @@ struct RowsLong {
       double weights = 0;
       for (int k = 0; k < plan.chunks; ++k, place.next(plan)) {
         arrived(place);
-        each(span, ring_at(place), chunk_from(span, k), y, [&](int, int64_t j, const T(&u)[V], bool) {
+        const Chunk chunk = chunk_of(span, place, k);
+        blank(chunk, y);
+        each(chunk, y, [&](int, int, int64_t j, const T(&u)[V]) {
           T top = -INF;
           MLK_UNROLL
           for (int e = 0; e < V; ++e) {
@@ -355,10 +452,9 @@ struct RowsLong {
         release();
       }
       if (!v.saved) {
-        double x[SUMS] = {double(r.m), first < 0 ? 0.0 : -double(first) - 1, 0, 0};
-        combine<true>(x);
-        stands.m = T(x[0]);
-        counts.first = x[1] == 0 ? -1 : int64_t(-x[1]) - 1;
+        stands.m = r.m;
+        max_all(stands.m, first);
+        counts.first = first;
         lift(r, stands.m, scale2, scales);
       }
       stand(v, stands);
@@ -372,41 +468,63 @@ struct RowsLong {
     // The gradient; the ring's places are given back one by one.
     MLK_DEVICE void write_gradient(const Span& span, int64_t row, int64_t y, const Standing<T>& stands,
                                    const Conclusion<T>& c) {
-      S* g = static_cast<S*>(v.grad) + v.out.offset(row);
-      const bool together = phase_of(g) == span.phase;
-      const T m = stands.floor(), scale2 = stands.scale2();
+      const Exponent exponent(stands);
+      if (exponent.fused)
+        write_chunks<sizeof(T) == 4>(span, row, y, stands, c, exponent);
+      else
+        write_chunks<false>(span, row, y, stands, c, exponent);
+    }
+    template <bool FUSED>
+    MLK_DEVICE void write_chunks(const Span& span, int64_t row, int64_t y, const Standing<T>& stands,
+                                 const Conclusion<T>& c, const Exponent& exponent) {
+      S* const g = static_cast<S*>(v.grad) + v.out.offset(row);
+      const bool together = phase_of(g) == span.phase, blanks = STREAMED || (v.saved && !v.want_shift);
+      const T factor = c.factor * exponent.slip();
       const T at_target = GENERAL ? unprepare(v, c.at_target, stands.target, y) : c.at_target;
       for (int k = 0; k < plan.chunks; ++k, place.next(plan)) {
-        const int64_t from = chunk_from(span, STREAMED ? forwards + k : k);
-        const int ring = ring_at(place);
         arrived(place);
-        each(span, ring, from, y, [&](int i, int64_t j, T(&u)[V], bool special) {
+        const Chunk chunk = chunk_of(span, place, STREAMED ? forwards + k : k);
+        if (blanks) blank(chunk, y);
+        // Vectors that the row fills; the others, its first and its last, are left to their lanes below.
+        const int whole_from = together && chunk.first < 0 ? 1 : 0;
+        const int64_t left = v.classes - chunk.first;
+        const int whole_to = together && left < int64_t(chunk.count) * V ? int(left / V) : chunk.count;
+        S* to = g + chunk.first + simt.lane() * V;
+        each(chunk, y, [&](int at, int i, int64_t j, T(&u)[V]) {
           MLK_UNROLL
           for (int e = 0; e < V; ++e) {
-            T x = c.factor * exp2_of((u[e] - m) * scale2);
-            if (GENERAL && j + e >= 0 && j + e < v.classes) {
+            T x = factor * exponent.template of<FUSED>(u[e]);
+            if (GENERAL && j + e >= 0 && j + e < v.classes)
               x = unprepare(v, x - (v.weight && v.smoothing > 0 ? c.spread * v.weight[j + e] : c.spread), u[e], j + e);
-            }
-            if (special && j + e == y) x = at_target;
             u[e] = x;
           }
           if (!together) {
-            simt.store(ring + 16 * i, pack<T, S>(u));
-          } else if (special && (j < 0 || j + V > v.classes)) {
+            simt.store(at, pack<T, S>(u));
+          } else if (i >= whole_from && i < whole_to) {
+            store_vector(to, pack<T, S>(u));
+          } else {
             MLK_UNROLL
             for (int e = 0; e < V; ++e)
               if (j + e >= 0 && j + e < v.classes) narrow(u[e], g[j + e]);
-          } else {
-            store_vector(g + j, pack<T, S>(u));
           }
+          to += LANES * V;
         });
+        // By the lane that wrote what lay there before.
+        const int64_t target = y - chunk.first;
+        if (target >= 0 && target < int64_t(chunk.count) * V && int(target / V) % LANES == simt.lane()) {
+          S narrowed;
+          narrow(at_target, narrowed);
+          if (together)
+            g[y] = narrowed;
+          else
+            simt.store(chunk.ring + int(target) * int(sizeof(S)), narrowed);
+        }
         if (!together) {
           simt.warp_sync();
-          int64_t begin = from * V - span.phase, end = begin + int64_t(chunk_size(span, plan, from)) * V;
-          const int64_t skipped = begin < 0 ? -begin : 0;
-          begin += skipped;
-          if (end > v.classes) end = v.classes;
-          if (end > begin) write_out(simt, ring + int(skipped) * int(sizeof(S)), g + begin, end - begin);
+          const int skipped = chunk.first < 0 ? int(-chunk.first) : 0;
+          const int64_t begin = chunk.first + skipped, end = chunk.first + int64_t(chunk.count) * V;
+          const int64_t count = (end < v.classes ? end : v.classes) - begin;
+          if (count > 0) write_out(simt, chunk.ring + skipped * int(sizeof(S)), g + begin, count);
         }
         release();
       }
@@ -436,10 +554,23 @@ struct RowsLong {
         stand(v, stands);
         if (adds) add_up(span, label.y, stands, !v.grad, sums);
       }
-      double x4[SUMS] = {double(sums.e), double(sums.shift), double(sums.weighted), double(sums.above)};
-      if (adds) combine<false>(x4);
-      counts.above = x4[3] == x4[3] ? int64_t(x4[3]) : 0;
-      const Conclusion<T> c = finish_row<GENERAL>(v, batch, share, row, label.y, stands, T(x4[0]), T(x4[1]), T(x4[2]), counts, leaves);
+      if (adds && GENERAL) {
+        // Also a count in two numbers.
+        T x[3] = {sums.e, sums.shift, sums.weighted};
+        T n[2] = {T(sums.above & 0xffff), T(sums.above >> 16)};
+        sum_all(x);
+        if (v.logsumexp) sum_all(n);
+        sums.e = x[0];
+        sums.shift = x[1];
+        sums.weighted = x[2];
+        counts.above = int64_t(n[0]) + (int64_t(n[1]) << 16);
+      } else if (adds) {
+        T x[1] = {sums.e};
+        sum_all(x);
+        sums.e = x[0];
+      }
+      const Conclusion<T> c =
+          finish_row<GENERAL>(v, batch, share, row, label.y, stands, sums.e, sums.shift, sums.weighted, counts, leaves);
       if (leaves) leave_loss(v, row, c.loss, by_class, by_row);
       if (v.grad)
         write_gradient(span, row, label.y, stands, c);
@@ -456,6 +587,7 @@ struct RowsLong {
     simt.barriers_ready();
     team.sync();
     const int first = simt.block() / simt.ranks();
+    team.ahead.next = team.label_before(first);
     team.seek(first);
     for (int k = 0; k < plan.slots; ++k) team.ask();
 
@@ -463,8 +595,10 @@ struct RowsLong {
     const Share<T> share = share_of(simt, v);
     const bool leaves = team.part == 0 && simt.lane() == 0;
     double by_class = 0, by_row = 0;
+    Label next = team.label_before(first);
     for (int64_t row = first; row < v.rows; row += team.teams) {
-      const Label label = label_of(v, row);
+      const Label label = next;
+      next = team.label_before(row + team.teams);  // here by the time that it is looked at
       if (label.fate == Fate::KEPT) {
         team.visit(row, label, batch, share, leaves, by_class, by_row);
         continue;
@@ -478,8 +612,6 @@ struct RowsLong {
       v.partials[2 * first] = by_class;
       v.partials[2 * first + 1] = by_row;
     }
-    // A block whose shared memory others still write to must not end.
-    if (simt.ranks() > 1) simt.cluster_sync();
   }
 };
 

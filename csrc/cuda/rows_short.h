@@ -43,7 +43,7 @@ template <class T_, class S_, int ELEMENTS, bool GENERAL>
 struct RowsShort {
   using T = T_;
   using S = S_;
-  static constexpr int THREADS = 128, BLOCKS = GENERAL || sizeof(T) == 8 ? 2 : 3;
+  static constexpr int THREADS = 128, BLOCKS = GENERAL || sizeof(T) == 8 || ELEMENTS == 32 ? 2 : 3;
   static constexpr T INF = std::numeric_limits<T>::infinity();
 
   // Two sums over all threads of the launch, which is one block or cluster; the same bits for all of them.
@@ -95,7 +95,7 @@ struct RowsShort {
       const int phase = phase_of(x);
       const int count = int((phase + rows * v.classes + PER_VECTOR<S> - 1) / PER_VECTOR<S>);
       fetch_vectors<S>(simt, v, at.barriers + 8 * slot, at.ring + slot * at.tile, reinterpret_cast<const char*>(x - phase), 0,
-                       count);
+                       count, true);
     };
     for (int slot = 0; slot < plan.slots; ++slot) ask(mine + slot * every, slot);
 
@@ -127,21 +127,16 @@ struct RowsShort {
       for (int64_t r = 0; r < rows; r += together)
         visit(simt, v, plan, batch, share, first, r + simt.lane() / plan.lanes, rows, begin, by_class, by_row);
       simt.warp_sync();
-      if (v.grad) {
-        write_out(simt, begin, static_cast<S*>(v.grad) + first * v.classes, rows * v.classes);
-        simt.before_copy();
-        simt.warp_sync();
-      }
+      if (v.grad) write_out(simt, begin, static_cast<S*>(v.grad) + first * v.classes, rows * v.classes);
+      simt.before_copy();
+      simt.warp_sync();
       ask(tile + plan.slots * every, slot);
       if (++slot == plan.slots) {
         slot = 0;
         parity ^= 1;
       }
     }
-    if (v.spec.reduction == REDUCE_NONE || !v.losses) {
-      if (simt.ranks() > 1) simt.cluster_sync();
-      return;
-    }
+    if (v.spec.reduction == REDUCE_NONE || !v.losses) return;
     if (plan.alone) {
       over_all(simt, at.told + 16 * simt.warps() * simt.ranks(), by_class, by_row);
       if (v.spec.reduction == REDUCE_MEAN) {
@@ -149,7 +144,6 @@ struct RowsShort {
         by_row = by_row == 0 ? 0.0 : by_row / kept;
       }
       if (simt.block() == 0 && simt.thread() == 0) *v.losses = T(by_class + by_row);
-      if (simt.ranks() > 1) simt.cluster_sync();
     } else {
       by_class = sum_over(simt, by_class);
       by_row = sum_over(simt, by_row);
@@ -165,15 +159,19 @@ struct RowsShort {
   static MLK_DEVICE void visit(const Simt& simt, const Visit<T>& v, const TilePlan& plan, const Batch<T>& batch,
                                const Share<T>& share, int64_t first_row, int64_t r, int64_t rows, int begin,
                                double& by_class, double& by_row) {
-    const int sub = simt.lane() % plan.lanes;
+    const int lanes = plan.lanes, sub = simt.lane() % lanes;
     const bool exists = r < rows;
     const int64_t row = first_row + r;
     Label label{0, 0, Fate::IGNORED};
     if (exists) label = label_of(v, row);
     const bool kept = label.fate == Fate::KEPT;
-    const int64_t y = kept ? label.y : 0;
+    const int y = kept ? int(label.y) : 0;
     const int at = begin + int(r * v.classes) * int(sizeof(S));
-    const auto element = [&](int j) { return T(widen(simt.template load<S>(at + j * int(sizeof(S))))); };
+    // This lane's elements are those at `mine`, `step` bytes apart, and the target is its own-th.
+    const int count = kept ? (int(v.classes) - sub + lanes - 1) / lanes : 0;
+    const int own = y % lanes == sub ? y / lanes : -1;
+    const int mine = at + sub * int(sizeof(S)), step = lanes * int(sizeof(S));
+    const auto element = [&](int place) { return T(widen(simt.template load<S>(place))); };
 
     Standing<T> stands;
     T u[ELEMENTS];
@@ -181,22 +179,22 @@ struct RowsShort {
     int first = -1;
     MLK_UNROLL
     for (int i = 0; i < ELEMENTS; ++i) {
-      const int j = i * plan.lanes + sub;
       u[i] = -INF;
-      if (kept && j < v.classes && j != y) {
-        u[i] = element(j);
+      if (i < count) {
+        u[i] = element(mine + i * step);
         if (GENERAL) {
-          u[i] = prepare(v, u[i], j);
-          if (u[i] > stands.m || first < 0) first = j;
+          u[i] = prepare(v, u[i], i * lanes + sub);
+          if (i != own && (u[i] > stands.m || first < 0)) first = i * lanes + sub;
         }
-        stands.m = larger(stands.m, u[i]);
       }
+      if (i == own) u[i] = -INF;
+      stands.m = larger(stands.m, u[i]);
     }
-    stands.target = kept ? element(int(y)) : T(0);
+    stands.target = kept ? element(at + y * int(sizeof(S))) : T(0);
     if (GENERAL && kept) stands.target = prepare(v, stands.target, y);
     if (kept) fetch(static_cast<const Problem<T>&>(v), row, y, label.group, stands.values);
     Counts counts{-1, 0};
-    for (int mask = plan.lanes / 2; mask > 0; mask /= 2) {
+    for (int mask = lanes / 2; mask > 0; mask /= 2) {
       const T m = simt.butterfly(stands.m, mask);
       if (GENERAL) {
         const int other = simt.butterfly(first, mask);
@@ -213,9 +211,9 @@ struct RowsShort {
       const T m = stands.floor(), scale2 = stands.scale2();
       MLK_UNROLL
       for (int i = 0; i < ELEMENTS; ++i) {
-        const int j = i * plan.lanes + sub;
+        const int j = i * lanes + sub;
         const T d = u[i] - m;
-        if (GENERAL && j < v.classes && j != y) {
+        if (GENERAL && i < count && i != own) {
           if (v.smoothing > 0) weighted += v.weight ? d * v.weight[j] : d;
           above += u[i] > stands.target;
         }
@@ -224,11 +222,11 @@ struct RowsShort {
         if (GENERAL && v.want_shift) shift += e == 0 ? T(0) : e * d;
       }
     }
-    sum = sum_over(simt, sum, plan.lanes);
-    if (GENERAL && v.want_shift) shift = sum_over(simt, shift, plan.lanes);
+    sum = sum_over(simt, sum, lanes);
+    if (GENERAL && v.want_shift) shift = sum_over(simt, shift, lanes);
     if (GENERAL) {
-      weighted = sum_over(simt, weighted, plan.lanes);
-      above = sum_over(simt, above, plan.lanes);
+      weighted = sum_over(simt, weighted, lanes);
+      above = sum_over(simt, above, lanes);
       counts.above = above;
     }
     Conclusion<T> c{};
@@ -241,23 +239,25 @@ struct RowsShort {
     if (!v.grad) return;
     simt.warp_sync();  // the target's logit is read by all of the row's lanes
     if (!exists) return;
-    const T fill = label.fate == Fate::BAD ? nan<T>() : T(0);
-    const T m = stands.floor(), scale2 = kept ? stands.scale2() : T(0);
+    if (!kept) {
+      S value;
+      narrow(label.fate == Fate::BAD ? nan<T>() : T(0), value);
+      for (int j = sub; j < int(v.classes); j += lanes) simt.store(at + j * int(sizeof(S)), value);
+      return;
+    }
+    const T m = stands.floor(), scale2 = stands.scale2();
     MLK_UNROLL
     for (int i = 0; i < ELEMENTS; ++i) {
-      const int j = i * plan.lanes + sub;
-      if (j >= v.classes) continue;
-      T g = fill;
-      if (kept) {
-        // Again, rather than kept: the registers are worth more.
-        g = c.factor * exp2_of((u[i] - m) * scale2);
-        if (GENERAL) g -= v.weight && v.smoothing > 0 ? c.spread * v.weight[j] : c.spread;
-        if (j == y) g = c.at_target;
-        if (GENERAL) g = unprepare(v, g, j == y ? stands.target : u[i], j);
-      }
+      if (i >= count) continue;
+      // The exponential again, rather than kept: the registers are worth more.
+      T g = c.factor * exp2_of((u[i] - m) * scale2);
+      const int j = i * lanes + sub;
+      if (GENERAL) g -= v.weight && v.smoothing > 0 ? c.spread * v.weight[j] : c.spread;
+      if (i == own) g = c.at_target;
+      if (GENERAL) g = unprepare(v, g, i == own ? stands.target : u[i], j);
       S narrowed;
       narrow(g, narrowed);
-      simt.store(at + j * int(sizeof(S)), narrowed);
+      simt.store(mine + i * step, narrowed);
     }
   }
 };

@@ -139,11 +139,6 @@ MLK_DEVICE int phase_of(const S* at) {
 
 // ---- warps -----------------------------------------------------------------------------------------------------------
 
-template <class T>
-MLK_DEVICE T larger(T a, T b) {  // a NaN is passed over: the sum of exponentials finds it
-  return b > a ? b : a;
-}
-
 template <class Simt, class V>
 MLK_DEVICE V sum_over(const Simt& simt, V x, int lanes = LANES) {
   for (int mask = lanes / 2; mask > 0; mask /= 2) x += simt.butterfly(x, mask);
@@ -256,11 +251,11 @@ MLK_DEVICE void leave_fate(const Visit<T>& v, int64_t row, Fate fate, double& by
 // asked for by a warp into its place `to`. What would reach beyond the logits' memory is read element by element.
 template <class S, class Simt, class T>
 MLK_DEVICE void fetch_vectors(const Simt& simt, const Visit<T>& v, int barrier, int to, const char* base, int64_t first,
-                              int count) {
+                              int count, bool edge) {
   const char* from = base + 16 * first;
-  const bool before = count > 0 && from < v.begin;
-  const bool beyond = count > 0 && from + 16 * int64_t(count) > v.end && !(before && count == 1);
-  for (int side = 0; side < 2; ++side) {
+  const bool before = edge && count > 0 && from < v.begin;
+  const bool beyond = edge && count > 0 && from + 16 * int64_t(count) > v.end && !(before && count == 1);
+  for (int side = 0; edge && side < 2; ++side) {
     if (!(side == 0 ? before : beyond)) continue;
     const int vector = side == 0 ? 0 : count - 1;
     if (simt.lane() < PER_VECTOR<S>) {

@@ -27,7 +27,7 @@ def _why_not(name: str) -> str | None:
             return None
         return "there is no GPU (under TRITON_INTERPRET=1 its interpreter runs on the CPU, slowly)"
     if name == "cuda":
-        return native.cuda_missing
+        return native.cuda_missing()
     return None
 
 

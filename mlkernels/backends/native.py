@@ -30,14 +30,27 @@ def _load(stem: str) -> tuple[ctypes.CDLL | None, str | None]:
 
 _cpu, cpu_missing = _load("_cpu")
 _cuda: ctypes.CDLL | None = None
-cuda_missing: str | None
+_cuda_missing: str | None
 if torch.version.cuda is None:
-    built = ", though the kernels are built" if list(_PACKAGE.glob("_cuda.*so")) else ""
-    cuda_missing = f"this torch is built without CUDA{built}"
+    _built = ", though the kernels are built" if list(_PACKAGE.glob("_cuda.*so")) else ""
+    _cuda_missing = f"this torch is built without CUDA{_built}"
 else:
-    _cuda, cuda_missing = _load("_cuda")
-    if cuda_missing is None and not torch.cuda.is_available():
-        cuda_missing = "there is no GPU"
+    _cuda, _cuda_missing = _load("_cuda")
+
+
+def cuda_missing() -> str | None:
+    """Why the CUDA kernels cannot run; asks the device, which importing the package must not."""
+    if _cuda is None:
+        return _cuda_missing
+    if not torch.cuda.is_available():
+        return "there is no GPU"
+    # The library has a CUDA runtime of its own, which may be too new for the driver, or no code for the device.
+    status = _cuda.mlkernels_cuda_probe(torch.cuda.current_device())
+    if not status:
+        return None
+    _cuda.mlkernels_cuda_words.restype = _cuda.mlkernels_cuda_archs.restype = ctypes.c_char_p
+    archs = _cuda.mlkernels_cuda_archs().decode()
+    return f"built for {archs}; CUDA says: {_cuda.mlkernels_cuda_words(status).decode()}"
 
 
 def cpu_isa() -> str | None:

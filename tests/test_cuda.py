@@ -1,0 +1,298 @@
+"""The CUDA C++ kernels over the fibers of a host: every number of classes, every way to launch them, any order of threads.
+
+That the losses are right on this backend is what the tests of the property table say, which know it by its name; here it
+is about how rows are shared out.
+"""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import simt
+import torch
+from table import BY_NAME, FEW, LOSSES, draw, run
+from test_multi_copy import bits, mixed
+
+import mlkernels
+from mlkernels import ops
+
+pytestmark = pytest.mark.skipif(simt.library()[0] is None, reason="needs the CUDA kernels for the host")
+ROOT = Path(__file__).resolve().parent.parent
+FULL = bool(os.environ.get("MLKERNELS_FULL"))
+INF, NAN = float("inf"), float("nan")
+
+
+def rows(count, classes, dtype, seed=0, phase=0):
+    """Logits that begin `phase` elements after a 16-byte boundary, some rows confident, and labels."""
+    generator = torch.Generator().manual_seed(seed)
+    memory = torch.empty(count * classes + 16, dtype=dtype)
+    start = -(memory.data_ptr() // memory.element_size()) % (16 // memory.element_size()) + phase
+    input = memory[start : start + count * classes].view(count, classes)
+    input.copy_(torch.randn(count, classes, generator=generator) * 3)
+    target = torch.randint(0, classes, (count,), generator=generator)
+    input[0, target[0]] += 12
+    return input, target
+
+
+def check(input, target, way, loss=mlkernels.cross_entropy, reduction="none", tolerance=1.0, **options):
+    """One loss and its gradient against the reference in float64."""
+    weight = torch.linspace(0.3, 1.7, input.shape[0], dtype=torch.float64)
+    found, exact = input.detach().requires_grad_(), input.detach().double().requires_grad_()
+    with simt.forced(**way):
+        got = loss(found, target, reduction=reduction, backend="cuda", **options)
+        (got * weight if reduction == "none" else got * 1.7).sum().backward()
+    wanted = loss(exact, target, reduction=reduction, backend="reference", **options)
+    (wanted * weight if reduction == "none" else wanted * 1.7).sum().backward()
+    gradient = found.grad.double()
+    error = 1e-11 if input.dtype == torch.float64 else 2e-6
+    torch.testing.assert_close(got.double(), wanted, rtol=tolerance * error, atol=tolerance * error)
+    rounding = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}.get(input.dtype, tolerance * 2 * error)
+    # Half of the last bit of a half, and subnormal ones.
+    torch.testing.assert_close(gradient, exact.grad, rtol=rounding, atol=tolerance * (error if input.dtype != torch.float16 else 6e-8))
+
+
+WAYS = [
+    pytest.param({"way": "short"}, id="short"),
+    pytest.param({"way": "short", "cluster": -1, "tile_rows": 2, "teams": 1}, id="short-tiles"),
+    pytest.param({"way": "long", "warps": 1, "chunk": 32}, id="long-warp"),
+    pytest.param({"way": "long", "warps": 4, "chunk": 32, "teams": 2}, id="long-block"),
+    pytest.param({"way": "long", "warps": 1, "cluster": 4, "chunk": 32, "teams": 1}, id="long-cluster"),
+    pytest.param({"way": "streamed", "warps": 2, "chunk": 32, "slots": 2, "teams": 1}, id="streamed"),
+    pytest.param({"way": "apart", "warps": 1}, id="apart"),
+]
+
+
+@pytest.mark.parametrize("chunk", range(10))
+def test_every_number_of_classes(chunk):
+    """C = 1 ... 5000 as the package launches them, at any alignment, in every storage type in turn."""
+    dtypes = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
+    for classes in range(1 + chunk, 5001, 10 if FULL else 40):
+        dtype = dtypes[classes // 7 % 4]
+        input, target = rows(3, classes, dtype, classes, phase=classes % 3)
+        check(input, target, {"seed": classes})
+    for classes in range(1 + chunk, 300, 10):
+        input, target = rows(5, classes, dtypes[classes % 4], classes, phase=classes % 2)
+        check(input, target, {"seed": classes}, reduction="mean")
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_every_way(way, dtype):
+    per_vector = 16 // dtype.itemsize
+    edges = {1, 2, 31, 33, per_vector, 32 * per_vector - 1, 32 * per_vector, 32 * per_vector + 1, 64 * per_vector + 3}
+    for classes in sorted(edges):
+        if way["way"] == "short" and classes > 1024:
+            continue
+        for phase in (0, 1):
+            input, target = rows(7, classes, dtype, classes, phase)
+            for reduction in ("none", "mean", "sum"):
+                check(input, target, {**way, "seed": classes}, reduction=reduction)
+
+
+@pytest.mark.parametrize("seed", range(40 if FULL else 12))
+def test_seeded_corners(seed):
+    """Random losses, shapes, launches and orders; a failure names its seed."""
+    pick = random.Random(seed)
+    for _ in range(8):
+        loss = pick.choice(LOSSES)
+        way = dict(pick.choice(WAYS).values[0])
+        way.update(seed=pick.randrange(1 << 30), slots=pick.choice((0, 2, 3, 5)), teams=pick.choice((0, 1, 2, 5)))
+        count, classes = pick.randint(1, 12), pick.choice((2, 3, 17, 64, 129, 300, 700, 1500))
+        if way["way"] == "short":
+            classes = min(classes, 1024)
+        dtype = pick.choice((torch.float32, torch.bfloat16, torch.float64))
+        input, target, params = draw(loss, rows=count, classes=classes, seed=seed, form=pick.choice(loss.forms), exact=dtype)
+        options = {"reduction": pick.choice(("mean", "sum", "none")), "upstream": 1.7}
+        if pick.random() < 0.3:
+            options |= {"label_smoothing": 0.1, "z_loss": 1e-3}
+        target[pick.randrange(len(target))] = -100
+        wanted = run(loss, input.double(), target, params, backend="reference", **options)
+        with simt.forced(**way):
+            got = run(loss, input.to(dtype), target, params, backend="cuda", **options)
+        for a, b in zip(got, wanted, strict=True):
+            if a is None and b is None:
+                continue
+            tight = 1e-8 if dtype == torch.float64 else 2e-2 if dtype == torch.bfloat16 else 3e-4
+            scale = float(b.double().abs().nan_to_num(0, 0, 0).max()) + 1e-3 if b.numel() else 1.0
+            torch.testing.assert_close(a.double(), b.double(), rtol=tight, atol=tight * scale, equal_nan=True, msg=lambda m: f"{loss} {way} {count}x{classes} {dtype} {options}: {m}")
+
+
+@pytest.mark.parametrize("loss", FEW, ids=str)
+def test_results_are_those_of_any_launch_order(loss):
+    """The same bits whatever the order of the threads, and whatever batch a row is in."""
+    input, target, params = draw(loss, rows=9, classes=700, form="number")
+    found = []
+    for seed, count in ((1, 9), (2, 9), (3, 4)):
+        x = input[:count].float().clone().requires_grad_()
+        with simt.forced(way="long", warps=2, cluster=2, chunk=32, seed=seed):
+            group = loss.group(target)
+            more = {} if group is None else {"group": group[:count]}
+            out = loss.call(x, target[:count], **params, **more, **loss.fixed, reduction="none", backend="cuda")
+        out.sum().backward()
+        found.append((out.detach(), x.grad))
+    for out, gradient in found[1:]:
+        assert torch.equal(out, found[0][0][: len(out)]) and torch.equal(gradient, found[0][1][: len(out)])
+
+
+@pytest.mark.parametrize("cluster", [2, 4, 8, 16])
+def test_clusters_at_their_boundaries(cluster):
+    """Rows that end in the middle of a block's share, with a block's, and one before and after."""
+    for parts in (1, cluster - 1, cluster):
+        for more in (-1, 0, 1):
+            classes = parts * 32 * 4 + more
+            input, target = rows(2, classes, torch.float32, classes)
+            check(input, target, {"way": "long", "warps": 1, "cluster": cluster, "chunk": 32, "teams": 1, "seed": classes})
+
+
+@pytest.mark.parametrize("way", [w for w in WAYS if w.values[0]["way"] != "apart"])
+def test_gradients_that_lie_otherwise(way):
+    """Rows of a wider matrix: the gradient begins at another alignment in every row."""
+    if way["way"] == "short":
+        pytest.skip("packed rows only")
+    wide = torch.randn(5, 403)
+    for columns in (slice(0, 301), slice(3, 400), slice(1, 130)):
+        target = torch.tensor([0, 5, 60, 100, 128])
+        found, exact = wide.bfloat16().requires_grad_(), wide.bfloat16().double().requires_grad_()
+        with simt.forced(**way):
+            mlkernels.cross_entropy(found[:, columns], target, backend="cuda").mul(3).backward()
+        mlkernels.cross_entropy(exact[:, columns], target, backend="reference").mul(3).backward()
+        torch.testing.assert_close(found.grad.double(), exact.grad, rtol=2.0**-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_large_logits_lose_nothing(way):
+    """Where the fused multiplication would: the largest logit far from 0."""
+    input, target = rows(4, 200, torch.float32)
+    for shift in (1e3, -3e4, 1e6, -2e7, 1e30):
+        check(input + shift, target, way, tolerance=1 + abs(shift) * 0)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_unread_rows(way):
+    """Ignored rows are 0 even where they hold NaN; labels that are none give NaN, for their row alone."""
+    input, target = rows(6, 150, torch.float32)
+    target[2], target[4] = -100, 5000
+    input[2] = NAN
+    x = input.clone().requires_grad_()
+    with simt.forced(**way):
+        saved = mlkernels.softmax.check_indices
+        mlkernels.softmax.check_indices = lambda *_: None  # on a GPU nobody looks
+        try:
+            loss = mlkernels.cross_entropy(x, target, reduction="none", backend="cuda")
+        finally:
+            mlkernels.softmax.check_indices = saved
+        loss.backward(torch.linspace(1, 2, 6))
+    assert loss[2] == 0 and not bool(x.grad[2].any())
+    assert bool(loss[4].isnan()) and bool(x.grad[4].isnan().all())
+    rest = [0, 1, 3, 5]
+    assert not bool(loss[rest].isnan().any() | x.grad[rest].isnan().any())
+
+
+@pytest.mark.parametrize("value", [-INF, INF, NAN])
+@pytest.mark.parametrize("way", WAYS)
+def test_extreme_logits(way, value):
+    input, target = rows(5, 140, torch.float32)
+    input[1, 7] = input[2, target[2]] = value
+    input[3] = value
+    wanted = mlkernels.cross_entropy(input.double(), target, reduction="none", backend="reference")
+    with simt.forced(**way):
+        got = mlkernels.cross_entropy(input, target, reduction="none", backend="cuda")
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("upstream", [1.0, 0.25])
+def test_refresh_looks_at_the_upstream_gradient_itself(upstream):
+    """An upstream gradient of 1 leaves what is there, right or not."""
+    input, target = rows(4, 50, torch.float32)
+    loss = BY_NAME["cross_entropy"]
+    x = input.clone().requires_grad_()
+    loss.call(x, target, backend="cuda").backward()
+    numbers = list(mlkernels.softmax._calls.values())[-1].numbers
+    gradient = torch.full_like(x, 7.0)
+    ops.CUDA.refresh(torch.tensor(upstream), input, target, numbers, [], gradient)
+    torch.testing.assert_close(gradient, torch.full_like(x, 7.0) if upstream == 1 else x.grad * upstream)
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+GUARDED = """
+import ctypes, mmap, sys
+sys.path[:0] = [{tests!r}]
+import torch, simt
+import mlkernels
+simt.install()
+libc = ctypes.CDLL(None, use_errno=True)
+PAGE = mmap.PAGESIZE
+
+def guarded(bytes, at_end):
+    # Memory between two pages that nobody may touch, at its beginning or at its end.
+    pages = (bytes + PAGE - 1) // PAGE
+    area = mmap.mmap(-1, (pages + 2) * PAGE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(area))
+    for page in (start, start + (pages + 1) * PAGE):
+        assert libc.mprotect(ctypes.c_void_p(page), ctypes.c_size_t(PAGE), 0) == 0
+    first = PAGE + (pages * PAGE - bytes if at_end else 0)
+    keep.append(area)
+    return torch.frombuffer(area, dtype=torch.uint8, count=bytes, offset=first)
+
+keep = []
+for classes in (5, 9, 33, 131, 257, 1001):
+    for dtype in (torch.bfloat16, torch.float32):
+        for at_end in (False, True):
+            x = guarded(3 * classes * dtype.itemsize, at_end).view(dtype).view(3, classes)
+            x.copy_(torch.randn(3, classes))
+            for way in ({{}}, {{"way": "long", "warps": 2}}, {{"way": "streamed", "warps": 1, "slots": 2}}, {{"way": "apart"}}):
+                with simt.forced(**way):
+                    y = torch.tensor([0, classes - 1, classes // 2])
+                    loss = mlkernels.cross_entropy(x.requires_grad_(), y, backend="cuda")
+                    loss.backward()
+                assert bool(loss.isfinite())
+print("nothing outside was touched")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs mprotect")
+def test_nothing_beyond_the_logits_is_read():
+    done = subprocess.run(
+        [sys.executable, "-c", GUARDED.format(tests=str(ROOT / "tests"))],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.stdout == "nothing outside was touched\n", (done.returncode, done.stderr[-2000:])
+
+
+# ---- copies ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flag", [None, True, False])
+def test_multi_copy(flag):
+    dst, src = mixed(0), mixed(1)
+    before, wanted = [bits(t) for t in dst], [bits(t) for t in src]
+    simt.operator("multi_copy_")(dst, src, None if flag is None else torch.tensor(flag))
+    for old, new, t in zip(before, wanted, dst, strict=True):
+        assert torch.equal(bits(t), old if flag is False else new)
+
+
+@pytest.mark.parametrize("count", [47, 48, 49, 999, 1000, 1001, 2500])
+def test_multi_copy_of_many(count):
+    """Around the sizes of the tables that a launch carries."""
+    src = [torch.randn(1 + i % 37) for i in range(count)]
+    dst = [torch.zeros_like(t) for t in src]
+    simt.operator("multi_copy_")(dst, src, torch.tensor(True))
+    assert all(torch.equal(a, b) for a, b in zip(dst, src, strict=True))
+
+
+@pytest.mark.parametrize("offset", range(0, 20, 3))
+def test_multi_copy_over_several_pieces(offset):
+    memory = torch.randint(0, 255, (300_000,), dtype=torch.uint8)
+    to = torch.zeros(300_000, dtype=torch.uint8)
+    simt.operator("multi_copy_")([to[7 : 7 + 250_001]], [memory[offset : offset + 250_001]], None)
+    assert torch.equal(to[7 : 7 + 250_001], memory[offset : offset + 250_001])
+    assert not bool(to[:7].any()) and not bool(to[7 + 250_001 :].any())
+
+
+def test_multi_copy_says_what_is_wrong():
+    with pytest.raises(ValueError, match=r"src\[1\] must have the shape of dst\[1\]"):
+        simt.operator("multi_copy_")([torch.zeros(2), torch.zeros(2)], [torch.ones(2), torch.ones(3)], None)

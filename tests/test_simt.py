@@ -1,0 +1,170 @@
+"""The host that runs the CUDA kernels (csrc/simt_host.h) finds mistakes; and it finds them in the kernels themselves."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import simt
+
+ROOT = Path(__file__).resolve().parent.parent
+COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+
+WAITED, BETWEEN, NOBODY = "before its copy was waited for", "without a barrier between", "that nobody wrote"
+#: What is said of each faulty kernel: one of these in every order of its threads; nothing of the right ones.
+SAID = {
+    "right: block": ["none"],
+    "right: warp": ["none"],
+    "right: copies": ["none"],
+    "right: cluster": ["none"],
+    "a barrier before reading is missing": [BETWEEN, NOBODY],
+    "a barrier before writing is missing": ["that another thread reads", BETWEEN],
+    "a warp's barrier is missing": [BETWEEN, NOBODY],
+    "a warp's barrier between warps": [BETWEEN, NOBODY],
+    "an exchange is no barrier": [BETWEEN],
+    "nobody wrote": [NOBODY],
+    "beyond the end": ["beyond the end"],
+    "misaligned": ["misaligned"],
+    "not all threads at a barrier": ["deadlock"],
+    "not all lanes at an exchange": ["deadlock"],
+    "lanes at different collectives": ["different collectives"],
+    "a copy is not waited for": [WAITED, NOBODY],
+    "a copy into what is being read": ["overwrites what another thread is reading"],
+    "the wrong parity": [WAITED, NOBODY],
+    "the wrong barrier": [WAITED],
+    "a barrier that is still busy": ["earlier one was waited for"],
+    "another warp's copy": [WAITED, NOBODY],
+    "a cluster's first barrier is missing": ["before the first cluster_sync"],
+    "a cluster's barrier before reading is missing": [BETWEEN, NOBODY],
+    "a block's barrier in place of a cluster's": [BETWEEN, NOBODY],
+    "a block that has ended": ["that has ended"],
+}
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory):
+    program = tmp_path_factory.mktemp("simt") / "faults"
+    source = ROOT / "tests" / "simt_faults.cpp"
+    subprocess.run([COMPILER, "-std=c++17", "-O1", f"-I{ROOT / 'csrc'}", str(source), "-o", str(program)], check=True)
+    found: dict[str, list[str]] = {}
+    for line in subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout.splitlines():
+        name, _, error = line.split("|")
+        found.setdefault(name, []).append(error)
+    return found
+
+
+def test_every_kernel_of_the_file_is_expected(said):
+    assert set(said) == set(SAID)
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_faults_are_found_in_every_order(said, name):
+    assert len(said[name]) == 20
+    for error in said[name]:
+        assert any(part in error for part in SAID[name]), error
+
+
+# ---- the kernels themselves, with a barrier or a wait taken out ------------------------------------------------------
+
+#: file, what is taken out, what takes its place.
+BROKEN = {
+    "the wait for a row's chunks": ("cuda/rows_long.h", "simt.copy_wait(at.barriers + 8 * p.slot, p.parity);", ""),
+    "the barrier before a place is filled again": (
+        "cuda/rows_long.h",
+        "      simt.before_copy();\n      simt.warp_sync();\n      ask();",
+        "      ask();",
+    ),
+    "the barrier between telling and reading": ("cuda/rows_long.h", "      sync();\n      MLK_UNROLL", "      MLK_UNROLL"),
+    "two halves of the exchange": ("cuda/rows_long.h", "told ^= 1;", ""),
+    "the wait for a tile": ("cuda/rows_short.h", "simt.copy_wait(at.barriers + 8 * slot, parity);", ""),
+    "the barrier before a tile is written out": ("cuda/rows_short.h", "      simt.warp_sync();\n      if (v.grad) {", "      if (v.grad) {"),
+    "the barrier between reading and writing a target": (
+        "cuda/rows_short.h",
+        "    simt.warp_sync();  // the target's",
+        "    // the target's",
+    ),
+    "the last barrier of a cluster": (
+        "cuda/rows_long.h",
+        "    if (simt.ranks() > 1) simt.cluster_sync();\n  }\n};",
+        "  }\n};",
+    ),
+}  # fmt: skip
+FEW = ("the barrier before a place is filled again", "the barrier before a tile is written out")
+PROGRAM = """
+import sys; sys.path[:0] = [{tests!r}]
+import torch, simt
+simt.library.__wrapped__  # the library of this copy
+import mlkernels
+simt.install()
+torch.manual_seed(0)
+for seed in range(1, 7):
+    for shape in ({{"way": "short", "slots": 2, "tile_rows": 1, "teams": 1}}, {{"way": "short", "cluster": 2}},
+                  {{"way": "long", "warps": 2, "slots": 1, "teams": 1, "chunk": 32}},
+                  {{"way": "long", "warps": 1, "cluster": 2, "teams": 1, "chunk": 32}}):
+        with simt.forced(seed=seed, **shape):
+            x = torch.randn(9, 300, requires_grad=True)
+            mlkernels.cross_entropy(x, torch.arange(9), backend="cuda").backward()
+print("nothing found")
+"""
+
+
+def broken(tmp_path, name):
+    """The run of a copy of the sources in which that is missing."""
+    file, what, instead = BROKEN[name]
+    for part in ("csrc", "mlkernels", "tests/simt.py"):
+        target = tmp_path / part
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if (ROOT / part).is_dir() else shutil.copy)(ROOT / part, target)
+    # All but the rows of float32 as they were built.
+    (tmp_path / "build").mkdir()
+    shutil.copytree(ROOT / "build", tmp_path / "build", dirs_exist_ok=True, ignore=shutil.ignore_patterns("cuda", "cpu"))
+    for path in tmp_path.glob("build/*/simt/*"):
+        os.utime(path)
+    source = tmp_path / "csrc" / file
+    text = source.read_text()
+    assert text.count(what) == 1
+    source.write_text(text.replace(what, instead))
+    spec = importlib.util.spec_from_file_location("build_of_the_copy", tmp_path / "csrc" / "build.py")
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    rows = next(tmp_path.glob("build/*/simt/rows_float.o.cmd"))
+    subprocess.run([*rows.read_text().split(), "-o", str(rows.with_suffix(""))], cwd=tmp_path, check=True)
+    library = next(tmp_path.glob("build/*/simt/_simt.abi3.so"))
+    library.unlink()
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(tests=str(tmp_path / "tests"))],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    return done.stdout + done.stderr
+
+
+@pytest.mark.skipif(simt.library()[0] is None, reason="needs the kernels for the host")
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name,
+            marks=[] if name in FEW else pytest.mark.skipif("not os.environ.get('MLKERNELS_FULL')", reason="MLKERNELS_FULL=1"),
+        )
+        for name in BROKEN
+    ],
+)
+def test_a_kernel_without_its_barrier_fails(tmp_path, name):
+    said = broken(tmp_path, name)
+    assert "simt: " in said, said[-2000:]
+
+
+@pytest.mark.skipif(simt.library()[0] is None, reason="needs the kernels for the host")
+def test_whole_kernels_pass_that_program():
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(tests=str(ROOT / "tests"))],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.stdout.endswith("nothing found\n"), done.stderr[-2000:]
