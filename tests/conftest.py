@@ -24,12 +24,13 @@ settings.load_profile("default")
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """What test_compile_targets.py compiled, perhaps in another process."""
+    """What test_compile_targets.py and test_cuda_targets.py compiled, perhaps in another process."""
     factory = getattr(config, "_tmp_path_factory", None)
-    table = factory and factory.getbasetemp() / "aot.txt"
-    if table and table.exists():
-        terminalreporter.section("Triton kernels ahead of time")
-        terminalreporter.write_line(table.read_text())
+    for name, title in (("aot.txt", "Triton kernels"), ("cuda-targets.txt", "CUDA kernels")):
+        table = factory and factory.getbasetemp() / name
+        if table and table.exists():
+            terminalreporter.section(f"{title} ahead of time")
+            terminalreporter.write_line("\n".join(sorted(table.read_text().splitlines())))
 
 
 @pytest.fixture(autouse=True)

@@ -88,11 +88,12 @@ int main() {
       s.warp_sync();
   });
 
-  const auto copies = [](bool waits, bool syncs) {
+  const auto copies = [](bool waits, bool syncs, bool fences = true) {
     return [=](const Simt& s) {
       begin(s);
       for (int round = 0; round < 6; ++round) {
         const int slot = round % 2, at = 64 + 512 * slot;
+        if (fences) s.before_copy();
         if (round >= 2 && syncs) s.warp_sync();
         fill(s, 8 * slot, at, 32);
         if (waits) s.copy_wait(8 * slot, round / 2 % 2);
@@ -104,6 +105,7 @@ int main() {
   run("right: copies", 1, 1, 1, copies(true, true));
   run("a copy is not waited for", 1, 1, 1, copies(false, true));
   run("a copy into what is being read", 1, 1, 1, copies(true, false));
+  run("a copy without its fence", 1, 1, 1, copies(true, true, false));
   run("the wrong parity", 1, 1, 1, [](const Simt& s) {
     begin(s);
     fill(s, 0, 64, 8);

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import simt
 import torch
-from table import BY_NAME, FEW, LOSSES, draw, run
+from table import FEW, LOSSES, draw, numbers_of, run
 from test_multi_copy import bits, mixed
 
 import mlkernels
@@ -94,33 +94,38 @@ def test_every_way(way, dtype):
 
 @pytest.mark.parametrize("seed", range(40 if FULL else 12))
 def test_seeded_corners(seed):
-    """Random losses, shapes, launches and orders; a failure names its seed."""
+    """Random losses, shapes, launches and orders; a failure names them."""
     pick = random.Random(seed)
     for _ in range(8):
         loss = pick.choice(LOSSES)
         way = dict(pick.choice(WAYS).values[0])
         way.update(seed=pick.randrange(1 << 30), slots=pick.choice((0, 2, 3, 5)), teams=pick.choice((0, 1, 2, 5)))
-        count, classes = pick.randint(1, 12), pick.choice((2, 3, 17, 64, 129, 300, 700, 1500))
-        if way["way"] == "short":
-            classes = min(classes, 1024)
+        count, classes = pick.randint(1, 12), pick.choice((2, 3, 17, 64, 129, 300))
         dtype = pick.choice((torch.float32, torch.bfloat16, torch.float64))
-        input, target, params = draw(loss, rows=count, classes=classes, seed=seed, form=pick.choice(loss.forms), exact=dtype)
-        options = {"reduction": pick.choice(("mean", "sum", "none")), "upstream": 1.7}
+        input, target, params = draw(
+            loss, rows=count, classes=classes, seed=seed, form=pick.choice(loss.forms), exact=dtype, kinds=("random",)
+        )
+        options = {"reduction": pick.choice(("mean", "sum", "none"))}
+        options["upstream"] = torch.linspace(0.5, 2, count) if options["reduction"] == "none" else 1.7
         if pick.random() < 0.3:
             options |= {"label_smoothing": 0.1, "z_loss": 1e-3}
-        target[pick.randrange(len(target))] = -100
+        if loss.groups:
+            options["group"] = loss.group(target)
+        if loss.masked_target:
+            target[pick.randrange(count)] = -100
         wanted = run(loss, input.double(), target, params, backend="reference", **options)
         with simt.forced(**way):
             got = run(loss, input.to(dtype), target, params, backend="cuda", **options)
-        for a, b in zip(got, wanted, strict=True):
-            if a is None and b is None:
-                continue
+        what = f"{loss} {way} {count}x{classes} {dtype} {options}"
+        pairs = [(got[0], wanted[0]), (got[1], wanted[1]), *((got[2][k], wanted[2][k]) for k in wanted[2])]
+        for a, b in pairs:
+            a, b = a.double(), b.double()
             tight = 1e-8 if dtype == torch.float64 else 2e-2 if dtype == torch.bfloat16 else 3e-4
-            scale = float(b.double().abs().nan_to_num(0, 0, 0).max()) + 1e-3 if b.numel() else 1.0
-            torch.testing.assert_close(a.double(), b.double(), rtol=tight, atol=tight * scale, equal_nan=True, msg=lambda m: f"{loss} {way} {count}x{classes} {dtype} {options}: {m}")
+            scale = float(b.nan_to_num(0, 0, 0).abs().max()) + 1e-3
+            torch.testing.assert_close(a, b, rtol=tight, atol=tight * scale, equal_nan=True, msg=lambda m: f"{what}: {m}")
 
 
-@pytest.mark.parametrize("loss", FEW, ids=str)
+@pytest.mark.parametrize("loss", [loss for loss in FEW if loss.name != "target_logit"], ids=str)
 def test_results_are_those_of_any_launch_order(loss):
     """The same bits whatever the order of the threads, and whatever batch a row is in."""
     input, target, params = draw(loss, rows=9, classes=700, form="number")
@@ -167,7 +172,7 @@ def test_large_logits_lose_nothing(way):
     """Where the fused multiplication would: the largest logit far from 0."""
     input, target = rows(4, 200, torch.float32)
     for shift in (1e3, -3e4, 1e6, -2e7, 1e30):
-        check(input + shift, target, way, tolerance=1 + abs(shift) * 0)
+        check(input + shift, target, way)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -207,10 +212,11 @@ def test_extreme_logits(way, value):
 def test_refresh_looks_at_the_upstream_gradient_itself(upstream):
     """An upstream gradient of 1 leaves what is there, right or not."""
     input, target = rows(4, 50, torch.float32)
-    loss = BY_NAME["cross_entropy"]
     x = input.clone().requires_grad_()
-    loss.call(x, target, backend="cuda").backward()
-    numbers = list(mlkernels.softmax._calls.values())[-1].numbers
+    mlkernels.cross_entropy(x, target, backend="cuda").backward()
+    consts = mlkernels.softmax._DEFAULTS.copy()
+    consts[0] = 1.0
+    numbers = numbers_of(mlkernels.spec.compose(None, 1.0, None, None)[0], consts, 0, 1)
     gradient = torch.full_like(x, 7.0)
     ops.CUDA.refresh(torch.tensor(upstream), input, target, numbers, [], gradient)
     torch.testing.assert_close(gradient, torch.full_like(x, 7.0) if upstream == 1 else x.grad * upstream)

@@ -1,0 +1,114 @@
+"""The CUDA C++ kernels compiled for their targets: no spills, no stack, 16-byte accesses, and each chip's own copies."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FULL = bool(os.environ.get("MLKERNELS_FULL"))
+sys.path.insert(0, str(ROOT / "csrc"))
+import build  # noqa: E402
+
+ALWAYS = [("90a", storage) for storage in build.STORAGES] + [("80", "bfloat16"), ("100", "bfloat16")]
+MORE = [(arch, storage) for arch in build.CUDA_ARCHS for storage in build.STORAGES if (arch, storage) not in ALWAYS]
+CASES = ALWAYS + (MORE if FULL else [])
+
+
+def tool(name):
+    """From the toolkit, or from Triton's package."""
+    found = shutil.which(name)
+    spec = importlib.util.find_spec("triton")
+    if found is None and spec is not None:
+        found = next(map(str, Path(spec.origin).parent.glob(f"backends/nvidia/bin/{name}")), None)
+    return found
+
+
+CUOBJDUMP = tool("cuobjdump")
+try:
+    NVCC = build.find_nvcc()
+except build.CannotBuild:
+    NVCC = None
+pytestmark = pytest.mark.skipif(NVCC is None or CUOBJDUMP is None, reason="needs nvcc and cuobjdump")
+
+
+def compiled(arch, storage):
+    """The object of the rows of one storage type for one target."""
+    here = build.OBJECTS / ("cuda" if build.cuda_archs() == (arch,) else f"cuda-{arch}")
+    unit = next(
+        u for u in build.cuda_units(NVCC, build.find_compiler(), here, [arch]) if u.output.name == f"rows_{storage}.o"
+    )
+    build.make_units([unit])
+    return unit.output
+
+
+def dumped(path, option):
+    return subprocess.run([CUOBJDUMP, option, str(path)], capture_output=True, text=True, check=True).stdout
+
+
+def short(name):
+    """RowsLong<float, bfloat16, general, streamed> of a mangled name."""
+    kind = re.search(r"Rows(Long|Short|Apart)", name)[0]
+    options = re.search(rf"{kind}I(.*?)EEN", name)
+    flags = re.findall(r"L([ib])(\d+)E", options[1] + "E" if options else "")
+    names = {"RowsLong": ("general", "streamed"), "RowsShort": ("elements", "general"), "RowsApart": ()}[kind]
+    said = [n if t == "b" else f"{value} {n}" for n, (t, value) in zip(names, flags, strict=False) if t == "i" or value == "1"]
+    return " ".join([kind, *said])
+
+
+@pytest.fixture(scope="session")
+def table(tmp_path_factory):
+    """Where every process leaves its lines; conftest.py prints them."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "cuda-targets.txt"
+
+
+@pytest.mark.parametrize(("arch", "storage"), CASES, ids=[f"sm_{a}-{s}" for a, s in CASES])
+def test_rows(arch, storage, table):
+    path = compiled(arch, storage)
+    usage = re.findall(r"Function (\S+):\s*\n\s*(REG:.*)", dumped(path, "--dump-resource-usage"))
+    kernels = [(name, dict(re.findall(r"(\w+):(\d+)", line))) for name, line in usage if "Rows" in name]
+    assert len(kernels) == 9  # 4 of short rows, 4 of long ones, 1 of rows apart
+    lines = []
+    for name, used in sorted(kernels, key=lambda kernel: short(kernel[0])):
+        lines.append(f"sm_{arch:<5}{storage:<10}{short(name):<30}{used['REG']:>4} registers, stack {used['STACK']}, local {used['LOCAL']}")
+        assert int(used["STACK"]) == int(used["LOCAL"]) == 0, lines[-1]
+    with table.open("a") as file:
+        file.write("\n".join(lines) + "\n")
+
+    code = dumped(path, "-sass")
+    for function in code.split("Function : ")[1:]:
+        name = function.split()[0]
+        if "Rows" not in name:
+            continue
+        assert not re.search(r"\b(LDL|STL)\b", function), short(name)
+        if "RowsApart" in name:
+            continue
+        assert "STG.E.NA.128" in function or re.search(r"STG.E\S*.128", function), short(name)
+        assert re.search(r"LDS\S*.128", function), short(name)
+        if int(re.match(r"\d+", arch)[0]) >= 90:
+            assert "UBLKCP" in function and "SYNCS" in function, short(name)
+        else:
+            assert re.search(r"LDGSTS\S*.128", function), short(name)
+
+
+def test_copies_and_sums(table):
+    """16 bytes at a time, several readings before the first writing."""
+    here = build.OBJECTS / ("cuda" if build.cuda_archs() == ("90a",) else "cuda-90a")
+    unit = next(u for u in build.cuda_units(NVCC, build.find_compiler(), here, ["90a"]) if u.output.name == "others.o")
+    build.make_units([unit])
+    usage = re.findall(r"Function (\S+):\s*\n\s*(REG:.*)", dumped(unit.output, "--dump-resource-usage"))
+    assert len(usage) == 16
+    for name, line in usage:
+        used = dict(re.findall(r"(\w+):(\d+)", line))
+        assert int(used["STACK"]) == int(used["LOCAL"]) == 0, name
+    copies = [f for f in dumped(unit.output, "-sass").split("Function : ")[1:] if "CopyMany" in f.split()[0]]
+    assert len(copies) == 2
+    for function in copies:
+        wide = re.findall(r"\b(LDG|STG).E\S*.128", function)
+        assert "LDGLDGLDGLDGSTG" in "".join(wide)
