@@ -459,7 +459,9 @@ class TwoScaleLoss(_FamilyLoss):
         """log R, detached if so chosen."""
         if isinstance(value, nn.Module):
             if name == "log_norm":
-                raise ValueError("log_norm must be a number or a floating 0-d tensor, got a model: that is a logit_norm")
+                raise ValueError(
+                    "log_norm must be a number or a floating 0-d tensor, got a model: that is a logit_norm"
+                )
             return weight_norm_product(value, log=True, detach=self.detach_norm)
         if isinstance(value, Tensor):
             _check_scalar(name, value)
