@@ -115,9 +115,9 @@ def bar_over(total: int) -> Any:
 
 
 def mean_std(values: Sequence[float], digits: int = 4) -> str:
-    """Mean ± sample standard deviation."""
-    deviation = statistics.stdev(values) if len(values) > 1 else math.nan
-    return f"{statistics.fmean(values):.{digits}f} ± {deviation:.{digits}f}"
+    """Mean ± sample standard deviation; of one value that value."""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def write(path: Path, options: argparse.Namespace, images: data.Images, found: Mapping[str, Any]) -> None:
