@@ -34,12 +34,18 @@ SCALE = 24.0
 # ---- the losses, each with its classifier ----------------------------------------------------------------------------
 
 
+def circle(classes: int) -> nn.Parameter:
+    """(C, 2) directions evenly around: two classes that start in the wrong order can hardly pass each other."""
+    angle = torch.arange(classes) * (2 * math.pi / classes)
+    return nn.Parameter(torch.stack([angle.cos(), angle.sin()], 1))
+
+
 class Linear(nn.Module):
     """Cross entropy of a linear classifier; with a rate for center loss, features are drawn to their class's mean."""
 
     def __init__(self, classes: int, center: float = 0.0) -> None:
         super().__init__()
-        self.classifier = nn.Linear(2, classes, bias=False)
+        self.weight = circle(classes)
         losses: list[nn.Module] = [mlkernels.CrossEntropyLoss()]
         if center:
             losses.append(mlkernels.CenterLoss(2, classes, rate=0.5))
@@ -50,11 +56,11 @@ class Linear(nn.Module):
 
     def logits(self, features: Tensor) -> Tensor:
         """By which an image is classified."""
-        return self.classifier(features)
+        return features @ self.weight.T
 
     def anchors(self) -> Tensor:
         """(C, 2): what stands for a class; here a direction."""
-        return self.classifier.weight
+        return self.weight
 
 
 class Angular(nn.Module):
@@ -62,7 +68,7 @@ class Angular(nn.Module):
 
     def __init__(self, classes: int, loss: nn.Module) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(classes, 2))
+        self.weight = circle(classes)
         self.loss = loss
 
     def forward(self, features: Tensor, target: Tensor) -> Tensor:
@@ -80,7 +86,7 @@ class Gaussian(nn.Module):
 
     def __init__(self, classes: int) -> None:
         super().__init__()
-        self.loss = mlkernels.LGMLoss(2, classes, alpha=0.3, lambda_=0.1)
+        self.loss = mlkernels.LGMLoss(2, classes, alpha=0.3, lambda_=1.0)
 
     def forward(self, features: Tensor, target: Tensor) -> Tensor:
         return self.loss(features, target)
@@ -106,7 +112,7 @@ TITLES = {
     "cosface": "CosFace, m = 0.1",
     "arcface": "ArcFace, m = 0.15",
     "center": "softmax + 0.1 center",
-    "lgm": "L-GM, α = 0.3, λ = 0.1",
+    "lgm": "L-GM, α = 0.3, λ = 1",
 }
 
 
@@ -212,8 +218,11 @@ def plot(
             else:
                 x, y = (reach * F.normalize(anchors[label], dim=0)).tolist()
                 axes.plot([0, x], [0, y], color=colors[label], linewidth=1, zorder=0)
+        measure = f"{run.within:.1f}° within a class, {run.between:.1f}° to the next"
+        if isinstance(loss, Gaussian):
+            measure = f"distances within / between classes: {run.compactness:.2f}"
         axes.set(
-            title=f"{TITLES[run.loss]}: {run.accuracy:.1%}\n{run.within:.1f}° within, {run.between:.1f}° between",
+            title=f"{TITLES[run.loss]}: {run.accuracy:.1%}\n{measure}",
             xlim=(-reach, reach),
             ylim=(-reach, reach),
             aspect="equal",
