@@ -64,12 +64,18 @@ class Linear(nn.Module):
 
 
 class Angular(nn.Module):
-    """A margin on the angle to a class's direction."""
+    """A margin on the angle to a class's direction, which grows to its size while the classes are sorted out."""
 
-    def __init__(self, classes: int, loss: nn.Module) -> None:
+    def __init__(self, classes: int, loss: nn.Module, neutral: float) -> None:
         super().__init__()
         self.weight = circle(classes)
         self.loss = loss
+        self.neutral, self.full = neutral, loss.margin.item()
+
+    def schedule(self, done: float) -> None:
+        """The margin after a share of the training: in full from the middle on."""
+        # A buffer that is filled: a number that changes would compile anew, where there is a compiler.
+        self.loss.margin.fill_(self.neutral + min(1.0, 2 * done) * (self.full - self.neutral))
 
     def forward(self, features: Tensor, target: Tensor) -> Tensor:
         return self.loss(self.logits(features) / SCALE, target)
@@ -100,9 +106,9 @@ class Gaussian(nn.Module):
 
 LOSSES: dict[str, Callable[[int], Linear | Angular | Gaussian]] = {
     "softmax": Linear,
-    "sphereface": lambda classes: Angular(classes, mlkernels.SphereFaceLoss(1.5, SCALE)),
-    "cosface": lambda classes: Angular(classes, mlkernels.CosFaceLoss(0.1, SCALE)),
-    "arcface": lambda classes: Angular(classes, mlkernels.ArcFaceLoss(0.15, SCALE)),
+    "sphereface": lambda classes: Angular(classes, mlkernels.SphereFaceLoss(torch.tensor(1.5), SCALE), 1.0),
+    "cosface": lambda classes: Angular(classes, mlkernels.CosFaceLoss(torch.tensor(0.1), SCALE), 0.0),
+    "arcface": lambda classes: Angular(classes, mlkernels.ArcFaceLoss(torch.tensor(0.15), SCALE), 0.0),
     "center": lambda classes: Linear(classes, center=0.1),
     "lgm": Gaussian,
 }
@@ -173,8 +179,10 @@ def train(
     optimizer = torch.optim.AdamW([*network.parameters(), *loss.parameters()], lr=options.lr, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, total_steps=options.steps + 1)
     batches = common.endless(images.train_images, images.train_labels, options.batch, seed)
-    for _ in range(options.steps):
+    for step in range(options.steps):
         batch, target = next(batches)
+        if isinstance(loss, Angular):
+            loss.schedule(step / options.steps)
         optimizer.zero_grad()
         value = loss(network(batch), target)
         value.backward()
