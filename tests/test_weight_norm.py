@@ -169,6 +169,7 @@ def test_counted_changes_are_noticed_inside(change):
         parameter.grad = torch.ones_like(parameter)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     other = network().state_dict()
+    assert network()[4].weight._version == model[4].weight._version
     with cached_weight_norm():
         before = weight_norm_product(model, detach=True)
         if change == "in place":
@@ -179,7 +180,7 @@ def test_counted_changes_are_noticed_inside(change):
         elif change == "load_state_dict":
             model.load_state_dict(other)
         elif change == "replaced":
-            model[4].weight = nn.Parameter(2 * model[4].weight.detach())
+            model[4].weight = network()[4].weight  # of the same version, but another
         else:
             model.append(nn.Linear(4, 2))
         after = weight_norm_product(model, detach=True)
