@@ -100,7 +100,9 @@ def test_trainer_accumulates_as_one_batch(hugging_face: ModuleType) -> None:
 
     def weights(batch: int, accumulated: int) -> list[torch.Tensor]:
         sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulated}
-        model, _ = hugging_face.main(1, use_cpu=True, max_steps=4, optim="sgd", learning_rate=0.1, **sizes)
+        # SGD without clipping: Adam and clipped gradients would not notice a factor.
+        plain = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
+        model, _ = hugging_face.main(1, use_cpu=True, max_steps=4, **plain, **sizes)
         return [p.detach() for p in model.parameters()]
 
     whole, parts = weights(64, 1), weights(16, 4)
