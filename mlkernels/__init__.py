@@ -1,6 +1,7 @@
 """Fused softmax-family losses for PyTorch; see the README and :mod:`mlkernels.functional`."""
 
 from . import functional, metrics
+from .alternating import Alternating
 from .backends import available_backends
 from .functional import (
     arcface_loss,
@@ -34,12 +35,13 @@ from .modules import (
 )
 from .softmax import RowStats, check_labels
 from .spec import Affine, Margin, Modulated, PiecewiseLinear, Tau, Truncated, TwoScale
-from .weight_norm import weight_norm_product
+from .weight_norm import cached_weight_norm, weight_norm_product
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Affine",
+    "Alternating",
     "ArcFaceLoss",
     "CenterLoss",
     "CosFaceLoss",
@@ -63,6 +65,7 @@ __all__ = [
     "__version__",
     "arcface_loss",
     "available_backends",
+    "cached_weight_norm",
     "center_loss",
     "check_labels",
     "cosface_loss",

@@ -345,7 +345,9 @@ class TwoScaleLoss(_FamilyLoss):
         >>> loss = mlkernels.TwoScaleLoss(model, parametrization="relative")
         >>> optimizer = torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=0.1)
         >>> logits, target = model(torch.randn(8, 2)), torch.randint(3, (8,))
-        >>> loss(logits, target, mlkernels.weight_norm_product(model)).backward()
+        >>> loss(logits, target, model).backward()  # R is that of the model now
+        >>> loss.probabilities(logits, model).shape  # at R1: those to predict with
+        torch.Size([8, 3])
         >>> loss.scale_low, loss.scale_high
         (Parameter containing:
         tensor(1., requires_grad=True), Parameter containing:
@@ -398,7 +400,7 @@ class TwoScaleLoss(_FamilyLoss):
         self,
         input: Tensor,
         target: Tensor,
-        logit_norm: float | Tensor | None = None,
+        logit_norm: float | Tensor | nn.Module | None = None,
         *,
         log_norm: float | Tensor | None = None,
     ) -> Tensor:
@@ -406,8 +408,10 @@ class TwoScaleLoss(_FamilyLoss):
 
         Args:
             input: (N, C, ...) logits X. target: (N, ...) class indices.
-            logit_norm: R > 0, the network's size now, a number or 0-d: ``weight_norm_product(model)``.
-            log_norm: log R instead, where R is beyond float64: ``weight_norm_product(model, log=True)``.
+            logit_norm: R > 0, the network's size now: the model, for its :func:`weight_norm_product` now, or that
+                product itself, a number or 0-d.
+            log_norm: log R instead, where R is beyond float64: ``weight_norm_product(model, log=True)``, which is what
+                is used of a model.
         """
         low, high = self._scales(input, logit_norm, log_norm)
         return F.two_scale_cross_entropy(input, target, low, high, self.eta, **self._kept(self._common))
@@ -415,11 +419,13 @@ class TwoScaleLoss(_FamilyLoss):
     def probabilities(
         self,
         input: Tensor,
-        logit_norm: float | Tensor | None = None,
+        logit_norm: float | Tensor | nn.Module | None = None,
         *,
         log_norm: float | Tensor | None = None,
     ) -> Tensor:
         r"""Test-time probabilities, :math:`\operatorname{softmax}(R_1 X/R)`: a row's scale would depend on its label.
+
+        Args: as in ``forward``; R is that of the model as it is at test time.
 
         Returns: of input's shape; float32 for half inputs.
         """
@@ -427,7 +433,7 @@ class TwoScaleLoss(_FamilyLoss):
         return torch.softmax(input.to(low.dtype) * low, 1 if input.dim() > 1 else 0)
 
     def _scales(
-        self, input: Tensor, logit_norm: float | Tensor | None, log_norm: float | Tensor | None
+        self, input: Tensor, logit_norm: float | Tensor | nn.Module | None, log_norm: float | Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """R1/R and R2/R in the precision of the loss, by which the functional has no norm left to divide by."""
         accumulate = torch.float64 if input.dtype == torch.float64 else torch.float32
@@ -449,8 +455,14 @@ class TwoScaleLoss(_FamilyLoss):
         factor = factor.exp()
         return (self.scale_low * factor).to(accumulate), (self.scale_high * factor).to(accumulate)
 
-    def _norm(self, name: str, value: float | Tensor) -> float | Tensor:
+    def _norm(self, name: str, value: float | Tensor | nn.Module) -> float | Tensor:
         """log R, detached if so chosen."""
+        if isinstance(value, nn.Module):
+            if name == "log_norm":
+                raise ValueError(
+                    "log_norm must be a number or a floating 0-d tensor, got a model: that is a logit_norm"
+                )
+            return weight_norm_product(value, log=True, detach=self.detach_norm)
         if isinstance(value, Tensor):
             _check_scalar(name, value)
             value = value.detach() if self.detach_norm else value
@@ -677,8 +689,9 @@ class JointLoss(nn.Module):
         weights: the :math:`a_k`, one number per loss; for ``"trainable"`` and ``"uncertainty"`` those at the start,
             there :math:`a, 1-a` and :math:`e^{-s_k}`. None: all 1 (``"trainable"``: one half each).
         mode: ``"fixed"``, ``"trainable"`` or ``"uncertainty"``.
-        inputs: where the model's output is a tuple: for each loss the index of the part that it takes, or None for
-            the whole output. None: every loss takes the whole output.
+        inputs: where the model's output is a tuple: for each loss the index of the part that it takes; or a tuple of
+            indices, of which the first is its input and the others follow the target (a two-scale loss's norm, say); or
+            None for the whole output. None: every loss takes the whole output.
 
     Example:
         >>> import torch, mlkernels
@@ -689,6 +702,10 @@ class JointLoss(nn.Module):
         torch.Size([])
         >>> [name for name, _ in loss.named_parameters()]
         ['losses.1.centers']
+        >>> joint = mlkernels.JointLoss([mlkernels.CrossEntropyLoss(), mlkernels.FocalLoss()], mode="trainable")
+        >>> optimizer = torch.optim.SGD(joint.parameters(), lr=0.1)
+        >>> [round(float(weight.detach()), 4) for weight in joint.weights]
+        [0.5, 0.5]
 
     Source: Kendall et al., Multi-Task Learning Using Uncertainty to Weigh Losses, for ``"uncertainty"``.
     """
@@ -701,7 +718,7 @@ class JointLoss(nn.Module):
         losses: Sequence[Callable[[Any, Any], Tensor]],
         weights: Sequence[float] | None = None,
         mode: Literal["fixed", "trainable", "uncertainty"] = "fixed",
-        inputs: Sequence[int | None] | None = None,
+        inputs: Sequence[int | tuple[int, ...] | None] | None = None,
     ) -> None:
         super().__init__()
         if mode not in ("fixed", "trainable", "uncertainty"):
@@ -717,6 +734,9 @@ class JointLoss(nn.Module):
             raise ValueError(f"weights must be one per loss, {len(losses)}, got {len(weights)}")
         if inputs is not None and len(inputs) != len(losses):
             raise ValueError(f"inputs must be one per loss, {len(losses)}, got {len(inputs)}")
+        for part in inputs or ():
+            if part == () or isinstance(part, bool) or not isinstance(part, int | tuple | None):
+                raise ValueError(f"inputs must be indices, tuples of indices or None, got {part!r}")
         if mode != "fixed" and min(weights) <= 0:
             raise ValueError(f"weights must be > 0 under mode={mode!r}, got {weights}")
         if mode == "trainable" and not math.isclose(sum(weights), 1.0):
@@ -732,23 +752,23 @@ class JointLoss(nn.Module):
 
     def forward(self, input: Any, target: Any) -> Tensor:
         """The weighted sum of the losses of (input, target)."""
-        parts = [input if index is None else input[index] for index in self.inputs]
-        each: list[Tensor] = [loss(part, target) for loss, part in zip(self.losses, parts, strict=True)]
-        if self.mode == "trainable":
-            a = torch.sigmoid(self.logit)
-            # sigmoid(-x) keeps 1 - a where a rounds to 1.
-            return a * each[0] + torch.sigmoid(-self.logit) * each[1]
-        total: Tensor
-        if self.mode == "uncertainty":
-            factors = torch.exp(-self.log_variance).unbind()
-            penalties = (0.5 * self.log_variance).unbind()
-            terms = [a * loss + s for a, loss, s in zip(factors, each, penalties, strict=True)]
-        else:
-            terms = [a * loss for a, loss in zip(self.fixed, each, strict=True)]
+        each: list[Tensor] = []
+        for loss, part in zip(self.losses, self.inputs, strict=True):
+            first, *more = part if isinstance(part, tuple) else (part,)
+            each.append(loss(input if first is None else input[first], target, *(input[index] for index in more)))
+        terms = [weight * loss for weight, loss in zip(self.weights, each, strict=True)]
         total = terms[0]
         for term in terms[1:]:
             total = total + term
-        return total
+        return total + 0.5 * self.log_variance.sum() if self.mode == "uncertainty" else total
+
+    @property
+    def weights(self) -> Sequence[float | Tensor]:
+        """The factors of the losses now: numbers, or 0-d tensors where they are trained."""
+        if self.mode == "trainable":
+            # sigmoid(-x) keeps 1 - a where a rounds to 1.
+            return torch.sigmoid(self.logit), torch.sigmoid(-self.logit)
+        return self.fixed if self.mode == "fixed" else torch.exp(-self.log_variance).unbind()
 
     def extra_repr(self) -> str:
         """The mode, and the weights where they are fixed."""

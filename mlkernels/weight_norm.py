@@ -2,15 +2,72 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from .softmax import traced
+
+__all__ = ["cached_weight_norm", "weight_norm_product"]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """log R as it was, and what it was computed from: kept alive, so that no identity is given twice."""
+
+    model: nn.Module
+    parameters: list[Tensor]
+    versions: list[int]
+    log_norm: Tensor
+
+
+_Key = tuple[int, tuple[type[nn.Module], ...], bool]
+#: None outside of `cached_weight_norm`.
+_entries: ContextVar[dict[_Key, _Entry] | None] = ContextVar("entries", default=None)
+
+
+@contextmanager
+def cached_weight_norm() -> Iterator[None]:
+    """Inside, :func:`weight_norm_product` of a network is computed once, for everything in a step that asks for it.
+
+    That there is a scope, and no cache that watches the weights, is for safety: torch does not count what a ``fused``
+    optimizer, ``parameter.data`` or the replay of a CUDA graph writes, so nobody can tell in general whether R is still
+    right. Put the forward passes of one step inside, and ``optimizer.step()`` after it. Changes that torch counts are
+    noticed inside too. Under torch.compile it does nothing.
+
+    A differentiable R is one graph for all who ask, so like any graph it takes one ``backward``.
+
+    Example:
+        >>> import torch, mlkernels
+        >>> model = torch.nn.Linear(2, 3)
+        >>> loss = mlkernels.TwoScaleLoss(model)
+        >>> logits, target = model(torch.randn(8, 2)), torch.randint(3, (8,))
+        >>> with mlkernels.cached_weight_norm():
+        ...     value = loss(logits, target, model)
+        ...     probabilities = loss.probabilities(logits, model)  # R is there already
+    """
+    if traced():
+        yield
+        return
+    token = _entries.set({})
+    try:
+        yield
+    finally:
+        _entries.reset(token)
+
 
 def weight_norm_product(
-    model: nn.Module, *, log: bool = False, layers: tuple[type[nn.Module], ...] = (nn.Linear, _ConvNd)
+    model: nn.Module,
+    *,
+    log: bool = False,
+    detach: bool = False,
+    layers: tuple[type[nn.Module], ...] = (nn.Linear, _ConvNd),
 ) -> Tensor:
     r"""The product over a network's layers of the norms of their parameters, :math:`R = \prod_l \lVert\alpha^l\rVert`.
 
@@ -22,10 +79,12 @@ def weight_norm_product(
         model: layers are its ``layers`` modules, itself included; norm layers and embeddings are none. Layers that
             share their weight are one layer with all their biases; a reparametrised weight counts as it is used.
         log: return :math:`\log R`.
+        detach: without a gradient, as under ``torch.no_grad()``.
         layers: the module types that count, each by its ``weight`` and ``bias``.
 
     Returns:
-        0-d, float64, differentiable by every weight and bias. A layer that is all zero makes it 0 (log: -inf).
+        0-d, float64, differentiable by every weight and bias unless detached. A layer that is all zero makes it 0
+        (log: -inf).
 
     Raises:
         ValueError: the model has no such layer.
@@ -40,6 +99,16 @@ def weight_norm_product(
 
     Source: the two-scale loss, equation (9).
     """
+    grouped = _parameters_by_layer(model, layers)
+    if not grouped:
+        names = ", ".join(layer.__name__.lstrip("_") for layer in layers)
+        raise ValueError(f"model must have a layer of type {names}, got {type(model).__name__} with none")
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not detach):
+        log_norm = _cached(model, layers, grouped)
+        return log_norm if log else log_norm.exp()
+
+
+def _parameters_by_layer(model: nn.Module, layers: tuple[type[nn.Module], ...]) -> list[list[Tensor]]:
     # Keyed by identity; the lists keep a reparametrised weight, made anew at each access, alive.
     by_weight: dict[int, list[Tensor]] = {}
     for module in model.modules():
@@ -48,13 +117,33 @@ def weight_norm_product(
             parameters = by_weight.setdefault(id(weight), [weight])
             if bias is not None and all(bias is not other for other in parameters):
                 parameters.append(bias)
-    if not by_weight:
-        names = ", ".join(layer.__name__.lstrip("_") for layer in layers)
-        raise ValueError(f"model must have a layer of type {names}, got {type(model).__name__} with none")
-    device = next(iter(by_weight.values()))[0].device
+    return list(by_weight.values())
+
+
+def _cached(model: nn.Module, layers: tuple[type[nn.Module], ...], grouped: list[list[Tensor]]) -> Tensor:
+    entries = None if traced() else _entries.get()
+    parameters = [parameter for group in grouped for parameter in group]
+    # Inference tensors have no version.
+    if entries is None or any(parameter.is_inference() for parameter in parameters):
+        return _log_norm(grouped)
+    key = id(model), layers, torch.is_grad_enabled()
+    versions = [parameter._version for parameter in parameters]
+    entry = entries.get(key)
+    if entry is not None and entry.versions == versions and _same(entry.parameters, parameters):
+        return entry.log_norm
+    log_norm = _log_norm(grouped)
+    entries[key] = _Entry(model, parameters, versions, log_norm)
+    return log_norm
+
+
+def _same(one: list[Tensor], other: list[Tensor]) -> bool:
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+
+
+def _log_norm(grouped: list[list[Tensor]]) -> Tensor:
+    device = grouped[0][0].device
     norms = []
-    for parameters in by_weight.values():
+    for parameters in grouped:
         each = [torch.linalg.vector_norm(p, dtype=torch.float64).to(device) for p in parameters]
         norms.append(each[0] if len(each) == 1 else torch.linalg.vector_norm(torch.stack(each)))
-    log_norm = torch.stack(norms).log().sum()
-    return log_norm if log else log_norm.exp()
+    return torch.stack(norms).log().sum()

@@ -217,3 +217,26 @@ def test_a_training_step_with_inductor(backend):
     eager = train(lambda f: f)
     assert compiled[0] == pytest.approx(eager[0], rel=1e-4)
     assert compiled[1:] == pytest.approx(eager[1:], rel=1e-4)
+
+
+def test_two_scale_of_a_model_in_one_graph(best):
+    """The model's norm is computed in the graph, anew in every call; inside of `cached_weight_norm` too."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
+    loss = mlkernels.TwoScaleLoss(model, parametrization="relative", backend=best)
+    input, target = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 1, 0])
+
+    def step(input):
+        with mlkernels.cached_weight_norm():
+            return loss(model(input), target, model)
+
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(step, backend=counter, fullgraph=True)
+    found = []
+    with mlkernels.cached_weight_norm():
+        for _ in range(3):
+            found.append(compiled(input).item())
+            assert found[-1] == pytest.approx(step(input).item(), rel=1e-5)
+            with torch.no_grad():
+                model[0].weight.mul_(1.5)
+    assert found[0] != found[1] != found[2]
+    assert counter.frame_count == 1

@@ -6,7 +6,9 @@ import io
 import math
 
 import pytest
+import table
 import torch
+from table import LOSSES, leaves
 from torch import nn
 
 import mlkernels
@@ -376,6 +378,86 @@ def test_two_scale_bad_norms(given, words):
         mlkernels.TwoScaleLoss(1.0)(input, target, **given)
 
 
+def network():
+    return nn.Sequential(nn.Linear(C, 8), nn.ReLU(), nn.Linear(8, C))
+
+
+@pytest.mark.parametrize("parametrization", ["absolute", "relative"])
+@pytest.mark.parametrize("variant", ["trainable", "fixed", "separation"])
+def test_two_scale_takes_the_model_for_its_norm(variant, parametrization):
+    model = network()
+    loss = mlkernels.TwoScaleLoss(model, eta=0.1, variant=variant, parametrization=parametrization)
+    with torch.no_grad():
+        model[0].weight.mul_(1.7)  # R is that of now, not of the start
+    input, target = draw()
+    norm = mlkernels.weight_norm_product(model)
+    torch.testing.assert_close(loss(input, target, model), loss(input, target, norm))
+    torch.testing.assert_close(loss.probabilities(input, model), loss.probabilities(input, norm))
+    start = 1.0 if variant == "separation" else (mlkernels.TwoScaleLoss(model).scale_low / norm).item()
+    assert start == pytest.approx(1.0)
+    if variant != "separation":
+        assert not torch.allclose(loss.probabilities(input, model), torch.softmax(input, 1))
+
+
+def test_two_scale_detaches_the_models_norm_by_default():
+    model = network()
+    input, target = draw()
+    mlkernels.TwoScaleLoss(model)(input.detach(), target, model).backward()
+    assert model[0].weight.grad is None
+    mlkernels.TwoScaleLoss(model, detach_norm=False)(input.detach(), target, model).backward()
+    found = model[0].weight.grad.clone()
+    model.zero_grad()
+    loss = mlkernels.TwoScaleLoss(model, detach_norm=False)
+    loss(input.detach(), target, mlkernels.weight_norm_product(model)).backward()
+    assert found.abs().sum() > 0
+    torch.testing.assert_close(found, model[0].weight.grad)
+
+
+def test_two_scale_of_a_model_beyond_float64_by_the_model_itself():
+    deep = nn.Sequential(*[nn.Linear(1, 1, bias=False) for _ in range(100)])
+    for layer in deep:
+        nn.init.constant_(layer.weight, 1e6)
+    loss = mlkernels.TwoScaleLoss(deep, parametrization="relative")
+    with torch.no_grad():
+        deep[0].weight.mul_(2.0)
+    input, target = draw()
+    torch.testing.assert_close(loss(input, target, deep), F.two_scale_cross_entropy(input, target, 0.5, 5.0))
+
+
+def test_two_scale_model_in_the_wrong_place():
+    model = network()
+    input, target = draw()
+    with pytest.raises(ValueError, match=r"log_norm .* got a model: that is a logit_norm"):
+        mlkernels.TwoScaleLoss(model)(input, target, log_norm=model)
+    with pytest.raises(ValueError, match="logit_norm has no meaning"):
+        mlkernels.TwoScaleLoss()(input, target, model)
+    with pytest.raises(ValueError, match="model must have a layer"):
+        mlkernels.TwoScaleLoss(model)(input, target, nn.ReLU())
+
+
+@pytest.mark.parametrize("variant", ["trainable", "fixed", "separation"])
+@pytest.mark.parametrize("parametrization", ["absolute", "relative"])
+def test_two_scale_training(variant, parametrization):
+    """Only what the variant trains moves, the other scale to the last bit not; and the network learns."""
+    model = network()
+    generator = torch.Generator().manual_seed(1)
+    x, target = torch.randn(128, C, generator=generator), torch.randint(C, (128,), generator=generator)
+    x[torch.arange(128), target] += 3.0
+    loss = mlkernels.TwoScaleLoss(model, variant=variant, parametrization=parametrization)
+    start = {name: getattr(loss, name).detach().clone() for name in ("scale_low", "scale_high")}
+    optimizer = torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=0.1)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss(model(x), target, model).backward()
+        optimizer.step()
+    moved = {name for name, value in start.items() if not torch.equal(getattr(loss, name), value)}
+    wanted = {"trainable": {"scale_low", "scale_high"}, "fixed": set(), "separation": {"scale_high"}}
+    assert moved == wanted[variant]
+    if variant != "fixed":
+        assert loss.scale_high > start["scale_high"]  # (15): it grows as long as one row is well classified
+    assert mlkernels.metrics.accuracy(model(x), target) > 0.8
+
+
 # ---- Gaussians ---------------------------------------------------------------------------------------------------
 
 
@@ -456,9 +538,89 @@ def test_joint_holds_what_its_losses_train():
     assert "lambda" in repr(trained)
 
 
+def test_joint_weights_are_those_of_now():
+    input, target = draw()
+    each = [loss(input, target) for loss in pair()]
+    fixed = mlkernels.JointLoss(pair(), [0.25, 3.0])
+    assert list(fixed.weights) == [0.25, 3.0]
+    for mode, start in (("trainable", [0.2, 0.8]), ("uncertainty", [1.0, 0.5])):
+        joint = mlkernels.JointLoss(pair(), start, mode=mode)
+        assert [weight.item() for weight in joint.weights] == pytest.approx(start)
+        optimizer = torch.optim.SGD(joint.parameters(), lr=1.0)
+        joint(input, target).backward()
+        optimizer.step()
+        now = [weight.item() for weight in joint.weights]
+        assert now != pytest.approx(start)
+        penalty = 0.5 * joint.log_variance.sum() if mode == "uncertainty" else 0.0
+        wanted = now[0] * each[0] + now[1] * each[1] + penalty
+        torch.testing.assert_close(joint(input, target), wanted)
+        if mode == "trainable":
+            assert sum(now) == pytest.approx(1.0)
+
+
+def test_joint_hands_on_what_belongs_to_the_batch():
+    """A norm, a model, groups: whatever a loss takes after the target."""
+    model = network()
+    two_scale, margin = mlkernels.TwoScaleLoss(model), mlkernels.MarginLoss(m1=2.0, scale=1.0)
+    joint = mlkernels.JointLoss([two_scale, margin, mlkernels.CrossEntropyLoss()], inputs=[(0, 2), (0, 1), (0,)])
+    input, target = draw()
+    norm = torch.rand(N, 1) + 1
+    wanted = two_scale(input, target, model) + margin(input, target, norm) + F.cross_entropy(input, target)
+    found = joint((input, norm, model), target)
+    torch.testing.assert_close(found, wanted)
+    found.backward()
+    assert [name for name, _ in joint.named_parameters()] == ["losses.0.scale_low", "losses.0.scale_high"]
+    assert all(parameter.grad.abs() > 0 for parameter in joint.parameters())
+
+
+@pytest.mark.parametrize("mode", ["fixed", "trainable", "uncertainty"])
+@pytest.mark.parametrize("loss", LOSSES, ids=str)
+def test_joint_of_every_loss_of_the_family(loss, mode):
+    """Value and gradients are those of the weighted sum by hand."""
+    input, target, params = table.draw(loss, rows=6, form="shared")
+    own = leaves(params)
+    options = {"group": loss.group(target)} if loss.groups else {}
+    weights = [0.3, 0.7]
+    joint = mlkernels.JointLoss(
+        [lambda x, y: loss(x, y, own, **options), mlkernels.CrossEntropyLoss()], weights, mode=mode
+    )
+    x = input.float().requires_grad_()
+    one, two = loss(x, target, own, **options), mlkernels.cross_entropy(x, target)
+    wanted = 0.3 * one + 0.7 * two
+    if mode == "uncertainty":
+        wanted = wanted - 0.5 * (math.log(0.3) + math.log(0.7))
+    found = joint(x, target)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    trained = [x, *(value for value in own.values() if isinstance(value, torch.Tensor) and value.requires_grad)]
+    expected = torch.autograd.grad(wanted, trained, allow_unused=True)
+    got = torch.autograd.grad(found, [*trained, *joint.parameters()], allow_unused=True)
+    for a, b in zip(got, expected, strict=False):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    if mode == "trainable":
+        torch.testing.assert_close(got[-1], 0.21 * (one - two).detach(), rtol=1e-4, atol=1e-5)
+    elif mode == "uncertainty":
+        slope = torch.stack([0.5 - 0.3 * one, 0.5 - 0.7 * two]).detach()
+        torch.testing.assert_close(got[-1], slope, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["fixed", "trainable", "uncertainty"])
+def test_joint_rows(mode):
+    """Losses per row are weighted per row: their mean is the loss of means."""
+    input, target = draw()
+
+    def joint(reduction):
+        losses = [mlkernels.CrossEntropyLoss(reduction=reduction), mlkernels.FocalLoss(reduction=reduction)]
+        return mlkernels.JointLoss(losses, [0.25, 0.75], mode=mode)(input, target)
+
+    assert joint("none").shape == (N,)
+    torch.testing.assert_close(joint("none").mean(), joint("mean"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        ({"inputs": [(), 0]}, r"inputs must be indices.* got \(\)"),
+        ({"inputs": ["logits", 0]}, "inputs must be indices.* got 'logits'"),
         ({"losses": []}, "losses"),
         ({"losses": pair()[:1], "mode": "trainable"}, "losses"),
         ({"mode": "both"}, "mode"),
