@@ -72,9 +72,9 @@ class MILS:
 
     .. math:: \operatorname{acc}_{D_o}(\text{after}) > \operatorname{acc}_{D_o}(\text{before})
 
-    the step stays; if not, the state is restored and the primary loss steps on the same batch. A rejected attempt leaves
-    the run as if it had not been made, to the bit: MILS has a generator of its own for the coin and :math:`D_o`, and the
-    global generators are put back.
+    the step stays; if not, the state is restored and the primary loss steps on the same batch. A rejected attempt
+    leaves the run as if it had not been made, to the bit: MILS has a generator of its own for the coin and
+    :math:`D_o`, and the global generators are put back.
 
     An iteration without an attempt is a plain training step and adds no synchronisation. An attempt costs two passes
     over the observation set, one save, at most one restore and one step more, and waits for the device once.
@@ -92,10 +92,10 @@ class MILS:
         accept: ``"improves"`` (more correct than before) or ``"not_worse"`` (as many, or more). Ties are common, and
             where all are correct already ``"improves"`` cannot accept.
         extras: more to save and restore, whatever :class:`Snapshot` takes. Model, optimizers, scaler and those losses
-            that are modules (centers, trained scales) need not be named. A learning rate scheduler need not either: call
-            its ``step()`` after this one's, once per iteration.
-        generator: a CPU generator for the coin and :math:`D_o`; None: a new one with the seed of ``torch.manual_seed``,
-            under ``torch.distributed`` that of the first rank.
+            that are modules (centers, trained scales) need not be named. Nor need a learning rate scheduler: call its
+            ``step()`` after this one's, once per iteration.
+        generator: a CPU generator for the coin and :math:`D_o`; None: a new one, seeded by ``torch.initial_seed()``,
+            under ``torch.distributed`` by the first rank's.
         forward: called with (model, input), returns the output; None: ``model(input)``.
         logits: selects from the output the (N, C, ...) logits that are scored; None: the output is the logits.
         autocast: entered around forward passes and losses, for instance ``torch.autocast("cuda")``.
@@ -144,7 +144,7 @@ class MILS:
         generator: torch.Generator | None = None,
         forward: Callable[[nn.Module, Any], Any] | None = None,
         logits: Callable[[Any], Tensor] | None = None,
-        autocast: AbstractContextManager[Any] | None = None,
+        autocast: torch.autocast | None = None,
         scaler: torch.amp.GradScaler | None = None,
         before_step: Callable[[], object] | None = None,
         restore_rng: bool = True,
@@ -164,10 +164,8 @@ class MILS:
         for name, function in (("forward", forward), ("logits", logits), ("before_step", before_step)):
             if function is not None and not callable(function):
                 raise TypeError(f"{name} takes a function, got {type(function).__name__}")
-        if autocast is not None and not isinstance(autocast, AbstractContextManager):
-            raise TypeError(
-                f"autocast takes a context manager as torch.autocast('cuda'), got {type(autocast).__name__}"
-            )
+        if autocast is not None and not isinstance(autocast, torch.autocast):  # others can be entered only once
+            raise TypeError(f"autocast takes a torch.autocast, got {type(autocast).__name__}")
         if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
             raise TypeError(f"scaler takes a torch.amp.GradScaler, got {type(scaler).__name__}")
         self._closure = isinstance(optimizers[0], LBFGS)
@@ -186,11 +184,9 @@ class MILS:
         self._autocast: AbstractContextManager[Any] = nullcontext() if autocast is None else autocast
         self._losses = [loss for loss in (primary, *self.auxiliary.values()) if isinstance(loss, nn.Module)]
         self._group = process_group
-        self._world = self._rank = None
-        distributed = dist.is_available() and dist.is_initialized()
-        self._world, self._rank = (
-            (dist.get_world_size(process_group), dist.get_rank(process_group)) if distributed else (1, 0)
-        )
+        self._world, self._rank = 1, 0
+        if dist.is_available() and dist.is_initialized():
+            self._world, self._rank = dist.get_world_size(process_group), dist.get_rank(process_group)
         self._observe = self._observation(observation)
         scalers = [] if scaler is None else [scaler]
         self._snapshot = Snapshot(model, *self.optimizers, *self._losses, *scalers, *extras)
@@ -299,7 +295,7 @@ class MILS:
         return Step(loss, "primary", accepted)
 
     def _attempt(self, name: str, batches: list[Batch]) -> tuple[Tensor, bool, bool]:
-        """A step with an auxiliary loss, undone unless it is accepted; the loss, whether it was, whether it was finite."""
+        """A step with an auxiliary loss, undone unless accepted: the loss, whether it was, whether all was finite."""
         randomness = _Randomness(self.model) if self.restore_rng else None
         # Saved before anything else: drawing and scoring may change buffers too (DDP broadcasts them).
         self._snapshot.save()
@@ -311,7 +307,7 @@ class MILS:
             # Casts of weights from before the step, if there is an autocast around all this.
             torch.clear_autocast_cache()
             after, broken = self._score(input, target)
-            accepted, finite = self._decide(before, after, broken + ~torch.isfinite(loss))
+            accepted, finite = self._decide(before, after, broken | ~loss.isfinite().to(broken.device))
         finally:
             if not accepted:
                 self._snapshot.restore()
@@ -366,7 +362,7 @@ class MILS:
                     raise ValueError(f"{name} must return a scalar loss, got {got}")
                 part = loss if len(batches) == 1 else loss / len(batches)
                 (part if self.scaler is None else self.scaler.scale(part)).backward()
-            part = part.detach()
+            part = part.detach().reshape(())
             total = part if total is None else total + part
         return cast(Tensor, total)
 
@@ -383,7 +379,7 @@ class MILS:
     # ---- the decision ------------------------------------------------------------------------------------------------
 
     def _score(self, input: Any, target: Tensor) -> tuple[Tensor, Tensor]:
-        """How many rows are right, in evaluation mode, and whether there is a NaN among the logits; 0-d on the device."""
+        """How many rows are right in evaluation mode, and whether a logit is NaN; 0-d on the device."""
         with _evaluation(self.model), torch.no_grad(), self._autocast:
             output = self._output(input)
             logits = output if self._logits is None else self._logits(output)
@@ -420,7 +416,8 @@ class MILS:
         """The generator, in the same state on all ranks."""
         given = generator is not None
         if generator is None:
-            generator = torch.Generator().manual_seed(torch.initial_seed())
+            # Not the seed itself: a shuffling generator of the same seed would draw the same numbers.
+            generator = torch.Generator().manual_seed((torch.initial_seed() + 0x4D494C53) % 2**63)
         if self._world > 1:
             states: list[Any] = [None] * self._world
             dist.all_gather_object(states, generator.get_state(), group=self._group)
@@ -432,14 +429,14 @@ class MILS:
     def _observation(self, observation: Any) -> Callable[[], Batch]:
         """The observation set as a function."""
         pair = isinstance(observation, (tuple, list)) and len(observation) == 2
-        if pair and isinstance(observation[1], int):
+        if pair and isinstance(observation[1], (int, np.integer)):
             return self._samples(*observation)
-        if pair:
-            if isinstance(observation[1], Tensor) and observation[1].numel() == 0:
+        if pair and isinstance(observation[1], Tensor):
+            if observation[1].numel() == 0:
                 raise ValueError("observation must hold at least one sample, got none")
             return lambda: (observation[0], observation[1])
         if not callable(observation):
-            wanted = "(dataset, n), (input, target) or a function that returns the latter"
+            wanted = "(dataset, n), (input, target tensor) or a function that returns the latter"
             raise TypeError(f"observation takes {wanted}, got {type(observation).__name__}")
 
         def call() -> Batch:
@@ -454,6 +451,8 @@ class MILS:
         """n samples of a data set, drawn anew at each call: of those each rank takes its part."""
         if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
             raise TypeError(f"observation takes a dataset with a length and indices, got {type(dataset).__name__}")
+        if len(dataset) == 0:
+            raise ValueError("observation must hold at least one sample, got an empty dataset")
         if isinstance(n, bool) or not self._world <= n <= len(dataset):
             ranks = "" if self._world == 1 else f" ({self._world} ranks)"
             raise ValueError(f"observation must draw from {self._world}{ranks} to {len(dataset)} samples, got {n}")
@@ -508,10 +507,10 @@ class _Randomness:
 
     def __init__(self, model: nn.Module) -> None:
         devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
-        self._devices = [device for device in devices if hasattr(torch.get_device_module(device), "get_rng_state")]
+        self._devices = [device for device in devices if device.type not in ("cpu", "meta")]
         self._cpu = torch.get_rng_state()
         self._states = [torch.get_device_module(device).get_rng_state(device) for device in self._devices]
-        self._python, self._numpy = random.getstate(), np.random.get_state()
+        self._python, self._numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - others use it
 
     def restore(self) -> None:
         """Puts all of them back."""
@@ -519,7 +518,7 @@ class _Randomness:
         for device, state in zip(self._devices, self._states, strict=True):
             torch.get_device_module(device).set_rng_state(state, device)
         random.setstate(self._python)
-        np.random.set_state(self._numpy)
+        np.random.set_state(self._numpy)  # noqa: NPY002
 
 
 @contextmanager
