@@ -525,14 +525,20 @@ class _Randomness:
 def _evaluation(model: nn.Module) -> Iterator[None]:
     """Every module in evaluation mode, then each as it was: a frozen batch norm stays frozen."""
     # Not model.eval() and model.train(): overridden ones merge and unmerge weights, which rounds them.
-    modes = [(module, module.training) for module in model.modules()]
+    modes = [(module, "training", module.training) for module in model.modules()]
+    # After a forward without gradients DDP's next one would not broadcast the buffers.
+    syncs = [
+        (module, "require_forward_param_sync", module.require_forward_param_sync)
+        for module in model.modules()
+        if hasattr(module, "require_forward_param_sync")
+    ]
     try:
-        for module, _ in modes:
-            module.training = False
+        for module, name, _ in modes:
+            setattr(module, name, False)
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module, name, value in (*modes, *syncs):
+            setattr(module, name, value)
 
 
 def _to(value: Any, device: torch.device) -> Any:
