@@ -1,0 +1,116 @@
+"""``python -m bench.schedule``: what MILS adds to an iteration without an attempt, and what an attempt is made of."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+import mlkernels
+from mlkernels.schedule import MILS, Snapshot
+
+from .measure import Timing, cpu_clock, others_busy, take_turns
+
+BATCH, CLASSES = 128, 10
+
+
+def _layers(width: int, size: int) -> nn.Module:
+    """A small network of the usual parts, and a larger one."""
+    if size == 1:
+        return nn.Sequential(nn.Linear(64, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, CLASSES))
+    blocks: list[nn.Module] = []
+    for k in range(4):
+        blocks += [nn.Conv2d(3 if k == 0 else width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, CLASSES))
+
+
+#: By name: the network, and the shape of one input.
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "64-128-10, about 0.5 ms": (lambda: _layers(128, 1), (64,)),
+    "four convolutions of 16x16x16": (lambda: _layers(16, 16), (3, 16, 16)),
+}
+
+
+class _Rejects(nn.Module):
+    """An auxiliary loss as costly as the primary one."""
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        return mlkernels.cross_entropy(output, target)
+
+
+def _measure(build: Callable[[], nn.Module], shape: tuple[int, ...], seconds: float, device: torch.device) -> str:
+    x = torch.randn(4 * BATCH, *shape, device=device)
+    y = torch.randint(CLASSES, (4 * BATCH,), device=device)
+    hopeless = TensorDataset(x, torch.full_like(y, CLASSES))  # always a tie: as many right as before, none
+    batch, target = x[:BATCH].clone(), y[:BATCH].clone()
+
+    def make(**options: object) -> MILS:
+        torch.manual_seed(0)
+        model = build().to(device)
+        # A learning rate of 0 does the same work, and the weights stay in a sane range for as long as it takes.
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
+        return MILS(model, optimizer, primary=mlkernels.cross_entropy, auxiliary=_Rejects(),
+                    observation=(hopeless, BATCH), **options)  # type: ignore[arg-type]  # fmt: skip
+
+    ordinary, rejected = make(participation=0.0), make(participation=1.0)
+    accepted = make(participation=1.0, accept="not_worse")
+    other = make(participation=0.0)
+    model, (optimizer,) = other.model, other.optimizers
+    snapshot = Snapshot(model, optimizer)
+
+    def plain() -> None:
+        optimizer.zero_grad()
+        mlkernels.cross_entropy(model(batch), target).backward()
+        optimizer.step()
+
+    plain()
+    snapshot.save()
+    steps = {
+        "a plain iteration": plain,
+        "with MILS, no attempt": lambda: ordinary.step(batch, target),
+        "an attempt, accepted": lambda: accepted.step(batch, target),
+        "an attempt, rejected": lambda: rejected.step(batch, target),
+        "  drawing the observation set": lambda: other._observe(),
+        "  an observation pass": lambda: other._score(batch, target),
+        "  save": snapshot.save,
+        "  restore": snapshot.restore,
+    }
+    begin = cpu_clock()
+    times = take_turns(steps, seconds, device)
+    busy = others_busy(begin, cpu_clock())
+    return _table(times, snapshot.nbytes, busy)
+
+
+def _table(times: dict[str, Timing], nbytes: int, busy: float) -> str:
+    plain, ordinary, accepted, rejected, draw, score, save, restore = (timing.median for timing in times.values())
+    lines = [f"{name:30} {1e6 * timing.median:10.1f} us {timing.median / plain:8.3f}" for name, timing in times.items()]
+    lines.append(f"with MILS / plain, best of {times['a plain iteration'].turns} turns: "
+                 f"{times['with MILS, no attempt'].best / times['a plain iteration'].best:.3f}")  # fmt: skip
+    parts = draw + 2 * score + save
+    lines.append(f"accepted / (drawing + 2 passes + save + 1 step): {accepted / (parts + plain):.2f}")
+    lines.append(f"rejected / (drawing + 2 passes + save + restore + 2 steps): "
+                 f"{rejected / (parts + restore + 2 * plain):.2f}")  # fmt: skip
+    lines.append(f"snapshot: {nbytes} bytes; others kept {busy:.2f} CPUs busy; {ordinary - plain:+.2e} s per iteration")
+    return "\n".join(lines)
+
+
+def main(given: list[str] | None = None) -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(prog="python -m bench.schedule", description="What MILS costs, part by part.")
+    parser.add_argument("--seconds", type=float, default=20.0, help="per network")
+    parser.add_argument("--device", type=torch.device, help="default: cuda where there is one, else cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args(given)
+    device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(options.threads)
+    for name, (build, shape) in NETWORKS.items():
+        print(f"{name}, batch {BATCH}, {device}: median, and relative to a plain iteration", file=sys.stdout)
+        print(_measure(build, shape, options.seconds, device) + "\n")
+
+
+if __name__ == "__main__":
+    main()
