@@ -304,6 +304,23 @@ def test_autocast_scaler_clipping_and_a_schedule(dtype: torch.dtype | None) -> N
     assert ends[0][2]["scale"] != 2.0**10
 
 
+@pytest.mark.parametrize(
+    "auxiliary, kept", [(nan_loss, False), (mlkernels.FocalLoss(), True)], ids=["rejected", "kept"]
+)
+def test_an_autocast_around_the_step(auxiliary: Any, kept: bool) -> None:
+    """It keeps casts of weights until it is left: those of a score have no gradient, those from before a step are old."""
+    hopeless = X, torch.full_like(Y, 99)
+    options = {"auxiliary": auxiliary, "participation": 1.0, "accept": "not_worse", "observation": hopeless}
+    inside = build(**options, autocast=torch.autocast("cpu", torch.bfloat16))
+    steps = [step.accepted for step in run(inside, 3)]
+    around = build(**options)
+    for k in range(3):
+        with torch.autocast("cpu", torch.bfloat16):
+            run(around, 1, k)
+    assert steps == [kept] * 3
+    assert same(state(around)[:3], state(inside)[:3])
+
+
 def test_accumulation() -> None:
     """Several batches are one iteration, tried and retried whole; its gradient is that of their mean loss."""
     model = nn.Linear(6, CLASSES)

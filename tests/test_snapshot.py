@@ -331,6 +331,17 @@ def test_memory_is_kept_once() -> None:
     assert torch.equal(model.row, before["weight"][2])
 
 
+def test_twins_are_made_once() -> None:
+    model, optimizer = small()
+    step(model, optimizer)
+    snapshot = Snapshot(model, optimizer)
+    snapshot.save()
+    twins = {name: twin.data_ptr() for name, twin in snapshot._twins.items()}
+    step(model, optimizer)
+    snapshot.save()
+    assert {name: twin.data_ptr() for name, twin in snapshot._twins.items()} == twins
+
+
 def test_layouts_and_dtypes() -> None:
     model = nn.Module()
     tensors = {
