@@ -308,7 +308,7 @@ def test_autocast_scaler_clipping_and_a_schedule(dtype: torch.dtype | None) -> N
     "auxiliary, kept", [(nan_loss, False), (mlkernels.FocalLoss(), True)], ids=["rejected", "kept"]
 )
 def test_an_autocast_around_the_step(auxiliary: Any, kept: bool) -> None:
-    """It keeps casts of weights until it is left: those of a score have no gradient, those from before a step are old."""
+    """It keeps casts of weights until it is left: those of a score have no gradient, a step makes them old."""
     hopeless = X, torch.full_like(Y, 99)
     options = {"auxiliary": auxiliary, "participation": 1.0, "accept": "not_worse", "observation": hopeless}
     inside = build(**options, autocast=torch.autocast("cpu", torch.bfloat16))
