@@ -33,6 +33,7 @@ from mlkernels.schedule import MILS
 
 try:
     import matplotlib
+    from matplotlib.ticker import LogFormatter
     from tqdm import tqdm
 except ImportError as error:
     sys.exit(f"{error}; the examples need: pip install 'mlkernels[demo]'")
@@ -163,7 +164,7 @@ def plot(path: Path, title: str, runs: Sequence[Run]) -> None:
         means = [statistics.fmean(values) for values in zip(*(getattr(run, name) for run in scheduled), strict=True)]
         left.bar(epochs, means, color=color, label=name)
     left.set(title="auxiliary steps per epoch, scheduled", xlabel="epoch")
-    left.legend(frameon=False)
+    left.legend(frameon=False, loc="lower left")
     for index, method in enumerate(METHODS):
         mine = [run for run in runs if run.method == method]
         means = [100 * statistics.fmean(values) for values in zip(*(run.test_error for run in mine), strict=True)]
@@ -173,6 +174,8 @@ def plot(path: Path, title: str, runs: Sequence[Run]) -> None:
         right.plot([index - 0.25, index + 0.25], [statistics.fmean(last)] * 2, color=f"C{index}")
     middle.set(title="test error, %, mean over seeds", xlabel="epoch", yscale="log")
     middle.legend(frameon=False)
+    for setter in (middle.yaxis.set_major_formatter, middle.yaxis.set_minor_formatter):
+        setter(LogFormatter())  # 12 rather than 1.2 x 10^1; labels between the decades only where there are few
     right.set(title="test error at the end, %: seeds and mean", xticks=range(len(METHODS)), xticklabels=METHODS)
     for axes in (left, middle, right):
         axes.grid(alpha=0.3, which="both")
