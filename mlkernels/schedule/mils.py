@@ -350,20 +350,27 @@ class MILS:
     def _gradients(self, name: str, loss_function: Loss, batches: list[Batch]) -> Tensor:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        total: Tensor | None = None
-        for index, (input, target) in enumerate(batches):
-            last = index == len(batches) - 1
-            with nullcontext() if last else getattr(self.model, "no_sync", nullcontext)():
-                with self._autocast:
-                    loss = loss_function(self._output(input), target)
-                if not isinstance(loss, Tensor) or loss.numel() != 1:
-                    got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-                    raise ValueError(f"{name} must return a scalar loss, got {got}")
-                part = loss if len(batches) == 1 else loss / len(batches)
-                (part if self.scaler is None else self.scaler.scale(part)).backward()
-            part = part.detach().reshape(())
-            total = part if total is None else total + part
-        return cast(Tensor, total)
+        share = 1 / len(batches)
+        if len(batches) == 1:
+            return self._backward(name, loss_function, batches[0], share)
+        # All but the last batch without an exchange between ranks.
+        with getattr(self.model, "no_sync", nullcontext)():
+            parts = [self._backward(name, loss_function, batch, share) for batch in batches[:-1]]
+        parts.append(self._backward(name, loss_function, batches[-1], share))
+        return torch.stack(parts).sum()
+
+    def _backward(self, name: str, loss_function: Loss, batch: Batch, share: float) -> Tensor:
+        input, target = batch
+        with self._autocast:
+            loss = loss_function(self._output(input), target)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"{name} must return a scalar loss, got {got}")
+        if share != 1:
+            loss = loss * share
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        loss = loss.detach()
+        return loss.reshape(()) if loss.dim() else loss
 
     def _output(self, input: Any) -> Any:
         return self.model(input) if self._forward is None else self._forward(self.model, input)
