@@ -57,7 +57,7 @@ def worse(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 def build(model: nn.Module | None = None, optimizer: Any = None, **options: Any) -> MILS:
     torch.manual_seed(0)
-    model = model or Network()
+    model = Network() if model is None else model
     optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
     options = {
         "primary": mlkernels.CrossEntropyLoss(),
@@ -648,3 +648,18 @@ def test_bad_results(options: dict[str, Any], error: type[Exception], message: s
 def test_no_batches() -> None:
     with pytest.raises(ValueError, match="batches must hold at least one"):
         build().accumulate([])
+
+
+def test_a_compiled_model() -> None:
+    """In both modes, and back in training."""
+    model = Network()
+    start = copy.deepcopy(model.state_dict())
+    compiled = torch.compile(model, backend="eager")
+    mils = build(compiled, torch.optim.SGD(model.parameters(), lr=0.1), participation=1.0, auxiliary=nan_loss)
+    assert run(mils, 2)[1].accepted is False
+    assert all(module.training for module in compiled.modules())
+    other = Network()
+    never = build(torch.compile(other, backend="eager"), torch.optim.SGD(other.parameters(), lr=0.1), participation=0.0)
+    other.load_state_dict(start)
+    run(never, 2)
+    assert same(model.state_dict(), other.state_dict())
