@@ -308,7 +308,7 @@ def test_autocast_scaler_clipping_and_a_schedule(dtype: torch.dtype | None) -> N
     "auxiliary, kept", [(nan_loss, False), (mlkernels.FocalLoss(), True)], ids=["rejected", "kept"]
 )
 def test_an_autocast_around_the_step(auxiliary: Any, kept: bool) -> None:
-    """It keeps casts of weights until it is left: those of a score have no gradient, a step makes them old."""
+    """It keeps casts of weights until it is left."""
     hopeless = X, torch.full_like(Y, 99)
     options = {"auxiliary": auxiliary, "participation": 1.0, "accept": "not_worse", "observation": hopeless}
     inside = build(**options, autocast=torch.autocast("cpu", torch.bfloat16))
@@ -319,6 +319,14 @@ def test_an_autocast_around_the_step(auxiliary: Any, kept: bool) -> None:
             run(around, 1, k)
     assert steps == [kept] * 3
     assert same(state(around)[:3], state(inside)[:3])
+
+
+def test_a_score_within_an_autocast_sees_the_step() -> None:
+    model = nn.Linear(6, CLASSES)
+    nn.init.zeros_(model.weight), nn.init.zeros_(model.bias)
+    mils = build(model, torch.optim.SGD(model.parameters(), lr=1.0), participation=1.0, observation=(X, Y))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert mils.step(X, Y).accepted is True
 
 
 def test_accumulation() -> None:

@@ -304,7 +304,8 @@ class MILS:
             input, target = self._observe()
             before, _ = self._score(input, target)
             loss = self._update(f"auxiliary {name!r}", self.auxiliary[name], batches)
-            torch.clear_autocast_cache()  # as below, of weights from before the step
+            # An autocast around all this keeps its casts of weights, from before the step.
+            torch.clear_autocast_cache()
             after, broken = self._score(input, target)
             accepted, finite = self._decide(before, after, broken | ~loss.isfinite().to(broken.device))
         finally:
@@ -389,8 +390,6 @@ class MILS:
         with _evaluation(self.model), torch.no_grad(), self._autocast:
             output = self._output(input)
             logits = output if self._logits is None else self._logits(output)
-        # An autocast around all this keeps its casts of weights, and those made here would have no gradient.
-        torch.clear_autocast_cache()
         if not isinstance(logits, Tensor):
             raise TypeError(f"logits must select a tensor from the model's output, got {type(logits).__name__}")
         if not isinstance(target, Tensor) or logits.dim() < 2 or target.shape != logits.shape[:1] + logits.shape[2:]:
