@@ -6,6 +6,7 @@ import copy
 import os
 import socket
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -201,7 +202,8 @@ SCENES: list[Callable[[int], None]] = [
 def scenes(rank: int, port: int) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    # Ranks that disagree wait for each other.
+    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=45))
     try:
         for scene in SCENES:
             scene(rank)

@@ -92,7 +92,9 @@ class Snapshot:
         """
         record = _Record(self._parts)
         twins = {}
-        for name in record.distinct():
+        # As a rule nothing has moved since the last time.
+        unmoved = self._record is not None and self._record.places == record.places
+        for name in self._twins if unmoved else record.distinct():
             source = _memory(record.tensors[name])
             twin = self._twins.get(name)
             if twin is None or _form(twin) != _form(source):
@@ -161,11 +163,11 @@ class Snapshot:
 
     def _targets(self, record: _Record) -> list[Tensor]:
         """The live tensors, one per twin, after a look at whether all can be written."""
-        for name, (place, form) in record.places.items():
+        for name, (address, _, form) in record.places.items():
             live = record.tensors[name]
             if _form(live) != form:
                 raise ValueError(f"{name} was {_shown(form)} at save() and is {_shown(_form(live))} now")
-            if live.data_ptr() != place and name not in self._twins and live.numel():
+            if live.data_ptr() != address and name not in self._twins and live.numel():
                 raise ValueError(f"{name} shared its memory at save() and has its own now")
         return [_memory(record.tensors[name]) for name in self._twins]
 
@@ -188,7 +190,7 @@ class _Record:
         _reshard(parts)
         for index, part in enumerate(parts):
             self._part(f"parts[{index}] ({_type(part)})", part)
-        self.places = {name: (tensor.data_ptr(), _form(tensor)) for name, tensor in self.tensors.items()}
+        self.places = {name: _place(tensor) for name, tensor in self.tensors.items()}
 
     def _part(self, name: str, part: Any) -> None:
         if not self._first_visit(part):
@@ -449,9 +451,9 @@ def _shown(form: Form) -> str:
     return f"{tuple(form[0])} {form[1]} on {form[2]}"
 
 
-def _place(tensor: Tensor) -> object:
+def _place(tensor: Tensor) -> tuple[int, tuple[int, ...], Form]:
     if tensor.layout != torch.strided or is_traceable_wrapper_subclass(tensor):
-        return id(tensor)
+        return id(tensor), (), _form(tensor)
     return tensor.data_ptr(), tensor.stride(), _form(tensor)
 
 
