@@ -227,7 +227,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, data.Ima
     parser.add_argument("--accept", choices=("improves", "not_worse"), default="improves")
     parser.add_argument("--seeds", type=positive, default=3, help="how many")
     parser.add_argument("--seed", type=int, default=0, help="the first one")
-    parser.add_argument("--epochs", type=positive, default=10)
+    parser.add_argument("--epochs", type=positive, default=8)
     parser.add_argument("--batch", type=positive, default=128, help="images per step, and in the observation set")
     parser.add_argument("--limit", type=positive, help="use so many training images only")
     parser.add_argument("--lr", type=rate, default=0.1, help="of SGD; divided by 10 at a half and at three quarters")
