@@ -108,3 +108,14 @@ def test_targets_are_judged_the_right_way_round():
     assert "WARNING" not in report.text(slow)
     assert "not valid" in report.text(slow._replace(others=[0.0, 0.5]))
     assert "not valid" in report.text(slow._replace(header={**slow.header, "backend": "reference"}))
+
+
+def test_schedule_prints_its_parts(capsys, monkeypatch):
+    from bench import schedule
+
+    monkeypatch.setattr(schedule, "NETWORKS", dict([next(iter(schedule.NETWORKS.items()))]))
+    schedule.main(["--seconds", "0", "--device", "cpu"])
+    printed = capsys.readouterr().out
+    for part in ("with MILS, no attempt", "an attempt, rejected", "restore", "accepted / ", "rejected / "):
+        assert part in printed
+    assert "others kept" in printed

@@ -30,10 +30,11 @@ def test_there_are_examples():
     assert sum(doctest.testmod(importlib.import_module(name)).attempted for name in module_names()) > 60
 
 
-def test_losses_page():
+@pytest.mark.parametrize("page, fewest", [("losses.md", 11), ("schedules.md", 7)])
+def test_pages(page, fewest):
     """The blocks of one page build on each other, from top to bottom."""
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "losses.md").read_text(), re.MULTILINE | re.DOTALL)
-    assert len(blocks) > 10
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / page).read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= fewest
     scope = {}
     for block in blocks:
-        exec(compile(block, "docs/losses.md", "exec"), scope)
+        exec(compile(block, f"docs/{page}", "exec"), scope)

@@ -1,0 +1,559 @@
+"""Losses in turns: an auxiliary loss may take a step, and keeps it only if it helped."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal, NamedTuple, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+from torch.utils.data import Dataset, TensorDataset, default_collate
+
+from ..spec import check_number
+from .snapshot import Snapshot
+
+__all__ = ["MILS", "Statistics", "Step"]
+
+Loss = Callable[[Any, Any], Tensor]
+Batch = tuple[Any, Any]
+
+#: Flips of the coin that are drawn at once: an iteration without an attempt takes one from a list.
+_COINS = 256
+
+
+class Step(NamedTuple):
+    """What one iteration did.
+
+    Attributes:
+        loss: 0-d, detached, on its device: the loss whose step stayed.
+        used: that loss's name: ``"primary"`` or an auxiliary's.
+        accepted: whether an auxiliary loss was kept; None where none was tried.
+    """
+
+    loss: Tensor
+    used: str
+    accepted: bool | None
+
+
+class Statistics(NamedTuple):
+    """Counts since the last reset.
+
+    Attributes:
+        iterations: calls of :meth:`MILS.step`.
+        attempts: those in which an auxiliary loss took a step.
+        acceptances: those in which it stayed.
+        non_finite: those that were rejected because of a NaN or an infinity.
+        by_auxiliary: per auxiliary loss (attempts, acceptances).
+    """
+
+    iterations: int
+    attempts: int
+    acceptances: int
+    non_finite: int
+    by_auxiliary: dict[str, tuple[int, int]]
+
+    @property
+    def ratio(self) -> float:
+        """Acceptances per attempt; NaN without attempts."""
+        return self.acceptances / self.attempts if self.attempts else math.nan
+
+
+class MILS:
+    r"""Multiple independent losses scheduling: with probability P an auxiliary loss takes the step on trial.
+
+    Each iteration, with a batch :math:`(x, y)`: with probability :math:`1-P` step with the primary loss; else draw an
+    observation set :math:`D_o`, save the state, and step with the auxiliary loss on the same batch. If
+
+    .. math:: \operatorname{acc}_{D_o}(\text{after}) > \operatorname{acc}_{D_o}(\text{before})
+
+    the step stays; if not, the state is restored and the primary loss steps on the same batch. A rejected attempt
+    leaves the run as if it had not been made, to the bit: MILS has a generator of its own for the coin and
+    :math:`D_o`, and the global generators are put back.
+
+    An iteration without an attempt is a plain training step and adds no synchronisation. An attempt costs two passes
+    over the observation set, one save, at most one restore and one step more, and waits for the device once.
+
+    Args:
+        model: any module, also under DDP, FSDP2 or ``torch.compile``.
+        optimizer: one, or a sequence of which each steps in every iteration.
+        primary: called with (the model's output, target); returns a scalar. Every loss receives the whole output: where
+            that is a tuple, ``JointLoss([loss], inputs=[1])`` hands on a part of it.
+        auxiliary: a loss as ``primary``; or several, in a sequence or by names, which take turns by attempts.
+        observation: :math:`D_o`: ``(dataset, n)``, n different samples drawn anew for each attempt; or a fixed
+            ``(input, target)``; or a function that returns such a pair. The paper takes training samples, as many as
+            a batch.
+        participation: P in [0, 1]; may be assigned later. The paper takes 0.01 to 0.2.
+        accept: ``"improves"`` (more correct than before) or ``"not_worse"`` (as many, or more). Ties are common, and
+            where all are correct already ``"improves"`` cannot accept.
+        extras: more to save and restore, whatever :class:`Snapshot` takes. Model, optimizers, scaler and those losses
+            that are modules (centers, trained scales) need not be named. Nor need a learning rate scheduler: call its
+            ``step()`` after this one's, once per iteration.
+        generator: a CPU generator for the coin and :math:`D_o`; None: a new one, seeded by ``torch.initial_seed()``,
+            under ``torch.distributed`` by the first rank's.
+        forward: called with (model, input), returns the output; None: ``model(input)``.
+        logits: selects from the output the (N, C, ...) logits that are scored; None: the output is the logits.
+        autocast: entered around forward passes and losses, for instance ``torch.autocast("cuda")``.
+        scaler: scales the losses; skips and updates are its own.
+        before_step: called with no arguments when the gradients are there, unscaled: the place to clip them.
+        restore_rng: put the global generators (torch's on the CPU and on the model's devices, Python's, NumPy's) back
+            after a rejected attempt.
+        process_group: over it the coin agrees and the correct counts are summed before a decision; None: all ranks,
+            where ``torch.distributed`` is initialised. Ranks that train models of their own pass a group of one each.
+            Every rank of it constructs MILS and steps together.
+
+    Raises:
+        TypeError, ValueError: a bad argument, by name, before anything starts.
+
+    Example:
+        >>> import torch, mlkernels
+        >>> from mlkernels.schedule import MILS
+        >>> _ = torch.manual_seed(0)
+        >>> x = torch.randn(64, 5)
+        >>> y = x[:, :3].argmax(1)
+        >>> model = torch.nn.Linear(5, 3)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        >>> mils = MILS(model, optimizer, primary=mlkernels.CrossEntropyLoss(), auxiliary=mlkernels.MultiMarginLoss(),
+        ...             observation=(torch.utils.data.TensorDataset(x, y), 32), participation=0.5)
+        >>> for _ in range(40):
+        ...     loss, used, accepted = mils.step(x, y)
+        >>> statistics = mils.statistics(reset=True)
+        >>> statistics.iterations, 10 < statistics.attempts < 30, 0 <= statistics.ratio <= 1
+        (40, True, True)
+
+    Source: Multiple Independent Losses Scheduling, algorithm 4.3. Its formulas did not survive in the text at hand: the
+    algorithm is reconstructed from the description.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer],
+        *,
+        primary: Loss,
+        auxiliary: Loss | Sequence[Loss] | Mapping[str, Loss],
+        observation: Callable[[], Batch] | Batch | tuple[Dataset[Any], int],
+        participation: float = 0.01,
+        accept: Literal["improves", "not_worse"] = "improves",
+        extras: Sequence[Any] = (),
+        generator: torch.Generator | None = None,
+        forward: Callable[[nn.Module, Any], Any] | None = None,
+        logits: Callable[[Any], Tensor] | None = None,
+        autocast: torch.autocast | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        before_step: Callable[[], object] | None = None,
+        restore_rng: bool = True,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model takes an nn.Module, got {type(model).__name__}")
+        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else optimizer
+        if not isinstance(optimizers, Sequence) or not all(isinstance(one, Optimizer) for one in optimizers):
+            raise TypeError(f"optimizer takes an optimizer or a sequence of them, got {type(optimizer).__name__}")
+        if not optimizers:
+            raise ValueError("optimizer must hold at least one optimizer, got none")
+        if not callable(primary):
+            raise TypeError(f"primary takes a function of (output, target), got {type(primary).__name__}")
+        if accept not in ("improves", "not_worse"):
+            raise ValueError(f"accept must be 'improves' or 'not_worse', got {accept!r}")
+        for name, function in (("forward", forward), ("logits", logits), ("before_step", before_step)):
+            if function is not None and not callable(function):
+                raise TypeError(f"{name} takes a function, got {type(function).__name__}")
+        if autocast is not None and not isinstance(autocast, torch.autocast):  # others can be entered only once
+            raise TypeError(f"autocast takes a torch.autocast, got {type(autocast).__name__}")
+        if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
+            raise TypeError(f"scaler takes a torch.amp.GradScaler, got {type(scaler).__name__}")
+        self._closure = isinstance(optimizers[0], LBFGS)
+        if any(isinstance(one, LBFGS) for one in optimizers) and (len(optimizers) > 1 or scaler is not None):
+            raise ValueError("optimizer must be alone and without a scaler if it is LBFGS, which steps by a closure")
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator takes a torch.Generator, got {type(generator).__name__}")
+        if generator is not None and generator.device.type != "cpu":
+            raise ValueError(f"generator must be on the CPU, where the coin is flipped, got {generator.device}")
+
+        self.model, self.optimizers, self.primary = model, list(optimizers), primary
+        self.auxiliary = _named(auxiliary)
+        self.accept, self.restore_rng, self.scaler = accept, restore_rng, scaler
+        self.participation = participation
+        self._forward, self._logits, self._before_step = forward, logits, before_step
+        self._autocast: AbstractContextManager[Any] = nullcontext() if autocast is None else autocast
+        self._losses = [loss for loss in (primary, *self.auxiliary.values()) if isinstance(loss, nn.Module)]
+        self._group = process_group
+        self._world, self._rank = 1, 0
+        if dist.is_available() and dist.is_initialized():
+            self._world, self._rank = dist.get_world_size(process_group), dist.get_rank(process_group)
+        self._observe = self._observation(observation)
+        scalers = [] if scaler is None else [scaler]
+        self._snapshot = Snapshot(model, *self.optimizers, *self._losses, *scalers, *extras)
+        self._generator = self._agreed(generator)
+        self._coins: list[float] = []
+        self._attempts = 0  # ever: whose turn it is among the auxiliary losses
+        self._clear_statistics()
+
+    # ---- the public calls --------------------------------------------------------------------------------------------
+
+    @property
+    def participation(self) -> float:
+        """P, the probability of an attempt."""
+        return self._participation
+
+    @participation.setter
+    def participation(self, value: float) -> None:
+        number = check_number("participation", value)
+        if not 0 <= number <= 1:
+            raise ValueError(f"participation must be in [0, 1], got {value}")
+        self._participation = number
+
+    def step(self, input: Any, target: Any) -> Step:
+        """One iteration: gradients are cleared, the batch passes forward and back, every optimizer steps.
+
+        Args:
+            input: whatever the model takes. target: whatever the losses take.
+
+        Raises:
+            ValueError: a loss that is no scalar. Whatever is raised within an attempt (by the model, a loss, the
+                observation set) passes on after the state has been restored; the attempt is not counted.
+        """
+        return self._iterate([(input, target)])
+
+    def accumulate(self, batches: Iterable[Batch]) -> Step:
+        """One iteration over several batches (input, target): one step by the mean of their losses.
+
+        An attempt and the step that follows a rejection use all of them. DDP and its like exchange gradients once.
+
+        Raises:
+            ValueError: no batches; otherwise as :meth:`step`.
+        """
+        batches = [(input, target) for input, target in batches]
+        if not batches:
+            raise ValueError("batches must hold at least one (input, target), got none")
+        return self._iterate(batches)
+
+    def statistics(self, *, reset: bool = False) -> Statistics:
+        """Counts since the last reset; with ``reset`` at the end of each epoch they are that epoch's."""
+        by_auxiliary = {name: (tried, kept) for name, (tried, kept) in self._counts.items()}
+        attempts, acceptances = (sum(pair[k] for pair in by_auxiliary.values()) for k in (0, 1))
+        result = Statistics(self._iterations, attempts, acceptances, self._non_finite, by_auxiliary)
+        if reset:
+            self._clear_statistics()
+        return result
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run needs to go on with the same coins and observation sets, and the counts.
+
+        Model, optimizer and whatever else is trained have state_dicts of their own.
+        """
+        return {
+            "generator": self._generator.get_state(),
+            "coins": list(self._coins),
+            "attempts": self._attempts,
+            "iterations": self._iterations,
+            "non_finite": self._non_finite,
+            "counts": {name: list(pair) for name, pair in self._counts.items()},
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Goes on where :meth:`state_dict` was taken.
+
+        Raises:
+            ValueError: not such a dictionary, or one of other auxiliary losses; nothing has been changed then.
+        """
+        wanted = self.state_dict()
+        if set(state_dict) != set(wanted):
+            raise ValueError(f"state_dict must have the keys {sorted(wanted)}, got {sorted(state_dict)}")
+        if list(state_dict["counts"]) != list(self.auxiliary):
+            names = list(self.auxiliary), list(state_dict["counts"])
+            raise ValueError(f"state_dict must be of the auxiliary losses {names[0]}, got {names[1]}")
+        self._generator.set_state(state_dict["generator"].cpu())
+        self._coins = list(state_dict["coins"])
+        self._attempts = state_dict["attempts"]
+        self._iterations, self._non_finite = state_dict["iterations"], state_dict["non_finite"]
+        self._counts = {name: list(pair) for name, pair in state_dict["counts"].items()}
+
+    # ---- one iteration -----------------------------------------------------------------------------------------------
+
+    def _iterate(self, batches: list[Batch]) -> Step:
+        accepted = None
+        if self._coin() < self._participation:
+            names = list(self.auxiliary)
+            name = names[self._attempts % len(names)]
+            loss, accepted, finite = self._attempt(name, batches)
+            self._attempts += 1
+            self._counts[name][0] += 1
+            self._counts[name][1] += accepted
+            self._non_finite += not finite
+            if accepted:
+                self._iterations += 1
+                return Step(loss, name, True)
+        loss = self._update("primary", self.primary, batches)
+        self._iterations += 1
+        return Step(loss, "primary", accepted)
+
+    def _attempt(self, name: str, batches: list[Batch]) -> tuple[Tensor, bool, bool]:
+        """A step with an auxiliary loss, undone unless accepted: the loss, whether it was, whether all was finite."""
+        randomness = _Randomness(self.model) if self.restore_rng else None
+        # Saved before anything else: drawing and scoring may change buffers too (DDP broadcasts them).
+        self._snapshot.save()
+        accepted = False
+        try:
+            input, target = self._observe()
+            before, _ = self._score(input, target)
+            loss = self._update(f"auxiliary {name!r}", self.auxiliary[name], batches)
+            # An autocast around all this keeps its casts of weights, from before the step.
+            torch.clear_autocast_cache()
+            after, broken = self._score(input, target)
+            accepted, finite = self._decide(before, after, broken | ~loss.isfinite().to(broken.device))
+        finally:
+            if not accepted:
+                self._snapshot.restore()
+                self._clear_gradients()
+                if randomness is not None:
+                    randomness.restore()
+        return loss, accepted, finite
+
+    def _update(self, name: str, loss_function: Loss, batches: list[Batch]) -> Tensor:
+        """One step of every optimizer by the mean loss of the batches, which it returns."""
+        if self._closure:
+            return self._lbfgs(name, loss_function, batches)
+        loss = self._gradients(name, loss_function, batches)
+        if self.scaler is None:
+            if self._before_step is not None:
+                self._before_step()
+            for optimizer in self.optimizers:
+                optimizer.step()
+            return loss
+        if self._before_step is not None:
+            for optimizer in self.optimizers:
+                self.scaler.unscale_(optimizer)
+            self._before_step()
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
+        self.scaler.update()
+        return loss
+
+    def _lbfgs(self, name: str, loss_function: Loss, batches: list[Batch]) -> Tensor:
+        losses: list[Tensor] = []
+
+        def closure() -> Tensor:
+            losses.append(self._gradients(name, loss_function, batches))
+            if self._before_step is not None:
+                self._before_step()
+            return losses[-1]
+
+        self.optimizers[0].step(cast(Any, closure))
+        return losses[0]
+
+    def _gradients(self, name: str, loss_function: Loss, batches: list[Batch]) -> Tensor:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        share = 1 / len(batches)
+        if len(batches) == 1:
+            return self._backward(name, loss_function, batches[0], share)
+        # All but the last batch without an exchange between ranks.
+        with getattr(self.model, "no_sync", nullcontext)():
+            parts = [self._backward(name, loss_function, batch, share) for batch in batches[:-1]]
+        parts.append(self._backward(name, loss_function, batches[-1], share))
+        return torch.stack(parts).sum()
+
+    def _backward(self, name: str, loss_function: Loss, batch: Batch, share: float) -> Tensor:
+        input, target = batch
+        with self._autocast:
+            loss = loss_function(self._output(input), target)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"{name} must return a scalar loss, got {got}")
+        if share != 1:
+            loss = loss * share
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        loss = loss.detach()
+        return loss.reshape(()) if loss.dim() else loss
+
+    def _output(self, input: Any) -> Any:
+        return self.model(input) if self._forward is None else self._forward(self.model, input)
+
+    def _clear_gradients(self) -> None:
+        """Also of parameters that no optimizer here steps: an attempt's must not be added to theirs."""
+        for module in (self.model, *self._losses):
+            module.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    # ---- the decision ------------------------------------------------------------------------------------------------
+
+    def _score(self, input: Any, target: Tensor) -> tuple[Tensor, Tensor]:
+        """How many rows are right in evaluation mode, and whether a logit is NaN; 0-d on the device."""
+        with _evaluation(self.model), torch.no_grad(), self._autocast:
+            output = self._output(input)
+            logits = output if self._logits is None else self._logits(output)
+        if not isinstance(logits, Tensor):
+            raise TypeError(f"logits must select a tensor from the model's output, got {type(logits).__name__}")
+        if not isinstance(target, Tensor) or logits.dim() < 2 or target.shape != logits.shape[:1] + logits.shape[2:]:
+            got = tuple(target.shape) if isinstance(target, Tensor) else type(target).__name__
+            raise ValueError(f"observation must have one label per row of logits {tuple(logits.shape)}, got {got}")
+        if target.numel() == 0:
+            raise ValueError("observation must hold at least one sample, got none")
+        highest, prediction = logits.max(1)
+        broken = highest.isnan()  # the maximum of a row with a NaN
+        return ((prediction == target) & ~broken).sum(), broken.any()
+
+    def _decide(self, before: Tensor, after: Tensor, broken: Tensor) -> tuple[bool, bool]:
+        """Whether to accept, and whether all was finite: the one look at the device."""
+        if self._world > 1:
+            counts = torch.stack((before, after, broken.to(before.dtype)))
+            dist.all_reduce(counts, group=self._group)
+            before, after, broken = counts.unbind()
+        better = after > before if self.accept == "improves" else after >= before
+        verdict = int(torch.where(broken > 0, 2, better.long()).item())
+        return verdict == 1, verdict != 2
+
+    # ---- chance ------------------------------------------------------------------------------------------------------
+
+    def _coin(self) -> float:
+        if not self._coins:
+            draws = torch.rand(_COINS, generator=self._generator, dtype=torch.float64, device="cpu")
+            self._coins = draws.tolist()
+        return self._coins.pop()
+
+    def _agreed(self, generator: torch.Generator | None) -> torch.Generator:
+        """The generator, in the same state on all ranks."""
+        given = generator is not None
+        if generator is None:
+            # Not the seed itself: a shuffling generator of the same seed would draw the same numbers.
+            generator = torch.Generator().manual_seed((torch.initial_seed() + 0x4D494C53) % 2**63)
+        if self._world > 1:
+            states: list[Any] = [None] * self._world
+            dist.all_gather_object(states, generator.get_state(), group=self._group)
+            if given and not all(torch.equal(states[0], state) for state in states):
+                raise ValueError("generator must be in the same state on all ranks, got different ones")
+            generator.set_state(states[0])
+        return generator
+
+    def _observation(self, observation: Any) -> Callable[[], Batch]:
+        """The observation set as a function."""
+        pair = isinstance(observation, (tuple, list)) and len(observation) == 2
+        if pair and isinstance(observation[1], (int, np.integer)):
+            return self._samples(*observation)
+        if pair and isinstance(observation[1], Tensor):
+            if observation[1].numel() == 0:
+                raise ValueError("observation must hold at least one sample, got none")
+            return lambda: (observation[0], observation[1])
+        if not callable(observation):
+            wanted = "(dataset, n), (input, target tensor) or a function that returns the latter"
+            raise TypeError(f"observation takes {wanted}, got {type(observation).__name__}")
+
+        def call() -> Batch:
+            batch = observation()
+            if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+                raise ValueError(f"observation must return (input, target), got {type(batch).__name__}")
+            return batch[0], batch[1]
+
+        return call
+
+    def _samples(self, dataset: Any, n: int) -> Callable[[], Batch]:
+        """n samples of a data set, drawn anew at each call: of those each rank takes its part."""
+        if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+            raise TypeError(f"observation takes a dataset with a length and indices, got {type(dataset).__name__}")
+        if len(dataset) == 0:
+            raise ValueError("observation must hold at least one sample, got an empty dataset")
+        if isinstance(n, bool) or not self._world <= n <= len(dataset):
+            ranks = "" if self._world == 1 else f" ({self._world} ranks)"
+            raise ValueError(f"observation must draw from {self._world}{ranks} to {len(dataset)} samples, got {n}")
+
+        def draw() -> Batch:
+            seed = torch.randint(2**62, (1,), generator=self._generator, device="cpu").tolist()[0]
+            rows = random.Random(seed).sample(range(len(dataset)), n)[self._rank :: self._world]
+            if isinstance(dataset, TensorDataset):
+                # One copy per tensor; the data set may lie on a GPU.
+                batch: Any = dataset[torch.tensor(rows).to(dataset.tensors[0].device, non_blocking=True)]
+            elif hasattr(dataset, "__getitems__"):
+                batch = default_collate(dataset.__getitems__(rows))
+            else:
+                batch = default_collate([dataset[row] for row in rows])
+            if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+                raise ValueError("observation's dataset must hold pairs (input, target); for others give a function")
+            device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
+            return _to(batch[0], device), _to(batch[1], device)
+
+        return draw
+
+    def _clear_statistics(self) -> None:
+        self._iterations = self._non_finite = 0
+        self._counts = {name: [0, 0] for name in self.auxiliary}
+
+
+def _named(auxiliary: Any) -> dict[str, Loss]:
+    """The auxiliary losses by names."""
+    if isinstance(auxiliary, Mapping):
+        named = dict(auxiliary)
+    else:
+        # A module that is itself a sequence (nn.Sequential, nn.ModuleList of losses): the former is called, not walked.
+        several = isinstance(auxiliary, (Sequence, nn.ModuleList))
+        named = {}
+        for loss in auxiliary if several else [auxiliary]:
+            name = base = getattr(loss, "__name__", type(loss).__name__)
+            while name in named:
+                name = f"{base}_{len(named)}"
+            named[name] = loss
+    if not named:
+        raise ValueError("auxiliary must hold at least one loss, got none")
+    for name, loss in named.items():
+        if not isinstance(name, str) or name == "primary":
+            raise ValueError(f"auxiliary must have names other than 'primary', got {name!r}")
+        if not callable(loss):
+            raise TypeError(f"auxiliary takes functions of (output, target), got {type(loss).__name__}")
+    return named
+
+
+class _Randomness:
+    """The global generators: torch's on the CPU and on a model's devices, Python's, NumPy's."""
+
+    def __init__(self, model: nn.Module) -> None:
+        devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+        self._devices = [device for device in devices if device.type not in ("cpu", "meta")]
+        self._cpu = torch.get_rng_state()
+        self._states = [torch.get_device_module(device).get_rng_state(device) for device in self._devices]
+        self._python, self._numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - others use it
+
+    def restore(self) -> None:
+        """Puts all of them back."""
+        torch.set_rng_state(self._cpu)
+        for device, state in zip(self._devices, self._states, strict=True):
+            torch.get_device_module(device).set_rng_state(state, device)
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)  # noqa: NPY002
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode, then each as it was: a frozen batch norm stays frozen."""
+    # Not model.eval() and model.train(): overridden ones merge and unmerge weights, which rounds them.
+    modes = [(module, "training", module.training) for module in model.modules()]
+    # After a forward without gradients DDP's next one would not broadcast the buffers.
+    syncs = [
+        (module, "require_forward_param_sync", module.require_forward_param_sync)
+        for module in model.modules()
+        if hasattr(module, "require_forward_param_sync")
+    ]
+    try:
+        for module, name, _ in modes:
+            setattr(module, name, False)
+        yield
+    finally:
+        for module, name, value in (*modes, *syncs):
+            setattr(module, name, value)
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    """Tensors in nested containers, on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {key: _to(item, device) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_to(item, device) for item in value]
+    return value

@@ -1,0 +1,633 @@
+"""A restored run is the run that was saved: every bit, every tensor in its place, and nothing that came since."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections import OrderedDict
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mlkernels
+from mlkernels.schedule import Snapshot
+
+FUSED = ("Adam", "AdamW", "SGD", "Adagrad")  # what torch's CPU build has
+OPTIONS: dict[str, dict[str, Any]] = {
+    "SGD": {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3, "nesterov": True},
+    "RMSprop": {"lr": 0.01, "momentum": 0.9, "centered": True},
+    "Adam": {"lr": 0.01, "amsgrad": True},
+    "Adagrad": {"lr": 0.1, "lr_decay": 0.01},
+    "LBFGS": {"lr": 0.1, "max_iter": 3, "history_size": 2},
+}
+
+
+def optimizers() -> list[tuple[str, dict[str, Any]]]:
+    cases: list[tuple[str, dict[str, Any]]] = []
+    for name in sorted(set(dir(torch.optim)) - {"Optimizer"}):
+        kind = getattr(torch.optim, name)
+        if not isinstance(kind, type) or not issubclass(kind, torch.optim.Optimizer):
+            continue
+        options = OPTIONS.get(name, {"lr": 0.01})
+        if "foreach" in inspect.signature(kind).parameters:
+            cases += [(name, {**options, "foreach": foreach}) for foreach in (False, True)]
+        else:
+            cases.append((name, options))
+        if name in FUSED:
+            cases.append((name, {**options, "fused": True}))
+    return cases
+
+
+def name_of(value: Any) -> str | None:
+    if isinstance(value, dict):
+        forms = [form for form in ("foreach", "fused") if value.get(form)]
+        return forms[0] if forms else "plain"
+    return None
+
+
+class Network(nn.Module):
+    """Batch norm, dropout, a tied weight, a buffer that no state_dict holds and one that is expanded."""
+
+    def __init__(self, sparse: bool = False, biases: bool = True) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(12, 6, sparse=sparse)
+        self.inner = nn.Linear(6, 6, bias=biases)
+        self.norm = nn.BatchNorm1d(6, affine=biases)
+        self.head = nn.Linear(6, 12, bias=biases)
+        if not sparse:
+            self.head.weight = self.embedding.weight
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.register_buffer("ones", torch.ones(1).expand(6))
+        self.register_buffer("seen", None)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        self.seen = input.float().mean()  # rebound each time, and None before the first
+        hidden = self.norm(self.inner(self.embedding(input))) * self.ones
+        return self.head(nn.functional.dropout(hidden.relu(), 0.5, self.training))
+
+
+class Training:
+    """A run of small steps, of which a part may be undone."""
+
+    def __init__(self, name: str, options: dict[str, Any], scaled: bool = False) -> None:
+        torch.manual_seed(1)
+        sparse, muon = name == "SparseAdam", name == "Muon"
+        self.model = Network(sparse, biases=not muon)
+        parameters = self.model.embedding.parameters() if sparse else self.model.parameters()
+        self.optimizer = getattr(torch.optim, name)(parameters, **options)
+        self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, 0.1, 50, cycle_momentum="betas" in options or "momentum" in options
+        )
+        self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(self.optimizer, patience=0)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=2, enabled=scaled)
+        self.batches = torch.Generator().manual_seed(2)
+
+    def parts(self) -> tuple[Any, ...]:
+        return self.model, self.optimizer, self.scheduler, self.plateau, self.scaler
+
+    def step(self, generator: torch.Generator) -> None:
+        input = torch.randint(12, (8,), generator=generator)
+
+        def closure() -> torch.Tensor:
+            self.optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(self.model(input), input)
+            self.scaler.scale(loss).backward()
+            return loss
+
+        if isinstance(self.optimizer, torch.optim.LBFGS):
+            loss = self.optimizer.step(closure)
+        else:
+            loss = closure()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.scheduler.step()
+        self.plateau.step(loss.detach())
+
+    def state(self) -> Any:
+        buffers = dict(self.model.named_buffers())
+        dicts = [part.state_dict() for part in self.parts()]
+        return copy.deepcopy((buffers, self.model.seen is None, dicts, torch.get_rng_state()))
+
+    def tensors(self) -> list[torch.Tensor]:
+        state = [t for s in self.optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
+        return [*self.model.parameters(), *self.model.buffers(), *state]
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal to the bit, in structure too."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, torch.Tensor):
+        alike = a.dtype == b.dtype and a.shape == b.shape
+        return alike and torch.equal(
+            a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8)
+        )
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return bool(a == b) or (isinstance(a, float) and math.isnan(a) and math.isnan(b))
+
+
+@pytest.mark.parametrize("before", [0, 3], ids=["unborn", "born"])
+@pytest.mark.parametrize("name, options", optimizers(), ids=name_of)
+def test_an_undone_attempt_leaves_no_trace(name: str, options: dict[str, Any], before: int) -> None:
+    """With a learning rate schedule, batch norm, dropout and a scaler; at the first step, when there is no state."""
+    scaled = name not in ("LBFGS", "SparseAdam")
+    tried, plain = Training(name, options, scaled), Training(name, options, scaled)
+    for run in (tried, plain):
+        torch.manual_seed(5)
+        for _ in range(before):
+            run.step(run.batches)
+    if before:
+        assert same(tried.state(), plain.state())
+
+    snapshot = Snapshot(*tried.parts())
+    for attempt in range(2):  # the second uses the same twins
+        torch.manual_seed(6)
+        saved = tried.state()
+        pointers = [t.data_ptr() for t in tried.tensors()]
+        snapshot.save()
+        bytes_held = snapshot.nbytes
+        other = torch.Generator().manual_seed(7 + attempt)
+        for _ in range(2):
+            tried.step(other)
+        assert not same(tried.state(), saved)
+        snapshot.restore()
+        torch.manual_seed(6)
+        assert same(tried.state(), saved)
+        assert [t.data_ptr() for t in tried.tensors()] == pointers
+        assert snapshot.nbytes == bytes_held
+
+    torch.manual_seed(6)
+    for run in (tried, plain):
+        torch.manual_seed(6)
+        for _ in range(3):
+            run.step(run.batches)
+    assert same(tried.state(), plain.state())
+
+
+@pytest.mark.parametrize("reject", [True, False])
+@pytest.mark.parametrize(
+    "name, options", [case for case in optimizers() if case[0] not in ("LBFGS", "SparseAdam")], ids=name_of
+)
+def test_a_flag_decides(name: str, options: dict[str, Any], reject: bool) -> None:
+    run = Training(name, options)
+    run.step(run.batches)
+    layers = nn.ModuleList([run.model.embedding, run.model.inner, run.model.norm, run.model.head])
+    snapshot = Snapshot(layers, run.optimizer)  # not the buffer that is rebound: about that a flag cannot decide
+    snapshot.save()
+    saved = copy.deepcopy((layers.state_dict(), run.optimizer.state_dict()))
+    run.optimizer.zero_grad()
+    run.model(torch.arange(12)).square().sum().backward()
+    run.optimizer.step()
+    stepped = copy.deepcopy((layers.state_dict(), run.optimizer.state_dict()))
+    assert not same(stepped, saved)
+    pointers = [t.data_ptr() for t in run.tensors()]
+    snapshot.restore_if(torch.tensor(reject))
+    now = layers.state_dict(), run.optimizer.state_dict()
+    assert same(now, saved if reject else stepped)
+    assert [t.data_ptr() for t in run.tensors()] == pointers
+
+
+def small() -> tuple[nn.Module, torch.optim.SGD]:
+    model = nn.Linear(3, 2)
+    return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    model(torch.ones(4, 3)).square().sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("reject", [True, False])
+def test_a_flag_cannot_decide_about_what_is_new(reject: bool) -> None:
+    """Whatever the flag holds: an error that came only on a rejection would come rarely."""
+    model, optimizer = small()
+    snapshot = Snapshot(model, optimizer)
+    snapshot.save()
+    step(model, optimizer)
+    weight = model.weight.detach().clone()
+    with pytest.raises(
+        RuntimeError, match=r"parts\[1\] \(SGD\) state\[0\]\.momentum_buffer was born since; use restore"
+    ):
+        snapshot.restore_if(torch.tensor(reject))
+    assert torch.equal(model.weight, weight)
+    snapshot.restore()
+    assert len(optimizer.state) == 0
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of:UserWarning")
+def test_a_flag_cannot_decide_about_the_host() -> None:
+    model, optimizer = small()
+    step(model, optimizer)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    snapshot = Snapshot(model, optimizer, scheduler)
+    flag = torch.tensor(True)
+
+    snapshot.save()
+    optimizer.param_groups[0]["lr"] = 0.5
+    with pytest.raises(RuntimeError, match=r"param_groups\[0\]\.lr changed on the host since, from 0.1 to 0.5"):
+        snapshot.restore_if(flag)
+    snapshot.restore()
+    assert optimizer.param_groups[0]["lr"] == 0.1
+
+    scheduler.step()
+    with pytest.raises(RuntimeError, match=r"param_groups|StepLR"):
+        snapshot.restore_if(flag)
+    snapshot.restore()
+    assert scheduler.last_epoch == 0
+
+    optimizer.state.clear()
+    with pytest.raises(RuntimeError, match="momentum_buffer went since"):
+        snapshot.restore_if(flag)
+    snapshot.restore()
+    state = optimizer.state[model.weight]
+    state["momentum_buffer"] = state["momentum_buffer"].clone()
+    with pytest.raises(RuntimeError, match="momentum_buffer was replaced since"):
+        snapshot.restore_if(flag)
+    snapshot.restore()
+    snapshot.restore_if(flag)
+
+
+def test_the_flag_is_never_looked_at_on_a_device() -> None:
+    """The meta device has no numbers to look at: reading one raises."""
+    model = nn.Linear(3, 2, device="meta")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    snapshot = Snapshot(model, optimizer)
+    snapshot.save()
+    assert snapshot.nbytes == 2 * 4 * (6 + 2)
+    optimizer.step()
+    snapshot.restore_if(torch.zeros((), dtype=torch.bool, device="meta"))
+    snapshot.restore()
+
+
+class Count(TorchDispatchMode):
+    """Which operators ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_one_copy_per_device_and_no_look() -> None:
+    model, optimizer = small()
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(1))
+    step(model, optimizer)
+    snapshot = Snapshot(model, optimizer, scaler)
+    with Count() as count:
+        snapshot.save()
+        snapshot.restore()
+    assert count.seen.count("mlkernels.multi_copy_.default") == 2
+    assert not [name for name in count.seen if "scalar_dense" in name or "nonzero" in name or ".equal" in name]
+
+
+def test_memory_is_kept_once() -> None:
+    """Tied, viewed, transposed, overlapping and expanded tensors; a model and its optimizer."""
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.randn(6, 4))  # 96 bytes
+    model.tied = model.weight
+    model.row = nn.Parameter(model.weight.data[2])
+    model.turned = nn.Parameter(model.weight.data.t())
+    model.register_buffer("bits", model.weight.data.view(torch.int32))
+    whole = torch.randn(10)
+    model.register_buffer("left", whole[:6])  # 24
+    model.register_buffer("right", whole[4:])  # 24: neither holds the other
+    grid = torch.randn(4, 6)
+    model.register_buffer("even", grid[:, ::2])  # 48
+    model.register_buffer("repeated", torch.randn(5, 1).expand(5, 100))  # 20
+    model.register_buffer("empty", torch.empty(0, 3))
+    before = {name: tensor.clone() for name, tensor in model.named_buffers()} | {
+        "weight": model.weight.detach().clone()
+    }
+    snapshot = Snapshot(model, torch.optim.SGD([model.weight, model.row], lr=1.0), model)
+    assert snapshot.nbytes == 0
+    snapshot.save()
+    assert snapshot.nbytes == 96 + 24 + 24 + 48 + 20
+    with torch.no_grad():
+        model.weight.zero_()
+        whole.zero_()
+        grid.zero_()
+        model.repeated[:, :1] = 0
+    snapshot.restore()
+    for name, tensor in before.items():
+        assert torch.equal(getattr(model, name), tensor), name
+    assert torch.equal(grid[:, 1::2], torch.zeros(4, 3))  # nobody's
+    assert torch.equal(model.row, before["weight"][2])
+
+
+def test_twins_are_made_once() -> None:
+    model, optimizer = small()
+    step(model, optimizer)
+    snapshot = Snapshot(model, optimizer)
+    snapshot.save()
+    twins = {name: twin.data_ptr() for name, twin in snapshot._twins.items()}
+    step(model, optimizer)
+    snapshot.save()
+    assert {name: twin.data_ptr() for name, twin in snapshot._twins.items()} == twins
+
+
+def test_layouts_and_dtypes() -> None:
+    model = nn.Module()
+    tensors = {
+        "conv": torch.randn(4, 3, 5, 5).contiguous(memory_format=torch.channels_last),
+        "fp16": torch.randn(7).half(),
+        "brain": torch.randn(7).bfloat16(),
+        "flags": torch.tensor([True, False]),
+        "complex": torch.randn(3, dtype=torch.complex64),
+        "nan": torch.tensor([float("nan"), -0.0]),
+    }
+    for name, tensor in tensors.items():
+        model.register_buffer(name, tensor.clone(memory_format=torch.preserve_format))
+    snapshot = Snapshot(model)
+    snapshot.save()
+    strides = {name: buffer.stride() for name, buffer in model.named_buffers()}
+    for buffer in model.buffers():
+        buffer.zero_()
+    snapshot.restore()
+    assert all(same(getattr(model, name), tensor) for name, tensor in tensors.items())
+    assert {name: buffer.stride() for name, buffer in model.named_buffers()} == strides
+
+
+def test_parameter_groups_and_states_that_came_later_go() -> None:
+    model, optimizer = small()
+    step(model, optimizer)
+    state = copy.deepcopy(optimizer.state_dict())
+    snapshot = Snapshot(model, optimizer)
+    snapshot.save()
+    late = nn.Parameter(torch.ones(2))
+    optimizer.add_param_group({"params": [late], "lr": 3.0})
+    optimizer.state[late]["momentum_buffer"] = torch.ones(2)
+    with pytest.raises(RuntimeError, match=r"param_groups\[1\]"):
+        snapshot.restore_if(torch.tensor(True))
+    snapshot.restore()
+    assert same(optimizer.state_dict(), state)
+
+
+def test_load_state_dict_in_between() -> None:
+    """It replaces every tensor of an optimizer; the first ones come back."""
+    model, optimizer = small()
+    step(model, optimizer)
+    snapshot = Snapshot(model, optimizer)
+    snapshot.save()
+    state, buffer = copy.deepcopy(optimizer.state_dict()), optimizer.state[model.weight]["momentum_buffer"]
+    other = copy.deepcopy(state)
+    other["param_groups"][0]["lr"] = 7.0
+    other["state"][0]["momentum_buffer"].zero_()
+    optimizer.load_state_dict(other)
+    snapshot.restore()
+    assert same(optimizer.state_dict(), state)
+    assert optimizer.state[model.weight]["momentum_buffer"] is buffer
+
+
+def test_a_scaler_before_its_first_scale() -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    snapshot = Snapshot(scaler)
+    snapshot.save()
+    scaler.scale(torch.ones(1))
+    with pytest.raises(RuntimeError, match=r"parts\[0\] \(GradScaler\)\._scale was born since"):
+        snapshot.restore_if(torch.tensor(False))
+    snapshot.restore()
+    assert scaler._scale is None and scaler.get_scale() == 8.0
+
+
+class Rule:
+    """A learning rate rule with a memory."""
+
+    def __init__(self) -> None:
+        self.worst = 0.0
+        self.history: list[int] = []
+
+    def __call__(self, epoch: int) -> float:
+        self.worst = max(self.worst, float(epoch))
+        self.history.append(epoch)
+        return 0.5**epoch
+
+
+def test_schedulers_within_schedulers() -> None:
+    _, optimizer = small()
+    rule = Rule()
+    first = torch.optim.lr_scheduler.LambdaLR(optimizer, rule)
+    second = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5)
+    scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, [first, second], milestones=[2])
+    snapshot = Snapshot(scheduler, optimizer)
+    snapshot.save()
+    saved = copy.deepcopy((scheduler.state_dict(), optimizer.state_dict(), rule.worst, rule.history))
+    for _ in range(4):
+        optimizer.step()
+        scheduler.step()
+    assert rule.worst == 1.0
+    snapshot.restore()
+    assert same((scheduler.state_dict(), optimizer.state_dict(), rule.worst, rule.history), saved)
+
+
+class Average:
+    """Keeps its tensors, and hands them out."""
+
+    def __init__(self) -> None:
+        self.shadow, self.updates, self.loads = [torch.zeros(3)], 0, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"shadow": self.shadow, "updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.loads += 1
+        self.updates = state["updates"]
+        for own, other in zip(self.shadow, state["shadow"], strict=True):
+            own.copy_(other)
+
+
+class Meter(Average):
+    """Hands out copies."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"shadow": [tensor.clone() for tensor in self.shadow], "updates": self.updates}
+
+
+def test_anything_with_a_state_dict() -> None:
+    live, copies = Average(), Meter()
+    snapshot = Snapshot(live, copies)
+    snapshot.save()
+    assert snapshot.nbytes == 24
+    for part in (live, copies):
+        part.shadow[0] += 1
+    snapshot.restore()
+    assert live.loads == 0 and copies.loads == 1  # in place where that is enough
+    live.updates = copies.updates = 4
+    for part in (live, copies):
+        part.shadow[0] += 1
+    for _ in range(2):
+        snapshot.restore()
+        assert live.updates == copies.updates == 0
+        assert not live.shadow[0].any() and not copies.shadow[0].any()
+    assert live.loads == 1
+
+    alone = Snapshot(live)
+    alone.save()
+    live.shadow[0] += 1
+    alone.restore_if(torch.tensor(True))
+    assert not live.shadow[0].any()
+    live.updates = 1
+    with pytest.raises(RuntimeError, match=r"Average.* changed since"):
+        alone.restore_if(torch.tensor(True))
+    with pytest.raises(RuntimeError, match="holds copies"):
+        snapshot.restore_if(torch.tensor(True))
+
+
+def test_extra_state_of_a_module() -> None:
+    class Quantized(nn.Linear):
+        amax = 1.0
+
+        def get_extra_state(self) -> Any:
+            return {"amax": self.amax}
+
+        def set_extra_state(self, state: Any) -> None:
+            self.amax = state["amax"]
+
+    model = nn.Sequential(Quantized(2, 2))
+    snapshot = Snapshot(model)
+    snapshot.save()
+    model[0].amax = 5.0
+    snapshot.restore()
+    assert model[0].amax == 1.0
+
+
+def test_a_loss_with_parameters_and_an_averaged_model() -> None:
+    model, _ = small()
+    loss = mlkernels.CenterLoss(3, 2, rate=0.5)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    saved = copy.deepcopy((loss.state_dict(), average.state_dict()))
+    snapshot = Snapshot(loss, average)
+    snapshot.save()
+    loss(torch.randn(4, 3), torch.tensor([0, 1, 1, 0]))
+    average.update_parameters(model)
+    snapshot.restore()
+    assert same((loss.state_dict(), average.state_dict()), saved)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
+def test_wrapped_modules() -> None:
+    model, _ = small()
+    for wrapped in (torch.compile(model, backend="eager"), torch.jit.script(model), nn.DataParallel(model)):
+        weight = model.weight.detach().clone()
+        snapshot = Snapshot(wrapped)
+        snapshot.save()
+        assert snapshot.nbytes == 32
+        with torch.no_grad():
+            model.weight.zero_()
+        snapshot.restore()
+        assert torch.equal(model.weight, weight)
+
+
+def test_an_optimizer_alone_brings_its_parameters_back() -> None:
+    model, optimizer = small()
+    weight = model.weight.detach().clone()
+    snapshot = Snapshot(optimizer)
+    snapshot.save()
+    step(model, optimizer)
+    snapshot.restore()
+    assert torch.equal(model.weight, weight)
+
+
+def test_casts_of_an_enclosing_autocast() -> None:
+    """It keeps a low-precision copy of each weight until it is left."""
+    model, _ = small()
+    x = torch.ones(1, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = model(x)
+        snapshot = Snapshot(model)
+        snapshot.save()
+        with torch.no_grad():
+            model.weight.add_(1)
+        torch.clear_autocast_cache()
+        assert not torch.equal(model(x), before)
+        snapshot.restore()
+        assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize(
+    "parts, error, message",
+    [
+        ((), TypeError, "parts takes at least one"),
+        ((nn.Linear(1, 1), 3), TypeError, r"parts\[1\] takes an object with state_dict and load_state_dict, got int"),
+        ((nn.Linear,), TypeError, r"parts\[0\] takes an object .* got Linear"),
+        ((OrderedDict(),), TypeError, "got OrderedDict"),
+    ],
+)
+def test_bad_parts(parts: tuple[Any, ...], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Snapshot(*parts)
+
+
+def test_bad_flags() -> None:
+    snapshot = Snapshot(nn.Linear(1, 1))
+    snapshot.save()
+    with pytest.raises(TypeError, match="reject takes a boolean tensor, got bool"):
+        snapshot.restore_if(True)  # type: ignore[arg-type]
+    for flag in (torch.tensor(1), torch.tensor([True, False])):
+        with pytest.raises(ValueError, match="reject must be one boolean, got"):
+            snapshot.restore_if(flag)
+
+
+def test_nothing_saved() -> None:
+    snapshot = Snapshot(nn.Linear(1, 1))
+    for call in (snapshot.restore, lambda: snapshot.restore_if(torch.tensor(False))):
+        with pytest.raises(RuntimeError, match="save\\(\\) has not been called"):
+            call()
+
+
+def test_what_cannot_be_saved() -> None:
+    model = nn.Module()
+    model.register_buffer("graph", torch.eye(3).to_sparse())
+    with pytest.raises(TypeError, match=r"parts\[0\] \(Module\)\.graph takes a dense tensor, got torch.sparse_coo"):
+        Snapshot(model).save()
+    with pytest.raises(TypeError, match="weight is not initialized: run the lazy module forward once"):
+        Snapshot(nn.LazyLinear(2)).save()
+
+
+def test_a_failed_save_keeps_the_one_before() -> None:
+    model, _ = small()
+    snapshot = Snapshot(model)
+    snapshot.save()
+    weight = model.weight.detach().clone()
+    with torch.no_grad():
+        model.weight.zero_()
+    model.register_buffer("graph", torch.eye(3).to_sparse())
+    with pytest.raises(TypeError):
+        snapshot.save()
+    snapshot.restore()
+    assert torch.equal(model.weight, weight)
+
+
+def test_a_changed_tensor_stops_the_restore_before_it_starts() -> None:
+    model, _ = small()
+    model.tail = nn.Parameter(model.weight.data[1])
+    snapshot = Snapshot(model)
+    snapshot.save()
+    bias = model.bias.detach().clone() + 1
+    with torch.no_grad():
+        model.bias.add_(1)
+    weight, model.weight.data = model.weight.data, torch.zeros(5, 3)
+    with pytest.raises(ValueError, match=r"weight was \(2, 3\) torch.float32 on cpu at save\(\) and is \(5, 3\)"):
+        snapshot.restore()
+    assert torch.equal(model.bias, bias)
+    model.weight.data = weight
+    model.tail.data = torch.zeros(3)
+    with pytest.raises(ValueError, match="tail shared its memory at save"):
+        snapshot.restore()
+    assert torch.equal(model.bias, bias)
