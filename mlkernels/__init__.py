@@ -1,6 +1,6 @@
 """Fused softmax-family losses for PyTorch; see the README and :mod:`mlkernels.functional`."""
 
-from . import functional, metrics
+from . import functional, metrics, search
 from .backends import available_backends
 from .functional import (
     arcface_loss,
@@ -75,6 +75,7 @@ __all__ = [
     "modulated_cross_entropy",
     "multi_margin_loss",
     "piecewise_cross_entropy",
+    "search",
     "softmax_loss",
     "sphereface_loss",
     "two_scale_cross_entropy",
