@@ -108,7 +108,7 @@ class LossSearch:
         _check_count("candidates", candidates, 2)
         _check_number("sigma", sigma, "> 0", lambda value: value > 0)
         _check_number("lr", lr, ">= 0", lambda value: value >= 0)
-        _check_number("tau_min", tau_min, "> 0", lambda value: value > 0)
+        _check_number("tau_min", tau_min, "in (0, 1]", lambda value: 0 < value <= 1)
         if search not in _SEARCHED:
             raise ValueError(f"search must be one of {', '.join(map(repr, _SEARCHED))}, got {search!r}")
         if generator is None:
@@ -369,8 +369,9 @@ class LossSearch:
         count, (candidates, pieces) = len(state["best"]), (self.record.candidates, self.record.pieces)
         wanted = ((count, candidates, 4, pieces), (count, candidates), (count,), (count + 1, 4, pieces))
         for name, shape in zip(_ROUNDS, wanted, strict=True):
-            if state[name].shape != shape:
-                raise ValueError(f"{name} of state must be {shape}, got {tuple(state[name].shape)}")
+            got = tuple(state[name].shape) if isinstance(state[name], Tensor) else type(state[name]).__name__
+            if got != shape:
+                raise ValueError(f"{name} of state must be a tensor of {shape}, got {got}")
         state = copy.deepcopy(state)
         mu = torch.empty_like(self._mu)
         adam = torch.optim.Adam([mu], lr=self.record.lr)
@@ -411,7 +412,8 @@ def normalised(rewards: Tensor) -> Tensor:
 
 def winner(rewards: Tensor) -> int:
     """The candidate with the largest reward, the first of equal ones."""
-    found = counted(rewards)
+    counted(rewards)
+    found = rewards.where(rewards.isfinite(), -math.inf)
     # argmax of the rewards themselves need not give the first.
     return int((found == found.max()).nonzero()[0])
 
