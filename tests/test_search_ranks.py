@@ -27,7 +27,7 @@ def sgd(model):
 
 def equal_to_one_process(rank, group):
     """Also where a rank has no candidate (2 for 3), and its optimizer's state is born of another's."""
-    for optimizer_of, candidates, population in ((adam, 2, 1), (adam, 5, 1), (sgd, 4, 1), (sgd, 5, 2)):
+    for optimizer_of, candidates, population in ((adam, 2, 1), (sgd, 5, 1), (adam, 4, 2)):
         results = []
         for process_group in (group, None):
             model = network()
@@ -38,7 +38,7 @@ def equal_to_one_process(rank, group):
             where = [parameter.data_ptr() for parameter in model.parameters()]
             # Of the ranks rank 0's generator counts.
             search = the_search(candidates=candidates, generator=seeded(0 if process_group is None else rank))
-            search.run(model, optimizer, train, reward, epochs=3, population=population, process_group=process_group)
+            search.run(model, optimizer, train, reward, epochs=2, population=population, process_group=process_group)
             assert [parameter.data_ptr() for parameter in model.parameters()] == where
             results.append((state_of(model, optimizer), search.record))
         (state, record), (alone, of_one) = results
@@ -92,18 +92,18 @@ def state_travels(rank, group):
     ranks_module._BUCKET = 64
     model = nn.Module()
     model.weight = nn.Parameter(torch.randn(3, 4, 2, 2).to(memory_format=torch.channels_last))
-    model.half = nn.Parameter(torch.randn(7, dtype=torch.bfloat16))
+    model.brief = nn.Parameter(torch.randn(7, dtype=torch.bfloat16))
     model.tied = model.weight
-    for name, dtype in (("long", torch.long), ("flag", torch.bool), ("wide", torch.float64)):
+    for name, dtype in (("whole", torch.long), ("flag", torch.bool), ("wide", torch.float64)):
         model.register_buffer(name, torch.randint(2, (5,)).to(dtype), persistent=name != "wide")
     model.register_buffer("count", torch.tensor(rank))
     model.register_buffer("none", torch.empty(0, 3))
-    optimizer = torch.optim.Adam([{"params": [model.weight]}, {"params": [model.half], "lr": 0.1 * (rank + 1)}])
+    optimizer = torch.optim.Adam([{"params": [model.weight]}, {"params": [model.brief], "lr": 0.1 * (rank + 1)}])
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
     for _ in range(rank):  # rank 0 has no state yet, rank 1 has less than rank 2
-        model.weight.grad, model.half.grad = torch.randn_like(model.weight), torch.randn_like(model.half)
+        model.weight.grad, model.brief.grad = torch.randn_like(model.weight), torch.randn_like(model.brief)
         if rank == 1:
-            model.half.grad = None
+            model.brief.grad = None
         optimizer.step()
         scheduler.step()
     if rank == 2:
@@ -113,17 +113,17 @@ def state_travels(rank, group):
         wanted = [None] * WORLD
         mine = [state_of(model, optimizer), model.wide.view(torch.long).tolist(), scheduler.state_dict()]
         dist.all_gather_object(wanted, mine, group=group)
-        where = [tensor.data_ptr() for tensor in (model.weight, model.half, model.long, model.wide)]
+        where = [tensor.data_ptr() for tensor in (model.weight, model.brief, model.whole, model.wide)]
         Ranks(group).broadcast_state(parts, source)
         got = [state_of(model, optimizer), model.wide.view(torch.long).tolist(), scheduler.state_dict()]
         assert same(got[0], wanted[source][0])
         assert got[1:] == wanted[source][1:]
-        assert where == [tensor.data_ptr() for tensor in (model.weight, model.half, model.long, model.wide)]
+        assert where == [tensor.data_ptr() for tensor in (model.weight, model.brief, model.whole, model.wide)]
         assert model.weight.is_contiguous(memory_format=torch.channels_last)
         assert len(optimizer.state) == len(copy.deepcopy(optimizer).state)
         # They are apart again, and train on.
         with torch.no_grad():
-            model.half.add_(rank)
+            model.brief.add_(rank)
         optimizer.step()
 
 
@@ -144,52 +144,50 @@ def what_is_refused(rank, group):
 SCENARIOS = [equal_to_one_process, one_rank_fails, searches_that_differ, state_travels, what_is_refused]
 
 
-def work(rank, port, outcomes):
+def work(rank, port, directory):
     """One rank: every scenario in turn, since a process takes seconds to start."""
     torch.set_num_threads(1)
-    torch.set_default_device("cpu")
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
     for scenario in SCENARIOS:
         torch.default_generator.manual_seed(rank)
         try:
             scenario(rank, dist.group.WORLD)
-            outcomes.put((scenario.__name__, rank, None))
+            outcome = ""
         except BaseException:
-            outcomes.put((scenario.__name__, rank, traceback.format_exc()))
+            outcome = traceback.format_exc()
+        (directory / f"{scenario.__name__} {rank}").write_text(outcome)
+        if outcome:
             break  # the ranks are out of step
-    dist.barrier() if rank < 0 else None
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def outcomes():
+def outcomes(tmp_path_factory):
+    """A directory with a file per scenario and rank: how it failed, or empty."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = mp.get_context("spawn")
-    found, queue = [], context.SimpleQueue()
-    processes = [context.Process(target=work, args=(rank, port, queue), daemon=True) for rank in range(WORLD)]
+    directory, context = tmp_path_factory.mktemp("ranks"), mp.get_context("spawn")
+    processes = [context.Process(target=work, args=(rank, port, directory), daemon=True) for rank in range(WORLD)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(120)
         process.kill()
-    while not queue.empty():
-        found.append(queue.get())
-    return found
+    return directory
 
 
 @pytest.mark.parametrize("scenario", [scenario.__name__ for scenario in SCENARIOS])
 def test_ranks(outcomes, scenario):
-    mine = {rank: failure for name, rank, failure in outcomes if name == scenario}
-    failures = [f"rank {rank}:\n{failure}" for rank, failure in mine.items() if failure]
-    assert not failures, "\n".join(failures)
-    assert mine.keys() == set(range(WORLD)), f"finished on {sorted(mine)} only: {outcomes}"
+    for rank in range(WORLD):
+        outcome = outcomes / f"{scenario} {rank}"
+        assert outcome.exists(), f"rank {rank} did not finish"
+        assert outcome.read_text() == "", f"rank {rank}"
 
 
 def test_without_a_group():
-    with pytest.raises(ValueError, match="process_group needs torch.distributed.init_process_group first"):
+    with pytest.raises(ValueError, match=r"process_group needs torch\.distributed\.init_process_group first"):
         Ranks(object())
     alone = Ranks(None)
     assert alone.collect(lambda: 3) == [3]
