@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .state import named_tensors, put
+
 
 class Snapshot:
     """A twin of the state of ``parts``: modules, optimizers, and anything else with a ``state_dict``.
@@ -53,27 +55,6 @@ def _restore(part: Any, twin: Any) -> None:
             put(group, options, keep=("params",))
     else:
         part.load_state_dict(copy.deepcopy(twin))
-
-
-def named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers, shared ones once."""
-    return dict(module.named_parameters()) | dict(module.named_buffers())
-
-
-def put(live: dict[Any, Any], values: dict[Any, Any], keep: tuple[str, ...] = ()) -> None:
-    """Make ``live`` hold what ``values`` holds: in place where a tensor fits."""
-    for key in [k for k in live if k not in values and k not in keep]:
-        del live[key]
-    for key, value in values.items():
-        there = live.get(key)
-        if (
-            isinstance(value, Tensor)
-            and isinstance(there, Tensor)
-            and (there.shape, there.dtype, there.device) == (value.shape, value.dtype, value.device)
-        ):
-            there.detach().copy_(value)
-        else:
-            live[key] = value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
 def _copy(values: dict[Any, Any]) -> dict[Any, Any]:

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..modules import PiecewiseLoss
 from ..ops import multi_copy_
-from ._snapshot import put
+from .state import put
 
 # Optimizers of torch whose step treats every number by itself: stacked parameters are then G optimizers at once.
 _ELEMENTWISE = frozenset(

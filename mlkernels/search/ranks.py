@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..ops import multi_copy_
-from ._snapshot import named_tensors, put
+from .state import named_tensors, put
 
 T = TypeVar("T")
 
