@@ -4,11 +4,13 @@ import copy
 import io
 import json
 import math
+import re
 import struct
 import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -702,3 +704,15 @@ def test_nothing_is_imported_before_its_time():
     """matplotlib, tqdm and the like are needed by those only who plot or watch."""
     code = "import sys, mlkernels; mlkernels.search.LossSearch(); sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_docs_page(tmp_path, monkeypatch):
+    """The blocks build on each other, from top to bottom."""
+    page = Path(__file__).parent.parent / "docs" / "search.md"
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 5
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    for block in blocks:
+        exec(compile(block, "docs/search.md", "exec"), scope)
+    assert (tmp_path / "search.png").exists()

@@ -71,6 +71,7 @@ def plot(record: Record, path: str | PathLike[str] | None = None) -> Figure:
     for axes in (*upper, *lower):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(x=0.03)
     if path is not None:
         figure.savefig(path, dpi=130)
     return figure
