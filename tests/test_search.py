@@ -6,8 +6,6 @@ import json
 import math
 import re
 import struct
-import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -698,12 +696,6 @@ def test_plot(tmp_path):
     assert plot(searched(epochs=1, pieces=1).record) is not None, "one epoch, one piece, no file"
     with pytest.raises(ValueError, match="record must have at least one epoch"):
         plot(the_search().record)
-
-
-def test_nothing_is_imported_before_its_time():
-    """matplotlib, tqdm and the like are needed by those only who plot or watch."""
-    code = "import sys, mlkernels; mlkernels.search.LossSearch(); sys.exit('matplotlib' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_docs_page(tmp_path, monkeypatch):

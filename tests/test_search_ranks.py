@@ -3,6 +3,7 @@
 import copy
 import os
 import socket
+import sys
 import traceback
 
 import pytest
@@ -27,6 +28,7 @@ def sgd(model):
 
 def equal_to_one_process(rank, group):
     """Also where a rank has no candidate (2 for 3), and its optimizer's state is born of another's."""
+    assert "matplotlib" not in sys.modules, "needed by those only who plot"
     for optimizer_of, candidates, population in ((adam, 2, 1), (sgd, 5, 1), (adam, 4, 2)):
         results = []
         for process_group in (group, None):
