@@ -454,6 +454,19 @@ def test_a_candidate_that_diverges():
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("population", [1, 2, 4])
+def test_of_equal_rewards_the_first_model_goes_on(population):
+    model, twin = network().eval(), network()
+    model[3], twin[3] = nn.Identity(), nn.Identity()  # a population draws masks of its own
+    search = the_search()
+    search.step(model, adam(model), train, lambda model: torch.ones(getattr(model, "size", 1)), population=population)
+    generator = seeded(7)
+    torch.default_generator.manual_seed(int(torch.randint(2**63 - 1, (), generator=generator)))
+    train(twin, adam(twin), search.loss(search.record.theta[0, 0]))
+    for one, other in zip(model.state_dict().values(), twin.state_dict().values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
 class Stranger:
     """No state_dict."""
 

@@ -36,7 +36,7 @@ class Population(nn.Module):
 
     The model's forward must be one that :func:`torch.func.vmap` takes: no branches on the values of tensors, buffers
     written in place. What treats all parameters as one treats all models as one: ``clip_grad_norm_`` clips the norm
-    over the whole population.
+    over the whole population, and a GradScaler leaves out a step of all where one overflows.
 
     Args:
         model: copied as it is now; not changed but by :meth:`copy_to_model`. Its mode, training or evaluation, is the
