@@ -102,7 +102,7 @@ def state_travels(rank, group):
     model.register_buffer("none", torch.empty(0, 3))
     optimizer = torch.optim.Adam([{"params": [model.weight]}, {"params": [model.brief], "lr": 0.1 * (rank + 1)}])
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
-    for _ in range(rank):  # rank 0 has no state yet, rank 1 has less than rank 2
+    for _ in range(rank):  # rank 0 has no state, rank 1 less than rank 2
         model.weight.grad, model.brief.grad = torch.randn_like(model.weight), torch.randn_like(model.brief)
         if rank == 1:
             model.brief.grad = None
@@ -111,7 +111,7 @@ def state_travels(rank, group):
     if rank == 2:
         model.wide[0] = float("nan")
     parts = model, optimizer, scheduler
-    for source in (2, 1, 0):
+    for source in (0, 2, 1):
         wanted = [None] * WORLD
         mine = [state_of(model, optimizer), model.wide.view(torch.long).tolist(), scheduler.state_dict()]
         dist.all_gather_object(wanted, mine, group=group)
