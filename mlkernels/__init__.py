@@ -1,6 +1,6 @@
 """Fused softmax-family losses for PyTorch; see the README and :mod:`mlkernels.functional`."""
 
-from . import functional, metrics, schedule
+from . import functional, metrics, schedule, search
 from .alternating import Alternating
 from .backends import available_backends
 from .functional import (
@@ -79,6 +79,7 @@ __all__ = [
     "multi_margin_loss",
     "piecewise_cross_entropy",
     "schedule",
+    "search",
     "softmax_loss",
     "sphereface_loss",
     "two_scale_cross_entropy",

@@ -1,0 +1,151 @@
+"""What a search has drawn, earned and found."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+#: The rows of theta, each a table of M numbers.
+ROWS = ("t_slope", "t_bias", "tau_slope", "tau_bias")
+SETTINGS = ("pieces", "candidates", "sigma", "lr", "search", "tau_min", "clamp")
+
+
+class Round(NamedTuple):
+    """One epoch of a search.
+
+    Attributes:
+        epoch: from 0.
+        theta: (B, 4, M), the candidates: slopes and biases of t, then of tau.
+        rewards: (B,), as they came; not finite where a candidate failed.
+        best: whose model goes on.
+        mu: (4, M), the mean after the update.
+    """
+
+    epoch: int
+    theta: Tensor
+    rewards: Tensor
+    best: int
+    mu: Tensor
+
+
+@dataclass(eq=False)
+class Record:
+    """The course of a search, on the CPU in float64.
+
+    Attributes:
+        pieces, candidates, sigma, lr, search, tau_min, clamp: the settings of the :class:`LossSearch`.
+        rounds: one :class:`Round` per epoch.
+
+    Example:
+        >>> from mlkernels.search import LossSearch, Record
+        >>> search = LossSearch(pieces=2, candidates=4)
+        >>> theta = search.sample()
+        >>> search.update(theta, [0.1, 0.3, 0.2, 0.3]).best
+        1
+        >>> record = Record.from_json(search.record.to_json())
+        >>> record.mu.shape, record.theta.shape, record.best
+        (torch.Size([2, 4, 2]), torch.Size([1, 4, 4, 2]), tensor([1]))
+    """
+
+    pieces: int
+    candidates: int
+    sigma: float
+    lr: float
+    search: str
+    tau_min: float
+    clamp: str
+    rounds: list[Round] = field(default_factory=list)
+
+    @property
+    def mu(self) -> Tensor:
+        """(E + 1, 4, M): the means, from the identity before the first epoch to what is found after the last."""
+        return torch.stack([identity(self.pieces), *(round.mu for round in self.rounds)])
+
+    @property
+    def theta(self) -> Tensor:
+        """(E, B, 4, M): every candidate."""
+        shape = (-1, self.candidates, 4, self.pieces)
+        return torch.stack([r.theta for r in self.rounds]) if self.rounds else torch.empty(0, *shape[1:]).double()
+
+    @property
+    def rewards(self) -> Tensor:
+        """(E, B)."""
+        found = [round.rewards for round in self.rounds]
+        return torch.stack(found) if found else torch.empty(0, self.candidates, dtype=torch.float64)
+
+    @property
+    def best(self) -> Tensor:
+        """(E,): the winners' numbers."""
+        return torch.tensor([round.best for round in self.rounds], dtype=torch.int64)
+
+    def t(self, x: Tensor, epoch: int = -1) -> Tensor:
+        """The found t at x: that of :math:`\\mu` after ``epoch`` epochs (0: the identity; -1: all of them)."""
+        slope, bias = self.mu[epoch, :2]
+        return piecewise(slope, bias, x, -1.0, 1.0)
+
+    def tau(self, x: Tensor, epoch: int = -1) -> Tensor:
+        """The found tau at x; see :meth:`t`."""
+        slope, bias = self.mu[epoch, 2:]
+        return piecewise(slope, bias, x, 0.0, 1.0)
+
+    def to_json(self) -> str:
+        """Everything, every number to the bit; a reward that is NaN becomes null, infinite ones strings."""
+        record: dict[str, Any] = {name: getattr(self, name) for name in SETTINGS}
+        record["rounds"] = [
+            {
+                "theta": round.theta.tolist(),
+                "rewards": [_to_json(reward) for reward in round.rewards.tolist()],
+                "best": round.best,
+                "mu": round.mu.tolist(),
+            }
+            for round in self.rounds
+        ]
+        return json.dumps(record, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Record:
+        """The record that :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: text is not one.
+        """
+        content = json.loads(text)
+        if not isinstance(content, dict) or {*SETTINGS, "rounds"} - content.keys():
+            raise ValueError(f"text must be a record with {', '.join(SETTINGS)} and rounds, got {text[:80]!r}")
+        record = cls(*(content[name] for name in SETTINGS))
+        candidates, pieces = record.candidates, record.pieces
+        for epoch, round in enumerate(content["rounds"]):
+            theta, mu = (torch.tensor(round[name], dtype=torch.float64) for name in ("theta", "mu"))
+            rewards = torch.tensor([_from_json(reward) for reward in round["rewards"]], dtype=torch.float64)
+            if theta.shape != (candidates, 4, pieces) or mu.shape != (4, pieces) or rewards.shape != (candidates,):
+                raise ValueError(
+                    f"round {epoch} of text does not fit candidates={candidates} and pieces={pieces}: theta is "
+                    f"{tuple(theta.shape)}, mu {tuple(mu.shape)}, rewards {tuple(rewards.shape)}"
+                )
+            record.rounds.append(Round(epoch, theta, rewards, int(round["best"]), mu))
+        return record
+
+
+def identity(pieces: int) -> Tensor:
+    """(4, M): slopes 1, biases 0."""
+    return torch.tensor([[1.0], [0.0], [1.0], [0.0]], dtype=torch.float64).repeat(1, pieces)
+
+
+def piecewise(slope: Tensor, bias: Tensor, x: Tensor, low: float, high: float) -> Tensor:
+    """:math:`a_k x + b_k` on the k-th of M equal bins of [low, high]; the outer pieces go on outside."""
+    pieces = len(slope)
+    k = ((x - low) * (pieces / (high - low))).floor().clamp(0, pieces - 1).long()
+    return slope[k] * x + bias[k]
+
+
+def _to_json(reward: float) -> float | str | None:
+    return reward if math.isfinite(reward) else None if math.isnan(reward) else str(reward)
+
+
+def _from_json(reward: float | str | None) -> float:
+    return math.nan if reward is None else float(reward)
