@@ -67,7 +67,12 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 # csrc/cuda/rows.cu is compiled once for each.
 STORAGES = ("float", "double", "bfloat16", "float16")
 CUDA_ARCHS = ("80", "86", "89", "90a", "100", "120")
-NVCC_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wno-unknown-pragmas"]
+NVCC_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "--expt-relaxed-constexpr",
+    "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wno-unknown-pragmas",
+]
 NVCC_FLAGS += ["-Xfatbin=-compress-all"]
 NVCC_FLAGS += ["-DMLKERNELS_ISA=cuda"]
 
@@ -200,7 +205,11 @@ def cuda_archs() -> tuple[str, ...]:
 def cuda_units(nvcc: Path, compiler: list[str], here: Path, archs: Sequence[str], *more: str) -> list[Unit]:
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     # And for devices that are none of these: compiled where it runs. Code of an "a" target runs nowhere else.
-    targets += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in dict.fromkeys((archs[0], archs[-1])) if arch.isdigit()]
+    targets += [
+        f"-gencode=arch=compute_{arch},code=compute_{arch}"
+        for arch in dict.fromkeys((archs[0], archs[-1]))
+        if arch.isdigit()
+    ]
     command = [str(nvcc), *NVCC_FLAGS, f"-ccbin={compiler[0]}", f"-I{CSRC.relative_to(ROOT)}", *targets, *more]
     rows = [Unit(here / f"rows_{s}.o", CSRC / "cuda" / "rows.cu", [*command, f"-DMLK_STORAGE={s}"]) for s in STORAGES]
     return [*rows, Unit(here / "others.o", CSRC / "cuda" / "others.cu", command)]

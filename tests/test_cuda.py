@@ -1,7 +1,7 @@
-"""The CUDA C++ kernels over the fibers of a host: every number of classes, every way to launch them, any order of threads.
+"""The CUDA C++ kernels over the fibers of a host: every number of classes, every launch, any order of threads.
 
-That the losses are right on this backend is what the tests of the property table say, which know it by its name; here it
-is about how rows are shared out.
+That the losses are right on this backend is what the tests of the property table say, which know it by its name; here
+it is about how rows are shared out.
 """
 
 import os
@@ -51,7 +51,9 @@ def check(input, target, way, loss=mlkernels.cross_entropy, reduction="none", to
     torch.testing.assert_close(got.double(), wanted, rtol=tolerance * error, atol=tolerance * error)
     rounding = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}.get(input.dtype, tolerance * 2 * error)
     # Half of the last bit of a half, and subnormal ones.
-    torch.testing.assert_close(gradient, exact.grad, rtol=rounding, atol=tolerance * (error if input.dtype != torch.float16 else 6e-8))
+    torch.testing.assert_close(
+        gradient, exact.grad, rtol=rounding, atol=tolerance * (error if input.dtype != torch.float16 else 6e-8)
+    )
 
 
 WAYS = [
@@ -122,7 +124,9 @@ def test_seeded_corners(seed):
             a, b = a.double(), b.double()
             tight = 1e-8 if dtype == torch.float64 else 2e-2 if dtype == torch.bfloat16 else 3e-4
             scale = float(b.nan_to_num(0, 0, 0).abs().max()) + 1e-3
-            torch.testing.assert_close(a, b, rtol=tight, atol=tight * scale, equal_nan=True, msg=lambda m: f"{what}: {m}")
+            torch.testing.assert_close(
+                a, b, rtol=tight, atol=tight * scale, equal_nan=True, msg=lambda m: f"{what}: {m}"
+            )
 
 
 @pytest.mark.parametrize("loss", [loss for loss in FEW if loss.name != "target_logit"], ids=str)
@@ -149,7 +153,9 @@ def test_clusters_at_their_boundaries(cluster):
         for more in (-1, 0, 1):
             classes = parts * 32 * 4 + more
             input, target = rows(2, classes, torch.float32, classes)
-            check(input, target, {"way": "long", "warps": 1, "cluster": cluster, "chunk": 32, "teams": 1, "seed": classes})
+            check(
+                input, target, {"way": "long", "warps": 1, "cluster": cluster, "chunk": 32, "teams": 1, "seed": classes}
+            )
 
 
 @pytest.mark.parametrize("way", [w for w in WAYS if w.values[0]["way"] != "apart"])
@@ -250,7 +256,7 @@ for classes in (5, 9, 33, 131, 257, 1001):
         for at_end in (False, True):
             x = guarded(3 * classes * dtype.itemsize, at_end).view(dtype).view(3, classes)
             x.copy_(torch.randn(3, classes))
-            for way in ({{}}, {{"way": "long", "warps": 2}}, {{"way": "streamed", "warps": 1, "slots": 2}}, {{"way": "apart"}}):
+            for way in ({{}}, {{"way": "long", "warps": 2}}, {{"way": "streamed", "slots": 2}}, {{"way": "apart"}}):
                 with simt.forced(**way):
                     y = torch.tensor([0, classes - 1, classes // 2])
                     loss = mlkernels.cross_entropy(x.requires_grad_(), y, backend="cuda")

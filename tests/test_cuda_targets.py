@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels compiled for their targets: no spills, no stack, 16-byte accesses, and each chip's own copies."""
+"""The CUDA C++ kernels compiled for their targets: no spills, no stack, 16-byte accesses, each chip's own copies."""
 
 import importlib.util
 import os
@@ -57,7 +57,11 @@ def short(name):
     options = re.search(rf"{kind}I(.*?)EEN", name)
     flags = re.findall(r"L([ib])(\d+)E", options[1] + "E" if options else "")
     names = {"RowsLong": ("general", "streamed"), "RowsShort": ("elements", "general"), "RowsApart": ()}[kind]
-    said = [n if t == "b" else f"{value} {n}" for n, (t, value) in zip(names, flags, strict=False) if t == "i" or value == "1"]
+    said = [
+        n if t == "b" else f"{value} {n}"
+        for n, (t, value) in zip(names, flags, strict=False)
+        if t == "i" or value == "1"
+    ]
     return " ".join([kind, *said])
 
 
@@ -76,7 +80,10 @@ def test_rows(arch, storage, table):
     assert len(kernels) == 9  # 4 of short rows, 4 of long ones, 1 of rows apart
     lines = []
     for name, used in sorted(kernels, key=lambda kernel: short(kernel[0])):
-        lines.append(f"sm_{arch:<5}{storage:<10}{short(name):<30}{used['REG']:>4} registers, stack {used['STACK']}, local {used['LOCAL']}")
+        lines.append(
+            f"sm_{arch:<5}{storage:<10}{short(name):<30}{used['REG']:>4} registers, "
+            f"stack {used['STACK']}, local {used['LOCAL']}"
+        )
         assert int(used["STACK"]) == int(used["LOCAL"]) == 0, lines[-1]
     with table.open("a") as file:
         file.write("\n".join(lines) + "\n")

@@ -1,4 +1,4 @@
-"""The host that runs the CUDA kernels (csrc/simt_host.h) finds mistakes; and it finds them in the kernels themselves."""
+"""The host that runs the CUDA kernels (csrc/simt_host.h) finds mistakes, also in the kernels themselves."""
 
 import importlib.util
 import os
@@ -72,34 +72,32 @@ def test_faults_are_found_in_every_order(said, name):
 # ---- the kernels themselves, with a barrier or a wait taken out ------------------------------------------------------
 
 #: file, what is taken out, what takes its place.
+_LONG, _SHORT = "cuda/rows_long.h", "cuda/rows_short.h"
+_FENCE, _SYNC, _WRITE = "      simt.before_copy();\n", "      simt.warp_sync();\n", "      if (v.grad) write"
 BROKEN = {
-    "the wait for a row's chunks": ("cuda/rows_long.h", "simt.copy_wait(at.barriers + 8 * p.slot, p.parity);", ""),
-    "the barrier before a place is filled again": (
-        "cuda/rows_long.h",
-        "      simt.before_copy();\n      simt.warp_sync();\n      ask();",
-        "      ask();",
-    ),
-    "the barrier between telling and reading": ("cuda/rows_long.h", "      sync();\n      return here;", "      return here;"),
-    "two halves of the exchange": ("cuda/rows_long.h", "told ^= 1;", ""),
-    "the wait for a tile": ("cuda/rows_short.h", "simt.copy_wait(at.barriers + 8 * slot, parity);", ""),
-    "the fence before a tile is filled again": ("cuda/rows_short.h", "      simt.before_copy();\n", ""),
-    "the barrier before a tile is written out": ("cuda/rows_short.h", "      simt.warp_sync();\n      if (v.grad) write", "      if (v.grad) write"),
+    "the wait for a row's chunks": (_LONG, "simt.copy_wait(at.barriers + 8 * p.slot, p.parity);", ""),
+    "the barrier before a place is filled again": (_LONG, f"{_FENCE}{_SYNC}      ask();", "      ask();"),
+    "the barrier between telling and reading": (_LONG, "      sync();\n      return here;", "      return here;"),
+    "two halves of the exchange": (_LONG, "told ^= 1;", ""),
+    "the wait for a tile": (_SHORT, "simt.copy_wait(at.barriers + 8 * slot, parity);", ""),
+    "the fence before a tile is filled again": (_SHORT, _FENCE, ""),
+    "the barrier before a tile is written out": (_SHORT, f"{_SYNC}{_WRITE}", _WRITE),
     "the barrier between reading and writing a target": (
-        "cuda/rows_short.h",
+        _SHORT,
         "    simt.warp_sync();  // the target's",
         "    // the target's",
     ),
-}  # fmt: skip
+}
 FEW = ("the barrier before a place is filled again", "the barrier before a tile is written out")
 PROGRAM = """
 import sys; sys.path[:0] = [{tests!r}]
 import torch, simt
-simt.library.__wrapped__  # the library of this copy
 import mlkernels
 simt.install()
 torch.manual_seed(0)
 for seed in range(1, 7):
-    for shape in ({{"way": "short", "slots": 2, "tile_rows": 1, "teams": 1, "cluster": -1, "warps": 1}}, {{"way": "short", "cluster": 2}},
+    for shape in ({{"way": "short", "slots": 2, "tile_rows": 1, "teams": 1, "cluster": -1, "warps": 1}},
+                  {{"way": "short", "cluster": 2}},
                   {{"way": "long", "warps": 2, "slots": 1, "teams": 1, "chunk": 32}},
                   {{"way": "long", "warps": 1, "cluster": 2, "teams": 1, "chunk": 32}}):
         with simt.forced(seed=seed, **shape):
@@ -118,7 +116,9 @@ def broken(tmp_path, name):
         (shutil.copytree if (ROOT / part).is_dir() else shutil.copy)(ROOT / part, target)
     # All but the rows of float32 as they were built.
     (tmp_path / "build").mkdir()
-    shutil.copytree(ROOT / "build", tmp_path / "build", dirs_exist_ok=True, ignore=shutil.ignore_patterns("cuda", "cpu"))
+    shutil.copytree(
+        ROOT / "build", tmp_path / "build", dirs_exist_ok=True, ignore=shutil.ignore_patterns("cuda", "cpu")
+    )
     source = tmp_path / "csrc" / file
     text = source.read_text()
     assert text.count(what) == 1
@@ -146,7 +146,9 @@ def broken(tmp_path, name):
     [
         pytest.param(
             name,
-            marks=[] if name in FEW else pytest.mark.skipif("not os.environ.get('MLKERNELS_FULL')", reason="MLKERNELS_FULL=1"),
+            marks=[]
+            if name in FEW
+            else pytest.mark.skipif("not os.environ.get('MLKERNELS_FULL')", reason="MLKERNELS_FULL=1"),
         )
         for name in BROKEN
     ],

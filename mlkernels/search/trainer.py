@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..modules import PiecewiseLoss
-from ._snapshot import Snapshot
+from ..schedule import Snapshot
 from .population import Population, PopulationLoss
 from .ranks import Ranks
 
