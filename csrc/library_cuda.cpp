@@ -121,6 +121,9 @@ const RowKernels<double>& kernels_of<double>(Storage) {
   return rows_double;
 }
 
+// A launch costs more than a look at so many labels.
+constexpr int64_t FEW_ROWS = 512;
+
 constexpr int INPUT = SLOTS;  // the bit of `needs` that stands for the logits
 
 // The arguments that the operators share, laid out. The order of the numbers is that of ops.py.
@@ -229,16 +232,15 @@ struct Call {
     const RowKernels<T>& kernels = kernels_of<T>(v.storage);
     if (v.rows == 0) {
       if (!reduced) return;
-      v.parts = mean() ? 1 : 0;
-      double* zeros = numbers_of(2);
-      v.divisors = zeros;
-      if (mean()) Sums::count(v, place.device, zeros, 1);
+      v.parts = mean() ? -1 : 0;
       Sums::total(v, place.device, 0);
       return;
     }
     const Choice choice = kernels.choose(v, place.device);
     const bool alone = choice.way == Way::SHORT && choice.tiles.alone;
-    if (mean() && (v.losses || v.grad || v.want_parameters) && !alone) {
+    if (mean() && (v.losses || v.grad || v.want_parameters) && !alone && v.rows <= FEW_ROWS) {
+      v.parts = -1;
+    } else if (mean() && (v.losses || v.grad || v.want_parameters) && !alone) {
       v.parts = int(std::min<int64_t>(MLKERNELS_ISA::MOST_PARTS, (v.rows + 1023) / 1024));
       double* parts = numbers_of(2 * v.parts);
       v.divisors = parts;

@@ -7,7 +7,8 @@
 //   cluster_sync by all threads of a cluster;
 // * what one thread writes to shared memory another reads only after a barrier between them, and likewise what it is
 //   to overwrite; an own asynchronous copy is read after copy_wait, by each thread that reads it;
-// * store_remote reaches another block of the cluster, after a first cluster_sync.
+// * store_remote and tell reach another block of the cluster, after a first cluster_sync; what was told is read after
+//   copy_wait.
 //
 // Shared memory is addressed by bytes from its beginning.
 #pragma once
@@ -164,6 +165,35 @@ struct Simt {
     for (int i = lane(); i < vectors; i += LANES)
       asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(local(to + 16 * i)), "l"(source + 16 * i) : "memory");
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(local(barrier)) : "memory");
+#endif
+  }
+  // Between the blocks of a cluster, without waiting for anything else that they do: a number for another block's memory,
+  // which counts it at its own barrier; and, by one thread of each block, how many bytes that barrier is to wait for.
+  template <class V>
+  MLK_DEVICE void tell(int rank, int at, V value, int barrier) const {
+#if __CUDA_ARCH__ >= 900
+    uint32_t address, counter;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(local(at)), "r"(rank));
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(counter) : "r"(local(barrier)), "r"(rank));
+    if constexpr (sizeof(V) == 4) {
+      uint32_t bits;
+      memcpy(&bits, &value, 4);
+      asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(address), "r"(bits),
+                   "r"(counter)
+                   : "memory");
+    } else {
+      static_assert(sizeof(V) == 8, "4 or 8 bytes");
+      uint64_t bits;
+      memcpy(&bits, &value, 8);
+      asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(address), "l"(bits),
+                   "r"(counter)
+                   : "memory");
+    }
+#endif
+  }
+  MLK_DEVICE void expect(int barrier, int bytes) const {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(local(barrier)), "r"(bytes) : "memory");
 #endif
   }
   // Until the barrier's phase of this parity (0 for the first copy, then 1, 0, ...) is complete.

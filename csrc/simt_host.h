@@ -82,14 +82,16 @@ struct Cell {
 struct Barrier {
   uint32_t completed = 0;  // phases
   bool busy = false;
+  int expected = -1, arrived = 0;  // bytes that are told
   std::vector<Fiber*> waiting;
 };
 
 struct Copy {
   Block* block;
   int barrier, to;
-  const char* from;
+  const char* from;  // null: it is the value
   int bytes;
+  unsigned char value[8];
 };
 
 struct Warp {
@@ -266,16 +268,37 @@ class Machine {
     copies_[which] = copies_.back();
     copies_.pop_back();
     Barrier& barrier = copy.block->barriers[copy.barrier];
-    std::memcpy(copy.block->shared.data() + copy.to, copy.from, size_t(copy.bytes));
+    std::memcpy(copy.block->shared.data() + copy.to, copy.from ? copy.from : reinterpret_cast<const char*>(copy.value),
+                size_t(copy.bytes));
     for (int at = copy.to; at < copy.to + copy.bytes; at += 2) {
       Cell& cell = copy.block->cells[size_t(at / 2)];
       cell.arriving = false;
       cell.phase = barrier.completed + 1;
+      if (copy.from) continue;
+      cell.launch = launch_;
+      cell.barrier = copy.barrier;
+    }
+    if (!copy.from) {
+      barrier.arrived += copy.bytes;
+      complete_told(barrier);
+      return;
     }
     ++barrier.completed;
     barrier.busy = false;
     wake(barrier.waiting);
   }
+
+ public:
+  void complete_told(Barrier& barrier) {
+    if (barrier.expected < 0 || barrier.arrived < barrier.expected) return;
+    if (barrier.arrived > barrier.expected) fail("more was told than a barrier expects");
+    barrier.expected = -1;
+    barrier.arrived = 0;
+    ++barrier.completed;
+    wake(barrier.waiting);
+  }
+
+ private:
 
   void give_turn() {
     while (true) {
@@ -442,7 +465,28 @@ struct Simt {
       cell.arriving = true;
     }
     found->second.busy = true;
-    machine().ask({&block, barrier, to, static_cast<const char*>(from), 16 * vectors});
+    machine().ask({&block, barrier, to, static_cast<const char*>(from), 16 * vectors, {}});
+  }
+  template <class V>
+  void tell(int rank, int at, V value, int barrier) const {
+    check_place<V>(at);
+    if (self().cluster_epoch < 2) machine().fail("another block is told something before the first cluster_sync");
+    simt::Block& block = machine().neighbour(rank);
+    if (block.finished == machine().threads()) machine().fail("a block is told something that has ended");
+    const auto found = block.barriers.find(barrier);
+    if (found == block.barriers.end()) machine().fail("something is told without barrier_init");
+    const simt::Cell& cell = cell_of(block, at);
+    if (cell.launch == machine().launch() && cell.barrier == barrier && cell.phase == found->second.completed + 1)
+      machine().fail("two numbers are told for one place");
+    simt::Copy copy{&block, barrier, at, nullptr, int(sizeof(V)), {}};
+    std::memcpy(copy.value, &value, sizeof(V));
+    machine().ask(copy);
+  }
+  void expect(int barrier, int bytes) const {
+    simt::Barrier& b = self().block->barriers.at(barrier);
+    if (b.expected >= 0) machine().fail("a barrier is told twice what to expect");
+    b.expected = bytes;
+    machine().complete_told(b);
   }
   void copy_wait(int barrier, int parity) const {
     simt::Fiber& f = self();

@@ -29,10 +29,10 @@ constexpr int SUMS = 4;  // numbers that a warp tells the others, of 8 bytes at 
 
 // Where things lie in shared memory.
 struct LongPlaces {
-  int barriers, told, ring;
+  int barriers, told, ring;  // and at 0 the barriers of what a cluster's blocks tell each other
   MLK_FN LongPlaces(const RowPlan& plan, int warp, int warps, int ranks) {
-    barriers = warp * plan.slots * 8;
-    told = (warps * plan.slots * 8 + 127) / 128 * 128;
+    barriers = 16 + warp * plan.slots * 8;
+    told = (16 + warps * plan.slots * 8 + 127) / 128 * 128;
     const int rings = told + (2 * warps * ranks * SUMS * 8 + 127) / 128 * 128;
     ring = rings + warp * plan.slots * plan.chunk * 16;
   }
@@ -101,7 +101,7 @@ struct RowsLong {
     int teams;
     int per_row;    // chunks asked for per row: forwards, backwards
     int forwards;   // of those
-    int told = 0;   // which half of the exchange is next
+    int exchanges = 0;  // so far
     Loader ahead;
     Place place;
 
@@ -116,15 +116,6 @@ struct RowsLong {
       const bool sums = !v.saved || v.want_shift;
       forwards = sums || !STREAMED ? plan.chunks : 0;
       per_row = STREAMED ? forwards + (v.grad ? plan.chunks : 0) : sums || v.grad ? plan.chunks : 0;
-    }
-
-    MLK_DEVICE void sync() const {
-      if (simt.ranks() > 1)
-        simt.cluster_sync();
-      else if (simt.warps() > 1)
-        simt.block_sync();
-      else
-        simt.warp_sync();
     }
 
     MLK_DEVICE const S* row_at(int64_t row) const { return static_cast<const S*>(v.input) + v.in.offset(row); }
@@ -240,19 +231,25 @@ struct RowsLong {
     // What the warps tell each other: K numbers of T's size each.
     template <int K>
     MLK_DEVICE int tell(const T (&x)[K]) {
-      const int here = at.told + told * parts * SUMS * 8;
-      told ^= 1;
-      if (simt.lane() < simt.ranks()) {
-        MLK_UNROLL
-        for (int k = 0; k < K; ++k) {
-          const int to = here + (part * SUMS + k) * 8;
-          if (simt.ranks() > 1)
-            simt.store_remote(simt.lane(), to, x[k]);
-          else
-            simt.store(to, x[k]);
+      // Two places in turn: whoever is told something for the second time has been heard by all in between.
+      const int half = exchanges & 1, parity = exchanges >> 1 & 1;
+      ++exchanges;
+      const int here = at.told + half * parts * SUMS * 8, mine = here + part * SUMS * 8;
+      if (simt.ranks() > 1) {
+        // No barrier of the cluster: it would wait until this row's gradient is written, here and elsewhere.
+        if (simt.thread() == 0) simt.expect(8 * half, parts * K * int(sizeof(T)));
+        if (simt.lane() < simt.ranks()) {
+          MLK_UNROLL
+          for (int k = 0; k < K; ++k) simt.tell(simt.lane(), mine + 8 * k, x[k], 8 * half);
         }
+        simt.copy_wait(8 * half, parity);
+      } else {
+        if (simt.lane() == 0) {
+          MLK_UNROLL
+          for (int k = 0; k < K; ++k) simt.store(mine + 8 * k, x[k]);
+        }
+        simt.block_sync();
       }
-      sync();
       return here;
     }
     MLK_DEVICE T said(int here, int part, int k) const { return simt.template load<T>(here + (part * SUMS + k) * 8); }
@@ -584,8 +581,12 @@ struct RowsLong {
     if (v.unless_one && *v.unless_one == T(1)) return;
     Team<Simt> team(simt, v, plan);
     for (int slot = simt.lane(); slot < plan.slots; slot += LANES) simt.barrier_init(team.at.barriers + 8 * slot);
+    if (simt.thread() < 2 && simt.ranks() > 1) simt.barrier_init(8 * simt.thread());
     simt.barriers_ready();
-    team.sync();
+    if (simt.ranks() > 1)
+      simt.cluster_sync();
+    else
+      simt.block_sync();
     const int first = simt.block() / simt.ranks();
     team.ahead.next = team.label_before(first);
     team.seek(first);

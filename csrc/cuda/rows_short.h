@@ -105,12 +105,8 @@ struct RowsShort {
       share = share_of(simt, v);
     } else if (v.spec.reduction == REDUCE_MEAN) {
       for (int64_t row = int64_t(simt.block()) * simt.threads() + simt.thread(); row < v.rows;
-           row += int64_t(simt.blocks()) * simt.threads()) {
-        const Label label = label_of(v, row);
-        if (label.fate == Fate::IGNORED) continue;
-        weights += label.fate == Fate::KEPT && v.weight ? double(v.weight[label.y]) : 1.0;
-        kept += 1;
-      }
+           row += int64_t(simt.blocks()) * simt.threads())
+        count_row(v, row, weights, kept);
       over_all(simt, at.told, weights, kept);
       share = {T(1 / weights), T(1 / kept)};
     }

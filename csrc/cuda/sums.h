@@ -39,12 +39,8 @@ struct CountRows {
   static MLK_DEVICE void run(const Simt& simt, const Visit<T>& v, const Plan& plan) {
     double weights = 0, rows = 0;
     for (int64_t row = int64_t(simt.block()) * simt.threads() + simt.thread(); row < v.rows;
-         row += int64_t(simt.blocks()) * simt.threads()) {
-      const Label label = label_of(v, row);
-      if (label.fate == Fate::IGNORED) continue;
-      weights += label.fate == Fate::KEPT && v.weight ? double(v.weight[label.y]) : 1.0;
-      rows += 1;
-    }
+         row += int64_t(simt.blocks()) * simt.threads())
+      count_row(v, row, weights, rows);
     over_block(simt, weights, rows);
     if (simt.thread() != 0) return;
     plan.out[2 * simt.block()] = weights;
@@ -68,14 +64,10 @@ struct TotalLoss {
     }
     over_block(simt, by_class, by_row);
     if (simt.warp() != 0) return;
-    if (v.parts > 0) {
-      double weights = 0, rows = 0;
-      for (int i = simt.lane(); i < v.parts; i += LANES) {
-        weights += v.divisors[2 * i];
-        rows += v.divisors[2 * i + 1];
-      }
-      by_class /= sum_over(simt, weights);
-      rows = sum_over(simt, rows);
+    if (v.parts != 0) {
+      double weights, rows;
+      divisors_of(simt, v, weights, rows);
+      by_class /= weights;
       by_row = by_row == 0 ? 0.0 : by_row / rows;
     }
     if (simt.lane() == 0) *v.losses = T(by_class + by_row);

@@ -19,7 +19,8 @@ struct Visit : Problem<T> {
   Index group_type;
   const char *begin, *end;     // the memory of the logits: nothing outside is read
   const double* weight_total;  // the sum of all class weights, or null
-  // The sums of the kept rows' weights and of the kept rows, in parts: what "mean" divides by. parts = 0: not needed.
+  // The sums of the kept rows' weights and of the kept rows, in parts: what "mean" divides by. parts = 0: not needed;
+  // parts < 0: few rows, whoever needs the sums looks at the labels.
   const double* divisors;
   int parts;
   const T* unless_one;  // nothing is done where this upstream gradient is 1; or null
@@ -152,16 +153,38 @@ MLK_DEVICE V max_over(const Simt& simt, V x, int lanes = LANES) {
 
 // ---- rows ------------------------------------------------------------------------------------------------------------
 
+// Counts a row in what "mean" divides by.
+template <class T>
+MLK_DEVICE void count_row(const Visit<T>& v, int64_t row, double& weights, double& rows) {
+  const Label label = label_of(v, row);
+  if (label.fate == Fate::IGNORED) return;
+  weights += label.fate == Fate::KEPT && v.weight ? double(v.weight[label.y]) : 1.0;
+  rows += 1;
+}
+
+// What "mean" divides by; by a whole warp, where it is needed.
+template <class Simt, class T>
+MLK_DEVICE void divisors_of(const Simt& simt, const Visit<T>& v, double& weights, double& rows) {
+  weights = rows = 0;
+  if (v.parts < 0) {
+    for (int64_t row = simt.lane(); row < v.rows; row += LANES) count_row(v, row, weights, rows);
+  } else {
+    for (int i = simt.lane(); i < v.parts; i += LANES) {
+      weights += v.divisors[2 * i];
+      rows += v.divisors[2 * i + 1];
+    }
+  }
+  weights = sum_over(simt, weights);
+  rows = sum_over(simt, rows);
+}
+
 // What each row's upstream gradient is multiplied by; by a whole warp.
 template <class Simt, class T>
 MLK_DEVICE Share<T> share_of(const Simt& simt, const Visit<T>& v) {
   if (v.parts == 0) return {1, 1};
-  double weights = 0, rows = 0;
-  for (int i = simt.lane(); i < v.parts; i += LANES) {
-    weights += v.divisors[2 * i];
-    rows += v.divisors[2 * i + 1];
-  }
-  return {T(1 / sum_over(simt, weights)), T(1 / sum_over(simt, rows))};
+  double weights, rows;
+  divisors_of(simt, v, weights, rows);
+  return {T(1 / weights), T(1 / rows)};
 }
 
 template <class T>
