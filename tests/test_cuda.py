@@ -86,7 +86,7 @@ def test_every_way(way, dtype):
     per_vector = 16 // dtype.itemsize
     edges = {1, 2, 31, 33, per_vector, 32 * per_vector - 1, 32 * per_vector, 32 * per_vector + 1, 64 * per_vector + 3}
     for classes in sorted(edges):
-        if way["way"] == "short" and classes > 1024:
+        if way["way"] == "short" and classes > (256 if dtype == torch.float64 else 1024):
             continue
         for phase in (0, 1):
             input, target = rows(7, classes, dtype, classes, phase)

@@ -17,7 +17,7 @@ SKIPPED = re.compile(r"\.__main__$|\.triton\b")
 
 def module_names():
     found = (module.name for module in pkgutil.walk_packages(mlkernels.__path__, "mlkernels."))
-    return ["mlkernels", *(name for name in found if not SKIPPED.search(name) and not name.endswith("._cpu"))]
+    return ["mlkernels", *(name for name in found if not SKIPPED.search(name) and not name.endswith(("._cpu", "._cuda")))]
 
 
 @pytest.mark.parametrize("name", module_names())

@@ -29,8 +29,9 @@ int power_of_two_from(int64_t x) {
 // ---- sizes -----------------------------------------------------------------------------------------------------------
 // By calculation: none of these numbers has been measured yet.
 
-constexpr int64_t SHORT_ROW = 1024;       // columns that 32 lanes hold
-constexpr int64_t FEW_COLUMNS = 64;       // up to here a lane holds 8 of them, above 32
+constexpr int FEW = 8, MANY = sizeof(T) == 8 ? 8 : 32;  // columns that a lane holds; of doubles more would spill
+constexpr int64_t FEW_COLUMNS = 64;                      // up to here FEW of them
+constexpr int64_t SHORT_ROW = LANES * MANY;
 constexpr int64_t TILE_BYTES = 4096;
 constexpr int64_t BYTES_OF_A_WARP = 8192;  // of a long row
 constexpr int CHUNK = 128;                // vectors: 2 kB
@@ -41,7 +42,8 @@ bool plan_short(const Visit<T>& v, const Device& device, Choice& out) {
   out.warps = forced.warps ? forced.warps : 4;
   const int64_t row_bytes = v.classes * int64_t(sizeof(S));
   TilePlan& tiles = out.tiles;
-  tiles.lanes = power_of_two_from((v.classes + (v.classes <= FEW_COLUMNS ? 7 : 31)) / (v.classes <= FEW_COLUMNS ? 8 : 32));
+  const int held = v.classes <= FEW_COLUMNS ? FEW : MANY;
+  tiles.lanes = power_of_two_from((v.classes + held - 1) / held);
   const int together = LANES / tiles.lanes;
   tiles.rows = int(std::max<int64_t>(1, std::min<int64_t>(TILE_BYTES / row_bytes, 512) / together)) * together;
   if (forced.tile_rows) tiles.rows = forced.tile_rows * together;
@@ -117,9 +119,9 @@ Choice plan_streamed(const Visit<T>& v, const Device& device) {
 // ---- which way -------------------------------------------------------------------------------------------------------
 
 template <bool GENERAL>
-using ShortFew = RowsShort<T, S, 8, GENERAL>;
+using ShortFew = RowsShort<T, S, FEW, GENERAL>;
 template <bool GENERAL>
-using ShortMany = RowsShort<T, S, 32, GENERAL>;
+using ShortMany = RowsShort<T, S, MANY, GENERAL>;
 
 // Calls with<Body>(plan, bytes of shared memory) for the kernel of a choice.
 template <class With>

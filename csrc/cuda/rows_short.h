@@ -43,7 +43,7 @@ template <class T_, class S_, int ELEMENTS, bool GENERAL>
 struct RowsShort {
   using T = T_;
   using S = S_;
-  static constexpr int THREADS = 128, BLOCKS = GENERAL || sizeof(T) == 8 || ELEMENTS == 32 ? 2 : 3;
+  static constexpr int THREADS = 128, BLOCKS = GENERAL || ELEMENTS > 8 || sizeof(T) == 8 ? 2 : 3;
   static constexpr T INF = std::numeric_limits<T>::infinity();
 
   // Two sums over all threads of the launch, which is one block or cluster; the same bits for all of them.
