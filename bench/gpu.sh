@@ -29,11 +29,11 @@ unset TRITON_INTERPRET # the tests set it where there is no GPU
 failed=()
 waiting=() # what runs beside the next steps: name, seconds, process
 
-announce() { # NAME SECONDS WHY COMMAND...
-    local name=$1 seconds=$2 why=$3
+announce() { # NAME WHEN WHY COMMAND...
+    local name=$1 when=$2 why=$3
     shift 3
     echo
-    echo "== $name, up to $seconds s: $why"
+    echo "== $name, $when: $why"
     echo "   $*"
 }
 
@@ -44,9 +44,9 @@ judge() { # NAME SECONDS STATUS
 
 # step NAME SECONDS WHY COMMAND...: the command's output goes to the terminal and to NAME.log
 step() {
-    local name=$1 seconds=$2
-    announce "$@"
+    local name=$1 seconds=$2 why=$3
     shift 3
+    announce "$name" "up to $seconds s" "$why" "$@"
     [ -n "$dry_run" ] && return
     timeout --kill-after=10 "$seconds" "$@" 2>&1 | tee "$out/$name.log"
     judge "$name" "$seconds" "${PIPESTATUS[0]}"
@@ -54,9 +54,9 @@ step() {
 
 # The same, beside the steps that follow; its output comes when it is waited for.
 beside() {
-    local name=$1 seconds=$2
-    announce "$@"
+    local name=$1 seconds=$2 why=$3
     shift 3
+    announce "$name" "up to $seconds s beside the next" "$why" "$@"
     [ -n "$dry_run" ] && return
     timeout --kill-after=10 "$seconds" "$@" > "$out/$name.log" 2>&1 < /dev/null &
     waiting+=("$name $seconds $!")
@@ -94,8 +94,8 @@ step tests-triton 170 "the property table on the device, sizes past 2^31 element
     "$python" -m pytest -q tests/test_gpu.py -k triton
 finish
 
-# At most 60 s.
-step machine 20 "versions, devices, backends" "$python" -m mlkernels
+# At most 55 s.
+step machine 15 "versions, devices, backends" "$python" -m mlkernels
 step smoke 40 "a few tiny launches of every loss; fills Triton's cache for those that follow" \
     "$python" -m bench.gpu --smoke --backends "$backends"
 
@@ -120,7 +120,9 @@ if [ -n "$tune" ]; then
         "$python" -m bench.tune
     [ -n "$dry_run" ] || cp mlkernels/backends/triton/sizes.json mlkernels/backends/choice.json "$out"
 fi
-step measure 225 "share of the copy bandwidth, peers, small problems, copies, float16; JSON and picture" \
+step schedule 25 "what MILS adds to an iteration, and what an attempt is made of" \
+    "$python" -m bench.schedule --seconds 4
+step measure 205 "share of the copy bandwidth, peers, small problems, copies, float16; JSON and picture" \
     "$python" -m bench.gpu --out "$out"
 
 echo

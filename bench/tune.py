@@ -192,7 +192,7 @@ def tune(
     return best, notes
 
 
-# ---- the choice between the backends -----------------------------------------------------------------------------------
+# ---- the choice between the backends ---------------------------------------------------------------------------------
 
 
 def problems_at(layout: str, classes: int, elements: int) -> list[Problem]:
