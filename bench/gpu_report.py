@@ -260,10 +260,13 @@ def _cell(report: Report, problem: Problem, loss: str, by: str) -> str:
     return "/".join(parts)
 
 
-def _ratios(report: Report, row: Row) -> str:
+def _ratios(report: Report, problem: Problem, loss: str, peer: str) -> str:
     """A peer's time over each of ours."""
-    own = (report.find(row.problem, row.loss, row.mode, by) for by in report.backends())
-    return "/".join("-" if one is None else f"{row.timing.median / one.timing.median:.2f}x" for one in own)
+    row = report.find(problem, loss, "single", peer)
+    if row is None:
+        return ""
+    own = (report.find(problem, loss, "single", by) for by in report.backends())
+    return "/".join("-" if one is None else f"{row.timing.median / one.timing.median:.2f}" for one in own)
 
 
 def _us(seconds: float | None) -> str:
@@ -282,20 +285,20 @@ def text(report: Report) -> str:
     lines = [
         f"{header['device']}, backends {' and '.join(backends) or '-'}; {versions}; {header['date']}; {commit}",
         f"copy {_rate(report.copies)}; percent of it at the floor's bytes, forward/single visit/split; * below target",
-        f"{'':<24}{'':<7}" + "".join(f"{name:>15}" for name in LOSSES),
+        f"{'':<24}{'':<8}" + "".join(f"{name:>15}" for name in LOSSES),
     ]
     for problem in report.problems():
         for by in backends:
             # A problem's name once: the lines of its backends stand together.
             cells = "".join(f"{_cell(report, problem, loss, by):>15}" for loss in LOSSES)
-            lines.append(f"{str(problem) if by == backends[0] else '':<24}{by:<7}{cells}")
-    peers = [row for row in report.rows if row.by not in OURS]
+            lines.append(f"{str(problem) if by == backends[0] else '':<24}{by:<8}{cells}")
+    peers = dict.fromkeys((row.problem, row.by) for row in report.rows if row.by not in OURS)
     if peers:
         title = f"Times as long as ours ({'/'.join(backends)}), forward + backward of a mean"
         lines += ["", f"{title} (poly1: a loss of one's own on our row losses):"]
-    for problem in dict.fromkeys(row.problem for row in peers):
-        cells = ", ".join(f"{row.loss} {row.by} {_ratios(report, row)}" for row in peers if row.problem == problem)
-        lines.append(f"{problem!s:<24}{cells}")
+    for problem, peer in peers:
+        cells = "".join(f"{_ratios(report, problem, loss, peer):>15}" for loss in LOSSES)
+        lines.append(f"{problem!s:<24}{peer:<8}{cells}".rstrip())
     if report.small:
         lines += ["", "Small problems, forward + backward, us (CUDA graph / without):"]
     for problem, by in dict.fromkeys((one.problem, one.by) for one in report.small):
@@ -304,7 +307,7 @@ def text(report: Report) -> str:
             for one in report.small
             if (one.problem, one.by) == (problem, by)
         )
-        lines.append(f"{problem!s:<24}{by:<7}{cells}")
+        lines.append(f"{problem!s:<24}{by:<8}{cells}")
     if report.states:
         first = report.states[0]
         lines += [
