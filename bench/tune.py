@@ -1,8 +1,13 @@
-"""``python -m bench.tune``: measures the launch sizes on the GPU at hand and writes the best into ``sizes.json``.
+"""``python -m bench.tune``: measures on the GPU at hand what the tables of the package say, and writes them.
+
+``sizes.json`` first: Triton's launch sizes.
 
 A row of a table there is the largest number of classes it serves (0: any, block by block), how many elements a program
 holds, and its warps. Each row's candidates are timed in bfloat16 as a fraction of the copy bandwidth, a mean with its
 gradient and the split way alike; one whose kernels spill registers, or that fails, is not taken.
+
+Then ``choice.json``: which of Triton and CUDA serves how many classes under ``backend=None``, where both are there.
+They take turns on large batches in three modes, and on small ones from a CUDA graph; the mean of the ratios counts.
 """
 
 from __future__ import annotations
@@ -20,9 +25,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mlkernels.backends import CHOICE, LAYOUTS, check_choice
 from mlkernels.backends.triton import launch
 
-from .gpu import Problem, compile_ahead, few_rows, first_line, floor_bytes, gpu, make_inputs, our_step, ours, visit
+from .gpu import compile_ahead, few_rows, first_line, gpu, graphed, make_inputs, our_step, ours, usable, visit
+from .gpu_report import MODES, OURS, Problem, floor_bytes
 from .measure import take_turns
 from .run import describe
 
@@ -33,7 +40,13 @@ LISTS = ["classes_side_by_side", "rows_side_by_side"]
 ELEMENTS, COPIED = 2**28, 2**30  # of a problem's logits; bytes of the copy
 LONGEST = 32768  # classes that may fit on chip; whether they do is measured
 MARGIN = 1.02  # a new size must be that much better than the old one
-BUDGET, COMPILING, SECONDS = 210.0, 110.0, 0.15
+BUDGET, COMPILING, SECONDS = 165.0, 100.0, 0.15  # seconds
+CHOOSING = 45.0  # of those that follow
+CHOICE_AT = {
+    "classes_side_by_side": (10, 100, 1000, 4096, 16384, 32768, 50257, 65536, 128256, 262144),
+    "rows_side_by_side": (19, 150),
+}
+FEW_ROWS, FEW_ROWS_UP_TO = 128, 1024  # where launches count
 
 
 class Candidate(NamedTuple):
@@ -120,7 +133,7 @@ def prepare(table: Table, candidate: Candidate, kind: str, elements: int) -> Non
     """Compiles what a candidate runs; in a process of its own."""
     use(with_row(table, candidate))
     for classes in candidate.classes:
-        visit(few_rows(problem_of(candidate, classes, elements)), ["cross_entropy", "piecewise"], kind)
+        visit(few_rows(problem_of(candidate, classes, elements)), ["cross_entropy", "piecewise"], kind, "triton")
 
 
 def rate(table: Table, candidate: Candidate, copied: tuple[Tensor, Tensor], elements: int) -> float:
@@ -135,9 +148,9 @@ def rate(table: Table, candidate: Candidate, copied: tuple[Tensor, Tensor], elem
     try:
         for classes in candidate.classes:
             problem = problem_of(candidate, classes, elements)
-            visit(few_rows(problem), ["piecewise"], device.type)  # for its spills: the heaviest kernels
+            visit(few_rows(problem), ["piecewise"], device.type, "triton")  # for its spills: the heaviest kernels
             sets = [make_inputs(problem, False, device)]
-            function = ours(device)["cross_entropy"]
+            function = ours(device, "triton")["cross_entropy"]
             steps = {mode: our_step(function, mode, sets) for mode in ("single", "split")}
             timings = take_turns({**steps, "copy": lambda: copied[0].copy_(copied[1])}, SECONDS, device)
             if any(recorder.spills for recorder in recorders):
@@ -179,8 +192,86 @@ def tune(
     return best, notes
 
 
+# ---- the choice between the backends ---------------------------------------------------------------------------------
+
+
+def problems_at(layout: str, classes: int, elements: int) -> list[Problem]:
+    """What stands for so many classes: many rows, and a few where the launches count as well."""
+    if layout == "rows_side_by_side":
+        return [problem_of(Candidate(layout, classes, None, ()), classes, elements)]
+    found = [problem_of(Candidate(layout, classes, None, ()), classes, elements)]
+    return [*found, Problem((FEW_ROWS, classes), "bfloat16")] if classes <= FEW_ROWS_UP_TO else found
+
+
+def prepare_choice(layout: str, classes: int, kind: str, elements: int) -> None:
+    """Compiles Triton's kernels for it; in a process of its own."""
+    for problem in problems_at(layout, classes, elements):
+        visit(few_rows(problem), ["cross_entropy", "piecewise"], kind, "triton")
+
+
+def ratio_at(layout: str, classes: int, device: torch.device, elements: int) -> float:
+    """Triton's time over CUDA's: the geometric mean over problems, losses and modes."""
+    ratios = []
+    for problem in problems_at(layout, classes, elements):
+        sets = [make_inputs(problem, False, device)]
+        for name in ("cross_entropy", "piecewise"):
+            functions = {by: ours(device, by)[name] for by in OURS}
+            # A cosine loss on logits is as much work, and its numbers do not matter here.
+            if problem.rows == FEW_ROWS and device.type == "cuda":
+                kinds = {by: {"graph": graphed(function, *sets[0][:2])} for by, function in functions.items()}
+            else:
+                kinds = {by: {mode: our_step(f, mode, sets) for mode in MODES} for by, f in functions.items()}
+            steps = {f"{by} {mode}": step for by, modes in kinds.items() for mode, step in modes.items()}
+            times = {key: timing.median for key, timing in take_turns(steps, SECONDS, device).items()}
+            ratios += [times[f"triton {mode}"] / times[f"cuda {mode}"] for mode in kinds["cuda"]]
+    return math.prod(ratios) ** (1 / len(ratios))
+
+
+def chosen_at(rows: list[Any], classes: int) -> str:
+    """What a list of the table says of so many classes."""
+    return str(next(name for limit, name in rows if limit == 0 or classes <= limit))
+
+
+def rows_of(winners: dict[int, str]) -> list[list[Any]]:
+    """The shortest list that says this of the measured numbers of classes; others go with the next larger one."""
+    rows: list[list[Any]] = []
+    for classes, name in sorted(winners.items()):
+        if rows and rows[-1][1] == name:
+            rows.pop()
+        rows.append([classes, name])
+    rows[-1][0] = 0
+    return rows
+
+
+def choose_backends(
+    table: dict[str, list[Any]], ratio_of: Callable[[str, int], float], deadline: float, say: Callable[[str], None]
+) -> tuple[dict[str, list[Any]], list[str]]:
+    """The table with the faster backends, and what was measured. What has no time left, or fails, stays as it is."""
+    best, notes = {}, []
+    for layout in LAYOUTS:
+        winners = {}
+        for classes in CHOICE_AT[layout]:
+            winners[classes] = chosen_at(table[layout], classes)
+            what = f"{layout}, C = {classes}"
+            if time.perf_counter() > deadline:
+                say(f"{what}: no time left")
+                continue
+            try:
+                ratio = ratio_of(layout, classes)
+            except Exception as error:
+                say(f"{what}: {first_line(error)}")
+                continue
+            # What it says already is left in a tie, so that noise does not write tables.
+            if not 1 / MARGIN <= ratio <= MARGIN:
+                winners[classes] = "cuda" if ratio > 1 else "triton"
+            notes.append(f"{what}: triton's time / cuda's {ratio:.2f}, {winners[classes]}")
+            say(notes[-1])
+        best[layout] = rows_of(winners)
+    return best, notes
+
+
 def text_of(sizes: dict[str, Any]) -> str:
-    """sizes.json: a list of rows on a line."""
+    """sizes.json or choice.json: a list of rows on a line."""
     blocks = []
     for architecture, entry in sizes.items():
         lines = [f"    {json.dumps(name)}: {json.dumps(value)}" for name, value in entry.items() if name != "measured"]
@@ -191,15 +282,67 @@ def text_of(sizes: dict[str, Any]) -> str:
     return "{\n" + ",\n".join(blocks) + "\n}\n"
 
 
+def tune_sizes(architecture: str, device: torch.device, started: float, say: Callable[[str], None]) -> int:
+    """Measures Triton's launch sizes and writes them; the exit status."""
+    sizes = json.loads(PATH.read_text())
+    table = {name: rows for name, rows in launch._sizes(architecture).items() if name in LISTS}
+    every = [candidate for group in candidates(table) for candidate in group]
+    say(f"compiling for {len(every)} candidates")
+    compile_ahead(
+        [functools.partial(prepare, table, candidate, device.type, ELEMENTS) for candidate in every], COMPILING, say
+    )
+    copied = tuple(torch.zeros(COPIED, dtype=torch.uint8, device=device) for _ in range(2))
+    best, notes = tune(table, lambda table, candidate: rate(table, candidate, copied, ELEMENTS), started + BUDGET, say)
+    if not any("of a copy" in note for note in notes):
+        print("bench.tune: no candidate ran; sizes.json is left as it was", file=sys.stderr)
+        use(table)
+        return 1
+    sizes[architecture] = {**best, "measured": {**_described(device), "dtype": "bfloat16", "rows": notes}}
+    PATH.write_text(text_of(sizes))
+    print("\n".join(notes))
+    print(f"wrote {architecture} of {PATH}")
+    use(best)  # and the backends are compared at those
+    return 0
+
+
+def tune_choice(architecture: str, device: torch.device, say: Callable[[str], None]) -> int:
+    """Measures which backend is faster where and writes it; the exit status."""
+    if usable() != list(OURS):
+        print(f"bench.tune: choice.json is left as it was: of {' and '.join(OURS)} only {usable()} can be used")
+        return 0
+    table = json.loads(CHOICE.read_text())
+    check_choice(table, str(CHOICE))
+    sizes = [(layout, classes) for layout in LAYOUTS for classes in CHOICE_AT[layout]]
+    compile_ahead([functools.partial(prepare_choice, *one, device.type, ELEMENTS) for one in sizes], CHOOSING, say)
+    before = {**table["default"], **table.get(architecture, {})}
+    deadline = time.perf_counter() + CHOOSING
+    best, notes = choose_backends(before, lambda *at: ratio_at(*at, device, ELEMENTS), deadline, say)
+    if not notes:
+        print("bench.tune: nothing could be compared; choice.json is left as it was", file=sys.stderr)
+        return 1
+    table[architecture] = {**best, "measured": {**_described(device), "dtype": "bfloat16", "rows": notes}}
+    check_choice(table, "what was measured")
+    CHOICE.write_text(text_of(table))
+    print(f"wrote {architecture} of {CHOICE}")
+    return 0
+
+
+def _described(device: torch.device) -> dict[str, Any]:
+    header = describe(device)
+    return {name: header[name] for name in ("device", "date", "commit", "versions")}
+
+
 def main(given: list[str] | None = None) -> int:
     """Measures and writes; the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m bench.tune", description="Measures Triton's launch sizes.")
+    parser = argparse.ArgumentParser(prog="python -m bench.tune", description="Measures the package's tables.")
     parser.add_argument("--dry-run", action="store_true", help="lists the candidates; needs no GPU")
+    parser.add_argument("--only", choices=("sizes", "choice"), help="one of the two tables; default: both")
     options = parser.parse_args(given)
-    sizes = json.loads(PATH.read_text())
     if options.dry_run:
-        for group in candidates(sizes["default"]):
+        for group in candidates(json.loads(PATH.read_text())["default"]):
             print("\n".join(map(str, group)))
+        for layout in LAYOUTS:
+            print(f"triton or cuda, {layout}, at C = {', '.join(map(str, CHOICE_AT[layout]))}")
         return 0
     device = gpu()
     if device is None:
@@ -211,24 +354,12 @@ def main(given: list[str] | None = None) -> int:
         print(f"[{time.perf_counter() - started:5.0f} s] {what}", flush=True)
 
     architecture = launch._architecture(device)
-    table = {name: rows for name, rows in launch._sizes(architecture).items() if name in LISTS}
-    every = [candidate for group in candidates(table) for candidate in group]
-    say(f"compiling for {len(every)} candidates")
-    compile_ahead(
-        [functools.partial(prepare, table, candidate, device.type, ELEMENTS) for candidate in every], COMPILING, say
-    )
-    copied = tuple(torch.zeros(COPIED, dtype=torch.uint8, device=device) for _ in range(2))
-    best, notes = tune(table, lambda table, candidate: rate(table, candidate, copied, ELEMENTS), started + BUDGET, say)
-    if not any("of a copy" in note for note in notes):
-        print("bench.tune: no candidate ran; nothing is written", file=sys.stderr)
-        return 1
-    header = describe(device)
-    kept = {name: header[name] for name in ("device", "date", "commit", "versions")}
-    sizes[architecture] = {**best, "measured": {**kept, "dtype": "bfloat16", "rows": notes}}
-    PATH.write_text(text_of(sizes))
-    print("\n".join(notes))
-    print(f"wrote {architecture} of {PATH}")
-    return 0
+    status = 0
+    if options.only != "choice":
+        status |= tune_sizes(architecture, device, started, say)
+    if options.only != "sizes":
+        status |= tune_choice(architecture, device, say)
+    return status
 
 
 if __name__ == "__main__":

@@ -440,7 +440,7 @@ def apply(
     elif half or needs != _ONLY_INPUT:
         call = _Call(call.numbers, needs, half, ops.NATIVE)
 
-    chosen = choose(input.device, backend)
+    chosen = choose(input.device, backend, input.shape[1], input.dim() > 2 and input.stride(1) != 1)
     by_reference = chosen == "reference" or _functorch_level() is not None
     if by_reference or chosen != "cpu":  # the CPU's kernels look at the indices while they read them
         check_indices("target", target, input.shape[1], ignore_index)

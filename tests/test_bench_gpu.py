@@ -2,20 +2,25 @@
 
 import contextlib
 import functools
+import itertools
 import json
 import math
 import os
+import re
+import shutil
 import subprocess
 import sys
-import time
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import gpu, tune
+import mlkernels
+from bench import gpu, gpu_report, tune
+from bench.gpu_report import OF_COPY, Half, Outcome, Problem, Report, Row, Small, check, floor_bytes, text
 from bench.measure import Timing
-from mlkernels import softmax
+from mlkernels import backends
 from mlkernels.backends.triton import launch
 
 ROOT = Path(__file__).parent.parent
@@ -34,32 +39,33 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="is about mac
 
 
 def test_floor_bytes():
-    small = gpu.Problem((1024, 1000), "bfloat16")  # u = 2 048 000
-    assert gpu.floor_bytes(small, "forward") == 2_048_000 + 8_192
-    assert gpu.floor_bytes(small, "single") == 4_096_000 + 8_192
+    small = Problem((1024, 1000), "bfloat16")  # u = 2 048 000
+    assert floor_bytes(small, "forward") == 2_048_000 + 8_192
+    assert floor_bytes(small, "single") == 4_096_000 + 8_192
     # Twice the labels, the losses, (m, log S) written and read, the upstream gradient: 40 bytes a row.
-    assert gpu.floor_bytes(small, "split") == 6_144_000 + 40_960
+    assert floor_bytes(small, "split") == 6_144_000 + 40_960
     # C = 2 in bfloat16: the label is half of what a single visit moves.
-    assert gpu.floor_bytes(gpu.Problem((10, 2), "bfloat16"), "single") == 160
-    images = gpu.Problem((8, 19, 1024, 2048), "float32")
+    assert floor_bytes(Problem((10, 2), "bfloat16"), "single") == 160
+    images = Problem((8, 19, 1024, 2048), "float32")
     assert (images.rows, images.classes) == (16_777_216, 19)
-    assert gpu.floor_bytes(images, "forward") == 4 * 318_767_104 + 8 * 16_777_216
+    assert floor_bytes(images, "forward") == 4 * 318_767_104 + 8 * 16_777_216
 
 
 def test_problems():
     found = gpu.problems(gpu.CASES, 2**30)
     assert len(found) == 2 * (len(gpu.CLASSES) + 1)
-    assert [problem.dtype for problem in found[:13]] == ["bfloat16"] * 13
-    assert found[0].shape == (2**22, 256)
+    assert [problem.dtype for problem in found[:14]] == ["bfloat16"] * 14
+    assert {50257, 128255, 128256, 262144} <= {problem.classes for problem in found}
+    assert Problem((2**22, 256), "bfloat16") in found
     assert all(problem.rows % 16 == 0 for problem in found)
     # Logits, gradient and the copies of an eager chain fit 78 GiB.
     assert max(problem.nbytes for problem in found) == 4 * 2**30
 
 
 def test_input_sets():
-    assert gpu.input_sets(gpu.Problem((2**20, 1024), "bfloat16"), 50 * 2**20) == 1
-    assert gpu.input_sets(gpu.Problem((2**14, 1024), "bfloat16"), 50 * 2**20) == 7  # 32 MiB each, 200 MiB wanted
-    assert gpu.input_sets(gpu.Problem((8, 8), "bfloat16"), 50 * 2**20) == 64
+    assert gpu.input_sets(Problem((2**20, 1024), "bfloat16"), 50 * 2**20) == 1
+    assert gpu.input_sets(Problem((2**14, 1024), "bfloat16"), 50 * 2**20) == 7  # 32 MiB each, 200 MiB wanted
+    assert gpu.input_sets(Problem((8, 8), "bfloat16"), 50 * 2**20) == 64
 
 
 @pytest.mark.parametrize("classes", [*gpu.CLASSES, 3000])
@@ -86,11 +92,11 @@ def test_few_rows_are_specialised_like_many(classes):
 
 
 def test_inputs_are_confident_on_every_other_row():
-    one = gpu.make_inputs(gpu.Problem((64, 50), "float32"), False, CPU)
+    one = gpu.make_inputs(Problem((64, 50), "float32"), False, CPU)
     assert one.input.is_leaf and one.input.requires_grad
     right = one.input.argmax(1) == one.target
     assert right[::2].all() and right[1::2].float().mean() < 0.3
-    images = gpu.make_inputs(gpu.Problem((2, 5, 4, 6), "bfloat16"), True, CPU)
+    images = gpu.make_inputs(Problem((2, 5, 4, 6), "bfloat16"), True, CPU)
     assert images.target.shape == images.upstream.shape == (2, 4, 6)
     assert images.input.abs().max() <= 1
 
@@ -106,63 +112,106 @@ def tiny(monkeypatch):
     monkeypatch.setattr(gpu, "SEGMENTATION", (2, 5, 4, 6))
 
 
-def test_measures(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "liger", lambda: torch.nn.functional.cross_entropy)
-    report = gpu.Report(HEADER)
-    saved = []
-    gpu.measure(
-        report,
-        gpu.problems(["1000", "seg"], 2**14),
-        [gpu.Problem((16, 10), "float32")],
-        [gpu.Problem((256, 20), "float16")],
-        gpu.LOSSES,
-        CPU,
-        2**14,
-        0.0,
-        time.perf_counter() + 600,
-        lambda: saved.append(len(report.rows)),
-        lambda what: None,
+@pytest.fixture
+def stand_in(monkeypatch):
+    """The CPU's kernels under the names of the GPU's backends, as fast as the tests want it."""
+    original, asked = gpu.ours, set()
+
+    def ours(device, by):
+        asked.add(by)
+        return original(device, "cpu" if by in gpu_report.OURS else by)
+
+    monkeypatch.setattr(gpu, "ours", ours)
+    monkeypatch.setattr(tune, "ours", ours)
+    return asked
+
+
+def plan(**changes):
+    """What is measured, on a CPU and in no time."""
+    return gpu.Plan(CPU, ["triton", "cuda"], gpu_report.LOSSES, 0.0, copy_bytes=2**14)._replace(**changes)
+
+
+def measured(found, deadline=math.inf):
+    """A report of it, and how many rows there were at each save."""
+    report, saved = Report(HEADER), []
+    gpu.measure(found, report, deadline, lambda: saved.append(len(report.rows)), lambda what: None)
+    return report, saved
+
+
+def test_measures(tiny, stand_in, tmp_path, monkeypatch):
+    for peer in ("liger", "quack"):
+        monkeypatch.setattr(gpu, peer, lambda: torch.nn.functional.cross_entropy)
+    report, saved = measured(
+        plan(
+            wanted=gpu.problems(["1000", "seg"], 2**14),
+            small=[Problem((16, 10), "float32")],
+            half=[Problem((256, 20), "float16")],
+            widths=[8, 3],
+        )
     )
     assert report.failures == [] and report.skipped == []
     assert saved == sorted(saved) and saved[-1] == len(report.rows)
     assert len(report.copies) == 4
-    assert sum(row.peer == "ours" for row in report.rows) == 4 * 5 * 3
-    assert {row.peer for row in report.rows} == {"ours", "eager", "liger", "poly1"}
+    for by in ("triton", "cuda"):
+        assert sum(row.by == by for row in report.rows) == 4 * 5 * 3
+    assert {row.by for row in report.rows} == {"triton", "cuda", "eager", "liger", "quack", "poly1"}
+    assert {"triton", "cuda"} <= stand_in
+    assert report.backends() == ["triton", "cuda"]
     assert all(row.timing.median > 0 and row.fraction > 0 for row in report.rows)
-    assert [one.loss for one in report.small] == [*gpu.LOSSES, "cross_entropy"]
-    errors = {(one.loss, one.way): one.error for one in report.half}
-    assert len(errors) == 10 and all(error < 1e-3 for error in errors.values())
-    assert "float16, arcface" in "\n".join(one.what for one in gpu.check(report))
+    assert [one.loss for one in report.small] == [*gpu_report.LOSSES, *gpu_report.LOSSES, "cross_entropy"]
+    errors = {(one.loss, one.by, one.way): one.error for one in report.half}
+    assert len(errors) == 20 and all(error < 1e-3 for error in errors.values())
+    assert "float16, arcface, cuda" in "\n".join(one.what for one in check(report))
+    # Two layers: weight and bias, each with two averages and a step.
+    assert {(one.what, one.by) for one in report.states} == {
+        ("save", "multi_copy_"), ("restore", "multi_copy_"), ("refused", "multi_copy_"), ("save", "_foreach_copy_")
+    }  # fmt: skip
+    assert {(one.tensors, one.nbytes) for one in report.states} == {(16, 4 * (3 * (64 + 8 + 9 + 3) + 4))}
+    assert all(one.plain > 0 and one.fraction > 0 for one in report.states)
     written(report, tmp_path)
 
 
-def test_what_fails_is_said_and_the_rest_measured(tiny, monkeypatch):
+def test_the_state_is_of_the_size_asked_for():
+    widths = gpu.STATE_WIDTHS
+    assert len(gpu.training_state(widths, torch.device("meta"))) == 1000
+    assert abs(sum(width * width + width for width in widths) / 100e6 - 1) < 0.02
+
+
+def test_what_fails_is_said_and_the_rest_measured(tiny, stand_in, monkeypatch):
     def broken(input, target, **options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore than there is")
 
-    functions = {**gpu.ours(CPU), "modulated": broken}
-    monkeypatch.setattr(gpu, "ours", lambda device: functions)
-    report = gpu.Report(HEADER)
-    jobs = gpu.problems(["10"], 640), [gpu.Problem((16, 10), "float32")], [gpu.Problem((16, 10), "float16")]
-    arguments = gpu.LOSSES[:2], CPU, 64, 0.0
-    gpu.measure(report, *jobs, *arguments, math.inf, lambda: None, lambda what: None)
+    whole = gpu.ours
+    monkeypatch.setattr(
+        gpu, "ours", lambda device, by: {**whole(device, by), **({"modulated": broken} if by == "cuda" else {})}
+    )
+    everything = plan(
+        names=gpu_report.LOSSES[:2],
+        wanted=gpu.problems(["10"], 640),
+        small=[Problem((16, 10), "float32")],
+        half=[Problem((16, 10), "float16")],
+        widths=[4],
+        copy_bytes=64,
+    )
+    report, _ = measured(everything)
     assert len(report.failures) == 2 * 3 + 1 + 1
     assert all("Tried to allocate" in what and "\n" not in what for what in report.failures)
-    assert {row.loss for row in report.rows} == {"cross_entropy"}
-    assert "FAILED: " in gpu.text(report)
-    late = gpu.Report(HEADER)
-    gpu.measure(late, *jobs, *arguments, -math.inf, lambda: None, lambda what: None)
-    assert len(late.skipped) == 4 and "skipped, no time" in gpu.text(late)
+    assert {(row.loss, row.by) for row in report.rows} == {
+        ("cross_entropy", "triton"), ("modulated", "triton"), ("cross_entropy", "cuda")
+    }  # fmt: skip
+    assert "FAILED: " in text(report)
+    late, _ = measured(everything, -math.inf)
+    assert len(late.skipped) == 5 and "skipped, no time" in text(late)
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
-def test_runs_on_triton(tiny, monkeypatch):
-    chosen = []
-    monkeypatch.setattr(softmax, "choose", lambda device, backend: chosen.append(backend) or backend or "triton")
-    report = gpu.Report(HEADER)
+def test_runs_on_the_kernels_themselves(tiny, monkeypatch):
+    """Triton's interpreted, CUDA's over fibers."""
+    there = [name for name in gpu_report.OURS if mlkernels.available_backends()[name] is None]
+    assert "triton" in there
     steps = gpu.problems(["20"], 320)[:1]
-    gpu.measure(report, steps, [], [], ["piecewise"], CPU, 64, 0.0, math.inf, lambda: None, lambda what: None)
-    assert report.failures == [] and len(report.rows) == 3
+    report, _ = measured(plan(backends=there, names=["piecewise"], wanted=steps, copy_bytes=64))
+    assert report.failures == [] and len(report.rows) == 3 * len(there)
     monkeypatch.setattr(launch, "_sizes", launch._sizes)
     table = {"classes_side_by_side": [[2048, 2048, 4], [0, 256, 8]], "rows_side_by_side": [[0, 256, 4]]}
     copied = torch.zeros(64), torch.zeros(64)
@@ -176,20 +225,32 @@ def test_runs_on_triton(tiny, monkeypatch):
         assert launch.kernels.on_chip is kernel
     finally:
         launch.tile.cache_clear()
-    assert chosen
 
 
-def test_smoke():
-    assert gpu.smoke(CPU) == 45
+@pytest.mark.parametrize("by", ["cpu", "cuda"])
+def test_smoke(by, monkeypatch):
+    if mlkernels.available_backends()[by] is not None:
+        pytest.skip(f"no {by}")
+    if by == "cuda":  # over fibers: without the longest rows
+        monkeypatch.setattr(gpu, "TINY", [gpu.TINY[0], gpu.TINY[1], gpu.TINY[5]])
+    assert gpu.smoke(CPU, [by]) == 15 * len(gpu.TINY) + 3
+
+
+def test_smoke_has_every_way_of_the_cuda_kernels():
+    """By the bytes of shared memory of an H100's block, and of sixteen of them."""
+    block, cluster = 227 * 2**10, 16 * 227 * 2**10
+    rows = [one.classes * one.torch_dtype.itemsize for one in gpu.TINY if len(one.shape) == 2]
+    assert any(row < 1024 for row in rows) and any(1024 < row < block / 4 for row in rows)
+    assert any(block < row < cluster for row in rows) and any(row > cluster for row in rows)
+    assert any(row % 4 for row in rows) and any(len(one.shape) > 2 for one in gpu.TINY)
 
 
 def test_compiles_in_other_processes():
     said = []
     gpu.compile_ahead([functools.partial(math.sqrt, 4.0), functools.partial(math.sqrt, -1.0)], 60, said.append)
     assert len(said) == 1 and "failed 1 times: ValueError" in said[0]
-    work = gpu.specialised(gpu.TINY, ["cross_entropy", "arcface"], "cpu")
-    assert len(work) == 3
-    work[0]()
+    work = gpu.specialised(gpu.TINY[:2], ["cross_entropy", "arcface"], "cpu")
+    assert len(work) == 2 and all(job.args[-1] == "triton" for job in work)
 
 
 def test_graph_replays_what_was_captured(monkeypatch):
@@ -208,7 +269,7 @@ def test_graph_replays_what_was_captured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
-    one = gpu.make_inputs(gpu.Problem((16, 10), "float32"), False, CPU)
+    one = gpu.make_inputs(Problem((16, 10), "float32"), False, CPU)
     replay = gpu.graphed(torch.nn.functional.cross_entropy, one.input, one.target)
     gradient, _ = replay()
     assert Graph.replays == 1 and one.input.grad is None
@@ -216,9 +277,18 @@ def test_graph_replays_what_was_captured(monkeypatch):
     torch.testing.assert_close(gradient, expected)
 
 
-def test_liger_is_optional(monkeypatch):
-    monkeypatch.setitem(sys.modules, "liger_kernel", None)
-    assert gpu.liger() is None
+@pytest.mark.parametrize(("peer", "module"), [("liger", "liger_kernel"), ("quack", "quack")])
+def test_a_peer_is_optional(peer, module, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    assert getattr(gpu, peer)() is None
+
+
+def test_quack_where_it_is_installed(monkeypatch):
+    package, module = types.ModuleType("quack"), types.ModuleType("quack.cross_entropy")
+    module.cross_entropy = torch.nn.functional.cross_entropy
+    monkeypatch.setitem(sys.modules, "quack", package)
+    monkeypatch.setitem(sys.modules, "quack.cross_entropy", module)
+    assert gpu.quack() is torch.nn.functional.cross_entropy
 
 
 # ---- what comes out --------------------------------------------------------------------------------------------------
@@ -226,10 +296,10 @@ def test_liger_is_optional(monkeypatch):
 
 def written(report, folder):
     """Text, JSON and picture of a report."""
-    found = json.loads(gpu.write_json(report, folder).read_text())
+    found = json.loads(gpu_report.write_json(report, folder).read_text())
     assert found["device"] == report.header["device"] and len(found["rows"]) == len(report.rows)
     pytest.importorskip("matplotlib")
-    gpu.picture(report, folder / "picture.png")
+    gpu_report.picture(report, folder / "picture.png")
     assert (folder / "picture.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".png"]
     return found
@@ -237,72 +307,143 @@ def written(report, folder):
 
 def made_up(fraction):
     """A run of everything, each at this fraction of its target's bound."""
-    report = gpu.Report(HEADER, copies=[3e12, 3.1e12])
+    report = Report(HEADER, copies=[3e12, 3.1e12])
     for problem in gpu.problems(gpu.CASES, 2**30):
-        for loss in gpu.LOSSES:
-            for mode in gpu.MODES:
-                of_copy = fraction * (gpu.wanted_fraction(problem, mode) or 0.5)
-                seconds = gpu.floor_bytes(problem, mode) / (of_copy * 3e12)
-                report.rows.append(gpu.Row(problem, loss, mode, "ours", Timing(seconds, seconds, 3, 1), of_copy))
-    own = report.rows[1]
-    for peer, bound in (("eager", 3), ("compile", 1.2), ("liger", 1.4), ("poly1", 2)):
+        for loss, mode, by in itertools.product(gpu_report.LOSSES, gpu_report.MODES, gpu_report.OURS):
+            of_copy = fraction * (gpu_report.wanted_fraction(problem, mode, by) or 0.5)
+            seconds = floor_bytes(problem, mode) / (of_copy * 3e12)
+            report.rows.append(Row(problem, loss, mode, by, Timing(seconds, seconds, 3, 1), of_copy))
+    at = Problem((8368, 128256), "bfloat16")
+    own = report.fastest(at, "cross_entropy", "single")
+    assert own.by == "cuda"  # 0.92 against 0.5
+    for peer, bound in (("eager", 3), ("compile", 1.2), ("liger", 1.6), ("quack", 1.0), ("poly1", 2)):
         seconds = own.timing.median * bound * fraction
-        report.rows.append(own._replace(peer=peer, timing=Timing(seconds, seconds, 3, 1)))
+        report.rows.append(own._replace(by=peer, timing=Timing(seconds, seconds, 3, 1)))
     for shape in gpu.SMALL:
-        report.small.append(gpu.Small(gpu.Problem(shape, "float32"), "arcface", "ours", 15e-6 / fraction, 60e-6))
-    report.half += [gpu.Half("arcface", "scaled mean", 1e-4 / fraction, 0.0), gpu.Half("arcface", "split", 1e-4, 0.0)]
+        problem = Problem(shape, "float32")
+        report.small += [
+            Small(problem, "cross_entropy", "triton", 15e-6 / fraction, 90e-6),
+            Small(problem, "cross_entropy", "cuda", 10e-6 / fraction, 50e-6),
+            Small(problem, "cross_entropy", "eager", 20e-6, 50e-6 * fraction),
+        ]
+    for by in gpu_report.OURS:
+        report.half += [
+            Half("arcface", by, "scaled mean", 1e-4 / fraction, 0.0), Half("arcface", by, "split", 1e-4, 0.0)
+        ]  # fmt: skip
+    nbytes = 10**9
+    for what in ("save", "restore"):
+        seconds = 2 * nbytes / (0.85 * fraction * 3e12)
+        report.states.append(gpu_report.Copies(what, "multi_copy_", nbytes, 1000, seconds, 2 * seconds, 3e12))
+    report.states += [
+        gpu_report.Copies("refused", "multi_copy_", nbytes, 1000, 5e-6 / fraction, 2e-4, 3e12),
+        gpu_report.Copies("save", "_foreach_copy_", nbytes, 1000, 1e-3, 1e-3, 3e12),
+    ]
     return report
 
 
 def test_targets_are_judged_the_right_way_round():
-    good, bad = gpu.check(made_up(1.01)), gpu.check(made_up(0.5))
-    # 26 problems but the two of C = 50257, without target, of 15 steps; of the two longest rows only the split ones.
-    assert len(good) == 20 * 15 + 4 * 5 + 3 + 3 + 1 == len(bad)
+    good, bad = check(made_up(1.01)), check(made_up(0.5))
+    # Of 28 problems, 20 have a target in each of 15 steps. Of the eight longer ones, C = 50257 and 128255 in two types
+    # have none but CUDA's single visit in bfloat16, and the other two the split one as well.
+    triton = 20 * 15 + 2 * 2 * 5
+    cuda = 20 * 15 + 2 * 2 * 5 + 4 * 5
+    assert sum(OF_COPY in one.what and "tensors" not in one.what for one in good) == triton + cuda
+    # Peers but poly1; small problems: two backends, and eager; two errors; three copies.
+    assert len(good) == triton + cuda + 4 + 3 * 3 + 2 + 3 == len(bad)
     assert all(one.reached and "reached" in str(one) for one in good)
     assert not any(one.reached for one in bad)
-    assert all("missed by 2.00x" in str(one) for one in bad if "float16" not in one.what)
-    assert not gpu.Outcome("", math.nan, 1.0, False).reached
+    assert all("missed by 2.00x" in str(one) for one in bad if "float16, arc" not in one.what)
+    assert not Outcome("", math.nan, 1.0, False).reached
+
+
+@pytest.mark.parametrize(
+    ("classes", "dtype", "mode", "by", "bound"),
+    [
+        (1000, "bfloat16", "single", "cuda", 0.92),
+        (50257, "bfloat16", "single", "cuda", 0.92),
+        (128255, "bfloat16", "single", "cuda", 0.92),
+        (262144, "bfloat16", "single", "cuda", 0.92),
+        (262144, "float32", "single", "cuda", None),
+        (1000, "bfloat16", "single", "triton", 0.90),
+        (50257, "bfloat16", "single", "triton", None),
+        (128256, "bfloat16", "split", "triton", 0.85),
+        (100, "bfloat16", "single", "cuda", 0.80),
+    ],
+)
+def test_what_is_asked_of_the_bandwidth(classes, dtype, mode, by, bound):
+    assert gpu_report.wanted_fraction(Problem((16, classes), dtype), mode, by) == bound
+
+
+def test_images_are_asked_what_short_rows_are():
+    assert gpu_report.wanted_fraction(Problem((2, 1000, 8, 8), "bfloat16"), "single", "cuda") == 0.90
+
+
+def test_the_faster_of_ours_stands_for_ours():
+    report = Report(HEADER)
+    problem = Problem((16, 1000), "bfloat16")
+    for by, seconds in (("triton", 2.0), ("cuda", 4.0), ("quack", 3.0)):
+        report.rows.append(Row(problem, "cross_entropy", "single", by, Timing(seconds, seconds, 3, 1), 0.5))
+    (ratio,) = [one for one in check(report) if "quack" in one.what]
+    assert ratio.what.endswith("quack / triton") and ratio.value == 1.5
+    assert re.search(r"16x1000 bfloat16 +quack +1.50/0.75\n", text(report))
 
 
 def test_table_and_files(tmp_path):
     report = made_up(0.5)
-    report.failures.append("16x10 float32, arcface ours: RuntimeError: broken")
-    table = gpu.text(report)
+    report.failures.append("16x10 float32, arcface cuda: RuntimeError: broken")
+    table = text(report)
     assert "4194304x256 bfloat16" in table and "45*/45*/45*" in table and "8x19x1024x2048 float32" in table
-    assert "copy 3000 to 3100 GB/s" in table and "cross_entropy poly1 1.00x" in table
-    assert "Targets, bandwidth: 0 of 320 reached" in table and "FAILED: 16x10" in table
-    assert len(table.splitlines()) < 70 and max(map(len, table.splitlines())) < 160
+    assert "copy 3000 to 3100 GB/s" in table and re.search(r"8368x128256 bfloat16 +poly1 +0.54/1.00\n", table)
+    assert "backends triton and cuda" in table and "\n                        cuda " in table
+    assert "Targets, bandwidth: 0 of 662 reached" in table and "FAILED: 16x10" in table
+    assert "1.00 GB in 1000 tensors" in table and "refused" in table
+    assert len(table.splitlines()) < 130 and max(map(len, table.splitlines())) < 160
     found = written(report, tmp_path)
     assert not any(one["reached"] for one in found["targets"])
+    assert found["schema"] == "gpu 2" and len(found["states"]) == 4
     assert [path.name for path in tmp_path.glob("*.json")] == ["nvidia-nothing-1-2026-11-22T170000.json"]
 
 
 def test_an_empty_run_can_be_written(tmp_path):
-    assert "not measured" in gpu.text(gpu.Report(HEADER))
-    written(gpu.Report(HEADER), tmp_path)
+    assert "not measured" in text(Report(HEADER))
+    written(Report(HEADER), tmp_path)
 
 
 # ---- the commands ----------------------------------------------------------------------------------------------------
 
 
-def test_command(tiny, tmp_path, monkeypatch, capsys):
-    def serially(work, seconds, say):
-        for job in work:
-            job()
-
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """The CPU taken for one, nothing compiled ahead."""
     monkeypatch.setattr(gpu, "gpu", lambda: CPU)
-    monkeypatch.setattr(gpu, "compile_ahead", serially)
-    monkeypatch.setattr(gpu, "SECONDS", 0.0)
-    monkeypatch.setattr(gpu, "ELEMENTS", 2**10)
-    monkeypatch.setattr(gpu, "COPIED", 2**10)
-    monkeypatch.setattr(gpu, "SMALL", [(8, 10)])
-    few = ["--cases", "10,seg,small", "--losses", "cross_entropy,arcface", "--out", str(tmp_path)]
+    monkeypatch.setattr(gpu, "usable", lambda: ["triton", "cuda"])
+    monkeypatch.setattr(gpu, "compile_ahead", lambda work, seconds, say: None)
+    for name, value in (("SECONDS", 0.0), ("ELEMENTS", 2**10), ("COPIED", 2**10), ("SMALL", [(8, 10)])):
+        monkeypatch.setattr(gpu, name, value)
+    monkeypatch.setattr(gpu, "STATE_WIDTHS", [4])
+
+
+def test_command(tiny, stand_in, a_gpu, tmp_path, monkeypatch, capsys):
+    few = ["--cases", "10,seg,small,copies", "--losses", "cross_entropy,arcface", "--out", str(tmp_path)]
     assert gpu.main(few) == 0
     printed = capsys.readouterr()
     assert "Targets, other" in printed.out and "8x10 float32, small" in printed.err
+    assert "in 8 tensors" in printed.out and "training state" in printed.err
     assert sorted(path.suffix for path in tmp_path.iterdir()) in ([".json"], [".json", ".png"])
+    monkeypatch.setattr(gpu, "TINY", gpu.TINY[:2])
     assert gpu.main(["--smoke"]) == 0
-    assert "45 steps" in capsys.readouterr().out
+    assert "63 steps" in capsys.readouterr().out
+    assert gpu.main(["--smoke", "--backends", "cuda"]) == 0
+    assert "33 steps" in capsys.readouterr().out
+
+
+def test_a_backend_that_is_asked_for_and_not_there(stand_in, a_gpu, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "usable", lambda: ["triton"])
+    monkeypatch.setattr(gpu, "TINY", gpu.TINY[:1])
+    assert gpu.main(["--smoke", "--backends", "triton,cuda"]) == 1  # the rest runs
+    printed = capsys.readouterr()
+    assert "no backend 'cuda'" in printed.err and "18 steps" in printed.out and "(triton)" in printed.out
+    assert gpu.main(["--smoke"]) == 0
 
 
 @without_gpu
@@ -319,10 +460,14 @@ def test_dry_run_of_the_script(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == ""
     for what in (
-        "a-python csrc/build.py && a-python -m mlkernels",
-        "a-python -m pytest -q tests/test_gpu.py",
+        "exec a-python csrc/build.py",
+        "a-python -m mlkernels",
+        "a-python -m pytest -q tests/test_gpu.py -k triton",
+        "a-python -m pytest -q tests/test_gpu.py -k not triton",
         "compute-sanitizer --tool memcheck",
-        "a-python -m bench.gpu --smoke",
+        "compute-sanitizer --tool racecheck",
+        "a-python -m bench.gpu --smoke --backends triton,cuda",
+        "a-python -m bench.schedule",
         "a-python -m bench.tune",
         f"a-python -m bench.gpu --out {tmp_path / 'out'}",
     ):
@@ -331,17 +476,74 @@ def test_dry_run_of_the_script(tmp_path):
     assert subprocess.run([command[0], "--nothing"], capture_output=True).returncode == 2
 
 
-def test_a_failing_step_does_not_stop_the_script(tmp_path):
-    # A "python" that only says what it was asked for, and fails the tests.
+def test_the_limits_of_the_steps_add_up_to_less_than_ten_minutes(tmp_path):
+    done = subprocess.run([str(ROOT / "bench/gpu.sh"), "--dry-run"], capture_output=True, text=True, cwd=tmp_path)
+    steps = re.findall(r"^== ([\w-]+), up to (\d+) s( beside the next)?:", done.stdout, re.MULTILINE)
+    assert [name for name, _, beside in steps if beside] == ["build", "memcheck", "racecheck"]
+    total = together = 0
+    for _, seconds, beside in steps:
+        together = max(together, int(seconds))
+        if not beside:
+            total, together = total + together, 0
+    assert together == 0 and 500 < total < 600
+    # The measurement ends by itself, a problem after its budget is spent.
+    assert {name: int(seconds) for name, seconds, _ in steps}["measure"] > gpu.BUDGET
+
+
+def fake_machine(tmp_path, fails):
+    """The script with a "python" that only says what it was asked for and fails at some of it; nvcc, no sanitizer."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name, text_of in (
+        ("python", f'#!/bin/sh\necho "asked: $* for $MLKERNELS_CUDA_ARCHS"\ncase "$*" in {fails}) exit 3 ;; esac\n'),
+        ("nvcc", "#!/bin/sh\n"),
+    ):
+        (tools / name).write_text(text_of)
+        (tools / name).chmod(0o755)
+    environment = {**os.environ, "OUT": str(tmp_path / "out"), "PYTHON": str(tools / "python")}
+    environment |= {"PATH": f"{tools}:/usr/bin:/bin", "MLKERNELS_CUDA_ARCHS": "77"}
+    command = [str(ROOT / "bench/gpu.sh")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=60)
+    return done, {path.stem: path.read_text() for path in (tmp_path / "out").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("fails", "failed"),
+    [
+        ("*test_gpu.py*", "tests-triton tests-cuda"),
+        ("*build.py*", "build"),  # beside the tests, and waited for
+        ("*--smoke*", "smoke"),
+        ("nothing", None),
+    ],
+)
+def test_a_failing_step_does_not_stop_the_script(tmp_path, fails, failed):
+    done, logs = fake_machine(tmp_path, fails)
+    last = done.stdout.splitlines()[-1]
+    assert (done.returncode, last.startswith("all steps passed")) == ((1, False) if failed else (0, True))
+    if failed and not shutil.which("compute-sanitizer", path="/usr/bin:/bin"):
+        assert f"FAILED: {failed};" in last
+    assert "pytest -q tests/test_gpu.py -k triton" in logs["tests-triton"]
+    assert "asked: csrc/build.py for 77" in logs["build"] and logs["build"].strip() in done.stdout
+    assert "--smoke --backends triton,cuda" in logs["smoke"] and "bench.gpu --out" in logs["measure"]
+    order = ["build ended", "machine, up", "tests-cuda, up", "measure, up"]
+    places = [done.stdout.index(f"== {what}") for what in order]
+    assert places == sorted(places)
+
+
+def test_a_step_that_hangs_is_stopped(tmp_path):
+    """As the script stops it, with a limit of a second."""
+    script = (ROOT / "bench/gpu.sh").read_text()
+    short = re.sub(r"^(step|beside) ([\w-]+) \d+", r"\1 \2 1", script, flags=re.MULTILINE)
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench/gpu.sh").write_text(short)
     fake = tmp_path / "python"
-    fake.write_text('#!/bin/sh\necho "asked: $*"\ncase "$*" in *pytest*) exit 3 ;; esac\n')
+    fake.write_text('#!/bin/sh\ncase "$*" in *build.py*|*schedule*) sleep 30 ;; esac\n')
     fake.chmod(0o755)
-    environment = {**os.environ, "OUT": str(tmp_path / "out"), "PYTHON": str(fake)}
-    done = subprocess.run([str(ROOT / "bench/gpu.sh")], capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert done.returncode == 1 and "FAILED: tests" in done.stdout.splitlines()[-1]
-    logs = {path.name: path.read_text() for path in (tmp_path / "out").iterdir()}
-    assert "pytest -q" in logs["tests.log"] and "bench.gpu --out" in logs["measure.log"]
-    assert len(logs) <= 6  # with JSON and picture eight
+    environment = {**os.environ, "OUT": str(tmp_path / "out"), "PYTHON": str(fake), "PATH": "/usr/bin:/bin"}
+    command = ["bash", str(tmp_path / "bench/gpu.sh")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=25)
+    assert "build: stopped after 1 s" in done.stdout and "schedule: stopped after 1 s" in done.stdout
+    assert done.returncode == 1 and "FAILED: build" in done.stdout.splitlines()[-1]
 
 
 # ---- launch sizes ----------------------------------------------------------------------------------------------------
@@ -410,6 +612,8 @@ def test_tune_writes_what_launch_reads(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tune, "compile_ahead", lambda work, seconds, say: None)
     monkeypatch.setattr(tune, "rate", lambda table, one, copied, elements: 0.9 if one.row == (4096, 8) else 0.5)
     monkeypatch.setattr(launch, "_architecture", lambda device: "sm_90")
+    monkeypatch.setattr(launch, "_sizes", launch._sizes)
+    monkeypatch.setattr(tune, "usable", lambda: ["triton"])  # and so no choice to measure
     assert tune.main([]) == 0
     sizes = json.loads(path.read_text())
     assert sizes["default"] == default
@@ -425,8 +629,109 @@ def test_tune_writes_what_launch_reads(tmp_path, monkeypatch, capsys):
         assert not launch.tile("sm_90", 10**6, False, 2, True).on_chip
     finally:
         launch.tile.cache_clear()
-    assert "wrote sm_90" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "wrote sm_90" in said and "choice.json is left as it was: of triton and cuda only ['triton']" in said
     before = path.read_text()
     monkeypatch.setattr(tune, "rate", lambda table, one, copied, elements: 0.0)  # every one spills
     assert tune.main([]) == 1
     assert path.read_text() == before
+
+
+# ---- the choice of the backend ---------------------------------------------------------------------------------------
+
+CHOICE = {"classes_side_by_side": [[0, "triton"]], "rows_side_by_side": [[100, "cuda"], [0, "triton"]]}
+
+
+def test_rows_of_winners_are_the_shortest_that_say_it():
+    assert tune.rows_of({10: "cuda", 100: "cuda", 1000: "triton", 4096: "cuda"}) == [
+        [100, "cuda"], [1000, "triton"], [0, "cuda"]
+    ]  # fmt: skip
+    assert tune.rows_of({10: "triton", 100: "triton"}) == [[0, "triton"]]
+    winners = {10: "cuda", 100: "triton", 1000: "triton", 4096: "cuda"}
+    assert all(tune.chosen_at(tune.rows_of(winners), classes) == name for classes, name in winners.items())
+
+
+def test_the_faster_backend_is_chosen_where_it_is_faster():
+    def ratio(layout, classes):
+        if layout == "rows_side_by_side":
+            return {19: 0.5, 150: 2.0}[classes]
+        if classes == 4096:
+            raise RuntimeError("broken\nat length")
+        return {10: 3.0, 100: 1.5, 1000: 1.01, 50257: 1.2, 65536: 1 / 1.5, 128256: 1.7, 262144: 1.9}.get(classes, 0.9)
+
+    said = []
+    best, notes = tune.choose_backends(CHOICE, ratio, math.inf, said.append)
+    # In a tie (C = 1000) and where one fails (4096) it stays as it was.
+    assert best["classes_side_by_side"] == [
+        [100, "cuda"], [32768, "triton"], [50257, "cuda"], [65536, "triton"], [0, "cuda"]
+    ]  # fmt: skip
+    assert best["rows_side_by_side"] == [[19, "triton"], [0, "cuda"]]
+    assert len(notes) == 11 and any("RuntimeError: broken" in what for what in said)
+    assert "classes_side_by_side, C = 10: triton's time / cuda's 3.00, cuda" in notes
+    backends.check_choice({"default": best}, "here")
+    kept, notes = tune.choose_backends(CHOICE, ratio, -math.inf, said.append)
+    assert kept["classes_side_by_side"] == CHOICE["classes_side_by_side"] and notes == []
+    assert tune.chosen_at(kept["rows_side_by_side"], 19) == "cuda"
+
+
+def test_what_a_choice_is_measured_at():
+    many, few = tune.problems_at("classes_side_by_side", 100, 2**28)
+    assert many.rows * 100 > 2**27 and few.shape == (128, 100)
+    assert len(tune.problems_at("classes_side_by_side", 128256, 2**28)) == 1
+    (images,) = tune.problems_at("rows_side_by_side", 19, 2**28)
+    assert len(images.shape) == 4
+
+
+def test_the_ratio_is_of_the_two(stand_in, monkeypatch):
+    asked = []
+
+    def take_turns(steps, seconds, device):
+        for step in steps.values():
+            step()
+        asked.append(sorted(steps))
+        return {key: Timing(4.0 if key.startswith("triton") else 2.0, 1.0, 3, 1) for key in steps}
+
+    monkeypatch.setattr(tune, "take_turns", take_turns)
+    assert tune.ratio_at("classes_side_by_side", 10, CPU, 640) == pytest.approx(2.0)
+    assert len(asked) == 4 and len(asked[0]) == 6 and {"triton", "cuda"} <= stand_in
+
+
+def test_tune_writes_what_the_choice_reads(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "choice.json"
+    path.write_text(backends.CHOICE.read_text())
+    for module in (tune, backends):
+        monkeypatch.setattr(module, "CHOICE", path)
+    monkeypatch.setattr(tune, "gpu", lambda: CPU)
+    monkeypatch.setattr(tune, "usable", lambda: ["triton", "cuda"])
+    monkeypatch.setattr(tune, "compile_ahead", lambda work, seconds, say: None)
+    monkeypatch.setattr(launch, "_architecture", lambda device: "sm_90")
+    monkeypatch.setattr(tune, "ratio_at", lambda layout, classes, device, elements: 2.0 if classes > 100 else 0.5)
+    default = json.loads(path.read_text())["default"]
+    assert tune.main(["--only", "choice"]) == 0
+    table = json.loads(path.read_text())
+    assert table["default"] == default
+    assert table["sm_90"]["classes_side_by_side"] == [[100, "triton"], [0, "cuda"]]
+    assert table["sm_90"]["measured"]["device"] and len(table["sm_90"]["measured"]["rows"]) == 12
+    assert max(map(len, path.read_text().splitlines())) < 130
+    # As the package reads it.
+    monkeypatch.setattr(backends, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(backends, "_why_not", lambda name: None)
+    device = torch.device("cuda", 0)
+    backends._preferred.cache_clear()
+    try:
+        assert [backends.choose(device, None, classes) for classes in (10, 1000)] == ["triton", "cuda"]
+    finally:
+        backends._preferred.cache_clear()
+    before = path.read_text()
+    monkeypatch.setattr(tune, "ratio_at", lambda *arguments: 1 / 0)
+    assert tune.main(["--only", "choice"]) == 1
+    assert path.read_text() == before and "left as it was" in capsys.readouterr().err
+
+
+def test_tune_without_the_cuda_kernels_leaves_the_choice(monkeypatch, capsys):
+    monkeypatch.setattr(tune, "gpu", lambda: CPU)
+    monkeypatch.setattr(tune, "usable", lambda: ["triton"])
+    monkeypatch.setattr(launch, "_architecture", lambda device: "sm_90")
+    before = backends.CHOICE.read_text()
+    assert tune.main(["--only", "choice"]) == 0
+    assert "only ['triton'] can be used" in capsys.readouterr().out and backends.CHOICE.read_text() == before

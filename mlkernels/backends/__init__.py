@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import os
 import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from . import native
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
-#: The kernel backends per device type, best first; "reference" serves every device.
-_SERVES: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "triton"), "cuda": ("triton",)}
+#: The kernel backends per device type, best first, though on a GPU choice.json has the last word; "reference" serves
+#: every device.
+_SERVES: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "triton"), "cuda": ("triton", "cuda")}
+#: Which of a GPU's backends serves how many classes, by architecture; ``python -m bench.tune`` measures and writes it.
+CHOICE = Path(__file__).with_name("choice.json")
+LAYOUTS = ("classes_side_by_side", "rows_side_by_side")
 
 
 @functools.cache
@@ -37,10 +44,65 @@ def interpreted() -> bool:
 
 
 @functools.cache
-def _default(device_type: str) -> str:
+def architecture(device: torch.device) -> str:
+    """The device's generation, as the measured tables name it."""
+    if device.type != "cuda":
+        return "default"
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties(device).gcnArchName.split(":")[0])
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+class Preferred(NamedTuple):
+    """The backends by number of classes: those that serve so many at most, ascending, and the one for all others."""
+
+    up_to: tuple[tuple[int, str], ...]
+    others: str
+
+
+def check_choice(table: Any, where: str) -> None:
+    """A choice table, or a ValueError that says what is wrong with it."""
+
+    def require(good: bool, what: str) -> None:
+        if not good:
+            raise ValueError(f"{where}: {what}")
+
+    require(isinstance(table, dict) and "default" in table, "must be an object with an entry 'default'")
+    for name, entry in table.items():
+        require(isinstance(entry, dict), f"{name!r} must be an object, got {entry!r}")
+        for layout in LAYOUTS:
+            if layout not in entry and name != "default":
+                continue  # the default's
+            rows = entry.get(layout)
+            of = f"{layout!r} of {name!r}"
+            require(isinstance(rows, list) and len(rows) > 0, f"{of} must be a list of rows, got {rows!r}")
+            for row in rows:
+                good = isinstance(row, list) and len(row) == 2 and type(row[0]) is int and row[1] in _SERVES["cuda"]
+                require(good, f"{of} must hold [classes, {' or '.join(map(repr, _SERVES['cuda']))}], got {row!r}")
+            limits = [row[0] for row in rows]
+            ascending = limits[-1] == 0 and limits[:-1] == sorted({*limits[:-1]}) and 0 not in limits[:-1]
+            require(ascending and min(limits) == 0, f"{of} must ascend from 1 and end with 0, any number; got {limits}")
+
+
+@functools.cache
+def _preferred(device: torch.device, rows_side_by_side: bool) -> Preferred:
     # The interpreter is for tests: nobody wants it by default.
-    names = (name for name in _SERVES.get(device_type, ()) if (name, device_type) != ("triton", "cpu"))
-    return next((name for name in names if _why_not(name) is None), "reference")
+    names = (name for name in _SERVES.get(device.type, ()) if (name, device.type) != ("triton", "cpu"))
+    usable = [name for name in names if _why_not(name) is None]
+    if device.type != "cuda" or len(usable) < 2:
+        return Preferred((), usable[0] if usable else "reference")
+    table = json.loads(CHOICE.read_text())
+    check_choice(table, str(CHOICE))
+    rows = {**table["default"], **table.get(architecture(device), {})}[LAYOUTS[rows_side_by_side]]
+    *up_to, (_, others) = rows
+    return Preferred(tuple((limit, name) for limit, name in up_to), others)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def preferred(device: torch.device, rows_side_by_side: bool) -> Preferred:
+    """What ``backend=None`` takes on a device. Rows are side by side in (N, C, d1, ...), else classes are."""
+    return _preferred(device, rows_side_by_side)
 
 
 if native.cpu_missing is not None:
@@ -58,10 +120,17 @@ def available_backends() -> dict[str, str | None]:
     return {name: _why_not(name) for name in BACKENDS}
 
 
-def choose(device: torch.device, backend: str | None) -> str:
-    """The backend that serves tensors of this device, or a ValueError."""
+def choose(device: torch.device, backend: str | None, classes: int = 0, rows_side_by_side: bool = False) -> str:
+    """The backend that serves tensors of this device, or a ValueError.
+
+    How many rows there are does not count: a row's results do not depend on the batch it is in.
+    """
     if backend is None:
-        return _default(device.type)
+        found: Preferred = preferred(device, rows_side_by_side)
+        for limit, name in found.up_to:
+            if classes <= limit:
+                return name
+        return found.others
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))} or None, got {backend!r}")
     why = _why_not(backend)

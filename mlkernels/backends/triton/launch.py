@@ -31,6 +31,7 @@ from ...spec import (
     Slot,
     TransformKind,
 )
+from .. import architecture as _architecture
 from . import rows as kernels
 
 _NUMBERS = int(Slot.SOFTCAP) + 1
@@ -56,16 +57,6 @@ class Tile(NamedTuple):
 def _sizes(architecture: str) -> dict[str, list[list[int]]]:
     table = json.loads((Path(__file__).parent / "sizes.json").read_text())
     return {**table["default"], **table.get(architecture, {})}
-
-
-@functools.cache
-def _architecture(device: torch.device) -> str:
-    if device.type != "cuda":
-        return "default"
-    if torch.version.hip:
-        return str(torch.cuda.get_device_properties(device).gcnArchName.split(":")[0])
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
 
 
 @functools.cache

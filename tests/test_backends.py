@@ -1,0 +1,154 @@
+"""Which backend serves a call: by device, by number of classes, by what is there."""
+
+import copy
+import json
+import warnings
+
+import pytest
+import torch
+
+import mlkernels
+from mlkernels import backends, softmax
+
+GPU = torch.device("cuda", 0)
+TABLE = {
+    "default": {
+        "classes_side_by_side": [[100, "cuda"], [1000, "triton"], [0, "cuda"]],
+        "rows_side_by_side": [[0, "triton"]],
+    },
+    "sm_90": {"classes_side_by_side": [[0, "cuda"]], "measured": {"device": "a GPU"}},
+}
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """A machine with a GPU, as it would be with these backends and this table."""
+
+    def make(usable=("triton", "cuda"), table=TABLE, architecture="sm_80"):
+        path = tmp_path / "choice.json"
+        path.write_text(json.dumps(table))
+        monkeypatch.setattr(backends, "CHOICE", path)
+        monkeypatch.setattr(backends, "architecture", lambda device: architecture)
+        monkeypatch.setattr(backends, "_why_not", lambda name: None if name in usable else "it is not there")
+        backends._preferred.cache_clear()
+
+    yield make
+    monkeypatch.undo()
+    backends._preferred.cache_clear()
+
+
+def test_by_classes(machine):
+    machine()
+    found = [backends.choose(GPU, None, classes) for classes in (1, 100, 101, 1000, 1001, 10**6)]
+    assert found == ["cuda", "cuda", "triton", "triton", "cuda", "cuda"]
+    assert {backends.choose(GPU, None, classes, rows_side_by_side=True) for classes in (1, 100, 10**6)} == {"triton"}
+
+
+def test_an_architecture_has_its_own_and_the_default_for_the_rest(machine):
+    machine(architecture="sm_90")
+    assert [backends.choose(GPU, None, classes) for classes in (50, 500)] == ["cuda", "cuda"]
+    assert backends.choose(GPU, None, 50, rows_side_by_side=True) == "triton"
+
+
+@pytest.mark.parametrize("usable", ["triton", "cuda"])
+def test_the_other_one_where_the_preferred_is_not_there(machine, usable):
+    machine(usable=(usable,))
+    assert {backends.choose(GPU, None, classes) for classes in (50, 500, 5000)} == {usable}
+    assert backends.preferred(GPU, False) == ((), usable)  # nothing is compared in a call
+
+
+def test_the_reference_where_none_is_there(machine):
+    machine(usable=())
+    assert backends.choose(GPU, None, 50) == "reference"
+    assert backends.choose(torch.device("meta"), None, 50) == "reference"
+
+
+def test_a_named_backend_is_not_overruled(machine):
+    machine()
+    assert backends.choose(GPU, "triton", 50) == "triton"
+    assert backends.choose(GPU, "cuda", 500) == "cuda"
+    machine(usable=("triton",))
+    with pytest.raises(ValueError, match="backend 'cuda' is not available: it is not there"):
+        backends.choose(GPU, "cuda", 50)
+    with pytest.raises(ValueError, match="backend 'cpu' is not available"):
+        backends.choose(GPU, "cpu", 50)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "what"),
+    [
+        ((), [1], "must be an object with an entry 'default'"),
+        (("default",), None, "'default' must be an object, got None"),
+        (("sm_90",), "cuda", "'sm_90' must be an object"),
+        (("default", "rows_side_by_side"), [], "'rows_side_by_side' of 'default' must be a list"),
+        (("sm_90", "classes_side_by_side"), "cuda", "'classes_side_by_side' of 'sm_90' must be a list"),
+        (("default", "classes_side_by_side"), [[0, "tritonn"]], r"must hold \[classes, 'triton' or 'cuda'\], got \[0,"),
+        (("default", "classes_side_by_side"), [["0", "triton"]], "must hold"),
+        (("default", "classes_side_by_side"), [[0, "triton", 4]], "must hold"),
+        (("default", "classes_side_by_side"), [[100, "triton"]], r"end with 0, any number; got \[100\]"),
+        (("default", "classes_side_by_side"), [[9, "cuda"], [8, "triton"], [0, "cuda"]], "must ascend"),
+        (("default", "classes_side_by_side"), [[0, "cuda"], [0, "triton"]], "must ascend"),
+        (("default", "classes_side_by_side"), [[-5, "cuda"], [0, "triton"]], "must ascend"),
+    ],
+    ids=str,
+)
+def test_a_malformed_table_is_refused(machine, path, value, what):
+    table = copy.deepcopy(TABLE)
+    if path:
+        *outer, last = path
+        entry = table
+        for key in outer:
+            entry = entry[key]
+        entry[last] = value
+    else:
+        table = value
+    machine(table=table)
+    with pytest.raises(ValueError, match=f"choice.json: .*{what}"):
+        backends.choose(GPU, None, 50)
+    with pytest.raises(ValueError, match=what):
+        backends.choose(GPU, None, 50)  # again: nothing was kept
+
+
+def test_a_table_without_default_is_refused(machine):
+    machine(table={"sm_90": TABLE["sm_90"]})
+    with pytest.raises(ValueError, match="an entry 'default'"):
+        backends.choose(GPU, None, 50)
+
+
+def test_what_is_shipped():
+    table = json.loads(backends.CHOICE.read_text())
+    backends.check_choice(table, "choice.json")
+    if "measured" not in table["default"]:
+        assert all(table["default"][layout] == [[0, "triton"]] for layout in backends.LAYOUTS)
+        assert "Not measured" in table["default"]["comment"]
+
+
+def test_a_call_asks_by_its_classes_and_layout(monkeypatch):
+    asked = []
+
+    def choose(device, backend, classes, rows_side_by_side):
+        asked.append((backend, classes, rows_side_by_side))
+        return "reference"
+
+    monkeypatch.setattr(softmax, "choose", choose)
+    images = torch.randn(2, 5, 3, 4)
+    labels = torch.zeros(2, 3, 4, dtype=torch.long)
+    mlkernels.cross_entropy(torch.randn(3, 7), torch.arange(3))
+    mlkernels.cross_entropy(torch.randn(7), torch.tensor(1), backend="reference")
+    mlkernels.cross_entropy(images, labels)
+    mlkernels.cross_entropy(images.to(memory_format=torch.channels_last), labels)
+    assert asked == [(None, 7, False), ("reference", 7, False), (None, 5, True), (None, 5, False)]
+
+
+def test_compiled_it_is_a_constant(machine):
+    """Read once, not traced: no warning about a cache, no file in the graph; ranges are guards."""
+    machine()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch._dynamo.reset()
+        number = {"cuda": 1.0, "triton": 2.0}
+        compiled = torch.compile(
+            lambda x: x + number[backends.choose(GPU, None, x.shape[1])], fullgraph=True, dynamic=True, backend="eager"
+        )
+        found = [compiled(torch.zeros(2, classes))[0, 0].item() for classes in (50, 60, 500, 5000)]
+    assert found == [1.0, 1.0, 2.0, 1.0]
