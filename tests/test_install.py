@@ -31,8 +31,8 @@ def python(*arguments, **environment):
     )
 
 
-def library():
-    found = sorted(Path(mlkernels.__file__).parent.glob("_cpu.*so"))
+def library(stem="_cpu"):
+    found = sorted(Path(mlkernels.__file__).parent.glob(f"{stem}.*so"))
     if not found or sys.platform != "linux" or shutil.which("nm") is None:
         pytest.skip("needs the compiled library, and nm")
     return found[0]
@@ -56,19 +56,21 @@ def test_library_is_built_where_it_can_be():
     assert native.cpu_isa() in ("baseline", "avx2", "avx512")
 
 
-def test_library_needs_only_the_stable_shim():
+@pytest.mark.parametrize("stem", ["_cpu", "_cuda"])
+def test_library_needs_only_the_stable_shim(stem):
     """Every undefined symbol is in torch 2.11's C shim, or comes from the C and C++ runtimes, which are versioned."""
     lines = (ROOT / "tests" / "shim_symbols_2_11.txt").read_text().splitlines()
     shim = {line for line in lines if not line.startswith("#")}
     runtime = re.compile(r"@+(GLIBC|GLIBCXX|CXXABI|GCC|LIBC\+\+|GOMP|OMP)_")
-    strong = [name for kind, name in nm(library(), "-D", "--undefined-only") if kind != "w"]
+    strong = [name for kind, name in nm(library(stem), "-D", "--undefined-only") if kind != "w"]
     assert [name for name in strong if name not in shim and not runtime.search(name)] == []
     assert any(name in shim for name in strong)
 
 
-def test_library_exports_no_kernel():
+@pytest.mark.parametrize("stem", ["_cpu", "_cuda"])
+def test_library_exports_no_kernel(stem):
     """Only its C entry points, and what the C++ runtime itself makes weak."""
-    strong = {name for kind, name in nm(library(), "-D", "--defined-only") if kind in "TDBR"}
+    strong = {name for kind, name in nm(library(stem), "-D", "--defined-only") if kind in "TDBR"}
     assert {name for name in strong if not name.startswith("mlkernels_")} <= {
         "_edata",
         "_end",
@@ -156,3 +158,49 @@ def test_version_is_a_literal():
     """setuptools reads it from the source, without importing torch."""
     source = Path(mlkernels.__file__).read_text()
     assert re.search(rf'^__version__ = "{re.escape(mlkernels.__version__)}"$', source, re.MULTILINE)
+
+
+def test_report_of_the_cuda_kernels():
+    """Built or not, and why they do not run here."""
+    said = python("-m", "mlkernels").stdout
+    line = next(line for line in said.splitlines() if line.startswith("backend cuda"))
+    if torch.version.cuda is None:
+        built = bool(sorted(Path(mlkernels.__file__).parent.glob("_cuda.*so")))
+        assert line.endswith("this torch is built without CUDA" + ", though the kernels are built" * built)
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason", "loud"),
+    [
+        ({"MLKERNELS_CUDA": "0"}, "left out by MLKERNELS_CUDA=0", False),
+        ({"MLKERNELS_CUDA": "1", "PATH": "/nowhere", "CUDA_HOME": "", "CUDA_PATH": ""}, "nvcc was found neither", True),
+        ({"MLKERNELS_CUDA": "", "PATH": "/nowhere", "CUDA_HOME": "", "CUDA_PATH": ""}, "nvcc was found neither", False),
+    ],
+    ids=["switched off", "wanted", "not there"],
+)
+def test_cuda_kernels_that_cannot_be_built(tmp_path, environment, reason, loud):
+    """The rest is installed; only who asked for them is warned."""
+    program = (
+        f"import sys; sys.path.insert(0, {str(BUILD.parent)!r}); import build, pathlib; "
+        f"build.LIBRARIES = {{'_cuda': build.make_cuda}}; build.build_into(pathlib.Path({str(tmp_path)!r}))"
+    )
+    done = python("-c", program, **environment)
+    assert (tmp_path / "_cuda.error.txt").read_text().startswith(reason)
+    assert ("WARNING: mlkernels is without its CUDA kernels" in done.stderr) == loud
+
+
+def test_a_failed_cuda_build_leaves_the_rest(tmp_path):
+    if COMPILER is None:
+        pytest.skip("no C++ compiler")
+    (tmp_path / "bin").mkdir()
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'nvcc fatal: error of the test' >&2\nexit 1\n")
+    nvcc.chmod(0o755)
+    program = (
+        f"import sys; sys.path.insert(0, {str(BUILD.parent)!r}); import build, pathlib; "
+        f"build.OBJECTS = pathlib.Path({str(tmp_path)!r}, 'objects'); "
+        f"build.LIBRARIES = {{'_cuda': build.make_cuda}}; build.build_into(pathlib.Path({str(tmp_path)!r}))"
+    )
+    python("-c", program, PATH=f"{nvcc.parent}:{os.environ['PATH']}", MLKERNELS_CUDA="1")
+    assert "nvcc failed: nvcc fatal: error of the test" in (tmp_path / "_cuda.error.txt").read_text()
+    assert not (tmp_path / "_cuda.abi3.so").exists()

@@ -82,9 +82,17 @@ _FENCE, _SYNC, _WRITE = "      simt.before_copy();\n", "      simt.warp_sync();\
 BROKEN = {
     "the wait for a row's chunks": (_LONG, "simt.copy_wait(at.barriers + 8 * p.slot, p.parity);", ""),
     "the barrier before a place is filled again": (_LONG, f"{_FENCE}{_SYNC}      ask();", "      ask();"),
-    "the barrier between telling and reading": (_LONG, "        simt.block_sync();\n      }\n      return", "      }\n      return"),
+    "the barrier between telling and reading": (
+        _LONG,
+        "        simt.block_sync();\n      }\n      return",
+        "      }\n      return",
+    ),
     "the wait for what blocks tell each other": (_LONG, "        simt.copy_wait(8 * half, parity);\n", ""),
-    "two halves of the exchange": (_LONG, "half = exchanges & 1, parity = exchanges >> 1 & 1", "half = 0, parity = exchanges & 1"),
+    "two halves of the exchange": (
+        _LONG,
+        "half = exchanges & 1, parity = exchanges >> 1 & 1",
+        "half = 0, parity = exchanges & 1",
+    ),
     "the wait for a tile": (_SHORT, "simt.copy_wait(at.barriers + 8 * slot, parity);", ""),
     "the fence before a tile is filled again": (_SHORT, _FENCE, ""),
     "the barrier before a tile is written out": (_SHORT, f"{_SYNC}{_WRITE}", _WRITE),
