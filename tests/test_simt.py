@@ -112,7 +112,7 @@ torch.manual_seed(0)
 for seed in range(1, 7):
     for shape in ({{"way": "short", "slots": 2, "tile_rows": 1, "teams": 1, "cluster": -1, "warps": 1}},
                   {{"way": "short", "cluster": 2}},
-                  {{"way": "long", "warps": 2, "slots": 1, "teams": 1, "chunk": 32}},
+                  {{"way": "long", "warps": 2, "slots": 5, "teams": 1, "chunk": 32}},
                   {{"way": "long", "warps": 1, "cluster": 2, "teams": 1, "chunk": 32}}):
         with simt.forced(seed=seed, **shape):
             x = torch.randn(9, 300, requires_grad=True)
