@@ -20,7 +20,7 @@ import mlkernels
 from bench import gpu, gpu_report, tune
 from bench.gpu_report import OF_COPY, Half, Outcome, Problem, Report, Row, Small, check, floor_bytes, text
 from bench.measure import Timing
-from mlkernels import backends
+from mlkernels import backends, softmax
 from mlkernels.backends.triton import launch
 
 ROOT = Path(__file__).parent.parent
@@ -225,6 +225,21 @@ def test_runs_on_the_kernels_themselves(tiny, monkeypatch):
         assert launch.kernels.on_chip is kernel
     finally:
         launch.tile.cache_clear()
+
+
+@pytest.mark.parametrize("by", ["reference", None])
+def test_a_backend_is_measured_by_its_name(by, monkeypatch):
+    asked = []
+
+    def choose(device, backend, *others):
+        asked.append(backend)
+        return "reference"
+
+    monkeypatch.setattr(softmax, "choose", choose)
+    for name, function in gpu.ours(CPU, by).items():
+        one = gpu.make_inputs(Problem((4, 5), "float32"), name in gpu.COSINES, CPU)
+        function(one.input, one.target)
+    assert asked == [by] * len(gpu_report.LOSSES)
 
 
 @pytest.mark.parametrize("by", ["cpu", "cuda"])
