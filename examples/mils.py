@@ -164,7 +164,8 @@ def plot(path: Path, title: str, runs: Sequence[Run]) -> None:
         means = [statistics.fmean(values) for values in zip(*(getattr(run, name) for run in scheduled), strict=True)]
         left.bar(epochs, means, color=color, label=name)
     left.set(title="auxiliary steps per epoch, scheduled", xlabel="epoch")
-    left.legend(frameon=False, loc="lower left")
+    left.margins(y=0.25)  # room for the legend above the bars
+    left.legend(frameon=False, loc="upper left")
     for index, method in enumerate(METHODS):
         mine = [run for run in runs if run.method == method]
         means = [100 * statistics.fmean(values) for values in zip(*(run.test_error for run in mine), strict=True)]
