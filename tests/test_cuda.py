@@ -58,7 +58,7 @@ def check(input, target, way, loss=mlkernels.cross_entropy, reduction="none", to
 
 WAYS = [
     pytest.param({"way": "short"}, id="short"),
-    pytest.param({"way": "short", "cluster": -1, "tile_rows": 2, "teams": 1}, id="short-tiles"),
+    pytest.param({"way": "short", "warps": 1, "cluster": -1, "tile_rows": 2, "teams": 1}, id="short-tiles"),
     pytest.param({"way": "long", "warps": 1, "chunk": 32}, id="long-warp"),
     pytest.param({"way": "long", "warps": 4, "chunk": 32, "teams": 2}, id="long-block"),
     pytest.param({"way": "long", "warps": 1, "cluster": 4, "chunk": 32, "teams": 1}, id="long-cluster"),

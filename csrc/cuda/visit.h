@@ -145,11 +145,6 @@ MLK_DEVICE V sum_over(const Simt& simt, V x, int lanes = LANES) {
   for (int mask = lanes / 2; mask > 0; mask /= 2) x += simt.butterfly(x, mask);
   return x;
 }
-template <class Simt, class V>
-MLK_DEVICE V max_over(const Simt& simt, V x, int lanes = LANES) {
-  for (int mask = lanes / 2; mask > 0; mask /= 2) x = larger(x, simt.butterfly(x, mask));
-  return x;
-}
 
 // ---- rows ------------------------------------------------------------------------------------------------------------
 
