@@ -141,9 +141,8 @@ def rate(table: Table, candidate: Candidate, copied: tuple[Tensor, Tensor], elem
     device = copied[0].device
     use(with_row(table, candidate))
     kernels = launch.kernels
-    originals = kernels.on_chip, kernels.streamed
-    recorders = [Recorder(kernel) for kernel in originals]
-    kernels.on_chip, kernels.streamed = recorders
+    original = kernels.visit
+    kernels.visit = recorder = Recorder(original)
     fractions = []
     try:
         for classes in candidate.classes:
@@ -153,12 +152,12 @@ def rate(table: Table, candidate: Candidate, copied: tuple[Tensor, Tensor], elem
             function = ours(device, "triton")["cross_entropy"]
             steps = {mode: our_step(function, mode, sets) for mode in ("single", "split")}
             timings = take_turns({**steps, "copy": lambda: copied[0].copy_(copied[1])}, SECONDS, device)
-            if any(recorder.spills for recorder in recorders):
+            if recorder.spills:
                 return 0.0
             bandwidth = 2 * copied[0].nbytes / timings["copy"].median
             fractions += [floor_bytes(problem, mode) / timings[mode].median / bandwidth for mode in steps]
     finally:
-        kernels.on_chip, kernels.streamed = originals
+        kernels.visit = original
     return math.prod(fractions) ** (1 / len(fractions))
 
 

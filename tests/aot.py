@@ -13,6 +13,7 @@ import argparse
 import importlib
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -45,6 +46,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+TILE = ("CHUNKS", "ROWS", "LANES", "VECTOR")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
 
@@ -126,7 +128,8 @@ def sizes(architecture: str, side_by_side: bool, itemsize: int, every: bool) -> 
     """Numbers of classes, one for each tile that there is; or only the largest for each amount of work of a thread."""
     found: dict[Any, int] = {}
     for exponent in range(19):
-        tile = launch.tile(architecture, 2**exponent, side_by_side, itemsize, True)
+        unit = 1 if side_by_side else min(16, 2**exponent)
+        tile = launch.tile(architecture, 2**exponent, side_by_side, itemsize, unit, True)
         found[tile if every else (tile.rows * tile.cols, tile.warps, tile.on_chip)] = 2**exponent
     return list(found.values())
 
@@ -155,7 +158,7 @@ def heaviest(case: Case) -> Case:
 def widest(architecture: str, plain: bool = True) -> int:
     """The longest rows that are held on chip."""
     classes = sizes(architecture, False, 2, True)
-    return max(c for c in classes if launch.tile(architecture, c, False, 2, plain).on_chip)
+    return max(c for c in classes if launch.tile(architecture, c, False, 2, 16, plain).on_chip)
 
 
 def essentials(architecture: str) -> Iterator[Case]:
@@ -291,9 +294,15 @@ class Launch:
             if given.get(name) is not None
         ]  # fmt: skip
         words += [f"upstream{i}" for i, u in enumerate(given.get("upstream", ())) if u is not None]
-        return " ".join(
-            words + [f"{k}={int(v)}" for k, v in given.items() if k.isupper() and v and k not in ("ROWS", "COLS")]
-        )
+        return " ".join(words + [f"{k}={int(v)}" for k, v in given.items() if k.isupper() and v and k not in TILE])
+
+    @property
+    def pairs(self) -> bool:
+        """Whether logits of two bytes, whose rows are side by side and aligned, must be read by twos."""
+        given = self.arguments
+        places, sizes = given["in_strides"], given["sizes"]
+        aligned = 1 in places[1:] and all(p % 16 == 0 or p == 1 for p in places) and sizes[0] % 16 == 0
+        return given["ACROSS"] and given["input"].element_size() == 2 and aligned and self.known("rows") % 16 == 0
 
     def wide(self, name: str, strides: str) -> int:
         """How many 128-bit accesses a thread must make to a tensor of aligned rows; 0: none."""
@@ -302,15 +311,11 @@ class Launch:
         if tensor is None or tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
             return 0
         places = given[strides]
-        if places[0] == 1:  # classes side by side
-            aligned = all(p * tensor.element_size() % 16 == 0 for p in (given["classes"], *places[1:]))
-        else:
-            aligned = 1 in places[1:] and all(p % 16 == 0 or p == 1 for p in places) and given["sizes"][0] % 16 == 0
-            aligned = aligned and self.known("rows") % 16 == 0
-        if not (aligned and self.known(name) % 16 == 0):
+        aligned = all(p * tensor.element_size() % 16 == 0 for p in (given["classes"], *places[1:]))
+        if not (places[0] == 1 and aligned and self.known(name) % 16 == 0):
             return 0
         threads = TARGETS[self.target].warp_size * self.options["num_warps"]
-        return max(1, given["ROWS"] * given["COLS"] * tensor.element_size() // (16 * threads))
+        return max(1, math.prod(given[k] for k in TILE) * tensor.element_size() // (16 * threads))
 
 
 def launches(name: str, calls: Callable[[], None]) -> list[Launch]:
@@ -360,9 +365,11 @@ def measured(target: GPUTarget, assembly: dict[str, Any]) -> dict[str, int]:
         number = lambda name: int(re.search(rf"\.{name}:\s*(\d+)", text).group(1))  # type: ignore[union-attr]
         return {
             "registers": number("vgpr_count"),
-            "spills": number("vgpr_spill_count") + number("private_segment_fixed_size"),
+            # Scalar registers are spilled into lanes of a vector register, whatever room a stack has for them.
+            "spills": number("vgpr_spill_count") + len(re.findall(r"\bscratch_(?:load|store)", text)),
             "loads": len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", text)),
             "stores": len(re.findall(r"\b(?:global|buffer)_store_dwordx4\b", text)),
+            "halves": len(re.findall(r"\b(?:global|buffer)_load_(?:d16_hi_)?[us]?short\w*", text)),
             "narrow": 2 * len(re.findall(r"\b(?:global|buffer)_load_[us]short\w*", text))
             + 4 * len(re.findall(r"\b(?:global|buffer)_load_dword\b", text)),
         }
@@ -381,6 +388,7 @@ def measured(target: GPUTarget, assembly: dict[str, Any]) -> dict[str, int]:
         "spills": stack + local,
         "loads": wide("LDG"),
         "stores": wide("STG"),
+        "halves": len(re.findall(r"\bLDG\.E\S*\.U16\b", code)),
         # Bytes; 32 bits are what has no suffix.
         "narrow": 2 * len(re.findall(r"\bLDG\.E\S*\.U16\b", code))
         + 4 * len(re.findall(r"\bLDG\.E(?!\S*\.(?:[US]?8|[US]?16|64|128|256)\b)", code)),
@@ -394,7 +402,7 @@ def compiled(one: Launch) -> dict[str, Any]:
     row = {
         "kernel": one.kernel.__name__,
         "target": one.target,
-        "tile": f"{given['ROWS']}x{given['COLS']}" if "ROWS" in given else str(given["BLOCK"]),
+        "tile": "x".join(str(given[k]) for k in TILE) if "ROWS" in given else str(given["BLOCK"]),
         "warps": one.options["num_warps"],
         "dtype": next((n for n, d in DTYPES.items() if d == dtype), ""),
         "does": one.does,
@@ -405,6 +413,10 @@ def compiled(one: Launch) -> dict[str, Any]:
     if row["wide_loads"] and not given["MODES"] and all(given[name] is None for name in others):
         # Labels and sums are wide too; but where little else is read there are fewer narrow loads than logits.
         row["narrow_limit"] = row["wide_loads"] * 16
+    if "input" in given and one.pairs:
+        # Beside the logits it is the label's own logit that is read alone, one per row.
+        threads = TARGETS[one.target].warp_size * one.options["num_warps"]
+        row["halves_limit"] = math.prod(given[k] for k in TILE) // threads
     begun = time.monotonic()
     try:
         source = ASTSource(one.kernel, one.signature, one.constants, one.attributes)
@@ -459,7 +471,7 @@ def main() -> None:
                     _work.append((one, {"case": repr(case)}))
         if name == "sm_90":
             # Rows that do not fit: the checks must see it.
-            spilling = Case(32768, 256, mode="train", tile=launch.Tile(1, 32768, 32, True))
+            spilling = Case(32768, 256, mode="train", tile=launch.Tile(4, 1, 1024, 8, 32, True))
             _work.extend((one, {"bad": True}) for one in of_case(name, spilling)[-1:])
     if arguments.list:
         for one, more in _work:

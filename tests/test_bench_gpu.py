@@ -215,14 +215,14 @@ def test_runs_on_the_kernels_themselves(tiny, monkeypatch):
     monkeypatch.setattr(launch, "_sizes", launch._sizes)
     table = {"classes_side_by_side": [[2048, 2048, 4], [0, 256, 8]], "rows_side_by_side": [[0, 256, 4]]}
     copied = torch.zeros(64), torch.zeros(64)
-    kernel = launch.kernels.on_chip
+    kernel = launch.kernels.visit
     try:
         row = tune.Candidate("classes_side_by_side", 2048, (1024, 4), (40,))
         tune.prepare(table, row, "cpu", 640)
-        assert launch.tile("sm_90", 40, False, 2, True)[:3] == (16, 64, 4)
+        assert launch.tile("sm_90", 40, False, 2, 8, True)[:5] == (1, 16, 8, 8, 4)
         images = tune.Candidate("rows_side_by_side", 0, (128, 4), (5,))
         assert tune.rate(table, images, copied, 80) > 0
-        assert launch.kernels.on_chip is kernel
+        assert launch.kernels.visit is kernel
     finally:
         launch.tile.cache_clear()
 
@@ -640,8 +640,8 @@ def test_tune_writes_what_launch_reads(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(launch, "_sizes", lambda architecture: merged)
     launch.tile.cache_clear()
     try:
-        assert launch.tile("sm_90", 1000, False, 2, True).on_chip
-        assert not launch.tile("sm_90", 10**6, False, 2, True).on_chip
+        assert launch.tile("sm_90", 1000, False, 2, 8, True).on_chip
+        assert not launch.tile("sm_90", 10**6, False, 2, 8, True).on_chip
     finally:
         launch.tile.cache_clear()
     said = capsys.readouterr().out

@@ -4,6 +4,7 @@ The properties that every backend shares are tested by the whole suite, under Tr
 test_gpu.py.
 """
 
+import math
 import os
 
 import mpmath
@@ -134,18 +135,22 @@ def test_power(dtype):
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
 def test_tiles_cover_every_row(itemsize, plain, side_by_side):
     for classes in (1, 2, 3, 10, 100, 1000, 4096, 4097, 16384, 16385, 50257, 1 << 20, (1 << 20) + 1):
-        tile = launch.tile("default", classes, side_by_side, itemsize, plain)
-        assert tile.rows & (tile.rows - 1) == 0 and tile.cols & (tile.cols - 1) == 0
-        assert not tile.on_chip or tile.cols >= classes
-        assert tile.rows * tile.cols <= 16384
-        if classes <= 4096 and not side_by_side:
-            assert tile.on_chip
-        if side_by_side:
-            assert tile.rows >= 32  # what a warp reads in one go
+        unit = 1 if side_by_side else math.gcd(16, classes)
+        for architecture, warp in (("default", 32), ("gfx942", 64)):
+            tile = launch.tile(architecture, classes, side_by_side, itemsize, unit, plain)
+            assert all(size & (size - 1) == 0 for size in tile[:4])
+            assert not tile.on_chip or tile.cols >= classes
+            assert tile.vector <= unit and tile.vector * itemsize <= 16
+            # Of the registers half are the logits' at most, a quarter where a loss can have more than those.
+            assert tile.rows * tile.cols * (2 if itemsize == 8 else 1) <= (64 if plain else 32) * warp * tile.warps
+            if classes <= 4096 and not side_by_side:
+                assert tile.on_chip
+            if side_by_side:
+                assert tile.rows >= 32  # what a warp reads in one go
 
 
 def test_an_architecture_that_was_not_measured_has_the_default():
-    assert launch.tile("sm_999", 1000, False, 2, True) == launch.tile("default", 1000, False, 2, True)
+    assert launch.tile("sm_999", 1000, False, 2, 8, True) == launch.tile("default", 1000, False, 2, 8, True)
 
 
 # ---- longer rows -----------------------------------------------------------------------------------------------------
@@ -154,7 +159,7 @@ def test_an_architecture_that_was_not_measured_has_the_default():
 @pytest.fixture
 def streamed(monkeypatch):
     """Rows of 6 classes in blocks of 4; the last program is not full."""
-    monkeypatch.setattr(launch, "tile", lambda *arguments: launch.Tile(8, 4, 1, False))
+    monkeypatch.setattr(launch, "tile", lambda *arguments: launch.Tile(2, 8, 2, 1, 1, False))
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
@@ -221,6 +226,22 @@ def test_long_rows_in_real_blocks():
                 torch.testing.assert_close(gradient.double(), wanted[2][key].double(), rtol=1e-4, atol=1e-6)
 
 
+# ---- another upstream gradient than 1 --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("programs", [1, 3, 4096])
+@pytest.mark.parametrize("upstream", [1.0, 1.5])
+def test_a_gradient_is_refreshed_by_few_programs(upstream, programs, monkeypatch):
+    """Each takes tiles in turn; the last one has fewer."""
+    monkeypatch.setattr(launch, "_CONDITIONAL_PROGRAMS", programs)
+    monkeypatch.setattr(launch, "tile", lambda *arguments: launch.Tile(2, 4, 2, 2, 1, True))
+    loss = BY_NAME["modulated"]
+    input, target, params = draw(loss, rows=29, kinds=("random", "confident5"))
+    found = run(loss, input.float(), target, params, upstream, backend="triton")
+    wanted = run(loss, input, target, params, upstream, backend="reference")
+    torch.testing.assert_close(found[1].double(), wanted[1], rtol=1e-5, atol=1e-8)
+
+
 # ---- sums in parts ---------------------------------------------------------------------------------------------------
 
 
@@ -228,7 +249,7 @@ def test_long_rows_in_real_blocks():
 def test_sums_in_many_parts(reduction, monkeypatch):
     """As with millions of rows: label counts gathered twice, row losses added up in two stages, tables in chunks."""
     monkeypatch.setattr(launch, "_SUM_BLOCK", 1)
-    monkeypatch.setattr(launch, "tile", lambda *arguments: launch.Tile(1, 8, 1, True))
+    monkeypatch.setattr(launch, "tile", lambda *arguments: launch.Tile(2, 1, 2, 2, 1, True))
     sizes = []
     chunks = launch._chunks
     monkeypatch.setattr(launch, "_chunks", lambda n: sizes.append(chunks(n)[1]) or chunks(n))
@@ -387,7 +408,7 @@ def test_numbers_that_change_are_the_same_kernel(loss):
                 (constants, tuple(type(v) for v in arguments[2]), len(arguments))
             )
 
-    kernel, rows.on_chip = rows.on_chip, Recorder()
+    kernel, rows.visit = rows.visit, Recorder()
     try:
         for factor in (1.0, 1.1, 1.2):
             own = {
@@ -395,5 +416,5 @@ def test_numbers_that_change_are_the_same_kernel(loss):
             }
             loss(input.float(), target, own, reduction="none", backend="triton", **options)
     finally:
-        rows.on_chip = kernel
+        rows.visit = kernel
     assert len(seen) == 3 and seen[0] == seen[1] == seen[2]

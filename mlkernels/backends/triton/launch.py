@@ -39,18 +39,26 @@ _TRAINABLE = int(Slot.HEAD_D) + 1
 _PARTS = int(kernels.PARTS.value)
 _INT32 = 2**31
 _SUM_BLOCK = 1024
+_CONDITIONAL_PROGRAMS = 4096
 
 
 # ---- sizes -----------------------------------------------------------------------------------------------------------
 
 
 class Tile(NamedTuple):
-    """What a program holds."""
+    """What a program holds: (chunks, rows, lanes, vector), see ``rows.py``."""
 
+    chunks: int
     rows: int
-    cols: int
+    lanes: int
+    vector: int
     warps: int
     on_chip: bool
+
+    @property
+    def cols(self) -> int:
+        """Classes, at a time."""
+        return self.chunks * self.lanes * self.vector
 
 
 @functools.cache
@@ -60,22 +68,49 @@ def _sizes(architecture: str) -> dict[str, list[list[int]]]:
 
 
 @functools.cache
-def tile(architecture: str, classes: int, side_by_side: bool, itemsize: int, plain: bool) -> Tile:
+def tile(architecture: str, classes: int, side_by_side: bool, itemsize: int, unit: int, plain: bool) -> Tile:
     """The program of rows of so many classes. side_by_side: it is rows, not classes, that are neighbours in memory;
-    plain: nothing is read beside logits and labels, and nothing written but loss and gradient of the logits.
+    unit: a divisor of classes and strides; plain: nothing is read beside logits and labels, and nothing written but
+    loss and gradient of the logits.
 
     Nothing else counts, the number of rows least of all: a row's results do not depend on the batch it is in.
     """
     table = _sizes(architecture)["rows_side_by_side" if side_by_side else "classes_side_by_side"]
-    half = 1 + (itemsize == 8)  # float64 takes twice the registers
+    warp = 64 if architecture.startswith("gfx9") else 32
     cols = triton.next_power_of_2(classes)
+    spare = 1 + (itemsize == 8)  # float64 takes twice the registers
     for limit, elements, warps in table[:-1]:
-        # 16 warps leave a thread 128 registers: enough for the logits, not for all that a loss can have.
-        if cols <= limit // half and (plain or warps < 16):
-            return Tile(max(1, elements // half // cols), cols, warps, True)
+        if cols > limit // spare:
+            continue
+        elements //= spare
+        if not plain:  # and so may all that a loss can have
+            elements, warps = (elements // 2, warps) if cols <= elements // 2 else (elements, 2 * warps)
+            if warps >= 16:  # these leave a thread 128 registers
+                break
+        # A thread has all of one row, or some short ones; of rows side by side those that 32 bits of memory hold.
+        most = max(1, 4 // itemsize) if side_by_side else min(4, max(1, 8 // cols))
+        rows = min(most * warp * warps, elements // cols)
+        return Tile(*_shape(rows, cols, warp * warps, side_by_side, itemsize, unit), warps, True)
     _, elements, warps = table[-1]
+    elements, warps = (elements // 2, warps) if not plain else (elements, warps)
     cols = min(cols, elements // 64) if side_by_side else elements
-    return Tile(elements // cols, cols, warps * half, False)
+    rows = elements // cols
+    return Tile(*_shape(rows, cols, warp * warps * spare, side_by_side, itemsize, unit), warps * spare, False)
+
+
+def _shape(
+    rows: int, cols: int, threads: int, side_by_side: bool, itemsize: int, unit: int
+) -> tuple[int, int, int, int]:
+    """A row's scalar mathematics is done by every thread that holds some of it, so these are as few as there can be."""
+    if side_by_side:
+        lanes = max(1, min(cols, threads * max(1, 4 // itemsize) // rows))
+        return cols // lanes, rows, lanes, 1
+    vector = min(cols, unit, 16 // itemsize)
+    lanes = max(1, threads // rows)
+    if cols * itemsize > 64:  # of longer rows a sector of 32 bytes at a time
+        lanes = max(lanes, 32 // (itemsize * vector))
+    lanes = min(cols // vector, lanes)
+    return cols // (lanes * vector), rows, lanes, vector
 
 
 # ---- tensors to arguments --------------------------------------------------------------------------------------------
@@ -229,8 +264,11 @@ class _Call:
         side_by_side = in_strides[0] != 1 and self.classes > 1
         wanted = [slot for slot in ops.needed(needs) if slot != ops.INPUT]
         plain = self.plain and not wanted and stats is None and upstream[1] is upstream[2] is None
-        shape = tile(_architecture(self.device), self.classes, side_by_side, input.element_size(), plain)
+        unit = math.gcd(16, self.classes, *in_strides[1:], *out_strides[1:]) if not side_by_side else 1
+        shape = tile(_architecture(self.device), self.classes, side_by_side, input.element_size(), unit, plain)
         programs = triton.cdiv(rows, shape.rows)
+        # Where nothing may be left to do, few programs find that out.
+        turns = triton.cdiv(programs, _CONDITIONAL_PROGRAMS) if conditional else 1
 
         by_parameter = self.empty(_TRAINABLE, rows) if wanted else None
         bins = self.empty(2, rows, dtype=torch.int32) if any(map(self.is_table, wanted)) else None
@@ -246,6 +284,7 @@ class _Call:
                 self.adjustment, divisors, ups, saved, row_losses, save, stats,
                 None if gradient is None else out, by_parameter, bins,
                 rows, self.classes, sizes, in_strides, out_strides, up_strides, self.structure, self.ignore_index,
+                turns,
             )  # fmt: skip
             options = {
                 "MODES": self.modes,
@@ -254,17 +293,17 @@ class _Call:
                 "CAPPED": self.capped,
                 "CONDITIONAL": conditional,
                 "WIDE": max(_reach(input), _reach(out)) + shape.cols * max(in_strides[0], out_strides[0]) >= _INT32,
-                "UNIT": math.gcd(16, self.classes, *in_strides[1:], *out_strides[1:]) if not side_by_side else 1,
+                "UNIT": unit,
                 "ACROSS": side_by_side,
+                "ON_CHIP": shape.on_chip,
+                "TWO": not shape.on_chip and self.structure[1] == ScaleKind.TWO_SCALE,
+                "CHUNKS": shape.chunks,
                 "ROWS": shape.rows,
-                "COLS": shape.cols,
+                "LANES": shape.lanes,
+                "VECTOR": shape.vector,
                 "num_warps": shape.warps,
             }
-            if shape.on_chip:
-                kernels.on_chip[(programs,)](*arguments, **options)
-            else:
-                options["TWO"] = self.structure[1] == ScaleKind.TWO_SCALE
-                kernels.streamed[(programs,)](*arguments, **options)
+            kernels.visit[(triton.cdiv(programs, turns),)](*arguments, **options)
         if gradient is not None and out is not gradient:
             gradient.copy_(out)
         loss = None

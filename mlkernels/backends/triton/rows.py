@@ -1,12 +1,16 @@
-"""The kernels that touch N x C elements: a row's statistics, and its gradient. They know nothing of losses.
+"""The kernel that touches N x C elements: a row's statistics, and its gradient. It knows nothing of losses.
 
-``on_chip`` holds whole rows in registers: one read, and where a gradient is wanted one write; one exponential per
-element. ``streamed`` takes longer rows block by block: statistics in one pass, and the gradient in a second one that
-walks backwards, so that it starts with what is still in the cache. Both take a tile of rows, so that many short rows
-fill a program, and rows whose classes lie apart, (N, C, d1, ...), are read along d.
+A program takes a tile of rows. Where they fit (ON_CHIP) they stay in registers: one read, and where a gradient is
+wanted one write; one exponential per element. Longer rows go block by block: statistics in one pass, and the gradient
+in a second one that walks backwards, so that it starts with what is still in the cache. Rows whose classes lie apart,
+(N, C, d1, ...), are read along d.
 
-No result depends on the rows beside it: block sizes are chosen from C and the strides alone. Nothing is accumulated by
-atomics: a program writes the sum of its own rows, ``total`` adds those up in order.
+A tile is (chunks, rows, lanes, vector): a chunk of a row is a vector of neighbours for each of a few threads, and all
+chunks are the same threads'. So a thread has many classes of one row, and the row's scalar mathematics, which each of
+its threads does, costs little.
+
+No result depends on the rows beside it: tiles are chosen from C and the strides alone. Nothing is accumulated by
+atomics: a tile leaves the sum of its own rows, ``total`` adds those up in order.
 """
 
 from __future__ import annotations
@@ -38,7 +42,7 @@ BY_VALUE, SHARED, PER_CLASS, PER_ROW = 0, 1, 2, 3
 #: The slots whose gradient needs the mean logit.
 NEED_SHIFT = tl.constexpr(1 << spec.Slot.SCALE | 1 << spec.Slot.SCALE_HIGH | 1 << spec.Slot.LOGIT_NORM)
 #: How many partial sums of weights there are at most; every program adds them up for itself.
-PARTS = tl.constexpr(64)
+PARTS = tl.constexpr(32)
 
 
 # ---- what a row is given ---------------------------------------------------------------------------------------------
@@ -123,9 +127,9 @@ def numbers(values, MODES: tl.constexpr, y, row, kept, T: tl.constexpr, PIECEWIS
 
 
 @triton.jit
-def label_of(target, row, rows, classes, ignore_index):
+def label_of(label, row, rows, classes, ignore_index):
     """Each row's class, whether the row counts, and whether its class exists (else 0 stands for it)."""
-    y = tl.load(target + row, row < rows, 0).to(tl.int64)
+    y = label.to(tl.int64)
     kept = (row < rows) & (y != ignore_index)
     exists = kept & (y >= 0) & (y < classes)
     return tl.where(exists, y, 0).to(tl.int32), kept, exists
@@ -142,18 +146,18 @@ def prepared(u, cap, adjustment, col, valid, T: tl.constexpr, CAPPED: tl.constex
 
 
 @triton.jit
-def prepared_load(pointers, mask, adjustment, at, cap, T: tl.constexpr, CAPPED: tl.constexpr):
-    """The same for one logit of each row; NaN where there is none."""
-    u = tl.load(pointers, mask, float("nan")).to(T)
-    if CAPPED:
-        u = tl.where(u == INF, float("nan"), cap * tanh(u / cap))
-    if adjustment is not None:
-        u += tl.load(adjustment + at, mask, 0.0).to(T)
-    return u
+def divisor(divisors, column):
+    """What "mean" divides by, of one column."""
+    if divisors[1] == 1:
+        found = tl.load(divisors[0] + column)
+    else:
+        part = tl.arange(0, PARTS)
+        found = tl.sum(tl.load(divisors[0] + 2 * part + column, part < divisors[1], 0.0), 0)
+    return found
 
 
 @triton.jit
-def upstream_of(pointers, strides, divisors, row, kept, T: tl.constexpr, REDUCTION: tl.constexpr):
+def upstream_of(pointers, strides, divisors, z_loss, row, kept, T: tl.constexpr, REDUCTION: tl.constexpr):
     """The upstream gradients of a row's loss (per class weight, per row), logsumexp and log_prob."""
     zero = tl.zeros(row.shape, T)
     g_loss = zero + 1.0
@@ -163,10 +167,9 @@ def upstream_of(pointers, strides, divisors, row, kept, T: tl.constexpr, REDUCTI
         g_loss = zero
     g_class, g_row = g_loss, g_loss
     if REDUCTION == MEAN:
-        part = tl.arange(0, PARTS)
-        here = part < divisors[1]
-        g_class = g_loss * (1.0 / tl.sum(tl.load(divisors[0] + 2 * part, here, 0.0), 0)).to(T)
-        g_row = g_loss * (1.0 / tl.sum(tl.load(divisors[0] + 2 * part + 1, here, 0.0), 0)).to(T)
+        g_class = g_loss * (1.0 / divisor(divisors, 0)).to(T)
+        if z_loss > 0:
+            g_row = g_loss * (1.0 / divisor(divisors, 1)).to(T)
     g_lse, g_log_prob = zero, zero
     if pointers[1] is not None:
         g_lse = tl.load(pointers[1] + row.to(tl.int64) * strides[1], kept, 0.0).to(T)
@@ -179,16 +182,19 @@ def upstream_of(pointers, strides, divisors, row, kept, T: tl.constexpr, REDUCTI
 
 
 @triton.jit
-def leave_loss(losses, row, rows, kept, by_class, by_row, REDUCTION: tl.constexpr):
-    """Row losses, or their sum over the program's rows."""
+def leave_loss(losses, tile, row, rows, kept, by_class, by_row, z_loss, REDUCTION: tl.constexpr):
+    """Row losses, or their sum over the tile's rows."""
     by_class = tl.where(kept, by_class, 0.0)
     by_row = tl.where(kept, by_row, 0.0)
     if REDUCTION == NONE:
         tl.store(losses + row, by_class + by_row, row < rows)
     else:
-        at = losses + 2 * tl.program_id(0)
+        at = losses + 2 * tile
         tl.store(at, tl.sum(by_class, 0))
-        tl.store(at + 1, tl.sum(by_row, 0))
+        if z_loss > 0:
+            tl.store(at + 1, tl.sum(by_row, 0))
+        else:
+            tl.store(at + 1, tl.zeros((), by_row.dtype))
 
 
 @triton.jit
@@ -231,11 +237,102 @@ def leave_parameters(
         tl.store(bins + rows + row, tl.where(kept, tau_bin, 0), row < rows)
 
 
-# ---- rows that fit in registers --------------------------------------------------------------------------------------
+# ---- a tile of rows --------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["structure", "ignore_index"])
-def on_chip(
+@triton.jit
+def of_row(x):
+    """A number of each row, beside the tile's elements."""
+    return x[None, :, None, None]
+
+
+@triton.jit
+def of_thread(x):
+    """A number of each thread (of each row), beside the tile's elements."""
+    return x[None, :, :, None]
+
+
+@triton.jit
+def thread_sum(x):
+    return tl.sum(tl.sum(x, 0), 2)
+
+
+@triton.jit
+def thread_max(x):
+    return tl.max(tl.max(x, 0), 2)
+
+
+@triton.jit
+def row_sum(x):
+    return tl.sum(thread_sum(x), 1)
+
+
+@triton.jit
+def offsets(CHUNKS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """The columns of a thread's own classes from its first; constants of the code."""
+    chunk = tl.arange(0, CHUNKS) * (LANES * VECTOR)
+    return chunk[:, None, None, None] + tl.arange(0, VECTOR)[None, None, None, :]
+
+
+@triton.jit
+def is_label(y, first, CHUNKS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """Where, of the classes from the first on, a row's label is: one comparison with a constant per element."""
+    mine = (y - first)[:, None] - (tl.arange(0, LANES) * VECTOR)[None, :]
+    return of_thread(mine) == offsets(CHUNKS, LANES, VECTOR)
+
+
+@triton.jit
+def afresh(y, number):
+    """y; made to look as if it depended on a number that is never negative, so that masks of it are computed again
+    instead of kept: dozens of them are more than there are predicates."""
+    return tl.where(number < 0, -1, y)
+
+
+@triton.jit
+def read_logits(
+    input, base, first, read, classes, cap, adjustment, strides, T: tl.constexpr, CAPPED: tl.constexpr,
+    WIDE: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """The logits of the classes from the first on, as they lie and prepared; their columns, and whether there are."""
+    col = first + (tl.arange(0, LANES) * VECTOR)[None, None, :, None] + offsets(CHUNKS, LANES, VECTOR)
+    # In the tile's whole shape: what is read by class is then read by the threads that need it.
+    col += of_row(tl.zeros_like(base).to(tl.int32))
+    valid = col < classes
+    at = (col.to(tl.int64) if WIDE else col) * strides[0]
+    raw = tl.load(input + of_row(base) + at, of_row(read) & valid, -INF).to(T)
+    u = prepared(raw, cap, adjustment, col, valid, T, CAPPED)
+    if CAPPED:
+        u = tl.where(valid, u, -INF)
+    return raw, u, col, valid
+
+
+@triton.jit
+def leave_gradient(
+    gradient, base, first, inside, kept, y, raw, e, factor, spread, own_gradient, weight, smoothing, cap, col, valid,
+    strides,
+    T: tl.constexpr, CAPPED: tl.constexpr, WIDE: tl.constexpr, ACROSS: tl.constexpr,
+    CHUNKS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the classes from the first on, of which e are the exponentials. Ignored rows get zeros."""
+    # They were read as -inf: their exponentials are 0, and so is all that they are multiplied by.
+    g = e * of_row(tl.where(kept, factor, 0.0))
+    if smoothing > 0:
+        apart = of_row(tl.where(kept, spread, 0.0))
+        if weight is not None:
+            apart = apart * tl.load(weight + col, valid, 0.0).to(T)
+        g -= apart
+    g = tl.where(is_label(y, first, CHUNKS, LANES, VECTOR), of_row(tl.where(kept, own_gradient, 0.0)), g)
+    if CAPPED:
+        slack = tanh(raw / cap)
+        g = g * ((1.0 - slack) * (1.0 + slack))
+    if ACROSS:
+        g = tl.where(of_row(kept), g, 0.0)
+    to = (col.to(tl.int64) if WIDE else col) * strides[0]
+    tl.store(gradient + of_row(base) + to, g.to(gradient.dtype.element_ty), of_row(inside) & valid)
+
+
+@triton.jit(do_not_specialize=["structure", "ignore_index"], do_not_specialize_on_alignment=["turns"])
+def visit(
     # data
     input,  # (rows, classes) by in_strides
     target,  # (rows)
@@ -249,7 +346,7 @@ def on_chip(
     upstream,  # the upstream gradients of loss, logsumexp and log_prob, each or None
     saved,  # (rows, 2): m and log_sum of an earlier visit, or None
     # results, each or None
-    losses,  # (rows), or (programs, 2) where it is reduced
+    losses,  # (rows), or (tiles, 2) where it is reduced
     save,  # (rows, 2)
     stats,  # RowStats, (rows) each
     gradient,  # as input, by out_strides
@@ -261,324 +358,232 @@ def on_chip(
     in_strides, out_strides, upstream_strides,
     # the loss: transform, scale, head, beyond_pi, gradient, clamp
     structure, ignore_index,
+    turns,  # how many tiles a program takes
     MODES: tl.constexpr, WANT: tl.constexpr, REDUCTION: tl.constexpr, CAPPED: tl.constexpr, CONDITIONAL: tl.constexpr,
-    WIDE: tl.constexpr, UNIT: tl.constexpr, ACROSS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    WIDE: tl.constexpr, UNIT: tl.constexpr, ACROSS: tl.constexpr, ON_CHIP: tl.constexpr, TWO: tl.constexpr,
+    CHUNKS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """A tile of whole rows: reads each logit once (1u), writes each gradient once (1u). C <= COLS.
+    """Loss, statistics and gradients of tiles of rows.
 
     CONDITIONAL: nothing is done where the upstream gradient is 1, for which the results are there already.
     UNIT: a divisor of C and of all row strides. ACROSS: it is rows that are neighbours in memory; ignored ones are then
-    read with their neighbours, and dropped.
+    read with their neighbours, and dropped. ON_CHIP: a tile holds whole rows. TWO: the scale of a row is known only
+    after its maximum, so that block by block the sum is kept for both.
     """
     if CONDITIONAL:
-        if tl.load(upstream[0]) == 1.0:
-            return
+        turns = tl.where(tl.load(upstream[0]) == 1.0, 0, turns)
     classes = multiple(classes, UNIT)
     T: tl.constexpr = tl.float64 if input.dtype.element_ty == tl.float64 else tl.float32
     PIECEWISE: tl.constexpr = t_tables is not None
     TAU: tl.constexpr = tau_tables is not None
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    y, kept, exists = label_of(target, row, rows, classes, ignore_index)
-    v = numbers(values, MODES, y, row, exists, T, PIECEWISE, TAU)
+    SPAN: tl.constexpr = max(1, 32 // input.dtype.element_ty.primitive_bitwidth)
+    BLOCK: tl.constexpr = CHUNKS * LANES * VECTOR
+    blocks = tl.cdiv(classes, BLOCK)
     cap = shared(values, 17, MODES, T)
-    own_group = tl.zeros_like(row)
-    if group is not None:
-        own_group = tl.load(group + row, kept, 0).to(tl.int32)
-
-    col = tl.arange(0, COLS)
-    valid = col < classes
-    if WIDE:
-        at = col.to(tl.int64) * in_strides[0]
-    else:
-        at = col * in_strides[0]
-    base = row_offset(row, sizes, in_strides, WIDE, UNIT)
-    read = row < rows if ACROSS else kept
-    raw = tl.load(input + base[:, None] + at[None, :], read[:, None] & valid[None, :], -INF).to(T)
-    own = input + base + (y.to(tl.int64) * in_strides[0] if WIDE else y * in_strides[0])
-    at_target = prepared_load(own, exists, adjustment, y, cap, T, CAPPED)
-    u = prepared(raw, cap, adjustment, col[None, :], valid[None, :], T, CAPPED)
-    is_target = col[None, :] == y[:, None]
-    u = tl.where(is_target | (valid[None, :] == 0), -INF, u)
-
-    if saved is not None:
-        m = tl.load(saved + 2 * row, kept, 0.0)
-    else:
-        m = tl.max(u, 1)
-    confidence = at_target - m
-    s, high = row_scale(structure[1], confidence, v)
-    s = tl.where(kept, s, 1.0)
-    floor = tl.where(m == -INF, 0.0, m)
-    d = u - floor[:, None]
-    w_y = tl.full(row.shape, 1.0, T)
-    every_weight = tl.full((), classes, T)
-    if weight is not None:
-        w_y = tl.load(weight + y, exists, 1.0).to(T)
-        if weight_sum is not None:
-            every_weight = tl.load(weight_sum).to(T)
     smoothing = shared(values, 15, MODES, T)
     z_loss = shared(values, 16, MODES, T)
-    weighted = tl.zeros(row.shape, T)
-    if smoothing > 0:
-        counted = tl.where(is_target | (valid[None, :] == 0), 0.0, d)
+    every_weight = tl.full((), classes, T)
+    if weight_sum is not None:
+        every_weight = tl.load(weight_sum).to(T)
+
+    for turn in range(turns):
+        tile = tl.program_id(0) * turns + turn
+        row = tile * ROWS + tl.arange(0, ROWS)
+        inside = row < rows
+        label = tl.load(target + row, inside, 0)
+        y, kept, exists = label_of(label, row, rows, classes, ignore_index)
+        v = numbers(values, MODES, y, row, exists, T, PIECEWISE, TAU)
+        own_group = tl.zeros_like(row)
+        if group is not None:
+            own_group = tl.load(group + row, kept, 0).to(tl.int32)
+        w_y = tl.full(row.shape, 1.0, T)
         if weight is not None:
-            counted = counted * tl.load(weight + col, valid, 0.0).to(T)[None, :]
-        weighted = tl.sum(counted, 1)
-    # After that: what is not needed beside the exponentials leaves them its registers.
-    e = tl.exp2(d * (s * LOG2_E)[:, None])
-    if saved is not None:
-        log_sum = tl.load(saved + 2 * row + 1, kept, 0.0)
-        share = tl.where(log_sum == -INF, 0.0, tl.exp(-log_sum))
-    else:
-        total = tl.sum(e, 1)
-        log_sum = tl.log(total)
-        share = tl.where(total == 0, 0.0, 1.0 / total)
+            w_y = tl.load(weight + y, exists, 1.0).to(T)
+        base = row_offset(row, sizes, in_strides, WIDE, UNIT)
+        if ACROSS:
+            base = tl.max_contiguous(base, SPAN)
+        read = inside if ACROSS else kept
+        own = input + base + (y.to(tl.int64) if WIDE else y) * in_strides[0]
+        at_target = prepared(tl.load(own, exists, float("nan")).to(T), cap, adjustment, y, exists, T, CAPPED)
 
-    t, slope, ta, tb, tc, tn, t_bin = transform_target(
-        structure[0], structure[3], structure[4], at_target, v, own_group, t_tables, T, PIECEWISE
-    )
-    nll, q, p, others, lse, alone = locate(at_target, m, log_sum, s, t)
-    phi, w, ha, hb, hc, hd, tau_bin = head_loss(structure[2], structure[5], nll, v, own_group, tau_tables, T, TAU)
-    if losses is not None:
-        by_class, by_row = row_loss(
-            classes, smoothing, z_loss, every_weight, s, nll, others, lse, alone, phi, w_y, weighted
-        )
-        leave_loss(losses, row, rows, kept, by_class, by_row, REDUCTION)
-    if save is not None:
-        tl.store(save + 2 * row, tl.where(kept, m, 0.0), row < rows)
-        tl.store(save + 2 * row + 1, tl.where(kept, log_sum, 0.0), row < rows)
-    if stats is not None:
-        doubtful = (tl.sum((u != u).to(tl.int32), 1) > 0) | (at_target != at_target)
-        above = tl.sum((u > at_target[:, None]).to(tl.int32), 1)
-        highest = tl.maximum(m, at_target)
-        whole = tl.where(is_target, at_target[:, None], u)
-        first = tl.min(tl.where((whole == highest[:, None]) & valid[None, :], col[None, :], COLS), 1)
-        leave_stats(stats, row, rows, kept, exists, lse, nll, confidence, first, above, doubtful & exists)
-
-    if gradient is not None or by_parameter is not None:
-        g_class, g_row, g_lse, g_log_prob = upstream_of(upstream, upstream_strides, divisors, row, kept, T, REDUCTION)
-        factor, spread, own_gradient, pull, part, flat, dz_y = row_gradient(
-            classes, smoothing, z_loss, every_weight, share, s, slope, q, p, lse, alone, w, w_y,
-            g_class, g_row, g_lse, g_log_prob,
-        )  # fmt: skip
-        if by_parameter is not None:
-            shift = tl.zeros(row.shape, T)
-            if NEED_SHIFT & WANT:
-                # A class of probability 0 contributes 0, also when its logit is -inf.
-                shift = tl.sum(tl.where(e == 0, 0.0, e * d), 1)
-            by_s = by_scale(alone, m, share, t, p, q, pull, part, flat, w_y, every_weight, shift, weighted)
-            by_head = g_class * (1.0 - smoothing) * w_y
-            leave_parameters(
-                by_parameter, bins, row, rows, kept, by_s, s, high, v[3], s * dz_y, (ta, tb, tc, tn), by_head,
-                (ha, hb, hc, hd), t_bin, tau_bin, structure[1] == TWO_SCALE, WANT,
-            )  # fmt: skip
-        if gradient is not None:
-            # An ignored row was read as -inf: its exponentials are 0, and so is all that they are multiplied by.
-            factor, spread = tl.where(kept, factor, 0.0), tl.where(kept, spread, 0.0)
-            own_gradient = tl.where(kept, own_gradient, 0.0)
-            g = e * factor[:, None]
-            if smoothing > 0:
-                if weight is not None:
-                    g -= spread[:, None] * tl.load(weight + col, valid, 0.0).to(T)[None, :]
-                else:
-                    g -= spread[:, None]
-            g = tl.where(is_target, own_gradient[:, None], g)
-            if CAPPED:
-                slack = tanh(raw / cap)
-                g = g * ((1.0 - slack) * (1.0 + slack))
-            if ACROSS:
-                g = tl.where(kept[:, None], g, 0.0)
-            if WIDE:
-                to = col.to(tl.int64) * out_strides[0]
-            else:
-                to = col * out_strides[0]
-            base = row_offset(row, sizes, out_strides, WIDE, UNIT)
-            place = gradient + base[:, None] + to[None, :]
-            tl.store(place, g.to(gradient.dtype.element_ty), (row < rows)[:, None] & valid[None, :])
-
-
-# ---- longer rows -----------------------------------------------------------------------------------------------------
-
-
-@triton.jit(do_not_specialize=["structure", "ignore_index"])
-def streamed(
-    input, target, values, t_tables, tau_tables, group, weight, weight_sum, adjustment, divisors, upstream, saved,
-    losses, save, stats, gradient, by_parameter, bins,
-    rows, classes, sizes,
-    in_strides, out_strides, upstream_strides,
-    structure, ignore_index,
-    MODES: tl.constexpr, WANT: tl.constexpr, REDUCTION: tl.constexpr, CAPPED: tl.constexpr, CONDITIONAL: tl.constexpr,
-    WIDE: tl.constexpr, UNIT: tl.constexpr, ACROSS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    TWO: tl.constexpr,
-):  # fmt: skip
-    """The same for rows of any length: statistics in one pass (1u), the gradient in one backwards (2u).
-
-    TWO: the row's scale is known only after its maximum, so the sum is kept for both scales.
-    """
-    if CONDITIONAL:
-        if tl.load(upstream[0]) == 1.0:
-            return
-    classes = multiple(classes, UNIT)
-    T: tl.constexpr = tl.float64 if input.dtype.element_ty == tl.float64 else tl.float32
-    PIECEWISE: tl.constexpr = t_tables is not None
-    TAU: tl.constexpr = tau_tables is not None
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    y, kept, exists = label_of(target, row, rows, classes, ignore_index)
-    v = numbers(values, MODES, y, row, exists, T, PIECEWISE, TAU)
-    cap = shared(values, 17, MODES, T)
-    own_group = tl.zeros_like(row)
-    if group is not None:
-        own_group = tl.load(group + row, kept, 0).to(tl.int32)
-    base = row_offset(row, sizes, in_strides, WIDE, UNIT)
-    own = input + base + (y.to(tl.int64) * in_strides[0] if WIDE else y * in_strides[0])
-    at_target = prepared_load(own, exists, adjustment, y, cap, T, CAPPED)
-    smoothing = shared(values, 15, MODES, T)
-    z_loss = shared(values, 16, MODES, T)
-    w_y = tl.full(row.shape, 1.0, T)
-    every_weight = tl.full((), classes, T)
-    if weight is not None:
-        w_y = tl.load(weight + y, exists, 1.0).to(T)
-        if weight_sum is not None:
-            every_weight = tl.load(weight_sum).to(T)
-
-    zero = tl.zeros(row.shape, T)
-    m = zero - INF
-    weighted = zero
-    log_sum, share = zero, zero
-    blocks = tl.cdiv(classes, COLS)
-    read = row < rows if ACROSS else kept
-    if saved is not None:
-        m = tl.load(saved + 2 * row, kept, 0.0)
-        log_sum = tl.load(saved + 2 * row + 1, kept, 0.0)
-        share = tl.where(log_sum == -INF, 0.0, tl.exp(-log_sum))
-        s, high = row_scale(structure[1], at_target - m, v)
-        if by_parameter is not None:
-            if smoothing > 0:
-                floor = tl.where(m == -INF, 0.0, m)
-                for block in range(blocks):
-                    col = block * COLS + tl.arange(0, COLS)
-                    valid = col < classes
-                    at = (col.to(tl.int64) if WIDE else col) * in_strides[0]
-                    u = tl.load(input + base[:, None] + at[None, :], read[:, None] & valid[None, :], 0.0).to(T)
-                    u = prepared(u, cap, adjustment, col[None, :], valid[None, :], T, CAPPED)
-                    counted = tl.where((col[None, :] == y[:, None]) | (valid[None, :] == 0), 0.0, u - floor[:, None])
-                    if weight is not None:
-                        counted = counted * tl.load(weight + col, valid, 0.0).to(T)[None, :]
-                    weighted += tl.sum(counted, 1)
-    else:
-        # The first scale's sum; the second's where there is one. Not positive: NaN, like everything after it.
-        low_scale = row_scale(structure[1], zero - INF, v)[0] * LOG2_E
-        high_scale = row_scale(structure[1], zero + INF, v)[0] * LOG2_E
-        low_total, high_total, seen = zero, zero, zero
-        above = tl.zeros(row.shape, tl.int32)
-        first = tl.zeros(row.shape, tl.int32)
-        best = zero - INF
-        doubts = tl.zeros(row.shape, tl.int32)
-        for block in range(blocks):
-            col = block * COLS + tl.arange(0, COLS)
-            valid = col < classes
-            at = (col.to(tl.int64) if WIDE else col) * in_strides[0]
-            u = tl.load(input + base[:, None] + at[None, :], read[:, None] & valid[None, :], -INF).to(T)
-            u = prepared(u, cap, adjustment, col[None, :], valid[None, :], T, CAPPED)
-            is_target = col[None, :] == y[:, None]
-            skipped = is_target | (valid[None, :] == 0)
-            u = tl.where(skipped, -INF, u)
-            higher = tl.maximum(m, tl.max(u, 1))
-            floor = tl.where(higher == -INF, 0.0, higher)
-            rise = tl.where(m == -INF, 0.0, m - floor)  # <= 0
-            d = u - floor[:, None]
-            low_total = low_total * tl.exp2(rise * low_scale) + tl.sum(tl.exp2(d * low_scale[:, None]), 1)
-            if TWO:
-                high_total = high_total * tl.exp2(rise * high_scale) + tl.sum(tl.exp2(d * high_scale[:, None]), 1)
-            if smoothing > 0:
-                counted = tl.where(skipped, 0.0, d)
-                weights = tl.where(skipped, 0.0, tl.full((ROWS, COLS), 1.0, T))
-                if weight is not None:
-                    weights = weights * tl.load(weight + col, valid, 0.0).to(T)[None, :]
-                weighted += rise * seen + tl.sum(counted * weights, 1)
-                seen += tl.sum(weights, 1)
-            if stats is not None:
-                doubts += tl.sum((u != u).to(tl.int32), 1)
-                above += tl.sum((u > at_target[:, None]).to(tl.int32), 1)
-                whole = tl.where(is_target, at_target[:, None], u)
-                top = tl.max(whole, 1)
-                here = tl.min(tl.where((whole == top[:, None]) & valid[None, :], col[None, :], classes), 1)
-                first = tl.where((top > best) | (block == 0), here, first)
-                best = tl.maximum(best, top)
-            m = higher
-        confidence = at_target - m
-        s, high = row_scale(structure[1], confidence, v)
-        total = low_total
-        if TWO:
-            total = tl.where(high, high_total, low_total)
-        log_sum = tl.log(total)
-        share = tl.where(total == 0, 0.0, 1.0 / total)
-
-    t, slope, ta, tb, tc, tn, t_bin = transform_target(
-        structure[0], structure[3], structure[4], at_target, v, own_group, t_tables, T, PIECEWISE
-    )
-    nll, q, p, others, lse, alone = locate(at_target, m, log_sum, s, t)
-    phi, w, ha, hb, hc, hd, tau_bin = head_loss(structure[2], structure[5], nll, v, own_group, tau_tables, T, TAU)
-    if losses is not None:
-        by_class, by_row = row_loss(
-            classes, smoothing, z_loss, every_weight, s, nll, others, lse, alone, phi, w_y, weighted
-        )
-        leave_loss(losses, row, rows, kept, by_class, by_row, REDUCTION)
-    if save is not None:
-        tl.store(save + 2 * row, tl.where(kept, m, 0.0), row < rows)
-        tl.store(save + 2 * row + 1, tl.where(kept, log_sum, 0.0), row < rows)
-    if stats is not None:
-        doubtful = (doubts > 0) | (at_target != at_target)
-        leave_stats(stats, row, rows, kept, exists, lse, nll, at_target - m, first, above, doubtful & exists)
-
-    if gradient is not None or by_parameter is not None:
-        g_class, g_row, g_lse, g_log_prob = upstream_of(upstream, upstream_strides, divisors, row, kept, T, REDUCTION)
-        factor, spread, own_gradient, pull, part, flat, dz_y = row_gradient(
-            classes, smoothing, z_loss, every_weight, share, s, slope, q, p, lse, alone, w, w_y,
-            g_class, g_row, g_lse, g_log_prob,
-        )  # fmt: skip
-        shift = zero
-        if gradient is not None or NEED_SHIFT & WANT:
+        # ---- statistics of the classes that are not the label's
+        zero = tl.zeros(row.shape, T)
+        weighted = zero
+        if saved is not None:
+            m = tl.load(saved + 2 * row, kept, 0.0)
+            log_sum = tl.load(saved + 2 * row + 1, kept, 0.0)
+            share = tl.where(log_sum == -INF, 0.0, tl.exp(-log_sum))
+            s, high = row_scale(structure[1], at_target - m, v)
+        if ON_CHIP:
+            raw, u, col, valid = read_logits(
+                input, base, 0, read, classes, cap, adjustment, in_strides, T, CAPPED, WIDE, CHUNKS, LANES, VECTOR
+            )
+            u = tl.where(is_label(y, 0, CHUNKS, LANES, VECTOR), -INF, u)
+            if saved is None:
+                m = tl.max(thread_max(u), 1)
+                s, high = row_scale(structure[1], at_target - m, v)
             floor = tl.where(m == -INF, 0.0, m)
-            s = tl.where(kept, s, 1.0)
-            factor, spread = tl.where(kept, factor, 0.0), tl.where(kept, spread, 0.0)
-            own_gradient = tl.where(kept, own_gradient, 0.0)
+            d = u - of_row(floor)
+            if smoothing > 0:
+                counted = tl.where(is_label(afresh(y, s), 0, CHUNKS, LANES, VECTOR) | (valid == 0), 0.0, d)
+                if weight is not None:
+                    counted = counted * tl.load(weight + col, valid, 0.0).to(T)
+                weighted = row_sum(counted)
+            # After that: what is not needed beside the exponentials leaves them its registers.
+            e = tl.exp2(d * of_row(tl.where(kept, s, 1.0) * LOG2_E))
+            if saved is None:
+                total = row_sum(e)
+            if stats is not None:
+                again = is_label(afresh(y, s), 0, CHUNKS, LANES, VECTOR)
+                doubts = row_sum((u != u).to(tl.int32))
+                above = row_sum((u > of_row(at_target)).to(tl.int32))
+                whole = tl.where(again, of_row(at_target), u)
+                highest = tl.maximum(m, at_target)
+                first = tl.where((whole == of_row(highest)) & valid, col, BLOCK)
+                first = tl.min(tl.min(tl.min(first, 0), 2), 1)
+        elif saved is None:
+            # Every thread keeps a maximum and sums of its own; they meet once, after the last block.
+            low_scale = (row_scale(structure[1], zero - INF, v)[0] * LOG2_E)[:, None]
+            high_scale = (row_scale(structure[1], zero + INF, v)[0] * LOG2_E)[:, None]
+            none = tl.zeros((ROWS, LANES), T)
+            top = none - INF
+            low_total, high_total, counted, seen = none, none, none, none
+            best = none - INF
+            above_here = tl.zeros((ROWS, LANES), tl.int32)
+            first_here, doubts_here = above_here, above_here
+            for block in range(blocks):
+                start = block * BLOCK
+                raw, u, col, valid = read_logits(
+                    input, base, start, read, classes, cap, adjustment, in_strides,
+                    T, CAPPED, WIDE, CHUNKS, LANES, VECTOR,
+                )  # fmt: skip
+                mine = is_label(y, start, CHUNKS, LANES, VECTOR)
+                u = tl.where(mine, -INF, u)
+                higher = tl.maximum(top, thread_max(u))
+                floor_here = tl.where(higher == -INF, 0.0, higher)
+                rise = tl.where(top == -INF, 0.0, top - floor_here)  # <= 0
+                d = u - of_thread(floor_here)
+                low_total = low_total * tl.exp2(rise * low_scale) + thread_sum(tl.exp2(d * of_thread(low_scale)))
+                if TWO:
+                    high_total = high_total * tl.exp2(rise * high_scale)
+                    high_total += thread_sum(tl.exp2(d * of_thread(high_scale)))
+                if smoothing > 0:
+                    skipped = mine | (valid == 0)
+                    weights = tl.where(skipped, 0.0, tl.full((CHUNKS, ROWS, LANES, VECTOR), 1.0, T))
+                    if weight is not None:
+                        weights = weights * tl.load(weight + col, valid, 0.0).to(T)
+                    counted += rise * seen + thread_sum(tl.where(skipped, 0.0, d) * weights)
+                    seen += thread_sum(weights)
+                if stats is not None:
+                    doubts_here += thread_sum((u != u).to(tl.int32))
+                    above_here += thread_sum((u > of_row(at_target)).to(tl.int32))
+                    whole = tl.where(mine, of_row(at_target), u)
+                    peak = thread_max(whole)
+                    place = tl.where((whole == of_thread(peak)) & valid, col, classes)
+                    place = tl.min(tl.min(place, 0), 2)
+                    first_here = tl.where((peak > best) | (block == 0), place, first_here)
+                    best = tl.maximum(best, peak)
+                top = higher
+            m = tl.max(top, 1)
+            s, high = row_scale(structure[1], at_target - m, v)
+            floor = tl.where(m == -INF, 0.0, m)
+            fall = tl.where(top == -INF, 0.0, top - floor[:, None])
+            total = tl.sum(low_total * tl.exp2(fall * low_scale), 1)
+            if TWO:
+                total = tl.where(high, tl.sum(high_total * tl.exp2(fall * high_scale), 1), total)
+            weighted = tl.sum(counted + fall * seen, 1)
+            if stats is not None:
+                doubts, above = tl.sum(doubts_here, 1), tl.sum(above_here, 1)
+                peak = tl.max(best, 1)
+                first = tl.min(tl.where(best == peak[:, None], first_here, classes), 1)
+        else:
+            floor = tl.where(m == -INF, 0.0, m)
+            if by_parameter is not None:
+                if smoothing > 0:
+                    for block in range(blocks):
+                        start = block * BLOCK
+                        raw, u, col, valid = read_logits(
+                            input, base, start, read, classes, cap, adjustment, in_strides,
+                            T, CAPPED, WIDE, CHUNKS, LANES, VECTOR,
+                        )  # fmt: skip
+                        counted = tl.where(
+                            is_label(y, start, CHUNKS, LANES, VECTOR) | (valid == 0), 0.0, u - of_row(floor)
+                        )
+                        if weight is not None:
+                            counted = counted * tl.load(weight + col, valid, 0.0).to(T)
+                        weighted += row_sum(counted)
+        if saved is None:
+            log_sum = tl.log(total)
+            share = tl.where(total == 0, 0.0, 1.0 / total)
+
+        # ---- the loss
+        t, slope, ta, tb, tc, tn, t_bin = transform_target(
+            structure[0], structure[3], structure[4], at_target, v, own_group, t_tables, T, PIECEWISE
+        )
+        nll, q, p, others, lse, alone = locate(at_target, m, log_sum, s, t)
+        phi, w, ha, hb, hc, hd, tau_bin = head_loss(structure[2], structure[5], nll, v, own_group, tau_tables, T, TAU)
+        if losses is not None:
+            by_class, by_row = row_loss(
+                classes, smoothing, z_loss, every_weight, s, nll, others, lse, alone, phi, w_y, weighted
+            )
+            leave_loss(losses, tile, row, rows, kept, by_class, by_row, z_loss, REDUCTION)
+        if save is not None:
+            tl.store(save + 2 * row, tl.where(kept, m, 0.0), inside)
+            tl.store(save + 2 * row + 1, tl.where(kept, log_sum, 0.0), inside)
+        if stats is not None:
+            doubtful = exists & ((doubts > 0) | (at_target != at_target))
+            leave_stats(stats, row, rows, kept, exists, lse, nll, at_target - m, first, above, doubtful)
+
+        # ---- the gradients
+        if gradient is not None or by_parameter is not None:
+            g_class, g_row, g_lse, g_log_prob = upstream_of(
+                upstream, upstream_strides, divisors, z_loss, row, kept, T, REDUCTION
+            )
+            factor, spread, own_gradient, pull, part, flat, dz_y = row_gradient(
+                classes, smoothing, z_loss, every_weight, share, s, slope, q, p, lse, alone, w, w_y,
+                g_class, g_row, g_lse, g_log_prob,
+            )  # fmt: skip
+            shift = zero
             if gradient is not None:
                 out = row_offset(row, sizes, out_strides, WIDE, UNIT)
-            for back in range(blocks):
-                col = (blocks - 1 - back) * COLS + tl.arange(0, COLS)
-                valid = col < classes
-                at = (col.to(tl.int64) if WIDE else col) * in_strides[0]
-                raw = tl.load(input + base[:, None] + at[None, :], read[:, None] & valid[None, :], -INF).to(T)
-                u = prepared(raw, cap, adjustment, col[None, :], valid[None, :], T, CAPPED)
-                is_target = col[None, :] == y[:, None]
-                u = tl.where(is_target | (valid[None, :] == 0), -INF, u)
-                d = u - floor[:, None]
-                e = tl.exp2(d * (s * LOG2_E)[:, None])
+                if ACROSS:
+                    out = tl.max_contiguous(out, SPAN)
+            if ON_CHIP:
                 if NEED_SHIFT & WANT:
-                    shift += tl.sum(tl.where(e == 0, 0.0, e * d), 1)
+                    # A class of probability 0 contributes 0, also when its logit is -inf.
+                    shift = row_sum(tl.where(e == 0, 0.0, e * d))
                 if gradient is not None:
-                    g = e * factor[:, None]
-                    if smoothing > 0:
-                        if weight is not None:
-                            g -= spread[:, None] * tl.load(weight + col, valid, 0.0).to(T)[None, :]
-                        else:
-                            g -= spread[:, None]
-                    g = tl.where(is_target, own_gradient[:, None], g)
-                    if CAPPED:
-                        slack = tanh(raw / cap)
-                        g = g * ((1.0 - slack) * (1.0 + slack))
-                    if ACROSS:
-                        g = tl.where(kept[:, None], g, 0.0)
-                    to = (col.to(tl.int64) if WIDE else col) * out_strides[0]
-                    place = gradient + out[:, None] + to[None, :]
-                    tl.store(place, g.to(gradient.dtype.element_ty), (row < rows)[:, None] & valid[None, :])
-        if by_parameter is not None:
-            by_s = by_scale(alone, m, share, t, p, q, pull, part, flat, w_y, every_weight, shift, weighted)
-            by_head = g_class * (1.0 - smoothing) * w_y
-            leave_parameters(
-                by_parameter, bins, row, rows, kept, by_s, s, high, v[3], s * dz_y, (ta, tb, tc, tn), by_head,
-                (ha, hb, hc, hd), t_bin, tau_bin, structure[1] == TWO_SCALE, WANT,
-            )  # fmt: skip
+                    leave_gradient(
+                        gradient, out, 0, inside, kept, afresh(y, share), raw, e, factor, spread, own_gradient, weight,
+                        smoothing, cap, col, valid, out_strides, T, CAPPED, WIDE, ACROSS, CHUNKS, LANES, VECTOR,
+                    )  # fmt: skip
+            elif gradient is not None or NEED_SHIFT & WANT:
+                sharpness = of_row(tl.where(kept, s, 1.0) * LOG2_E)
+                shift_here = tl.zeros((ROWS, LANES), T)
+                for back in range(blocks):
+                    start = (blocks - 1 - back) * BLOCK
+                    raw, u, col, valid = read_logits(
+                        input, base, start, read, classes, cap, adjustment, in_strides,
+                        T, CAPPED, WIDE, CHUNKS, LANES, VECTOR,
+                    )  # fmt: skip
+                    u = tl.where(is_label(y, start, CHUNKS, LANES, VECTOR), -INF, u)
+                    d = u - of_row(floor)
+                    e = tl.exp2(d * sharpness)
+                    if NEED_SHIFT & WANT:
+                        shift_here += thread_sum(tl.where(e == 0, 0.0, e * d))
+                    if gradient is not None:
+                        leave_gradient(
+                            gradient, out, start, inside, kept, y, raw, e, factor, spread, own_gradient, weight,
+                            smoothing, cap, col, valid, out_strides, T, CAPPED, WIDE, ACROSS, CHUNKS, LANES, VECTOR,
+                        )  # fmt: skip
+                shift = tl.sum(shift_here, 1)
+            if by_parameter is not None:
+                by_s = by_scale(alone, m, share, t, p, q, pull, part, flat, w_y, every_weight, shift, weighted)
+                by_head = g_class * (1.0 - smoothing) * w_y
+                leave_parameters(
+                    by_parameter, bins, row, rows, kept, by_s, s, high, v[3], s * dz_y, (ta, tb, tc, tn), by_head,
+                    (ha, hb, hc, hd), t_bin, tau_bin, structure[1] == TWO_SCALE, WANT,
+                )  # fmt: skip
 
 
 # ---- sums, in a fixed order ------------------------------------------------------------------------------------------
@@ -593,7 +598,8 @@ def count(target, weight, parts, rows, classes, ignore_index, chunk, BLOCK: tl.c
     end = tl.minimum((pid + 1) * chunk, rows)
     for start in range(pid * chunk, end, BLOCK):
         row = start + tl.arange(0, BLOCK)
-        y, kept, exists = label_of(target, row, end, classes, ignore_index)
+        label = tl.load(target + row, row < end, 0)
+        y, kept, exists = label_of(label, row, end, classes, ignore_index)
         one = tl.where(kept, 1.0, 0.0)
         kept_rows += one.to(tl.float64)
         if weight is not None:
@@ -621,11 +627,8 @@ def total(terms, sums, divisors, count, chunk, BLOCK: tl.constexpr, FINAL: tl.co
     first, second = tl.sum(a, 0), tl.sum(b, 0)
     if FINAL:
         if divisors is not None:
-            part = tl.arange(0, PARTS)
-            here = part < divisors[1]
-            first = first / tl.sum(tl.load(divisors[0] + 2 * part, here, 0.0), 0)
-            kept = tl.sum(tl.load(divisors[0] + 2 * part + 1, here, 0.0), 0)
-            second = tl.where(second == 0, 0.0, second / kept)
+            first = first / divisor(divisors, 0)
+            second = tl.where(second == 0, 0.0, second / divisor(divisors, 1))
         tl.store(sums, (first + second).to(sums.dtype.element_ty))
     else:
         tl.store(sums + 2 * pid, first)
