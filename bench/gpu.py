@@ -361,7 +361,7 @@ def candidates(
         if (peer := liger()) is not None:
             destroyed = [one._replace(input=one.input.detach().clone().requires_grad_()) for one in own]
             steps["cross_entropy single liger"] = peer_step(peer, destroyed)
-        if (peer := quack()) is not None:
+        if problem.classes % 8 == 0 and (peer := quack()) is not None:  # others are not among its own tests
             steps["cross_entropy single quack"] = peer_step(peer, own)
         if at in COMPILED_AT:
             compiled = torch.compile(F.cross_entropy, fullgraph=True, dynamic=False)
