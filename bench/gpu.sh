@@ -87,16 +87,17 @@ fi
 # Code of an "a" target is for that generation alone; 9.0's has the bulk copies.
 of_device='import torch; a, b = torch.cuda.get_device_capability(); print(f"{a}{b}" + "a" * (a == 9))'
 
-# At most 200 s: the build needs the host, and the tests of Triton hardly need the libraries that are being built.
+# At most 200 s, side by side: the tests of Triton do not need the libraries that are being built. They compile a thousand
+# kernels, two seconds each, hence the many processes.
 beside build 200 "both compiled libraries" \
     bash -c "MLKERNELS_CUDA_ARCHS=\${MLKERNELS_CUDA_ARCHS:-\$($python -c '$of_device')} exec $python csrc/build.py"
-step tests-triton 170 "the property table on the device, sizes past 2^31 elements, CUDA graphs, synchronisations" \
-    "$python" -m pytest -q tests/test_gpu.py -k triton
+step tests-triton 200 "the property table on the device, sizes past 2^31 elements, CUDA graphs, synchronisations" \
+    "$python" -m bench.shards 190 tests/test_gpu.py -k triton
 finish
 
-# At most 55 s.
+# At most 70 s.
 step machine 15 "versions, devices, backends" "$python" -m mlkernels
-step smoke 40 "a few tiny launches of every loss; fills Triton's cache for those that follow" \
+step smoke 55 "a few tiny launches of every loss; fills Triton's cache for those that follow" \
     "$python" -m bench.gpu --smoke --backends "$backends"
 
 # At most 110 s, side by side. A sanitizer does not watch the workers that compile Triton's kernels. Torch's allocator
@@ -111,8 +112,10 @@ if command -v compute-sanitizer > /dev/null || [ -n "$dry_run" ]; then
 else
     echo "== memcheck and racecheck are left out, there is no compute-sanitizer on PATH"
 fi
+beside compile 110 "Triton's kernels for the measurement, which compiles what is missing then" \
+    "$python" -m bench.gpu --compile
 step tests-cuda 110 "the same on the CUDA kernels, and what is no backend's: copies, optimizers, snapshots" \
-    "$python" -m pytest -q tests/test_gpu.py -k "not triton"
+    "$python" -m bench.shards 100 --processes 4 tests/test_gpu.py -k "not triton"
 finish
 
 if [ -n "$tune" ]; then
@@ -120,9 +123,9 @@ if [ -n "$tune" ]; then
         "$python" -m bench.tune
     [ -n "$dry_run" ] || cp mlkernels/backends/triton/sizes.json mlkernels/backends/choice.json "$out"
 fi
-step schedule 25 "what MILS adds to an iteration, and what an attempt is made of" \
+step schedule 30 "what MILS adds to an iteration, and what an attempt is made of" \
     "$python" -m bench.schedule --seconds 4
-step measure 205 "share of the copy bandwidth, peers, small problems, copies, float16; JSON and picture" \
+step measure 185 "share of the copy bandwidth, peers, small problems, copies, float16; JSON and picture" \
     "$python" -m bench.gpu --out "$out"
 
 echo

@@ -155,9 +155,13 @@ class Outcome(NamedTuple):
     def reached(self) -> bool:
         return self.value >= self.bound if self.at_least else self.value <= self.bound
 
+    @property
+    def missed_by(self) -> float:
+        """The factor that is missing; at most 1 where it was reached."""
+        return self.bound / self.value if self.at_least else self.value / self.bound
+
     def __str__(self) -> str:
-        factor = self.bound / self.value if self.at_least else self.value / self.bound
-        verdict = "reached" if self.reached else f"missed by {factor:.2f}x"
+        verdict = "reached" if self.reached else f"missed by {self.missed_by:.2f}x"
         return f"{self.what:<64} {self.value:>8.3g}  {'>=' if self.at_least else '<='} {self.bound:<5g} {verdict}"
 
 
@@ -325,7 +329,7 @@ def text(report: Report) -> str:
     others = [one for one in outcomes if not one.what.endswith(OF_COPY)]
     for name, some in (("bandwidth", of_copy), ("other", others)):
         lines += ["", f"Targets, {name}: {sum(one.reached for one in some)} of {len(some)} reached"]
-        missed = sorted((one for one in some if not one.reached), key=lambda one: one.value / one.bound)
+        missed = sorted((one for one in some if not one.reached), key=lambda one: -one.missed_by)
         # The table marks those of the bandwidth; here are the worst.
         lines += [f"  {one}" for one in (missed[:5] if some is of_copy else missed)]
     lines += [f"FAILED: {what}" for what in report.failures]
@@ -344,7 +348,14 @@ def picture(report: Report, path: Path) -> None:
     grid = figure.subplots(max(1, len(dtypes)), len(MODES), squeeze=False, sharey=True)
     for line, dtype in zip(grid, dtypes, strict=False):
         own = sorted((p for p in report.problems() if p.dtype == dtype), key=lambda p: (len(p.shape) > 2, p.classes))
-        names = [f"{p.classes}" if len(p.shape) == 2 else f"{p.classes}\nimages" for p in own]
+        names = [f"{p.classes}" if len(p.shape) == 2 else f"{p.classes}, images" for p in own]
+        # Images are another layout: a gap before them, so that no line leads there.
+        places = [place + (len(p.shape) > 2) for place, p in enumerate(own)]
+        gap = next((place for place, p in enumerate(own) if len(p.shape) > 2), len(own))
+
+        def with_gap(values: list[Any], gap: int = gap) -> list[Any]:
+            return [*values[:gap], math.nan, *values[gap:]] if gap < len(values) else values
+
         for axes, mode in zip(line, MODES, strict=True):
             for by in report.backends():
                 dashed = by != "cuda"
@@ -352,16 +363,16 @@ def picture(report: Report, path: Path) -> None:
                     rows = [report.find(problem, loss, mode, by) for problem in own]
                     heights = [math.nan if row is None else 100 * row.fraction for row in rows]
                     axes.plot(
-                        range(len(own)), heights, marker="o", markersize=3, linewidth=1, color=f"C{k}",
+                        with_gap(places), with_gap(heights), marker="o", markersize=3, linewidth=1, color=f"C{k}",
                         linestyle="--" if dashed else "-", label=f"{loss.replace('_', ' ')}, {by}",
                     )  # fmt: skip
                 bounds = [100 * (wanted_fraction(problem, mode, by) or math.nan) for problem in own]
                 axes.step(
-                    range(len(own)), bounds, where="mid", color="grey" if dashed else "black", linestyle=":",
+                    with_gap(places), with_gap(bounds), where="mid", color="grey" if dashed else "black", linestyle=":",
                     linewidth=1, label=f"target, {by}",
                 )  # fmt: skip
-            axes.set(title=f"{dtype}, {mode}", ylim=(0, 110))
-            axes.set_xticks(range(len(own)), names, rotation=60)
+            axes.set(title=f"{dtype}, {mode}", ylim=(0, 120))
+            axes.set_xticks(places, names, rotation=60, ha="right", rotation_mode="anchor")
             axes.tick_params(labelsize=7)
             axes.grid(alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)

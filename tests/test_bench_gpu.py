@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import mlkernels
-from bench import gpu, gpu_report, tune
+from bench import gpu, gpu_report, shards, tune
 from bench.gpu_report import OF_COPY, Half, Outcome, Problem, Report, Row, Small, check, floor_bytes, text
 from bench.measure import Timing
 from mlkernels import backends, softmax
@@ -265,7 +265,7 @@ def test_compiles_in_other_processes():
     gpu.compile_ahead([functools.partial(math.sqrt, 4.0), functools.partial(math.sqrt, -1.0)], 60, said.append)
     assert len(said) == 1 and "failed 1 times: ValueError" in said[0]
     work = gpu.specialised(gpu.TINY[:2], ["cross_entropy", "arcface"], "cpu")
-    assert len(work) == 2 and all(job.args[-1] == "triton" for job in work)
+    assert [job.args[-2:] for job in work] == 2 * [("triton", [mode]) for mode in gpu_report.MODES]
 
 
 def test_graph_replays_what_was_captured(monkeypatch):
@@ -300,10 +300,10 @@ def test_a_peer_is_optional(peer, module, monkeypatch):
 
 def test_quack_where_it_is_installed(monkeypatch):
     package, module = types.ModuleType("quack"), types.ModuleType("quack.cross_entropy")
-    module.cross_entropy = torch.nn.functional.cross_entropy
+    module.cross_entropy = lambda x, target, reduction="none": reduction
     monkeypatch.setitem(sys.modules, "quack", package)
     monkeypatch.setitem(sys.modules, "quack.cross_entropy", module)
-    assert gpu.quack() is torch.nn.functional.cross_entropy
+    assert gpu.quack()(None, None) == "mean"
 
 
 # ---- what comes out --------------------------------------------------------------------------------------------------
@@ -446,6 +446,9 @@ def test_command(tiny, stand_in, a_gpu, tmp_path, monkeypatch, capsys):
     assert "in 8 tensors" in printed.out and "training state" in printed.err
     assert sorted(path.suffix for path in tmp_path.iterdir()) in ([".json"], [".json", ".png"])
     monkeypatch.setattr(gpu, "TINY", gpu.TINY[:2])
+    assert gpu.main(["--compile", *few]) == 0
+    printed = capsys.readouterr()
+    assert "compiled" in printed.err and printed.out == ""
     assert gpu.main(["--smoke"]) == 0
     assert "63 steps" in capsys.readouterr().out
     assert gpu.main(["--smoke", "--backends", "cuda"]) == 0
@@ -477,8 +480,9 @@ def test_dry_run_of_the_script(tmp_path):
     for what in (
         "exec a-python csrc/build.py",
         "a-python -m mlkernels",
-        "a-python -m pytest -q tests/test_gpu.py -k triton",
-        "a-python -m pytest -q tests/test_gpu.py -k not triton",
+        "a-python -m bench.shards 190 tests/test_gpu.py -k triton",
+        "a-python -m bench.gpu --compile",
+        "a-python -m bench.shards 100 --processes 4 tests/test_gpu.py -k not triton",
         "compute-sanitizer --tool memcheck",
         "compute-sanitizer --tool racecheck",
         "a-python -m bench.gpu --smoke --backends triton,cuda",
@@ -494,7 +498,7 @@ def test_dry_run_of_the_script(tmp_path):
 def test_the_limits_of_the_steps_add_up_to_less_than_ten_minutes(tmp_path):
     done = subprocess.run([str(ROOT / "bench/gpu.sh"), "--dry-run"], capture_output=True, text=True, cwd=tmp_path)
     steps = re.findall(r"^== ([\w-]+), up to (\d+) s( beside the next)?:", done.stdout, re.MULTILINE)
-    assert [name for name, _, beside in steps if beside] == ["build", "memcheck", "racecheck"]
+    assert [name for name, _, beside in steps if beside] == ["build", "memcheck", "racecheck", "compile"]
     total = together = 0
     for _, seconds, beside in steps:
         together = max(together, int(seconds))
@@ -537,7 +541,7 @@ def test_a_failing_step_does_not_stop_the_script(tmp_path, fails, failed):
     assert (done.returncode, last.startswith("all steps passed")) == ((1, False) if failed else (0, True))
     if failed and not shutil.which("compute-sanitizer", path="/usr/bin:/bin"):
         assert f"FAILED: {failed};" in last
-    assert "pytest -q tests/test_gpu.py -k triton" in logs["tests-triton"]
+    assert "bench.shards 190 tests/test_gpu.py -k triton" in logs["tests-triton"]
     assert "asked: csrc/build.py for 77" in logs["build"] and logs["build"].strip() in done.stdout
     assert "--smoke --backends triton,cuda" in logs["smoke"] and "bench.gpu --out" in logs["measure"]
     order = ["build ended", "machine, up", "tests-cuda, up", "measure, up"]
@@ -559,6 +563,84 @@ def test_a_step_that_hangs_is_stopped(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=25)
     assert "build: stopped after 1 s" in done.stdout and "schedule: stopped after 1 s" in done.stdout
     assert done.returncode == 1 and "FAILED: build" in done.stdout.splitlines()[-1]
+
+
+# ---- tests in many processes -----------------------------------------------------------------------------------------
+
+
+def test_every_function_has_its_turn():
+    names = ["a[0]", "a[1]", "a[2]", "b", "c[0]", "c[1]"]
+    assert [names[index] for index in shards.in_turn(names)] == ["a[0]", "b", "c[0]", "a[1]", "c[1]", "a[2]"]
+
+
+def in_shards(tmp_path, seconds, tests):
+    """What comes of a file of tests in two processes, and its last line."""
+    path = tmp_path / "test_these.py"
+    path.write_text(f"import os, time\n\nimport pytest\n\n\n{tests}")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "bench.shards", str(seconds), "--processes", "2", str(path), "-k", "not left_out"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=120)
+    return done, done.stdout.splitlines()[-1]
+
+
+def test_shards_run_each_test_once(tmp_path):
+    tests = """
+@pytest.mark.parametrize("k", range(12))
+def test_many(k):
+    with open(f"{os.path.dirname(__file__)}/ran", "a") as file:
+        file.write(f"{k}\\n")
+    time.sleep(0.05)
+
+
+def test_left_out():
+    raise AssertionError
+
+
+@pytest.mark.skip("some reason")
+def test_skipped():
+    pass
+"""
+    done, last = in_shards(tmp_path, 60, tests)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert last.startswith("12 passed, 1 skipped in ") and "skipped 1: Skipped: some reason" in done.stdout
+    assert sorted(map(int, (tmp_path / "ran").read_text().split())) == list(range(12))
+
+
+def test_shards_say_what_failed_died_and_was_not_run(tmp_path):
+    tests = """
+def test_fails():
+    assert 1 + 1 == 3, "no"
+
+
+def test_dies():
+    os._exit(7)
+
+
+@pytest.mark.parametrize("k", range(4))
+def test_hangs(k):
+    time.sleep(k and 100)
+"""
+    done, last = in_shards(tmp_path, 15, tests)
+    assert done.returncode == 1
+    assert "::test_fails: AssertionError: no" in done.stdout and "assert (1 + 1) == 3" in done.stdout
+    assert "::test_dies: its process ended with status 7" in done.stdout
+    assert last.startswith("1 passed, 2 failed, 3 of 6 not run: no time left in ")
+
+
+def test_shards_without_tests_have_failed(tmp_path):
+    done, last = in_shards(tmp_path, 30, "import nothing_of_this_name\n")
+    assert done.returncode == 1 and "nothing_of_this_name" in done.stdout and last.startswith("no tests")
+
+
+def test_a_broken_device_ends_its_process(monkeypatch):
+    def synchronize():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    assert shards.device_is_broken()
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert not shards.device_is_broken()
 
 
 # ---- launch sizes ----------------------------------------------------------------------------------------------------

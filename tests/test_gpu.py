@@ -7,6 +7,7 @@ Nothing of this runs without one; ``bench/gpu.sh`` calls it where there is one.
 import copy
 import gc
 import inspect
+import re
 
 import pytest
 import torch
@@ -24,8 +25,14 @@ if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
 
 DEVICE = torch.device("cuda", 0)
-#: exp and log are approximations of a few ulp here: four times what the CPU is allowed.
+#: exp2, quotient and root are approximations here. Triton's interpreter, given their errors (drawn at random, 2^-22 at
+#: most each), is off by 7 units at most.
 FACTOR = 32.0
+#: Of float32 results that no closed formula's unit is known of: four times the worst (1.1e-5) seen so. A forgotten
+#: rescaling or a class too many is off by percents.
+EPS = 4e-5
+#: What is smaller may be flushed to 0.
+TINY = 1e-36
 BACKENDS = [name for name in ("triton", "cuda") if mlkernels.available_backends()[name] is None]
 
 
@@ -51,8 +58,13 @@ def compare(loss, backend, *arguments, **keywords):
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
-@pytest.mark.parametrize(("loss", "form"), [(loss, form) for loss in LOSSES for form in loss.forms], ids=str)
+@pytest.mark.parametrize(
+    ("loss", "form", "dtype"),
+    # Each is a kernel or two to compile. float64 as tensors is test_capped_and_adjusted's.
+    [(loss, form, torch.float32) for loss in LOSSES for form in loss.forms]
+    + [(loss, "number", torch.float64) for loss in LOSSES],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
 def test_forms(loss, form, dtype, backend):
     input, target, params = draw(loss, form=form)
     reduction = {"number": "mean", "shared": "sum"}.get(form, "none")
@@ -102,11 +114,13 @@ def test_every_tile(name, classes, dtype, backend):
     wanted = run(loss, x.double(), y, placed(params, "cpu"), up.double(), reduction="none", backend="reference")
     on = (placed(v, DEVICE) for v in (x, y, params, up))
     found = placed(dict(enumerate(run(loss, *on, reduction="none", backend=backend))), "cpu")
-    eps = {torch.bfloat16: 2**-8, torch.float32: 2e-5, torch.float64: 1e-11}[dtype]
-    torch.testing.assert_close(found[0].double(), wanted[0], rtol=max(1e-11, min(eps, 2e-5)), atol=1e-6)
-    torch.testing.assert_close(found[1].double(), wanted[1], rtol=eps, atol=1e-7)
-    for key, gradient in found[2].items():
-        torch.testing.assert_close(gradient.double(), wanted[2][key].double(), rtol=1e-3, atol=1e-5)
+    eps = EPS if dtype != torch.float64 else 1e-12
+    # The head of "piecewise" is a logarithm near 1; the others keep the relative accuracy of tiny losses.
+    torch.testing.assert_close(found[0].double(), wanted[0], rtol=eps, atol=eps / 20 if name == "piecewise" else TINY)
+    stored = 2**-8 if dtype == torch.bfloat16 else 0.0  # rounded once
+    torch.testing.assert_close(found[1].double(), wanted[1], rtol=eps + stored, atol=TINY)
+    for key, gradient in found[2].items():  # float32
+        torch.testing.assert_close(gradient.double(), wanted[2][key].double(), rtol=max(eps, 1e-6), atol=1e-12)
 
 
 @pytest.mark.parametrize("loss", FEW, ids=str)
@@ -126,8 +140,9 @@ def test_dense_layouts(loss, shape, backend):
         on = [placed(v, DEVICE) for v in (x.to(memory_format=layout), y, params, up)]
         value, grad, _ = run(loss, *on, reduction="none", backend=backend, **placed(options, DEVICE))
         assert grad.stride() == on[0].stride()
+        # Of three thousand rows some are ill-conditioned: a cosine next to 1, a logarithm next to 0.
         torch.testing.assert_close(value.cpu().double(), wanted[0], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(grad.cpu().double(), wanted[1], rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(grad.cpu().double(), wanted[1], rtol=2e-3, atol=1e-9)
 
 
 # ---- the same bits ---------------------------------------------------------------------------------------------------
@@ -228,8 +243,8 @@ def test_cuda_graph(name, classes, backend):
             up.fill_(factor)
         graph.replay()
         wanted = run(loss, new.double(), labels, placed(params, "cpu"), factor, backend="reference")
-        torch.testing.assert_close(value.cpu().double(), wanted[0], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(x.grad.cpu().double(), wanted[1], rtol=1e-3, atol=1e-7)
+        torch.testing.assert_close(value.cpu().double(), wanted[0], rtol=EPS, atol=EPS / 20)
+        torch.testing.assert_close(x.grad.cpu().double(), wanted[1], rtol=3 * EPS, atol=1e-12)
 
 
 def test_streams(backend):
@@ -291,7 +306,8 @@ def test_a_grad_scaler(name, backend):
     params = loss.values("number", y, 1000, dtype=torch.float32)
     found = run(loss, x.to(DEVICE), y.to(DEVICE), params, 65536.0, backend=backend)[1].cpu().double()
     wanted = run(loss, x.double(), y, params, 65536.0, backend="reference")[1]
-    torch.testing.assert_close(found, wanted, rtol=2**-10, atol=2**-24)
+    # Half a unit in the last place, of subnormal numbers too.
+    torch.testing.assert_close(found, wanted, rtol=2**-11 + EPS, atol=2**-25)
 
 
 def test_autocast(backend):
@@ -427,6 +443,22 @@ def form_id(value):
     return None
 
 
+#: What torch says of forms that it has not, on a device or at all; whatever else it says is a fault.
+NO_SUCH_FORM = r"Could not run 'aten::_fused_|`fused=True` requires|as a Tensor is not supported"
+
+
+def made(name, options):
+    """A run that has made a step; skipped where torch has no such form."""
+    try:
+        run = Run(name, options)
+        run.step(0)
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        if not re.search(NO_SUCH_FORM, str(error)):
+            raise
+        pytest.skip(f"torch has no such form on a GPU: {str(error).splitlines()[0][:100]}")
+    return run
+
+
 class Run:
     """A model, its optimizer and steps on data that the step's number gives."""
 
@@ -459,10 +491,7 @@ class Run:
 @pytest.mark.parametrize("before", [0, 2], ids=["unborn", "born"])
 @pytest.mark.parametrize(("name", "options"), forms(), ids=form_id)
 def test_snapshot_of_every_optimizer(name, options, before):
-    try:
-        Run(name, options).step(0)
-    except (NotImplementedError, RuntimeError) as error:
-        pytest.skip(f"torch has no such form on a GPU: {str(error).splitlines()[0]}")
+    made(name, options)
     run = Run(name, options)
     for number in range(before):
         run.step(number)
@@ -490,12 +519,8 @@ def test_snapshot_of_every_optimizer(name, options, before):
 )
 def test_a_flag_on_the_device_decides(name, options, reject, no_sync):
     torch.cuda.set_sync_debug_mode("default")
-    run = Run(name, options)
+    run = made(name, options)
     layers = torch.nn.ModuleList([run.model.embedding, run.model.inner, run.model.norm, run.model.head])
-    try:
-        run.step(0)
-    except (NotImplementedError, RuntimeError) as error:
-        pytest.skip(f"torch has no such form on a GPU: {str(error).splitlines()[0]}")
     snapshot = Snapshot(layers, run.optimizer)
     snapshot.save()
     saved = run.state()
