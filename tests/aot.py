@@ -358,6 +358,30 @@ def of_case(name: str, case: Case) -> list[Launch]:
 # ---- compiling -------------------------------------------------------------------------------------------------------
 
 
+def executed(sass: str) -> int:
+    """The fewest instructions from a kernel's entry to its end: what a loss without branches of its own takes."""
+    code = [
+        (int(address, 16), bool(guard), text)
+        for address, guard, text in re.findall(r"(?m)^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+)?\s*([A-Z].*?);", sass)
+    ]
+    index = {address: i for i, (address, _, _) in enumerate(code)}
+    reached, wave, count = {0}, [0], 0
+    while wave:
+        count += 1
+        following = set()
+        for i in wave:
+            _, guarded, text = code[i]
+            if text.startswith("EXIT") and not guarded:
+                return count
+            if text.startswith("BRA"):
+                following.add(index[int(re.findall(r"0x([0-9a-f]+)", text)[-1], 16)])
+            if guarded or not text.startswith("BRA"):
+                following.add(i + 1)
+        wave = sorted(following - reached)
+        reached |= following
+    raise ValueError("a kernel without an end")
+
+
 def measured(target: GPUTarget, assembly: dict[str, Any]) -> dict[str, int]:
     """Registers, spills and 128-bit accesses of a compiled kernel."""
     if target.backend == "hip":
@@ -388,6 +412,7 @@ def measured(target: GPUTarget, assembly: dict[str, Any]) -> dict[str, int]:
         "spills": stack + local,
         "loads": wide("LDG"),
         "stores": wide("STG"),
+        "executed": executed(code),
         "halves": len(re.findall(r"\bLDG\.E\S*\.U16\b", code)),
         # Bytes; 32 bits are what has no suffix.
         "narrow": 2 * len(re.findall(r"\bLDG\.E\S*\.U16\b", code))
@@ -413,6 +438,11 @@ def compiled(one: Launch) -> dict[str, Any]:
     if row["wide_loads"] and not given["MODES"] and all(given[name] is None for name in others):
         # Labels and sums are wide too; but where little else is read there are fewer narrow loads than logits.
         row["narrow_limit"] = row["wide_loads"] * 16
+    if given.get("ON_CHIP") and not given["ACROSS"] and given["classes"] >= 256 and given["UNIT"] >= 8:
+        bare = ("stats", "weight", "adjustment", "by_parameter", "saved", "group", "t_tables", "tau_tables")
+        if not given["MODES"] and not given["CAPPED"] and all(given[name] is None for name in bare):
+            threads = TARGETS[one.target].warp_size * one.options["num_warps"]
+            row["elements"] = given["ROWS"] * given["classes"] / threads  # of a thread
     if "input" in given and one.pairs:
         # Beside the logits it is the label's own logit that is read alone, one per row.
         threads = TARGETS[one.target].warp_size * one.options["num_warps"]

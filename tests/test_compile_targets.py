@@ -113,6 +113,13 @@ def test_wide_accesses(rows):
     assert not narrow, _told(narrow)
 
 
+def test_few_instructions(rows):
+    """An H100 copies a bfloat16 logit in the time of 19 instructions, and writes its gradient in as much again."""
+    asked = [row for row in rows if "elements" in row and "executed" in row]
+    costly = [row for row in asked if row["executed"] / row["elements"] > (23 if row["wide_stores"] else 15)]
+    assert not costly, _told(costly)
+
+
 def test_rows_side_by_side_are_read_by_twos(rows):
     """Of logits of two bytes a warp reads a whole line, and a thread has few rows."""
     asked = [row for row in rows if "halves_limit" in row]

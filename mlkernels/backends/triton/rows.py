@@ -288,10 +288,15 @@ def afresh(y, number):
     return tl.where(number < 0, -1, y)
 
 
+# Which elements a thread gets: Triton deals those first that it thinks are the most contiguous, and decides a tie by its
+# version. So it is told: vectors to a thread, then lanes, then rows, and a thread keeps all chunks. Of rows side by side,
+# of which there are many, a thread gets what 32 bits hold.
+
+
 @triton.jit
 def read_logits(
     input, base, first, read, classes, cap, adjustment, strides, T: tl.constexpr, CAPPED: tl.constexpr,
-    WIDE: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+    WIDE: tl.constexpr, ACROSS: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """The logits of the classes from the first on, as they lie and prepared; their columns, and whether there are."""
     col = first + (tl.arange(0, LANES) * VECTOR)[None, None, :, None] + offsets(CHUNKS, LANES, VECTOR)
@@ -299,7 +304,12 @@ def read_logits(
     col += of_row(tl.zeros_like(base).to(tl.int32))
     valid = col < classes
     at = (col.to(tl.int64) if WIDE else col) * strides[0]
-    raw = tl.load(input + of_row(base) + at, of_row(read) & valid, -INF).to(T)
+    place = input + of_row(base) + at
+    if ACROSS:
+        place = tl.multiple_of(tl.max_contiguous(place, [1, 8, 4, 2]), [4, 4, 4, 4])
+    else:
+        place = tl.max_contiguous(place, [1, 2, 4, 8])
+    raw = tl.load(place, of_row(read) & valid, -INF).to(T)
     u = prepared(raw, cap, adjustment, col, valid, T, CAPPED)
     if CAPPED:
         u = tl.where(valid, u, -INF)
@@ -328,7 +338,12 @@ def leave_gradient(
     if ACROSS:
         g = tl.where(of_row(kept), g, 0.0)
     to = (col.to(tl.int64) if WIDE else col) * strides[0]
-    tl.store(gradient + of_row(base) + to, g.to(gradient.dtype.element_ty), of_row(inside) & valid)
+    place = gradient + of_row(base) + to
+    if ACROSS:
+        place = tl.multiple_of(tl.max_contiguous(place, [1, 8, 4, 2]), [4, 4, 4, 4])
+    else:
+        place = tl.max_contiguous(place, [1, 2, 4, 8])
+    tl.store(place, g.to(gradient.dtype.element_ty), of_row(inside) & valid)
 
 
 @triton.jit(do_not_specialize=["structure", "ignore_index"], do_not_specialize_on_alignment=["turns"])
@@ -376,7 +391,6 @@ def visit(
     T: tl.constexpr = tl.float64 if input.dtype.element_ty == tl.float64 else tl.float32
     PIECEWISE: tl.constexpr = t_tables is not None
     TAU: tl.constexpr = tau_tables is not None
-    SPAN: tl.constexpr = max(1, 32 // input.dtype.element_ty.primitive_bitwidth)
     BLOCK: tl.constexpr = CHUNKS * LANES * VECTOR
     blocks = tl.cdiv(classes, BLOCK)
     cap = shared(values, 17, MODES, T)
@@ -400,8 +414,6 @@ def visit(
         if weight is not None:
             w_y = tl.load(weight + y, exists, 1.0).to(T)
         base = row_offset(row, sizes, in_strides, WIDE, UNIT)
-        if ACROSS:
-            base = tl.max_contiguous(base, SPAN)
         read = inside if ACROSS else kept
         own = input + base + (y.to(tl.int64) if WIDE else y) * in_strides[0]
         at_target = prepared(tl.load(own, exists, float("nan")).to(T), cap, adjustment, y, exists, T, CAPPED)
@@ -416,8 +428,9 @@ def visit(
             s, high = row_scale(structure[1], at_target - m, v)
         if ON_CHIP:
             raw, u, col, valid = read_logits(
-                input, base, 0, read, classes, cap, adjustment, in_strides, T, CAPPED, WIDE, CHUNKS, LANES, VECTOR
-            )
+                input, base, 0, read, classes, cap, adjustment, in_strides,
+                T, CAPPED, WIDE, ACROSS, CHUNKS, LANES, VECTOR,
+            )  # fmt: skip
             u = tl.where(is_label(y, 0, CHUNKS, LANES, VECTOR), -INF, u)
             if saved is None:
                 m = tl.max(thread_max(u), 1)
@@ -455,7 +468,7 @@ def visit(
                 start = block * BLOCK
                 raw, u, col, valid = read_logits(
                     input, base, start, read, classes, cap, adjustment, in_strides,
-                    T, CAPPED, WIDE, CHUNKS, LANES, VECTOR,
+                    T, CAPPED, WIDE, ACROSS, CHUNKS, LANES, VECTOR,
                 )  # fmt: skip
                 mine = is_label(y, start, CHUNKS, LANES, VECTOR)
                 u = tl.where(mine, -INF, u)
@@ -504,7 +517,7 @@ def visit(
                         start = block * BLOCK
                         raw, u, col, valid = read_logits(
                             input, base, start, read, classes, cap, adjustment, in_strides,
-                            T, CAPPED, WIDE, CHUNKS, LANES, VECTOR,
+                            T, CAPPED, WIDE, ACROSS, CHUNKS, LANES, VECTOR,
                         )  # fmt: skip
                         counted = tl.where(
                             is_label(y, start, CHUNKS, LANES, VECTOR) | (valid == 0), 0.0, u - of_row(floor)
@@ -546,8 +559,6 @@ def visit(
             shift = zero
             if gradient is not None:
                 out = row_offset(row, sizes, out_strides, WIDE, UNIT)
-                if ACROSS:
-                    out = tl.max_contiguous(out, SPAN)
             if ON_CHIP:
                 if NEED_SHIFT & WANT:
                     # A class of probability 0 contributes 0, also when its logit is -inf.
@@ -564,7 +575,7 @@ def visit(
                     start = (blocks - 1 - back) * BLOCK
                     raw, u, col, valid = read_logits(
                         input, base, start, read, classes, cap, adjustment, in_strides,
-                        T, CAPPED, WIDE, CHUNKS, LANES, VECTOR,
+                        T, CAPPED, WIDE, ACROSS, CHUNKS, LANES, VECTOR,
                     )  # fmt: skip
                     u = tl.where(is_label(y, start, CHUNKS, LANES, VECTOR), -INF, u)
                     d = u - of_row(floor)
