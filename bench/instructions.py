@@ -1,9 +1,12 @@
 """``python -m bench.instructions``: what the CUDA kernels execute, counted without a GPU.
 
-The kernels' own host code plans a launch (through the tests' library for hosts, csrc/simt_host.h) and hands its arguments
-over; one thread of the machine code that nvcc made for sm_90a is then interpreted on them: every branch is taken as the
-arguments say, only what another lane would have said is made up. The thread is the first of the last full warp, which also
-does what one lane does for its row. Two launches of different length leave what a row costs, without what a launch costs.
+The kernels' own host code plans a launch (through the tests' library for hosts, csrc/simt_host.h) and hands its
+arguments over; the first thread of the machine code that nvcc made for sm_90a is then interpreted on them, in the
+memory of the call: every branch is taken as the arguments say, and only what another lane would have said is made up. That
+thread also does what one lane does for its row. Two launches of different length leave what a row costs without what a
+launch costs.
+
+Needs ``python csrc/build.py --simt`` with ``MLKERNELS_CUDA_ARCHS=90a``, and cuobjdump.
 
 Not a time: latencies, bank conflicts and caches are not in it. An issue-bound kernel reaches about 75 % of the budget.
 """
@@ -138,11 +141,17 @@ JOIN: dict[str, Callable[[bool, bool], bool]] = {
     "AND": lambda a, b: a and b, "OR": lambda a, b: a or b, "XOR": lambda a, b: a != b,
 }  # fmt: skip
 #: Nothing that a lone thread could see.
-NOTHING = set(
-    "BSSY BSYNC BREAK NOP YIELD BAR MEMBAR FENCE ERRBAR CGAERRBAR CCTL UCGABAR_ARV UCGABAR_WAIT WARPSYNC ENDCOLLECTIVE "
-    "STG ST STAS DEPBAR LDGDEPBAR LDGSTS ACQBULK NANOSLEEP PREEXIT UCGABAR MEMBAR BMOV".split()
-)
+NOTHING = {
+    *("BSSY", "BSYNC", "BREAK", "NOP", "YIELD", "WARPSYNC", "ENDCOLLECTIVE", "STG", "ST", "STAS"),
+    *("BAR", "MEMBAR", "FENCE", "ERRBAR", "CGAERRBAR", "CCTL", "UCGABAR_ARV", "UCGABAR_WAIT"),
+}
+#: Operations whose U is not that of the uniform registers.
 ALONE = {"UBLKCP": "UBLKCP", "VOTEU": "VOTE"}
+
+
+def rounding(mods: list[str]) -> Callable[[float], int]:
+    ways = {"FLOOR": math.floor, "CEIL": math.ceil, "TRUNC": math.trunc}
+    return next((ways[m] for m in mods if m in ways), round)
 
 
 class Launch(NamedTuple):
@@ -436,7 +445,7 @@ class Thread:
         self.put(o[0], abs(signed(self.integer(o[1]))))
 
     def do_POPC(self, mods: list[str], o: tuple[str, ...]) -> None:
-        self.put(o[0], bin(self.integer(o[1])).count("1"))
+        self.put(o[0], self.integer(o[1]).bit_count())
 
     def do_FLO(self, mods: list[str], o: tuple[str, ...]) -> None:
         self.put(o[0], (self.integer(o[1]) & MASK).bit_length() - 1)
@@ -497,7 +506,7 @@ class Thread:
 
     def do_F2I(self, mods: list[str], o: tuple[str, ...]) -> None:
         x = self.real(o[1], "F64" in mods)
-        how = math.floor if "FLOOR" in mods else math.ceil if "CEIL" in mods else math.trunc if "TRUNC" in mods else round
+        how = rounding(mods)
         self.put(o[0], how(x) if math.isfinite(x) else 0, 2 if "U64" in mods or "S64" in mods else 1)
 
     def do_F2F(self, mods: list[str], o: tuple[str, ...]) -> None:
@@ -507,7 +516,7 @@ class Thread:
 
     def do_FRND(self, mods: list[str], o: tuple[str, ...]) -> None:
         x = self.real(o[1])
-        how = math.floor if "FLOOR" in mods else math.ceil if "CEIL" in mods else math.trunc if "TRUNC" in mods else round
+        how = rounding(mods)
         self.put(o[0], of_float(float(how(x)) if math.isfinite(x) else x))
 
     def do_F2FP(self, mods: list[str], o: tuple[str, ...]) -> None:
@@ -709,7 +718,12 @@ MANY_ROWS = 4097  # fewer are planned as a small problem
 
 
 def count(
-    loss: Callable[..., Any], shape: tuple[int, ...], dtype: Any, gradient: bool, kernels: dict[str, Kernel], **forced: Any
+    loss: Callable[..., Any],
+    shape: tuple[int, ...],
+    dtype: Any,
+    gradient: bool,
+    kernels: dict[str, Kernel],
+    **forced: Any,
 ) -> Count:
     """A row's cost from two launches; ``shape`` is (C,) or (C, d1, ...), under "mean"."""
     import torch

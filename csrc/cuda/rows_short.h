@@ -232,7 +232,8 @@ struct RowsShort {
       using Piece = decltype(kind);
       constexpr int PER = int(sizeof(Piece) / sizeof(S));
       const int count = pieces_of(PER);
-      uint32_t pair = word_of(all_of<S, uint32_t>(nothing), 0);
+      [[maybe_unused]] uint32_t pair = 0;
+      if constexpr (sizeof(S) == 2) pair = all_of<S, uint32_t>(nothing);
       MLK_UNROLL
       for (int i = 0; i < ELEMENTS / PER; ++i) {
         if (i * PER % GROUP == 0 && i * PER >= most) break;
