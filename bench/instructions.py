@@ -2,7 +2,7 @@
 
 The kernels' own host code plans a launch (through the tests' library for hosts, csrc/simt_host.h) and hands its
 arguments over; the first thread of the machine code that nvcc made for sm_90a is then interpreted on them, in the
-memory of the call: every branch is taken as the arguments say, and only what another lane would have said is made up. That
+memory of the call. Every branch is taken as the arguments say; only what another lane would have said is made up. That
 thread also does what one lane does for its row. Two launches of different length leave what a row costs without what a
 launch costs.
 
