@@ -244,6 +244,10 @@ def test_neighbouring_rows_apart(dtype, inner):
     check(wide[:, :, 1:], target, {}, reduction="mean")
     wide = torch.randn(3, 8, 6).to(dtype)  # and an odd number of them, in an even place
     check(wide[:, :, :5], target[:, :5], {}, reduction="mean")
+    # Without a gradient, which would have strides of its own.
+    found = mlkernels.cross_entropy(wide[:, :, :5], target[:, :5], backend="cuda")
+    wanted = mlkernels.cross_entropy(wide[:, :, :5].double(), target[:, :5], backend="reference")
+    torch.testing.assert_close(found.double(), wanted, rtol=4e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("value", [-INF, INF, NAN])
