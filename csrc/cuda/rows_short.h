@@ -256,7 +256,7 @@ struct RowsShort {
           if constexpr (sizeof(S) != 2 || PER == 1) stands.m = larger(stands.m, x);
         }
       }
-      if constexpr (sizeof(S) == 2 && PER > 1) stands.m = larger(widen(S{uint16_t(pair)}), widen(S{uint16_t(pair >> 16)}));
+      if constexpr (sizeof(S) == 2 && PER > 1) stands.m = larger(element_of<T, S>(pair, 0), element_of<T, S>(pair, 1));
     });
     Counts counts{-1, 0};
     for (int mask = lanes / 2; mask > 0; mask /= 2) {
