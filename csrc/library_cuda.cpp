@@ -236,6 +236,7 @@ struct Call {
       Sums::total(v, place.device, 0);
       return;
     }
+    v.simple = is_simple(v);
     const Choice choice = kernels.choose(v, place.device);
     const bool alone = choice.way == Way::SHORT && choice.tiles.alone;
     if (mean() && (v.losses || v.grad || v.want_parameters) && !alone && v.rows <= FEW_ROWS) {
@@ -574,5 +575,11 @@ extern "C" __attribute__((visibility("default"))) void mlkernels_simt_force(int 
                                                                             uint64_t seed) {
   mlkernels::forced = {way, warps, cluster, chunk, slots, tile_rows, teams};
   mlkernels::simt::Machine::get().seed = seed;
+}
+// For bench/instructions.py: the launches for a device that is not here. Null: run them.
+extern "C" __attribute__((visibility("default"))) void mlkernels_simt_watch(mlkernels::simt::Machine::Watch watch,
+                                                                            int multiprocessors, int shared) {
+  mlkernels::simt::Machine::get().watch = watch;
+  mlkernels::pretended = {0, multiprocessors, 9, shared, nullptr};
 }
 #endif

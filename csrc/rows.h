@@ -164,32 +164,33 @@ struct Conclusion {
 };
 
 // Finishes a row that stands at `at`, and leaves its results but for loss and gradient; leaves: this thread is the one to.
-// PARAMETERS: whether gradients of parameters may be wanted at all.
-template <bool PARAMETERS, class T>
-MLK_FN Conclusion<T> conclude_row(const Problem<T>& p, const Batch<T>& batch, const Share<T>& share, int64_t row,
-                                  const Values<T>& values, const Row<T>& r, const Position<T>& at, T weight, T shift,
-                                  T weighted, bool leaves) {
+// PARAMETERS: whether gradients of parameters may be wanted at all. BARE: nothing is saved, and no upstream gradient but
+// up_value. spec: the problem's, of which the caller may know more than that.
+template <bool PARAMETERS, bool BARE = false, class T>
+MLK_FN Conclusion<T> conclude_row(const Problem<T>& p, const Spec& spec, const Batch<T>& batch, const Share<T>& share,
+                                  int64_t row, const Values<T>& values, const Row<T>& r, const Position<T>& at, T weight,
+                                  T shift, T weighted, bool leaves) {
   Conclusion<T> out{};
-  const HeadLoss<T> head = head_loss(p.spec, values, at.nll, PARAMETERS && p.want_parameters);
+  const HeadLoss<T> head = head_loss(spec, values, at.nll, PARAMETERS && p.want_parameters);
   out.loss = row_loss(batch, at, head, weight, weighted);
-  if (p.save && leaves) {
+  if (!BARE && p.save && leaves) {
     p.save[2 * row] = r.other_max;
     p.save[2 * row + 1] = r.log_sum;
   }
   if (!p.grad && !(PARAMETERS && p.want_parameters)) return out;
   Upstream<T> up{0, 0, 0, 0};
-  const T g_loss = p.up_loss ? p.up_loss[row * p.up_loss_stride] : p.up_value;
+  const T g_loss = !BARE && p.up_loss ? p.up_loss[row * p.up_loss_stride] : p.up_value;
   up.by_class = g_loss * share.by_class;
   up.by_row = g_loss * share.by_row;
-  if (p.up_logsumexp) up.lse = p.up_logsumexp[row * p.up_logsumexp_stride];
-  if (p.up_log_prob) up.log_prob = p.up_log_prob[row * p.up_log_prob_stride];
+  if (!BARE && p.up_logsumexp) up.lse = p.up_logsumexp[row * p.up_logsumexp_stride];
+  if (!BARE && p.up_log_prob) up.log_prob = p.up_log_prob[row * p.up_log_prob_stride];
   const RowGradient<T> gradient = row_gradient(batch, r, at, head, up, weight);
   out.factor = gradient.others;
   out.spread = gradient.spread;
   out.at_target = gradient.target;
   if (PARAMETERS && p.want_parameters && leaves) {
     T by[TRAINABLE_SLOTS];
-    row_parameters(p.spec, values, batch, r, at, head, gradient, up, weight, shift, weighted, by);
+    row_parameters(spec, values, batch, r, at, head, gradient, up, weight, shift, weighted, by);
     MLK_UNROLL
     for (int slot = 0; slot < TRAINABLE_SLOTS; ++slot)
       if (p.by_parameter[slot]) p.by_parameter[slot][row] = by[slot];

@@ -202,6 +202,54 @@ def test_unread_rows(way):
     assert not bool(loss[rest].isnan().any() | x.grad[rest].isnan().any())
 
 
+@pytest.mark.parametrize("shape", [(8, 10), (8, 150), (8, 2000), (2, 19, 4), (2, 19, 2, 2), (2, 30, 4)])
+def test_unread_rows_of_a_loss_that_is_reduced(shape, monkeypatch):
+    """Also where the loss is simple, and where rows go by pairs: an ignored one and none beside each other."""
+    monkeypatch.setattr(mlkernels.softmax, "check_indices", lambda *_: None)
+    target = (torch.arange(8) % 3).view(shape[0], *shape[2:])
+    flat = target.view(-1)
+    flat[2], flat[5], flat[7] = -100, 5000, -100
+    x = torch.randn(shape)
+    x.movedim(1, -1)[target == -100] = NAN
+    found = x.clone().requires_grad_()
+    loss = mlkernels.cross_entropy(found, target, reduction="sum", backend="cuda")
+    loss.backward()
+    assert bool(loss.isnan())
+    gradient = found.grad.movedim(1, -1).reshape(8, -1)
+    assert not bool(gradient[[2, 7]].any()) and bool(gradient[5].isnan().all())
+    flat[5] = -100
+    exact = x.nan_to_num().double().requires_grad_()
+    wanted = mlkernels.cross_entropy(exact, target, reduction="sum", backend="reference")
+    wanted.backward()
+    rest = [0, 1, 3, 4, 6]
+    wanted_gradient = exact.grad.movedim(1, -1).reshape(8, -1)
+    torch.testing.assert_close(gradient[rest].double(), wanted_gradient[rest], rtol=4e-6, atol=2e-6)
+    got = mlkernels.cross_entropy(x, target, reduction="sum", backend="cuda")
+    torch.testing.assert_close(got.double(), wanted.detach(), rtol=4e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("inner", [(6,), (2, 3), (3,), (1, 2)], ids=str)
+def test_neighbouring_rows_apart(dtype, inner):
+    """By pairs where they are adjacent and aligned, and classes few; else one by one."""
+    for classes in (1, 2, 5, 19, 24, 25):
+        input = (torch.randn(3, classes, *inner) * 3).to(dtype)
+        target = torch.randint(0, classes, (3, *inner))
+        target[1].view(-1)[0] = -100
+        for reduction in ("mean", "sum"):
+            for loss in (mlkernels.cross_entropy, mlkernels.modulated_cross_entropy):
+                check(input, target, {"seed": classes}, loss, reduction=reduction, tolerance=3)
+    wide = torch.randn(3, 8, 7).to(dtype)  # neighbours, but not in pairs that begin at even places
+    target = torch.randint(0, 8, (3, 6))
+    check(wide[:, :, 1:], target, {}, reduction="mean")
+    wide = torch.randn(3, 8, 6).to(dtype)  # and an odd number of them, in an even place
+    check(wide[:, :, :5], target[:, :5], {}, reduction="mean")
+    # Without a gradient, which would have strides of its own.
+    found = mlkernels.cross_entropy(wide[:, :, :5], target[:, :5], backend="cuda")
+    wanted = mlkernels.cross_entropy(wide[:, :, :5].double(), target[:, :5], backend="reference")
+    torch.testing.assert_close(found.double(), wanted, rtol=4e-6, atol=2e-6)
+
+
 @pytest.mark.parametrize("value", [-INF, INF, NAN])
 @pytest.mark.parametrize("way", WAYS)
 def test_extreme_logits(way, value):

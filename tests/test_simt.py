@@ -96,10 +96,15 @@ BROKEN = {
     "the wait for a tile": (_SHORT, "simt.copy_wait(at.barriers + 8 * slot, parity);", ""),
     "the fence before a tile is filled again": (_SHORT, _FENCE, ""),
     "the barrier before a tile is written out": (_SHORT, f"{_SYNC}{_WRITE}", _WRITE),
-    "the barrier between reading and writing a target": (
+    "the barrier between blanking a target and reading": (
         _SHORT,
-        "    simt.warp_sync();  // the target's",
-        "    // the target's",
+        "      simt.warp_sync();\n      stands.target = simt.exchange",
+        "      stands.target = simt.exchange",
+    ),
+    "the barrier between a row's gradient and its target's": (
+        _SHORT,
+        "    if (lanes > 1) simt.warp_sync();  // the target's place",
+        "    // the target's place",
     ),
 }
 FEW = ("the barrier before a place is filled again", "the barrier before a tile is written out")

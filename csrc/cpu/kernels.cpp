@@ -333,7 +333,7 @@ inline void conclude(const CpuProblem<T>& p, const Batch<T>& batch, Work<T>& w) 
   const T weight = p.weight ? p.weight[w.y] : T(1);
   const Share<T> share{p.by_class_factor, p.by_row_factor};
   const Conclusion<T> row =
-      conclude_row<true>(static_cast<const Problem<T>&>(p), batch, share, w.row, *w.values, w.r, w.at, weight, w.shift, w.weighted, true);
+      conclude_row<true>(static_cast<const Problem<T>&>(p), p.spec, batch, share, w.row, *w.values, w.r, w.at, weight, w.shift, w.weighted, true);
   if (p.loss_by_class) {
     p.loss_by_class[w.row] = row.loss.by_class;
     if (p.loss_by_row) p.loss_by_row[w.row] = row.loss.by_row;

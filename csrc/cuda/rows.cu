@@ -15,6 +15,15 @@ bool general(const Visit<T>& v) {
   return v.softcap > 0 || v.adjustment || v.smoothing > 0 || v.logsumexp || v.want_parameters;
 }
 
+// Whether two rows that follow one another lie next to each other, in memory that is read and written in pairs.
+bool in_pairs(const Layout& layout, const void* data) {
+  const int last = layout.dims - 1;
+  bool even = reinterpret_cast<uintptr_t>(data) % (2 * sizeof(S)) == 0 && layout.strides[last] == 1 &&
+              layout.sizes[last] % 2 == 0 && layout.class_stride % 2 == 0;
+  for (int d = 0; d < last; ++d) even &= layout.strides[d] % 2 == 0;
+  return even;
+}
+
 bool one_after_another(const Layout& layout, int64_t classes) {
   return layout.dims == 1 && (layout.strides[0] == classes || layout.sizes[0] <= 1) &&
          (layout.class_stride == 1 || classes == 1);
@@ -29,12 +38,12 @@ int power_of_two_from(int64_t x) {
 // ---- sizes -----------------------------------------------------------------------------------------------------------
 // By calculation: none of these numbers has been measured yet.
 
-constexpr int FEW = 8, MANY = sizeof(T) == 8 ? 8 : 32;  // columns that a lane holds; of doubles more would spill
-constexpr int64_t FEW_COLUMNS = 64;                      // up to here FEW of them
+constexpr int FEW = sizeof(T) == 8 ? 8 : 16, MANY = sizeof(T) == 8 ? 8 : 32;  // columns that a lane holds; more doubles spill
+constexpr int64_t FEW_COLUMNS = FEW;  // up to here FEW of them, and a row has one lane
 constexpr int64_t SHORT_ROW = LANES * MANY;
 constexpr int64_t TILE_BYTES = 4096;
 constexpr int64_t BYTES_OF_A_WARP = 8192;  // of a long row
-constexpr int CHUNK = 128;                // vectors: 2 kB
+constexpr int CHUNK = 256;                // vectors: 4 kB; every chunk costs a warp some 70 instructions a pass
 constexpr int64_t ALONE_ROWS = 4096, ALONE_ELEMENTS = 1 << 19;  // one cluster is quicker than three launches up to here
 
 bool plan_short(const Visit<T>& v, const Device& device, Choice& out) {
@@ -43,8 +52,9 @@ bool plan_short(const Visit<T>& v, const Device& device, Choice& out) {
   const int64_t row_bytes = v.classes * int64_t(sizeof(S));
   TilePlan& tiles = out.tiles;
   const int held = v.classes <= FEW_COLUMNS ? FEW : MANY;
-  tiles.lanes = power_of_two_from((v.classes + held - 1) / held);
-  const int together = LANES / tiles.lanes;
+  tiles.shift = 0;
+  while (held << tiles.shift < v.classes) ++tiles.shift;
+  const int together = LANES >> tiles.shift;
   tiles.rows = int(std::max<int64_t>(1, std::min<int64_t>(TILE_BYTES / row_bytes, 512) / together)) * together;
   if (forced.tile_rows) tiles.rows = forced.tile_rows * together;
   tiles.slots = forced.slots ? forced.slots : 2;
@@ -123,6 +133,11 @@ using ShortFew = RowsShort<T, S, FEW, GENERAL>;
 template <bool GENERAL>
 using ShortMany = RowsShort<T, S, MANY, GENERAL>;
 
+ApartPlan apart_plan(const Visit<T>& v) {
+  return {v.simple && !general(v) && v.classes <= RowsApart<T, S>::CLASSES && in_pairs(v.in, v.input) &&
+          (!v.grad || in_pairs(v.out, v.grad))};
+}
+
 // Calls with<Body>(plan, bytes of shared memory) for the kernel of a choice.
 template <class With>
 auto dispatch(const Visit<T>& v, const Choice& c, With with) {
@@ -142,7 +157,7 @@ auto dispatch(const Visit<T>& v, const Choice& c, With with) {
       return g ? with(RowsLong<T, S, true, true>(), c.rows, ring_bytes)
                : with(RowsLong<T, S, false, true>(), c.rows, ring_bytes);
     default:
-      return with(RowsApart<T, S>(), ApartPlan(), 0);
+      return with(RowsApart<T, S>(), apart_plan(v), 0);
   }
 }
 

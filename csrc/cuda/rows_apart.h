@@ -1,5 +1,8 @@
 // Rows whose classes do not lie together, as in (N, C, d1, ...): one thread a row, neighbouring threads neighbouring rows.
 // Any strides. Bytes: three readings and one writing, of which the caches serve what they hold.
+//
+// Pairs: a thread takes two rows that lie next to each other, where they do and few classes and a simple loss (is_simple)
+// let it keep both in registers. One reading and one writing, of two elements at a time.
 #pragma once
 
 #include "visit.h"
@@ -7,7 +10,9 @@
 namespace mlkernels {
 namespace MLKERNELS_ISA {
 
-struct ApartPlan {};
+struct ApartPlan {
+  int pairs;  // whether rows go by pairs
+};
 
 template <class T_, class S_>
 struct RowsApart {
@@ -15,16 +20,21 @@ struct RowsApart {
   using S = S_;
   static constexpr int THREADS = 256, BLOCKS = 2;
   static constexpr T INF = std::numeric_limits<T>::infinity();
+  static constexpr int64_t CLASSES = sizeof(T) == 8 ? 0 : 24;  // that a pair may have
 
   template <class Simt>
-  static MLK_DEVICE void run(const Simt& simt, const Visit<T>& v, const ApartPlan&) {
+  static MLK_DEVICE void run(const Simt& simt, const Visit<T>& v, const ApartPlan& plan) {
     if (v.unless_one && *v.unless_one == T(1)) return;
     const Batch<T> batch = batch_on_device(v);
     const Share<T> share = share_of(simt, v);
     double by_class = 0, by_row = 0;
     const int64_t every = int64_t(simt.blocks()) * simt.threads();
-    for (int64_t row = int64_t(simt.block()) * simt.threads() + simt.thread(); row < v.rows; row += every)
-      visit(v, batch, share, row, by_class, by_row);
+    const int64_t first = int64_t(simt.block()) * simt.threads() + simt.thread();
+    if (CLASSES > 0 && plan.pairs) {
+      for (int64_t pair = first; pair < v.rows / 2; pair += every) visit_pair(v, batch, share, 2 * pair, by_class, by_row);
+    } else {
+      for (int64_t row = first; row < v.rows; row += every) visit(v, batch, share, row, by_class, by_row);
+    }
     if (!v.partials) return;
     by_class = sum_over(simt, by_class);
     by_row = sum_over(simt, by_row);
@@ -32,6 +42,80 @@ struct RowsApart {
       const int64_t warp = int64_t(simt.block()) * simt.warps() + simt.warp();
       v.partials[2 * warp] = by_class;
       v.partials[2 * warp + 1] = by_row;
+    }
+  }
+
+  static constexpr int MOST = CLASSES > 0 ? int(CLASSES) : 1, GROUP = 4;  // classes are worked on or left out together
+
+  // One of a pair, of which u holds the logits and then what its factor makes the gradient of.
+  static MLK_DEVICE Conclusion<T> visit_held(const Visit<T>& v, const Batch<T>& batch, const Share<T>& share, int64_t row,
+                                             const Label& label, T (&u)[MOST], double& by_class, double& by_row) {
+    const int classes = int(v.classes), y = int(label.y);
+    if (label.fate != Fate::KEPT) {
+      const T value = label.fate == Fate::BAD ? nan<T>() : T(0);
+      leave_fate(v, row, label.fate, by_class, by_row);
+      MLK_UNROLL
+      for (int j = 0; j < MOST; ++j) u[j] = value;
+      return {{value, 0}, 1, 0, value};
+    }
+    Standing<T> stands;
+    numbers_of<true>(v, row, label, stands.values);
+    stands.target = 0;
+    stands.m = -INF;
+    MLK_UNROLL
+    for (int j = 0; j < MOST; ++j) {
+      if (j % GROUP == 0 && j >= classes) break;
+      if (j == y) {
+        stands.target = u[j];
+        u[j] = -INF;
+      }
+      stands.m = larger(stands.m, u[j]);
+    }
+    stand<true>(v, stands);
+    const T m = stands.floor(), scale2 = stands.scale2();
+    T sum = 0;
+    MLK_UNROLL
+    for (int j = 0; j < MOST; ++j) {
+      if (j % GROUP == 0 && j >= classes) break;
+      u[j] = exp2_of((u[j] - m) * scale2);
+      sum += u[j];
+    }
+    const Conclusion<T> c =
+        finish_row<false, true>(v, batch, share, row, label.y, stands, sum, T(0), T(0), Counts{-1, 0}, true);
+    leave_loss<true>(v, row, c.loss, by_class, by_row);
+    return c;
+  }
+
+  static MLK_DEVICE void visit_pair(const Visit<T>& v, const Batch<T>& batch, const Share<T>& share, int64_t row,
+                                    double& by_class, double& by_row) {
+    using Pair = PieceOf<sizeof(S) == 2 ? 4 : 8>;
+    const int classes = int(v.classes);
+    const S* x = static_cast<const S*>(v.input) + v.in.offset(row);
+    Label label[2] = {label_of<true>(v, row, read_index(v.label, v.label_type, row)),
+                      label_of<true>(v, row + 1, read_index(v.label, v.label_type, row + 1))};
+    T u[2][MOST];
+    MLK_UNROLL
+    for (int j = 0; j < MOST; ++j) {
+      if (j % GROUP == 0 && j >= classes) break;
+      u[0][j] = u[1][j] = -INF;
+      if (j < classes) {
+        const Pair both = *reinterpret_cast<const Pair*>(x);
+        u[0][j] = element_of<T, S>(both, 0);
+        u[1][j] = element_of<T, S>(both, 1);
+      }
+      x += v.in.class_stride;
+    }
+    const Conclusion<T> first = visit_held(v, batch, share, row, label[0], u[0], by_class, by_row);
+    const Conclusion<T> second = visit_held(v, batch, share, row + 1, label[1], u[1], by_class, by_row);
+    if (!v.grad) return;
+    S* g = static_cast<S*>(v.grad) + v.out.offset(row);
+    MLK_UNROLL
+    for (int j = 0; j < MOST; ++j) {
+      if (j >= classes) break;
+      const T both[2] = {j == label[0].y ? first.at_target : first.factor * u[0][j],
+                         j == label[1].y ? second.at_target : second.factor * u[1][j]};
+      *reinterpret_cast<Pair*>(g) = piece_from<S, Pair>(both);
+      g += v.out.class_stride;
     }
   }
 
@@ -76,7 +160,7 @@ struct RowsApart {
       for (int64_t from = 0; from < v.classes; from += TOGETHER) {
         const int64_t to = from + TOGETHER < v.classes ? from + TOGETHER : v.classes;
         T some = 0, some_shift = 0, some_weighted = 0;
-      MLK_UNROLL_4
+        MLK_UNROLL_4
         for (int64_t j = from; j < to; ++j) {
           const T u = logit(j);
           if (j == y) continue;
@@ -94,7 +178,7 @@ struct RowsApart {
     const Conclusion<T> c = finish_row<true>(v, batch, share, row, y, stands, sum, shift, weighted, counts, true);
     leave_loss(v, row, c.loss, by_class, by_row);
     if (!g) return;
-      MLK_UNROLL_4
+    MLK_UNROLL_4
     for (int64_t j = v.classes - 1; j >= 0; --j) {  // what was read last is still near
       const T u = logit(j);
       T out = c.factor * exp2_of((u - m) * scale2) - (v.weight && v.smoothing > 0 ? c.spread * v.weight[j] : c.spread);

@@ -536,7 +536,11 @@ struct RowsLong {
       Standing<T> stands;
       Counts counts{-1, 0};
       Sums sums;
-      fetch(static_cast<const Problem<T>&>(v), row, label.y, label.group, stands.values);
+      const bool simple = !GENERAL && v.simple;
+      if (simple)
+        numbers_of<true>(v, row, label, stands.values);
+      else
+        numbers_of<false>(v, row, label, stands.values);
       stands.target = widen(x[label.y]);
       if (GENERAL) stands.target = prepare(v, stands.target, label.y);
       if (v.saved) stands.m = v.saved[2 * row];
@@ -566,8 +570,11 @@ struct RowsLong {
         sum_all(x);
         sums.e = x[0];
       }
-      const Conclusion<T> c =
-          finish_row<GENERAL>(v, batch, share, row, label.y, stands, sums.e, sums.shift, sums.weighted, counts, leaves);
+      const auto finished = [&](auto known) {
+        return finish_row<GENERAL, decltype(known)::value>(v, batch, share, row, label.y, stands, sums.e, sums.shift,
+                                                           sums.weighted, counts, leaves);
+      };
+      const Conclusion<T> c = simple ? finished(std::integral_constant<bool, !GENERAL>()) : finished(std::false_type());
       if (leaves) leave_loss(v, row, c.loss, by_class, by_row);
       if (v.grad)
         write_gradient(span, row, label.y, stands, c);

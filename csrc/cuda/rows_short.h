@@ -1,8 +1,9 @@
 // Short rows that lie one after another, many of them at once.
 //
 // A warp takes tiles of rows. A tile is one piece of memory whatever the number of classes, so it comes and goes 16 bytes
-// at a time; its rows are worked on in shared memory, each by 1 ... 32 lanes that hold it in registers. Warps have
-// nothing to do with each other, and the next tile is on its way while this one is worked on.
+// at a time; its rows are worked on in shared memory, each by 1 ... 32 lanes that hold it in registers. They read it in
+// the largest pieces that fill every row. Warps have nothing to do with each other, and the next tile, and the next label,
+// are on their way while this one is worked on.
 //
 // Alone: a small batch is served by one block or cluster in one launch, which counts the rows for "mean" before it
 // starts and adds up the loss when it is done.
@@ -12,13 +13,15 @@
 // gradients of parameters.
 #pragma once
 
+#include <type_traits>
+
 #include "visit.h"
 
 namespace mlkernels {
 
 struct TilePlan {
-  int lanes;  // of a row: a power of two
-  int rows;   // of a tile, a multiple of LANES / lanes
+  int shift;  // a row has 1 << shift lanes
+  int rows;   // of a tile, a multiple of LANES >> shift
   int slots;  // tiles that a warp's part of shared memory holds
   int alone;  // whether this launch is one block or cluster that does everything
 };
@@ -45,6 +48,8 @@ struct RowsShort {
   using S = S_;
   static constexpr int THREADS = 128, BLOCKS = GENERAL || ELEMENTS > 8 || sizeof(T) == 8 ? 2 : 3;
   static constexpr T INF = std::numeric_limits<T>::infinity();
+  static constexpr bool ONE = sizeof(T) == 4 && ELEMENTS <= 16;  // lane a row, always
+  static constexpr int GROUP = ONE ? 4 : 8;                      // elements that are worked on or left out together
 
   // Two sums over all threads of the launch, which is one block or cluster; the same bits for all of them.
   template <class Simt>
@@ -111,17 +116,36 @@ struct RowsShort {
       share = {T(1 / weights), T(1 / kept)};
     }
     const Batch<T> batch = batch_on_device(v);
+    const int shift = ONE ? 0 : plan.shift, piece = piece_of(v), together = LANES >> shift, own = simt.lane() >> shift;
+    const int per = piece / int(sizeof(S)), most = per * ((int(v.classes) / per + (1 << shift) - 1) >> shift);
     double by_class = 0, by_row = 0;
     int slot = 0, parity = 0;
+    const auto label_at = [&](int64_t row) { return row < v.rows ? read_index(v.label, v.label_type, row) : int64_t(0); };
+    int64_t next = label_at(mine * plan.rows + own);
     for (int64_t tile = mine; tile < tiles; tile += every) {
       simt.copy_wait(at.barriers + 8 * slot, parity);
       const int64_t first = tile * plan.rows;
       const int64_t rows = v.rows - first < plan.rows ? v.rows - first : plan.rows;
       const S* x = static_cast<const S*>(v.input) + first * v.classes;
       const int begin = at.ring + slot * at.tile + phase_of(x) * int(sizeof(S));
-      const int together = LANES / plan.lanes;
-      for (int64_t r = 0; r < rows; r += together)
-        visit(simt, v, plan, batch, share, first, r + simt.lane() / plan.lanes, rows, begin, by_class, by_row);
+      const int64_t after = (tile + every) * plan.rows + own;
+      const auto pass = [&](auto simple) {
+        for (int r = own; r - own < int(rows); r += together) {
+          constexpr bool SIMPLE = decltype(simple)::value;
+          const bool exists = r < int(rows);
+          Label label{0, 0, Fate::IGNORED};
+          if (exists) label = label_of<SIMPLE>(v, first + r, next);
+          // Read now, looked at after this row.
+          const bool last = r - own + together >= int(rows);
+          next = label_at(last ? after : first + r + together);
+          visit<SIMPLE>(simt, v, shift, piece, most, batch, share, first + r, exists, label,
+                        begin + r * int(v.classes) * int(sizeof(S)), by_class, by_row);
+        }
+      };
+      if (!GENERAL && v.simple)
+        pass(std::integral_constant<bool, !GENERAL>());
+      else
+        pass(std::false_type());
       simt.warp_sync();
       if (v.grad) write_out(simt, begin, static_cast<S*>(v.grad) + first * v.classes, rows * v.classes);
       simt.before_copy();
@@ -150,45 +174,90 @@ struct RowsShort {
     }
   }
 
-  // A row by its lanes; all lanes of the warp come here, also those that have no row.
-  template <class Simt>
-  static MLK_DEVICE void visit(const Simt& simt, const Visit<T>& v, const TilePlan& plan, const Batch<T>& batch,
-                               const Share<T>& share, int64_t first_row, int64_t r, int64_t rows, int begin,
-                               double& by_class, double& by_row) {
-    const int lanes = plan.lanes, sub = simt.lane() % lanes;
-    const bool exists = r < rows;
-    const int64_t row = first_row + r;
-    Label label{0, 0, Fate::IGNORED};
-    if (exists) label = label_of(v, row);
-    const bool kept = label.fate == Fate::KEPT;
-    const int y = kept ? int(label.y) : 0;
-    const int at = begin + int(r * v.classes) * int(sizeof(S));
-    // This lane's elements are those at `mine`, `step` bytes apart, and the target is its own-th.
-    const int count = kept ? (int(v.classes) - sub + lanes - 1) / lanes : 0;
-    const int own = y % lanes == sub ? y / lanes : -1;
-    const int mine = at + sub * int(sizeof(S)), step = lanes * int(sizeof(S));
-    const auto element = [&](int place) { return T(widen(simt.template load<S>(place))); };
+  // The largest piece of 16 bytes, two halves, or an element, that every row is made of. In general it is the element:
+  // each has to be looked at by itself.
+  static MLK_DEVICE int piece_of(const Visit<T>& v) {
+    const uintptr_t ends = reinterpret_cast<uintptr_t>(v.input) | uintptr_t(v.classes * int64_t(sizeof(S)));
+    return GENERAL ? int(sizeof(S)) : ends % 16 == 0 ? 16 : sizeof(S) == 2 && ends % 4 == 0 ? 4 : int(sizeof(S));
+  }
+  // Calls with(a piece) for that size.
+  template <class With>
+  static MLK_DEVICE void by_piece(int piece, With with) {
+    if constexpr (!GENERAL) {
+      if (piece == 16) return with(Vec16());
+    }
+    if constexpr (!GENERAL && sizeof(S) == 2) {
+      if (piece == 4) return with(uint32_t());
+    }
+    with(PieceOf<int(sizeof(S))>());
+  }
+
+  // A row by its lanes; all lanes of the warp come here, also those that have no row. No lane has more than `most` elements.
+  template <bool SIMPLE, class Simt>
+  static MLK_DEVICE void visit(const Simt& simt, const Visit<T>& v, int shift, int piece, int most, const Batch<T>& batch,
+                               const Share<T>& share, int64_t row, bool exists, const Label& label, int at, double& by_class,
+                               double& by_row) {
+    const int lanes = 1 << shift, sub = simt.lane() & (lanes - 1);
+    const bool kept = exists && label.fate == Fate::KEPT;
+    const int y = kept ? int(label.y) : 0, target_at = at + y * int(sizeof(S));
+    // This lane's pieces of a row lie at `mine`, `step` bytes apart.
+    const int mine = at + sub * piece;
+    const auto place_of = [&](int i, int bytes) { return mine + (ONE ? i * bytes : i * (bytes << shift)); };
+    const auto pieces_of = [&](int per) { return kept ? (int(v.classes) / per - sub + lanes - 1) >> shift : 0; };
+    // In general a piece is an element, and this is its class.
+    const auto class_of = [&](int i) { return i * lanes + sub; };
 
     Standing<T> stands;
+    stands.target = 0;
+    S nothing;
+    narrow(-INF, nothing);
+    if (kept && sub == 0) {
+      stands.target = T(widen(simt.template load<S>(target_at)));
+      // -inf in its place: no element has to be asked whether it is the target. Softcap would make a number of it.
+      if (!GENERAL) simt.store(target_at, nothing);
+    }
+    if (lanes > 1) {
+      simt.warp_sync();
+      stands.target = simt.exchange(stands.target, simt.lane() - sub);
+    }
+    if (kept) {
+      if (GENERAL) stands.target = prepare(v, stands.target, y);
+      numbers_of<SIMPLE>(v, row, label, stands.values);
+    }
+
     T u[ELEMENTS];
-    stands.m = -INF;
     int first = -1;
-    MLK_UNROLL
-    for (int i = 0; i < ELEMENTS; ++i) {
-      u[i] = -INF;
-      if (i < count) {
-        u[i] = element(mine + i * step);
-        if (GENERAL) {
-          u[i] = prepare(v, u[i], i * lanes + sub);
-          if (i != own && (u[i] > stands.m || first < 0)) first = i * lanes + sub;
+    stands.m = -INF;
+    by_piece(piece, [&](auto kind) {
+      using Piece = decltype(kind);
+      constexpr int PER = int(sizeof(Piece) / sizeof(S));
+      const int count = pieces_of(PER);
+      [[maybe_unused]] uint32_t pair = 0;
+      if constexpr (sizeof(S) == 2) pair = all_of<S, uint32_t>(nothing);
+      MLK_UNROLL
+      for (int i = 0; i < ELEMENTS / PER; ++i) {
+        if (i * PER % GROUP == 0 && i * PER >= most) break;
+        Piece one = all_of<S, Piece>(nothing);
+        if (i < count) one = simt.template load<Piece>(place_of(i, int(sizeof(Piece))));
+        if constexpr (sizeof(S) == 2 && PER > 1) {  // two halves at a time
+          MLK_UNROLL
+          for (int w = 0; w < PER / 2; ++w) pair = larger_pair(pair, word_of(one, w), S());
+        }
+        MLK_UNROLL
+        for (int e = 0; e < PER; ++e) {
+          T& x = u[i * PER + e];
+          x = element_of<T, S>(one, e);
+          if (GENERAL) {
+            const int j = class_of(i);
+            if (i < count) x = prepare(v, x, j);
+            if (i < count && j != y && (x > stands.m || first < 0)) first = j;
+            if (j == y) x = -INF;
+          }
+          if constexpr (sizeof(S) != 2 || PER == 1) stands.m = larger(stands.m, x);
         }
       }
-      if (i == own) u[i] = -INF;
-      stands.m = larger(stands.m, u[i]);
-    }
-    stands.target = kept ? element(at + y * int(sizeof(S))) : T(0);
-    if (GENERAL && kept) stands.target = prepare(v, stands.target, y);
-    if (kept) fetch(static_cast<const Problem<T>&>(v), row, y, label.group, stands.values);
+      if constexpr (sizeof(S) == 2 && PER > 1) stands.m = larger(element_of<T, S>(pair, 0), element_of<T, S>(pair, 1));
+    });
     Counts counts{-1, 0};
     for (int mask = lanes / 2; mask > 0; mask /= 2) {
       const T m = simt.butterfly(stands.m, mask);
@@ -199,27 +268,33 @@ struct RowsShort {
       stands.m = larger(stands.m, m);
     }
     counts.first = first;
-    if (v.saved && kept) stands.m = v.saved[2 * row];
-    T sum = 0, shift = 0, weighted = 0;
+    if (!SIMPLE && v.saved && kept) stands.m = v.saved[2 * row];
+    T sum = 0, shifted = 0, weighted = 0;
     int above = 0;
     if (kept) {
-      stand(v, stands);
+      stand<SIMPLE>(v, stands);
       const T m = stands.floor(), scale2 = stands.scale2();
+      const int count = pieces_of(1);
       MLK_UNROLL
       for (int i = 0; i < ELEMENTS; ++i) {
-        const int j = i * lanes + sub;
+        if (i % GROUP == 0 && i >= most) break;
         const T d = u[i] - m;
-        if (GENERAL && i < count && i != own) {
-          if (v.smoothing > 0) weighted += v.weight ? d * v.weight[j] : d;
-          above += u[i] > stands.target;
+        const T power = exp2_of(d * scale2);
+        sum += power;
+        if (GENERAL) {
+          const int j = class_of(i);
+          if (i < count && j != y) {
+            if (v.smoothing > 0) weighted += v.weight ? d * v.weight[j] : d;
+            above += u[i] > stands.target;
+          }
+          if (v.want_shift) shifted += power == 0 ? T(0) : power * d;
+        } else {
+          u[i] = power;  // what the gradient needs
         }
-        const T e = exp2_of(d * scale2);
-        sum += e;
-        if (GENERAL && v.want_shift) shift += e == 0 ? T(0) : e * d;
       }
     }
     sum = sum_over(simt, sum, lanes);
-    if (GENERAL && v.want_shift) shift = sum_over(simt, shift, lanes);
+    if (GENERAL && v.want_shift) shifted = sum_over(simt, shifted, lanes);
     if (GENERAL) {
       weighted = sum_over(simt, weighted, lanes);
       above = sum_over(simt, above, lanes);
@@ -227,33 +302,49 @@ struct RowsShort {
     }
     Conclusion<T> c{};
     if (kept) {
-      c = finish_row<GENERAL>(v, batch, share, row, y, stands, sum, shift, weighted, counts, sub == 0);
-      if (sub == 0) leave_loss(v, row, c.loss, by_class, by_row);
+      c = finish_row<GENERAL, SIMPLE>(v, batch, share, row, y, stands, sum, shifted, weighted, counts, sub == 0);
+      if (sub == 0) leave_loss<SIMPLE>(v, row, c.loss, by_class, by_row);
     } else if (exists && sub == 0) {
       leave_fate(v, row, label.fate, by_class, by_row);
     }
     if (!v.grad) return;
-    simt.warp_sync();  // the target's logit is read by all of the row's lanes
-    if (!exists) return;
-    if (!kept) {
+    if (GENERAL) simt.warp_sync();  // the target's logit was read by another lane than its own
+    if (kept) {
+      const T m = stands.floor(), scale2 = stands.scale2();
+      by_piece(piece, [&](auto kind) {
+        using Piece = decltype(kind);
+        constexpr int PER = int(sizeof(Piece) / sizeof(S));
+        const int count = pieces_of(PER);
+        MLK_UNROLL
+        for (int i = 0; i < ELEMENTS / PER; ++i) {
+          if (i * PER % GROUP == 0 && i * PER >= most) break;
+          if (i >= count) continue;
+          T g[PER];
+          MLK_UNROLL
+          for (int e = 0; e < PER; ++e) {
+            const T x = u[i * PER + e];
+            if (GENERAL) {
+              // The exponential again, rather than kept: the registers are worth more.
+              const int j = class_of(i);
+              g[e] = c.factor * exp2_of((x - m) * scale2) - (v.weight && v.smoothing > 0 ? c.spread * v.weight[j] : c.spread);
+              g[e] = unprepare(v, g[e], x, j);
+            } else {
+              g[e] = c.factor * x;
+            }
+          }
+          simt.store(place_of(i, int(sizeof(Piece))), piece_from<S, Piece>(g));
+        }
+      });
+    } else if (exists) {
       S value;
       narrow(label.fate == Fate::BAD ? nan<T>() : T(0), value);
       for (int j = sub; j < int(v.classes); j += lanes) simt.store(at + j * int(sizeof(S)), value);
-      return;
     }
-    const T m = stands.floor(), scale2 = stands.scale2();
-    MLK_UNROLL
-    for (int i = 0; i < ELEMENTS; ++i) {
-      if (i >= count) continue;
-      // The exponential again, rather than kept: the registers are worth more.
-      T g = c.factor * exp2_of((u[i] - m) * scale2);
-      const int j = i * lanes + sub;
-      if (GENERAL) g -= v.weight && v.smoothing > 0 ? c.spread * v.weight[j] : c.spread;
-      if (i == own) g = c.at_target;
-      if (GENERAL) g = unprepare(v, g, i == own ? stands.target : u[i], j);
+    if (lanes > 1) simt.warp_sync();  // the target's place is another lane's
+    if (kept && sub == 0) {
       S narrowed;
-      narrow(g, narrowed);
-      simt.store(mine + i * step, narrowed);
+      narrow(GENERAL ? unprepare(v, c.at_target, stands.target, y) : c.at_target, narrowed);
+      simt.store(target_at, narrowed);
     }
   }
 };

@@ -2,6 +2,8 @@
 // simt.h, so that a host runs it as well.
 #pragma once
 
+#include <type_traits>
+
 #include "../simt.h"
 
 #include "../rows.h"
@@ -25,16 +27,29 @@ struct Visit : Problem<T> {
   int parts;
   const T* unless_one;  // nothing is done where this upstream gradient is 1; or null
   T* losses;            // (rows), or the reduced loss; or null
+  bool simple;          // as is_simple says
   double* partials;     // (teams, 2) where the loss is reduced
 };
+
+// A loss that is reduced, or its single visit: no transform, one scale, a head without tables, all numbers from the host, no
+// class weights, smoothing or z-loss; nothing saved, and no upstream gradient but a number. Kernels have a path of their
+// own for it, in which all that takes no instructions.
+template <class T>
+bool is_simple(const Visit<T>& v) {
+  for (const Parameter<T>& number : v.values)
+    if (number.data) return false;
+  return v.spec.transform == IDENTITY && v.spec.scale == SINGLE && v.spec.head != TAU && v.spec.reduction != REDUCE_NONE &&
+         !v.weight && !(v.smoothing > 0) && !(v.z_loss > 0) && !v.group && !v.saved && !v.save && !v.up_loss &&
+         !v.up_logsumexp && !v.up_log_prob;
+}
 
 namespace MLKERNELS_ISA {
 
 constexpr int MOST_PARTS = 128;
 
 MLK_DEVICE int64_t read_index(const void* data, Index type, int64_t at) {
+  if (type == Index::INT64) return static_cast<const int64_t*>(data)[at];  // nearly always: before any jump
   switch (type) {
-    case Index::INT64: return static_cast<const int64_t*>(data)[at];
     case Index::INT32: return static_cast<const int32_t*>(data)[at];
     case Index::INT16: return static_cast<const int16_t*>(data)[at];
     case Index::INT8: return static_cast<const int8_t*>(data)[at];
@@ -49,20 +64,24 @@ struct Label {
   Fate fate;
 };
 
-template <class T>
-MLK_DEVICE Label label_of(const Visit<T>& v, int64_t row) {
-  Label out{read_index(v.label, v.label_type, row), 0, Fate::KEPT};
+template <bool SIMPLE = false, class T>
+MLK_DEVICE Label label_of(const Visit<T>& v, int64_t row, int64_t y) {
+  Label out{y, 0, Fate::KEPT};
   if (out.y == v.spec.ignore_index) {
     out.fate = Fate::IGNORED;
     return out;
   }
-  if (out.y < 0 || out.y >= v.classes) out.fate = Fate::BAD;
-  if (v.group) {
+  if (uint64_t(out.y) >= uint64_t(v.classes)) out.fate = Fate::BAD;
+  if (!SIMPLE && v.group) {
     out.group = read_index(v.group, v.group_type, row);
     const int64_t groups = v.t.groups > v.tau.groups ? v.t.groups : v.tau.groups;
     if (out.group < 0 || out.group >= groups) out.fate = Fate::BAD;
   }
   return out;
+}
+template <class T>
+MLK_DEVICE Label label_of(const Visit<T>& v, int64_t row) {
+  return label_of(v, row, read_index(v.label, v.label_type, row));
 }
 
 // ---- elements --------------------------------------------------------------------------------------------------------
@@ -116,6 +135,67 @@ MLK_DEVICE Vec16 pack(const T (&in)[PER_VECTOR<S>]) {
     } else {
       out.word[i] = narrow_pair(in[2 * i], in[2 * i + 1], S());
     }
+  }
+  return out;
+}
+
+// A piece of a row as it lies in memory: 16 bytes, two halves, or one element.
+template <int BYTES>
+using PieceOf = std::conditional_t<
+    BYTES == 16, Vec16,
+    std::conditional_t<BYTES == 8, uint64_t, std::conditional_t<BYTES == 4, uint32_t, uint16_t>>>;
+
+MLK_DEVICE uint32_t word_of(const Vec16& piece, int word) { return piece.word[word]; }
+template <class Piece>
+MLK_DEVICE uint32_t word_of(const Piece& piece, int word) {
+  return uint32_t(uint64_t(piece) >> 32 * word);
+}
+// A piece of nothing but this element.
+template <class S, class Piece>
+MLK_DEVICE Piece all_of(S element) {
+  S all[sizeof(Piece) / sizeof(S)];
+  MLK_UNROLL
+  for (S& each : all) each = element;
+  Piece out;
+  memcpy(&out, all, sizeof(Piece));
+  return out;
+}
+template <class T, class S, class Piece>
+MLK_DEVICE T element_of(const Piece& piece, int e) {
+  if constexpr (sizeof(S) == 2) {
+    return widen(S{uint16_t(word_of(piece, e / 2) >> 16 * (e % 2))});
+  } else if constexpr (sizeof(S) == 4) {
+    const uint32_t bits = word_of(piece, e);
+    T out;
+    memcpy(&out, &bits, 4);
+    return out;
+  } else {
+    const uint64_t bits = uint64_t(word_of(piece, 2 * e)) | uint64_t(word_of(piece, 2 * e + 1)) << 32;
+    T out;
+    memcpy(&out, &bits, 8);
+    return out;
+  }
+}
+template <class S, class Piece, class T>
+MLK_DEVICE Piece piece_from(const T* in) {
+  Piece out;
+  if constexpr (sizeof(Piece) == 16) {
+    constexpr int V = 16 / int(sizeof(S));
+    T all[V];
+    MLK_UNROLL
+    for (int e = 0; e < V; ++e) all[e] = in[e];
+    out = pack<T, S>(all);
+  } else if constexpr (sizeof(S) == 2 && sizeof(Piece) == 4) {
+    out = narrow_pair(in[0], in[1], S());
+  } else if constexpr (sizeof(S) == 4 && sizeof(Piece) == 8) {
+    uint32_t low, high;
+    memcpy(&low, &in[0], 4);
+    memcpy(&high, &in[1], 4);
+    out = uint64_t(low) | uint64_t(high) << 32;
+  } else {
+    S one;
+    narrow(in[0], one);
+    memcpy(&out, &one, sizeof(Piece));
   }
   return out;
 }
@@ -184,6 +264,7 @@ MLK_DEVICE Share<T> share_of(const Simt& simt, const Visit<T>& v) {
 
 template <class T>
 MLK_DEVICE Batch<T> batch_on_device(const Visit<T>& v) {
+  if (v.simple) return {0, 0, 0, v.weight_sum, v.classes};
   Batch<T> out = batch_of(v);
   if (v.weight_total) out.weight_sum = T(*v.weight_total);
   return out;
@@ -199,9 +280,30 @@ struct Standing {
   MLK_DEVICE T scale2() const { return scale.value * T(1.4426950408889634); }  // of base-2 exponentials
 };
 
-template <class T>
+// The spec, and a row's numbers; SIMPLE: where the launch is known to be.
+template <bool SIMPLE, class T>
+MLK_DEVICE Spec spec_of(const Visit<T>& v) {
+  Spec out = v.spec;
+  if (SIMPLE) {
+    out.transform = IDENTITY;
+    out.scale = SINGLE;
+    if (out.head == TAU) out.head = LOG;
+  }
+  return out;
+}
+template <bool SIMPLE, class T>
+MLK_DEVICE void numbers_of(const Visit<T>& v, int64_t row, const Label& label, Values<T>& values) {
+  if constexpr (SIMPLE) {
+    MLK_UNROLL
+    for (int slot = 0; slot <= TAU_MIN; ++slot) values.at[slot] = v.values[slot].value;
+  } else {
+    fetch(static_cast<const Problem<T>&>(v), row, label.y, label.group, values);
+  }
+}
+
+template <bool SIMPLE = false, class T>
 MLK_DEVICE void stand(const Visit<T>& v, Standing<T>& at) {
-  at.scale = row_scale(v.spec, at.values, at.target - at.m);
+  at.scale = row_scale(spec_of<SIMPLE>(v), at.values, at.target - at.m);
 }
 
 struct Counts {  // for RowStats
@@ -211,24 +313,26 @@ struct Counts {  // for RowStats
 
 // sum, shift, weighted: over the other classes, as finish.h has them. With saved statistics, sum is not used.
 // GENERAL: RowStats and gradients of parameters may be wanted.
-template <bool GENERAL, class T>
-MLK_DEVICE Conclusion<T> finish_row(const Visit<T>& v, const Batch<T>& batch, const Share<T>& share, int64_t row, int64_t y,
+template <bool GENERAL, bool SIMPLE = false, class T>
+MLK_DEVICE Conclusion<T> finish_row(const Visit<T>& v, const Batch<T>& any, const Share<T>& share, int64_t row, int64_t y,
                                     const Standing<T>& stands, T sum, T shift, T weighted, const Counts& counts,
                                     bool leaves) {
+  const Spec spec = spec_of<SIMPLE>(v);
+  const Batch<T> batch = SIMPLE ? Batch<T>{0, 0, 0, any.weight_sum, any.classes} : any;
   Row<T> r;
   r.target = stands.target;
   r.other_max = stands.m;
-  if (v.saved) {
+  if (!SIMPLE && v.saved) {
     r.log_sum = v.saved[2 * row + 1];
     r.share = r.log_sum == -infinity<T>() ? T(0) : m_exp(-r.log_sum);
   } else {
     r.log_sum = sum == 0 ? -infinity<T>() : m_log(sum);
-    r.share = sum == 0 ? T(0) : 1 / sum;
+    r.share = sum == 0 ? T(0) : m_inverse(sum);
   }
   Position<T> at;
-  const T delta = approach(v.spec, stands.values, r, stands.scale, GENERAL && v.want_parameters, at);
+  const T delta = approach(spec, stands.values, r, stands.scale, GENERAL && v.want_parameters, at);
   const T e = m_exp(-m_abs(delta));
-  locate(r, delta, e, m_log1p(e), at);
+  locate(r, delta, e, m_log1p_of_part(e), at);
   if (GENERAL && v.logsumexp && leaves) {
     const bool doubtful = sum != sum || r.target != r.target;
     v.logsumexp[row] = at.lse;
@@ -239,19 +343,19 @@ MLK_DEVICE Conclusion<T> finish_row(const Visit<T>& v, const Batch<T>& batch, co
     if (best < 0 || r.target > r.other_max || (r.target == r.other_max && y < best)) best = y;
     v.prediction[row] = doubtful ? -1 : best;
   }
-  const T weight = v.weight ? v.weight[y] : T(1);
-  return conclude_row<GENERAL>(static_cast<const Problem<T>&>(v), batch, share, row, stands.values, r, at, weight, shift,
-                               weighted, leaves);
+  const T weight = !SIMPLE && v.weight ? v.weight[y] : T(1);
+  return conclude_row<GENERAL, SIMPLE>(static_cast<const Problem<T>&>(v), spec, batch, share, row, stands.values, r, at,
+                                        weight, shift, weighted, leaves);
 }
 
 // A row's loss to where it goes: its place, or the sums of whoever has this row.
-template <class T>
+template <bool SIMPLE = false, class T>
 MLK_DEVICE void leave_loss(const Visit<T>& v, int64_t row, const RowLoss<T>& loss, double& by_class, double& by_row) {
-  if (v.spec.reduction == REDUCE_NONE) {
+  if (!SIMPLE && v.spec.reduction == REDUCE_NONE) {
     if (v.losses) v.losses[row] = loss.by_class + loss.by_row;
   } else {
     by_class += double(loss.by_class);
-    by_row += double(loss.by_row);
+    if (!SIMPLE && v.z_loss > 0) by_row += double(loss.by_row);
   }
 }
 
