@@ -288,11 +288,6 @@ def afresh(y, number):
     return tl.where(number < 0, -1, y)
 
 
-# Which elements a thread gets: Triton deals those first that it thinks are the most contiguous, and decides a tie by its
-# version. So it is told: vectors to a thread, then lanes, then rows, and a thread keeps all chunks. Of rows side by side,
-# of which there are many, a thread gets what 32 bits hold.
-
-
 @triton.jit
 def read_logits(
     input, base, first, read, classes, cap, adjustment, strides, T: tl.constexpr, CAPPED: tl.constexpr,
@@ -305,6 +300,8 @@ def read_logits(
     valid = col < classes
     at = (col.to(tl.int64) if WIDE else col) * strides[0]
     place = input + of_row(base) + at
+    # Triton deals to threads what it thinks is most contiguous, and a tie by its version. So it is told: vectors first,
+    # then lanes, then rows; a thread keeps all chunks. Of rows side by side it gets what 32 bits hold.
     if ACROSS:
         place = tl.multiple_of(tl.max_contiguous(place, [1, 8, 4, 2]), [4, 4, 4, 4])
     else:
