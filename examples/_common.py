@@ -1,4 +1,4 @@
-"""What the examples that compare methods over several seeds share: options, data, tables, records."""
+"""What the examples share: options, data, tables, records."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ except ImportError as error:
 matplotlib.use("Agg")  # there may be no display
 import matplotlib.pyplot as plt
 
-__all__ = ["bar_over", "commas", "endless", "finite", "mean_std", "parser", "plt", "positive", "ready", "write"]
+__all__ = [
+    "bar_over", "commas", "endless", "finite", "images_of", "mean_std", "parser", "plt", "positive", "ready", "write",
+]  # fmt: skip
 
 
 def finite(text: str) -> float:
@@ -44,6 +46,29 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be >= 1, got {value}")
     return value
+
+
+def images_of(made: argparse.ArgumentParser, options: argparse.Namespace, *, normalize: bool = True) -> data.Images:
+    """The images of --data, those to train on cut to --limit; and --out made. Errors leave through argparse.
+
+    Images have mean 0 and deviation 1; or, not normalised, values in [0, 1].
+    """
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        made.error(f"argument --out: {error}")
+    name = options.data
+    try:
+        images = (data.load if name in ("digits", "fashion-mnist") else data.mnist)(name, normalize=normalize)
+    except (OSError, ImportError, ValueError) as error:
+        made.error(f"argument --data: {error}")
+    if not normalize:
+        largest = images.train_images.max()
+        images = replace(images, train_images=images.train_images / largest, test_images=images.test_images / largest)
+    if options.limit is not None and options.limit < len(images.train_labels):
+        rows = torch.randperm(len(images.train_labels), generator=torch.Generator().manual_seed(0))[: options.limit]
+        images = replace(images, train_images=images.train_images[rows], train_labels=images.train_labels[rows])
+    return images
 
 
 def commas(of: Callable[[str], Any]) -> Callable[[str], list[Any]]:
@@ -77,26 +102,9 @@ def parser(doc: str | None, *, seeds: int, steps: int, batch: int, lr: float) ->
 def ready(
     made: argparse.ArgumentParser, arguments: Sequence[str] | None, *, normalize: bool = True
 ) -> tuple[argparse.Namespace, data.Images]:
-    """The checked options and the images, the output directory made; errors leave through argparse.
-
-    Images have mean 0 and deviation 1; or, not normalised, values in [0, 1].
-    """
+    """The checked options and the images, as ``images_of`` has them."""
     options = made.parse_args(arguments)
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        made.error(f"argument --out: {error}")
-    name = options.data
-    try:
-        images = (data.load if name in ("digits", "fashion-mnist") else data.mnist)(name, normalize=normalize)
-    except (OSError, ImportError, ValueError) as error:
-        made.error(f"argument --data: {error}")
-    if not normalize:
-        largest = images.train_images.max()
-        images = replace(images, train_images=images.train_images / largest, test_images=images.test_images / largest)
-    if options.limit is not None and options.limit < len(images.train_labels):
-        rows = torch.randperm(len(images.train_labels), generator=torch.Generator().manual_seed(0))[: options.limit]
-        images = replace(images, train_images=images.train_images[rows], train_labels=images.train_labels[rows])
+    images = images_of(made, options, normalize=normalize)
     options.batch = min(options.batch, len(images.train_labels))
     torch.set_num_threads(options.threads)
     return options, images

@@ -20,26 +20,19 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from _common import finite, images_of, plt, positive
+from matplotlib.ticker import LogFormatter
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
+from tqdm import tqdm
 
 import mlkernels
 from mlkernels import data, metrics
 from mlkernels.schedule import MILS
-
-try:
-    import matplotlib
-    from matplotlib.ticker import LogFormatter
-    from tqdm import tqdm
-except ImportError as error:
-    sys.exit(f"{error}; the examples need: pip install 'mlkernels[demo]'")
-
-matplotlib.use("Agg")  # there may be no display
-import matplotlib.pyplot as plt
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 AUXILIARY: dict[str, Callable[[], Loss]] = {
@@ -186,30 +179,8 @@ def plot(path: Path, title: str, runs: Sequence[Run]) -> None:
     plt.close(figure)
 
 
-def images_of(options: argparse.Namespace) -> data.Images:
-    """The data set, its training images cut to --limit."""
-    name = options.data
-    images = data.load(name) if name in ("digits", "fashion-mnist") else data.mnist(name)
-    if options.limit is not None and options.limit < len(images.train_labels):
-        rows = torch.randperm(len(images.train_labels), generator=torch.Generator().manual_seed(0))[: options.limit]
-        images = replace(images, train_images=images.train_images[rows], train_labels=images.train_labels[rows])
-    return images
-
-
 def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, data.Images]:
     """The checked options and the images, the output directory made; errors leave through argparse."""
-
-    def positive(text: str) -> int:
-        value = int(text)
-        if value < 1:
-            raise argparse.ArgumentTypeError(f"must be >= 1, got {value}")
-        return value
-
-    def rate(text: str) -> float:
-        value = float(text)
-        if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"must be > 0, got {value}")
-        return value
 
     def probability(text: str) -> float:
         value = float(text)
@@ -231,21 +202,13 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, data.Ima
     parser.add_argument("--epochs", type=positive, default=8)
     parser.add_argument("--batch", type=positive, default=128, help="images per step, and in the observation set")
     parser.add_argument("--limit", type=positive, help="use so many training images only")
-    parser.add_argument("--lr", type=rate, default=0.1, help="of SGD; divided by 10 at a half and at three quarters")
+    parser.add_argument("--lr", type=finite, default=0.1, help="of SGD; divided by 10 at a half and at three quarters")
     parser.add_argument("--threads", type=positive, default=1, help="such small networks do not fill a second core")
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "out", help="directory for plot and figures"
     )
     options = parser.parse_args(arguments)
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"argument --out: {error}")
-    try:
-        images = images_of(options)
-    except (OSError, ImportError, ValueError) as error:
-        parser.error(f"argument --data: {error}")
-    return options, images
+    return options, images_of(parser, options)
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Run]:

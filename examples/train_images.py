@@ -18,26 +18,19 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from _common import finite, images_of, plt, positive
+from matplotlib.ticker import LogFormatter
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import mlkernels
 from mlkernels import data, metrics
-
-try:
-    import matplotlib
-    from matplotlib.ticker import LogFormatter
-    from tqdm import tqdm
-except ImportError as error:
-    sys.exit(f"{error}; the examples need: pip install 'mlkernels[demo]'")
-
-matplotlib.use("Agg")  # there may be no display
-import matplotlib.pyplot as plt
 
 FEATURES = 64
 # The usual 64 is for thousands of classes: with ten, s = 16 gives p = 0.999 from a difference of cosines of 0.6 on.
@@ -348,30 +341,8 @@ def closeness(features: Tensor, target: Tensor, classes: int) -> tuple[Tensor, T
     return own, cosines.scatter(1, target.unsqueeze(1), -1.0).max(1).values
 
 
-def images_of(options: argparse.Namespace) -> data.Images:
-    """The data set, its training images cut to --limit."""
-    name = options.data
-    images = data.load(name) if name in ("digits", "fashion-mnist") else data.mnist(name)
-    if options.limit is not None and options.limit < len(images.train_labels):
-        rows = torch.randperm(len(images.train_labels), generator=torch.Generator().manual_seed(0))[: options.limit]
-        images = replace(images, train_images=images.train_images[rows], train_labels=images.train_labels[rows])
-    return images
-
-
 def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, data.Images]:
     """The checked options and the images, the output directory made; errors leave through argparse."""
-
-    def positive(text: str) -> int:
-        value = int(text)
-        if value < 1:
-            raise argparse.ArgumentTypeError(f"must be >= 1, got {value}")
-        return value
-
-    def rate(text: str) -> float:
-        value = float(text)
-        if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"must be > 0, got {value}")
-        return value
 
     def losses(text: str) -> list[str]:
         names = list(LOSSES) if text == "all" else text.split(",")
@@ -396,7 +367,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, data.Ima
     parser.add_argument("--epochs", type=positive, default=15)
     parser.add_argument("--batch", type=positive, default=64, help="images per step")
     parser.add_argument("--limit", type=positive, help="use so many training images only")
-    parser.add_argument("--lr", type=rate, default=3e-3, help="highest learning rate of the schedule (AdamW)")
+    parser.add_argument("--lr", type=finite, default=3e-3, help="highest learning rate of the schedule (AdamW)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=positive, help="by default 1 for images as small as the digits, else torch's")
     parser.add_argument(
@@ -409,14 +380,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, data.Ima
     why = mlkernels.available_backends().get(options.backend)
     if why is not None:
         parser.error(f"argument --backend: {options.backend} cannot be used here: {why}")
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"argument --out: {error}")
-    try:
-        images = images_of(options)
-    except (OSError, ImportError, ValueError) as error:
-        parser.error(f"argument --data: {error}")
+    images = images_of(parser, options)
     if options.threads is None:
         # 8 x 8 pixels are too little work to share: waiting for a second core that is busy costs more than it gives.
         options.threads = 1 if images.train_images[0].numel() < 256 else torch.get_num_threads()

@@ -101,3 +101,10 @@ def backend(request):
 def loss(request):
     """Every loss of the table."""
     return request.param
+
+
+@pytest.fixture
+def threads_put_back():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

@@ -2,41 +2,29 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from scripts import EXAMPLES, script
 
 from mlkernels import data
 from mlkernels.search import Record
 
-SCRIPT = Path(__file__).parent.parent / "examples" / "am_lfs.py"
+pytestmark = pytest.mark.usefixtures("threads_put_back")
+
+SCRIPT = EXAMPLES / "am_lfs.py"
 SMALL = ["--candidates", "8", "--pieces", "4", "--limit", "600", "--width", "32", "--threads", "1"]
 
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("am_lfs", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["am_lfs"] = module  # dataclasses look their own module up
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(autouse=True)
-def _threads_put_back() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+    return script("am_lfs")
 
 
 def test_comparison(example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
+from scripts import EXAMPLES, script
 
-SCRIPT = Path(__file__).parent.parent / "examples" / "mils.py"
+pytestmark = pytest.mark.usefixtures("threads_put_back")
+
+SCRIPT = EXAMPLES / "mils.py"
 SMALL = ["--seeds", "2", "--epochs", "2", "--limit", "640", "--batch", "32", "--participation", "0.3"]
 
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("example_mils", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["example_mils"] = module  # dataclasses look their own module up
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(autouse=True)
-def _threads_put_back() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+    return script("mils")
 
 
 def test_compares_on_digits(example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

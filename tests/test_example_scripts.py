@@ -2,41 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import struct
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from scripts import script
 
 import mlkernels
 
-FOLDER = Path(__file__).parent.parent / "examples"
+pytestmark = pytest.mark.usefixtures("threads_put_back")
+
 NAMES = ("two_scale", "modulated", "margins")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _folder() -> Iterator[None]:
-    """As when a script is run: its own folder is where modules are looked for."""
-    sys.path.insert(0, str(FOLDER))
-    yield
-    sys.path.remove(str(FOLDER))
-
-
-@pytest.fixture(autouse=True)
-def _threads_put_back() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
-def script(name: str) -> ModuleType:
-    return importlib.import_module(name)
 
 
 def check_written(out: Path, name: str, runs: int) -> dict:

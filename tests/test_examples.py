@@ -2,40 +2,28 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from scripts import EXAMPLES, script
 
 import mlkernels
 
-SCRIPT = Path(__file__).parent.parent / "examples" / "train_images.py"
+pytestmark = pytest.mark.usefixtures("threads_put_back")
+
+SCRIPT = EXAMPLES / "train_images.py"
 
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_images", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train_images"] = module  # dataclasses look their own module up
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(autouse=True)
-def _threads_put_back() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+    return script("train_images")
 
 
 def test_every_loss_learns_digits(example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
