@@ -365,21 +365,23 @@ def executed(sass: str) -> int:
         for address, guard, text in re.findall(r"(?m)^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+)?\s*([A-Z].*?);", sass)
     ]
     index = {address: i for i, (address, _, _) in enumerate(code)}
-    reached, wave, count = {0}, [0], 0
+    reached, wave, count, ends = {0}, [0], 0, 0
     while wave:
         count += 1
         following = set()
         for i in wave:
             _, guarded, text = code[i]
-            if text.startswith("EXIT") and not guarded:
-                return count
+            if text.startswith("EXIT"):
+                if not guarded:
+                    return count
+                ends = count  # where nothing else ends it, the last of these does
             if text.startswith("BRA"):
                 following.add(index[int(re.findall(r"0x([0-9a-f]+)", text)[-1], 16)])
             if guarded or not text.startswith("BRA"):
                 following.add(i + 1)
         wave = sorted(following - reached)
         reached |= following
-    raise ValueError("a kernel without an end")
+    return ends
 
 
 def measured(target: GPUTarget, assembly: dict[str, Any]) -> dict[str, int]:
@@ -440,7 +442,12 @@ def compiled(one: Launch) -> dict[str, Any]:
         row["narrow_limit"] = row["wide_loads"] * 16
     if given.get("ON_CHIP") and not given["ACROSS"] and given["classes"] >= 256 and given["UNIT"] >= 8:
         bare = ("stats", "weight", "adjustment", "by_parameter", "saved", "group", "t_tables", "tau_tables")
-        if not given["MODES"] and not given["CAPPED"] and all(given[name] is None for name in bare):
+        if (
+            not given["CONDITIONAL"]
+            and not given["MODES"]
+            and not given["CAPPED"]
+            and all(given[name] is None for name in bare)
+        ):
             threads = TARGETS[one.target].warp_size * one.options["num_warps"]
             row["elements"] = given["ROWS"] * given["classes"] / threads  # of a thread
     if "input" in given and one.pairs:

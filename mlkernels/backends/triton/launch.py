@@ -267,8 +267,8 @@ class _Call:
         unit = math.gcd(16, self.classes, *in_strides[1:], *out_strides[1:]) if not side_by_side else 1
         shape = tile(_architecture(self.device), self.classes, side_by_side, input.element_size(), unit, plain)
         programs = triton.cdiv(rows, shape.rows)
-        # Where nothing may be left to do, few programs find that out.
-        turns = triton.cdiv(programs, _CONDITIONAL_PROGRAMS) if conditional else 1
+        # Where nothing may be left to do, few programs find that out. Never 1 then, which Triton would compile apart.
+        turns = max(2, triton.cdiv(programs, _CONDITIONAL_PROGRAMS)) if conditional else 1
 
         by_parameter = self.empty(_TRAINABLE, rows) if wanted else None
         bins = self.empty(2, rows, dtype=torch.int32) if any(map(self.is_table, wanted)) else None
