@@ -257,6 +257,25 @@ def test_statistics_have_targets_shape(backend):
     assert torch.equal(rows.prediction, input.argmax(1))
 
 
+@pytest.mark.parametrize("junk", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("classes", [5, 130])
+def test_ignored_positions_may_hold_anything(backend, classes, reduction, junk):
+    """Where rows are side by side they may be read with their neighbours."""
+    input, target = torch.randn(2, classes, 40), torch.randint(0, classes, (2, 40))
+    target[:, ::3] = -100
+    kept = (target != -100)[:, None].expand_as(input)
+    upstream = torch.linspace(0.5, 2, 80).reshape(2, 40) if reduction == "none" else torch.tensor(1.5)
+    found = []
+    for other in (0.0, junk):
+        x = torch.where(kept, input, other).requires_grad_()
+        value = mlkernels.modulated_cross_entropy(x, target, reduction=reduction, label_smoothing=0.1, backend=backend)
+        value.backward(upstream)
+        assert bool((x.grad[~kept] == 0).all())
+        found.append((value.detach(), x.grad))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 def test_upstreams_have_targets_layout(backend):
     """A permuted upstream of a dense prediction."""
     input, target, params = drawn(BY_NAME["cross_entropy"], (2, 6, 3, 4), dtype=F64)
