@@ -84,7 +84,8 @@ def tile(architecture: str, classes: int, side_by_side: bool, itemsize: int, uni
             continue
         elements //= spare
         if not plain:  # and so may all that a loss can have
-            elements, warps = (elements // 2, warps) if cols <= elements // 2 else (elements, 2 * warps)
+            fewer = elements // (2 * spare)
+            elements, warps = (fewer, warps) if cols <= fewer else (elements, 2 * warps)
             if warps >= 16:  # these leave a thread 128 registers
                 break
         # A thread has all of one row, or some short ones; of rows side by side those that 32 bits of memory hold.
@@ -92,7 +93,8 @@ def tile(architecture: str, classes: int, side_by_side: bool, itemsize: int, uni
         rows = min(most * warp * warps, elements // cols)
         return Tile(*_shape(rows, cols, warp * warps, side_by_side, itemsize, unit), warps, True)
     _, elements, warps = table[-1]
-    elements, warps = (elements // 2, warps) if not plain else (elements, warps)
+    if not plain:
+        elements //= 2
     cols = min(cols, elements // 64) if side_by_side else elements
     rows = elements // cols
     return Tile(*_shape(rows, cols, warp * warps * spare, side_by_side, itemsize, unit), warps * spare, False)
@@ -265,7 +267,8 @@ class _Call:
         wanted = [slot for slot in ops.needed(needs) if slot != ops.INPUT]
         plain = self.plain and not wanted and stats is None and upstream[1] is upstream[2] is None
         unit = math.gcd(16, self.classes, *in_strides[1:], *out_strides[1:]) if not side_by_side else 1
-        shape = tile(_architecture(self.device), self.classes, side_by_side, input.element_size(), unit, plain)
+        architecture = _architecture(self.device)
+        shape = tile(architecture, self.classes, side_by_side, input.element_size(), unit, plain)
         programs = triton.cdiv(rows, shape.rows)
         # Where nothing may be left to do, few programs find that out. Never 1 then, which Triton would compile apart.
         turns = max(2, triton.cdiv(programs, _CONDITIONAL_PROGRAMS)) if conditional else 1
@@ -303,6 +306,8 @@ class _Call:
                 "VECTOR": shape.vector,
                 "num_warps": shape.warps,
             }
+            if architecture.startswith("sm_"):  # else ptxas stops short of the registers that there are, and spills
+                options["maxnreg"] = min(255, 2**16 // (32 * shape.warps))
             kernels.visit[(triton.cdiv(programs, turns),)](*arguments, **options)
         if gradient is not None and out is not gradient:
             gradient.copy_(out)
