@@ -54,7 +54,7 @@ inline Device device_of(int index) {
     known[index] = found;
   });
   Device out = known[index];
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &out.stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &out.stream));
   return out;
 }
 
