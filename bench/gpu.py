@@ -45,7 +45,7 @@ from .gpu_report import (
     write_json,
 )
 from .measure import Step, take_turns
-from .peers import ANGLE, BETA, ETA, GAMMA, HIGH, LOW, PIECEWISE_SCALE, SCALE, TAU_MIN, LossFunction, losses
+from .peers import LossFunction, losses
 from .run import describe, device_name
 
 COSINES = frozenset({"arcface", "piecewise"})
@@ -107,28 +107,8 @@ def input_sets(problem: Problem, cache: int) -> int:
 
 
 def ours(device: torch.device, by: str | None) -> dict[str, Callable[..., Tensor]]:
-    """A backend's losses as functions of input, target and reduction, with the numbers of ``bench.peers``."""
-
-    def table(first: float, last: float) -> Tensor:
-        return torch.linspace(first, last, 6, device=device)
-
-    piecewise = {
-        "t_slope": table(0.9, 1.1),
-        "t_bias": table(-0.1, 0.1),
-        "tau_slope": table(0.9, 1.1),
-        "tau_bias": table(0.15, 0.25),
-        "scale": PIECEWISE_SCALE,
-        "tau_min": TAU_MIN,
-    }
-    two_scale = {"scale_low": LOW, "scale_high": HIGH, "eta": ETA}
-    found: dict[str, Callable[..., Tensor]] = {
-        "cross_entropy": mlkernels.cross_entropy,
-        "modulated": functools.partial(mlkernels.modulated_cross_entropy, beta=BETA, gamma=GAMMA),
-        "arcface": functools.partial(mlkernels.arcface_loss, margin=ANGLE, scale=SCALE),
-        "two_scale": functools.partial(mlkernels.two_scale_cross_entropy, **two_scale),
-        "piecewise": functools.partial(mlkernels.piecewise_cross_entropy, **piecewise),
-    }
-    return {name: functools.partial(function, backend=by) for name, function in found.items()}
+    """A backend's losses as functions of input, target and reduction, with the numbers of their peers."""
+    return {name: functools.partial(loss.ours, backend=by) for name, loss in losses(device).items() if name in LOSSES}
 
 
 def poly1(input: Tensor, target: Tensor) -> Tensor:

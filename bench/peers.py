@@ -7,6 +7,7 @@ whole matrix. ``torch.compile`` is given the same chains.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -31,7 +32,7 @@ PIECEWISE_SCALE, TAU_MIN = 32.0, 1e-6
 class Loss(NamedTuple):
     """One loss, twice."""
 
-    ours: LossFunction
+    ours: Callable[..., Tensor]  # takes the shared options too: reduction, backend
     eager: LossFunction
     cosines: bool  # whether it takes cosines, not logits
 
@@ -45,23 +46,16 @@ def losses(device: torch.device) -> dict[str, Loss]:
 
     t_slope, t_bias, tau_slope = table(1.0, 0.1), table(0.0, 0.1), table(1.0, 0.1)
     tau_bias = table(0.2, 0.02)  # positive: tau is not clamped
-
-    def ours_modulated(input: Tensor, target: Tensor) -> Tensor:
-        return mlkernels.modulated_cross_entropy(input, target, BETA, GAMMA)
+    piecewise = {"t_slope": t_slope, "t_bias": t_bias, "tau_slope": tau_slope, "tau_bias": tau_bias}
+    two_scale = {"scale_low": LOW, "scale_high": HIGH, "eta": ETA}
 
     def eager_modulated(input: Tensor, target: Tensor) -> Tensor:
         nll = F.cross_entropy(input, target, reduction="none")
         return ((1 - torch.exp(-nll) ** BETA) ** GAMMA * nll).mean()
 
-    def ours_focal(input: Tensor, target: Tensor) -> Tensor:
-        return mlkernels.focal_loss(input, target, FOCAL_GAMMA)
-
     def eager_focal(input: Tensor, target: Tensor) -> Tensor:
         nll = F.cross_entropy(input, target, reduction="none")
         return ((1 - torch.exp(-nll)) ** FOCAL_GAMMA * nll).mean()
-
-    def ours_arcface(input: Tensor, target: Tensor) -> Tensor:
-        return mlkernels.arcface_loss(input, target, ANGLE, SCALE)
 
     def eager_arcface(input: Tensor, target: Tensor) -> Tensor:
         index = target[:, None]
@@ -71,15 +65,9 @@ def losses(device: torch.device) -> dict[str, Loss]:
         turned = torch.where(cosine > -math.cos(ANGLE), turned, cosine - ANGLE * math.sin(ANGLE))
         return F.cross_entropy(input.scatter(1, index, turned) * SCALE, target)
 
-    def ours_cosface(input: Tensor, target: Tensor) -> Tensor:
-        return mlkernels.cosface_loss(input, target, COSINE_MARGIN, SCALE)
-
     def eager_cosface(input: Tensor, target: Tensor) -> Tensor:
         index = target[:, None]
         return F.cross_entropy(input.scatter(1, index, input.gather(1, index) - COSINE_MARGIN) * SCALE, target)
-
-    def ours_two_scale(input: Tensor, target: Tensor) -> Tensor:
-        return mlkernels.two_scale_cross_entropy(input, target, LOW, HIGH, ETA)
 
     def eager_two_scale(input: Tensor, target: Tensor) -> Tensor:
         index = target[:, None]
@@ -87,11 +75,6 @@ def losses(device: torch.device) -> dict[str, Loss]:
             runner_up = input.scatter(1, index, -math.inf).amax(1, keepdim=True)
             scale = torch.where(input.gather(1, index) - runner_up < ETA, LOW, HIGH).to(input.dtype)
         return F.cross_entropy(input * scale, target)
-
-    def ours_piecewise(input: Tensor, target: Tensor) -> Tensor:
-        return mlkernels.piecewise_cross_entropy(
-            input, target, t_slope, t_bias, tau_slope, tau_bias, scale=PIECEWISE_SCALE, tau_min=TAU_MIN
-        )
 
     def eager_piecewise(input: Tensor, target: Tensor) -> Tensor:
         index = target[:, None]
@@ -102,14 +85,19 @@ def losses(device: torch.device) -> dict[str, Loss]:
         piece = (p.detach() * 6).floor().clamp(0, 5).long()
         return -(tau_slope[piece] * p + tau_bias[piece]).clamp(min=TAU_MIN).log().mean()
 
+    own = functools.partial
     return {
         "cross_entropy": Loss(mlkernels.cross_entropy, F.cross_entropy, False),
-        "modulated": Loss(ours_modulated, eager_modulated, False),
-        "focal": Loss(ours_focal, eager_focal, False),
-        "arcface": Loss(ours_arcface, eager_arcface, True),
-        "cosface": Loss(ours_cosface, eager_cosface, True),
-        "two_scale": Loss(ours_two_scale, eager_two_scale, False),
-        "piecewise": Loss(ours_piecewise, eager_piecewise, True),
+        "modulated": Loss(own(mlkernels.modulated_cross_entropy, beta=BETA, gamma=GAMMA), eager_modulated, False),
+        "focal": Loss(own(mlkernels.focal_loss, gamma=FOCAL_GAMMA), eager_focal, False),
+        "arcface": Loss(own(mlkernels.arcface_loss, margin=ANGLE, scale=SCALE), eager_arcface, True),
+        "cosface": Loss(own(mlkernels.cosface_loss, margin=COSINE_MARGIN, scale=SCALE), eager_cosface, True),
+        "two_scale": Loss(own(mlkernels.two_scale_cross_entropy, **two_scale), eager_two_scale, False),
+        "piecewise": Loss(
+            own(mlkernels.piecewise_cross_entropy, scale=PIECEWISE_SCALE, tau_min=TAU_MIN, **piecewise),
+            eager_piecewise,
+            True,
+        ),
     }
 
 

@@ -20,6 +20,7 @@ import mlkernels
 from bench import gpu, gpu_report, shards, tune
 from bench.gpu_report import OF_COPY, Half, Outcome, Problem, Report, Row, Small, check, floor_bytes, text
 from bench.measure import Timing
+from bench.peers import disagreement, losses
 from mlkernels import backends, softmax
 from mlkernels.backends.triton import launch
 
@@ -169,6 +170,13 @@ def test_measures(tiny, stand_in, tmp_path, monkeypatch):
     assert {(one.tensors, one.nbytes) for one in report.states} == {(16, 4 * (3 * (64 + 8 + 9 + 3) + 4))}
     assert all(one.plain > 0 and one.fraction > 0 for one in report.states)
     written(report, tmp_path)
+
+
+@pytest.mark.parametrize("name", gpu_report.LOSSES)
+def test_ours_and_the_peer_are_one_loss(name):
+    one = gpu.make_inputs(Problem((64, 50), "float32"), name in gpu.COSINES, CPU)
+    own, eager = gpu.ours(CPU, None)[name], losses(CPU)[name].eager
+    assert disagreement(own, eager, one.input, one.target) < 1e-4
 
 
 def test_the_state_is_of_the_size_asked_for():
