@@ -3,6 +3,7 @@
 from . import functional, metrics, schedule, search
 from .alternating import Alternating
 from .backends import available_backends
+from .checks import check_labels
 from .functional import (
     arcface_loss,
     center_loss,
@@ -33,7 +34,7 @@ from .modules import (
     SphereFaceLoss,
     TwoScaleLoss,
 )
-from .softmax import RowStats, check_labels
+from .softmax import RowStats
 from .spec import Affine, Margin, Modulated, PiecewiseLinear, Tau, Truncated, TwoScale
 from .weight_norm import cached_weight_norm, weight_norm_product
 

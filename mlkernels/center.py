@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .softmax import check_indices, check_reduction, check_tensors
+from .checks import check_indices, check_reduction, check_tensors
 
 
 def center_loss(input: Tensor, target: Tensor, centers: Tensor, *, reduction: str = "mean") -> Tensor:

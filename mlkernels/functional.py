@@ -37,7 +37,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from . import softmax
+from . import checks, softmax
 from .center import center_loss
 from .lgm import lgm_loss
 from .multi_margin import multi_margin_loss
@@ -50,8 +50,6 @@ from .spec import (
     Transform,
     TransformKind,
     TwoScale,
-    check_number,
-    check_range,
     compose,
     spec,
 )
@@ -592,29 +590,29 @@ def _soft_cross_entropy(
         raise TypeError(
             f"target holds class probabilities, which only the reference backend serves; got backend={backend!r}"
         )
-    softmax.check_input(input)
+    checks.check_input(input)
     if target.shape != input.shape:
         raise ValueError(f"a floating target must have input's shape {tuple(input.shape)}, got {tuple(target.shape)}")
     if target.device != input.device:
         raise ValueError(f"target must be on input's device {input.device}, got {target.device}")
-    softmax.check_reduction(reduction)
+    checks.check_reduction(reduction)
     classes = 1 if input.dim() > 1 else 0
     for name, vector in (("weight", weight), ("logit_adjustment", logit_adjustment)):
         if vector is not None:
-            softmax.check_class_vector(name, vector, input, input.shape[classes])
+            checks.check_class_vector(name, vector, input, input.shape[classes])
     if isinstance(scale, Tensor):
         if scale.dim() > 0:
             raise ValueError(f"scale must be a number or 0-d with class probabilities, got {tuple(scale.shape)}")
-        if scale.device.type == "cpu" and not softmax.traced():
-            check_range("scale", scale)
+        if scale.device.type == "cpu" and not checks.traced():
+            checks.check_range("scale", scale)
     else:
-        check_number("scale", scale)
-    check_number("label_smoothing", label_smoothing)
-    check_number("z_loss", z_loss)
+        checks.check_number("scale", scale)
+    checks.check_number("label_smoothing", label_smoothing)
+    checks.check_number("z_loss", z_loss)
     with torch.autocast(input.device.type, enabled=False):
         logits = input if input.dtype == torch.float64 else input.float()
         if softcap is not None:
-            check_number("softcap", softcap)
+            checks.check_number("softcap", softcap)
             logits = softcap * torch.tanh(logits / softcap)
         if logit_adjustment is not None:
             logits = logits + logit_adjustment.to(logits.dtype).reshape(-1, *[1] * (logits.dim() - 1 - classes))

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import softmax
-from .softmax import check_tensors, traced
-from .spec import Number, TransformKind, check_number, check_range, spec
+from .checks import check_number, check_range, check_tensors, traced
+from .spec import Number, TransformKind, spec
 
 _GIVEN = spec(TransformKind.GIVEN)
 

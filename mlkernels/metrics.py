@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from . import softmax
-from .softmax import RowStats, check_indices
-from .spec import check_number, spec
+from .checks import check_indices, check_number
+from .softmax import RowStats
+from .spec import spec
 
 __all__ = [
     "accuracy",

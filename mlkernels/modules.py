@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from . import functional as F
+from .checks import check_number, check_range, traced
 from .lgm import class_logits
-from .softmax import traced
-from .spec import Number, check_number, check_range
+from .spec import Number
 from .weight_norm import weight_norm_product
 
 __all__ = [

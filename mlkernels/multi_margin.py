@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .softmax import check_class_vector, check_indices, check_reduction, check_tensors
-from .spec import check_number
+from .checks import check_class_vector, check_indices, check_number, check_reduction, check_tensors
 
 
 def multi_margin_loss(

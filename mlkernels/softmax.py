@@ -10,19 +10,20 @@ from torch import Tensor
 
 from . import ops
 from .backends import choose, reference
-from .spec import (
-    MASK,
-    SLOTS,
-    TRAINABLE,
-    HeadKind,
-    Number,
-    Reduction,
-    Slot,
-    Spec,
-    TransformKind,
+from .checks import (
+    HALF,
+    check_class_vector,
+    check_indices,
     check_number,
+    check_parameter,
     check_range,
+    check_reduction,
+    check_tables,
+    check_tensors,
+    traced,
 )
+from .checks import functorch_level as _functorch_level
+from .spec import MASK, SLOTS, TRAINABLE, HeadKind, Number, Slot, Spec, TransformKind
 
 
 class RowStats(NamedTuple):
@@ -44,10 +45,6 @@ class RowStats(NamedTuple):
     rank: Tensor
 
 
-_REDUCTIONS = {"none": int(Reduction.NONE), "mean": int(Reduction.MEAN), "sum": int(Reduction.SUM)}
-_FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
-_HALF = frozenset({torch.float16, torch.bfloat16})
-_INTEGER = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
 _TRAINABLE = sum(1 << slot for slot in TRAINABLE)
 _DEFAULTS = [0.0] * SLOTS
 _DEFAULTS[Slot.LOGIT_NORM] = 1.0
@@ -62,172 +59,6 @@ _GAMMA_KAPPA = frozenset({_HEAD_C, _HEAD_D})
 _ONLY_INPUT = 1 << ops.INPUT
 _PLAIN = frozenset({float, int, str, type(None)})
 _MOST_CALLS = 1024
-
-_check_labels = False
-
-
-def check_labels(enabled: bool = True) -> None:
-    """Raise for labels out of range on every device, at the price of one synchronisation per call.
-
-    On the CPU that is always an ``IndexError``; on a GPU the row's loss and gradient are NaN unless this is on.
-
-    Example:
-        >>> import mlkernels
-        >>> mlkernels.check_labels(True)
-        >>> mlkernels.check_labels(False)
-    """
-    global _check_labels
-    _check_labels = bool(enabled)
-
-
-def traced() -> bool:
-    """Whether values cannot be looked at: under torch.compile, or inside torch.func transforms."""
-    return torch.compiler.is_compiling() or _functorch_level() is not None
-
-
-# The level of the torch.func transform (grad, vmap, jvp, ...) that is running, or None; kernels are opaque to those.
-_functorch_level = torch._C._functorch.maybe_current_level
-
-
-# ---- checks ----------------------------------------------------------------------------------------------------------
-
-
-def check_input(input: Tensor) -> None:
-    """The type of the logits."""
-    if not isinstance(input, Tensor):
-        raise TypeError(f"input takes a floating tensor, got {type(input).__name__}")
-    if input.dtype not in _FLOATING:
-        raise TypeError(f"input must be float16, bfloat16, float32 or float64, got {input.dtype}")
-
-
-def check_tensors(input: Tensor, target: Tensor) -> None:
-    """Types, shapes and devices of the logits and the labels."""
-    check_input(input)
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target takes an integer tensor, got {type(target).__name__}")
-    if target.dtype not in _INTEGER:
-        raise TypeError(
-            f"target must hold integer class indices, got {target.dtype}"
-            + ("; class probabilities are served by cross_entropy" if target.is_floating_point() else "")
-        )
-    shape, labels = input.shape, target.shape
-    # (N, C) with (N) is nearly every call; the general rule costs microseconds.
-    if not (len(shape) == 2 and len(labels) == 1 and shape[0] == labels[0]):
-        if len(shape) == 0:
-            raise ValueError("input must be (C), (N, C) or (N, C, d1, ...), got a 0-d tensor")
-        wanted = shape[:1] + shape[2:] if len(shape) > 1 else ()
-        if tuple(labels) != tuple(wanted):
-            raise ValueError(
-                f"target must be {tuple(wanted)} for an input of {tuple(shape)} (classes are dimension "
-                f"{1 if len(shape) > 1 else 0}), got {tuple(labels)}"
-            )
-    if shape[1 if len(shape) > 1 else 0] == 0:
-        raise ValueError(f"input must have at least one class, got {tuple(shape)}")
-    if target.device != input.device:
-        raise ValueError(f"target must be on input's device {input.device}, got {target.device}")
-
-
-def check_indices(name: str, index: Tensor, count: int, ignore_index: int | None = None) -> None:
-    """An IndexError naming the first row whose index is outside [0, count); on a GPU only under check_labels."""
-    if traced() or not (index.device.type == "cpu" or _check_labels):
-        return
-    bad = (index < 0) | (index >= count)
-    if ignore_index is not None:
-        bad &= index != ignore_index
-    if bool(bad.any()):
-        row = int(bad.reshape(-1).nonzero()[0])
-        raise index_error(name, row, int(index.reshape(-1)[row]), count)
-
-
-def index_error(name: str, row: int, value: int, count: int) -> IndexError:
-    """The error for one bad index; the compiled kernels say it in the same words."""
-    return IndexError(f"{name} {value} at row {row} is out of range [0, {count})")
-
-
-def check_parameter(name: str, value: Tensor, input: Tensor, target: Tensor) -> Tensor:
-    """A tensor parameter: 0-d, (C,) or target.shape + (1,); returned as the kernels take it."""
-    if value.dtype not in _FLOATING:
-        raise TypeError(f"{name} must be floating, got {value.dtype}")
-    if value.device != input.device:
-        raise ValueError(f"{name} must be on input's device {input.device}, got {value.device}")
-    dim = value.dim()
-    classes = input.shape[1]
-    if dim == 0 or (dim == 1 and value.shape[0] == classes):
-        return value
-    if dim == target.dim() + 1 and value.shape[-1] == 1 and value.shape[:-1] == target.shape:
-        return value
-    rows = (*target.shape, 1)
-    raise ValueError(
-        f"{name} must be a number or a tensor that is 0-d (shared), ({classes},) (per class) or {rows} (per row), "
-        f"got {tuple(value.shape)}"
-    )
-
-
-def check_reduction(reduction: str) -> int:
-    """The reduction's number."""
-    found = _REDUCTIONS.get(reduction)
-    if found is None:
-        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
-    return found
-
-
-def check_class_vector(name: str, value: Tensor, input: Tensor, classes: int) -> None:
-    """A (C,) floating tensor on input's device that is not to be differentiated."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} takes a floating tensor of shape ({classes},), got {type(value).__name__}")
-    if value.dtype not in _FLOATING:
-        raise TypeError(f"{name} must be floating, got {value.dtype}")
-    if value.device != input.device:
-        raise ValueError(f"{name} must be on input's device {input.device}, got {value.device}")
-    if value.shape != (classes,):
-        raise ValueError(f"{name} must have one entry per class, ({classes},), got {tuple(value.shape)}")
-    if value.requires_grad:
-        raise ValueError(f"{name} is not differentiated: it must not require a gradient; pass {name}.detach()")
-
-
-def _check_tables(spec: Spec, params: dict[int, Tensor], group: Tensor | None, input: Tensor, target: Tensor) -> None:
-    """Piecewise tables: slope and bias alike, (M,) or (G, M); group exactly when they are (G, M)."""
-    pairs = []
-    if spec.transform == TransformKind.PIECEWISE:
-        pairs.append((int(Slot.TRANSFORM_A), int(Slot.TRANSFORM_B)))
-    if spec.head == HeadKind.TAU:
-        pairs.append((int(Slot.HEAD_A), int(Slot.HEAD_B)))
-    names = dict(spec.slots)
-    groups = set()
-    for first, second in pairs:
-        for slot in (first, second):
-            table = params.get(slot)
-            name = names[slot]
-            if table is None:
-                raise TypeError(f"{name} takes a floating tensor of shape (M,) or (G, M), got a number")
-            if table.dtype not in _FLOATING:
-                raise TypeError(f"{name} must be floating, got {table.dtype}")
-            if table.device != input.device:
-                raise ValueError(f"{name} must be on input's device {input.device}, got {table.device}")
-            if table.dim() not in (1, 2) or table.numel() == 0:
-                raise ValueError(f"{name} must be (M,) or (G, M) with at least one piece, got {tuple(table.shape)}")
-        if params[first].shape != params[second].shape:
-            raise ValueError(
-                f"{names[second]} must have the shape of {names[first]}, {tuple(params[first].shape)}, "
-                f"got {tuple(params[second].shape)}"
-            )
-        groups.add(params[first].shape[0] if params[first].dim() == 2 else 0)
-    counts = groups - {0}
-    if len(counts) > 1:
-        raise ValueError(f"the tables of t and of tau must have the same number of groups, got {sorted(counts)}")
-    if group is None:
-        if counts:
-            raise ValueError(f"group is required where tables are (G, M): one index in [0, {counts.pop()}) per row")
-        return
-    if not counts:
-        raise ValueError("group is only for tables of shape (G, M)")
-    if not isinstance(group, Tensor) or group.dtype not in _INTEGER:
-        kind = group.dtype if isinstance(group, Tensor) else type(group).__name__
-        raise TypeError(f"group must be an integer tensor, got {kind}")
-    if group.shape != target.shape:
-        raise ValueError(f"group must have target's shape {tuple(target.shape)}, got {tuple(group.shape)}")
-    if group.device != input.device:
-        raise ValueError(f"group must be on input's device {input.device}, got {group.device}")
 
 
 # ---- autograd --------------------------------------------------------------------------------------------------------
@@ -431,7 +262,7 @@ def apply(
             tensor = tensors[slot]
             params.append(tensor)
             mask |= 1 << slot
-            half |= tensor.dtype in _HALF
+            half |= tensor.dtype in HALF
             if grad and tensor.requires_grad:
                 needs |= (1 << slot) & _TRAINABLE
         numbers = call.numbers.copy()
@@ -459,7 +290,7 @@ def apply(
         else:
             call = call._replace(kernels=ops.TRITON_TRACED if compiling else ops.triton())
         # Nobody on the host knows the upstream gradient, so a parameter's is always multiplied by it.
-        split = split or (needs != _ONLY_INPUT and any(param.dtype in _HALF for param in params))
+        split = split or (needs != _ONLY_INPUT and any(param.dtype in HALF for param in params))
     if return_stats:
         if needs:
             loss, *outputs = _SoftmaxStats.apply(call, input, target, *params)  # type: ignore[no-untyped-call]
@@ -515,7 +346,7 @@ def _check_values(spec: Spec, tensors: dict[int, Tensor], group: Tensor | None, 
     if spec.head == HeadKind.TAU:
         tables += (int(Slot.HEAD_A), int(Slot.HEAD_B))
     if tables or group is not None:
-        _check_tables(spec, tensors, group, input, target)
+        check_tables(spec, tensors, group, input, target)
     on_host = input.device.type == "cpu" and not traced()
     for slot, name in spec.slots:
         tensor = tensors.get(slot)

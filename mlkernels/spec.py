@@ -158,56 +158,6 @@ _HEAD_SLOTS: dict[HeadKind, tuple[tuple[Slot, str], ...]] = {
     _H.TRUNCATED: ((Slot.HEAD_A, "k"),),
 }
 
-# What each argument takes: the open lower end, the closed lower end, the closed upper end, and words for it.
-_RANGES: dict[str, tuple[float, float, float, str]] = {
-    "scale": (0.0, -math.inf, math.inf, "> 0"),
-    "scale_low": (0.0, -math.inf, math.inf, "> 0"),
-    "scale_high": (0.0, -math.inf, math.inf, "> 0"),
-    "logit_norm": (0.0, -math.inf, math.inf, "> 0"),
-    "norm": (0.0, -math.inf, math.inf, "> 0"),
-    "m1": (0.0, -math.inf, math.inf, "> 0"),
-    "alpha": (-math.inf, 0.0, math.inf, ">= 0"),
-    "beta": (0.0, -math.inf, math.inf, "> 0"),
-    "gamma": (-math.inf, 0.0, math.inf, ">= 0"),
-    "kappa": (-math.inf, 0.0, math.inf, ">= 0"),
-    "k": (0.0, -math.inf, 1.0, "in (0, 1]"),
-    "tau_min": (0.0, -math.inf, 1.0, "in (0, 1]"),
-    "label_smoothing": (-math.inf, 0.0, 1.0, "in [0, 1]"),
-    "z_loss": (-math.inf, 0.0, math.inf, ">= 0"),
-    "softcap": (0.0, -math.inf, math.inf, "> 0"),
-}
-_FINITE = (-math.inf, -math.inf, math.inf, "finite")
-
-
-def check_number(name: str, value: float) -> float:
-    """The number as a float, or a ValueError that says which argument is out of which range."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} takes a number or a floating tensor, got {type(value).__name__}")
-    above, low, high, words = _RANGES.get(name, _FINITE)
-    # Written so that NaN fails. An infinite threshold is legal: every row is below it, or none.
-    legal = value > above and low <= value <= high and abs(value) < math.inf
-    if not (legal or (name == "eta" and abs(value) == math.inf)):
-        raise ValueError(f"{name} must be {words}, got {value}")
-    return float(value)
-
-
-def check_range(name: str, tensor: Tensor) -> None:
-    """The same for a tensor in the host's memory; reading one on a device would synchronise."""
-    above, low, high, words = _RANGES.get(name, _FINITE)
-    if tensor.numel() == 1:
-        value = tensor.item()
-        if value > above and low <= value <= high:
-            return
-        # A non-finite parameter is a training run gone wrong, not a bad argument: it gives NaN rows.
-        if math.isfinite(value):
-            raise ValueError(f"{name} must be {words}, got a tensor holding {value}")
-    elif above > -math.inf or low > -math.inf or high < math.inf:
-        outside = (tensor <= above) | (tensor < low) | (tensor > high)
-        if bool(outside.any()):
-            first = tensor.detach().reshape(-1)[outside.reshape(-1).nonzero()[0]].item()
-            raise ValueError(f"{name} must be {words}, got a tensor holding {first}")
-
-
 _E = TypeVar("_E", bound=IntEnum)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from .softmax import traced
+from .checks import traced
 
 __all__ = ["cached_weight_norm", "weight_norm_product"]
 

@@ -10,6 +10,7 @@ import torch
 from table import LOSSES
 
 import mlkernels
+from mlkernels.checks import check_number
 from mlkernels.spec import (
     SLOTS,
     TRAINABLE,
@@ -21,7 +22,6 @@ from mlkernels.spec import (
     Slot,
     Spec,
     TransformKind,
-    check_number,
     compose,
     option,
     spec,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
-from ..spec import check_number
+from ..checks import check_number
 from .snapshot import Snapshot
 
 __all__ = ["MILS", "Statistics", "Step"]
