@@ -54,7 +54,7 @@ def test_an_architecture_has_its_own_and_the_default_for_the_rest(machine):
 def test_the_other_one_where_the_preferred_is_not_there(machine, usable):
     machine(usable=(usable,))
     assert {backends.choose(GPU, None, classes) for classes in (50, 500, 5000)} == {usable}
-    assert backends.preferred(GPU, False) == ((), usable)  # nothing is compared in a call
+    assert backends.preferred(GPU) == usable  # nothing is compared in a call
 
 
 def test_the_reference_where_none_is_there(machine):
@@ -152,3 +152,16 @@ def test_compiled_it_is_a_constant(machine):
         )
         found = [compiled(torch.zeros(2, classes))[0, 0].item() for classes in (50, 60, 500, 5000)]
     assert found == [1.0, 1.0, 2.0, 1.0]
+
+
+def test_compiled_a_layout_may_be_a_symbol(machine):
+    machine()
+    torch._dynamo.reset()
+    number = {"cuda": 1.0, "triton": 2.0}
+    compiled = torch.compile(
+        lambda x: x + number[backends.choose(GPU, None, x.shape[1], x.stride(1) != 1)],
+        fullgraph=True, dynamic=True, backend="eager",
+    )  # fmt: skip
+    images = torch.zeros(2, 5, 3, 4)
+    found = [compiled(x)[0, 0, 0, 0].item() for x in (images, images.to(memory_format=torch.channels_last))]
+    assert found == [2.0, 1.0]

@@ -123,6 +123,31 @@ def test_dynamic_shapes(best):
     assert programs(counter) == 1
 
 
+def test_dynamic_spatial_sizes():
+    """A sequence of another length: sizes and strides become symbols at the second one, under default settings."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(mlkernels.cross_entropy, fullgraph=True, backend=counter)
+    for length in (5, 7, 11):
+        input, target = torch.randn(3, 4, length), torch.randint(0, 4, (3, length))
+        x, z = input.clone().requires_grad_(), input.clone().requires_grad_()
+        compiled(x, target).backward()
+        mlkernels.cross_entropy(z, target).backward()
+        torch.testing.assert_close(x.grad, z.grad)
+    assert programs(counter) == 2
+
+
+def test_exported_with_dynamic_spatial_sizes():
+    class Loss(torch.nn.Module):
+        def forward(self, input, target):
+            return mlkernels.cross_entropy(input, target, label_smoothing=0.1)
+
+    length = torch.export.Dim("length")
+    one = torch.randn(3, 4, 5), torch.randint(0, 4, (3, 5))
+    exported = torch.export.export(Loss(), one, dynamic_shapes=({2: length}, {1: length}))
+    input, target = torch.randn(3, 4, 9), torch.randint(0, 4, (3, 9))
+    torch.testing.assert_close(exported.module()(input, target), Loss()(input, target))
+
+
 def test_dense_predictions(best):
     function = lambda x, y: mlkernels.cross_entropy(x, y, backend=best)
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")

@@ -86,24 +86,45 @@ def check_choice(table: Any, where: str) -> None:
 
 
 @functools.cache
-def _preferred(device: torch.device, rows_side_by_side: bool) -> Preferred:
+def _preferred(device: torch.device) -> str | tuple[Preferred, Preferred]:
     # The interpreter is for tests: nobody wants it by default.
     names = (name for name in _SERVES.get(device.type, ()) if (name, device.type) != ("triton", "cpu"))
     usable = [name for name in names if _why_not(name) is None]
     if device.type != "cuda" or len(usable) < 2:
-        return Preferred((), usable[0] if usable else "reference")
+        return usable[0] if usable else "reference"
     table = json.loads(CHOICE.read_text())
     check_choice(table, str(CHOICE))
-    rows = {**table["default"], **table.get(architecture(device), {})}[LAYOUTS[rows_side_by_side]]
-    *up_to, (_, others) = rows
-    return Preferred(tuple((limit, name) for limit, name in up_to), others)
+    own = {**table["default"], **table.get(architecture(device), {})}
+    first, second = (
+        Preferred(tuple((limit, name) for limit, name in rows[:-1]), rows[-1][1])
+        for rows in (own[layout] for layout in LAYOUTS)
+    )
+    # Under torch.compile a layout may be a symbol: it is not looked at where the answer does not matter.
+    return first.others if first == second == Preferred((), first.others) else (first, second)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def preferred(device: torch.device, rows_side_by_side: bool) -> Preferred:
-    """What ``backend=None`` takes on a device. Rows are side by side in (N, C, d1, ...), else classes are."""
-    return _preferred(device, rows_side_by_side)
+def preferred(device: torch.device) -> str | tuple[Preferred, Preferred]:
+    """What ``backend=None`` takes on a device; by number of classes for each of LAYOUTS where these count."""
+    return _preferred(device)
 
+
+def refusal(device: torch.device, backend: str) -> str | None:
+    """Why a backend, called by its name, does not serve a device; None where it does."""
+    if backend not in BACKENDS:
+        return f"backend must be one of {', '.join(map(repr, BACKENDS))} or None, got {backend!r}"
+    why = _why_not(backend)
+    if why is not None:
+        return f"backend {backend!r} is not available: {why}"
+    if backend == "triton" and device.type == "cpu" and not interpreted():
+        return "backend 'triton' serves tensors on 'cpu' only under TRITON_INTERPRET=1"
+    if backend != "reference" and backend not in _SERVES.get(device.type, ()):
+        return f"backend {backend!r} does not serve tensors on {device.type!r}"
+    return None
+
+
+# What torch.compiler.assume_constant_result does; that one imports Dynamo, which takes longer than torch itself.
+for _function in (preferred, refusal):
+    setattr(_function, "_dynamo_marked_constant", True)  # noqa: B010
 
 if native.cpu_missing is not None:
     warnings.warn(f"mlkernels runs on its slow reference backend: {native.cpu_missing}", RuntimeWarning, stacklevel=2)
@@ -125,19 +146,16 @@ def choose(device: torch.device, backend: str | None, classes: int = 0, rows_sid
 
     How many rows there are does not count: a row's results do not depend on the batch it is in.
     """
-    if backend is None:
-        found: Preferred = preferred(device, rows_side_by_side)
-        for limit, name in found.up_to:
-            if classes <= limit:
-                return name
-        return found.others
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))} or None, got {backend!r}")
-    why = _why_not(backend)
-    if why is not None:
-        raise ValueError(f"backend {backend!r} is not available: {why}")
-    if backend == "triton" and device.type == "cpu" and not interpreted():
-        raise ValueError("backend 'triton' serves tensors on 'cpu' only under TRITON_INTERPRET=1")
-    if backend != "reference" and backend not in _SERVES.get(device.type, ()):
-        raise ValueError(f"backend {backend!r} does not serve tensors on {device.type!r}")
-    return backend
+    if backend is not None:
+        why = refusal(device, backend)
+        if why is not None:
+            raise ValueError(why)
+        return backend
+    found = preferred(device)
+    if isinstance(found, str):
+        return found
+    by_classes = found[1] if rows_side_by_side else found[0]
+    for limit, name in by_classes.up_to:
+        if classes <= limit:
+            return name
+    return by_classes.others
