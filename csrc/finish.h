@@ -168,7 +168,8 @@ template <class T>
 MLK_FN Target<T> margin(const Spec& spec, T x, T m1, T m2, T m3, bool derive) {
   const T pi = T(3.14159265358979323846);
   const bool single = m1 == 1;
-  const int beyond = spec.beyond_pi == AUTO ? (single ? LINEAR : MONOTONE) : spec.beyond_pi;
+  BeyondPi beyond = spec.beyond_pi;
+  if (beyond == BeyondPi::AUTO) beyond = single ? BeyondPi::LINEAR : BeyondPi::MONOTONE;
   const T square = 1 - x * x;
   const T root = m_sqrt(square > 0 ? square : T(0));
   const T divisor = root > root_floor<T>() ? root : root_floor<T>();
@@ -182,8 +183,8 @@ MLK_FN Target<T> margin(const Spec& spec, T x, T m1, T m2, T m3, bool derive) {
     cosine = x * cos_m - sin_m * root;
     sine = x * sin_m + cos_m * root;
     out.slope = sin_m == 0 ? cos_m : cos_m + x * sin_m / divisor;  // also for an x of -inf
-    if (beyond == MONOTONE || derive) theta = m_acos(clamped);
-    if (beyond == LINEAR && m2 > 0 && (m2 >= pi || x < -cos_m)) {
+    if (beyond == BeyondPi::MONOTONE || derive) theta = m_acos(clamped);
+    if (beyond == BeyondPi::LINEAR && m2 > 0 && (m2 >= pi || x < -cos_m)) {
       out.value = x - m2 * sin_m - m3;
       out.slope = 1;
       out.db = -sin_m - m2 * cos_m;
@@ -199,7 +200,7 @@ MLK_FN Target<T> margin(const Spec& spec, T x, T m1, T m2, T m3, bool derive) {
   out.value = cosine - m3;
   out.da = -theta * sine;
   out.db = -sine;
-  if (beyond == MONOTONE) {
+  if (beyond == BeyondPi::MONOTONE) {
     // Beyond pi, not at it: there a zero margin must leave a logit that is no cosine alone.
     const T turns = (m1 * theta + m2) / pi;
     const T turn = turns > 0 ? -m_floor(-turns) - 1 : m_floor(turns);
@@ -208,14 +209,14 @@ MLK_FN Target<T> margin(const Spec& spec, T x, T m1, T m2, T m3, bool derive) {
     out.slope *= sign;
     out.da *= sign;
     out.db *= sign;
-  } else if (beyond == EASY && !(x > 0)) {
+  } else if (beyond == BeyondPi::EASY && !(x > 0)) {
     out.value = x;
     out.slope = 1;
     out.da = out.db = out.dc = 0;
-  } else if (beyond == LINEAR && !single) {
+  } else if (beyond == BeyondPi::LINEAR && !single) {
     out.value = nan<T>();
   }
-  if (spec.gradient == STRAIGHT_THROUGH) out.slope = 1;
+  if (spec.gradient == MarginGradient::STRAIGHT_THROUGH) out.slope = 1;
   return out;
 }
 
@@ -231,23 +232,26 @@ MLK_FN Target<T> transform_target(const Spec& spec, const Values<T>& values, T x
   Target<T> out;
   const T a = values.at[TRANSFORM_A], b = values.at[TRANSFORM_B];
   switch (spec.transform) {
-    case GIVEN:
+    case Transform::IDENTITY:
+      out.value = x;
+      return out;
+    case Transform::GIVEN:
       out.value = a;
       out.slope = 0;
       out.da = 1;
       return out;
-    case AFFINE:
+    case Transform::AFFINE:
       out.value = a * x + b;
       out.slope = a;
       out.da = x;
       out.db = 1;
       return out;
-    case MARGIN:
-    case PIECEWISE: {
+    case Transform::MARGIN:
+    case Transform::PIECEWISE: {
       const T norm = values.at[NORM];  // 0: none
       const bool normed = norm != 0;
       const T u = normed ? x / legal(norm > 0, norm) : x;
-      if (spec.transform == MARGIN) {
+      if (spec.transform == Transform::MARGIN) {
         out = margin(spec, u, legal(a > 0, a), b, values.at[TRANSFORM_C], derive);
       } else {
         out.bin = bin_of(u, values.at[DOMAIN_LOW], values.at[DOMAIN_HIGH], values.t.bins);
@@ -265,10 +269,9 @@ MLK_FN Target<T> transform_target(const Spec& spec, const Values<T>& values, T x
       }
       return out;
     }
-    default:
-      out.value = x;
-      return out;
   }
+  out.value = nan<T>();  // no such transform
+  return out;
 }
 
 // ---- row scales ----------------------------------------------------------------------------------------------------
@@ -282,10 +285,12 @@ struct RowScale {
 template <class T>
 MLK_FN RowScale<T> row_scale(const Spec& spec, const Values<T>& values, T confidence) {
   RowScale<T> out{values.at[SCALE], SCALE};
-  if (spec.scale == TWO_SCALE) {
+  if (spec.scale == Scale::TWO_SCALE) {
     const T norm = values.at[LOGIT_NORM];
     if (!(confidence < values.at[ETA])) out = {values.at[SCALE_HIGH], SCALE_HIGH};
     out.value /= legal(norm > 0, norm);
+  } else if (spec.scale != Scale::SINGLE) {
+    out.value = nan<T>();  // no such scale
   }
   out.value = legal(out.value > 0, out.value);
   return out;
@@ -356,7 +361,7 @@ MLK_FN HeadLoss<T> tau(const Spec& spec, const Values<T>& values, T nll) {
   } else if (level <= minimum) {
     out.value = -m_log(minimum);
     out.slope = 0;
-    if (spec.clamp == CLAMP_CROSS_ENTROPY) {
+    if (spec.clamp == Clamp::CROSS_ENTROPY) {
       out.value += nll;
       out.slope = 1;
     }
@@ -382,19 +387,21 @@ MLK_FN HeadLoss<T> truncated(T nll, T k) {
 
 template <class T>
 MLK_FN HeadLoss<T> head_loss(const Spec& spec, const Values<T>& values, T nll, bool derive) {
-  if (spec.head == LOG) {  // before any jump
-    HeadLoss<T> out;
-    out.value = nll;
-    return out;
-  }
+  HeadLoss<T> out;
+  out.value = nll;
+  if (spec.head == Head::LOG) return out;  // before any jump
   switch (spec.head) {
-    case MODULATED:
+    case Head::LOG:
+      return out;
+    case Head::MODULATED:
       return modulated(nll, values.at[HEAD_A], values.at[HEAD_B], values.at[HEAD_C], values.at[HEAD_D], derive);
-    case TAU:
+    case Head::TAU:
       return tau(spec, values, nll);
-    default:
+    case Head::TRUNCATED:
       return truncated(nll, values.at[HEAD_A]);
   }
+  out.value = out.slope = nan<T>();  // no such head
+  return out;
 }
 
 // ---- a row, whole --------------------------------------------------------------------------------------------------
@@ -523,7 +530,7 @@ MLK_FN void row_parameters(const Spec& spec, const Values<T>& values, const Batc
     by_scale = pull * at.q * (mean - t) + flat * (at.q * mean + expected);
     if (part != 0) by_scale -= part * (weighted_shift + row.other_max * (batch.weight_sum - weight) + weight * t);
   }
-  if (spec.scale == TWO_SCALE) {
+  if (spec.scale == Scale::TWO_SCALE) {
     const T norm = values.at[LOGIT_NORM];
     const bool high = at.scale.selected == SCALE_HIGH;  // no index that only the row knows: out stays in registers
     out[SCALE] = high ? T(0) : by_scale / norm;

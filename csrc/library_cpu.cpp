@@ -18,6 +18,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "call.h"
 #include "cpu/problem.h"
 
 using torch::headeronly::ScalarType;
@@ -194,6 +195,13 @@ Array<U> array_of(const Tensor& tensor) {
     case ScalarType::Short: convert<U, int16_t>(data, layout, count, to); break;
     case ScalarType::Char: convert<U, int8_t>(data, layout, count, to); break;
     case ScalarType::Byte: convert<U, uint8_t>(data, layout, count, to); break;
+    case ScalarType::UInt16: convert<U, uint16_t>(data, layout, count, to); break;
+    case ScalarType::UInt32: convert<U, uint32_t>(data, layout, count, to); break;
+    case ScalarType::UInt64: {
+      const uint64_t* in = static_cast<const uint64_t*>(data);
+      for (int64_t i = 0; i < count; ++i) to[i] = static_cast<U>(MLKERNELS_ISA::signed_label(in[layout.offset(i)]));
+      break;
+    }
     default: throw std::invalid_argument("a tensor has a dtype that the CPU kernels do not read");
   }
   return out;
@@ -243,13 +251,12 @@ struct Call {
   std::array<T, SLOTS> consts;
   int64_t groups = 0;
   double weight_total = 0, kept = 0;  // over the rows that are not ignored
-  int reduction;
+  Reduction reduction;
 
   Call(const Tensor& input, const Tensor& target, const std::vector<double>& numbers,
        const std::vector<Tensor>& params) {
     STD_TORCH_CHECK(numbers.size() >= CONSTS && numbers.size() <= CONSTS + SLOTS, "numbers has the wrong length");
-    p.spec = {int(numbers[0]), int(numbers[1]), int(numbers[2]),         int(numbers[3]),
-              int(numbers[4]), int(numbers[5]), int(numbers[REDUCTION]), int64_t(numbers[IGNORE_INDEX])};
+    p.spec = read_spec(numbers);
     reduction = p.spec.reduction;
     const uint64_t mask = uint64_t(numbers[MASK]);
     p.rows = target.numel();
@@ -288,15 +295,15 @@ struct Call {
       p.weight_sum = T(sum);
     }
     read_labels(target);
-    if (p.spec.transform == PIECEWISE) p.t = tables(TRANSFORM_A, TRANSFORM_B);
-    if (p.spec.head == TAU) p.tau = tables(HEAD_A, HEAD_B);
+    if (p.spec.transform == Transform::PIECEWISE) p.t = tables(TRANSFORM_A, TRANSFORM_B);
+    if (p.spec.head == Head::TAU) p.tau = tables(HEAD_A, HEAD_B);
     if (tensors[GROUP]) read_groups();
   }
   Call(const Call&) = delete;
 
   bool is_table(int slot) const {
-    return (p.spec.transform == PIECEWISE && (slot == TRANSFORM_A || slot == TRANSFORM_B)) ||
-           (p.spec.head == TAU && (slot == HEAD_A || slot == HEAD_B));
+    return (p.spec.transform == Transform::PIECEWISE && (slot == TRANSFORM_A || slot == TRANSFORM_B)) ||
+           (p.spec.head == Head::TAU && (slot == HEAD_A || slot == HEAD_B));
   }
 
   // One entry per class; an expanded scalar becomes one.
@@ -339,7 +346,7 @@ struct Call {
     for (int64_t i = 0; i < p.rows; ++i) {
       const int64_t y = p.label[i];
       if (y == p.spec.ignore_index) continue;
-      if (y < 0 || y >= p.classes) out_of_range("target", y, i, p.classes);
+      if (y < 0 || y >= p.classes) out_of_range("target", target, y, i, p.classes);
       kept += 1;
       weight_total += p.weight ? double(p.weight[y]) : 1.0;
     }
@@ -355,18 +362,21 @@ struct Call {
     }
     p.group = group.data;
     for (int64_t i = 0; i < p.rows; ++i)
-      if (p.group[i] < 0 || p.group[i] >= groups) out_of_range("group", p.group[i], i, groups);
+      if (p.group[i] < 0 || p.group[i] >= groups) out_of_range("group", *tensors[GROUP], p.group[i], i, groups);
   }
 
-  [[noreturn]] static void out_of_range(const char* name, int64_t value, int64_t row, int64_t count) {
-    throw std::out_of_range(std::string(name) + " " + std::to_string(value) + " at row " + std::to_string(row) +
-                            " is out of range [0, " + std::to_string(count) + ")");
+  [[noreturn]] static void out_of_range(const char* name, const Tensor& labels, int64_t value, int64_t row, int64_t count) {
+    std::string said = std::to_string(value);
+    if (labels.scalar_type() == ScalarType::UInt64)  // as it was given, which may be more than int64 holds
+      said = std::to_string(static_cast<const uint64_t*>(labels.data_ptr())[layout_of(labels, false).offset(row)]);
+    throw std::out_of_range(std::string(name) + " " + said + " at row " + std::to_string(row) + " is out of range [0, " +
+                            std::to_string(count) + ")");
   }
 
   // The share of each row in the result.
   void reduce_upstream() {
     p.by_class_factor = p.by_row_factor = 1;
-    if (reduction == REDUCE_MEAN) {
+    if (reduction == Reduction::MEAN) {
       p.by_class_factor = T(1 / weight_total);
       p.by_row_factor = T(1 / kept);
     }
@@ -456,7 +466,7 @@ struct Losses {
 
   Losses(Call<T>& call, const Tensor& target) {
     const size_t rows = size_t(call.p.rows);
-    if (call.reduction == REDUCE_NONE) {
+    if (call.reduction == Reduction::NONE) {
       result = empty_of(target, type_of<T>());
       call.p.loss_by_class = static_cast<T*>(result.data_ptr());
     } else {
@@ -473,7 +483,7 @@ struct Losses {
   void reduce(const Call<T>& call) {
     const int64_t rows = call.p.rows;
     T* out = static_cast<T*>(result.data_ptr());
-    if (call.reduction == REDUCE_NONE) {
+    if (call.reduction == Reduction::NONE) {
       if (by_row)
         for (int64_t i = 0; i < rows; ++i) out[i] += by_row[i];
       return;
@@ -482,7 +492,7 @@ struct Losses {
     for (int64_t i = 0; i < rows; ++i) by_class_sum += double(by_class[i]);
     if (by_row)
       for (int64_t i = 0; i < rows; ++i) by_row_sum += double(by_row[i]);
-    if (call.reduction == REDUCE_MEAN) {
+    if (call.reduction == Reduction::MEAN) {
       by_class_sum /= call.weight_total;
       if (by_row) by_row_sum /= call.kept;
     }
@@ -578,7 +588,7 @@ std::vector<Tensor> backward_of(const std::optional<Tensor>& grad_loss, const st
   take(grad_loss, loss, call.p.up_loss, call.p.up_loss_stride);
   take(grad_logsumexp, logsumexp, call.p.up_logsumexp, call.p.up_logsumexp_stride);
   take(grad_log_prob, log_prob, call.p.up_log_prob, call.p.up_log_prob_stride);
-  if (call.reduction != REDUCE_NONE) call.p.up_loss_stride = 0;
+  if (call.reduction != Reduction::NONE) call.p.up_loss_stride = 0;
   if (saved.numel() > 0) call.p.saved = static_cast<const T*>(saved.data_ptr());
   return run_with_gradients(call, input, needs);
 }

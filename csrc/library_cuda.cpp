@@ -17,6 +17,7 @@
 #include <tuple>
 #include <vector>
 
+#include "call.h"
 #include "cuda/device.h"
 #include "cuda/kernels.h"
 
@@ -53,6 +54,9 @@ Index index_of(ScalarType type) {
     case ScalarType::Short: return Index::INT16;
     case ScalarType::Char: return Index::INT8;
     case ScalarType::Byte: return Index::UINT8;
+    case ScalarType::UInt16: return Index::UINT16;
+    case ScalarType::UInt32: return Index::UINT32;
+    case ScalarType::UInt64: return Index::UINT64;
     default: throw std::invalid_argument("labels must be integers");
   }
 }
@@ -137,8 +141,7 @@ struct Call {
   Call(const Tensor& input, const Tensor& target, const std::vector<double>& numbers, const std::vector<Tensor>& params)
       : place(input) {
     STD_TORCH_CHECK(numbers.size() >= CONSTS && numbers.size() <= CONSTS + SLOTS, "numbers has the wrong length");
-    v.spec = {int(numbers[0]), int(numbers[1]), int(numbers[2]),         int(numbers[3]),
-              int(numbers[4]), int(numbers[5]), int(numbers[REDUCTION]), int64_t(numbers[IGNORE_INDEX])};
+    v.spec = read_spec(numbers);
     const uint64_t mask = uint64_t(numbers[MASK]);
     v.rows = target.numel();
     v.classes = input.size(1);
@@ -172,8 +175,8 @@ struct Call {
     v.weight = vector_of(WEIGHT);
     v.adjustment = vector_of(ADJUSTMENT);
     v.weight_sum = T(v.classes);
-    if (v.spec.transform == PIECEWISE) v.t = tables(TRANSFORM_A, TRANSFORM_B);
-    if (v.spec.head == TAU) v.tau = tables(HEAD_A, HEAD_B);
+    if (v.spec.transform == Transform::PIECEWISE) v.t = tables(TRANSFORM_A, TRANSFORM_B);
+    if (v.spec.head == Head::TAU) v.tau = tables(HEAD_A, HEAD_B);
     if (tensors[GROUP]) {
       v.group = keep(plain(*tensors[GROUP], tensors[GROUP]->scalar_type(), place)).data_ptr();
       v.group_type = index_of(tensors[GROUP]->scalar_type());
@@ -197,8 +200,8 @@ struct Call {
   }
 
   bool is_table(int slot) const {
-    return (v.spec.transform == PIECEWISE && (slot == TRANSFORM_A || slot == TRANSFORM_B)) ||
-           (v.spec.head == TAU && (slot == HEAD_A || slot == HEAD_B));
+    return (v.spec.transform == Transform::PIECEWISE && (slot == TRANSFORM_A || slot == TRANSFORM_B)) ||
+           (v.spec.head == Head::TAU && (slot == HEAD_A || slot == HEAD_B));
   }
   const T* vector_of(int slot) {
     return tensors[slot] ? static_cast<const T*>(keep(plain(*tensors[slot], type_of<T>(), place)).data_ptr()) : nullptr;
@@ -210,7 +213,7 @@ struct Call {
     return {vector_of(slope), vector_of(bias), int(table.size(table.dim() - 1)), groups};
   }
 
-  bool mean() const { return v.spec.reduction == REDUCE_MEAN; }
+  bool mean() const { return v.spec.reduction == Reduction::MEAN; }
 
   // An upstream gradient as T, where it lies if it can be read there.
   void take(const std::optional<Tensor>& tensor, const T*& data, int64_t& stride) {
@@ -226,8 +229,8 @@ struct Call {
 
   // Everything of the visit is wanted by now: the rows, and the sums around them.
   void run(Tensor* loss) {
-    if (loss && v.spec.reduction == REDUCE_NONE) v.losses = static_cast<T*>(loss->data_ptr());
-    const bool reduced = loss && v.spec.reduction != REDUCE_NONE;
+    if (loss && v.spec.reduction == Reduction::NONE) v.losses = static_cast<T*>(loss->data_ptr());
+    const bool reduced = loss && v.spec.reduction != Reduction::NONE;
     if (reduced) v.losses = static_cast<T*>(loss->data_ptr());
     const RowKernels<T>& kernels = kernels_of<T>(v.storage);
     if (v.rows == 0) {
@@ -259,7 +262,7 @@ struct Call {
   }
 
   Tensor loss_like(const Tensor& target) const {
-    return v.spec.reduction == REDUCE_NONE ? place.empty_of(target, type_of<T>()) : place.empty({}, type_of<T>());
+    return v.spec.reduction == Reduction::NONE ? place.empty_of(target, type_of<T>()) : place.empty({}, type_of<T>());
   }
 
   // The visit, and the gradients that are needed in the order of their bits.
@@ -414,7 +417,7 @@ std::vector<Tensor> softmax_loss_backward(std::optional<Tensor> grad_loss, std::
     call.take(grad_loss, call.v.up_loss, call.v.up_loss_stride);
     call.take(grad_logsumexp, call.v.up_logsumexp, call.v.up_logsumexp_stride);
     call.take(grad_log_prob, call.v.up_log_prob, call.v.up_log_prob_stride);
-    if (call.v.spec.reduction != REDUCE_NONE) call.v.up_loss_stride = 0;
+    if (call.v.spec.reduction != Reduction::NONE) call.v.up_loss_stride = 0;
     if (saved.numel() > 0) call.v.saved = static_cast<const T*>(saved.data_ptr());
     return call.run_with_gradients(input, needs, nullptr);
   });

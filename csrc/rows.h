@@ -130,6 +130,10 @@ MLK_FN T read_number(const void* data, Storage storage, int64_t index) {
   }
 }
 
+// A label as the 64-bit integer that it is compared as. One beyond those becomes the largest, which is no class, and no
+// ignore_index either: that comes as a double.
+MLK_FN int64_t signed_label(uint64_t label) { return label > uint64_t(INT64_MAX) ? INT64_MAX : int64_t(label); }
+
 // A row's numbers. y and group are legal, or nothing here depends on them.
 template <class T>
 MLK_FN void fetch(const Problem<T>& p, int64_t row, int64_t y, int64_t group, Values<T>& values) {

@@ -17,13 +17,13 @@
 
 namespace mlkernels {
 
-enum Transform : int { IDENTITY = 0, MARGIN = 1, AFFINE = 2, PIECEWISE = 3, GIVEN = 4 };
-enum Scale : int { SINGLE = 0, TWO_SCALE = 1 };
-enum Head : int { LOG = 0, MODULATED = 1, TAU = 2, TRUNCATED = 3 };
-enum BeyondPi : int { AUTO = 0, LINEAR = 1, MONOTONE = 2, EASY = 3, PLAIN = 4 };
-enum MarginGradient : int { EXACT = 0, STRAIGHT_THROUGH = 1 };
-enum Clamp : int { CLAMP_MIN = 0, CLAMP_CROSS_ENTROPY = 1 };
-enum Reduction : int { REDUCE_NONE = 0, REDUCE_MEAN = 1, REDUCE_SUM = 2 };
+enum class Transform : int { IDENTITY, MARGIN, AFFINE, PIECEWISE, GIVEN };
+enum class Scale : int { SINGLE, TWO_SCALE };
+enum class Head : int { LOG, MODULATED, TAU, TRUNCATED };
+enum class BeyondPi : int { AUTO, LINEAR, MONOTONE, EASY, NONE };
+enum class MarginGradient : int { EXACT, STRAIGHT_THROUGH };
+enum class Clamp : int { MIN, CROSS_ENTROPY };
+enum class Reduction : int { NONE, MEAN, SUM };
 
 enum Slot : int {
   SCALE = 0,
@@ -55,7 +55,13 @@ enum Slot : int {
 enum Number : int { REDUCTION = 6, IGNORE_INDEX = 7, MASK = 8, CONSTS = 9 };
 
 struct Spec {
-  int transform, scale, head, beyond_pi, gradient, clamp, reduction;
+  Transform transform;
+  Scale scale;
+  Head head;
+  BeyondPi beyond_pi;
+  MarginGradient gradient;
+  Clamp clamp;
+  Reduction reduction;
   int64_t ignore_index;
 };
 

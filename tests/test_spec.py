@@ -12,12 +12,17 @@ from table import LOSSES
 import mlkernels
 from mlkernels.checks import check_number
 from mlkernels.spec import (
+    CONSTS,
+    IGNORE_INDEX,
+    MASK,
+    REDUCTION,
     SLOTS,
     TRAINABLE,
     BeyondPi,
     Clamp,
     HeadKind,
     MarginGradient,
+    Reduction,
     ScaleKind,
     Slot,
     Spec,
@@ -90,25 +95,27 @@ def test_thresholds_and_options_are_not_trained():
 
 
 def test_numbers_in_csrc():
-    """csrc/spec.h numbers everything the same way."""
+    """csrc/spec.h numbers everything the same way, name by name."""
     header = Path(mlkernels.__file__).resolve().parent.parent / "csrc" / "spec.h"
     if not header.exists():
         pytest.skip("installed without sources")
-    text = header.read_text()
-    found = dict(re.findall(r"\bk([A-Z]\w+)\s*=\s*(\d+)", text)) | dict(
-        re.findall(r"\b([A-Z][A-Z_]+)\s*=\s*(\d+)", text)
-    )
-    found = {name.replace("_", "").lower(): int(value) for name, value in found.items()}
-    numbered = 0
-    for kind in (Slot, TransformKind, ScaleKind, HeadKind, BeyondPi, MarginGradient, Clamp):
-        for member in kind:
-            for name in (member.name, kind.__name__.replace("Kind", "") + member.name, kind.__name__ + member.name):
-                value = found.get(name.replace("_", "").lower())
-                if value is not None and (kind is Slot or name != member.name):
-                    assert value == member.value, f"{kind.__name__}.{member.name}"
-                    numbered += 1
-    if not numbered:
-        pytest.skip("csrc/spec.h numbers by enumeration order; the values are compared by test_values.py")
+    text = re.sub(r"//[^\n]*", "", header.read_text())
+    found = {}
+    for kind, body in re.findall(r"enum (?:class )?(\w+) : int \{([^}]*)\}", text):
+        next_value, found[kind] = 0, {}
+        for name, value in re.findall(r"([A-Z]\w*)\s*(?:=\s*(\w+))?", body):
+            if value and not value.isdigit():
+                continue  # of another one: TRAINABLE_SLOTS
+            next_value = int(value) if value else next_value
+            found[kind][name] = next_value
+            next_value += 1
+    kinds = (TransformKind, ScaleKind, HeadKind, BeyondPi, MarginGradient, Clamp, Reduction)
+    assert {kind.__name__.removesuffix("Kind"): {m.name: m.value for m in kind} for kind in kinds} == {
+        name: members for name, members in found.items() if name not in ("Slot", "Number")
+    }
+    assert found["Slot"] == {**{slot.name: slot.value for slot in Slot}, "SLOTS": SLOTS}
+    assert "TRAINABLE_SLOTS = HEAD_D + 1" in text and max(TRAINABLE) == Slot.HEAD_D
+    assert found["Number"] == {"REDUCTION": REDUCTION, "IGNORE_INDEX": IGNORE_INDEX, "MASK": MASK, "CONSTS": CONSTS}
 
 
 # ---- options and numbers ---------------------------------------------------------------------------------------------

@@ -400,7 +400,7 @@ struct RowsLong {
       r.m = top;
     }
     MLK_DEVICE void run_through(const Span& span, int64_t y, Standing<T>& stands, Counts& counts, Sums& sums) {
-      const int scales = v.spec.scale == TWO_SCALE ? 2 : 1;
+      const int scales = v.spec.scale == Scale::TWO_SCALE ? 2 : 1;
       T scale2[2];
       // On either side of the threshold, by the rule itself.
       stands.scale = row_scale(v.spec, stands.values, -INF);

@@ -108,7 +108,7 @@ struct RowsShort {
     double weights = 0, kept = 0;
     if (!plan.alone) {
       share = share_of(simt, v);
-    } else if (v.spec.reduction == REDUCE_MEAN) {
+    } else if (v.spec.reduction == Reduction::MEAN) {
       for (int64_t row = int64_t(simt.block()) * simt.threads() + simt.thread(); row < v.rows;
            row += int64_t(simt.blocks()) * simt.threads())
         count_row(v, row, weights, kept);
@@ -156,10 +156,10 @@ struct RowsShort {
         parity ^= 1;
       }
     }
-    if (v.spec.reduction == REDUCE_NONE || !v.losses) return;
+    if (v.spec.reduction == Reduction::NONE || !v.losses) return;
     if (plan.alone) {
       over_all(simt, at.told + 16 * simt.warps() * simt.ranks(), by_class, by_row);
-      if (v.spec.reduction == REDUCE_MEAN) {
+      if (v.spec.reduction == Reduction::MEAN) {
         by_class /= weights;
         by_row = by_row == 0 ? 0.0 : by_row / kept;
       }

@@ -10,7 +10,7 @@
 
 namespace mlkernels {
 
-enum class Index : int { INT64, INT32, INT16, INT8, UINT8 };
+enum class Index : int { INT64, INT32, INT16, INT8, UINT8, UINT16, UINT32, UINT64 };
 
 // A visit whose labels and numbers only the device knows.
 template <class T>
@@ -38,8 +38,8 @@ template <class T>
 bool is_simple(const Visit<T>& v) {
   for (const Parameter<T>& number : v.values)
     if (number.data) return false;
-  return v.spec.transform == IDENTITY && v.spec.scale == SINGLE && v.spec.head != TAU && v.spec.reduction != REDUCE_NONE &&
-         !v.weight && !(v.smoothing > 0) && !(v.z_loss > 0) && !v.group && !v.saved && !v.save && !v.up_loss &&
+  return v.spec.transform == Transform::IDENTITY && v.spec.scale == Scale::SINGLE && v.spec.head != Head::TAU &&
+         v.spec.reduction != Reduction::NONE && !v.weight && !(v.smoothing > 0) && !(v.z_loss > 0) && !v.group && !v.saved && !v.save && !v.up_loss &&
          !v.up_logsumexp && !v.up_log_prob;
 }
 
@@ -53,7 +53,10 @@ MLK_DEVICE int64_t read_index(const void* data, Index type, int64_t at) {
     case Index::INT32: return static_cast<const int32_t*>(data)[at];
     case Index::INT16: return static_cast<const int16_t*>(data)[at];
     case Index::INT8: return static_cast<const int8_t*>(data)[at];
-    default: return static_cast<const uint8_t*>(data)[at];
+    case Index::UINT8: return static_cast<const uint8_t*>(data)[at];
+    case Index::UINT16: return static_cast<const uint16_t*>(data)[at];
+    case Index::UINT32: return static_cast<const uint32_t*>(data)[at];
+    default: return signed_label(static_cast<const uint64_t*>(data)[at]);
   }
 }
 
@@ -285,9 +288,9 @@ template <bool SIMPLE, class T>
 MLK_DEVICE Spec spec_of(const Visit<T>& v) {
   Spec out = v.spec;
   if (SIMPLE) {
-    out.transform = IDENTITY;
-    out.scale = SINGLE;
-    if (out.head == TAU) out.head = LOG;
+    out.transform = Transform::IDENTITY;
+    out.scale = Scale::SINGLE;
+    if (out.head == Head::TAU) out.head = Head::LOG;
   }
   return out;
 }
@@ -351,7 +354,7 @@ MLK_DEVICE Conclusion<T> finish_row(const Visit<T>& v, const Batch<T>& any, cons
 // A row's loss to where it goes: its place, or the sums of whoever has this row.
 template <bool SIMPLE = false, class T>
 MLK_DEVICE void leave_loss(const Visit<T>& v, int64_t row, const RowLoss<T>& loss, double& by_class, double& by_row) {
-  if (!SIMPLE && v.spec.reduction == REDUCE_NONE) {
+  if (!SIMPLE && v.spec.reduction == Reduction::NONE) {
     if (v.losses) v.losses[row] = loss.by_class + loss.by_row;
   } else {
     by_class += double(loss.by_class);
