@@ -8,6 +8,7 @@ The numbers and tensors of a loss travel beside it, one per :class:`Slot`; chang
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, TypeAlias, TypeVar
@@ -215,10 +216,22 @@ class Spec:
         return " -> ".join(parts)
 
 
-# Not functools.cache: torch.compile does not see through that, and warns.
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def constant_when_compiled(function: _F) -> _F:
+    """torch.compile calls the function while it traces, and takes what it returns as a constant.
+
+    All that ``torch.compiler.assume_constant_result`` does, but for importing Dynamo, which takes as long as torch.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 _specs: dict[tuple[object, ...], Spec] = {}
 
 
+@constant_when_compiled  # a Spec cannot be built in a graph
 def spec(
     transform: TransformKind = TransformKind.IDENTITY,
     scale: ScaleKind = ScaleKind.SINGLE,

@@ -97,6 +97,23 @@ def test_import_keeps_subnormals():
     assert done.stdout.split() == ["True", "True"]
 
 
+def test_import_brings_nothing_else():
+    """Dynamo, sympy and Triton take longer to import than torch; they wait for a call that needs them."""
+    program = (
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import mlkernels\n"
+        "print(*sorted(set(sys.modules) - before))\n"
+        "x = torch.zeros(2, 3, requires_grad=True)\n"
+        "mlkernels.arcface_loss(x, torch.tensor([0, 1])).backward()\n"
+        "print(*sorted({'torch._dynamo', 'torch._inductor', 'sympy', 'triton'} & set(sys.modules) - before))\n"
+    )
+    imported, called = python("-c", program, TRITON_INTERPRET="0").stdout.split("\n")[:2]
+    others = {name for name in imported.split() if name.split(".")[0] not in {"mlkernels", *sys.stdlib_module_names}}
+    assert others == set()
+    assert called == ""
+
+
 # ---- without the binary ----------------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..spec import constant_when_compiled
 from . import native
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -103,11 +104,13 @@ def _preferred(device: torch.device) -> str | tuple[Preferred, Preferred]:
     return first.others if first == second == Preferred((), first.others) else (first, second)
 
 
+@constant_when_compiled
 def preferred(device: torch.device) -> str | tuple[Preferred, Preferred]:
     """What ``backend=None`` takes on a device; by number of classes for each of LAYOUTS where these count."""
     return _preferred(device)
 
 
+@constant_when_compiled
 def refusal(device: torch.device, backend: str) -> str | None:
     """Why a backend, called by its name, does not serve a device; None where it does."""
     if backend not in BACKENDS:
@@ -121,10 +124,6 @@ def refusal(device: torch.device, backend: str) -> str | None:
         return f"backend {backend!r} does not serve tensors on {device.type!r}"
     return None
 
-
-# What torch.compiler.assume_constant_result does; that one imports Dynamo, which takes longer than torch itself.
-for _function in (preferred, refusal):
-    setattr(_function, "_dynamo_marked_constant", True)  # noqa: B010
 
 if native.cpu_missing is not None:
     warnings.warn(f"mlkernels runs on its slow reference backend: {native.cpu_missing}", RuntimeWarning, stacklevel=2)
