@@ -46,14 +46,16 @@ from .gpu_report import (
 )
 from .measure import Step, take_turns
 from .peers import LossFunction, losses
-from .run import describe, device_name
+from .run import describe
 
 COSINES = frozenset({"arcface", "piecewise"})
-CLASSES = [1000, 4096, 8192, 16384, 32768, 50257, 128255, 128256, 262144, 256, 2, 10, 100]
+#: What people have most of comes first: a run that is cut off has kept it.
+FIRST = ["1000", "8192", "32768", "50257", "128256", "10", "seg"]
+CLASSES = [1000, 8192, 32768, 50257, 128256, 10, 4096, 16384, 128255, 262144, 256, 2, 100]
 SEGMENTATION = (8, 19, 1024, 2048)
 SMALL = [(128, 10), (128, 100), (256, 1000)]
-CASES = [*map(str, CLASSES), "seg", "small", "copies", "fp16"]
-QUICK = ["1000", "32768", "128256", "small", "copies", "fp16"]
+CASES = [*FIRST, "small", "copies", "fp16", *(str(c) for c in CLASSES if str(c) not in FIRST)]
+QUICK = ["1000", "8192", "32768", "128256", "10", "seg", "small", "copies", "fp16"]
 # Where the peers run too; at C = 10 eager sums millions of row losses with a single thread block.
 PEERS_AT = {("bfloat16", classes) for classes in (1000, 8192, 32768, 50257, 128256)} | {("float32", 8192)}
 COMPILED_AT = {("bfloat16", 8192), ("bfloat16", 128256)}
@@ -62,24 +64,13 @@ LOSS_SCALE = 65536.0
 # A model of about 100M parameters and its Adam: 1,000 tensors, the smallest of one number.
 STATE_WIDTHS = range(280, 1405, 9)
 
-BUDGET = 175.0  # seconds for the whole run; what does not fit is skipped, and said to be
+BUDGET = 172.0  # seconds for the whole run, unless told; what does not fit is skipped, and said to be
 COMPILING = 80.0  # of them, for the kernels
 SECONDS = 0.8  # for a problem, all its candidates together
 ELEMENTS, COPIED = 2**30, 2**31  # of a problem's logits; bytes of the copy
 
 
 # ---- what is measured ------------------------------------------------------------------------------------------------
-
-
-# Many rows at a time; one in a block, odd; one that fills a block; one across a cluster; streamed; classes apart.
-TINY = [
-    Problem((33, 100), "bfloat16"),
-    Problem((7, 1025), "bfloat16"),
-    Problem((3, 40000), "bfloat16"),
-    Problem((2, 200000), "float32"),
-    Problem((1, 2**22 + 1), "bfloat16"),
-    Problem((2, 19, 5, 7), "float32"),
-]
 
 
 def usable() -> list[str]:
@@ -99,6 +90,11 @@ def problems(names: Iterable[str], elements: int) -> list[Problem]:
             elif name == "seg":
                 found.append(Problem(SEGMENTATION, dtype))
     return found
+
+
+def problem_name(problem: Problem) -> str:
+    """Its name among the cases."""
+    return "seg" if len(problem.shape) > 2 else str(problem.classes)
 
 
 def input_sets(problem: Problem, cache: int) -> int:
@@ -470,15 +466,20 @@ def measure(
 ) -> None:
     """Everything, saved after each problem; what the deadline (of ``time.perf_counter``) forbids is skipped."""
     copied = tuple(torch.zeros(plan.copy_bytes, dtype=torch.uint8, device=plan.device) for _ in range(2))
-    jobs: list[tuple[str, Step]] = [
-        *((f"{problem}, small", functools.partial(measure_small, problem, plan, report)) for problem in plan.small),
-        *((f"{problem}, loss scale", functools.partial(measure_half, problem, plan, report)) for problem in plan.half),
-    ]
+
+    def of(problem: Problem) -> tuple[str, Step]:
+        return str(problem), functools.partial(measure_problem, problem, plan, copied, report)
+
+    # The most valuable first: what the deadline cuts off is the end.
+    first = [problem for problem in plan.wanted if problem.dtype == DTYPES[0] and problem_name(problem) in FIRST]
+    jobs = [of(problem) for problem in first]
+    jobs += [(f"{problem}, small", functools.partial(measure_small, problem, plan, report)) for problem in plan.small]
     if plan.widths:
         jobs.append(("training state", functools.partial(measure_state, plan, copied, report)))
     jobs += [
-        (str(problem), functools.partial(measure_problem, problem, plan, copied, report)) for problem in plan.wanted
+        (f"{problem}, loss scale", functools.partial(measure_half, problem, plan, report)) for problem in plan.half
     ]
+    jobs += [of(problem) for problem in plan.wanted if problem not in first]
     for what, job in jobs:
         if time.perf_counter() > deadline:
             report.skipped.append(what)
@@ -491,25 +492,12 @@ def measure(
     save()
 
 
-def smoke(device: torch.device, backends: Sequence[str]) -> int:
-    """Every loss and mode once on each of the tiny problems, and copies; how many steps there were."""
-    for by, problem in itertools.product(backends, TINY):
-        visit(problem, LOSSES, device.type, by)
-    # More tensors than a launch takes, of odd sizes, the two ends aligned alike, to 4 bytes, and not at all.
-    flags = (None, torch.tensor(True, device=device), torch.tensor(False, device=device))
-    for flag, shift in zip(flags, (0, 1, 4), strict=True):
-        sizes = [k * k % 4099 for k in range(1200)]
-        memory = [torch.zeros(sum(sizes) + shift, dtype=torch.uint8, device=device) for _ in range(2)]
-        multi_copy_(memory[0][: sum(sizes)].split(sizes), memory[1][shift:].split(sizes), flag)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return len(backends) * len(TINY) * len(LOSSES) * len(MODES) + 3
-
-
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
-def _names(known: list[str]) -> Callable[[str], list[str]]:
+def names_of(known: list[str]) -> Callable[[str], list[str]]:
+    """An option that is a list of some of these, by comma."""
+
     def parse(text: str) -> list[str]:
         for name in text.split(","):
             if name not in known:
@@ -521,15 +509,15 @@ def _names(known: list[str]) -> Callable[[str], list[str]]:
 
 def _arguments(given: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description="Measures the losses on a GPU.")
-    parser.add_argument("--quick", action="store_true", help="three numbers of classes, an eighth of the elements")
-    parser.add_argument("--smoke", action="store_true", help="a few tiny launches of every loss, nothing timed")
+    parser.add_argument("--quick", action="store_true", help="the most valuable cases, an eighth of the elements")
     parser.add_argument("--compile", action="store_true", help="fills Triton's cache for the measurement, no more")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out", help="where JSON and picture go")
     parser.add_argument(
-        "--backends", type=_names(list(OURS)), help=f"of {','.join(OURS)}; default: those that are there"
+        "--backends", type=names_of(list(OURS)), help=f"of {','.join(OURS)}; default: those that are there"
     )
-    parser.add_argument("--losses", type=_names(LOSSES), default=LOSSES, help=",".join(LOSSES))
-    parser.add_argument("--cases", type=_names(CASES), help=",".join(CASES))
+    parser.add_argument("--losses", type=names_of(LOSSES), default=LOSSES, help=",".join(LOSSES))
+    parser.add_argument("--seconds", type=float, default=BUDGET, help="for the whole run; default %(default)s")
+    parser.add_argument("--cases", type=names_of(CASES), help=",".join(CASES))
     return parser.parse_args(given)
 
 
@@ -546,12 +534,6 @@ def main(given: list[str] | None = None) -> int:
     for name in missing:
         print(f"bench.gpu: no backend {name!r}: {mlkernels.available_backends()[name]}", file=sys.stderr)
     started = time.perf_counter()
-    if options.smoke:
-        if "triton" in backends:
-            # The workers are not watched by a compute-sanitizer, which would slow their compiling.
-            compile_ahead(specialised(TINY, LOSSES, device.type), COMPILING, print)
-        print(f"smoke: {smoke(device, backends)} steps ran on {device_name(device)} ({', '.join(backends)})")
-        return 1 if missing else 0
 
     def say(what: str) -> None:
         print(f"[{time.perf_counter() - started:5.0f} s] {what}", file=sys.stderr, flush=True)
@@ -577,7 +559,7 @@ def main(given: list[str] | None = None) -> int:
             say("compiled")
             return 0
         attempt("compiling ahead", functools.partial(compile_ahead, work, COMPILING, say), report)
-    measure(plan, report, started + BUDGET, lambda: write_json(report, options.out), say)
+    measure(plan, report, started + options.seconds, lambda: write_json(report, options.out), say)
     print(text(report))
     data = write_json(report, options.out)
     print(f"wrote {data}")

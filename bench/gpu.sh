@@ -1,33 +1,54 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one call of under ten minutes: builds, tests, compute-sanitizer, measurements; a table
-# last.
+# Everything that needs a GPU, in calls that each end by themselves and leave three or four files in $OUT.
 #
-#   bench/gpu.sh              on a machine with a GPU, torch, Triton and nvcc; no network
-#   bench/gpu.sh --tune       measures the launch sizes and the choice of the backend as well and writes sizes.json and
-#                             choice.json; up to four and a half minutes more
-#   bench/gpu.sh --dry-run    says what it would run and why, and runs nothing
+#   bench/gpu.sh first       at most 210 s: builds and stops if there is no library; every loss on tiny problems against
+#                            float64; the most valuable measurements; the kernel tests in the time that is left
+#   bench/gpu.sh second      at most 420 s: all measurements, most valuable first; Triton's tests; memcheck of CUDA
+#   bench/gpu.sh racecheck   at most 200 s: races on shared memory
+#   bench/gpu.sh tune        at most 300 s: launch sizes and the choice of the backend, into sizes.json and choice.json
+#   bench/gpu.sh CALL --dry-run    says what it would run and why, and runs nothing
 #
-# PYTHON chooses the interpreter, OUT the folder for logs, JSON and picture; MLKERNELS_CUDA_ARCHS what the CUDA kernels
-# are built for (default: the GPU at hand). A step that fails does not stop the next; the exit status says that one did.
+# It needs torch, Triton and nvcc, and no network. PYTHON chooses the interpreter, OUT the folder for log, JSON and picture;
+# MLKERNELS_CUDA_ARCHS what the CUDA kernels are built for (default: the GPU at hand). A step that fails does not stop the
+# next, but for the build; a step that is cut off has kept what it had; the exit status says that one failed.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 
 python=${PYTHON:-python3}
 out=${OUT:-bench/out}
+call=${1:-}
 dry_run=
-tune=
-for argument in "$@"; do
-    case $argument in
-        --dry-run) dry_run=1 ;;
-        --tune) tune=1 ;;
-        *) echo "usage: bench/gpu.sh [--dry-run] [--tune]" >&2; exit 2 ;;
-    esac
-done
+[ "${2:-}" = --dry-run ] && dry_run=1
+case $call in
+    first) limit=210 ;;
+    second) limit=420 ;;
+    racecheck) limit=200 ;;
+    tune) limit=300 ;;
+    *) call= ;;
+esac
+if [ -z "$call" ] || [ $# -gt $((1 + ${dry_run:-0})) ]; then
+    echo "usage: bench/gpu.sh first|second|racecheck|tune [--dry-run]" >&2
+    exit 2
+fi
 
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 MLKERNELS_CUDA=1
 unset TRITON_INTERPRET # the tests set it where there is no GPU
+if [ -z "$dry_run" ]; then
+    mkdir -p "$out"
+    exec > >(tee "$out/$call.log") 2>&1
+fi
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
 failed=()
 waiting=() # what runs beside the next steps: name, seconds, process
+grace=5    # from the signal to the end of a step that does not mind it
+
+# Seconds for a step that may have so many: no step starts, or ends, after the call's limit.
+seconds_of() {
+    local left=$((limit - SECONDS - grace))
+    [ -n "$dry_run" ] && left=$1
+    echo $(($1 < left ? $1 : left))
+}
 
 announce() { # NAME WHEN WHY COMMAND...
     local name=$1 when=$2 why=$3
@@ -42,23 +63,32 @@ judge() { # NAME SECONDS STATUS
     [ "$3" -eq 0 ] || failed+=("$1")
 }
 
-# step NAME SECONDS WHY COMMAND...: the command's output goes to the terminal and to NAME.log
+# step NAME SECONDS WHY COMMAND...
 step() {
-    local name=$1 seconds=$2 why=$3
+    local name=$1 asked=$2 seconds why=$3 status
+    seconds=$(seconds_of "$2")
     shift 3
     announce "$name" "up to $seconds s" "$why" "$@"
     [ -n "$dry_run" ] && return
-    timeout --kill-after=10 "$seconds" "$@" 2>&1 | tee "$out/$name.log"
-    judge "$name" "$seconds" "${PIPESTATUS[0]}"
+    if [ "$seconds" -lt "$asked" ] && [ "$seconds" -le 5 ]; then
+        echo "== $name: no time left"
+        failed+=("$name")
+        return
+    fi
+    timeout --kill-after=$grace "$seconds" "$@"
+    status=$?
+    judge "$name" "$seconds" "$status"
+    return "$status"
 }
 
 # The same, beside the steps that follow; its output comes when it is waited for.
 beside() {
-    local name=$1 seconds=$2 why=$3
+    local name=$1 seconds why=$3
+    seconds=$(seconds_of "$2")
     shift 3
     announce "$name" "up to $seconds s beside the next" "$why" "$@"
     [ -n "$dry_run" ] && return
-    timeout --kill-after=10 "$seconds" "$@" > "$out/$name.log" 2>&1 < /dev/null &
+    timeout --kill-after=$grace "$seconds" "$@" > "$scratch/$name" 2>&1 < /dev/null &
     waiting+=("$name $seconds $!")
 }
 
@@ -70,70 +100,81 @@ finish() {
         status=$?
         echo
         echo "== $name ended:"
-        tail -n 40 "$out/$name.log"
+        tail -n 40 "$scratch/$name"
         judge "$name" "$seconds" "$status"
     done
     waiting=()
 }
 
-[ -n "$dry_run" ] || mkdir -p "$out"
+# The library of the GPU at hand, or the end: without it half of the call would be for nothing.
+of_device='import torch; print("".join(map(str, torch.cuda.get_device_capability())))'
+build() {
+    step build 75 "both compiled libraries" \
+        bash -c "MLKERNELS_CUDA_ARCHS=\${MLKERNELS_CUDA_ARCHS:-\$($python -c '$of_device')} exec $python csrc/build.py"
+    [ -n "$dry_run" ] || { [ ${#failed[@]} -eq 0 ] && [ -e mlkernels/_cuda.abi3.so ]; } && return
+    [ -e mlkernels/_cuda.error.txt ] && cat mlkernels/_cuda.error.txt
+    for one in "${waiting[@]+"${waiting[@]}"}"; do kill "${one##* }" 2> /dev/null; done
+    echo "== no CUDA library, so nothing more is run: mend the build (the lines above say why it failed) and call again"
+    exit 1
+}
 
-backends=triton
-if [ -n "$dry_run" ] || command -v nvcc > /dev/null || [ -n "${CUDA_HOME:-${CUDA_PATH:-}}" ]; then
-    backends=triton,cuda
-else
-    echo "== the CUDA kernels are left out, there is no nvcc on PATH and no CUDA_HOME"
-fi
-# Code of an "a" target is for that generation alone; 9.0's has the bulk copies.
-of_device='import torch; a, b = torch.cuda.get_device_capability(); print(f"{a}{b}" + "a" * (a == 9))'
+sanitized() { # NAME SECONDS TOOL
+    if [ -z "$dry_run" ] && ! command -v compute-sanitizer > /dev/null; then
+        echo "== $1 is left out, there is no compute-sanitizer on PATH"
+        return
+    fi
+    # Torch's allocator would hide what lies just past a tensor.
+    step "$1" "$2" "every way of the CUDA kernels under a sanitizer" \
+        env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$3" --error-exitcode 1 \
+        --target-processes application-only "$python" -m bench.smoke --backends cuda --modes single,split \
+        --losses cross_entropy,piecewise
+}
 
-# At most 200 s, side by side: the tests of Triton do not need the libraries that are being built. They compile a thousand
-# kernels, two seconds each, hence the many processes.
-beside build 200 "both compiled libraries" \
-    bash -c "MLKERNELS_CUDA_ARCHS=\${MLKERNELS_CUDA_ARCHS:-\$($python -c '$of_device')} exec $python csrc/build.py"
-step tests-triton 200 "the property table on the device, sizes past 2^31 elements, CUDA graphs, synchronisations" \
-    "$python" -m bench.shards 190 tests/test_gpu.py -k triton
-finish
-
-# At most 70 s.
-step machine 15 "versions, devices, backends" "$python" -m mlkernels
-step smoke 55 "a few tiny launches of every loss; fills Triton's cache for those that follow" \
-    "$python" -m bench.gpu --smoke --backends "$backends"
-
-# At most 110 s, side by side. A sanitizer does not watch the workers that compile Triton's kernels. Torch's allocator
-# would hide what lies just past a tensor.
-if command -v compute-sanitizer > /dev/null || [ -n "$dry_run" ]; then
-    beside memcheck 110 "reads and writes out of bounds" \
-        env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
-        --target-processes application-only "$python" -m bench.gpu --smoke --backends "$backends"
-    beside racecheck 110 "accesses to shared memory without a barrier between them" \
-        compute-sanitizer --tool racecheck --error-exitcode 1 \
-        --target-processes application-only "$python" -m bench.gpu --smoke --backends "$backends"
-else
-    echo "== memcheck and racecheck are left out, there is no compute-sanitizer on PATH"
-fi
-beside compile 110 "Triton's kernels for the measurement, which compiles what is missing then" \
-    "$python" -m bench.gpu --compile
-step tests-cuda 110 "the same on the CUDA kernels, and what is no backend's: copies, optimizers, snapshots" \
-    "$python" -m bench.shards 100 --processes 4 tests/test_gpu.py -k "not triton"
-finish
-
-if [ -n "$tune" ]; then
-    step tune 265 "launch sizes and the faster backend for this architecture, into sizes.json and choice.json" \
-        "$python" -m bench.tune
-    [ -n "$dry_run" ] || cp mlkernels/backends/triton/sizes.json mlkernels/backends/choice.json "$out"
-fi
-step schedule 30 "what MILS adds to an iteration, and what an attempt is made of" \
-    "$python" -m bench.schedule --seconds 4
-step measure 185 "share of the copy bandwidth, peers, small problems, copies, float16; JSON and picture" \
-    "$python" -m bench.gpu --out "$out"
+case $call in
+    first)
+        beside compile 75 "Triton's kernels for the smoke and the quick measurement" \
+            bash -c "$python -m bench.smoke --backends triton --compile && $python -m bench.gpu --compile --quick"
+        build
+        finish
+        step machine 10 "versions, devices, backends" "$python" -m mlkernels
+        step smoke-cuda 25 "every loss, tiny, against float64" "$python" -m bench.smoke --backends cuda
+        step smoke-triton 30 "the same" "$python" -m bench.smoke --backends triton
+        step measure-quick 50 "share of the copy bandwidth, smaller problems; JSON kept as it goes" \
+            "$python" -m bench.gpu --quick --seconds 36 --out "$out"
+        step tests 60 "the property table and what only a GPU shows, as far as the time goes" \
+            "$python" -m bench.shards "$(seconds_of 55)" tests/test_gpu.py -k "not triton"
+        ;;
+    second)
+        beside compile 75 "Triton's kernels for the measurement, which compiles what is missing then" \
+            "$python" -m bench.gpu --compile
+        build
+        finish
+        step measure 200 "share of the copy bandwidth, peers, small problems, copies, float16; JSON and picture" \
+            "$python" -m bench.gpu --seconds 172 --out "$out"
+        step schedule 15 "what MILS adds to an iteration, and what an attempt is made of" \
+            "$python" -m bench.schedule --seconds 4
+        step tests-triton 80 "the property table on Triton, as far as the time goes" \
+            "$python" -m bench.shards "$(seconds_of 75)" tests/test_gpu.py -k triton
+        sanitized memcheck 45 memcheck
+        ;;
+    racecheck)
+        build
+        sanitized racecheck 110 racecheck
+        ;;
+    tune)
+        build
+        step tune 215 "launch sizes and the faster backend for this architecture, into sizes.json and choice.json" \
+            "$python" -m bench.tune
+        [ -n "$dry_run" ] || cp mlkernels/backends/triton/sizes.json mlkernels/backends/choice.json "$out"
+        ;;
+esac
 
 echo
 if [ -n "$dry_run" ]; then
     echo "dry run: nothing was run; results would be in $out"
 elif [ ${#failed[@]} -gt 0 ]; then
-    echo "FAILED: ${failed[*]}; logs in $out"
+    echo "FAILED: ${failed[*]}; the log is $out/$call.log"
     exit 1
 else
-    echo "all steps passed; logs and results in $out"
+    echo "all steps passed; log and results in $out"
 fi

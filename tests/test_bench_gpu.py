@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import mlkernels
-from bench import gpu, gpu_report, shards, tune
+from bench import gpu, gpu_report, shards, smoke, tune
 from bench.gpu_report import OF_COPY, Half, Outcome, Problem, Report, Row, Small, check, floor_bytes, text
 from bench.measure import Timing
 from bench.peers import disagreement, losses
@@ -56,6 +56,7 @@ def test_problems():
     found = gpu.problems(gpu.CASES, 2**30)
     assert len(found) == 2 * (len(gpu.CLASSES) + 1)
     assert [problem.dtype for problem in found[:14]] == ["bfloat16"] * 14
+    assert [gpu.problem_name(problem) for problem in found[:7]] == gpu.FIRST
     assert {50257, 128255, 128256, 262144} <= {problem.classes for problem in found}
     assert Problem((2**22, 256), "bfloat16") in found
     assert all(problem.rows % 16 == 0 for problem in found)
@@ -122,8 +123,8 @@ def stand_in(monkeypatch):
         asked.add(by)
         return original(device, "cpu" if by in gpu_report.OURS else by)
 
-    monkeypatch.setattr(gpu, "ours", ours)
-    monkeypatch.setattr(tune, "ours", ours)
+    for module in (gpu, smoke, tune):
+        monkeypatch.setattr(module, "ours", ours)
     return asked
 
 
@@ -251,28 +252,88 @@ def test_a_backend_is_measured_by_its_name(by, monkeypatch):
 
 
 @pytest.mark.parametrize("by", ["cpu", "cuda"])
-def test_smoke(by, monkeypatch):
+def test_smoke(by):
+    """Against float64, on the CPU's kernels and on CUDA's over fibers; the longest rows would take a while."""
     if mlkernels.available_backends()[by] is not None:
         pytest.skip(f"no {by}")
-    if by == "cuda":  # over fibers: without the longest rows
-        monkeypatch.setattr(gpu, "TINY", [gpu.TINY[0], gpu.TINY[1], gpu.TINY[5]])
-    assert gpu.smoke(CPU, [by]) == 15 * len(gpu.TINY) + 3
+    names = ["short", "odd", "apart", "apart16"]
+    said = []
+    assert smoke.smoke(CPU, [by], names, gpu_report.LOSSES, gpu_report.MODES, said.append) == (15 * len(names) + 1, 0)
+    assert said == []
+
+
+def test_smoke_says_what_is_wrong_and_how_to_go_on(monkeypatch):
+    whole = gpu.ours
+
+    def ours(device, by):
+        found = whole(device, "reference")
+        if by == "triton":
+            right = found["arcface"]
+            found["arcface"] = lambda *arguments, **options: 1.001 * right(*arguments, **options)
+        elif by == "cuda":
+
+            def broken(input, target, **options):
+                raise RuntimeError("CUDA error: misaligned address\nat length")
+
+            found["modulated"] = broken
+        return found
+
+    monkeypatch.setattr(smoke, "ours", ours)
+    said = []
+    losses = ["modulated", "arcface"]
+    assert smoke.smoke(CPU, ["triton", "cuda"], ["short"], losses, ["single"], said.append) == (5, 2)
+    text = "\n".join(said)
+    assert "FAILED cuda short (33x100 bfloat16) modulated single: RuntimeError: CUDA error: misaligned address" in text
+    assert "compute-sanitizer --tool memcheck" in text and "at length" not in text
+    assert "FAILED triton short (33x100 bfloat16) arcface single: wrong loss: off by 0.001" in text
+    assert "python -m bench.smoke --backends triton --problems short --losses arcface --modes single" in text
+
+
+def test_smoke_ends_where_the_device_is_broken(monkeypatch):
+    class Broken:
+        type = "cuda"
+
+    def synchronize():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(smoke, "make_inputs", lambda problem, cosines, device: gpu.make_inputs(problem, cosines, CPU))
+    monkeypatch.setattr(smoke, "ours", lambda device, by: gpu.ours(CPU, "reference"))
+    said = []
+    assert smoke.smoke(Broken(), ["cuda"], ["short"], ["modulated"], gpu_report.MODES, said.append) == (1, 0)
+    assert "the device is broken" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("error", "word"),
+    [
+        ("CUDA error: no kernel image is available for execution on the device", "MLKERNELS_CUDA_ARCHS"),
+        ("_cuda.abi3.so does not load: undefined symbol: aoti_torch_x", "python -m mlkernels"),
+        ("OutOfResources: out of resource: shared memory, Required: 262144", "sizes.json"),
+        ("wrong gradient: off by 0.2 of its norm", "racecheck"),
+        ("CUDA out of memory. Tried to allocate", "nvidia-smi"),
+    ],
+)
+def test_what_an_error_means(error, word):
+    assert word in smoke.advice(error)
+    assert smoke.advice("nobody has seen this") is None
 
 
 def test_smoke_has_every_way_of_the_cuda_kernels():
     """By the bytes of shared memory of an H100's block, and of sixteen of them."""
     block, cluster = 227 * 2**10, 16 * 227 * 2**10
-    rows = [one.classes * one.torch_dtype.itemsize for one in gpu.TINY if len(one.shape) == 2]
+    tiny = smoke.TINY.values()
+    rows = [one.classes * one.torch_dtype.itemsize for one in tiny if len(one.shape) == 2]
     assert any(row < 1024 for row in rows) and any(1024 < row < block / 4 for row in rows)
     assert any(block < row < cluster for row in rows) and any(row > cluster for row in rows)
-    assert any(row % 4 for row in rows) and any(len(one.shape) > 2 for one in gpu.TINY)
+    assert any(row % 4 for row in rows) and any(len(one.shape) > 2 for one in tiny)
 
 
 def test_compiles_in_other_processes():
     said = []
     gpu.compile_ahead([functools.partial(math.sqrt, 4.0), functools.partial(math.sqrt, -1.0)], 60, said.append)
     assert len(said) == 1 and "failed 1 times: ValueError" in said[0]
-    work = gpu.specialised(gpu.TINY[:2], ["cross_entropy", "arcface"], "cpu")
+    work = gpu.specialised(list(smoke.TINY.values())[:2], ["cross_entropy", "arcface"], "cpu")
     assert [job.args[-2:] for job in work] == 2 * [("triton", [mode]) for mode in gpu_report.MODES]
 
 
@@ -441,6 +502,8 @@ def a_gpu(monkeypatch):
     monkeypatch.setattr(gpu, "gpu", lambda: CPU)
     monkeypatch.setattr(gpu, "usable", lambda: ["triton", "cuda"])
     monkeypatch.setattr(gpu, "compile_ahead", lambda work, seconds, say: None)
+    for name in ("gpu", "usable", "compile_ahead"):
+        monkeypatch.setattr(smoke, name, getattr(gpu, name))
     for name, value in (("SECONDS", 0.0), ("ELEMENTS", 2**10), ("COPIED", 2**10), ("SMALL", [(8, 10)])):
         monkeypatch.setattr(gpu, name, value)
     monkeypatch.setattr(gpu, "STATE_WIDTHS", [4])
@@ -453,124 +516,208 @@ def test_command(tiny, stand_in, a_gpu, tmp_path, monkeypatch, capsys):
     assert "Targets, other" in printed.out and "8x10 float32, small" in printed.err
     assert "in 8 tensors" in printed.out and "training state" in printed.err
     assert sorted(path.suffix for path in tmp_path.iterdir()) in ([".json"], [".json", ".png"])
-    monkeypatch.setattr(gpu, "TINY", gpu.TINY[:2])
     assert gpu.main(["--compile", *few]) == 0
     printed = capsys.readouterr()
     assert "compiled" in printed.err and printed.out == ""
-    assert gpu.main(["--smoke"]) == 0
-    assert "63 steps" in capsys.readouterr().out
-    assert gpu.main(["--smoke", "--backends", "cuda"]) == 0
-    assert "33 steps" in capsys.readouterr().out
+    one = ["--problems", "short", "--losses", "arcface"]
+    assert smoke.main(one) == 0
+    assert "smoke: 7 steps are right" in capsys.readouterr().out
+    assert smoke.main(["--backends", "cuda", *one]) == 0
+    assert "4 steps are right" in capsys.readouterr().out
 
 
 def test_a_backend_that_is_asked_for_and_not_there(stand_in, a_gpu, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "usable", lambda: ["triton"])
-    monkeypatch.setattr(gpu, "TINY", gpu.TINY[:1])
-    assert gpu.main(["--smoke", "--backends", "triton,cuda"]) == 1  # the rest runs
+    monkeypatch.setattr(smoke, "usable", lambda: ["triton"])
+    one = ["--problems", "short", "--losses", "arcface", "--modes", "forward"]
+    assert smoke.main(["--backends", "triton,cuda", *one]) == 1  # the rest runs
     printed = capsys.readouterr()
-    assert "no backend 'cuda'" in printed.err and "18 steps" in printed.out and "(triton)" in printed.out
-    assert gpu.main(["--smoke"]) == 0
+    assert "no backend 'cuda'" in printed.err and "2 steps are right" in printed.out and "(triton)" in printed.out
+    assert smoke.main(one) == 0
 
 
 @without_gpu
-@pytest.mark.parametrize("module", [gpu, tune])
+@pytest.mark.parametrize("module", [gpu, tune, smoke])
 def test_without_a_gpu_it_says_so(module, capsys):
     assert module.main([]) == 1
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.count("\n") == 1 and "no GPU here" in printed.err
 
 
+SCRIPT = str(ROOT / "bench/gpu.sh")
+LIMITS = {"first": 210, "second": 420, "racecheck": 200, "tune": 300}
+
+
+def dry_run(call, **more):
+    environment = {**os.environ, "OUT": "nowhere", "PYTHON": "a-python", **more}
+    return subprocess.run([SCRIPT, call, "--dry-run"], capture_output=True, text=True, env=environment, timeout=20)
+
+
 def test_dry_run_of_the_script(tmp_path):
-    command = [str(ROOT / "bench/gpu.sh"), "--dry-run", "--tune"]
-    environment = {**os.environ, "OUT": str(tmp_path / "out"), "PYTHON": "a-python"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert done.returncode == 0 and done.stderr == ""
+    said = "".join(dry_run(call, OUT=str(tmp_path / "out")).stdout for call in LIMITS)
     for what in (
         "exec a-python csrc/build.py",
         "a-python -m mlkernels",
-        "a-python -m bench.shards 190 tests/test_gpu.py -k triton",
+        "a-python -m bench.smoke --backends cuda\n",
+        "a-python -m bench.smoke --backends triton\n",
+        "a-python -m bench.gpu --quick",
+        "tests/test_gpu.py -k not triton",
+        "tests/test_gpu.py -k triton",
         "a-python -m bench.gpu --compile",
-        "a-python -m bench.shards 100 --processes 4 tests/test_gpu.py -k not triton",
         "compute-sanitizer --tool memcheck",
         "compute-sanitizer --tool racecheck",
-        "a-python -m bench.gpu --smoke --backends triton,cuda",
         "a-python -m bench.schedule",
         "a-python -m bench.tune",
-        f"a-python -m bench.gpu --out {tmp_path / 'out'}",
+        f"a-python -m bench.gpu --seconds 172 --out {tmp_path / 'out'}",
     ):
-        assert what in done.stdout
+        assert what in said, what
     assert not (tmp_path / "out").exists()
-    assert subprocess.run([command[0], "--nothing"], capture_output=True).returncode == 2
+    for wrong in ([], ["third"], ["first", "--nothing"], ["first", "--dry-run", "more"]):
+        assert subprocess.run([SCRIPT, *wrong], capture_output=True).returncode == 2
 
 
-def test_the_limits_of_the_steps_add_up_to_less_than_ten_minutes(tmp_path):
-    done = subprocess.run([str(ROOT / "bench/gpu.sh"), "--dry-run"], capture_output=True, text=True, cwd=tmp_path)
-    steps = re.findall(r"^== ([\w-]+), up to (\d+) s( beside the next)?:", done.stdout, re.MULTILINE)
-    assert [name for name, _, beside in steps if beside] == ["build", "memcheck", "racecheck", "compile"]
+@pytest.mark.parametrize("call", LIMITS)
+def test_the_limits_of_the_steps_add_up(call):
+    """What comes last may have what the others leave: of it a part at least."""
+    steps = re.findall(r"^== ([\w-]+), up to (\d+) s( beside the next)?:", dry_run(call).stdout, re.MULTILINE)
     total = together = 0
-    for _, seconds, beside in steps:
+    ends = {}
+    for name, seconds, beside in steps:
         together = max(together, int(seconds))
         if not beside:
             total, together = total + together, 0
-    assert together == 0 and 500 < total < 600
+        ends[name] = total
+    assert together == 0
+    last = steps[-1][0]
+    before = ends[steps[-2][0]]
+    assert before < LIMITS[call] - 10 and (call == "first" or ends[last] + 5 <= LIMITS[call])
     # The measurement ends by itself, a problem after its budget is spent.
-    assert {name: int(seconds) for name, seconds, _ in steps}["measure"] > gpu.BUDGET
+    if call == "second":
+        assert {name: int(seconds) for name, seconds, _ in steps}["measure"] > gpu.BUDGET
 
 
-def fake_machine(tmp_path, fails):
-    """The script with a "python" that only says what it was asked for and fails at some of it; nvcc, no sanitizer."""
-    tools = tmp_path / "tools"
+def fake_machine(tmp_path, call, fails, library=True):
+    """The script in a folder of its own, with a "python" that says what it was asked for and fails at some of it."""
+    tools, place = tmp_path / "tools", tmp_path / "project"
     tools.mkdir()
-    for name, text_of in (
-        ("python", f'#!/bin/sh\necho "asked: $* for $MLKERNELS_CUDA_ARCHS"\ncase "$*" in {fails}) exit 3 ;; esac\n'),
-        ("nvcc", "#!/bin/sh\n"),
-    ):
-        (tools / name).write_text(text_of)
-        (tools / name).chmod(0o755)
+    (place / "bench").mkdir(parents=True)
+    (place / "mlkernels/backends/triton").mkdir(parents=True)
+    for table in ("triton/sizes.json", "choice.json"):
+        (place / "mlkernels/backends" / table).write_text("{}")
+    shutil.copy(SCRIPT, place / "bench/gpu.sh")
+    built = "touch mlkernels/_cuda.abi3.so" if library else "echo 'nvcc failed: no space' > mlkernels/_cuda.error.txt"
+    (tools / "python").write_text(
+        f"""#!/bin/sh
+echo "asked: $* for $MLKERNELS_CUDA_ARCHS, $MLKERNELS_CUDA"
+case "$*" in {fails}) exit 3 ;; csrc/build.py) {built} ;; *--out*) touch "$OUT/a.json" "$OUT/a.png" ;; esac
+"""
+    )
+    (tools / "compute-sanitizer").write_text('#!/bin/sh\necho "sanitizer: $*"\n')
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
     environment = {**os.environ, "OUT": str(tmp_path / "out"), "PYTHON": str(tools / "python")}
     environment |= {"PATH": f"{tools}:/usr/bin:/bin", "MLKERNELS_CUDA_ARCHS": "77"}
-    command = [str(ROOT / "bench/gpu.sh")]
+    command = [str(place / "bench/gpu.sh"), call]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=60)
-    return done, {path.stem: path.read_text() for path in (tmp_path / "out").iterdir()}
+    return done, sorted(path.name for path in (tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize(
-    ("fails", "failed"),
+    ("call", "fails", "failed"),
     [
-        ("*test_gpu.py*", "tests-triton tests-cuda"),
-        ("*build.py*", "build"),  # beside the tests, and waited for
-        ("*--smoke*", "smoke"),
-        ("nothing", None),
+        ("first", "*test_gpu.py*", "tests"),
+        ("first", "*smoke*cuda*", "smoke-cuda"),
+        ("first", "nothing", None),
+        ("second", "*--compile*", "compile"),  # beside the build, and waited for
+        ("second", "nothing", None),
+        ("tune", "*bench.tune*", "tune"),
+        ("racecheck", "nothing", None),
     ],
 )
-def test_a_failing_step_does_not_stop_the_script(tmp_path, fails, failed):
-    done, logs = fake_machine(tmp_path, fails)
+def test_a_failing_step_does_not_stop_the_script(tmp_path, call, fails, failed):
+    done, files = fake_machine(tmp_path, call, fails)
     last = done.stdout.splitlines()[-1]
     assert (done.returncode, last.startswith("all steps passed")) == ((1, False) if failed else (0, True))
-    if failed and not shutil.which("compute-sanitizer", path="/usr/bin:/bin"):
-        assert f"FAILED: {failed};" in last
-    assert "bench.shards 190 tests/test_gpu.py -k triton" in logs["tests-triton"]
-    assert "asked: csrc/build.py for 77" in logs["build"] and logs["build"].strip() in done.stdout
-    assert "--smoke --backends triton,cuda" in logs["smoke"] and "bench.gpu --out" in logs["measure"]
-    order = ["build ended", "machine, up", "tests-cuda, up", "measure, up"]
-    places = [done.stdout.index(f"== {what}") for what in order]
-    assert places == sorted(places)
+    if failed:
+        assert f"FAILED: {failed}; the log is {tmp_path / 'out'}/{call}.log" == last
+    assert "asked: csrc/build.py for 77, 1" in done.stdout
+    order = {
+        "first": ["build", "compile", "machine", "smoke-cuda", "smoke-triton", "measure-quick", "tests"],
+        "second": ["build", "compile", "measure", "schedule", "tests-triton", "memcheck"],
+        "racecheck": ["build", "racecheck"],
+        "tune": ["build", "tune"],
+    }[call]
+    places = [max(done.stdout.find(f"== {what}, up"), done.stdout.find(f"== {what} ended")) for what in order]
+    assert places == sorted(places) and places[0] > 0
+    # At most eight come back from a machine.
+    assert len(files) <= 4 and f"{call}.log" in files
+    assert ("a.json" in files) == (call in ("first", "second")) and ("sizes.json" in files) == (call == "tune")
+    assert ("sanitizer: --tool" in done.stdout) == (call in ("second", "racecheck"))
+
+
+def test_without_a_library_nothing_more_is_run(tmp_path):
+    done, files = fake_machine(tmp_path, "first", "nothing", library=False)
+    assert done.returncode == 1 and files == ["first.log"]
+    assert "nvcc failed: no space" in done.stdout and "mend the build" in done.stdout.splitlines()[-1]
+    assert "bench.smoke --backends cuda" not in done.stdout
 
 
 def test_a_step_that_hangs_is_stopped(tmp_path):
-    """As the script stops it, with a limit of a second."""
-    script = (ROOT / "bench/gpu.sh").read_text()
-    short = re.sub(r"^(step|beside) ([\w-]+) \d+", r"\1 \2 1", script, flags=re.MULTILINE)
+    """And what comes after the call's limit is not begun."""
+    script = Path(SCRIPT).read_text().replace("step machine 10", "step machine 1")
+    script = script.replace("step smoke-cuda", "SECONDS=206\n        step smoke-cuda")  # as late as that
     (tmp_path / "bench").mkdir()
-    (tmp_path / "bench/gpu.sh").write_text(short)
+    (tmp_path / "mlkernels").mkdir()
+    (tmp_path / "bench/gpu.sh").write_text(script)
     fake = tmp_path / "python"
-    fake.write_text('#!/bin/sh\ncase "$*" in *build.py*|*schedule*) sleep 30 ;; esac\n')
+    fake.write_text(
+        """#!/bin/sh
+case "$*" in
+    csrc/build.py) touch mlkernels/_cuda.abi3.so ;;
+    "-m mlkernels") echo begun; exec sleep 30 ;;
+esac
+"""
+    )
     fake.chmod(0o755)
     environment = {**os.environ, "OUT": str(tmp_path / "out"), "PYTHON": str(fake), "PATH": "/usr/bin:/bin"}
-    command = ["bash", str(tmp_path / "bench/gpu.sh")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=25)
-    assert "build: stopped after 1 s" in done.stdout and "schedule: stopped after 1 s" in done.stdout
-    assert done.returncode == 1 and "FAILED: build" in done.stdout.splitlines()[-1]
+    environment["MLKERNELS_CUDA_ARCHS"] = "90"
+    command = ["bash", str(tmp_path / "bench/gpu.sh"), "first"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert "machine: stopped after 1 s" in done.stdout
+    assert "smoke-cuda: no time left" in done.stdout and "tests: no time left" in done.stdout
+    assert done.returncode == 1 and "FAILED: machine smoke-cuda smoke-triton" in done.stdout.splitlines()[-1]
+    assert "begun" in (tmp_path / "out/first.log").read_text()  # a step that is cut off has kept what it had
+
+
+REHEARSED = """#!/bin/sh
+case "$*" in
+    csrc/build.py) exit 0 ;;
+    -m\\ bench.*)
+        module=$2
+        shift 2
+        exec {python} -c "import importlib as i, sys; sys.exit(i.import_module('$module').main(sys.argv[1:]))" "$@" ;;
+    *) exec {python} "$@" ;;
+esac
+"""
+
+
+@pytest.mark.skipif(not os.environ.get("MLKERNELS_FULL"), reason="takes minutes; MLKERNELS_FULL=1 runs it")
+@pytest.mark.parametrize("call", ["first", "second"])
+def test_rehearsal(tmp_path, call):
+    """The whole call, its programs as they are, a CPU taken for the device (tests/rehearsal)."""
+    if not (ROOT / "mlkernels/_cuda.abi3.so").exists():
+        pytest.skip("no CUDA library was built")
+    fake = tmp_path / "python"
+    fake.write_text(REHEARSED.format(python=sys.executable))
+    fake.chmod(0o755)
+    environment = {**os.environ, "OUT": str(tmp_path / "out"), "PYTHON": str(fake), "MLKERNELS_CUDA_ARCHS": "90"}
+    environment["PYTHONPATH"] = str(ROOT / "tests/rehearsal")
+    done = subprocess.run([SCRIPT, call], capture_output=True, text=True, env=environment, timeout=LIMITS[call] + 60)
+    files = [path.suffix for path in (tmp_path / "out").iterdir()]
+    assert len(files) <= 8 and ".json" in files and ".log" in files
+    # Without a GPU test_gpu.py has no tests, which is a failure; and a busy machine has no time for all.
+    assert "are right on" in done.stdout if call == "first" else "MILS adds" in done.stdout
+    assert "Error" not in done.stdout
 
 
 # ---- tests in many processes -----------------------------------------------------------------------------------------

@@ -1,0 +1,215 @@
+"""``python -m bench.smoke``: the first thing to run on a GPU that nobody knows, step by step, each against float64.
+
+Every loss and mode on problems so small that they take no time, one for each way that the kernels have to a row. A step
+that fails or is wrong is named, with the command that repeats it alone and what its error usually means; where it broke
+the device nothing can run after it, and the rest is left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import mlkernels
+from mlkernels.ops import multi_copy_
+
+from .gpu import COMPILING, COSINES, compile_ahead, first_line, gpu, make_inputs, names_of, ours, specialised, usable
+from .gpu_report import LOSSES, MODES, OURS, Problem
+from .run import device_name
+
+# Many rows at a time; one in a block, odd; one that fills a block; one across a cluster; streamed; classes apart; rows
+# that are side by side and lie odd in half precision.
+TINY = {
+    "short": Problem((33, 100), "bfloat16"),
+    "odd": Problem((7, 1025), "bfloat16"),
+    "block": Problem((3, 40000), "bfloat16"),
+    "cluster": Problem((2, 200000), "float32"),
+    "streamed": Problem((1, 2**22 + 1), "bfloat16"),
+    "apart": Problem((2, 19, 5, 7), "float32"),
+    "apart16": Problem((4, 19, 5, 7), "bfloat16"),
+}
+#: Relative errors (of norms) of losses and gradients; gradients in bfloat16 are rounded to 8 bits.
+LOSS_ERROR, GRADIENT_ERROR = 1e-4, {"float32": 1e-3, "bfloat16": 6e-3}
+
+#: What an error usually means, by a pattern in its words.
+ADVICE = {
+    r"no kernel image|invalid device function|unsupported toolchain|provided PTX": "there is no code for this GPU, or "
+    "its driver is older than nvcc: build with MLKERNELS_CUDA_ARCHS as `python -m mlkernels` says, or an older nvcc",
+    r"misaligned|illegal memory access|unspecified launch failure": "an access that memory does not allow: repeat it "
+    "under `PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck`, which names kernel and address",
+    r"out of resource|too many resources|shared memory": "a launch wants more than a multiprocessor has: smaller tiles "
+    "in mlkernels/backends/triton/sizes.json, or another choice in csrc/cuda/launch.h",
+    r"undefined symbol|cannot open shared object|does not load": "the library was built against another torch or "
+    "toolkit: `python -m mlkernels` says what is missing; build it anew",
+    r"out of memory": "the GPU is not empty: nvidia-smi shows who else is there",
+    r"CompilationError|PassManager|ptxas": "this Triton does not compile what others do: run "
+    "tests/test_compile_targets.py under its version",
+    r"^wrong": "a kernel that computes something else: `compute-sanitizer --tool racecheck` tells whether it races; "
+    "if not, the emulator (tools/vgpu) and tests/test_cuda.py or test_triton.py are where to go on",
+}
+
+
+class Step(NamedTuple):
+    """One call of one loss."""
+
+    by: str
+    problem: str
+    loss: str
+    mode: str
+
+    def again(self) -> str:
+        """The command that repeats it alone."""
+        return (
+            f"CUDA_LAUNCH_BLOCKING=1 python -m bench.smoke --backends {self.by} --problems {self.problem} "
+            f"--losses {self.loss} --modes {self.mode}"
+        )
+
+    def __str__(self) -> str:
+        return f"{self.by} {self.problem} ({TINY[self.problem]}) {self.loss} {self.mode}"
+
+
+def advice(error: str) -> str | None:
+    """What an error usually means."""
+    return next((words for pattern, words in ADVICE.items() if re.search(pattern, error, re.IGNORECASE)), None)
+
+
+def results(function: Callable[..., Tensor], mode: str, input: Tensor, target: Tensor, up: Tensor) -> list[Tensor]:
+    """The loss, and its gradient where the mode makes one; the upstream gradient is never 1."""
+    if mode == "forward":
+        with torch.no_grad():
+            return [function(input, target)]
+    loss = function(input, target, reduction="mean" if mode == "single" else "none")
+    (gradient,) = torch.autograd.grad(loss, input, torch.full_like(loss, 0.75) if mode == "single" else up.to(loss))
+    return [loss.detach(), gradient]
+
+
+def apart(found: Tensor, wanted: Tensor) -> float:
+    """The norm of the difference over that of what is wanted."""
+    difference = torch.linalg.vector_norm(found.cpu().double() - wanted)
+    return (difference / torch.linalg.vector_norm(wanted)).item()
+
+
+def judge(step: Step, found: Sequence[Tensor], wanted: Sequence[Tensor]) -> str | None:
+    """What is wrong with a step's results, if something is."""
+    bounds = (LOSS_ERROR, GRADIENT_ERROR[TINY[step.problem].dtype])
+    for what, one, other, bound in zip(("loss", "gradient"), found, wanted, bounds, strict=False):
+        error = apart(one, other)
+        if not error <= bound:
+            return f"wrong {what}: off by {error:.3g} of its norm, {bound:.1g} is allowed"
+    return None
+
+
+def copies(device: torch.device) -> str | None:
+    """More tensors than a launch takes, of odd sizes, the two ends aligned alike, to 4 bytes, and not at all."""
+    for given, shift in ((None, 0), (True, 1), (False, 4)):
+        sizes = [k * k % 4099 for k in range(1200)]
+        total = sum(sizes)
+        to = torch.zeros(total, dtype=torch.uint8, device=device)
+        source = torch.arange(total + shift, device=device).remainder_(251).to(torch.uint8)[shift:]
+        flag = None if given is None else torch.tensor(given, device=device)
+        multi_copy_(to.split(sizes), source.split(sizes), flag)
+        if not torch.equal(to, torch.zeros_like(to) if given is False else source):
+            return f"wrong copies: flag {given}, shifted by {shift} bytes"
+    return None
+
+
+def smoke(
+    device: torch.device,
+    backends: Sequence[str],
+    problems: Sequence[str],
+    losses: Sequence[str],
+    modes: Sequence[str],
+    say: Callable[[str], None],
+) -> tuple[int, int]:
+    """How many steps ran, and how many of them failed; each is said."""
+    ran = failed = 0
+
+    def report(what: str, error: str, again: str | None) -> None:
+        nonlocal failed
+        failed += 1
+        say(f"FAILED {what}: {error}")
+        if failed == 1 and (words := advice(error)) is not None:
+            say(f"    usually {words}")
+        if again is not None:
+            say(f"    alone: {again}")
+
+    def usable_still() -> bool:
+        try:
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+        except RuntimeError as error:
+            say(f"the device is broken ({first_line(error)}), nothing can run after that step; the rest is left")
+            return False
+        return True
+
+    host = torch.device("cpu")
+    for problem, loss in itertools.product(problems, losses):
+        one = make_inputs(TINY[problem], loss in COSINES, device)
+        exact = one.input.detach().cpu().double().requires_grad_()
+        reference = ours(host, "reference")[loss]
+        for mode in modes:
+            wanted = results(reference, mode, exact, one.target.cpu(), one.upstream.cpu())
+            for by in backends:
+                step = Step(by, problem, loss, mode)
+                try:
+                    error = judge(
+                        step, results(ours(device, by)[loss], mode, one.input, one.target, one.upstream), wanted
+                    )
+                except Exception as raised:
+                    error = first_line(raised)
+                ran += 1
+                if error is not None:
+                    report(str(step), error, step.again())
+                if not usable_still():
+                    return ran, failed
+    ran += 1
+    try:
+        error = copies(device)
+    except Exception as raised:
+        error = first_line(raised)
+    if error is not None:
+        report("multi_copy_", error, None)
+    return ran, failed
+
+
+def main(given: list[str] | None = None) -> int:
+    """Runs and says; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bench.smoke", description="Every loss on tiny problems.")
+    parser.add_argument("--backends", type=names_of(list(OURS)), help="default: those that are there")
+    parser.add_argument("--problems", type=names_of(list(TINY)), default=list(TINY), help=",".join(TINY))
+    parser.add_argument("--losses", type=names_of(LOSSES), default=LOSSES, help=",".join(LOSSES))
+    parser.add_argument("--modes", type=names_of(MODES), default=MODES, help=",".join(MODES))
+    parser.add_argument("--compile", action="store_true", help="fills Triton's cache for this, no more")
+    options = parser.parse_args(given)
+    device = gpu()
+    if device is None:
+        print("bench.smoke: no GPU here (torch.cuda.is_available() is False)", file=sys.stderr)
+        return 1
+    here = usable()
+    backends = [name for name in options.backends or here if name in here]
+    missing = [name for name in options.backends or () if name not in here]
+    for name in missing:
+        why = mlkernels.available_backends()[name] or "not usable"
+        print(f"bench.smoke: no backend {name!r}: {why}", file=sys.stderr)
+        if (words := advice(why)) is not None:
+            print(f"    usually {words}", file=sys.stderr)
+    if "triton" in backends:
+        work = specialised([TINY[name] for name in options.problems], options.losses, device.type)
+        compile_ahead(work, COMPILING, print)
+    if options.compile:
+        return 0
+    ran, failed = smoke(device, backends, options.problems, options.losses, options.modes, print)
+    said = f"{failed} of {ran} steps failed" if failed else f"{ran} steps are right"
+    print(f"smoke: {said} on {device_name(device)} ({', '.join(backends) or 'no backend'})")
+    return 1 if failed or missing or not backends else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
