@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_snapshot import Count, same
+from test_snapshot import Average, Count, same
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
@@ -329,16 +329,91 @@ def test_a_score_within_an_autocast_sees_the_step() -> None:
         assert mils.step(X, Y).accepted is True
 
 
+IGNORED = torch.where(
+    (torch.arange(len(Y)) % 7 == 0) | ((torch.arange(len(Y)) >= 20) & (torch.arange(len(Y)) < 50)), -100, Y
+)
+UNEVEN = (0, 11), (11, 20), (20, 50), (50, 60), (60, 96)  # of the third batch nothing is kept
+KEPT = [int((IGNORED[start:end] >= 0).sum()) for start, end in UNEVEN]
+CLASS_WEIGHTS = torch.tensor([0.2, 3.0, 1.0, 0.5])
+
+
+@pytest.mark.parametrize(
+    "loss, labels, counts",
+    [
+        (mlkernels.CrossEntropyLoss(), IGNORED, None),
+        (mlkernels.CrossEntropyLoss(weight=CLASS_WEIGHTS, label_smoothing=0.1), IGNORED, None),
+        (nn.CrossEntropyLoss(weight=CLASS_WEIGHTS), IGNORED, None),
+        (nn.CrossEntropyLoss(ignore_index=1, reduction="sum"), Y, None),
+        (
+            mlkernels.JointLoss([mlkernels.FocalLoss(ignore_index=1)], mode="uncertainty"),
+            Y.where(IGNORED >= 0, 1),
+            None,
+        ),
+        (mlkernels.MultiMarginLoss(weight=CLASS_WEIGHTS), Y, None),
+        (nn.functional.cross_entropy, IGNORED, None),
+        (nn.functional.cross_entropy, nn.functional.one_hot(Y).float(), None),
+        (nn.CrossEntropyLoss(), IGNORED, [KEPT[0], torch.tensor(KEPT[1]), 0, torch.tensor([float(KEPT[3])]), KEPT[4]]),
+        (nn.functional.cross_entropy, IGNORED, [n / 8 for n in KEPT]),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_accumulated_batches_are_one(loss: Any, labels: torch.Tensor, counts: Any) -> None:
+    """Whatever each holds: its rows weigh alike, not the batches; a batch of which nothing is kept adds nothing."""
+    ends = []
+    for parts in (UNEVEN, ((0, 96),)):
+        torch.manual_seed(0)
+        model = nn.Linear(6, CLASSES)
+        own = copy.deepcopy(loss)
+        own = own if isinstance(own, nn.Module) else loss
+        extra = list(own.parameters()) if isinstance(own, nn.Module) else []
+        mils = build(model, torch.optim.SGD([*model.parameters(), *extra], lr=0.1), participation=0.0, primary=own)
+        batches = [(X[start:end], labels[start:end]) for start, end in parts]
+        if isinstance(own, mlkernels.JointLoss):  # its log variance is added once per batch
+            extra[0].requires_grad_(False)
+        step = mils.accumulate(batches, counts=counts if len(parts) > 1 else None)
+        assert mils.statistics().iterations == 1
+        ends.append((model.weight.detach(), model.bias.detach(), step.loss))
+    torch.testing.assert_close(*ends)
+
+
+def test_a_batch_without_rows_is_no_failed_attempt() -> None:
+    empty = X[:8], torch.full((8,), -100)
+    auxiliary = mlkernels.FocalLoss()
+    mils = build(participation=1.0, accept="not_worse", observation=(X, torch.full_like(Y, 99)), auxiliary=auxiliary)
+    for batches in ([empty, (X[:16], Y[:16])], [(X[:16], Y[:16]), empty]):
+        step = mils.accumulate(batches)
+        assert step.accepted is True and step.loss.isfinite()
+        assert all(bool(parameter.isfinite().all()) for parameter in mils.model.parameters())
+    step = mils.accumulate([empty, empty])
+    assert step.accepted is False and step.loss.isnan()
+    assert all(bool(parameter.isfinite().all()) for parameter in mils.model.parameters())
+
+
+@pytest.mark.parametrize(
+    "options, targets, counts, error, message",
+    [
+        ({}, Y, [1], ValueError, "counts must be one per batch, 2, got 1"),
+        ({}, Y, [1, -1], ValueError, r"counts must be >= 0 and not all 0, got \[1, -1\]"),
+        ({}, Y, [0, 0], ValueError, "counts must be >= 0 and not all 0"),
+        ({}, Y, [1, math.inf], ValueError, "counts must be"),
+        ({}, Y, [1, "two"], TypeError, "counts"),
+        ({"primary": lambda output, target: output.sum()}, [1, 2], None, TypeError, "counts must be given where targ"),
+        ({"primary": mlkernels.JointLoss([nn.CrossEntropyLoss(ignore_index=0), nn.CrossEntropyLoss()])}, Y, None,
+         ValueError, r"counts must be given where the parts of primary differ: .*ignore_index \[-100, 0\]"),
+        ({"primary": mlkernels.JointLoss([nn.CrossEntropyLoss(reduction="sum"), nn.CrossEntropyLoss()])}, Y, None,
+         ValueError, r"differ: reduction \['mean', 'sum'\]"),
+    ],
+)  # fmt: skip
+def test_bad_counts(options: Any, targets: Any, counts: Any, error: type[Exception], message: str) -> None:
+    mils = build(**({"participation": 0.0} | options))
+    with pytest.raises(error, match=message):
+        mils.accumulate([(X, targets), (X, targets)], counts=counts)
+
+
 def test_accumulation() -> None:
-    """Several batches are one iteration, tried and retried whole; its gradient is that of their mean loss."""
+    """Several batches are one iteration, tried and retried whole."""
     model = nn.Linear(6, CLASSES)
-    mils = build(model, torch.optim.SGD(model.parameters(), lr=0.1), participation=0.0)
     whole = copy.deepcopy(model)
-    one = build(whole, torch.optim.SGD(whole.parameters(), lr=0.1), participation=0.0)
-    step, other = mils.accumulate((X[k : k + 32], Y[k : k + 32]) for k in (0, 32, 64)), one.step(X, Y)
-    torch.testing.assert_close(model.weight, whole.weight)
-    torch.testing.assert_close(step.loss, other.loss)
-    assert mils.statistics().iterations == 1
     before = copy.deepcopy(model.state_dict())
     calls = []
 
@@ -551,8 +626,55 @@ def test_what_an_attempt_runs() -> None:
 # ---- faults ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("where", ["observation", "auxiliary", "hook", "second score", "shape", "interrupt"])
+class Assigning(torch.optim.SGD):
+    """As some optimizers do, it gives every parameter other memory; and it may fail after the first."""
+
+    fails = False
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for parameter in self.param_groups[0]["params"]:
+            parameter.data = parameter - 0.1 * parameter.grad
+            self.state[parameter]["steps"] = self.state[parameter].get("steps", 0) + 1
+            if self.fails:
+                raise ArithmeticError("here")
+
+
+def test_a_rejected_step_by_assignment() -> None:
+    ends = []
+    for participation in (1.0, 0.0):
+        torch.manual_seed(1)
+        model = Network()
+        mils = build(model, Assigning(model.parameters()), auxiliary=worse, participation=participation)
+        assert {step.accepted for step in run(mils, 3)} == {False if participation else None}
+        ends.append(state(mils))
+    assert same(*ends)
+
+
+class Fickle:
+    """A loss that is no module and counts its calls."""
+
+    def __init__(self) -> None:
+        self.calls, self.scale = 0, torch.ones(1)
+
+    def __call__(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        self.scale *= 2
+        return nan_loss(output, target) * self.scale.sum()
+
+
+def test_a_loss_that_is_an_object() -> None:
+    loss = Fickle()
+    mils = build(participation=1.0, auxiliary=loss)
+    run(mils, 3)
+    assert loss.calls == 0 and loss.scale == 1.0 and mils.statistics().attempts == 3
+
+
+@pytest.mark.parametrize(
+    "where",
+    ["observation", "auxiliary", "hook", "second score", "shape", "interrupt", "model", "optimizer", "save", "load"],
+)
 def test_an_exception_restores_before_it_propagates(where: str) -> None:
+    """Coins and samples too, so that the next call tries the same."""
     calls = [0]
 
     def fail(*_: Any) -> Any:
@@ -560,7 +682,7 @@ def test_an_exception_restores_before_it_propagates(where: str) -> None:
 
     def logits(output: torch.Tensor) -> torch.Tensor:
         calls[0] += 1
-        return fail() if where == "second score" and calls[0] == 2 else output
+        return fail() if where == "second score" and calls[0] % 2 == 0 else output
 
     options: dict[str, Any] = {"logits": logits}
     if where == "observation":
@@ -571,14 +693,34 @@ def test_an_exception_restores_before_it_propagates(where: str) -> None:
         options["before_step"] = fail
     elif where == "shape":
         options["auxiliary"] = nn.MultiMarginLoss(reduction="none")
-    mils = build(**options, participation=1.0)
+    elif where == "load":
+        part = Average()
+        part.load_state_dict = fail  # type: ignore[method-assign]
+        options |= {
+            "extras": [part],
+            "auxiliary": lambda *pair: setattr(part, "updates", part.updates + 1) or worse(*pair),
+        }
+    model = Network()
+    optimizer = Assigning(model.parameters())
+    mils = build(model, optimizer, **options, participation=1.0)
+    optimizer.fails = where == "optimizer"
+    if where == "model":
+        model.body[1].register_forward_hook(lambda *_: fail() if torch.is_grad_enabled() else None)
+    if where == "save":
+        optimizer.state[model.head.weight]["own"] = iter([1])
     for parameter in mils.model.parameters():
         parameter.grad = None
-    before = state(mils)
-    expected = {"shape": ValueError, "interrupt": KeyboardInterrupt}.get(where, ArithmeticError)
-    with pytest.raises(expected):
+    kept = mils.state_dict()
+    before = state(mils) if where != "save" else None
+    expected = {"shape": ValueError, "interrupt": KeyboardInterrupt, "save": TypeError, "load": RuntimeError}
+    with pytest.raises(expected.get(where, ArithmeticError)):
         mils.step(X, Y)
-    assert same(state(mils), before)
+    assert where == "save" or same(state(mils), before)
+    coins = mils.state_dict()["coins"]
+    assert same(mils.state_dict() | {"coins": [], "generator": 0}, kept | {"coins": [], "generator": 0})
+    with pytest.raises(expected.get(where, ArithmeticError)):
+        mils.step(X, Y)
+    assert mils.state_dict()["coins"] == coins and len(coins) == 256
     assert mils.model.training
     statistics = mils.statistics()
     assert (statistics.iterations, statistics.attempts) == (0, 0)

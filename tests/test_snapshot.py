@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import copy
+import datetime
+import functools
 import inspect
+import itertools
+import logging
 import math
+import random
+import re
+import threading
 from collections import OrderedDict
+from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -614,20 +624,266 @@ def test_a_failed_save_keeps_the_one_before() -> None:
     assert torch.equal(model.weight, weight)
 
 
-def test_a_changed_tensor_stops_the_restore_before_it_starts() -> None:
-    model, _ = small()
+def test_tensors_that_moved_or_changed_their_size_come_back() -> None:
+    """To their old memory, so that what shared it shares it again; seen through one part or two, under any name."""
+    model, optimizer = small()
+    model.tail = nn.Parameter(model.weight.data[1])  # the row of another
+    model.register_buffer("scale", torch.ones(1))  # as torch.ao's per-channel observers resize theirs
+    model.register_buffer("wide", torch.arange(6.0))
+    model.register_buffer("freed", torch.arange(4.0))
+    parts = model, optimizer
+    for snapshot in (Snapshot(*parts), Snapshot(model), Snapshot(optimizer, model)):
+        snapshot.save()
+        saved = copy.deepcopy(model.state_dict())
+        pointers = [parameter.data_ptr() for parameter in model.parameters()]
+        with torch.no_grad():
+            model.bias.add_(1)
+            model.weight.data = model.weight - 7  # as optimizers do that assign
+            model.tail.data = torch.zeros(3, dtype=torch.float64)
+            model.scale.resize_(1000).fill_(3)
+            model.wide.resize_(2).fill_(3)
+            model.freed.untyped_storage().resize_(0)
+        snapshot.restore()
+        assert same(model.state_dict(), saved)
+        assert [parameter.data_ptr() for parameter in model.parameters()] == pointers
+        with torch.no_grad():
+            model.weight[1] = 5
+        assert (model.tail == 5).all()
+        optimizer.zero_grad()
+        model(torch.ones(1, 3)).sum().backward()
+        assert model.weight.grad.shape == (2, 3)
+
+
+@pytest.mark.parametrize("reject", [True, False])
+def test_a_flag_and_a_tensor_that_moved(reject: bool) -> None:
+    """Its numbers are put back where it is now, unless another one had shared its memory: both would need the host."""
+    model, optimizer = small()
+    step(model, optimizer)
+    snapshot = Snapshot(model, optimizer)
+    snapshot.save()
+    weight = model.weight.detach().clone()
+    model.weight.data = weight + 1
+    snapshot.restore_if(torch.tensor(reject))
+    assert torch.equal(model.weight, weight if reject else weight + 1)
+    snapshot.restore()
+
+    model.weight.data = torch.ones(2, 4)
+    with pytest.raises(RuntimeError, match=r"parts\[0\] \(Linear\)\.weight has other memory since"):
+        snapshot.restore_if(torch.tensor(reject))
+    snapshot.restore()
     model.tail = nn.Parameter(model.weight.data[1])
+    snapshot.save()
+    model.weight.data = weight + 1
+    with pytest.raises(RuntimeError, match="weight has other memory since"):
+        snapshot.restore_if(torch.tensor(reject))
+
+
+# ---- state beside tensors --------------------------------------------------------------------------------------------
+
+
+HELD: dict[str, Any] = {}  # what no attribute leads to
+
+
+class Lookahead(torch.optim.SGD):
+    """State in all the places where optimizers have it, some of it told by its own state_dict alone."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, lr=0.1, momentum=0.9)
+        self.steps, self.seen, self.array = 0, [], np.zeros((2, 3))[:, 1:]
+        self.slow = [p.detach().clone() for group in self.param_groups for p in group["params"]]
+        self.noise = np.random.default_rng(3)
+        self.draws, self.shuffle = torch.Generator().manual_seed(1), random.Random(2)
+        self.inner = Rule()
+        HELD["losses"], HELD["loads"] = [], 0
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step(closure)
+        self.steps += 1
+        self.seen.append(self.steps)
+        self.inner(self.steps)
+        self.array += (
+            self.noise.normal(size=(2, 2)) + self.shuffle.random() + torch.rand(1, generator=self.draws).item()
+        )
+        HELD["losses"].append(float(self.array.sum()))
+        for slow, p in zip(self.slow, self.param_groups[0]["params"], strict=True):
+            slow.lerp_(p.detach(), 0.5)
+            state = self.state[p]
+            state.setdefault("history", np.zeros(4, dtype=np.float32))[self.steps % 4] += 1
+            state.setdefault("rule", Rule())(self.steps)
+            self.born = True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "losses": list(HELD["losses"])}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        HELD["losses"] = state_dict.pop("losses")
+        HELD["loads"] += 1
+        super().load_state_dict(state_dict)
+
+
+@pytest.mark.parametrize("before", [0, 2])
+def test_an_optimizer_s_own_state(before: int) -> None:
+    """Attributes, arrays, objects, generators, and what its state_dict alone knows; the tensors stay in place."""
+    ends = []
+    for attempts in (0, 2):
+        torch.manual_seed(0)
+        model, _ = small()
+        optimizer = Lookahead(model.parameters())
+        for _ in range(before):
+            step(model, optimizer)
+        snapshot = Snapshot(model, optimizer)
+        for _ in range(attempts):
+            snapshot.save()
+            tensors = [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
+            pointers, array = [t.data_ptr() for t in (*tensors, *optimizer.slow)], optimizer.array
+            step(model, optimizer)
+            snapshot.restore()
+            assert HELD["losses"] == optimizer.state_dict()["losses"] and HELD["loads"] > 0
+            again = [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
+            assert [t.data_ptr() for t in (*again, *optimizer.slow)] == pointers and optimizer.array is array
+            assert hasattr(optimizer, "born") == bool(before) and len(optimizer.state) == (2 if before else 0)
+        for _ in range(3):
+            step(model, optimizer)
+        state = [(s["momentum_buffer"], s["history"].tolist(), vars(s["rule"])) for s in optimizer.state.values()]
+        ends.append((list(model.parameters()), state, HELD["losses"], optimizer.slow, optimizer.seen, optimizer.steps,
+                     optimizer.array.tolist(), vars(optimizer.inner)))  # fmt: skip
+    assert same(copy.deepcopy(ends[0]), copy.deepcopy(ends[1]))
+
+
+def test_a_flag_and_an_optimizer_s_own_state() -> None:
+    """An array is memory like a tensor's; a generator's state is known by copies alone."""
+    model, optimizer = small()
+    step(model, optimizer)
+    optimizer.state[model.weight]["history"] = history = np.zeros(3, dtype=np.int32)
+    snapshot = Snapshot(optimizer)
+    snapshot.save()
+    history += 1
+    snapshot.restore_if(torch.tensor(True))
+    assert history.tolist() == [0, 0, 0]
+    optimizer.draws = torch.Generator()
+    snapshot.save()
+    with pytest.raises(RuntimeError, match=r"parts\[0\] \(SGD\)\.draws changed since, or its"):
+        snapshot.restore_if(torch.tensor(True))
+
+
+class Counting(nn.Module):
+    """Plain attributes that a forward changes, and modules that only a list knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.mean, self.past = 0, torch.zeros(3), [np.zeros(2), {"last": None}]
+        self.hidden = [nn.BatchNorm1d(3)]
+        self.rule, self.loose = Rule(), None
+        self.inner = nn.Sequential(nn.Linear(3, 3))
+        self.inner[0].forward = self.inner[0].forward  # of torch's classes: no attributes
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        self.mean += input.mean()
+        self.past[0] += 1
+        self.past[1]["last"] = self.calls
+        self.past.append(self.calls)
+        self.rule(self.calls)
+        self.loose = self.hidden[0](self.inner(input))
+        self.late = 1
+        return self.loose
+
+
+def test_plain_attributes_of_a_module() -> None:
+    model = Counting()
+    model(torch.ones(4, 3))
+    del model.late
+    snapshot = Snapshot(nn.Sequential(model))
+
+    def state() -> Any:
+        past = [model.past[0].tolist(), dict(model.past[1]), *model.past[2:]]
+        return copy.deepcopy(
+            (model.calls, model.mean, past, vars(model.rule), model.hidden[0].state_dict(), model.loose.detach())
+        )
+
+    snapshot.save()
+    saved, loose = state(), model.loose
+    model.eval()
+    for _ in range(2):
+        model(torch.ones(2, 3))
+        assert model.late and not same(state(), saved)
+        snapshot.restore()
+        assert same(state(), saved) and not hasattr(model, "late") and model.loose is loose
+    assert not model.training  # is no state
+
+
+class Slots:
+    __slots__ = ("count",)
+
+
+@pytest.mark.parametrize(
+    "value, words",
+    [
+        (iter([1, 2]), r"is a list_iterator, of which no copy can be kept: give what holds it state_dict\(\)"),
+        ((n for n in range(3)), "is a generator"),
+        (itertools.count(), "is a count"),
+        (bytearray(b"abc"), "is a bytearray"),
+        (Slots(), "is a Slots"),
+        (np.array([object()]), "takes an array of numbers in ascending strides, got object"),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
+)
+def test_state_that_cannot_be_kept_is_refused(value: Any, words: str) -> None:
+    """At save(), by the name of where it is; the state saved before is there still."""
+    model, optimizer = small()
+    step(model, optimizer)
+    snapshot = Snapshot(model, optimizer)
+    snapshot.save()
+    weight = model.weight.detach().clone()
+    step(model, optimizer)
+    optimizer.state[model.bias]["own"] = value
+    with pytest.raises(TypeError, match=rf"parts\[1\] \(SGD\) state\[1\]\.own {words}"):
+        snapshot.save()
+    snapshot.restore()
+    assert torch.equal(model.weight, weight)
+    counting = Counting()
+    counting.rule.source = [value]
+    with pytest.raises(TypeError, match=rf"parts\[0\] \(Sequential\) 0\.rule\.source\[0\] {words}"):
+        Snapshot(nn.Sequential(counting)).save()
+
+
+def test_what_cannot_change_is_no_state() -> None:
+    """Nor are handles, locks and types: they stay as they are."""
+    model = Counting()
+    model.fixed = [
+        datetime.date(2020, 1, 1), Path("here"), re.compile("x"), Fraction(1, 3), torch.float32, torch.device("cpu"),
+        logging.getLogger("x"), threading.Lock(), functools.partial(print), print, len, Counting, math, slice(2), ...,
+        frozenset({1}), range(3), np.float64(2), object(), torch.utils.data.TensorDataset(torch.ones(1)),
+    ]  # fmt: skip
     snapshot = Snapshot(model)
     snapshot.save()
-    bias = model.bias.detach().clone() + 1
-    with torch.no_grad():
-        model.bias.add_(1)
-    weight, model.weight.data = model.weight.data, torch.zeros(5, 3)
-    with pytest.raises(ValueError, match=r"weight was \(2, 3\) torch.float32 on cpu at save\(\) and is \(5, 3\)"):
+    fixed = list(model.fixed)
+    model.fixed.pop()
+    snapshot.restore()
+    assert all(a is b for a, b in zip(model.fixed, fixed, strict=True))
+
+
+def test_a_load_that_fails_stops_nothing_else() -> None:
+    class Broken(Average):
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            raise KeyError("shadow")
+
+    model, optimizer = small()
+    one, other = Broken(), Meter()
+    snapshot = Snapshot(one, model, optimizer, other)
+    snapshot.save()
+    saved = copy.deepcopy(model.state_dict())
+    step(model, optimizer)
+    one.updates = other.updates = 3
+    with pytest.raises(RuntimeError, match=r"parts\[0\] \(Broken\) could not be restored; everything else was"):
         snapshot.restore()
-    assert torch.equal(model.bias, bias)
-    model.weight.data = weight
-    model.tail.data = torch.zeros(3)
-    with pytest.raises(ValueError, match="tail shared its memory at save"):
-        snapshot.restore()
-    assert torch.equal(model.bias, bias)
+    assert same(model.state_dict(), saved) and not optimizer.state and other.updates == 0
+
+
+def test_extra_state_that_cannot_be_set() -> None:
+    class Versioned(nn.Linear):
+        def get_extra_state(self) -> Any:
+            return 3
+
+    with pytest.raises(TypeError, match=r"parts\[0\] \(Sequential\) 0 has get_extra_state\(\) but no set_extra_state"):
+        Snapshot(nn.Sequential(Versioned(1, 1))).save()

@@ -22,6 +22,7 @@ __all__ = ["MILS", "Statistics", "Step"]
 
 Loss = Callable[[Any, Any], Tensor]
 Batch = tuple[Any, Any]
+Counts = Sequence[float | Tensor] | None
 
 #: Flips of the coin that are drawn at once: an iteration without an attempt takes one from a list.
 _COINS = 256
@@ -91,9 +92,9 @@ class MILS:
         participation: P in [0, 1]; may be assigned later. The paper takes 0.01 to 0.2.
         accept: ``"improves"`` (more correct than before) or ``"not_worse"`` (as many, or more). Ties are common, and
             where all are correct already ``"improves"`` cannot accept.
-        extras: more to save and restore, whatever :class:`Snapshot` takes. Model, optimizers, scaler and those losses
-            that are modules (centers, trained scales) need not be named. Nor need a learning rate scheduler: call its
-            ``step()`` after this one's, once per iteration.
+        extras: more to save and restore, whatever :class:`Snapshot` takes. Model, optimizers, scaler and the losses
+            (centers, trained scales) need not be named. Nor need a learning rate scheduler: call its ``step()`` after
+            this one's, once per iteration.
         generator: a CPU generator for the coin and :math:`D_o`; None: a new one, seeded by ``torch.initial_seed()``,
             under ``torch.distributed`` by the first rank's.
         forward: called with (model, input), returns the output; None: ``model(input)``.
@@ -189,7 +190,8 @@ class MILS:
             self._world, self._rank = dist.get_world_size(process_group), dist.get_rank(process_group)
         self._observe = self._observation(observation)
         scalers = [] if scaler is None else [scaler]
-        self._snapshot = Snapshot(model, *self.optimizers, *self._losses, *scalers, *extras)
+        others = _Others(loss for loss in (primary, *self.auxiliary.values()) if not isinstance(loss, nn.Module))
+        self._snapshot = Snapshot(model, *self.optimizers, *self._losses, others, *scalers, *extras)
         self._generator = self._agreed(generator)
         self._coins: list[float] = []
         self._attempts = 0  # ever: whose turn it is among the auxiliary losses
@@ -217,22 +219,41 @@ class MILS:
 
         Raises:
             ValueError: a loss that is no scalar. Whatever is raised within an attempt (by the model, a loss, the
-                observation set) passes on after the state has been restored; the attempt is not counted.
+                observation set) passes on after the state has been restored, the coin and the generator of the
+                observation set too; the attempt is not counted.
         """
-        return self._iterate([(input, target)])
+        return self._iterate([(input, target)], None)
 
-    def accumulate(self, batches: Iterable[Batch]) -> Step:
-        """One iteration over several batches (input, target): one step by the mean of their losses.
+    def accumulate(self, batches: Iterable[Batch], *, counts: Sequence[float | Tensor] | None = None) -> Step:
+        r"""One iteration over several batches (input, target): one step, as if they were one batch.
 
-        An attempt and the step that follows a rejection use all of them. DDP and its like exchange gradients once.
+        The loss is :math:`\sum_k n_k L_k / \sum_k n_k`. An attempt and the step that follows a rejection use all of
+        the batches. DDP and its like exchange gradients once; over ranks they average, whatever each rank's rows are.
+
+        Args:
+            batches: pairs, one or more.
+            counts: :math:`n_k`, >= 0, what each batch's mean is over, tokens for instance: numbers or tensors of one
+                element. None: the rows that the loss keeps, whose label is not its ``ignore_index`` (-100 where it has
+                none), each by its class's weight where it has a 1-D ``weight``. Losses with ``reduction="sum"`` are
+                added up. A batch without such rows adds nothing.
 
         Raises:
-            ValueError: no batches; otherwise as :meth:`step`.
+            ValueError: no batches, counts that do not fit them, or losses in one that ignore different labels and so
+                need counts. TypeError: targets that are no tensors, without counts. Otherwise as :meth:`step`.
         """
         batches = [(input, target) for input, target in batches]
         if not batches:
             raise ValueError("batches must hold at least one (input, target), got none")
-        return self._iterate(batches)
+        if counts is not None:
+            counts = [n.reshape(()) if isinstance(n, Tensor) and n.numel() == 1 else n for n in counts]
+            if len(counts) != len(batches):
+                raise ValueError(f"counts must be one per batch, {len(batches)}, got {len(counts)}")
+            numbers = [check_number("counts", n) for n in counts if not isinstance(n, Tensor)]
+            shaped = all(n.dim() == 0 for n in counts if isinstance(n, Tensor))
+            nothing = len(numbers) == len(counts) and not sum(numbers)
+            if not shaped or nothing or not all(0 <= n < math.inf for n in numbers):
+                raise ValueError(f"counts must be >= 0 and not all 0, got {counts}")
+        return self._iterate(batches, counts)
 
     def statistics(self, *, reset: bool = False) -> Statistics:
         """Counts since the last reset; with ``reset`` at the end of each epoch they are that epoch's."""
@@ -277,12 +298,19 @@ class MILS:
 
     # ---- one iteration -----------------------------------------------------------------------------------------------
 
-    def _iterate(self, batches: list[Batch]) -> Step:
+    def _iterate(self, batches: list[Batch], counts: Counts) -> Step:
         accepted = None
-        if self._coin() < self._participation:
+        coin = self._coin()
+        if coin < self._participation:
             names = list(self.auxiliary)
             name = names[self._attempts % len(names)]
-            loss, accepted, finite = self._attempt(name, batches)
+            drawn = self._generator.get_state()
+            try:
+                loss, accepted, finite = self._attempt(name, batches, counts)
+            except BaseException:
+                self._generator.set_state(drawn)
+                self._coins.append(coin)
+                raise
             self._attempts += 1
             self._counts[name][0] += 1
             self._counts[name][1] += accepted
@@ -290,11 +318,11 @@ class MILS:
             if accepted:
                 self._iterations += 1
                 return Step(loss, name, True)
-        loss = self._update("primary", self.primary, batches)
+        loss = self._update("primary", self.primary, batches, counts)
         self._iterations += 1
         return Step(loss, "primary", accepted)
 
-    def _attempt(self, name: str, batches: list[Batch]) -> tuple[Tensor, bool, bool]:
+    def _attempt(self, name: str, batches: list[Batch], counts: Counts) -> tuple[Tensor, bool, bool]:
         """A step with an auxiliary loss, undone unless accepted: the loss, whether it was, whether all was finite."""
         randomness = _Randomness(self.model) if self.restore_rng else None
         # Saved before anything else: drawing and scoring may change buffers too (DDP broadcasts them).
@@ -303,24 +331,26 @@ class MILS:
         try:
             input, target = self._observe()
             before, _ = self._score(input, target)
-            loss = self._update(f"auxiliary {name!r}", self.auxiliary[name], batches)
+            loss = self._update(f"auxiliary {name!r}", self.auxiliary[name], batches, counts)
             # An autocast around all this keeps its casts of weights, from before the step.
             torch.clear_autocast_cache()
             after, broken = self._score(input, target)
             accepted, finite = self._decide(before, after, broken | ~loss.isfinite().to(broken.device))
         finally:
             if not accepted:
-                self._snapshot.restore()
-                self._clear_gradients()
-                if randomness is not None:
-                    randomness.restore()
+                try:
+                    self._snapshot.restore()
+                finally:  # a part's own load_state_dict may fail
+                    self._clear_gradients()
+                    if randomness is not None:
+                        randomness.restore()
         return loss, accepted, finite
 
-    def _update(self, name: str, loss_function: Loss, batches: list[Batch]) -> Tensor:
-        """One step of every optimizer by the mean loss of the batches, which it returns."""
+    def _update(self, name: str, loss_function: Loss, batches: list[Batch], counts: Counts) -> Tensor:
+        """One step of every optimizer by the loss of the batches, which it returns."""
         if self._closure:
-            return self._lbfgs(name, loss_function, batches)
-        loss = self._gradients(name, loss_function, batches)
+            return self._lbfgs(name, loss_function, batches, counts)
+        loss = self._gradients(name, loss_function, batches, counts)
         if self.scaler is None:
             if self._before_step is not None:
                 self._before_step()
@@ -336,11 +366,11 @@ class MILS:
         self.scaler.update()
         return loss
 
-    def _lbfgs(self, name: str, loss_function: Loss, batches: list[Batch]) -> Tensor:
+    def _lbfgs(self, name: str, loss_function: Loss, batches: list[Batch], counts: Counts) -> Tensor:
         losses: list[Tensor] = []
 
         def closure() -> Tensor:
-            losses.append(self._gradients(name, loss_function, batches))
+            losses.append(self._gradients(name, loss_function, batches, counts))
             if self._before_step is not None:
                 self._before_step()
             return losses[-1]
@@ -348,26 +378,44 @@ class MILS:
         self.optimizers[0].step(cast(Any, closure))
         return losses[0]
 
-    def _gradients(self, name: str, loss_function: Loss, batches: list[Batch]) -> Tensor:
+    def _gradients(self, name: str, loss_function: Loss, batches: list[Batch], counts: Counts) -> Tensor:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        share = 1 / len(batches)
         if len(batches) == 1:
-            return self._backward(name, loss_function, batches[0], share)
+            return self._backward(name, loss_function, batches[0], None, 1.0)
+        if counts is None:
+            counts = _rows(name, loss_function, [target for _, target in batches])
+        total: float | Tensor = 1.0
+        work: list[tuple[Batch, float | Tensor | None, float | Tensor]] = [(batch, None, 1.0) for batch in batches]
+        if counts is not None:
+            total = sum(counts, 0.0)
+            work = [
+                (batch, n, torch.where(total > 0, n / total, 0) if isinstance(total, Tensor) else n / total)
+                for batch, n in zip(batches, counts, strict=True)
+            ]
         # All but the last batch without an exchange between ranks.
         with getattr(self.model, "no_sync", nullcontext)():
-            parts = [self._backward(name, loss_function, batch, share) for batch in batches[:-1]]
-        parts.append(self._backward(name, loss_function, batches[-1], share))
-        return torch.stack(parts).sum()
+            parts = [self._backward(name, loss_function, *one) for one in work[:-1]]
+        parts.append(self._backward(name, loss_function, *work[-1]))
+        loss = torch.stack(parts).sum()
+        return torch.where(total > 0, loss, math.nan) if isinstance(total, Tensor) else loss
 
-    def _backward(self, name: str, loss_function: Loss, batch: Batch, share: float) -> Tensor:
+    def _backward(
+        self, name: str, loss_function: Loss, batch: Batch, count: float | Tensor | None, share: float | Tensor
+    ) -> Tensor:
         input, target = batch
         with self._autocast:
             loss = loss_function(self._output(input), target)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"{name} must return a scalar loss, got {got}")
-        if share != 1:
+        if count is not None:
+            # A mean over nothing is NaN.
+            nothing = count == 0
+            if isinstance(nothing, Tensor):
+                loss = torch.where(nothing, 0, loss)
+            elif nothing:
+                loss = loss.nan_to_num()
             loss = loss * share
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         loss = loss.detach()
@@ -507,6 +555,43 @@ def _named(auxiliary: Any) -> dict[str, Loss]:
         if not callable(loss):
             raise TypeError(f"auxiliary takes functions of (output, target), got {type(loss).__name__}")
     return named
+
+
+class _Others(nn.Module):
+    """Losses that are no modules, for a snapshot: an object among them may have attributes that change."""
+
+    def __init__(self, losses: Iterable[Loss]) -> None:
+        super().__init__()
+        self.losses = list(losses)
+
+
+def _rows(name: str, loss: Loss, targets: list[Any]) -> list[float | Tensor] | None:
+    """What a loss's mean over each batch is divided by; None where it is a sum."""
+    modules = list(loss.modules()) if isinstance(loss, nn.Module) else []
+    reductions = {str(module.reduction) for module in modules if hasattr(module, "reduction")}
+    ignored = {int(cast(Any, module.ignore_index)) for module in modules if hasattr(module, "ignore_index")}
+    if len(reductions) > 1 or len(ignored) > 1:
+        raise ValueError(
+            f"counts must be given where the parts of {name} differ: reduction {sorted(reductions)}, "
+            f"ignore_index {sorted(ignored)}"
+        )
+    if reductions == {"sum"}:
+        return None
+    ignore_index = next(iter(ignored), -100)
+    weight = getattr(loss, "weight", None) if hasattr(loss, "ignore_index") else None
+    rows: list[float | Tensor] = []
+    for target in targets:
+        if not isinstance(target, Tensor):
+            raise TypeError(f"counts must be given where target is no tensor, got {type(target).__name__}")
+        if target.is_floating_point():  # class probabilities (N, C, ...), or a number per row
+            rows.append(float(target.numel() // (target.shape[1] if target.dim() > 1 else 1)))
+            continue
+        label = target.long()
+        kept = label.ne(ignore_index)
+        if isinstance(weight, Tensor) and weight.dim() == 1:
+            kept = torch.where(kept, weight[label.clamp(0, len(weight) - 1)], 0)
+        rows.append(kept.sum())
+    return rows
 
 
 class _Randomness:
