@@ -775,7 +775,7 @@ def test_dies():
 def test_hangs(k):
     time.sleep(k and 100)
 """
-    done, last = in_shards(tmp_path, 15, tests)
+    done, last = in_shards(tmp_path, 25, tests)
     assert done.returncode == 1
     assert "::test_fails: AssertionError: no" in done.stdout and "assert (1 + 1) == 3" in done.stdout
     assert "::test_dies: its process ended with status 7" in done.stdout
