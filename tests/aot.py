@@ -301,8 +301,8 @@ class Launch:
         """Whether logits of two bytes, whose rows are side by side and aligned, must be read by twos."""
         given = self.arguments
         places, sizes = given["in_strides"], given["sizes"]
-        aligned = 1 in places[1:] and all(p % 16 == 0 or p == 1 for p in places) and sizes[0] % 16 == 0
-        return given["ACROSS"] and given["input"].element_size() == 2 and aligned and self.known("rows") % 16 == 0
+        aligned = 1 in places[1:] and all(p % 2 == 0 or p == 1 for p in places) and sizes[0] % 2 == 0
+        return given["ACROSS"] and given["input"].element_size() == 2 and aligned and given["rows"] % 2 == 0
 
     def wide(self, name: str, strides: str) -> int:
         """How many 128-bit accesses a thread must make to a tensor of aligned rows; 0: none."""

@@ -118,8 +118,12 @@ def _shape(
 # ---- tensors to arguments --------------------------------------------------------------------------------------------
 
 
-def _collapsed(input: Tensor, gradient: Tensor) -> tuple[tuple[int, int], tuple[int, ...], tuple[int, ...]] | None:
-    """(d1, d2), and (class, N, d1, d2) strides of both: row dimensions that continue each other are one.
+#: (d1, d2), and (class, N, d1, d2) strides of the input and of the gradient.
+_Layout = tuple[tuple[int, int], tuple[int, ...], tuple[int, ...]]
+
+
+def _collapsed(input: Tensor, gradient: Tensor) -> _Layout | None:
+    """The layout of both tensors: row dimensions that continue each other are one.
 
     None where more than three row dimensions remain.
     """
@@ -139,6 +143,32 @@ def _collapsed(input: Tensor, gradient: Tensor) -> tuple[tuple[int, int], tuple[
     strides = (input.stride(1), *(d[1] for d in dims))
     others = (gradient.stride(1), *(d[2] for d in dims))
     return sizes, strides, others
+
+
+def _unit(classes: int, layout: _Layout, input: Tensor, gradient: Tensor) -> int:
+    """A power of two that divides C, all row strides, and both tensors' first addresses (in elements, up to 16 bytes):
+    the address of every class that it divides is a multiple of it, too. 1 where classes are not neighbours."""
+    _, strides, others = layout
+    if strides[0] != 1 or others[0] != 1:
+        return 1
+    unit = math.gcd(16, classes, *strides[1:], *others[1:])
+    for tensor in (input, gradient):
+        beyond = tensor.data_ptr() % 16
+        unit = math.gcd(unit, beyond // tensor.element_size()) if beyond else unit
+    return unit
+
+
+def _rows_at_once(rows: int, layout: _Layout, input: Tensor, gradient: Tensor) -> int:
+    """How many rows side by side 32 bits hold, if every so many of them are neighbours that begin at 32 bits."""
+    most = max(1, 4 // input.element_size())
+    sizes, *both = layout
+    inner = 3 - sizes.count(1)  # the innermost row dimension
+    length = rows if inner == 1 else sizes[inner - 2]
+    for strides, tensor in zip(both, (input, gradient), strict=True):
+        apart = (*strides[:inner], *strides[inner + 1 :])
+        if strides[inner] != 1 or math.gcd(most, length, *apart) < most or tensor.data_ptr() % 4:
+            return 1
+    return most
 
 
 def _reach(tensor: Tensor) -> int:
@@ -263,10 +293,10 @@ class _Call:
             layout = _collapsed(input, out)
             assert layout is not None
         sizes, in_strides, out_strides = layout
-        side_by_side = in_strides[0] != 1 and self.classes > 1
+        side_by_side = self.classes > 1 and 0 < input.stride(-1 if input.dim() > 2 else 0) < in_strides[0]
         wanted = [slot for slot in ops.needed(needs) if slot != ops.INPUT]
         plain = self.plain and not wanted and stats is None and upstream[1] is upstream[2] is None
-        unit = math.gcd(16, self.classes, *in_strides[1:], *out_strides[1:]) if not side_by_side else 1
+        unit = _unit(self.classes, layout, input, out)
         architecture = _architecture(self.device)
         shape = tile(architecture, self.classes, side_by_side, input.element_size(), unit, plain)
         programs = triton.cdiv(rows, shape.rows)
@@ -297,7 +327,7 @@ class _Call:
                 "CONDITIONAL": conditional,
                 "WIDE": max(_reach(input), _reach(out)) + shape.cols * max(in_strides[0], out_strides[0]) >= _INT32,
                 "UNIT": unit,
-                "ACROSS": side_by_side,
+                "ACROSS": _rows_at_once(rows, layout, input, out) if side_by_side else 0,
                 "ON_CHIP": shape.on_chip,
                 "TWO": not shape.on_chip and self.structure[1] == ScaleKind.TWO_SCALE,
                 "CHUNKS": shape.chunks,

@@ -289,6 +289,21 @@ def afresh(y, number):
 
 
 @triton.jit
+def places(tensor, base, col, stride, WIDE: tl.constexpr, ACROSS: tl.constexpr, VECTOR: tl.constexpr):
+    """Where a tile's elements lie."""
+    place = tensor + of_row(base) + (col.to(tl.int64) if WIDE else col) * stride
+    # Triton deals to threads what it thinks is most contiguous, and a tie by its version. So it is told an order:
+    # vectors, then lanes, then rows; a thread keeps all chunks. How much is accessed at once the alignment says. That is
+    # believed whatever it is, so it is what launch.py found in sizes, strides and pointers.
+    BYTES: tl.constexpr = tensor.dtype.element_ty.primitive_bitwidth // 8
+    if ACROSS:
+        place = tl.multiple_of(tl.max_contiguous(place, [1, 8, 4, 2]), [BYTES, ACROSS * BYTES, BYTES, BYTES])
+    else:
+        place = tl.multiple_of(tl.max_contiguous(place, [1, 2, 4, 8]), [BYTES, BYTES, BYTES, VECTOR * BYTES])
+    return place
+
+
+@triton.jit
 def read_logits(
     input, base, first, read, classes, cap, adjustment, strides, T: tl.constexpr, CAPPED: tl.constexpr,
     WIDE: tl.constexpr, ACROSS: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
@@ -298,14 +313,7 @@ def read_logits(
     # In the tile's whole shape: what is read by class is then read by the threads that need it.
     col += of_row(tl.zeros_like(base).to(tl.int32))
     valid = col < classes
-    at = (col.to(tl.int64) if WIDE else col) * strides[0]
-    place = input + of_row(base) + at
-    # Triton deals to threads what it thinks is most contiguous, and a tie by its version. So it is told: vectors first,
-    # then lanes, then rows; a thread keeps all chunks. Of rows side by side it gets what 32 bits hold.
-    if ACROSS:
-        place = tl.multiple_of(tl.max_contiguous(place, [1, 8, 4, 2]), [4, 4, 4, 4])
-    else:
-        place = tl.max_contiguous(place, [1, 2, 4, 8])
+    place = places(input, base, col, strides[0], WIDE, ACROSS, VECTOR)
     raw = tl.load(place, of_row(read) & valid, -INF).to(T)
     u = prepared(raw, cap, adjustment, col, valid, T, CAPPED)
     if CAPPED:
@@ -334,12 +342,7 @@ def leave_gradient(
         g = g * ((1.0 - slack) * (1.0 + slack))
     if ACROSS:
         g = tl.where(of_row(kept), g, 0.0)
-    to = (col.to(tl.int64) if WIDE else col) * strides[0]
-    place = gradient + of_row(base) + to
-    if ACROSS:
-        place = tl.multiple_of(tl.max_contiguous(place, [1, 8, 4, 2]), [4, 4, 4, 4])
-    else:
-        place = tl.max_contiguous(place, [1, 2, 4, 8])
+    place = places(gradient, base, col, strides[0], WIDE, ACROSS, VECTOR)
     tl.store(place, g.to(gradient.dtype.element_ty), of_row(inside) & valid)
 
 
@@ -378,12 +381,14 @@ def visit(
     """Loss, statistics and gradients of tiles of rows.
 
     CONDITIONAL: nothing is done where the upstream gradient is 1, for which the results are there already.
-    UNIT: a divisor of C and of all row strides. ACROSS: it is rows that are neighbours in memory; ignored ones are then
-    read with their neighbours, and dropped. ON_CHIP: a tile holds whole rows. TWO: the scale of a row is known only
+    UNIT: a divisor of C, of all row strides and of where the tensors begin; 1 unless classes are neighbours in memory.
+    ACROSS: it is rows that are, and how many of them make an aligned access; ignored ones are then read with their
+    neighbours, and dropped. ON_CHIP: a tile holds whole rows. TWO: the scale of a row is known only
     after its maximum, so that block by block the sum is kept for both.
     """
     if CONDITIONAL:
         turns = tl.where(tl.load(upstream[0]) == 1.0, 0, turns)
+    rows = multiple(rows, ACROSS)
     classes = multiple(classes, UNIT)
     T: tl.constexpr = tl.float64 if input.dtype.element_ty == tl.float64 else tl.float32
     PIECEWISE: tl.constexpr = t_tables is not None
