@@ -48,7 +48,7 @@ class Linear(nn.Module):
         self.weight = circle(classes)
         losses: list[nn.Module] = [mlkernels.CrossEntropyLoss()]
         if center:
-            losses.append(mlkernels.CenterLoss(2, classes, rate=0.5))
+            losses.append(mlkernels.CenterLoss(num_features=2, num_classes=classes, rate=0.5))
         self.loss = mlkernels.JointLoss(losses, weights=[1.0, center][: len(losses)], inputs=[0, 1][: len(losses)])
 
     def forward(self, features: Tensor, target: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ class Gaussian(nn.Module):
 
     def __init__(self, classes: int) -> None:
         super().__init__()
-        self.loss = mlkernels.LGMLoss(2, classes, alpha=0.3, lambda_=1.0)
+        self.loss = mlkernels.LGMLoss(num_features=2, num_classes=classes, alpha=0.3, lambda_=1.0)
 
     def forward(self, features: Tensor, target: Tensor) -> Tensor:
         return self.loss(features, target)
@@ -106,9 +106,11 @@ class Gaussian(nn.Module):
 
 LOSSES: dict[str, Callable[[int], Linear | Angular | Gaussian]] = {
     "softmax": Linear,
-    "sphereface": lambda classes: Angular(classes, mlkernels.SphereFaceLoss(torch.tensor(1.5), SCALE), 1.0),
-    "cosface": lambda classes: Angular(classes, mlkernels.CosFaceLoss(torch.tensor(0.1), SCALE), 0.0),
-    "arcface": lambda classes: Angular(classes, mlkernels.ArcFaceLoss(torch.tensor(0.15), SCALE), 0.0),
+    "sphereface": lambda classes: Angular(
+        classes, mlkernels.SphereFaceLoss(margin=torch.tensor(1.5), scale=SCALE), 1.0
+    ),
+    "cosface": lambda classes: Angular(classes, mlkernels.CosFaceLoss(margin=torch.tensor(0.1), scale=SCALE), 0.0),
+    "arcface": lambda classes: Angular(classes, mlkernels.ArcFaceLoss(margin=torch.tensor(0.15), scale=SCALE), 0.0),
     "center": lambda classes: Linear(classes, center=0.1),
     "lgm": Gaussian,
 }

@@ -139,11 +139,11 @@ def plot(title: str, runs: Sequence[Run], betas: Sequence[Run], gammas: Sequence
     cross_entropy = weight_of(mlkernels.CrossEntropyLoss(reduction="sum"), rows, target)
     shown: dict[str, nn.Module] = {
         f"beta = {run.beta:g}, gamma = {run.gamma:g}": mlkernels.ModulatedCrossEntropyLoss(
-            run.beta, run.gamma, reduction="sum"
+            beta=run.beta, gamma=run.gamma, reduction="sum"
         )
         for run in (betas[0], betas[-1], next(r for r in gammas if r.gamma == best(gammas, "gamma")))
     }
-    for label, loss in (shown | {"focal, gamma = 2": mlkernels.FocalLoss(2.0, reduction="sum")}).items():
+    for label, loss in (shown | {"focal, gamma = 2": mlkernels.FocalLoss(gamma=2.0, reduction="sum")}).items():
         right.plot(p, weight_of(loss, rows, target) / cross_entropy, label=label)
     right.axhline(1, color="black", linestyle=":")
     right.set(title="weight of a row against cross entropy's", xlabel="p of its class")
@@ -182,11 +182,11 @@ def main(arguments: Sequence[str] | None = None) -> list[Run]:
             return own
 
         def modulated(beta: float, gamma: float) -> list[Run]:
-            loss = mlkernels.ModulatedCrossEntropyLoss(beta, gamma)
+            loss = mlkernels.ModulatedCrossEntropyLoss(beta=beta, gamma=gamma)
             return several(f"beta = {beta:g}, gamma = {gamma:g}", loss)
 
         several("cross entropy", mlkernels.CrossEntropyLoss())
-        several("focal, gamma = 2", mlkernels.FocalLoss(2.0))
+        several("focal, gamma = 2", mlkernels.FocalLoss(gamma=2.0))
         betas = [run for beta in options.beta for run in modulated(beta, options.gamma[0])]
         beta = best(betas, "beta")
         gammas = [run for run in betas if run.beta == beta]

@@ -121,7 +121,10 @@ class WithCenters(Objective):
     """Cross entropy of the logits, and a little of the center loss of the features."""
 
     def __init__(self, classes: int, backend: str | None) -> None:
-        losses = mlkernels.CenterLoss(FEATURES, classes), mlkernels.CrossEntropyLoss(backend=backend)
+        losses = (
+            mlkernels.CenterLoss(num_features=FEATURES, num_classes=classes),
+            mlkernels.CrossEntropyLoss(backend=backend),
+        )
         super().__init__(mlkernels.JointLoss(losses, weights=(0.01, 1.0), inputs=(0, 1)))
 
     def forward(self, network: Network, features: Tensor, output: Tensor, target: Tensor) -> Tensor:
@@ -157,9 +160,15 @@ def piecewise(classes: int, network: Network, backend: str | None) -> Objective:
     edges = torch.linspace(-1, 1, 7)
     curve = torch.cos((torch.acos(edges) + 0.3).clamp(max=math.pi))
     slope = curve.diff() / edges.diff()
-    t = slope, curve[:-1] - slope * edges[:-1]
-    tau = torch.tensor([1.2, 1.2, 1.2, 0.8, 0.8, 0.8]), torch.tensor([0.0, 0.0, 0.0, 0.2, 0.2, 0.2])
-    return Objective(mlkernels.PiecewiseLoss(*t, *tau, scale=SCALE, backend=backend), SCALE)
+    loss = mlkernels.PiecewiseLoss(
+        t_slope=slope,
+        t_bias=curve[:-1] - slope * edges[:-1],
+        tau_slope=torch.tensor([1.2, 1.2, 1.2, 0.8, 0.8, 0.8]),
+        tau_bias=torch.tensor([0.0, 0.0, 0.0, 0.2, 0.2, 0.2]),
+        scale=SCALE,
+        backend=backend,
+    )
+    return Objective(loss, SCALE)
 
 
 Build = Callable[[int, Network, "str | None"], Objective]
@@ -168,16 +177,19 @@ LOSSES: dict[str, tuple[str, Build]] = {
     "cross_entropy": ("linear", lambda c, n, b: Objective(mlkernels.CrossEntropyLoss(backend=b))),
     "focal": ("linear", lambda c, n, b: Objective(mlkernels.FocalLoss(gamma=2.0, backend=b))),
     "modulated": ("linear", lambda c, n, b: Objective(mlkernels.ModulatedCrossEntropyLoss(backend=b))),
-    "arcface": ("cosine", lambda c, n, b: Objective(mlkernels.ArcFaceLoss(0.5, SCALE, backend=b), SCALE)),
-    "cosface": ("cosine", lambda c, n, b: Objective(mlkernels.CosFaceLoss(0.35, SCALE, backend=b), SCALE)),
+    "arcface": ("cosine", lambda c, n, b: Objective(mlkernels.ArcFaceLoss(margin=0.5, scale=SCALE, backend=b), SCALE)),
+    "cosface": ("cosine", lambda c, n, b: Objective(mlkernels.CosFaceLoss(margin=0.35, scale=SCALE, backend=b), SCALE)),
     # The published margin is 4, reached by annealing; 2 can be trained from the first step on.
-    "sphereface": ("cosine", lambda c, n, b: Objective(mlkernels.SphereFaceLoss(2.0, SCALE, backend=b), SCALE)),
+    "sphereface": (
+        "cosine",
+        lambda c, n, b: Objective(mlkernels.SphereFaceLoss(margin=2.0, scale=SCALE, backend=b), SCALE),
+    ),
     "two_scale": ("linear", lambda c, n, b: TwoScale(n, b)),
     "piecewise": ("cosine", piecewise),
     "truncated": ("linear", lambda c, n, b: Objective(Truncated(b))),
     "multi_margin": ("linear", lambda c, n, b: Objective(mlkernels.MultiMarginLoss())),
     "center": ("linear", lambda c, n, b: WithCenters(c, b)),
-    "lgm": ("none", lambda c, n, b: Gaussian(mlkernels.LGMLoss(FEATURES, c, backend=b))),
+    "lgm": ("none", lambda c, n, b: Gaussian(mlkernels.LGMLoss(num_features=FEATURES, num_classes=c, backend=b))),
 }
 
 
@@ -279,8 +291,8 @@ def train(name: str, images: data.Images, options: argparse.Namespace) -> tuple[
     labels = images.test_labels
     run.final = {
         "accuracy": float(metrics.accuracy(log_p, labels)),
-        "top_3": float(metrics.top_n_accuracy(log_p, labels, 3)),
-        "close_enough_0.1": float(metrics.close_enough(log_p, labels, 0.1)),
+        "top_3": float(metrics.top_n_accuracy(log_p, labels, n=3)),
+        "close_enough_0.1": float(metrics.close_enough(log_p, labels, a=0.1)),
         "macro_f1": float(metrics.macro_f1(log_p, labels)),
         "nmi": float(metrics.nmi(log_p, labels)),
     }

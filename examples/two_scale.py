@@ -125,13 +125,13 @@ def train(
         # Of the plain logits at R1: what a row's scale would be depends on its label.
         log_p = loss.probabilities(network(images.test_images), network).log()
         seen = network(images.train_images)
-    run.close_enough = [float(metrics.close_enough(log_p, images.test_labels, a)) for a in CLOSE]
+    run.close_enough = [float(metrics.close_enough(log_p, images.test_labels, a=a)) for a in CLOSE]
     run.final = {
         "test accuracy": run.test_accuracy[-1],
         "training accuracy": float(metrics.accuracy(seen, images.train_labels)),
-        "top 2": float(metrics.top_n_accuracy(log_p, images.test_labels, 2)),
-        "close .1": float(metrics.close_enough(log_p, images.test_labels, 0.1)),
-        "close .3": float(metrics.close_enough(log_p, images.test_labels, 0.3)),
+        "top 2": float(metrics.top_n_accuracy(log_p, images.test_labels, n=2)),
+        "close .1": float(metrics.close_enough(log_p, images.test_labels, a=0.1)),
+        "close .3": float(metrics.close_enough(log_p, images.test_labels, a=0.3)),
     }
     return run
 

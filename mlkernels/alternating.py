@@ -41,7 +41,7 @@ class Alternating:
 
     Example:
         >>> import torch, mlkernels
-        >>> model, center = torch.nn.Linear(4, 3), mlkernels.CenterLoss(3, 3)
+        >>> model, center = torch.nn.Linear(4, 3), mlkernels.CenterLoss(num_features=3, num_classes=3)
         >>> classify = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> contract = torch.optim.SGD([*model.parameters(), *center.parameters()], lr=0.01)
         >>> turns = [(mlkernels.CrossEntropyLoss(), classify), (center, contract)]

@@ -5,11 +5,15 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import Never
 
-from .checks import check_indices, check_reduction, check_tensors
+from .checks import check_indices, check_reduction, check_tensors, unknown_keywords
+from .spec import ReductionName
 
 
-def center_loss(input: Tensor, target: Tensor, centers: Tensor, *, reduction: str = "mean") -> Tensor:
+def center_loss(
+    input: Tensor, target: Tensor, centers: Tensor, *, reduction: ReductionName = "mean", **unknown: Never
+) -> Tensor:
     r"""Center loss, :math:`L = \tfrac12\lVert x - c_y\rVert^2`. O(N D): each row meets its own center only.
 
     Args:
@@ -31,7 +35,9 @@ def center_loss(input: Tensor, target: Tensor, centers: Tensor, *, reduction: st
 
     Source: Wen et al., A Discriminative Feature Learning Approach for Deep Face Recognition, equation (2).
     """
-    check_tensors(input, target)
+    if unknown:
+        raise unknown_keywords(center_loss, unknown)
+    target = check_tensors(input, target)
     if input.dim() != 2:
         raise ValueError(f"input must be (N, D), got {tuple(input.shape)}")
     if not isinstance(centers, Tensor) or not centers.is_floating_point():

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import numbers
+import operator
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -13,6 +17,8 @@ _REDUCTIONS = {"none": int(Reduction.NONE), "mean": int(Reduction.MEAN), "sum": 
 HALF = frozenset({torch.float16, torch.bfloat16})
 _FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 _INTEGER = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
+#: Those that no backend reads: they are widened at the door.
+_UNSIGNED = frozenset({torch.uint16, torch.uint32, torch.uint64})
 
 _check_labels = False
 
@@ -56,40 +62,98 @@ _RANGES: dict[str, tuple[float, float, float, str]] = {
     "kappa": (-math.inf, 0.0, math.inf, ">= 0"),
     "k": (0.0, -math.inf, 1.0, "in (0, 1]"),
     "tau_min": (0.0, -math.inf, 1.0, "in (0, 1]"),
+    "lambda_": (-math.inf, 0.0, math.inf, ">= 0"),
     "label_smoothing": (-math.inf, 0.0, 1.0, "in [0, 1]"),
+    "rate": (0.0, -math.inf, math.inf, "> 0"),
     "z_loss": (-math.inf, 0.0, math.inf, ">= 0"),
     "softcap": (0.0, -math.inf, math.inf, "> 0"),
 }
+#: Half a turn, as float32 has it.
+_LARGEST_ANGLE = math.pi * (1 + 1e-7)
 _FINITE = (-math.inf, -math.inf, math.inf, "finite")
 
 
-def check_number(name: str, value: float) -> float:
-    """The number as a float, or a ValueError that says which argument is out of which range."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} takes a number or a floating tensor, got {type(value).__name__}")
-    above, low, high, words = _RANGES.get(name, _FINITE)
+def check_number(word: str, value: float, rule: str | None = None, takes: str = "a number") -> float:
+    """The number as a float, or an error that says which argument is none, or is out of which range.
+
+    Args:
+        word: the caller's name of the argument.
+        value: anything that is a real number: Python's, NumPy's, a fraction, an integer by ``__index__``.
+        rule: the name under which ``_RANGES`` has it, if that is another.
+        takes: what else the argument might have been.
+    """
+    number = value if type(value) is float else _real(word, value, takes)
+    rule = rule or word
+    above, low, high, words = _RANGES.get(rule, _FINITE)
     # Written so that NaN fails. An infinite threshold is legal: every row is below it, or none.
-    legal = value > above and low <= value <= high and abs(value) < math.inf
-    if not (legal or (name == "eta" and abs(value) == math.inf)):
-        raise ValueError(f"{name} must be {words}, got {value}")
-    return float(value)
+    if not (number > above and low <= number <= high and abs(number) < math.inf):
+        if rule == "eta" and abs(number) == math.inf:
+            return number
+        raise ValueError(f"{word} must be {words}, got {value}")
+    if rule == "m2" and abs(number) > _LARGEST_ANGLE:
+        raise ValueError(
+            f"{word} is an angle in radians, at most pi, got {value}; if those are degrees, pass "
+            f"math.radians({value}) = {math.radians(number):.4g}"
+        )
+    return number
 
 
-def check_range(name: str, tensor: Tensor) -> None:
+def _real(word: str, value: object, takes: str) -> float:
+    if isinstance(value, Tensor):
+        raise TypeError(f"{word} takes {takes}, got a tensor of shape {tuple(value.shape)}")
+    try:
+        if isinstance(value, numbers.Real) and not isinstance(value, bool):
+            return float(value)
+        if not isinstance(value, bool):
+            return float(operator.index(value))  # type: ignore[arg-type]
+    except OverflowError:
+        raise ValueError(f"{word} must be finite, got an integer beyond float64") from None
+    except TypeError:
+        pass
+    raise TypeError(f"{word} takes {takes}, got {type(value).__name__}")
+
+
+def check_index(word: str, value: int) -> int:
+    """An integer (anything with ``__index__``) that 64 bits hold, and float64 exactly."""
+    if isinstance(value, (bool, Tensor)) or not hasattr(type(value), "__index__"):
+        raise TypeError(f"{word} takes an int, got {type(value).__name__}")
+    number = operator.index(value)
+    if not -(2**63) <= number < 2**63 or int(float(number)) != number:
+        raise ValueError(f"{word} must be exactly representable as int64 and as float64, got {number}")
+    return number
+
+
+def check_range(word: str, tensor: Tensor, rule: str | None = None) -> None:
     """The same for a tensor in the host's memory; reading one on a device would synchronise."""
-    above, low, high, words = _RANGES.get(name, _FINITE)
+    above, low, high, words = _RANGES.get(rule or word, _FINITE)
     if tensor.numel() == 1:
         value = tensor.item()
         if value > above and low <= value <= high:
             return
         # A non-finite parameter is a training run gone wrong, not a bad argument: it gives NaN rows.
         if math.isfinite(value):
-            raise ValueError(f"{name} must be {words}, got a tensor holding {value}")
+            raise ValueError(f"{word} must be {words}, got a tensor holding {value}")
     elif above > -math.inf or low > -math.inf or high < math.inf:
         outside = (tensor <= above) | (tensor < low) | (tensor > high)
         if bool(outside.any()):
             first = tensor.detach().reshape(-1)[outside.reshape(-1).nonzero()[0]].item()
-            raise ValueError(f"{name} must be {words}, got a tensor holding {first}")
+            raise ValueError(f"{word} must be {words}, got a tensor holding {first}")
+
+
+# ---- keywords --------------------------------------------------------------------------------------------------------
+
+
+def unknown_keywords(of: Callable[..., object], unknown: Mapping[str, object], shared: Iterable[str] = ()) -> TypeError:
+    """The error for arguments that a function or a class does not take, with those that it does."""
+    what, name = f"{of.__name__}()", next(iter(unknown))
+    if name in ("size_average", "reduce"):
+        kept = unknown.get("reduce", True) is not False
+        mean = unknown.get("size_average", True) is not False
+        wanted = "mean" if kept and mean else "sum" if kept else "none"
+        return TypeError(f"{what} takes no {name}, which torch has deprecated: write reduction={wanted!r}")
+    taken = inspect.signature(of).parameters.values()
+    own = [one.name for one in taken if one.default is not one.empty or one.kind == one.KEYWORD_ONLY]
+    return TypeError(f"{what} takes no {name!r}; there are {', '.join([*own, *shared])}")
 
 
 # ---- tensors --------------------------------------------------------------------------------------------------------
@@ -103,15 +167,20 @@ def check_input(input: Tensor) -> None:
         raise TypeError(f"input must be float16, bfloat16, float32 or float64, got {input.dtype}")
 
 
-def check_tensors(input: Tensor, target: Tensor) -> None:
-    """Types, shapes and devices of the logits and the labels."""
+def check_tensors(input: Tensor, target: Tensor, ignore_index: int | None = None) -> Tensor:
+    """Types, shapes and devices of the logits and the labels; returns the labels as every backend reads them."""
     check_input(input)
     if not isinstance(target, Tensor):
         raise TypeError(f"target takes an integer tensor, got {type(target).__name__}")
-    if target.dtype not in _INTEGER:
+    unread = target.dtype not in _INTEGER
+    if unread and target.dtype not in _UNSIGNED:
         raise TypeError(
             f"target must hold integer class indices, got {target.dtype}"
-            + ("; class probabilities are served by cross_entropy" if target.is_floating_point() else "")
+            + (
+                "; write target.long(), or take cross_entropy for class probabilities"
+                if target.is_floating_point()
+                else ""
+            )
         )
     shape, labels = input.shape, target.shape
     # (N, C) with (N) is nearly every call; the general rule costs microseconds.
@@ -124,16 +193,31 @@ def check_tensors(input: Tensor, target: Tensor) -> None:
                 f"target must be {tuple(wanted)} for an input of {tuple(shape)} (classes are dimension "
                 f"{1 if len(shape) > 1 else 0}), got {tuple(labels)}"
             )
-    if shape[1 if len(shape) > 1 else 0] == 0:
+    classes = shape[1 if len(shape) > 1 else 0]
+    if classes == 0:
         raise ValueError(f"input must have at least one class, got {tuple(shape)}")
     if target.device != input.device:
         raise ValueError(f"target must be on input's device {input.device}, got {target.device}")
+    return widened("target", target, classes, ignore_index) if unread else target
+
+
+def widened(name: str, index: Tensor, count: int, ignore_index: int | None = None) -> Tensor:
+    """Indices of any dtype as int64. From 2^63 on they are none, and not what is ignored either."""
+    if index.dtype != torch.uint64:
+        return index.long()
+    signed = index.view(torch.int64)
+    beyond = signed < 0
+    if index.device.type == "cpu" and not traced() and bool(beyond.any()):
+        row = int(beyond.reshape(-1).nonzero()[0])
+        raise index_error(name, row, int(signed.reshape(-1)[row]) + 2**64, count)
+    return torch.where(beyond, -1 if ignore_index != -1 else -2, signed)
 
 
 def check_indices(name: str, index: Tensor, count: int, ignore_index: int | None = None) -> None:
     """An IndexError naming the first row whose index is outside [0, count); on a GPU only under check_labels."""
     if traced() or not (index.device.type == "cpu" or _check_labels):
         return
+    index = index.long()  # a narrow dtype holds neither count nor ignore_index
     bad = (index < 0) | (index >= count)
     if ignore_index is not None:
         bad &= index != ignore_index
@@ -168,7 +252,7 @@ def check_parameter(name: str, value: Tensor, input: Tensor, target: Tensor) -> 
 
 def check_reduction(reduction: str) -> int:
     """The reduction's number."""
-    found = _REDUCTIONS.get(reduction)
+    found = _REDUCTIONS.get(reduction) if isinstance(reduction, str) else None
     if found is None:
         raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
     return found
@@ -188,21 +272,20 @@ def check_class_vector(name: str, value: Tensor, input: Tensor, classes: int) ->
         raise ValueError(f"{name} is not differentiated: it must not require a gradient; pass {name}.detach()")
 
 
-def check_tables(spec: Spec, params: dict[int, Tensor], group: Tensor | None, input: Tensor, target: Tensor) -> None:
-    """Piecewise tables: slope and bias alike, (M,) or (G, M); group exactly when they are (G, M)."""
+def check_tables(
+    spec: Spec, params: dict[int, Tensor], group: Tensor | None, input: Tensor, target: Tensor
+) -> Tensor | None:
+    """Piecewise tables: slope and bias alike, (M,) or (G, M); group exactly when they are (G, M), returned as read."""
     pairs = []
     if spec.transform == TransformKind.PIECEWISE:
         pairs.append((int(Slot.TRANSFORM_A), int(Slot.TRANSFORM_B)))
     if spec.head == HeadKind.TAU:
         pairs.append((int(Slot.HEAD_A), int(Slot.HEAD_B)))
-    names = dict(spec.slots)
+    names = {slot: word for (slot, _), word in zip(spec.slots, spec.words, strict=True)}
     groups = set()
     for first, second in pairs:
         for slot in (first, second):
-            table = params.get(slot)
-            name = names[slot]
-            if table is None:
-                raise TypeError(f"{name} takes a floating tensor of shape (M,) or (G, M), got a number")
+            table, name = params[slot], names[slot]
             if table.dtype not in _FLOATING:
                 raise TypeError(f"{name} must be floating, got {table.dtype}")
             if table.device != input.device:
@@ -221,13 +304,14 @@ def check_tables(spec: Spec, params: dict[int, Tensor], group: Tensor | None, in
     if group is None:
         if counts:
             raise ValueError(f"group is required where tables are (G, M): one index in [0, {counts.pop()}) per row")
-        return
+        return None
     if not counts:
         raise ValueError("group is only for tables of shape (G, M)")
-    if not isinstance(group, Tensor) or group.dtype not in _INTEGER:
+    if not isinstance(group, Tensor) or group.dtype not in _INTEGER | _UNSIGNED:
         kind = group.dtype if isinstance(group, Tensor) else type(group).__name__
         raise TypeError(f"group must be an integer tensor, got {kind}")
     if group.shape != target.shape:
         raise ValueError(f"group must have target's shape {tuple(target.shape)}, got {tuple(group.shape)}")
     if group.device != input.device:
         raise ValueError(f"group must be on input's device {input.device}, got {group.device}")
+    return widened("group", group, counts.pop()) if group.dtype in _UNSIGNED else group

@@ -36,16 +36,22 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import Never, Unpack
 
 from . import checks, softmax
 from .center import center_loss
 from .lgm import lgm_loss
 from .multi_margin import multi_margin_loss
-from .softmax import RowStats
+from .softmax import Common, RowStats
 from .spec import (
+    BackendName,
+    BeyondPiName,
+    ClampName,
+    GradientName,
     Head,
     HeadKind,
     Number,
+    ReductionName,
     ScaleKind,
     Transform,
     TransformKind,
@@ -70,9 +76,10 @@ __all__ = [
     "two_scale_cross_entropy",
 ]
 
-_CROSS_ENTROPY = spec()
-_MODULATED = spec(head=HeadKind.MODULATED)
-_TWO_SCALE = spec(scale=ScaleKind.TWO_SCALE)
+_CROSS_ENTROPY = spec(function="cross_entropy")
+_FOCAL = spec(head=HeadKind.MODULATED, function="focal_loss")
+_MODULATED = spec(head=HeadKind.MODULATED, function="modulated_cross_entropy")
+_TWO_SCALE = spec(scale=ScaleKind.TWO_SCALE, function="two_scale_cross_entropy")
 
 
 def cross_entropy(
@@ -80,14 +87,7 @@ def cross_entropy(
     target: Tensor,
     *,
     scale: Number = 1.0,
-    weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    logit_adjustment: Tensor | None = None,
-    backend: str | None = None,
+    **common: Unpack[Common],
 ) -> Tensor:
     r"""Cross entropy of scaled logits, :math:`L = -\log\operatorname{softmax}(s f)_y`.
 
@@ -103,28 +103,16 @@ def cross_entropy(
         tensor(0.2395)
     """
     if isinstance(target, Tensor) and target.is_floating_point():
-        return _soft_cross_entropy(
-            input, target, scale, weight, reduction, label_smoothing, z_loss, softcap, logit_adjustment, backend
-        )
-    return softmax.apply(
-        _CROSS_ENTROPY, (scale,), input, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap,
-        logit_adjustment, backend,
-    )[0]  # fmt: skip
+        return _soft_cross_entropy(input, target, scale, **common)
+    return softmax.apply(_CROSS_ENTROPY, (scale,), input, target, **common)[0]
 
 
 def focal_loss(
     input: Tensor,
     target: Tensor,
-    gamma: Number = 2.0,
     *,
-    weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    logit_adjustment: Tensor | None = None,
-    backend: str | None = None,
+    gamma: Number = 2.0,
+    **common: Unpack[Common],
 ) -> Tensor:
     r"""Focal loss of the softmax, :math:`L = (1-p_y)^\gamma(-\log p_y)`.
 
@@ -140,28 +128,18 @@ def focal_loss(
 
     Source: Lin et al., Focal Loss for Dense Object Detection, equation (4), with the softmax's p.
     """
-    return softmax.apply(
-        _MODULATED, (1.0, 1.0, 1.0, gamma, 1.0), input, target, weight, ignore_index, reduction, label_smoothing,
-        z_loss, softcap, logit_adjustment, backend,
-    )[0]  # fmt: skip
+    return softmax.apply(_FOCAL, (1.0, 1.0, gamma, 1.0, 1.0), input, target, **common)[0]
 
 
 def modulated_cross_entropy(
     input: Tensor,
     target: Tensor,
+    *,
     beta: Number = 4.0,
     gamma: Number = 5.0,
     alpha: Number = 1.0,
     kappa: Number = 1.0,
-    *,
-    weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    logit_adjustment: Tensor | None = None,
-    backend: str | None = None,
+    **common: Unpack[Common],
 ) -> Tensor:
     r"""Modulated cross entropy, :math:`L = \alpha\,(1-p_y^\beta)^\gamma\,(-\log p_y)^\kappa`.
 
@@ -187,31 +165,21 @@ def modulated_cross_entropy(
     Source: the modulated cross entropy paper, equations (1) and (4). Reconstructed: the formula did not survive in the
     text at hand; this is the candidate with every property that the text states (see docs/losses.md).
     """
-    return softmax.apply(
-        _MODULATED, (1.0, alpha, beta, gamma, kappa), input, target, weight, ignore_index, reduction,
-        label_smoothing, z_loss, softcap, logit_adjustment, backend,
-    )[0]  # fmt: skip
+    return softmax.apply(_MODULATED, (1.0, beta, gamma, alpha, kappa), input, target, **common)[0]
 
 
 def margin_cross_entropy(
     input: Tensor,
     target: Tensor,
+    *,
     m1: Number = 1.0,
     m2: Number = 0.0,
     m3: Number = 0.0,
     scale: Number = 64.0,
     norm: Number | None = None,
-    beyond_pi: str | None = None,
-    gradient: str = "exact",
-    *,
-    weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    logit_adjustment: Tensor | None = None,
-    backend: str | None = None,
+    beyond_pi: BeyondPiName | None = None,
+    gradient: GradientName = "exact",
+    **common: Unpack[Common],
 ) -> Tensor:
     r"""Cross entropy with angular margins, :math:`z_y = s(\cos(m_1\theta + m_2) - m_3)`, :math:`z_j = s f_j`.
 
@@ -232,28 +200,19 @@ def margin_cross_entropy(
 
     Source: ArcFace, equation (4) (the combined margin).
     """
-    return softmax.apply(
-        spec(TransformKind.MARGIN, beyond_pi=beyond_pi, gradient=gradient), (m1, m2, m3, norm, scale), input, target,
-        weight, ignore_index, reduction, label_smoothing, z_loss, softcap, logit_adjustment, backend,
-    )[0]  # fmt: skip
+    structure = spec(TransformKind.MARGIN, beyond_pi=beyond_pi, gradient=gradient, function="margin_cross_entropy")
+    return softmax.apply(structure, (m1, m2, m3, norm, scale), input, target, **common)[0]
 
 
 def arcface_loss(
     input: Tensor,
     target: Tensor,
+    *,
     margin: Number = 0.5,
     scale: Number = 64.0,
-    beyond_pi: str | None = None,
-    gradient: str = "exact",
-    *,
-    weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    logit_adjustment: Tensor | None = None,
-    backend: str | None = None,
+    beyond_pi: BeyondPiName | None = None,
+    gradient: GradientName = "exact",
+    **common: Unpack[Common],
 ) -> Tensor:
     r"""ArcFace on cosines, :math:`z_y = s\cos(\theta + m)`: an additive angular margin, in radians.
 
@@ -269,28 +228,19 @@ def arcface_loss(
 
     Source: Deng et al., ArcFace, equation (3).
     """
-    return softmax.apply(
-        spec(TransformKind.MARGIN, beyond_pi=beyond_pi, gradient=gradient), (1.0, margin, 0.0, None, scale), input,
-        target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap, logit_adjustment, backend,
-    )[0]  # fmt: skip
+    structure = spec(TransformKind.MARGIN, beyond_pi=beyond_pi, gradient=gradient, function="arcface_loss")
+    return softmax.apply(structure, (1.0, margin, 0.0, None, scale), input, target, **common)[0]
 
 
 def cosface_loss(
     input: Tensor,
     target: Tensor,
+    *,
     margin: Number = 0.35,
     scale: Number = 64.0,
-    beyond_pi: str | None = None,
-    gradient: str = "exact",
-    *,
-    weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    logit_adjustment: Tensor | None = None,
-    backend: str | None = None,
+    beyond_pi: BeyondPiName | None = None,
+    gradient: GradientName = "exact",
+    **common: Unpack[Common],
 ) -> Tensor:
     r"""CosFace on cosines, :math:`z_y = s(\cos\theta - m)`: an additive cosine margin.
 
@@ -306,28 +256,19 @@ def cosface_loss(
 
     Source: Wang et al., CosFace, equation (4).
     """
-    return softmax.apply(
-        spec(TransformKind.MARGIN, beyond_pi=beyond_pi, gradient=gradient), (1.0, 0.0, margin, None, scale), input,
-        target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap, logit_adjustment, backend,
-    )[0]  # fmt: skip
+    structure = spec(TransformKind.MARGIN, beyond_pi=beyond_pi, gradient=gradient, function="cosface_loss")
+    return softmax.apply(structure, (1.0, 0.0, margin, None, scale), input, target, **common)[0]
 
 
 def sphereface_loss(
     input: Tensor,
     target: Tensor,
+    *,
     margin: Number = 4,
     scale: Number = 64.0,
-    beyond_pi: str | None = None,
-    gradient: str = "exact",
-    *,
-    weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    logit_adjustment: Tensor | None = None,
-    backend: str | None = None,
+    beyond_pi: BeyondPiName | None = None,
+    gradient: GradientName = "exact",
+    **common: Unpack[Common],
 ) -> Tensor:
     r"""SphereFace (A-Softmax) on cosines, :math:`z_y = s\,\psi(\theta)`, :math:`\psi` the monotone continuation of
     :math:`\cos m\theta`.
@@ -345,10 +286,8 @@ def sphereface_loss(
 
     Source: Liu et al., SphereFace, equation (7).
     """
-    return softmax.apply(
-        spec(TransformKind.MARGIN, beyond_pi=beyond_pi, gradient=gradient), (margin, 0.0, 0.0, None, scale), input,
-        target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap, logit_adjustment, backend,
-    )[0]  # fmt: skip
+    structure = spec(TransformKind.MARGIN, beyond_pi=beyond_pi, gradient=gradient, function="sphereface_loss")
+    return softmax.apply(structure, (margin, 0.0, 0.0, None, scale), input, target, **common)[0]
 
 
 def two_scale_cross_entropy(
@@ -356,17 +295,10 @@ def two_scale_cross_entropy(
     target: Tensor,
     scale_low: Number,
     scale_high: Number,
+    *,
     eta: float = 0.01,
     logit_norm: Tensor | None = None,
-    *,
-    weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    logit_adjustment: Tensor | None = None,
-    backend: str | None = None,
+    **common: Unpack[Common],
 ) -> Tensor:
     r"""Two-scale cross entropy: :math:`L = -\log\operatorname{softmax}(\tfrac{r}{R} X)_y` with
     :math:`r = R_1` where :math:`\delta X < \eta`, else :math:`R_2`.
@@ -390,15 +322,13 @@ def two_scale_cross_entropy(
 
     Source: the two-scale loss, equations (13), (14), (16), (17).
     """
-    return softmax.apply(
-        _TWO_SCALE, (scale_low, scale_high, eta, logit_norm), input, target, weight, ignore_index, reduction,
-        label_smoothing, z_loss, softcap, logit_adjustment, backend,
-    )[0]  # fmt: skip
+    return softmax.apply(_TWO_SCALE, (scale_low, scale_high, eta, logit_norm), input, target, **common)[0]
 
 
 def piecewise_cross_entropy(
     input: Tensor,
     target: Tensor,
+    *,
     t_slope: Tensor | None = None,
     t_bias: Tensor | None = None,
     tau_slope: Tensor | None = None,
@@ -407,16 +337,8 @@ def piecewise_cross_entropy(
     norm: Number | None = None,
     scale: Number = 1.0,
     tau_min: float = 1e-6,
-    clamp: str = "min",
-    *,
-    weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    logit_adjustment: Tensor | None = None,
-    backend: str | None = None,
+    clamp: ClampName = "min",
+    **common: Unpack[Common],
 ) -> Tensor:
     r"""The searchable loss :math:`L = -\log\tau(p^t_y)` with piecewise-linear t on [-1, 1] and :math:`\tau` on [0, 1].
 
@@ -454,10 +376,8 @@ def piecewise_cross_entropy(
         raise ValueError("norm divides the argument of t: it needs t_slope or t_bias, got neither")
     if tau_slope is not None:
         values = (*values, tau_slope, tau_bias, tau_min)
-    return softmax.apply(
-        spec(transform, head=head, clamp=clamp), values, input, target, weight, ignore_index, reduction,
-        label_smoothing, z_loss, softcap, logit_adjustment, backend, group,
-    )[0]  # fmt: skip
+    structure = spec(transform, head=head, clamp=clamp, function="piecewise_cross_entropy")
+    return softmax.apply(structure, values, input, target, group=group, **common)[0]
 
 
 def _tables(name: str, slope: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -483,15 +403,8 @@ def softmax_loss(
     head: Head | None = None,
     target_logit: Tensor | None = None,
     group: Tensor | None = None,
-    weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    logit_adjustment: Tensor | None = None,
-    backend: str | None = None,
     return_stats: Literal[False] = False,
+    **common: Unpack[Common],
 ) -> Tensor: ...
 
 
@@ -505,15 +418,8 @@ def softmax_loss(
     head: Head | None = None,
     target_logit: Tensor | None = None,
     group: Tensor | None = None,
-    weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    logit_adjustment: Tensor | None = None,
-    backend: str | None = None,
     return_stats: Literal[True],
+    **common: Unpack[Common],
 ) -> tuple[Tensor, RowStats]: ...
 
 
@@ -526,15 +432,8 @@ def softmax_loss(
     head: Head | None = None,
     target_logit: Tensor | None = None,
     group: Tensor | None = None,
-    weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    logit_adjustment: Tensor | None = None,
-    backend: str | None = None,
     return_stats: bool = False,
+    **common: Unpack[Common],
 ) -> Tensor | tuple[Tensor, RowStats]:
     r"""Any composition of the family: target transform x row scale x head.
 
@@ -566,10 +465,7 @@ def softmax_loss(
         tensor(1.8966)
     """
     structure, values = compose(transform, scale, head, target_logit)
-    loss, rows = softmax.apply(
-        structure, values, input, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap,
-        logit_adjustment, backend, group, return_stats,
-    )  # fmt: skip
+    loss, rows = softmax.apply(structure, values, input, target, group=group, return_stats=return_stats, **common)
     return loss if rows is None else (loss, rows)
 
 
@@ -577,22 +473,33 @@ def _soft_cross_entropy(
     input: Tensor,
     target: Tensor,
     scale: Number,
-    weight: Tensor | None,
-    reduction: str,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
-    logit_adjustment: Tensor | None,
-    backend: str | None,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: ReductionName = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_adjustment: Tensor | None = None,
+    backend: BackendName | None = None,
+    **unknown: Never,
 ) -> Tensor:
     """Class probabilities as target, in plain torch."""
+    if unknown:
+        raise checks.unknown_keywords(cross_entropy, unknown, softmax.COMMON)
+    checks.check_input(input)
+    if target.shape != input.shape:
+        raise ValueError(
+            f"a floating target holds class probabilities and must have input's shape {tuple(input.shape)}, got "
+            f"{tuple(target.shape)}; class indices are integers: target.long()"
+        )
     if backend not in (None, "reference"):
         raise TypeError(
             f"target holds class probabilities, which only the reference backend serves; got backend={backend!r}"
         )
-    checks.check_input(input)
-    if target.shape != input.shape:
-        raise ValueError(f"a floating target must have input's shape {tuple(input.shape)}, got {tuple(target.shape)}")
+    if checks.check_index("ignore_index", ignore_index) >= 0:
+        raise ValueError(
+            f"ignore_index has no meaning where target holds class probabilities: it must be < 0, got {ignore_index}"
+        )
     if target.device != input.device:
         raise ValueError(f"target must be on input's device {input.device}, got {target.device}")
     checks.check_reduction(reduction)
@@ -600,19 +507,18 @@ def _soft_cross_entropy(
     for name, vector in (("weight", weight), ("logit_adjustment", logit_adjustment)):
         if vector is not None:
             checks.check_class_vector(name, vector, input, input.shape[classes])
-    if isinstance(scale, Tensor):
-        if scale.dim() > 0:
-            raise ValueError(f"scale must be a number or 0-d with class probabilities, got {tuple(scale.shape)}")
-        if scale.device.type == "cpu" and not checks.traced():
-            checks.check_range("scale", scale)
-    else:
-        checks.check_number("scale", scale)
-    checks.check_number("label_smoothing", label_smoothing)
-    checks.check_number("z_loss", z_loss)
+    if not isinstance(scale, Tensor):
+        scale = checks.check_number("scale", scale)
+    elif scale.dim() > 0:
+        raise ValueError(f"scale must be a number or 0-d with class probabilities, got {tuple(scale.shape)}")
+    elif scale.device.type == "cpu" and not checks.traced():
+        checks.check_range("scale", scale)
+    label_smoothing = checks.check_number("label_smoothing", label_smoothing)
+    z_loss = checks.check_number("z_loss", z_loss)
     with torch.autocast(input.device.type, enabled=False):
         logits = input if input.dtype == torch.float64 else input.float()
         if softcap is not None:
-            checks.check_number("softcap", softcap)
+            softcap = checks.check_number("softcap", softcap)
             logits = softcap * torch.tanh(logits / softcap)
         if logit_adjustment is not None:
             logits = logits + logit_adjustment.to(logits.dtype).reshape(-1, *[1] * (logits.dim() - 1 - classes))
@@ -621,7 +527,7 @@ def _soft_cross_entropy(
             logits,
             target.to(logits.dtype),
             None if weight is None else weight.to(logits.dtype),
-            reduction=reduction,
+            reduction=str(reduction),
             label_smoothing=label_smoothing,
         )
         if z_loss > 0:

@@ -7,10 +7,11 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import Never
 
 from . import softmax
-from .checks import check_number, check_range, check_tensors, traced
-from .spec import Number, TransformKind, spec
+from .checks import check_index, check_number, check_range, check_tensors, traced, unknown_keywords
+from .spec import BackendName, Number, ReductionName, TransformKind, spec
 
 _GIVEN = spec(TransformKind.GIVEN)
 
@@ -19,15 +20,16 @@ def lgm_loss(
     input: Tensor,
     target: Tensor,
     means: Tensor,
+    *,
     log_variance: Tensor | None = None,
     alpha: Number = 0.1,
     lambda_: float = 0.1,
-    *,
     weight: Tensor | None = None,
     ignore_index: int = -100,
-    reduction: str = "mean",
+    reduction: ReductionName = "mean",
     label_smoothing: float = 0.0,
-    backend: str | None = None,
+    backend: BackendName | None = None,
+    **unknown: Never,
 ) -> Tensor:
     r"""Large-margin Gaussian mixture loss.
 
@@ -63,7 +65,11 @@ def lgm_loss(
 
     Source: Wan et al., Rethinking Feature Distribution for Loss Functions in Image Classification, the L-GM loss.
     """
-    _check(input, target, means, log_variance, alpha, lambda_)
+    if unknown:
+        raise unknown_keywords(lgm_loss, unknown)
+    ignore_index = check_index("ignore_index", ignore_index)
+    target = check_tensors(input, target, ignore_index)
+    alpha, lambda_ = _check(input, means, log_variance, alpha, lambda_)
     accumulate = torch.float64 if input.dtype == torch.float64 else torch.float32
     classes = means.shape[0]
     with torch.autocast(input.device.type, enabled=False):
@@ -91,8 +97,8 @@ def lgm_loss(
             target_logit = target_logit - half_log_det_y
             likelihood = likelihood + half_log_det_y
         loss, _ = softmax.apply(
-            _GIVEN, (target_logit.unsqueeze(1), 1.0), logits, target, weight, ignore_index, reduction,
-            label_smoothing, backend=backend,
+            _GIVEN, (target_logit.unsqueeze(1), 1.0), logits, target, weight=weight, ignore_index=ignore_index,
+            reduction=reduction, label_smoothing=label_smoothing, backend=backend,
         )  # fmt: skip
         if lambda_ == 0:
             return loss
@@ -126,9 +132,9 @@ def class_logits(x: Tensor, mu: Tensor, log_var: Tensor | None) -> tuple[Tensor,
 
 
 def _check(
-    input: Tensor, target: Tensor, means: Tensor, log_variance: Tensor | None, alpha: Number, lambda_: float
-) -> None:
-    check_tensors(input, target)
+    input: Tensor, means: Tensor, log_variance: Tensor | None, alpha: Number, lambda_: float
+) -> tuple[Number, float]:
+    """Everything but the labels; the numbers as floats."""
     if input.dim() != 2:
         raise ValueError(f"input must be (N, D), got {tuple(input.shape)}")
     for name, value in (("means", means), ("log_variance", log_variance)):
@@ -147,12 +153,11 @@ def _check(
             f"log_variance must have the shape of means, {tuple(means.shape)}, got {tuple(log_variance.shape)}"
         )
     if not isinstance(alpha, Tensor):
-        check_number("alpha", alpha)
+        alpha = check_number("alpha", alpha, takes="a number or a floating 0-d tensor")
     elif alpha.dim() != 0 or not alpha.is_floating_point():
         raise ValueError(f"alpha must be a number or a floating 0-d tensor, got {tuple(alpha.shape)} {alpha.dtype}")
     elif alpha.device != input.device:
         raise ValueError(f"alpha must be on input's device {input.device}, got {alpha.device}")
     elif alpha.device.type == "cpu" and not traced():
         check_range("alpha", alpha)
-    if check_number("lambda_", lambda_) < 0:
-        raise ValueError(f"lambda_ must be >= 0, got {lambda_}")
+    return alpha, check_number("lambda_", lambda_)

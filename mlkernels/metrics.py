@@ -52,7 +52,7 @@ def accuracy(input: Tensor | RowStats, target: Tensor, *, ignore_index: int = -1
     return _share(rows.prediction == target, target, ignore_index)
 
 
-def top_n_accuracy(input: Tensor | RowStats, target: Tensor, n: int = 5, *, ignore_index: int = -100) -> Tensor:
+def top_n_accuracy(input: Tensor | RowStats, target: Tensor, *, n: int = 5, ignore_index: int = -100) -> Tensor:
     r"""The share of rows with fewer than n logits larger than the target's.
 
     Args:
@@ -75,8 +75,8 @@ def top_n_accuracy(input: Tensor | RowStats, target: Tensor, n: int = 5, *, igno
 def close_enough(
     input: Tensor | RowStats,
     target: Tensor,
-    a: float = 0.1,
     *,
+    a: float = 0.1,
     scale: float | Tensor = 1.0,
     ignore_index: int = -100,
 ) -> Tensor:
@@ -143,8 +143,8 @@ def superclass_accuracy(
 def classification_confidence(
     input: Tensor | RowStats,
     target: Tensor,
-    logit_norm: float | Tensor | None = None,
     *,
+    logit_norm: float | Tensor | None = None,
     ignore_index: int = -100,
 ) -> Tensor:
     r"""The mean classification confidence, :math:`\delta X = X_y - \max_{j\ne y}X_j`; with R, normalised,

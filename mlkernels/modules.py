@@ -10,16 +10,17 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal, TypedDict
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Unpack
+from typing_extensions import Never, Unpack
 
 from . import functional as F
-from .checks import check_number, check_range, traced
+from .checks import check_number, check_range, traced, unknown_keywords
 from .lgm import class_logits
-from .spec import Number
+from .softmax import COMMON, Common
+from .spec import BackendName, BeyondPiName, ClampName, GradientName, Number, ReductionName
 from .weight_norm import weight_norm_product
 
 __all__ = [
@@ -39,19 +40,6 @@ __all__ = [
 ]
 
 
-class Common(TypedDict, total=False):
-    """The keyword arguments that the losses of the family share; see :mod:`mlkernels.functional`."""
-
-    weight: Tensor | None
-    ignore_index: int
-    reduction: str
-    label_smoothing: float
-    z_loss: float
-    softcap: float | None
-    logit_adjustment: Tensor | None
-    backend: str | None
-
-
 class _Loss(nn.Module):
     """A function and the arguments kept for it."""
 
@@ -66,10 +54,17 @@ class _Loss(nn.Module):
 
     def _keep(self, name: str, value: Any) -> None:
         if name in self._buffers_always:
-            self.register_buffer(name, value.detach() if isinstance(value, Tensor) else value)
+            if isinstance(value, Tensor) and value.requires_grad:
+                raise ValueError(f"{name} is not differentiated: it must not require a gradient; pass {name}.detach()")
+            self.register_buffer(name, value)
         elif isinstance(value, nn.Parameter):
             self.register_parameter(name, value)
         elif isinstance(value, Tensor):
+            if value.requires_grad:
+                raise ValueError(
+                    f"{name} requires a gradient, and as no nn.Parameter would be in no optimizer: pass "
+                    f"nn.Parameter({name}) to train it, {name}.detach() to keep it"
+                )
             self.register_buffer(name, value)
         else:
             setattr(self, name, value)
@@ -83,10 +78,11 @@ class _Loss(nn.Module):
 
     def extra_repr(self) -> str:
         """The loss's own arguments, and the common ones that are not at their defaults; tensors by their shapes."""
-        defaults = inspect.signature(type(self)._function).parameters
+        own = inspect.signature(type(self)._function).parameters
+        defaults = COMMON | {name: parameter.default for name, parameter in own.items()}
         shown = self._kept(self._own)
         for name, value in self._kept(self._common).items():
-            if isinstance(value, Tensor) or value != defaults[name].default:
+            if isinstance(value, Tensor) or value != defaults[name]:
                 shown[name] = value
         return ", ".join(f"{name}={_shown(value)}" for name, value in shown.items())
 
@@ -98,30 +94,11 @@ def _shown(value: object) -> str:
 class _FamilyLoss(_Loss):
     """A loss of the softmax family: what all of them take."""
 
-    def __init__(
-        self,
-        own: dict[str, Any],
-        *,
-        weight: Tensor | None = None,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        label_smoothing: float = 0.0,
-        z_loss: float = 0.0,
-        softcap: float | None = None,
-        logit_adjustment: Tensor | None = None,
-        backend: str | None = None,
-    ) -> None:
-        common = {
-            "weight": weight,
-            "ignore_index": ignore_index,
-            "reduction": reduction,
-            "label_smoothing": label_smoothing,
-            "z_loss": z_loss,
-            "softcap": softcap,
-            "logit_adjustment": logit_adjustment,
-            "backend": backend,
-        }
-        super().__init__(own, common)
+    def __init__(self, own: dict[str, Any], common: Common) -> None:
+        unknown = {name: value for name, value in common.items() if name not in COMMON}
+        if unknown:
+            raise unknown_keywords(type(self), unknown, COMMON)
+        super().__init__(own, COMMON | common)
 
 
 class CrossEntropyLoss(_FamilyLoss):
@@ -142,7 +119,7 @@ class CrossEntropyLoss(_FamilyLoss):
     _function = staticmethod(F.cross_entropy)
 
     def __init__(self, *, scale: Number = 1.0, **common: Unpack[Common]) -> None:
-        super().__init__({"scale": scale}, **common)
+        super().__init__({"scale": scale}, common)
 
 
 class FocalLoss(_FamilyLoss):
@@ -156,8 +133,8 @@ class FocalLoss(_FamilyLoss):
 
     _function = staticmethod(F.focal_loss)
 
-    def __init__(self, gamma: Number = 2.0, **common: Unpack[Common]) -> None:
-        super().__init__({"gamma": gamma}, **common)
+    def __init__(self, *, gamma: Number = 2.0, **common: Unpack[Common]) -> None:
+        super().__init__({"gamma": gamma}, common)
 
 
 class ModulatedCrossEntropyLoss(_FamilyLoss):
@@ -173,13 +150,14 @@ class ModulatedCrossEntropyLoss(_FamilyLoss):
 
     def __init__(
         self,
+        *,
         beta: Number = 4.0,
         gamma: Number = 5.0,
         alpha: Number = 1.0,
         kappa: Number = 1.0,
         **common: Unpack[Common],
     ) -> None:
-        super().__init__({"beta": beta, "gamma": gamma, "alpha": alpha, "kappa": kappa}, **common)
+        super().__init__({"beta": beta, "gamma": gamma, "alpha": alpha, "kappa": kappa}, common)
 
 
 class MarginLoss(_FamilyLoss):
@@ -196,16 +174,17 @@ class MarginLoss(_FamilyLoss):
 
     def __init__(
         self,
+        *,
         m1: Number = 1.0,
         m2: Number = 0.0,
         m3: Number = 0.0,
         scale: Number = 64.0,
-        beyond_pi: str | None = None,
-        gradient: str = "exact",
+        beyond_pi: BeyondPiName | None = None,
+        gradient: GradientName = "exact",
         **common: Unpack[Common],
     ) -> None:
         own = {"m1": m1, "m2": m2, "m3": m3, "scale": scale, "beyond_pi": beyond_pi, "gradient": gradient}
-        super().__init__(own, **common)
+        super().__init__(own, common)
 
     def forward(self, input: Tensor, target: Tensor, norm: Tensor | None = None) -> Tensor:
         """The loss. ``norm`` (N, 1) belongs to the batch: the logits are then raw, not cosines (L-Softmax)."""
@@ -226,13 +205,14 @@ class ArcFaceLoss(_FamilyLoss):
 
     def __init__(
         self,
+        *,
         margin: Number = 0.5,
         scale: Number = 64.0,
-        beyond_pi: str | None = None,
-        gradient: str = "exact",
+        beyond_pi: BeyondPiName | None = None,
+        gradient: GradientName = "exact",
         **common: Unpack[Common],
     ) -> None:
-        super().__init__({"margin": margin, "scale": scale, "beyond_pi": beyond_pi, "gradient": gradient}, **common)
+        super().__init__({"margin": margin, "scale": scale, "beyond_pi": beyond_pi, "gradient": gradient}, common)
 
 
 class CosFaceLoss(_FamilyLoss):
@@ -248,13 +228,14 @@ class CosFaceLoss(_FamilyLoss):
 
     def __init__(
         self,
+        *,
         margin: Number = 0.35,
         scale: Number = 64.0,
-        beyond_pi: str | None = None,
-        gradient: str = "exact",
+        beyond_pi: BeyondPiName | None = None,
+        gradient: GradientName = "exact",
         **common: Unpack[Common],
     ) -> None:
-        super().__init__({"margin": margin, "scale": scale, "beyond_pi": beyond_pi, "gradient": gradient}, **common)
+        super().__init__({"margin": margin, "scale": scale, "beyond_pi": beyond_pi, "gradient": gradient}, common)
 
 
 class SphereFaceLoss(_FamilyLoss):
@@ -270,13 +251,14 @@ class SphereFaceLoss(_FamilyLoss):
 
     def __init__(
         self,
+        *,
         margin: Number = 4,
         scale: Number = 64.0,
-        beyond_pi: str | None = None,
-        gradient: str = "exact",
+        beyond_pi: BeyondPiName | None = None,
+        gradient: GradientName = "exact",
         **common: Unpack[Common],
     ) -> None:
-        super().__init__({"margin": margin, "scale": scale, "beyond_pi": beyond_pi, "gradient": gradient}, **common)
+        super().__init__({"margin": margin, "scale": scale, "beyond_pi": beyond_pi, "gradient": gradient}, common)
 
 
 class PiecewiseLoss(_FamilyLoss):
@@ -293,17 +275,18 @@ class PiecewiseLoss(_FamilyLoss):
 
     def __init__(
         self,
+        *,
         t_slope: Tensor | None = None,
         t_bias: Tensor | None = None,
         tau_slope: Tensor | None = None,
         tau_bias: Tensor | None = None,
         scale: Number = 1.0,
         tau_min: float = 1e-6,
-        clamp: str = "min",
+        clamp: ClampName = "min",
         **common: Unpack[Common],
     ) -> None:
         tables = {"t_slope": t_slope, "t_bias": t_bias, "tau_slope": tau_slope, "tau_bias": tau_bias}
-        super().__init__({**tables, "scale": scale, "tau_min": tau_min, "clamp": clamp}, **common)
+        super().__init__({**tables, "scale": scale, "tau_min": tau_min, "clamp": clamp}, common)
 
     def forward(self, input: Tensor, target: Tensor, group: Tensor | None = None, norm: Tensor | None = None) -> Tensor:
         """The loss. ``group`` (of target's shape) and ``norm`` (N, 1) belong to the batch."""
@@ -389,7 +372,7 @@ class TwoScaleLoss(_FamilyLoss):
                 f"initial_norm must be finite and > 0, got 10^{float(log_initial) / math.log(10):.1f}"
                 + ("; a norm beyond float64 takes parametrization='relative'" if absolute else "")
             )
-        super().__init__({"eta": eta}, **common)
+        super().__init__({"eta": eta}, common)
         self._keep("scale_low", nn.Parameter(low) if variant == "trainable" else low)
         self._keep("scale_high", nn.Parameter(10 * low) if variant != "fixed" else 10 * low)
         self._keep("log_unit", log_unit)
@@ -414,7 +397,7 @@ class TwoScaleLoss(_FamilyLoss):
                 is used of a model.
         """
         low, high = self._scales(input, logit_norm, log_norm)
-        return F.two_scale_cross_entropy(input, target, low, high, self.eta, **self._kept(self._common))
+        return F.two_scale_cross_entropy(input, target, low, high, eta=self.eta, **self._kept(self._common))
 
     def probabilities(
         self,
@@ -511,8 +494,16 @@ class MultiMarginLoss(_Loss):
     _function = staticmethod(F.multi_margin_loss)
 
     def __init__(
-        self, p: int = 1, margin: float = 1.0, *, weight: Tensor | None = None, reduction: str = "mean"
+        self,
+        p: int = 1,
+        margin: float = 1.0,
+        weight: Tensor | None = None,
+        *,
+        reduction: ReductionName = "mean",
+        **unknown: Never,
     ) -> None:
+        if unknown:
+            raise unknown_keywords(MultiMarginLoss, unknown)
         super().__init__({"p": p, "margin": margin}, {"weight": weight, "reduction": reduction})
 
 
@@ -532,7 +523,7 @@ class CenterLoss(_Loss):
 
     Example:
         >>> import torch, mlkernels
-        >>> loss = mlkernels.CenterLoss(2, 3, rate=0.5)
+        >>> loss = mlkernels.CenterLoss(num_features=2, num_classes=3, rate=0.5)
         >>> _ = loss.centers.zero_()
         >>> loss(torch.tensor([[4.0, 0.0]]), torch.tensor([1]))
         tensor(8.)
@@ -547,16 +538,19 @@ class CenterLoss(_Loss):
 
     def __init__(
         self,
+        *,
         num_features: int,
         num_classes: int,
-        *,
         rate: float | None = None,
-        reduction: str = "mean",
+        reduction: ReductionName = "mean",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **unknown: Never,
     ) -> None:
-        if rate is not None and check_number("rate", rate) <= 0:
-            raise ValueError(f"rate must be > 0 or None, got {rate}")
+        if unknown:
+            raise unknown_keywords(CenterLoss, unknown)
+        if rate is not None:
+            rate = check_number("rate", rate)
         centers = torch.empty(num_classes, num_features, device=device, dtype=dtype)
         super().__init__({"centers": nn.Parameter(centers) if rate is None else centers}, {"reduction": reduction})
         self.rate = rate
@@ -605,7 +599,7 @@ class LGMLoss(_Loss):
 
     Example:
         >>> import torch, mlkernels
-        >>> loss = mlkernels.LGMLoss(2, 3, diagonal=True)
+        >>> loss = mlkernels.LGMLoss(num_features=2, num_classes=3, diagonal=True)
         >>> loss(torch.randn(8, 2), torch.randint(3, (8,))).backward()
         >>> loss.means.grad.shape, loss.log_variance.grad.shape
         (torch.Size([3, 2]), torch.Size([3, 2]))
@@ -617,20 +611,23 @@ class LGMLoss(_Loss):
 
     def __init__(
         self,
+        *,
         num_features: int,
         num_classes: int,
         alpha: Number = 0.1,
         lambda_: float = 0.1,
-        *,
         diagonal: bool = False,
         weight: Tensor | None = None,
         ignore_index: int = -100,
-        reduction: str = "mean",
+        reduction: ReductionName = "mean",
         label_smoothing: float = 0.0,
-        backend: str | None = None,
+        backend: BackendName | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **unknown: Never,
     ) -> None:
+        if unknown:
+            raise unknown_keywords(LGMLoss, unknown)
         means = nn.Parameter(torch.empty(num_classes, num_features, device=device, dtype=dtype))
         log_variance = nn.Parameter(torch.empty_like(means)) if diagonal else None
         super().__init__(
@@ -695,7 +692,7 @@ class JointLoss(nn.Module):
 
     Example:
         >>> import torch, mlkernels
-        >>> losses = [mlkernels.CrossEntropyLoss(), mlkernels.CenterLoss(2, 3)]
+        >>> losses = [mlkernels.CrossEntropyLoss(), mlkernels.CenterLoss(num_features=2, num_classes=3)]
         >>> loss = mlkernels.JointLoss(losses, weights=[1.0, 0.003], inputs=[0, 1])
         >>> logits, features = torch.randn(4, 3), torch.randn(4, 2)
         >>> loss((logits, features), torch.tensor([0, 1, 2, 0])).shape
@@ -716,6 +713,7 @@ class JointLoss(nn.Module):
     def __init__(
         self,
         losses: Sequence[Callable[[Any, Any], Tensor]],
+        *,
         weights: Sequence[float] | None = None,
         mode: Literal["fixed", "trainable", "uncertainty"] = "fixed",
         inputs: Sequence[int | tuple[int, ...] | None] | None = None,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import Never
 
-from .checks import check_class_vector, check_indices, check_number, check_reduction, check_tensors
+from .checks import check_class_vector, check_indices, check_number, check_reduction, check_tensors, unknown_keywords
+from .spec import ReductionName
 
 
 def multi_margin_loss(
@@ -14,17 +16,18 @@ def multi_margin_loss(
     target: Tensor,
     p: int = 1,
     margin: float = 1.0,
-    *,
     weight: Tensor | None = None,
-    reduction: str = "mean",
+    *,
+    reduction: ReductionName = "mean",
+    **unknown: Never,
 ) -> Tensor:
     r"""Multi-class margin loss, :math:`L = \frac{\omega_y}{C}\sum_{j\ne y}\max(0, m - f_y + f_j)^p`.
 
-    Exactly :func:`torch.nn.functional.multi_margin_loss`, with any integer labels and bad labels named; ``"mean"``
-    divides by N, and there is no ignore_index.
+    Exactly :func:`torch.nn.functional.multi_margin_loss`, its order of arguments too, with any integer labels and bad
+    labels named; ``"mean"`` divides by N, and there is no ignore_index.
 
     Args:
-        input: (N, C) or (C,), floating. target: (N,) or 0-d, any integer dtype.
+        input: (N, C), (C,) or 0-d (one class), floating. target: (N,), of a single row also 0-d; any integer dtype.
         p: 1 or 2. margin: m. weight: (C,), any floating dtype.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
 
@@ -40,12 +43,18 @@ def multi_margin_loss(
         >>> mlkernels.multi_margin_loss(torch.tensor([[0.1, 0.2, 0.4, 0.8]]), torch.tensor([3]))
         tensor(0.3250)
     """
-    check_tensors(input, target)
+    if unknown:
+        raise unknown_keywords(multi_margin_loss, unknown)
+    shape = target.shape if isinstance(target, Tensor) else ()
+    if isinstance(input, Tensor) and input.dim() <= 2 and shape in ((), (1,)) and input.shape[:-1] in ((), (1,)):
+        # A single row, with or without a dimension for it, and one label: all the same to torch.
+        input, target = input.reshape(1, -1), target.reshape(1) if isinstance(target, Tensor) else target
+    target = check_tensors(input, target)
     if input.dim() > 2:
         raise ValueError(f"input must be (C,) or (N, C), got {tuple(input.shape)}")
-    if p not in (1, 2):
+    if isinstance(p, Tensor) or p not in (1, 2):
         raise ValueError(f"p must be 1 or 2, got {p}")
-    check_number("margin", margin)
+    margin = check_number("margin", margin)
     check_reduction(reduction)
     classes = input.shape[-1]
     check_indices("target", target, classes)
@@ -55,6 +64,6 @@ def multi_margin_loss(
         weight = weight.to(logits.dtype)
     label = target.long()
     legal = (label >= 0) & (label < classes)
-    rows = F.multi_margin_loss(logits, torch.where(legal, label, 0), p, margin, weight, reduction="none")
-    rows = rows * torch.where(legal, 1.0, torch.nan).to(rows.dtype)
+    rows = F.multi_margin_loss(logits, torch.where(legal, label, 0), int(p), margin, weight, reduction="none")
+    rows = (rows * torch.where(legal, 1.0, torch.nan).to(rows.dtype)).reshape(shape)
     return rows if reduction == "none" else rows.mean() if reduction == "mean" else rows.sum()

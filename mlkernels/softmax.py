@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
+from typing_extensions import Never, Unpack
 
-from . import ops
+from . import checks, ops
 from .backends import choose, reference
 from .checks import (
     HALF,
     check_class_vector,
+    check_index,
     check_indices,
     check_number,
     check_parameter,
@@ -20,10 +23,10 @@ from .checks import (
     check_reduction,
     check_tables,
     check_tensors,
-    traced,
+    unknown_keywords,
 )
 from .checks import functorch_level as _functorch_level
-from .spec import MASK, SLOTS, TRAINABLE, HeadKind, Number, Slot, Spec, TransformKind
+from .spec import MASK, SLOTS, TRAINABLE, BackendName, HeadKind, Number, ReductionName, Slot, Spec, TransformKind
 
 
 class RowStats(NamedTuple):
@@ -204,31 +207,51 @@ _calls: dict[tuple[object, ...], _Call] = {}
 # ---- the door --------------------------------------------------------------------------------------------------------
 
 
+class Common(TypedDict, total=False):
+    """The keyword arguments that the losses of the family share; see :mod:`mlkernels.functional`."""
+
+    weight: Tensor | None
+    ignore_index: int
+    reduction: ReductionName
+    label_smoothing: float
+    z_loss: float
+    softcap: float | None
+    logit_adjustment: Tensor | None
+    backend: BackendName | None
+
+
 def apply(
     spec: Spec,
     values: Sequence[Number | None],
     input: Tensor,
     target: Tensor,
+    *,
+    group: Tensor | None = None,
+    return_stats: bool = False,
     weight: Tensor | None = None,
     ignore_index: int = -100,
-    reduction: str = "mean",
+    reduction: ReductionName = "mean",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
     logit_adjustment: Tensor | None = None,
-    backend: str | None = None,
-    group: Tensor | None = None,
-    return_stats: bool = False,
+    backend: BackendName | None = None,
+    **unknown: Never,
 ) -> tuple[Tensor, RowStats | None]:
     """Any loss of the family: ``values`` are its numbers and tensors, in the order of ``spec.slots``."""
-    check_tensors(input, target)
+    if unknown:
+        from . import functional
+
+        raise unknown_keywords(getattr(functional, spec.function), unknown, COMMON)
+    if type(ignore_index) is not int:
+        ignore_index = check_index("ignore_index", ignore_index)
+    target = check_tensors(input, target, ignore_index)
     if input.dim() == 1:
         return _single_row(
-            spec, values, input, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap,
-            logit_adjustment, backend, group, return_stats,
+            spec, values, input, target, group, return_stats,
+            weight=weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
+            z_loss=z_loss, softcap=softcap, logit_adjustment=logit_adjustment, backend=backend,
         )  # fmt: skip
-    if type(ignore_index) is not int:
-        raise TypeError(f"ignore_index takes an int, got {type(ignore_index).__name__}")
     compiling = torch.compiler.is_compiling()
     key = (spec, reduction, ignore_index, label_smoothing, z_loss, softcap, *values)
     tensors: dict[int, Tensor] = {}
@@ -251,7 +274,7 @@ def apply(
     if tensors or weight is not None or logit_adjustment is not None or group is not None:
         mask = 0
         if tensors or group is not None:
-            _check_values(spec, tensors, group, input, target)
+            group = _check_values(spec, tensors, group, input, target)
             if group is not None:
                 tensors[_GROUP] = group
         for slot, name, vector in ((_WEIGHT, "weight", weight), (_ADJUSTMENT, "logit_adjustment", logit_adjustment)):
@@ -308,57 +331,63 @@ def _numbers(
     spec: Spec,
     values: Sequence[Number | None],
     ignore_index: int,
-    reduction: str,
+    reduction: ReductionName,
     label_smoothing: float,
     z_loss: float,
     softcap: float | None,
 ) -> tuple[list[float], dict[int, Tensor]]:
     """The numbers that cross the op boundary, but for the mask, and the tensors by slot."""
-    if int(float(ignore_index)) != ignore_index:
-        raise ValueError(f"ignore_index must be exactly representable as a float64, got {ignore_index}")
-    plain = softcap is None and not label_smoothing and not z_loss
+    check_index("ignore_index", ignore_index)
+    label_smoothing = check_number("label_smoothing", label_smoothing)
+    z_loss = check_number("z_loss", z_loss)
+    plain = softcap is None and label_smoothing == 0 and z_loss == 0
     consts = _DEFAULTS[: spec.width if plain else SLOTS]
     tensors: dict[int, Tensor] = {}
-    for (slot, name), value in zip(spec.slots, values, strict=True):
+    for (slot, name), word, value in zip(spec.slots, spec.words, values, strict=True):
         if isinstance(value, Tensor):
             tensors[slot] = value
+        elif slot in spec.tables:
+            raise TypeError(
+                f"{word} takes a floating tensor of shape (M,) or (G, M), got "
+                f"{'a number' if isinstance(value, (int, float)) else type(value).__name__}"
+            )
         elif value is not None or slot not in (_NORM, _LOGIT_NORM):
-            consts[slot] = check_number(name, value)  # type: ignore[arg-type]
+            takes = "a number or a floating tensor" if slot in TRAINABLE else "a number"
+            consts[slot] = check_number(word, value, name, takes)  # type: ignore[arg-type]
     if spec.head == HeadKind.MODULATED and consts[_HEAD_C] + consts[_HEAD_D] < 1 and not _GAMMA_KAPPA & tensors.keys():
         raise ValueError(
             "gamma + kappa must be >= 1, or the gradient diverges where p = 1; "
             f"got gamma = {consts[_HEAD_C]}, kappa = {consts[_HEAD_D]}"
         )
     if spec.transform == TransformKind.MARGIN and spec.ids[3] == 1 and consts[4] != 1 and 4 not in tensors:
-        raise ValueError(f"beyond_pi='linear' needs m1 = 1, got m1 = {consts[4]}")
+        raise ValueError(f"beyond_pi='linear' needs {spec.words[0]} = 1, got {spec.words[0]} = {consts[4]}")
     if not plain:
-        consts[_SMOOTHING] = check_number("label_smoothing", label_smoothing)
-        consts[_Z_LOSS] = check_number("z_loss", z_loss)
+        consts[_SMOOTHING] = label_smoothing
+        consts[_Z_LOSS] = z_loss
         if softcap is not None:
             consts[_SOFTCAP] = check_number("softcap", softcap)
     return [*map(float, spec.ids), float(check_reduction(reduction)), float(ignore_index), 0.0, *consts], tensors
 
 
-def _check_values(spec: Spec, tensors: dict[int, Tensor], group: Tensor | None, input: Tensor, target: Tensor) -> None:
-    tables: tuple[int, ...] = ()
-    if spec.transform == TransformKind.PIECEWISE:
-        tables += (int(Slot.TRANSFORM_A), int(Slot.TRANSFORM_B))
-    if spec.head == HeadKind.TAU:
-        tables += (int(Slot.HEAD_A), int(Slot.HEAD_B))
-    if tables or group is not None:
-        check_tables(spec, tensors, group, input, target)
-    on_host = input.device.type == "cpu" and not traced()
-    for slot, name in spec.slots:
+def _check_values(
+    spec: Spec, tensors: dict[int, Tensor], group: Tensor | None, input: Tensor, target: Tensor
+) -> Tensor | None:
+    """Checks the tensors among the values; returns the group as every backend reads it."""
+    if spec.tables or group is not None:
+        group = check_tables(spec, tensors, group, input, target)
+    on_host = input.device.type == "cpu" and not checks.traced()
+    for (slot, name), word in zip(spec.slots, spec.words, strict=True):
         tensor = tensors.get(slot)
-        if tensor is None or slot in tables:
+        if tensor is None or slot in spec.tables:
             continue
-        if slot >= 12:
-            raise TypeError(f"{name} takes a number, got a tensor")
+        if slot not in TRAINABLE and slot != _ETA:
+            raise TypeError(f"{word} takes a number, got a tensor")
         if slot == _ETA and tensor.requires_grad:
-            raise ValueError("eta has no gradient (it draws a mask): it must not require one; pass eta.detach()")
-        check_parameter(name, tensor, input, target)
+            raise ValueError(f"{word} has no gradient (it draws a mask): it must not require one; pass eta.detach()")
+        check_parameter(word, tensor, input, target)
         if on_host:
-            check_range(name, tensor)
+            check_range(word, tensor, name)
+    return group
 
 
 def _single_row(
@@ -366,16 +395,9 @@ def _single_row(
     values: Sequence[Number | None],
     input: Tensor,
     target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
-    logit_adjustment: Tensor | None,
-    backend: str | None,
     group: Tensor | None,
     return_stats: bool,
+    **common: Unpack[Common],
 ) -> tuple[Tensor, RowStats | None]:
     """(C,) with a 0-d target: a batch of one, its results 0-d again."""
 
@@ -384,9 +406,17 @@ def _single_row(
         one = isinstance(value, Tensor) and value.dim() == 1 and value.shape[0] == 1 != input.shape[0]
         return value.unsqueeze(0) if one else value  # type: ignore[union-attr]
 
-    loss, rows = apply(
-        spec, tuple(per_row(value) for value in values), input.unsqueeze(0), target.unsqueeze(0), weight, ignore_index,
-        reduction, label_smoothing, z_loss, softcap, logit_adjustment, backend,
-        None if group is None else group.unsqueeze(0), return_stats,
-    )  # fmt: skip
+    if group is not None:
+        group = group.unsqueeze(0)
+    row, label = input.unsqueeze(0), target.unsqueeze(0)
+    own = tuple(per_row(value) for value in values)
+    loss, rows = apply(spec, own, row, label, group=group, return_stats=return_stats, **common)
     return loss.reshape(()), None if rows is None else RowStats(*(row.squeeze(0) for row in rows))
+
+
+#: The shared arguments and their defaults.
+COMMON = {
+    name: parameter.default
+    for name, parameter in inspect.signature(apply).parameters.items()
+    if name in Common.__annotations__
+}

@@ -9,14 +9,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from enum import IntEnum
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from torch import Tensor
 
 Number: TypeAlias = float | Tensor
 """A parameter of a loss: a Python number, or a tensor (0-d: shared; (C,): per class; (N, 1): per row)."""
+
+ReductionName: TypeAlias = Literal["mean", "sum", "none"]
+BackendName: TypeAlias = Literal["reference", "cpu", "triton", "cuda"]
+BeyondPiName: TypeAlias = Literal["linear", "monotone", "easy", "none"]
+GradientName: TypeAlias = Literal["exact", "straight_through"]
+ClampName: TypeAlias = Literal["min", "cross_entropy"]
 
 
 class TransformKind(IntEnum):
@@ -125,39 +131,53 @@ TRAINABLE = frozenset(
 )
 
 _T, _H = TransformKind, HeadKind
-_TRANSFORM_SLOTS: dict[TransformKind, tuple[tuple[Slot, str], ...]] = {
+# Of each kind, in the order in which its values are passed: the slot, the name that functions have for it, and what it
+# is in a composition.
+_Slots: TypeAlias = tuple[tuple[Slot, str, str], ...]
+_TRANSFORM_SLOTS: dict[TransformKind, _Slots] = {
     _T.IDENTITY: (),
-    _T.MARGIN: ((Slot.TRANSFORM_A, "m1"), (Slot.TRANSFORM_B, "m2"), (Slot.TRANSFORM_C, "m3"), (Slot.NORM, "norm")),
-    _T.AFFINE: ((Slot.TRANSFORM_A, "slope"), (Slot.TRANSFORM_B, "offset")),
+    _T.MARGIN: (
+        (Slot.TRANSFORM_A, "m1", "Margin.m1"),
+        (Slot.TRANSFORM_B, "m2", "Margin.m2"),
+        (Slot.TRANSFORM_C, "m3", "Margin.m3"),
+        (Slot.NORM, "norm", "Margin.norm"),
+    ),
+    _T.AFFINE: ((Slot.TRANSFORM_A, "slope", "Affine.slope"), (Slot.TRANSFORM_B, "offset", "Affine.offset")),
     _T.PIECEWISE: (
-        (Slot.TRANSFORM_A, "t_slope"),
-        (Slot.TRANSFORM_B, "t_bias"),
-        (Slot.NORM, "norm"),
-        (Slot.DOMAIN_LOW, "domain"),
-        (Slot.DOMAIN_HIGH, "domain"),
+        (Slot.TRANSFORM_A, "t_slope", "PiecewiseLinear.slope"),
+        (Slot.TRANSFORM_B, "t_bias", "PiecewiseLinear.bias"),
+        (Slot.NORM, "norm", "PiecewiseLinear.norm"),
+        (Slot.DOMAIN_LOW, "domain", "PiecewiseLinear.domain"),
+        (Slot.DOMAIN_HIGH, "domain", "PiecewiseLinear.domain"),
     ),
-    _T.GIVEN: ((Slot.TRANSFORM_A, "target_logit"),),
+    _T.GIVEN: ((Slot.TRANSFORM_A, "target_logit", "target_logit"),),
 }
-_SCALE_SLOTS: dict[ScaleKind, tuple[tuple[Slot, str], ...]] = {
-    ScaleKind.SINGLE: ((Slot.SCALE, "scale"),),
+_SCALE_SLOTS: dict[ScaleKind, _Slots] = {
+    ScaleKind.SINGLE: ((Slot.SCALE, "scale", "scale"),),
     ScaleKind.TWO_SCALE: (
-        (Slot.SCALE, "scale_low"),
-        (Slot.SCALE_HIGH, "scale_high"),
-        (Slot.ETA, "eta"),
-        (Slot.LOGIT_NORM, "logit_norm"),
+        (Slot.SCALE, "scale_low", "TwoScale.low"),
+        (Slot.SCALE_HIGH, "scale_high", "TwoScale.high"),
+        (Slot.ETA, "eta", "TwoScale.eta"),
+        (Slot.LOGIT_NORM, "logit_norm", "TwoScale.norm"),
     ),
 }
-_HEAD_SLOTS: dict[HeadKind, tuple[tuple[Slot, str], ...]] = {
+_HEAD_SLOTS: dict[HeadKind, _Slots] = {
     _H.LOG: (),
     _H.MODULATED: (
-        (Slot.HEAD_A, "alpha"),
-        (Slot.HEAD_B, "beta"),
-        (Slot.HEAD_C, "gamma"),
-        (Slot.HEAD_D, "kappa"),
+        (Slot.HEAD_B, "beta", "Modulated.beta"),
+        (Slot.HEAD_C, "gamma", "Modulated.gamma"),
+        (Slot.HEAD_A, "alpha", "Modulated.alpha"),
+        (Slot.HEAD_D, "kappa", "Modulated.kappa"),
     ),
-    _H.TAU: ((Slot.HEAD_A, "tau_slope"), (Slot.HEAD_B, "tau_bias"), (Slot.TAU_MIN, "tau_min")),
-    _H.TRUNCATED: ((Slot.HEAD_A, "k"),),
+    _H.TAU: (
+        (Slot.HEAD_A, "tau_slope", "Tau.slope"),
+        (Slot.HEAD_B, "tau_bias", "Tau.bias"),
+        (Slot.TAU_MIN, "tau_min", "Tau.minimum"),
+    ),
+    _H.TRUNCATED: ((Slot.HEAD_A, "k", "Truncated.k"),),
 }
+# The margins of functions that have one only, which they call so.
+_MARGINS = {"arcface_loss": "m2", "cosface_loss": "m3", "sphereface_loss": "m1"}
 
 _E = TypeVar("_E", bound=IntEnum)
 
@@ -166,7 +186,7 @@ def option(name: str, value: str | None, choices: type[_E]) -> _E:
     """The option by its lower-case name; None is the first choice where that is AUTO."""
     if value is None and "AUTO" in choices.__members__:
         return choices["AUTO"]
-    member = choices.__members__.get(str(value).upper()) if value != "auto" else None
+    member = choices.__members__.get(value.upper()) if isinstance(value, str) and value != "auto" else None
     if member is None:
         allowed = ", ".join(repr(m.lower()) for m in choices.__members__ if m != "AUTO")
         raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
@@ -183,9 +203,15 @@ class Spec:
     beyond_pi: BeyondPi = BeyondPi.AUTO
     gradient: MarginGradient = MarginGradient.EXACT
     clamp: Clamp = Clamp.MIN
+    #: Whose structure it is: the public function of this name; only words depend on it.
+    function: str = field(default="softmax_loss", repr=False, compare=False)
 
-    #: (slot, argument name) of each value, in the order in which values are passed.
+    #: (slot, name) of each value, in the order in which values are passed.
     slots: tuple[tuple[int, str], ...] = field(init=False, repr=False, compare=False)
+    #: What the caller of the function calls each of them.
+    words: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    #: The slots that hold tables.
+    tables: frozenset[int] = field(init=False, repr=False, compare=False)
     #: How many of the consts are not zero by default: no more of them need to cross an op boundary.
     width: int = field(init=False, repr=False, compare=False)
     #: The structure flattened, as it crosses an op boundary.
@@ -194,8 +220,16 @@ class Spec:
     def __post_init__(self) -> None:
         slots = _TRANSFORM_SLOTS[self.transform] + _SCALE_SLOTS[self.scale] + _HEAD_SLOTS[self.head]
         kinds = (self.transform, self.scale, self.head, self.beyond_pi, self.gradient, self.clamp)
-        object.__setattr__(self, "slots", tuple((int(slot), name) for slot, name in slots))
-        object.__setattr__(self, "width", max(slot for slot, _ in slots) + 1)
+        single = _MARGINS.get(self.function)
+        words = (
+            composed if self.function == "softmax_loss" else "margin" if name == single else name
+            for _, name, composed in slots
+        )
+        tables = [int(slot) for slot, name, _ in slots if name.startswith(("t_", "tau_s", "tau_b"))]
+        object.__setattr__(self, "slots", tuple((int(slot), name) for slot, name, _ in slots))
+        object.__setattr__(self, "words", tuple(words))
+        object.__setattr__(self, "tables", frozenset(tables))
+        object.__setattr__(self, "width", max(slot for slot, _, _ in slots) + 1)
         object.__setattr__(self, "ids", tuple(int(kind) for kind in kinds))
 
     def __str__(self) -> str:
@@ -205,11 +239,11 @@ class Spec:
             options = []
             if self.transform is TransformKind.MARGIN:
                 options = [f"beyond_pi={self.beyond_pi.name.lower()}", f"gradient={self.gradient.name.lower()}"]
-            own = [names[s] for s, _ in _TRANSFORM_SLOTS[self.transform]]
+            own = [names[slot] for slot, _, _ in _TRANSFORM_SLOTS[self.transform]]
             parts.append(f"{self.transform.name.lower()}({', '.join(dict.fromkeys(own + options))})")
-        own = [name for _, name in _SCALE_SLOTS[self.scale]]
+        own = [name for _, name, _ in _SCALE_SLOTS[self.scale]]
         parts.append("scale" if self.scale is ScaleKind.SINGLE else f"two_scale({', '.join(own)})")
-        own = [name for _, name in _HEAD_SLOTS[self.head]]
+        own = [name for _, name, _ in _HEAD_SLOTS[self.head]]
         if self.head is HeadKind.TAU:
             own.append(f"clamp={self.clamp.name.lower()}")
         parts.append(f"{self.head.name.lower()}({', '.join(own)})" if own else "-log p")
@@ -239,10 +273,14 @@ def spec(
     beyond_pi: str | None = None,
     gradient: str = "exact",
     clamp: str = "min",
+    function: str = "softmax_loss",
 ) -> Spec:
-    """The one Spec of this structure."""
-    key = (transform, scale, head, beyond_pi, gradient, clamp)
-    found = _specs.get(key)
+    """The one Spec of this structure, in the words of a public function."""
+    key = (transform, scale, head, beyond_pi, gradient, clamp, function)
+    try:
+        found = _specs.get(key)
+    except TypeError:  # an option that cannot be hashed is none
+        found = None
     if found is None:
         found = _specs[key] = Spec(
             transform,
@@ -251,6 +289,7 @@ def spec(
             option("beyond_pi", beyond_pi, BeyondPi),
             option("gradient", gradient, MarginGradient),
             option("clamp", clamp, Clamp),
+            function,
         )
     return found
 
@@ -258,7 +297,7 @@ def spec(
 # ---- the public composition types ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Margin:
     r"""Angular margins on the target's cosine: :math:`t(x) = \cos(m_1\theta + m_2) - m_3`, :math:`\theta=\arccos x`.
 
@@ -284,8 +323,8 @@ class Margin:
     m1: Number = 1.0
     m2: Number = 0.0
     m3: Number = 0.0
-    beyond_pi: str | None = None
-    gradient: str = "exact"
+    beyond_pi: BeyondPiName | None = None
+    gradient: GradientName = "exact"
     norm: Number | None = None
 
     @property
@@ -294,7 +333,7 @@ class Margin:
         return (self.m1, self.m2, self.m3, self.norm)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Affine:
     r"""An affine target transform: :math:`t(f) = a f + b`; slope and offset as in :class:`Margin` (a number, 0-d,
     (C,) or (N, 1))."""
@@ -323,16 +362,20 @@ class PiecewiseLinear:
 
     slope: Tensor
     bias: Tensor
+    _: KW_ONLY
     domain: tuple[float, float] = (-1.0, 1.0)
     norm: Number | None = None
 
     @property
     def values(self) -> tuple[Number | None, ...]:
         """The numbers in the order of the slots."""
-        low, high = self.domain
+        try:
+            low, high = (float(end) for end in self.domain)
+        except (TypeError, ValueError):
+            raise TypeError(f"PiecewiseLinear.domain takes two numbers (low, high), got {self.domain!r}") from None
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
-            raise ValueError(f"domain must be a finite interval (low, high), got {self.domain}")
-        return (self.slope, self.bias, self.norm, float(low), float(high))
+            raise ValueError(f"PiecewiseLinear.domain must be a finite interval (low, high), got {self.domain}")
+        return (self.slope, self.bias, self.norm, low, high)
 
 
 @dataclass(frozen=True, eq=False)
@@ -350,6 +393,7 @@ class TwoScale:
 
     low: Number
     high: Number
+    _: KW_ONLY
     eta: float = 0.01
     norm: Number | None = None
 
@@ -359,19 +403,19 @@ class TwoScale:
         return (self.low, self.high, self.eta, self.norm)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Modulated:
     r"""The head :math:`\alpha(1-p^\beta)^\gamma(-\log p)^\kappa`; see :func:`mlkernels.modulated_cross_entropy`."""
 
-    alpha: Number = 1.0
     beta: Number = 4.0
     gamma: Number = 5.0
+    alpha: Number = 1.0
     kappa: Number = 1.0
 
     @property
     def values(self) -> tuple[Number | None, ...]:
         """The numbers in the order of the slots."""
-        return (self.alpha, self.beta, self.gamma, self.kappa)
+        return (self.beta, self.gamma, self.alpha, self.kappa)
 
 
 @dataclass(frozen=True, eq=False)
@@ -390,8 +434,9 @@ class Tau:
 
     slope: Tensor
     bias: Tensor
+    _: KW_ONLY
     minimum: float = 1e-6
-    clamp: str = "min"
+    clamp: ClampName = "min"
 
     @property
     def values(self) -> tuple[Number | None, ...]:

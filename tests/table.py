@@ -118,11 +118,13 @@ _OPTIONS = {
 
 
 def _modulated(p):
-    return Modulated(p.get("alpha", 1.0), p.get("beta", 1.0), p.get("gamma", 0.0), p.get("kappa", 1.0))
+    return Modulated(
+        alpha=p.get("alpha", 1.0), beta=p.get("beta", 1.0), gamma=p.get("gamma", 0.0), kappa=p.get("kappa", 1.0)
+    )
 
 
 def _margin(p, **options):
-    return Margin(p.get("m1", 1.0), p.get("m2", 0.0), p.get("m3", 0.0), norm=p.get("norm"), **options)
+    return Margin(m1=p.get("m1", 1.0), m2=p.get("m2", 0.0), m3=p.get("m3", 0.0), norm=p.get("norm"), **options)
 
 
 def _margin_loss(name, beyond_pi=None, gradient="exact", *, m1=1.0, m2=0.5, m3=0.1, scale=16.0, norm=None):
@@ -170,7 +172,7 @@ def _piecewise(name, tables, *, clamp="min", groups=0, scale=1.5, norm=None, str
     )
 
     def compose(p):
-        t = PiecewiseLinear(p["t_slope"], p["t_bias"], structure.domain, p.get("norm")) if has_t else None
+        t = PiecewiseLinear(p["t_slope"], p["t_bias"], domain=structure.domain, norm=p.get("norm")) if has_t else None
         return {
             "transform": t,
             "scale": p["scale"],
@@ -187,7 +189,7 @@ def _piecewise(name, tables, *, clamp="min", groups=0, scale=1.5, norm=None, str
 def _two_scale(name, low, high, norm=None, eta=0.5):
     params = {"scale_low": low, "scale_high": high} | ({"logit_norm": norm} if norm else {})
     compose = lambda p: {
-        "scale": TwoScale(p["scale_low"], p["scale_high"], eta, p.get("logit_norm")),
+        "scale": TwoScale(p["scale_low"], p["scale_high"], eta=eta, norm=p.get("logit_norm")),
     }
     return Loss(
         name, mlkernels.two_scale_cross_entropy, Structure(scale="two_scale", eta=eta), params, compose,
@@ -198,7 +200,7 @@ def _two_scale(name, low, high, norm=None, eta=0.5):
 def _composition():
     compose = lambda p: {
         "transform": Margin(m2=p["m2"], m3=p["m3"]),
-        "scale": TwoScale(p["scale_low"], p["scale_high"], 0.1, p["logit_norm"]),
+        "scale": TwoScale(p["scale_low"], p["scale_high"], eta=0.1, norm=p["logit_norm"]),
         "head": _modulated(p),
     }
     params = {
@@ -224,7 +226,7 @@ def _modulated_loss(name, alpha, beta, gamma, kappa):
 def _focal_loss(name, gamma):
     return Loss(
         name, mlkernels.focal_loss, Structure(head="modulated"), {"gamma": gamma},
-        lambda p: {"head": Modulated(1.0, 1.0, p["gamma"], 1.0)}, neutral={"gamma": 0.0},
+        lambda p: {"head": Modulated(alpha=1.0, beta=1.0, gamma=p["gamma"], kappa=1.0)}, neutral={"gamma": 0.0},
     )  # fmt: skip
 
 
@@ -275,7 +277,7 @@ LOSSES = [
         "affine",
         Structure(transform="affine"),
         {"slope": 1.3, "offset": -0.4, "scale": 1.5},
-        lambda p: {"transform": Affine(p["slope"], p["offset"]), "scale": p["scale"]},
+        lambda p: {"transform": Affine(slope=p["slope"], offset=p["offset"]), "scale": p["scale"]},
         neutral={"slope": 1.0, "offset": 0.0, "scale": 1.0},
     ),
     _two_scale("two_scale", 1.5, 4.0),

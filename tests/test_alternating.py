@@ -10,7 +10,7 @@ from test_no_sync import Forbid
 from torch import nn
 
 import mlkernels
-from mlkernels import softmax
+from mlkernels import checks
 
 N, D, C = 8, 5, 4
 
@@ -24,7 +24,7 @@ def parts(seed=0, optimizer=torch.optim.SGD, **options):
     """A model and three turns: all of it, a part of it, and one loss with parameters of its own."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(D, 6), nn.Tanh(), nn.Linear(6, C))
-    center = mlkernels.CenterLoss(C, C)
+    center = mlkernels.CenterLoss(num_features=C, num_classes=C)
     turns = [
         (mlkernels.CrossEntropyLoss(), optimizer(model.parameters(), lr=0.1, **options)),
         (mlkernels.MultiMarginLoss(p=2), optimizer(model[2].parameters(), lr=0.05, **options)),
@@ -187,7 +187,7 @@ def test_never_waits_for_the_device():
     alternating = mlkernels.Alternating(lambda input: model(input), turns)
     data = batch(0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(softmax, "traced", lambda: True)
+        patch.setattr(checks, "traced", lambda: True)
         with Forbid():
             for _ in range(4):
                 alternating.step(*data)

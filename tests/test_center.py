@@ -80,7 +80,7 @@ def test_bad_arguments(change, error, words):
 
 def test_module_trains_its_centers():
     x, target, _ = draw(torch.float32)
-    module = mlkernels.CenterLoss(D, C, reduction="sum")
+    module = mlkernels.CenterLoss(num_features=D, num_classes=C, reduction="sum")
     assert [name for name, _ in module.named_parameters()] == ["centers"]
     assert not list(module.buffers())
     before = module.centers.detach().clone()
@@ -95,7 +95,7 @@ def test_module_trains_its_centers():
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_module_moves_its_centers_by_rate(reduction):
     x, target, centers = draw(torch.float32)
-    module = mlkernels.CenterLoss(D, C, rate=0.25, reduction=reduction)
+    module = mlkernels.CenterLoss(num_features=D, num_classes=C, rate=0.25, reduction=reduction)
     assert not list(module.parameters())
     module.centers.copy_(centers)
     x.requires_grad_()
@@ -120,8 +120,8 @@ def test_module_moves_its_centers_by_rate(reduction):
 def test_module_rate_and_labels():
     for rate in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match="rate"):
-            mlkernels.CenterLoss(D, C, rate=rate)
-    module = mlkernels.CenterLoss(D, C, rate=0.5)
+            mlkernels.CenterLoss(num_features=D, num_classes=C, rate=rate)
+    module = mlkernels.CenterLoss(num_features=D, num_classes=C, rate=0.5)
     before = module.centers.clone()
     with pytest.raises(IndexError, match="target 4 at row 0"):
         module(torch.zeros(1, D), torch.tensor([C]))
@@ -132,9 +132,12 @@ def test_module_rate_and_labels():
 
 @pytest.mark.parametrize("rate", [None, 0.5])
 def test_module_state(rate):
-    one, other = mlkernels.CenterLoss(D, C, rate=rate), mlkernels.CenterLoss(D, C, rate=rate)
+    one, other = (
+        mlkernels.CenterLoss(num_features=D, num_classes=C, rate=rate),
+        mlkernels.CenterLoss(num_features=D, num_classes=C, rate=rate),
+    )
     assert not torch.equal(one.centers, other.centers)
     other.load_state_dict(one.state_dict())
     assert torch.equal(one.centers, other.centers)
     assert "num_features=3, num_classes=4" in repr(one)
-    assert mlkernels.CenterLoss(D, C, dtype=F64).centers.dtype == F64
+    assert mlkernels.CenterLoss(num_features=D, num_classes=C, dtype=F64).centers.dtype == F64

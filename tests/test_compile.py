@@ -101,10 +101,10 @@ def test_a_float_that_changes_is_guarded(best):
     input, target, _ = draw(BY_NAME["focal_2"], rows=4)
     x = input.float()
     compiled = torch.compile(
-        lambda g: mlkernels.focal_loss(x, target, g, backend=best), fullgraph=True, backend="aot_eager"
+        lambda g: mlkernels.focal_loss(x, target, gamma=g, backend=best), fullgraph=True, backend="aot_eager"
     )
     for gamma in (2.0, 0.5):
-        torch.testing.assert_close(compiled(gamma), mlkernels.focal_loss(x, target, gamma, backend=best))
+        torch.testing.assert_close(compiled(gamma), mlkernels.focal_loss(x, target, gamma=gamma, backend=best))
 
 
 def test_dynamic_shapes(best):

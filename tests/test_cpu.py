@@ -35,10 +35,10 @@ def gradients(dtype, rows, classes, offset, saved, smoothing):
         # "none" leaves the row statistics for the backward; "sum" makes the gradient in the forward.
         options = {"label_smoothing": smoothing, "weight": weight, "backend": backend}
         if saved:
-            loss = mlkernels.focal_loss(x, target, 2.0, reduction="none", **options)
+            loss = mlkernels.focal_loss(x, target, gamma=2.0, reduction="none", **options)
             loss.backward(upstream.to(loss.dtype))
         else:
-            loss = mlkernels.focal_loss(x, target, 2.0, reduction="sum", **options)
+            loss = mlkernels.focal_loss(x, target, gamma=2.0, reduction="sum", **options)
             loss.backward()
         found.append(x.grad)
     return found

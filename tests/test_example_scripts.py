@@ -130,7 +130,7 @@ def test_weight_of_a_row() -> None:
     modulated = script("modulated")
     p = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
     rows, target = torch.stack([p.log(), (1 - p).log()], 1), torch.zeros(3, dtype=torch.long)
-    found = modulated.weight_of(mlkernels.ModulatedCrossEntropyLoss(4.0, 5.0, reduction="sum"), rows, target)
+    found = modulated.weight_of(mlkernels.ModulatedCrossEntropyLoss(beta=4.0, gamma=5.0, reduction="sum"), rows, target)
     weights = torch.tensor([1.004, 1.394, 0.0241], dtype=torch.float64)
     torch.testing.assert_close(found, weights * math.sqrt(2) * (1 - p), rtol=1e-2, atol=0)
 

@@ -57,7 +57,7 @@ def test_3_focal_at_p_1(backend, gamma, lead, dtype):
     input = torch.tensor([[lead, 0.0, -1.0]], dtype=dtype)
     g = torch.tensor(gamma, dtype=dtype, requires_grad=True)
     x = input.clone().requires_grad_()
-    loss = mlkernels.focal_loss(x, torch.tensor([0]), g, backend=backend)
+    loss = mlkernels.focal_loss(x, torch.tensor([0]), gamma=g, backend=backend)
     (2 * loss).backward()
     wanted = expected(BY_NAME["focal_2"], input, torch.tensor([0]), {"gamma": gamma}, upstream=2.0)
     tiny = 100 * torch.finfo(dtype).tiny

@@ -88,7 +88,7 @@ def test_m1_can_be_trained_away_from_1(backend, beyond_pi, m1):
     fixed = {"m2": 0.3, "m3": 0.1, "scale": 8.0, "beyond_pi": beyond_pi}
     own = torch.tensor(m1, dtype=F64, requires_grad=True)
     upstream = torch.linspace(-1, 2, 8, dtype=F64)
-    mlkernels.margin_cross_entropy(input, target, own, **fixed, reduction="none", backend=backend).backward(upstream)
+    mlkernels.margin_cross_entropy(input, target, m1=own, **fixed, reduction="none", backend=backend).backward(upstream)
     structure = oracle.Structure(transform="margin", beyond_pi=beyond_pi)
     params = {"m1": m1, "m2": 0.3, "m3": 0.1, "scale": 8.0}
     wanted = oracle.batch(structure, input.numpy(), target.numpy(), params, reduction="none", upstream=upstream.numpy())
@@ -100,7 +100,9 @@ def test_linear_at_its_corner(backend):
     """The linear continuation jumps at x = -cos m2; on both sides it is what it says."""
     input = torch.tensor([[-0.88, 0.1], [-0.87, 0.1]], dtype=F64)  # -cos .5 = -.87758
     x = input.clone().requires_grad_()
-    mlkernels.arcface_loss(x, torch.tensor([0, 0]), 0.5, 8.0, reduction="none", backend=backend).sum().backward()
+    mlkernels.arcface_loss(
+        x, torch.tensor([0, 0]), margin=0.5, scale=8.0, reduction="none", backend=backend
+    ).sum().backward()
     wanted = oracle.batch(
         oracle.Structure(transform="margin"), input.numpy(), [0, 0], {"m1": 1.0, "m2": 0.5, "m3": 0.0, "scale": 8.0},
         reduction="none",

@@ -69,7 +69,7 @@ def plain_number(name, allowed, *bad):
     return [
         *cases,
         case(f"{name}|number|str", TypeError, lambda x, y, **o: ce(x, y, **{name: "1"}, **o)),
-        case(f"{name}|number|Tensor", TypeError, lambda x, y, **o: ce(x, y, **{name: T(0.5)}, **o)),
+        case(f"{name}|number|got a tensor", TypeError, lambda x, y, **o: ce(x, y, **{name: T(0.5)}, **o)),
     ]
 
 
@@ -148,11 +148,13 @@ CASES = [
     *wrong_number("scale_high", lambda x, y, scale_high, **o: two_scale(x, y, 1.0, scale_high, **o), "> 0", 0.0, -1.0),
     *wrong_number("logit_norm", lambda x, y, **o: two_scale(x, y, 1.0, 2.0, **o), "> 0", 0.0, -1.0),
     case("eta|nan", ValueError, lambda x, y, **o: two_scale(x, y, 1.0, 2.0, eta=NAN, **o)),
-    case("eta|gradient|detach", ValueError, lambda x, y, **o: two_scale(x, y, 1.0, 2.0, T(0.1).requires_grad_(), **o)),
+    case(
+        "eta|gradient|detach", ValueError, lambda x, y, **o: two_scale(x, y, 1.0, 2.0, eta=T(0.1).requires_grad_(), **o)
+    ),
     *wrong_number("k", lambda x, y, k, **o: softmax(x, y, head=Truncated(k), **o), "(0, 1]", 0.0, 1.5, NAN),
-    *wrong_number("slope", lambda x, y, slope, **o: softmax(x, y, transform=Affine(slope), **o), "finite", NAN, INF)[
-        :2
-    ],
+    *wrong_number(
+        "slope", lambda x, y, slope, **o: softmax(x, y, transform=Affine(slope=slope), **o), "finite", NAN, INF
+    )[:2],
     *tables("t_slope", "t_bias", piecewise),
     *tables("tau_slope", "tau_bias", piecewise),
     case("norm|t_slope", ValueError, lambda x, y, **o: piecewise(x, y, tau_slope=TABLE, norm=torch.ones(4, 1), **o)),
@@ -190,9 +192,9 @@ CASES = [
     case(
         "domain|(1.0, -1.0)",
         ValueError,
-        lambda x, y, **o: softmax(x, y, transform=PiecewiseLinear(TABLE, TABLE, (1.0, -1.0)), **o),
+        lambda x, y, **o: softmax(x, y, transform=PiecewiseLinear(TABLE, TABLE, domain=(1.0, -1.0)), **o),
     ),
-    case("scale_low|> 0|-1", ValueError, lambda x, y, **o: softmax(x, y, scale=TwoScale(-1.0, 2.0), **o)),
+    case("TwoScale.low|> 0|-1", ValueError, lambda x, y, **o: softmax(x, y, scale=TwoScale(-1.0, 2.0), **o)),
     case("clamp|'max'", ValueError, lambda x, y, **o: softmax(x, y, head=Tau(TABLE, TABLE, clamp="max"), **o)),
 ]
 
@@ -256,17 +258,21 @@ def test_a_label_equal_to_ignore_index_may_be_in_range(backend):
 def test_what_is_remembered_of_a_call_is_checked_all_the_same(backend, monkeypatch):
     """Numbers that were seen before are not looked at again, but equals of another kind (True == 1.0) still are."""
     x, y = torch.zeros(2, 3), T([1, 2])
-    first = mlkernels.focal_loss(x, y, 1.0, backend=backend)
-    assert torch.equal(mlkernels.focal_loss(x, y, 1, backend=backend), first)
+    first = mlkernels.focal_loss(x, y, gamma=1.0, backend=backend)
+    assert torch.equal(mlkernels.focal_loss(x, y, gamma=1, backend=backend), first)
     with pytest.raises(TypeError, match="gamma takes a number"):
-        mlkernels.focal_loss(x, y, True, backend=backend)
-    weighted = mlkernels.focal_loss(x, y, 1.0, weight=torch.tensor([1.0, 2.0, 5.0]), reduction="sum", backend=backend)
-    again = mlkernels.focal_loss(x, y, 1.0, reduction="sum", backend=backend)  # without the weight of the call before
+        mlkernels.focal_loss(x, y, gamma=True, backend=backend)
+    weighted = mlkernels.focal_loss(
+        x, y, gamma=1.0, weight=torch.tensor([1.0, 2.0, 5.0]), reduction="sum", backend=backend
+    )
+    again = mlkernels.focal_loss(
+        x, y, gamma=1.0, reduction="sum", backend=backend
+    )  # without the weight of the call before
     assert float(weighted) == pytest.approx(3.5 * float(again))
     monkeypatch.setattr(door, "_MOST_CALLS", 20)
     door._calls.clear()
     for step in range(30):  # a schedule: no number comes twice, and nothing grows without end
-        mlkernels.focal_loss(x, y, 1.0 + step, backend=backend)
+        mlkernels.focal_loss(x, y, gamma=1.0 + step, backend=backend)
     assert len(door._calls) <= 20
 
 

@@ -58,7 +58,15 @@ def test_values_and_gradients(diagonal, reduction, weighted, smoothing):
     log_variance = log_variance if diagonal else None
     weight = weight if weighted else None
     found = mlkernels.lgm_loss(
-        x, target, means, log_variance, 0.3, 0.7, weight=weight, label_smoothing=smoothing, reduction=reduction
+        x,
+        target,
+        means,
+        log_variance=log_variance,
+        alpha=0.3,
+        lambda_=0.7,
+        weight=weight,
+        label_smoothing=smoothing,
+        reduction=reduction,
     )
     wanted = oracle(x, target, means, log_variance, 0.3, 0.7, weight, smoothing, reduction)
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
@@ -71,7 +79,7 @@ def test_values_and_gradients(diagonal, reduction, weighted, smoothing):
 def test_the_margin_can_be_trained():
     x, target, means, log_variance, _ = draw()
     alpha = torch.tensor(0.4, dtype=F64, requires_grad=True)
-    (3 * mlkernels.lgm_loss(x, target, means, log_variance, alpha)).backward()
+    (3 * mlkernels.lgm_loss(x, target, means, log_variance=log_variance, alpha=alpha)).backward()
     step = 1e-6
     up = oracle(x, target, means, log_variance, 0.4 + step, 0.1)
     down = oracle(x, target, means, log_variance, 0.4 - step, 0.1)
@@ -82,7 +90,8 @@ def test_twice_differentiable():
     x, target, means, log_variance, _ = draw()
     leaves = (x.requires_grad_(), means.requires_grad_(), log_variance.requires_grad_())
     assert torch.autograd.gradgradcheck(
-        lambda x, m, v: 1.7 * mlkernels.lgm_loss(x, target, m, v, 0.2, 0.3, reduction="sum"), leaves
+        lambda x, m, v: 1.7 * mlkernels.lgm_loss(x, target, m, log_variance=v, alpha=0.2, lambda_=0.3, reduction="sum"),
+        leaves,
     )
 
 
@@ -99,7 +108,7 @@ def test_float32_keeps_small_distances(diagonal, offset, spread):
     log_variance = log_variance if diagonal else None
     wide = [None if t is None else t.detach().double() for t in (x, means, log_variance)]
     wide[0].requires_grad_()
-    found = mlkernels.lgm_loss(x, target, means, log_variance, 0.1, 1.0, reduction="none")
+    found = mlkernels.lgm_loss(x, target, means, log_variance=log_variance, alpha=0.1, lambda_=1.0, reduction="none")
     wanted = oracle(wide[0], target, wide[1], wide[2], 0.1, 1.0, reduction="none")
     torch.testing.assert_close(found.double(), wanted, rtol=2e-5, atol=2e-6)
     found.sum().backward()
@@ -112,7 +121,7 @@ def test_half(dtype):
     x, target, means, log_variance, _ = draw(dtype)
     x.requires_grad_()
     parameter = means.float().requires_grad_()
-    loss = mlkernels.lgm_loss(x, target, parameter, log_variance)
+    loss = mlkernels.lgm_loss(x, target, parameter, log_variance=log_variance)
     assert loss.dtype == torch.float32
     loss.backward()
     assert (x.grad.dtype, parameter.grad.dtype) == (dtype, torch.float32)
@@ -122,23 +131,25 @@ def test_half(dtype):
 
 def test_autocast_changes_nothing():
     x, target, means, log_variance, _ = draw(torch.float32)
-    plain = mlkernels.lgm_loss(x, target, means, log_variance)
+    plain = mlkernels.lgm_loss(x, target, means, log_variance=log_variance)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(mlkernels.lgm_loss(x, target, means, log_variance), plain)
+        assert torch.equal(mlkernels.lgm_loss(x, target, means, log_variance=log_variance), plain)
 
 
 def test_ignored_rows_are_not_read():
     x, target, means, log_variance, weight = draw()
     x[2] = math.nan
     leaves = [t.requires_grad_() for t in (x, means, log_variance)]
-    loss = mlkernels.lgm_loss(x, target, means, log_variance, 0.2, 0.5, weight=weight)
+    loss = mlkernels.lgm_loss(x, target, means, log_variance=log_variance, alpha=0.2, lambda_=0.5, weight=weight)
     kept = target != -100
-    alone = mlkernels.lgm_loss(x[kept].detach(), target[kept], means, log_variance, 0.2, 0.5, weight=weight)
+    alone = mlkernels.lgm_loss(
+        x[kept].detach(), target[kept], means, log_variance=log_variance, alpha=0.2, lambda_=0.5, weight=weight
+    )
     torch.testing.assert_close(loss, alone)
     (2.5 * loss).backward()
     assert torch.equal(x.grad[2], torch.zeros(D, dtype=F64))
     assert all(leaf.grad.isfinite().all() for leaf in leaves)
-    rows = mlkernels.lgm_loss(x, target, means, log_variance, reduction="none")
+    rows = mlkernels.lgm_loss(x, target, means, log_variance=log_variance, reduction="none")
     assert rows[2] == 0
 
 
@@ -159,7 +170,7 @@ def test_all_ignored(weighted):
     leaves = [t.requires_grad_() for t in (x, means, log_variance)]
     for reduction in ("mean", "sum"):
         options = {"weight": weight if weighted else None, "reduction": reduction}
-        loss = mlkernels.lgm_loss(x, target, means, log_variance, **options)
+        loss = mlkernels.lgm_loss(x, target, means, log_variance=log_variance, **options)
         assert loss.isnan() if reduction == "mean" else loss == 0
         for gradient in torch.autograd.grad(2.5 * loss, leaves):
             assert torch.equal(gradient, torch.zeros_like(gradient))
@@ -201,7 +212,7 @@ def test_never_rows_times_classes_times_features():
     x, means = torch.randn(n, d, requires_grad=True), torch.randn(c, d, requires_grad=True)
     log_variance = torch.zeros(c, d, requires_grad=True)
     with _Largest() as largest:
-        mlkernels.lgm_loss(x, torch.randint(c, (n,)), means, log_variance).backward()
+        mlkernels.lgm_loss(x, torch.randint(c, (n,)), means, log_variance=log_variance).backward()
     assert 0 < largest.numel <= max(n * c, 2 * n * d, 2 * c * d)
 
 
@@ -249,6 +260,6 @@ def test_inputs_are_left_alone():
     x, target, means, log_variance, weight = draw()
     before = [t.clone() for t in (x, target, means, log_variance, weight)]
     x.requires_grad_()
-    mlkernels.lgm_loss(x, target, means, log_variance, weight=weight).backward()
+    mlkernels.lgm_loss(x, target, means, log_variance=log_variance, weight=weight).backward()
     for tensor, copy in zip((x.detach(), target, means, log_variance, weight), before, strict=True):
         assert torch.equal(tensor, copy)

@@ -44,7 +44,7 @@ def test_top_n(n):
     logits, target = draw()
     hits = [int((row > row[y]).sum()) < n for row, y in kept(logits, target)]
     for form in forms(logits, target):
-        assert metrics.top_n_accuracy(form, target, n).item() == pytest.approx(sum(hits) / len(hits))
+        assert metrics.top_n_accuracy(form, target, n=n).item() == pytest.approx(sum(hits) / len(hits))
 
 
 @pytest.mark.parametrize("a", [0.0, 0.05, 0.3, 0.9])
@@ -56,25 +56,25 @@ def test_close_enough(a, scale):
         p = torch.softmax(scale * row, 0)
         hits.append(bool(p[y] >= p.max() - a))
     for form in forms(logits, target, scale=scale):
-        assert metrics.close_enough(form, target, a, scale=scale).item() == pytest.approx(sum(hits) / len(hits))
-    tensor = metrics.close_enough(logits, target, a, scale=torch.tensor(scale))
+        assert metrics.close_enough(form, target, a=a, scale=scale).item() == pytest.approx(sum(hits) / len(hits))
+    tensor = metrics.close_enough(logits, target, a=a, scale=torch.tensor(scale))
     assert tensor.item() == pytest.approx(sum(hits) / len(hits))
 
 
 def test_close_enough_by_the_statistics_of_a_two_scale_loss():
     logits, target = draw()
     low, high, norm = 1.5, 15.0, torch.tensor(2.0)
-    rows = forms(logits, target, scale=mlkernels.TwoScale(low, high, 0.01, norm))[1]
+    rows = forms(logits, target, scale=mlkernels.TwoScale(low, high, eta=0.01, norm=norm))[1]
     for a in (0.0, 0.1, 0.4):
-        wanted = metrics.close_enough(logits, target, a, scale=low / norm.item())
-        assert metrics.close_enough(rows, target, a, scale=low / norm).item() == pytest.approx(wanted.item())
+        wanted = metrics.close_enough(logits, target, a=a, scale=low / norm.item())
+        assert metrics.close_enough(rows, target, a=a, scale=low / norm).item() == pytest.approx(wanted.item())
 
 
 def test_close_enough_where_probabilities_underflow():
     logits = torch.tensor([[0.0, 500.0, 499.99], [0.0, 1000.0, 0.0]])
     target = torch.tensor([2, 0])
     for form in forms(logits, target):
-        assert metrics.close_enough(form, target, 0.1).item() == 0.5
+        assert metrics.close_enough(form, target, a=0.1).item() == 0.5
 
 
 def test_superclass_accuracy():
@@ -94,8 +94,10 @@ def test_confidence():
         assert metrics.classification_confidence(form, target).item() == pytest.approx(mean)
         big = torch.tensor(1e60, dtype=torch.float64)
         for norm in (1e60, big):
-            assert metrics.classification_confidence(form, target, norm).item() == pytest.approx(mean / 1e60, rel=1e-9)
-    single = metrics.classification_confidence(logits.detach().float(), target, 1e60)
+            assert metrics.classification_confidence(form, target, logit_norm=norm).item() == pytest.approx(
+                mean / 1e60, rel=1e-9
+            )
+    single = metrics.classification_confidence(logits.detach().float(), target, logit_norm=1e60)
     assert single.item() == pytest.approx(mean / 1e60, rel=1e-5)
 
 
@@ -215,15 +217,15 @@ def test_without_scikit_learn(monkeypatch):
         (lambda x, y, r: metrics.accuracy(r, y[1:]), ValueError, "target"),
         (lambda x, y, r: metrics.accuracy(r, None), ValueError, "target"),
         (lambda x, y, r: metrics.accuracy(x, y + C), IndexError, "target"),
-        (lambda x, y, r: metrics.top_n_accuracy(x, y, 0), ValueError, "n must"),
-        (lambda x, y, r: metrics.top_n_accuracy(x, y, 1.5), ValueError, "n must"),
-        (lambda x, y, r: metrics.close_enough(x, y, -0.1), ValueError, "a must"),
+        (lambda x, y, r: metrics.top_n_accuracy(x, y, n=0), ValueError, "n must"),
+        (lambda x, y, r: metrics.top_n_accuracy(x, y, n=1.5), ValueError, "n must"),
+        (lambda x, y, r: metrics.close_enough(x, y, a=-0.1), ValueError, "a must"),
         (lambda x, y, r: metrics.close_enough(x, y, scale=0.0), ValueError, "scale"),
         (lambda x, y, r: metrics.close_enough(r, y, scale=-1.0), ValueError, "scale"),
         (lambda x, y, r: metrics.superclass_accuracy(x, y, torch.zeros(C)), ValueError, "superclass"),
         (lambda x, y, r: metrics.superclass_accuracy(x, y, torch.arange(C + 1)), ValueError, "superclass"),
         (lambda x, y, r: metrics.superclass_accuracy(r, y, torch.arange(2)), IndexError, "target"),
-        (lambda x, y, r: metrics.classification_confidence(x, y, 0.0), ValueError, "logit_norm"),
+        (lambda x, y, r: metrics.classification_confidence(x, y, logit_norm=0.0), ValueError, "logit_norm"),
         (lambda x, y, r: metrics.macro_f1(torch.zeros(3, dtype=torch.long), y), ValueError, "input"),
     ],
 )

@@ -221,7 +221,7 @@ def test_auxiliary_on_features_with_parameters_of_its_own() -> None:
     """Center loss on features, its centers stepped by the same optimizer, or moved by themselves."""
     for rate in (None, 0.5):
         torch.manual_seed(0)
-        model, center = Both(), mlkernels.CenterLoss(8, CLASSES, rate=rate)
+        model, center = Both(), mlkernels.CenterLoss(num_features=8, num_classes=CLASSES, rate=rate)
         centers = center.centers.detach().clone()
         optimizer = torch.optim.Adam([*model.parameters(), *center.parameters()], lr=0.01)
         primary = mlkernels.JointLoss([mlkernels.CrossEntropyLoss()], inputs=[1])

@@ -13,7 +13,7 @@ from torch import nn
 
 import mlkernels
 from mlkernels import functional as F
-from mlkernels import modules
+from mlkernels.softmax import COMMON as COMMON_DEFAULTS
 
 F64 = torch.float64
 N, C = 6, 4
@@ -76,7 +76,7 @@ def saved(module):
 @pytest.mark.parametrize(("module", "own", "function"), TWINS)
 def test_twins_agree(module, own, function):
     taken = inspect.signature(function).parameters
-    common = {name: value for name, value in COMMON.items() if name in taken}
+    common = {name: value for name, value in COMMON.items() if "common" in taken or name in taken}
     for options in ({}, common):
         input, target = draw()
         loss = module(**own, **options)
@@ -91,14 +91,12 @@ def test_twins_agree(module, own, function):
 def test_twins_have_the_same_arguments_and_defaults(module, own, function):
     def arguments(of):
         named = inspect.signature(of).parameters.values()
-        return {p.name: p.default for p in named if p.default is not inspect.Parameter.empty}
+        found = {p.name: p.default for p in named if p.default is not inspect.Parameter.empty}
+        return found | (COMMON_DEFAULTS if any(p.name == "common" for p in named) else {})
 
     # What belongs to the batch is given to forward.
     wanted = {name: default for name, default in arguments(function).items() if name not in ("norm", "group")}
-    got = arguments(module.__init__)
-    if issubclass(module, modules._FamilyLoss):
-        got |= arguments(modules._FamilyLoss.__init__)
-    assert got == wanted
+    assert arguments(module.__init__) == wanted
 
 
 @pytest.mark.parametrize(("module", "own", "function"), TWINS)
@@ -145,13 +143,13 @@ def test_tables_can_be_trained():
 
 def test_numbers_stay_numbers_and_tensors_become_buffers():
     scale = torch.tensor(3.0)
-    loss = mlkernels.CosFaceLoss(margin=0.2, scale=scale, weight=nn.Parameter(torch.ones(C)))
+    loss = mlkernels.CosFaceLoss(margin=0.2, scale=scale, weight=torch.ones(C))
     assert loss.margin == 0.2
     assert dict(loss.named_buffers()).keys() == {"scale", "weight"}
     assert not list(loss.parameters())
     assert not loss.weight.requires_grad
     input, target = draw()
-    assert torch.equal(loss(input, target), F.cosface_loss(input, target, 0.2, 3.0))
+    assert torch.equal(loss(input, target), F.cosface_loss(input, target, margin=0.2, scale=3.0))
     assert loss.double().weight.dtype == F64
     later = mlkernels.CrossEntropyLoss()
     later.weight = COMMON["weight"]  # a place was kept for it
@@ -159,7 +157,7 @@ def test_numbers_stay_numbers_and_tensors_become_buffers():
 
 
 def test_repr():
-    assert repr(mlkernels.FocalLoss(2.0)) == "FocalLoss(gamma=2.0)"
+    assert repr(mlkernels.FocalLoss(gamma=2.0)) == "FocalLoss(gamma=2.0)"
     loss = mlkernels.MarginLoss(
         m3=torch.zeros(C), scale=nn.Parameter(torch.tensor(8.0)), reduction="sum", weight=torch.ones(C)
     )
@@ -175,9 +173,113 @@ def test_two_scale_repr():
     assert repr(loss) == f"TwoScaleLoss({text})"
 
 
-def test_unknown_arguments_are_refused():
-    with pytest.raises(TypeError, match="gama"):
-        mlkernels.FocalLoss(gama=2.0)
+EVERY = [
+    (mlkernels.CrossEntropyLoss, F.cross_entropy, ["scale", "weight", "z_loss"]),
+    (mlkernels.FocalLoss, F.focal_loss, ["gamma", "weight", "reduction"]),
+    (mlkernels.ModulatedCrossEntropyLoss, F.modulated_cross_entropy, ["beta", "gamma", "alpha", "kappa"]),
+    (mlkernels.MarginLoss, F.margin_cross_entropy, ["m1", "m2", "m3", "beyond_pi", "gradient"]),
+    (mlkernels.ArcFaceLoss, F.arcface_loss, ["margin", "scale"]),
+    (mlkernels.CosFaceLoss, F.cosface_loss, ["margin", "scale"]),
+    (mlkernels.SphereFaceLoss, F.sphereface_loss, ["margin", "scale"]),
+    (mlkernels.TwoScaleLoss, F.two_scale_cross_entropy, ["eta"]),
+    (mlkernels.PiecewiseLoss, F.piecewise_cross_entropy, ["t_slope", "clamp"]),
+    (mlkernels.MultiMarginLoss, F.multi_margin_loss, ["p", "margin", "weight", "reduction"]),
+    (mlkernels.CenterLoss, F.center_loss, ["reduction"]),
+    (mlkernels.LGMLoss, F.lgm_loss, ["alpha", "lambda_", "weight"]),
+]
+SIZES = {"num_features": 2, "num_classes": C}
+
+
+@pytest.mark.parametrize(("module", "function", "taken"), EVERY, ids=lambda value: getattr(value, "__name__", ""))
+def test_unknown_arguments_are_refused(module, function, taken):
+    """By the name that the caller wrote, with those that there are; torch's old ones with what to write instead."""
+    input, target = draw()
+    sizes = SIZES if module in (mlkernels.CenterLoss, mlkernels.LGMLoss) else {}
+    needed = {F.two_scale_cross_entropy: (1.0, 2.0), F.center_loss: (input,), F.lgm_loss: (input,)}.get(function, ())
+    calls = [
+        (module.__name__, lambda **unknown: module(**sizes, **unknown)),
+        (function.__name__, lambda **unknown: function(input, target, *needed, **unknown)),
+    ]
+    for name, call in calls:
+        with pytest.raises(TypeError) as caught:
+            call(gama=2.0)
+        assert str(caught.value).startswith(f"{name}() takes no 'gama'; there are ")
+        for argument in taken:
+            assert argument in str(caught.value)
+        for old, wanted in [
+            ({"size_average": False}, "sum"),
+            ({"size_average": True}, "mean"),
+            ({"reduce": False}, "none"),
+            ({"reduce": True}, "mean"),
+            ({"size_average": False, "reduce": False}, "none"),
+        ]:
+            with pytest.raises(TypeError, match=rf"^{name}\(\) takes no {next(iter(old))}.*reduction='{wanted}'"):
+                call(**old)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, y: mlkernels.FocalLoss(torch.ones(C)),  # a weight is no gamma
+        lambda x, y: mlkernels.CrossEntropyLoss(torch.ones(C)),
+        lambda x, y: mlkernels.ArcFaceLoss(5, 16),  # sizes are no margin and scale
+        lambda x, y: mlkernels.CosFaceLoss(0.2),
+        lambda x, y: mlkernels.SphereFaceLoss(4),
+        lambda x, y: mlkernels.MarginLoss(1.0, 0.5),
+        lambda x, y: mlkernels.ModulatedCrossEntropyLoss(4.0, 5.0),
+        lambda x, y: mlkernels.PiecewiseLoss(TABLE[0]),
+        lambda x, y: mlkernels.TwoScaleLoss(1.0, 0.1),
+        lambda x, y: mlkernels.CenterLoss(2, C),
+        lambda x, y: mlkernels.LGMLoss(2, C),
+        lambda x, y: mlkernels.JointLoss([mlkernels.FocalLoss()], [1.0]),
+        lambda x, y: mlkernels.MultiMarginLoss(1, 1.0, None, None),
+        lambda x, y: mlkernels.Modulated(4.0, 5.0),
+        lambda x, y: mlkernels.Margin(1.0),
+        lambda x, y: mlkernels.Affine(1.0),
+        lambda x, y: mlkernels.TwoScale(1.0, 2.0, 0.1),
+        lambda x, y: mlkernels.Tau(*TABLE, 1e-3),
+        lambda x, y: mlkernels.PiecewiseLinear(*TABLE, (-1.0, 1.0)),
+        lambda x, y: F.focal_loss(x, y, torch.ones(C)),
+        lambda x, y: F.cross_entropy(x, y, torch.ones(C)),
+        lambda x, y: F.modulated_cross_entropy(x, y, 4.0),
+        lambda x, y: F.margin_cross_entropy(x, y, 1.0),
+        lambda x, y: F.arcface_loss(x, y, 0.5),
+        lambda x, y: F.cosface_loss(x, y, 0.5),
+        lambda x, y: F.sphereface_loss(x, y, 4),
+        lambda x, y: F.two_scale_cross_entropy(x, y, 1.0, 2.0, 0.1),
+        lambda x, y: F.piecewise_cross_entropy(x, y, TABLE[0]),
+        lambda x, y: F.lgm_loss(x, y, x, x),
+        lambda x, y: F.center_loss(x, y, x, "sum"),
+        lambda x, y: F.multi_margin_loss(x, y, 1, 1.0, None, None),
+    ],
+)
+def test_numbers_are_keywords(call):
+    """A positional weight, number of classes or margin in degrees must not be swallowed as something else."""
+    with pytest.raises(TypeError, match="positional argument"):
+        call(*draw())
+
+
+def test_modulated_has_one_order():
+    def order(of):
+        return [name for name in inspect.signature(of).parameters if name in ("alpha", "beta", "gamma", "kappa")]
+
+    for of in (F.modulated_cross_entropy, mlkernels.ModulatedCrossEntropyLoss, mlkernels.Modulated):
+        assert order(of) == ["beta", "gamma", "alpha", "kappa"]
+
+
+@pytest.mark.parametrize("name", ["scale", "weight", "logit_adjustment"])
+def test_a_gradient_that_no_optimizer_would_see_is_refused(name):
+    with pytest.raises(ValueError, match=rf"{name} .*{name}\.detach\(\)") as caught:
+        mlkernels.CrossEntropyLoss(**{name: torch.ones(C, requires_grad=True)})
+    if name == "scale":
+        assert "nn.Parameter(scale)" in str(caught.value)
+        mlkernels.CrossEntropyLoss(scale=nn.Parameter(torch.ones(C)))
+    else:
+        with pytest.raises(ValueError, match="not differentiated"):
+            mlkernels.CrossEntropyLoss(**{name: nn.Parameter(torch.ones(C))})
+    with torch.no_grad():
+        frozen = nn.Parameter(torch.tensor(2.0), requires_grad=False)
+    assert mlkernels.CrossEntropyLoss(scale=frozen).scale is frozen
 
 
 def test_what_belongs_to_the_batch_is_given_to_forward():
@@ -190,7 +292,7 @@ def test_what_belongs_to_the_batch_is_given_to_forward():
     slope, bias = torch.rand(2, 3) + 0.5, 0.1 * torch.rand(2, 3)
     group = torch.tensor([0, 1, 0, 1, 0, 1])
     loss = mlkernels.PiecewiseLoss(t_slope=slope, t_bias=bias)
-    wanted = F.piecewise_cross_entropy(input, target, slope, bias, group=group, norm=norm)
+    wanted = F.piecewise_cross_entropy(input, target, t_slope=slope, t_bias=bias, group=group, norm=norm)
     assert torch.equal(loss(input, target, group, norm), wanted)
 
 
@@ -278,7 +380,7 @@ def test_two_scale_separation():
     input, target = draw()
     loss = mlkernels.TwoScaleLoss(variant="separation", eta=0.1)
     assert [(name, p.item()) for name, p in loss.named_parameters()] == [("scale_high", 10.0)]
-    wanted = F.two_scale_cross_entropy(input, target, 1.0, 10.0, 0.1)
+    wanted = F.two_scale_cross_entropy(input, target, 1.0, 10.0, eta=0.1)
     assert torch.equal(loss(input, target), wanted)
     assert torch.equal(loss(input, target, torch.tensor(3.0)), wanted), "R has no place in (17)"
     loss(input, target).backward()
@@ -464,23 +566,30 @@ def test_two_scale_training(variant, parametrization):
 def test_lgm_module():
     x, target = torch.randn(N, 3), torch.tensor([0, 1, -100, 3, 1, 0])
     loss = mlkernels.LGMLoss(
-        3, C, 0.3, 0.5, diagonal=True, weight=COMMON["weight"], label_smoothing=0.1, reduction="sum"
+        num_features=3,
+        num_classes=C,
+        alpha=0.3,
+        lambda_=0.5,
+        diagonal=True,
+        weight=COMMON["weight"],
+        label_smoothing=0.1,
+        reduction="sum",
     )
     assert torch.equal(loss.log_variance, torch.zeros(C, 3))
     nn.init.normal_(loss.log_variance)
     options = {"weight": COMMON["weight"], "label_smoothing": 0.1, "reduction": "sum"}
-    wanted = F.lgm_loss(x, target, loss.means, loss.log_variance, 0.3, 0.5, **options)
+    wanted = F.lgm_loss(x, target, loss.means, log_variance=loss.log_variance, alpha=0.3, lambda_=0.5, **options)
     assert torch.equal(loss(x, target), wanted)
     (2.5 * loss(x, target)).backward()
     assert all(p.grad.abs().sum() > 0 for p in loss.parameters())
     assert dict(loss.named_parameters()).keys() == {"means", "log_variance"}
-    other = mlkernels.LGMLoss(3, C, 0.3, 0.5, diagonal=True, **options)
+    other = mlkernels.LGMLoss(num_features=3, num_classes=C, alpha=0.3, lambda_=0.5, diagonal=True, **options)
     other.load_state_dict(saved(loss))
     assert torch.equal(other(x, target), wanted)
-    identity = mlkernels.LGMLoss(3, C)
+    identity = mlkernels.LGMLoss(num_features=3, num_classes=C)
     assert torch.equal(identity(x, target), F.lgm_loss(x, target, identity.means))
     assert "alpha=0.1, lambda_=0.1" in repr(identity)
-    assert mlkernels.LGMLoss(3, C, dtype=F64, diagonal=True).log_variance.dtype == F64
+    assert mlkernels.LGMLoss(num_features=3, num_classes=C, dtype=F64, diagonal=True).log_variance.dtype == F64
     defaults = {name: p.default for name, p in inspect.signature(F.lgm_loss).parameters.items()}
     for name, parameter in inspect.signature(mlkernels.LGMLoss.__init__).parameters.items():
         assert name not in defaults or parameter.default == defaults[name]
@@ -497,14 +606,14 @@ def test_joint_fixed():
     input, target = draw()
     one, two = (loss(input, target) for loss in pair())
     torch.testing.assert_close(mlkernels.JointLoss(pair())(input, target), one + two)
-    torch.testing.assert_close(mlkernels.JointLoss(pair(), [0.25, 3.0])(input, target), 0.25 * one + 3 * two)
-    torch.testing.assert_close(mlkernels.JointLoss(pair()[:1], [2.0])(input, target), 2 * one)
+    torch.testing.assert_close(mlkernels.JointLoss(pair(), weights=[0.25, 3.0])(input, target), 0.25 * one + 3 * two)
+    torch.testing.assert_close(mlkernels.JointLoss(pair()[:1], weights=[2.0])(input, target), 2 * one)
 
 
 def test_joint_trainable():
     input, target = draw()
     one, two = (loss(input, target).item() for loss in pair())
-    loss = mlkernels.JointLoss(pair(), [0.2, 0.8], mode="trainable")
+    loss = mlkernels.JointLoss(pair(), weights=[0.2, 0.8], mode="trainable")
     value = loss(input, target)
     assert value.item() == pytest.approx(0.2 * one + 0.8 * two)
     (2.5 * value).backward()
@@ -515,7 +624,7 @@ def test_joint_trainable():
 def test_joint_uncertainty():
     input, target = draw()
     each = [loss(input, target).item() for loss in pair()]
-    loss = mlkernels.JointLoss(pair(), [1.0, 0.5], mode="uncertainty")
+    loss = mlkernels.JointLoss(pair(), weights=[1.0, 0.5], mode="uncertainty")
     value = loss(input, target)
     s = [0.0, math.log(2.0)]
     assert value.item() == pytest.approx(sum(math.exp(-a) * v + a / 2 for a, v in zip(s, each, strict=True)))
@@ -531,7 +640,7 @@ def test_joint_holds_what_its_losses_train():
     other = mlkernels.JointLoss([mlkernels.CrossEntropyLoss(scale=nn.Parameter(torch.tensor(1.0))), pair()[1]])
     other.load_state_dict(saved(loss))
     assert next(other.parameters()).item() == 2.0
-    trained = mlkernels.JointLoss(pair(), [0.9, 0.1], mode="trainable")
+    trained = mlkernels.JointLoss(pair(), weights=[0.9, 0.1], mode="trainable")
     again = mlkernels.JointLoss(pair(), mode="trainable")
     again.load_state_dict(saved(trained))
     assert torch.equal(again.logit, trained.logit)
@@ -541,10 +650,10 @@ def test_joint_holds_what_its_losses_train():
 def test_joint_weights_are_those_of_now():
     input, target = draw()
     each = [loss(input, target) for loss in pair()]
-    fixed = mlkernels.JointLoss(pair(), [0.25, 3.0])
+    fixed = mlkernels.JointLoss(pair(), weights=[0.25, 3.0])
     assert list(fixed.weights) == [0.25, 3.0]
     for mode, start in (("trainable", [0.2, 0.8]), ("uncertainty", [1.0, 0.5])):
-        joint = mlkernels.JointLoss(pair(), start, mode=mode)
+        joint = mlkernels.JointLoss(pair(), weights=start, mode=mode)
         assert [weight.item() for weight in joint.weights] == pytest.approx(start)
         optimizer = torch.optim.SGD(joint.parameters(), lr=1.0)
         joint(input, target).backward()
@@ -582,7 +691,7 @@ def test_joint_of_every_loss_of_the_family(loss, mode):
     options = {"group": loss.group(target)} if loss.groups else {}
     weights = [0.3, 0.7]
     joint = mlkernels.JointLoss(
-        [lambda x, y: loss(x, y, own, **options), mlkernels.CrossEntropyLoss()], weights, mode=mode
+        [lambda x, y: loss(x, y, own, **options), mlkernels.CrossEntropyLoss()], weights=weights, mode=mode
     )
     x = input.float().requires_grad_()
     one, two = loss(x, target, own, **options), mlkernels.cross_entropy(x, target)
@@ -610,7 +719,7 @@ def test_joint_rows(mode):
 
     def joint(reduction):
         losses = [mlkernels.CrossEntropyLoss(reduction=reduction), mlkernels.FocalLoss(reduction=reduction)]
-        return mlkernels.JointLoss(losses, [0.25, 0.75], mode=mode)(input, target)
+        return mlkernels.JointLoss(losses, weights=[0.25, 0.75], mode=mode)(input, target)
 
     assert joint("none").shape == (N,)
     torch.testing.assert_close(joint("none").mean(), joint("mean"))
@@ -641,12 +750,12 @@ def test_joint_bad_arguments(arguments, words):
 def test_public_names():
     for name in mlkernels.__all__:
         assert hasattr(mlkernels, name), name
-    assert set(F.__all__) | set(modules.__all__) <= set(mlkernels.__all__)
+    assert set(F.__all__) | set(mlkernels.modules.__all__) <= set(mlkernels.__all__)
     assert mlkernels.__all__ == sorted(mlkernels.__all__)
 
 
 def test_joint_loss_hands_each_loss_its_part():
-    center, classifier = mlkernels.CenterLoss(2, 3), mlkernels.CrossEntropyLoss()
+    center, classifier = mlkernels.CenterLoss(num_features=2, num_classes=3), mlkernels.CrossEntropyLoss()
     joint = mlkernels.JointLoss([classifier, center], weights=[0.5, 2.0], inputs=[0, 1])
     logits, features = torch.randn(4, 3), torch.randn(4, 2)
     target = torch.tensor([0, 1, 2, 0])
@@ -659,7 +768,7 @@ def test_joint_loss_hands_each_loss_its_part():
 
 @pytest.mark.parametrize("diagonal", [False, True])
 def test_lgm_logits_are_gaussian_log_densities(diagonal):
-    loss = mlkernels.LGMLoss(3, 4, diagonal=diagonal)
+    loss = mlkernels.LGMLoss(num_features=3, num_classes=4, diagonal=diagonal)
     if diagonal:
         torch.nn.init.normal_(loss.log_variance)
     features = torch.randn(5, 3)

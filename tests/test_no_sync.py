@@ -11,7 +11,7 @@ from table import BY_NAME, FEW, LOSSES, draw, leaves
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mlkernels
-from mlkernels import softmax
+from mlkernels import checks
 
 META = torch.device("meta")
 
@@ -65,7 +65,7 @@ def test_the_mode_forbids():
 @pytest.mark.parametrize("loss", FEW, ids=str)
 def test_the_reference_never_looks(loss, return_stats, monkeypatch):
     """As on a GPU with label checks off: ranges are left to the kernel, which answers NaN."""
-    monkeypatch.setattr(softmax, "traced", lambda: True)  # "values cannot be looked at"
+    monkeypatch.setattr(checks, "traced", lambda: True)  # "values cannot be looked at"
     input, target, params = draw(loss, rows=6, form="shared")
     own = leaves(params)
     options = {"group": loss.group(target)} if loss.groups else {}
@@ -81,6 +81,6 @@ def test_the_reference_never_looks(loss, return_stats, monkeypatch):
 
 def test_checks_of_the_device_are_off_by_default():
     """check_labels costs a synchronisation: on a device it is only done when asked for."""
-    assert softmax._check_labels is False
+    assert checks._check_labels is False
     x, y = torch.zeros(2, 3, device=META), torch.zeros(2, dtype=torch.long, device=META)
     BY_NAME["cross_entropy"](x, y, {})

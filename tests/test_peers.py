@@ -60,7 +60,7 @@ def test_arcface_within_pi(backend, margin):
         agree(
             side_by_side(
                 peer,
-                lambda a, b, t: mlkernels.arcface_loss(cosines_of(a, b), t, margin, 16.0, backend=backend),
+                lambda a, b, t: mlkernels.arcface_loss(cosines_of(a, b), t, margin=margin, scale=16.0, backend=backend),
                 x,
                 w,
                 y,
@@ -74,12 +74,18 @@ def test_arcface_beyond_pi_differs(backend):
     peer = losses.ArcFaceLoss(C, D, margin=math.degrees(0.5), scale=16)
     agree(
         side_by_side(
-            peer, lambda a, b, t: mlkernels.arcface_loss(cosines_of(a, b), t, 0.5, 16.0, backend=backend), x, w, y
+            peer,
+            lambda a, b, t: mlkernels.arcface_loss(cosines_of(a, b), t, margin=0.5, scale=16.0, backend=backend),
+            x,
+            w,
+            y,
         )
     )
     theirs, ours = side_by_side(
         peer,
-        lambda a, b, t: mlkernels.arcface_loss(cosines_of(a, b), t, 0.5, 16.0, beyond_pi="none", backend=backend),
+        lambda a, b, t: mlkernels.arcface_loss(
+            cosines_of(a, b), t, margin=0.5, scale=16.0, beyond_pi="none", backend=backend
+        ),
         x,
         w,
         y,
@@ -93,7 +99,7 @@ def test_arcface_at_cosine_1(backend):
     w = torch.eye(D, C, dtype=F64)
     x = torch.eye(D, dtype=F64)[:3].clone().requires_grad_()
     y = torch.tensor([0, 1, 2])
-    value = mlkernels.arcface_loss(F.normalize(x, dim=1) @ w, y, 0.5, 16.0, backend=backend)
+    value = mlkernels.arcface_loss(F.normalize(x, dim=1) @ w, y, margin=0.5, scale=16.0, backend=backend)
     value.backward()
     assert bool(value.isfinite())
     assert bool(x.grad.isfinite().all())
@@ -107,7 +113,7 @@ def test_cosface(backend, margin):
         agree(
             side_by_side(
                 peer,
-                lambda a, b, t: mlkernels.cosface_loss(cosines_of(a, b), t, margin, 16.0, backend=backend),
+                lambda a, b, t: mlkernels.cosface_loss(cosines_of(a, b), t, margin=margin, scale=16.0, backend=backend),
                 x,
                 w,
                 y,
@@ -123,11 +129,17 @@ def test_sphereface_is_scaled_by_the_embedding(backend, angle):
     peer = losses.SphereFaceLoss(C, D, margin=4, scale=3)
 
     def ours(a, b, y):
-        return mlkernels.sphereface_loss(cosines_of(a, b), y, 4, 3 * a.norm(dim=1, keepdim=True), backend=backend)
+        return mlkernels.sphereface_loss(
+            cosines_of(a, b), y, margin=4, scale=3 * a.norm(dim=1, keepdim=True), backend=backend
+        )
 
     agree(side_by_side(peer, ours, x, w, y), rtol=1e-6)
     theirs, plain = side_by_side(
-        peer, lambda a, b, y: mlkernels.sphereface_loss(cosines_of(a, b), y, 4, 3.0, backend=backend), x, w, y
+        peer,
+        lambda a, b, y: mlkernels.sphereface_loss(cosines_of(a, b), y, margin=4, scale=3.0, backend=backend),
+        x,
+        w,
+        y,
     )
     assert float(plain[0]) != pytest.approx(float(theirs[0]), rel=1e-2)  # normalised, as most use it today
 
@@ -150,7 +162,9 @@ def test_straight_through_is_the_common_arcface(backend):
     """arcface_torch detaches the margin: at theta = 90 degrees, m = .5, s = 64 it sends -64, not -56.17."""
     for gradient, wanted in (("straight_through", -64.0), ("exact", -64 * math.cos(0.5))):
         x = torch.tensor([[0.0, 0.9, 0.9]], dtype=F64, requires_grad=True)  # p of the target is 0
-        mlkernels.arcface_loss(x, torch.tensor([0]), 0.5, 64.0, gradient=gradient, backend=backend).backward()
+        mlkernels.arcface_loss(
+            x, torch.tensor([0]), margin=0.5, scale=64.0, gradient=gradient, backend=backend
+        ).backward()
         assert float(x.grad[0, 0]) == pytest.approx(wanted, rel=1e-6)
     assert -64 * math.cos(0.5) == pytest.approx(-56.17, abs=0.01)
 
@@ -240,7 +254,7 @@ def test_focal_where_the_naive_one_survives(backend):
         x, z = input.clone().requires_grad_(), input.clone().requires_grad_()
         nll = F.cross_entropy(z, target, reduction="none")
         naive = ((1 - torch.exp(-nll)) ** gamma * nll).mean()
-        ours = mlkernels.focal_loss(x, target, gamma, backend=backend)
+        ours = mlkernels.focal_loss(x, target, gamma=gamma, backend=backend)
         torch.testing.assert_close(ours, naive)
         ours.backward()
         naive.backward()

@@ -16,6 +16,7 @@ from torch import nn
 
 import mlkernels
 from mlkernels.search import LossSearch, Record, loss_search, plot
+from mlkernels.search.record import ROWS as TABLES
 
 F64 = torch.float64
 ROWS, FEATURES, CLASSES = 24, 5, 3
@@ -258,8 +259,8 @@ def test_losses_have_the_options():
     theta, (x, y) = search.sample(), data(torch.float32)
     for candidate in theta:
         wanted = mlkernels.piecewise_cross_entropy(
-            x[:, :3], y, *candidate.float(), scale=4.0, label_smoothing=0.1, ignore_index=2, clamp="cross_entropy",
-            tau_min=0.05,
+            x[:, :3], y, **dict(zip(TABLES, candidate.float(), strict=True)), scale=4.0, label_smoothing=0.1,
+            ignore_index=2, clamp="cross_entropy", tau_min=0.05,
         )  # fmt: skip
         assert torch.equal(search.loss(candidate)(x[:, :3], y), wanted)
     with pytest.raises(ValueError, match=r"theta must be \(4, 3\) or \(G, 4, 3\), got \(3, 4\)"):
@@ -674,7 +675,9 @@ def test_found_functions_are_the_kernels():
     for epoch in (-1, 1):
         tables = record.mu[epoch]
         p = torch.softmax(torch.stack([record.t(x, epoch), torch.zeros_like(x)], 1), 1)[:, 0]
-        wanted = mlkernels.piecewise_cross_entropy(logits, target, *tables, reduction="none")
+        wanted = mlkernels.piecewise_cross_entropy(
+            logits, target, **dict(zip(TABLES, tables, strict=True)), reduction="none"
+        )
         tau = record.tau(p, epoch)
         assert (tau > 0.01).any()
         torch.testing.assert_close(-tau.clamp_min(1e-6).log(), wanted)

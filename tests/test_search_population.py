@@ -10,7 +10,7 @@ from test_search import F64, adam, data, network, reward, same, seeded, state_of
 from torch import nn
 
 import mlkernels
-from mlkernels import softmax
+from mlkernels import checks
 from mlkernels.search import Population, PopulationLoss
 
 ELEMENTWISE = [
@@ -116,9 +116,11 @@ def test_the_loss_of_each_row():
     x, y = torch.randn(2, 6, 4), torch.randint(4, (6,))
     tables = 1 + 0.1 * torch.randn(2, 3), 0.1 * torch.randn(2, 3)
     norm = 1 + torch.rand(2, 6, 1)
-    loss = PopulationLoss(*tables, reduction="none")
+    loss = PopulationLoss(t_slope=tables[0], t_bias=tables[1], reduction="none")
     wanted = [
-        mlkernels.piecewise_cross_entropy(x[g], y, tables[0][g], tables[1][g], norm=norm[g], reduction="none")
+        mlkernels.piecewise_cross_entropy(
+            x[g], y, t_slope=tables[0][g], t_bias=tables[1][g], norm=norm[g], reduction="none"
+        )
         for g in range(2)
     ]
     torch.testing.assert_close(loss(x, y, norm), torch.stack(wanted))
@@ -135,7 +137,7 @@ def test_one_loss_that_is_nan_spoils_no_other():
     x, y = torch.randn(3, 4, 3, requires_grad=True), torch.tensor([0, 1, 2, 0])
     slope = torch.ones(3, 2)
     slope[1] = math.nan
-    PopulationLoss(slope, torch.zeros(3, 2))(x, y).backward()
+    PopulationLoss(t_slope=slope, t_bias=torch.zeros(3, 2))(x, y).backward()
     assert x.grad[[0, 2]].isfinite().all()
     assert x.grad[1].isnan().any()
 
@@ -227,7 +229,7 @@ def test_options_of_groups():
 
 def test_no_synchronisation(monkeypatch):
     """A training step waits for the device nowhere (SGD: on the CPU others count their steps by the host)."""
-    monkeypatch.setattr(softmax, "traced", lambda: True)
+    monkeypatch.setattr(checks, "traced", lambda: True)
     model = network(torch.float32)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     search = the_search(backend="reference", clamp="cross_entropy")

@@ -519,7 +519,7 @@ def test_extra_state_of_a_module() -> None:
 
 def test_a_loss_with_parameters_and_an_averaged_model() -> None:
     model, _ = small()
-    loss = mlkernels.CenterLoss(3, 2, rate=0.5)
+    loss = mlkernels.CenterLoss(num_features=3, num_classes=2, rate=0.5)
     average = torch.optim.swa_utils.AveragedModel(model)
     saved = copy.deepcopy((loss.state_dict(), average.state_dict()))
     snapshot = Snapshot(loss, average)

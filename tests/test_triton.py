@@ -383,9 +383,9 @@ def test_out_of_range_numbers_on_a_device_are_nan(monkeypatch):
     x, y = torch.randn(3, 6), torch.arange(3)
     bad = [
         lambda: mlkernels.cross_entropy(x, y, scale=torch.tensor(-1.0), backend="triton"),
-        lambda: mlkernels.focal_loss(x, y, torch.tensor(-0.5), backend="triton"),
-        lambda: mlkernels.modulated_cross_entropy(x, y, torch.tensor(0.0), backend="triton"),
-        lambda: mlkernels.sphereface_loss(x.tanh(), y, torch.tensor(-1.0), backend="triton"),
+        lambda: mlkernels.focal_loss(x, y, gamma=torch.tensor(-0.5), backend="triton"),
+        lambda: mlkernels.modulated_cross_entropy(x, y, beta=torch.tensor(0.0), backend="triton"),
+        lambda: mlkernels.sphereface_loss(x.tanh(), y, margin=torch.tensor(-1.0), backend="triton"),
         lambda: mlkernels.softmax_loss(x, y, head=mlkernels.Truncated(torch.tensor(1.5)), backend="triton"),
         lambda: mlkernels.two_scale_cross_entropy(x, y, 1.0, 2.0, logit_norm=torch.tensor(0.0), backend="triton"),
     ]

@@ -29,7 +29,7 @@ class Classifier(lightning.LightningModule):
         self.body = nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, features))
         self.directions = nn.Parameter(torch.randn(classes, features))
         margin = mlkernels.CosFaceLoss(margin=0.2, scale=nn.Parameter(torch.tensor(16.0)))
-        center = mlkernels.CenterLoss(features, classes, rate=0.5)
+        center = mlkernels.CenterLoss(num_features=features, num_classes=classes, rate=0.5)
         self.loss = mlkernels.JointLoss([margin, center], weights=[1.0, 0.01], inputs=[0, 1])
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -49,7 +49,7 @@ def main(epochs: int = 10, checkpoint: Path | None = None) -> float:
             # Predictions are those of the plain logits; probabilities are at R1, whatever a row was trained at.
             p = loss.probabilities(network(images.test_images), network)
         accuracy = metrics.accuracy(p, images.test_labels).item()
-        close = metrics.close_enough(p.log(), images.test_labels, 0.1).item()
+        close = metrics.close_enough(p.log(), images.test_labels, a=0.1).item()
         print(f"epoch {epoch + 1}: loss {total.item() / len(images.train_labels):.4f}, accuracy {accuracy:.2%}, "
               f"close enough {close:.2%}, R1 {loss.scale_low.item():.3f}, R2 {loss.scale_high.item():.3f}")  # fmt: skip
         if checkpoint is not None:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import Unpack
 
-from ..modules import Common, PiecewiseLoss
+from ..modules import PiecewiseLoss
+from ..softmax import Common
 from ..spec import Clamp, option
 from .population import PopulationLoss, check_population
 from .ranks import Ranks
