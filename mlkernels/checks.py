@@ -165,6 +165,11 @@ def check_input(input: Tensor) -> None:
         raise TypeError(f"input takes a floating tensor, got {type(input).__name__}")
     if input.dtype not in _FLOATING:
         raise TypeError(f"input must be float16, bfloat16, float32 or float64, got {input.dtype}")
+    if type(input).__name__ == "DTensor":
+        raise TypeError(
+            f"input takes a plain tensor, got a DTensor {input.placements}: where ranks have rows of their own pass "  # type: ignore[attr-defined]
+            "to_local() of input and target, which gives each rank the loss of its rows; else input.full_tensor()"
+        )
 
 
 def check_tensors(input: Tensor, target: Tensor, ignore_index: int | None = None) -> Tensor:
@@ -232,7 +237,7 @@ def index_error(name: str, row: int, value: int, count: int) -> IndexError:
 
 
 def check_parameter(name: str, value: Tensor, input: Tensor, target: Tensor) -> Tensor:
-    """A tensor parameter: 0-d, (C,) or target.shape + (1,); returned as the kernels take it."""
+    """A tensor parameter: 0-d or (1,), (C,) or target.shape + (1,); returned as the kernels take it."""
     if value.dtype not in _FLOATING:
         raise TypeError(f"{name} must be floating, got {value.dtype}")
     if value.device != input.device:
@@ -243,9 +248,12 @@ def check_parameter(name: str, value: Tensor, input: Tensor, target: Tensor) -> 
         return value
     if dim == target.dim() + 1 and value.shape[-1] == 1 and value.shape[:-1] == target.shape:
         return value
+    if dim == 1 and value.shape[0] == 1:  # fully_shard takes no 0-d parameters
+        return value.reshape(())
     rows = (*target.shape, 1)
     raise ValueError(
-        f"{name} must be a number or a tensor that is 0-d (shared), ({classes},) (per class) or {rows} (per row), "
+        f"{name} must be a number or a tensor that is 0-d or (1,) (shared), ({classes},) (per class) or {rows} (per "
+        f"row), "
         f"got {tuple(value.shape)}"
     )
 

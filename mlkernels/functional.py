@@ -26,8 +26,8 @@ Raises:
     IndexError: on the CPU, a label outside [0, C) that is not ignore_index, with its row. On a GPU that row's loss and
         gradient are NaN; see :func:`mlkernels.check_labels`.
 
-A parameter of a loss (a scale, a margin, an exponent) is a Python number or a tensor: 0-d: shared; (C,): per class,
-indexed by the label; target.shape + (1,), that is (N, 1): per row. Tensors may require a gradient.
+A parameter of a loss (a scale, a margin, an exponent) is a Python number or a tensor: 0-d or (1,): shared; (C,): per
+class, indexed by the label; target.shape + (1,), that is (N, 1): per row. Tensors may require a gradient.
 """
 
 from __future__ import annotations
@@ -509,8 +509,8 @@ def _soft_cross_entropy(
             checks.check_class_vector(name, vector, input, input.shape[classes])
     if not isinstance(scale, Tensor):
         scale = checks.check_number("scale", scale)
-    elif scale.dim() > 0:
-        raise ValueError(f"scale must be a number or 0-d with class probabilities, got {tuple(scale.shape)}")
+    elif scale.shape not in ((), (1,)):
+        raise ValueError(f"scale must be a number, 0-d or (1,) with class probabilities, got {tuple(scale.shape)}")
     elif scale.device.type == "cpu" and not checks.traced():
         checks.check_range("scale", scale)
     label_smoothing = checks.check_number("label_smoothing", label_smoothing)

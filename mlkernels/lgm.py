@@ -43,7 +43,7 @@ def lgm_loss(
         target: (N,) classes, any integer dtype.
         means: (C, D), :math:`\mu_k`; may require a gradient.
         log_variance: (C, D), the logarithm of the diagonal of :math:`\Lambda_k`; None: :math:`\Lambda_k = I`.
-        alpha: the margin on the target's distance, >= 0, a number or a 0-d tensor.
+        alpha: the margin on the target's distance, >= 0, a number or a tensor, 0-d or (1,).
         lambda_: the weight of the likelihood term, >= 0.
         weight: (C,) class weights. They weigh both terms of a row, and ``"mean"`` divides both by the sum of
             ``weight[target]`` over the rows not ignored: a weight of 2 is what repeating the row would be.
@@ -153,9 +153,10 @@ def _check(
             f"log_variance must have the shape of means, {tuple(means.shape)}, got {tuple(log_variance.shape)}"
         )
     if not isinstance(alpha, Tensor):
-        alpha = check_number("alpha", alpha, takes="a number or a floating 0-d tensor")
-    elif alpha.dim() != 0 or not alpha.is_floating_point():
-        raise ValueError(f"alpha must be a number or a floating 0-d tensor, got {tuple(alpha.shape)} {alpha.dtype}")
+        alpha = check_number("alpha", alpha, takes="a number or a floating tensor, 0-d or (1,)")
+    elif alpha.shape not in ((), (1,)) or not alpha.is_floating_point():
+        got = f"{tuple(alpha.shape)} {alpha.dtype}"
+        raise ValueError(f"alpha must be a number or a floating tensor, 0-d or (1,), got {got}")
     elif alpha.device != input.device:
         raise ValueError(f"alpha must be on input's device {input.device}, got {alpha.device}")
     elif alpha.device.type == "cpu" and not traced():

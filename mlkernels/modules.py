@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from typing_extensions import Never, Unpack
 
@@ -462,7 +463,7 @@ class TwoScaleLoss(_FamilyLoss):
 
 
 def _check_scalar(name: str, value: Tensor) -> None:
-    if value.dim() != 0 or not value.is_floating_point():
+    if value.shape not in ((), (1,)) or not value.is_floating_point():
         raise ValueError(f"{name} must be a number or a floating 0-d tensor, got {tuple(value.shape)} {value.dtype}")
     if name != "log_norm" and value.device.type == "cpu" and not traced():
         check_range("logit_norm", value)
@@ -517,7 +518,11 @@ class CenterLoss(_Loss):
 
             .. math:: c_j \leftarrow c_j - \text{rate}\cdot\frac{\sum_{i: y_i = j}(c_j - x_i)}{1 + \#\{i: y_i = j\}}
 
+            Under ``torch.distributed`` over the rows of all ranks: every rank calls it, and the centers are equal, from
+            the first forward on those of the first rank.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        process_group: of the ranks that move the centers together; None: all. Ranks that train models of their own pass
+            a group of one each.
 
     Centers start from N(0, 1); ``reset_parameters()`` draws them again.
 
@@ -543,6 +548,7 @@ class CenterLoss(_Loss):
         num_classes: int,
         rate: float | None = None,
         reduction: ReductionName = "mean",
+        process_group: dist.ProcessGroup | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **unknown: Never,
@@ -553,31 +559,46 @@ class CenterLoss(_Loss):
             rate = check_number("rate", rate)
         centers = torch.empty(num_classes, num_features, device=device, dtype=dtype)
         super().__init__({"centers": nn.Parameter(centers) if rate is None else centers}, {"reduction": reduction})
-        self.rate = rate
+        self.rate, self.process_group = rate, process_group
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draws the centers from N(0, 1)."""
         nn.init.normal_(self.centers)
+        self._agreed = False  # whether the ranks' centers are equal
+
+    def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
+        super()._load_from_state_dict(*arguments, **keywords)
+        self._agreed = False
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of (N, D) features; then, with a rate and in training mode, the centers' step."""
+        if self.rate is None or not self.training:
+            return super().forward(input, target)
+        shared = dist.is_available() and dist.is_initialized() and dist.get_world_size(self.process_group) > 1
+        if shared and not self._agreed:
+            dist.broadcast(self.centers, group=self.process_group, group_src=0)
+            self._agreed = True
         loss = super().forward(input, target)
-        if self.rate is not None and self.training:
-            self._move(input.detach(), target, self.rate)
+        self._move(input.detach(), target, self.rate, shared)
         return loss
 
     @torch.no_grad()
-    def _move(self, input: Tensor, target: Tensor, rate: float) -> None:
-        classes = self.centers.shape[0]
+    def _move(self, input: Tensor, target: Tensor, rate: float, shared: bool) -> None:
+        classes, features = self.centers.shape
+        accumulate = torch.float64 if self.centers.dtype == torch.float64 else torch.float32
+        centers = self.centers.to(accumulate)
         label = target.long()
         legal = (label >= 0) & (label < classes)
         y = torch.where(legal, label, 0)
         # A bad label moves nothing: on a GPU its row is already NaN in the loss.
-        gap = torch.where(legal.unsqueeze(1), self.centers[y] - input.to(self.centers.dtype), 0)
-        total = torch.zeros_like(self.centers).index_add_(0, y, gap)
-        count = torch.zeros_like(self.centers[:, 0]).index_add_(0, y, legal.to(self.centers.dtype))
-        self.centers.sub_(rate * total / (1 + count).unsqueeze(1))
+        gap = torch.where(legal.unsqueeze(1), centers[y] - input.to(accumulate), 0)
+        # Sums and counts as one tensor, for one exchange.
+        sums = centers.new_zeros(classes, features + 1)
+        sums.index_add_(0, y, torch.cat((gap, legal.to(accumulate).unsqueeze(1)), 1))
+        if shared:
+            dist.all_reduce(sums, group=self.process_group)
+        self.centers.copy_(centers - rate * sums[:, :-1] / (1 + sums[:, -1:]))
 
     def extra_repr(self) -> str:
         """Sizes, rate and reduction."""
@@ -765,7 +786,8 @@ class JointLoss(nn.Module):
         """The factors of the losses now: numbers, or 0-d tensors where they are trained."""
         if self.mode == "trainable":
             # sigmoid(-x) keeps 1 - a where a rounds to 1.
-            return torch.sigmoid(self.logit), torch.sigmoid(-self.logit)
+            logit = self.logit.reshape(())
+            return torch.sigmoid(logit), torch.sigmoid(-logit)
         return self.fixed if self.mode == "fixed" else torch.exp(-self.log_variance).unbind()
 
     def extra_repr(self) -> str:

@@ -384,7 +384,7 @@ def _check_values(
             raise TypeError(f"{word} takes a number, got a tensor")
         if slot == _ETA and tensor.requires_grad:
             raise ValueError(f"{word} has no gradient (it draws a mask): it must not require one; pass eta.detach()")
-        check_parameter(word, tensor, input, target)
+        tensors[slot] = check_parameter(word, tensor, input, target)
         if on_host:
             check_range(word, tensor, name)
     return group

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +76,11 @@ def weight_norm_product(
     scale by R, so that :math:`X/R` depends on the weights' directions only. It is accumulated as :math:`\log R` in
     float64 on the weights' device, without a synchronisation: R of a WRN-28-10 is near the end of float32's range.
 
+    Of parameters that are sharded over ranks (``fully_shard``, any ``DTensor``) it is the norm of the whole, the same
+    on every rank; all ranks call it, and where it is differentiated, go back through it. A gradient is the mean of the
+    ranks' then, as FSDP's own are. Under ``FullyShardedDataParallel`` call it in the forward pass, or within its
+    ``summon_full_params``.
+
     Args:
         model: layers are its ``layers`` modules, itself included; norm layers and embeddings are none. Layers that
             share their weight are one layer with all their biases; a reparametrised weight counts as it is used.
@@ -87,7 +93,7 @@ def weight_norm_product(
         (log: -inf).
 
     Raises:
-        ValueError: the model has no such layer.
+        ValueError: the model has no such layer, or ``FullyShardedDataParallel`` shows only a shard of it now.
 
     Example:
         >>> import torch, mlkernels
@@ -114,6 +120,7 @@ def _parameters_by_layer(model: nn.Module, layers: tuple[type[nn.Module], ...]) 
     for module in model.modules():
         if isinstance(module, layers):
             weight, bias = cast(Tensor, module.weight), getattr(module, "bias", None)
+            _check_whole(module, weight)
             parameters = by_weight.setdefault(id(weight), [weight])
             if bias is not None and all(bias is not other for other in parameters):
                 parameters.append(bias)
@@ -140,10 +147,66 @@ def _same(one: list[Tensor], other: list[Tensor]) -> bool:
     return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
 
 
+def _check_whole(module: nn.Module, weight: Tensor) -> None:
+    """FullyShardedDataParallel puts plain flat shards in the place of parameters, or leaves them without memory."""
+    flat = getattr(weight, "_fsdp_flattened", False) and weight.dim() < 2
+    if flat or ("weight" not in module._parameters and weight.numel() and weight.untyped_storage().nbytes() == 0):
+        raise ValueError(
+            f"model must be whole, got a {type(module).__name__} of which FullyShardedDataParallel shows a shard: call "
+            "this in its forward pass or within FullyShardedDataParallel.summon_full_params(model), or use fully_shard"
+        )
+
+
 def _log_norm(grouped: list[list[Tensor]]) -> Tensor:
     device = grouped[0][0].device
+    each = iter(_norms([parameter for group in grouped for parameter in group]))
     norms = []
     for parameters in grouped:
-        each = [torch.linalg.vector_norm(p, dtype=torch.float64).to(device) for p in parameters]
-        norms.append(each[0] if len(each) == 1 else torch.linalg.vector_norm(torch.stack(each)))
+        own = [next(each).to(device) for _ in parameters]
+        norms.append(own[0] if len(own) == 1 else torch.linalg.vector_norm(torch.stack(own)))
     return torch.stack(norms).log().sum()
+
+
+def _norms(parameters: list[Tensor]) -> list[Tensor]:
+    """Norms in float64: of a sharded parameter its shards' first, then the whole's, by one exchange for all of them."""
+    module = sys.modules.get("torch.distributed.tensor")
+    found = []
+    sharded: dict[tuple[Any, tuple[int, ...]], list[int]] = {}
+    for index, parameter in enumerate(parameters):
+        if module is not None and isinstance(parameter, module.DTensor):
+            if any(placement.is_partial() for placement in parameter.placements):
+                raise ValueError(f"model must hold whole or sharded parameters, got {parameter.placements}")
+            dims = tuple(dim for dim, each in enumerate(parameter.placements) if not each.is_replicate())
+            sharded.setdefault((parameter.device_mesh, dims), []).append(index)
+            parameter = parameter.to_local()
+        found.append(torch.linalg.vector_norm(parameter, dtype=torch.float64))
+    for (mesh, dims), which in sharded.items():
+        shards = torch.stack([found[index] for index in which])
+        whole: Tensor = _WholeNorms.apply(shards, mesh, dims)  # type: ignore[no-untyped-call]
+        for index, norm in zip(which, whole.unbind(), strict=True):
+            found[index] = norm
+    return found
+
+
+class _WholeNorms(torch.autograd.Function):
+    """Norms of shards (n,) to those of the whole parameters, on every rank of a mesh."""
+
+    @staticmethod
+    def forward(ctx: Any, shards: Tensor, mesh: Any, dims: tuple[int, ...]) -> Tensor:
+        total = shards.square()
+        for dim in dims:
+            torch.distributed.all_reduce(total, group=mesh.get_group(dim))
+        whole = total.sqrt()
+        ctx.mesh = mesh
+        ctx.save_for_backward(shards, whole)
+        return whole
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        shards, whole = ctx.saved_tensors
+        upstream = upstream.clone()
+        for dim in range(ctx.mesh.ndim):
+            torch.distributed.all_reduce(upstream, group=ctx.mesh.get_group(dim))
+        upstream /= ctx.mesh.size()
+        return torch.where(whole > 0, upstream * shards / whole, 0), None, None

@@ -370,3 +370,54 @@ def test_out_of_range_numbers_in_tensors_are_nan_not_clamped():
         value = torch.tensor(bad, dtype=F64)
         loss, _ = reference.softmax_loss(input, target, numbers_of(structure, consts, 1 << slot), [value])
         assert bool(loss.isnan().all()), slot
+
+
+@pytest.mark.parametrize("classes, rows", [(6, None), (6, 1), (1, 3)])
+def test_one_element_is_shared(backend, classes, rows):
+    """Shape (1,), which is what fully_shard takes, is as 0-d, whatever C and N are; its gradient has that shape."""
+    for loss in FEW if classes > 1 and rows is None else FEW[:3]:
+        input, target, params = draw(loss, form="shared", classes=classes)
+        input, target = input[:rows], target[:rows]
+        params = {k: v[:rows] if v.dim() == 2 and k not in TABLES else v for k, v in params.items()}
+        ones = {k: v.reshape(1) if v.dim() == 0 else v for k, v in params.items()}
+        reductions = ("mean", "none") if rows is None else ("sum",)
+        for reduction in reductions:
+            upstream = torch.linspace(-1.0, 2.0, len(target), dtype=F64) if reduction == "none" else 1.5
+            options = {"reduction": reduction, "backend": backend}
+            if loss.groups:
+                options["group"] = loss.group(target)
+            wanted = run(loss, input, target, params, upstream, **options)
+            found = run(loss, input, target, ones, upstream, **options)
+            assert {k: v.shape for k, v in found[2].items()} == {k: v.shape for k, v in ones.items()}
+            found = found[0], found[1], {k: v.reshape(wanted[2][k].shape) for k, v in found[2].items()}
+            torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+def test_one_element_is_shared_beside_the_family():
+    """The L-GM margin, class probabilities, what the modules train: their parameters may be replaced by (1,) ones."""
+    input, target = torch.randn(4, 3), torch.tensor([0, 2, 1, 2])
+    loss = mlkernels.LGMLoss(num_features=3, num_classes=5, alpha=torch.nn.Parameter(torch.tensor(0.3)))
+    joint = mlkernels.JointLoss([mlkernels.CrossEntropyLoss(), mlkernels.FocalLoss()], mode="trainable")
+    scale = mlkernels.CrossEntropyLoss(scale=torch.nn.Parameter(torch.tensor(2.0)))
+    two = mlkernels.TwoScaleLoss(2.0)
+    norm, soft = torch.tensor(3.0), torch.full((4, 3), 1 / 3)
+    for module, *arguments in (
+        (loss, input, target),
+        (joint, input, target),
+        (scale, input, soft),
+        (two, input, target),
+    ):
+        more = [norm] if module is two else []
+        wanted = module(*arguments, *more)
+        wanted.backward()
+        gradients = [(name, parameter.grad) for name, parameter in module.named_parameters()]
+        for name, gradient in gradients:
+            if gradient.dim() == 0:
+                setattr(module, name, torch.nn.Parameter(getattr(module, name).detach().reshape(1)))
+        module.zero_grad()
+        found = module(*arguments, *(value.reshape(1) for value in more))
+        assert found.shape == () and torch.equal(found, wanted)
+        found.backward()
+        for name, gradient in gradients:
+            assert torch.equal(getattr(module, name).grad, gradient.reshape(getattr(module, name).shape))
+    assert torch.equal(two.probabilities(input, norm.reshape(1)), two.probabilities(input, norm))

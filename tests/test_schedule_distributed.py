@@ -1,4 +1,4 @@
-"""Two ranks: they decide alike, by the samples of both, and each keeps its own shards."""
+"""Two ranks: they decide alike, by the samples of both, and each keeps its own shards; losses with state agree."""
 
 from __future__ import annotations
 
@@ -194,8 +194,170 @@ def shards(rank: int) -> None:
     )
 
 
+# ---- losses with state -----------------------------------------------------------------------------------------------
+
+ROWS = torch.tensor([0, 1, 2, 3, 4]), torch.tensor([5, 6])  # the ranks'
+PAIR = ROWS[0].tolist() + ROWS[1].tolist()
+
+
+def centers_agree(rank: int) -> None:
+    """Moved by the rows of all ranks, from rank 0's; or by the rank's own in a group of its own."""
+    torch.manual_seed(rank)
+    center = mlkernels.CenterLoss(num_features=6, num_classes=4, rate=0.5)
+    if rank == 0:
+        start = center.centers.clone()
+    for _ in range(2):
+        loss = center(X[ROWS[rank]], Y[ROWS[rank]])
+    first, second = everywhere((center.centers, loss))
+    assert torch.equal(first[0], second[0]) and first[1] != second[1]
+    if rank == 0:
+        wanted = start
+        for _ in range(2):
+            move = torch.zeros(4, 6)
+            for k in range(4):
+                rows = [row for row in PAIR if Y[row] == k]
+                if rows:
+                    move[k] = (wanted[k] - X[rows]).sum(0) / (1 + len(rows))
+            wanted = wanted - 0.5 * move
+        torch.testing.assert_close(center.centers, wanted)
+    center.eval()  # neither moves nor waits
+    if rank == 0:
+        center(X, Y)
+    center.train()
+    for change in (center.reset_parameters, lambda: center.load_state_dict({"centers": torch.randn(4, 6)})):
+        torch.manual_seed(10 + rank)
+        change()
+        center(X[ROWS[rank]], Y[ROWS[rank]])
+        assert torch.equal(*everywhere(center.centers))
+
+    groups = [dist.new_group([one]) for one in range(2)]
+    torch.manual_seed(0)
+    alone = mlkernels.CenterLoss(num_features=6, num_classes=4, rate=0.5, process_group=groups[rank])
+    alone(X[ROWS[rank]], Y[ROWS[rank]])
+    assert not torch.equal(*everywhere(alone.centers))
+
+
+def trained_losses_agree(rank: int) -> None:
+    """Wrapped by DDP, as the page says: margins, scales and R1, R2 are equal, and those of the mean of the losses."""
+
+    def make() -> tuple[nn.Module, list[nn.Module]]:
+        torch.manual_seed(0)
+        model = nn.Linear(6, 4)
+        margin = nn.Parameter(torch.tensor(0.2))
+        return model, [mlkernels.CosFaceLoss(margin=margin, scale=4.0), mlkernels.TwoScaleLoss(model, eta=0.1)]
+
+    def value(model: nn.Module, losses: list[nn.Module], rows: torch.Tensor) -> torch.Tensor:
+        logits = model(X[rows])
+        return losses[0](logits / 10, Y[rows]) + losses[1](logits, Y[rows], model)
+
+    model, losses = make()
+    wrapped = DistributedDataParallel(model)
+    joined = [DistributedDataParallel(loss) for loss in losses]
+    parameters = [p for part in (wrapped, *joined) for p in part.parameters()]
+    plain, own = make()
+    others = [p for part in (plain, *own) for p in part.parameters()]
+    for optimizer, step in (
+        (torch.optim.SGD(parameters, lr=0.1), lambda: value(wrapped, joined, ROWS[rank])),
+        (torch.optim.SGD(others, lr=0.1), lambda: sum(value(plain, own, rows) for rows in ROWS) / 2),
+    ):
+        for _ in range(3):
+            optimizer.zero_grad()
+            step().backward()
+            optimizer.step()
+    assert same(*everywhere([p.detach() for p in parameters]))
+    torch.testing.assert_close(parameters, others)
+    assert len(parameters) == 5 and not torch.equal(losses[0].margin, torch.tensor(0.2))
+
+
+def norms_of_shards(rank: int) -> None:
+    """fully_shard, in part, and on a mesh that replicates too; FullyShardedDataParallel's shards are refused."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+    def make() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3), nn.Linear(3, 1), nn.Linear(1, 4, bias=False))
+
+    factor = 1.0 + rank  # the ranks' losses differ
+    whole = make()
+    product = mlkernels.weight_norm_product(whole)
+    (1.5 * product).backward()
+    mesh = init_device_mesh("cpu", (2,))
+    both = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+    for each in (mesh, both):
+        model = make()
+        fully_shard(model[0], mesh=each)
+        fully_shard(model[2], mesh=each)  # of one row: rank 1 has none
+        with mlkernels.cached_weight_norm():
+            found = mlkernels.weight_norm_product(model)
+            assert mlkernels.weight_norm_product(model) == found
+        torch.testing.assert_close(found, product)
+        (factor * found).backward()
+        for mine, wanted in zip(model.parameters(), whole.parameters(), strict=True):
+            if isinstance(mine, DTensor):
+                torch.testing.assert_close(mine.grad.full_tensor(), wanted.grad)
+            elif wanted.grad is not None:
+                torch.testing.assert_close(mine.grad, wanted.grad * factor / 1.5)  # left to the rank, as it always was
+    zero = make()
+    fully_shard(zero[0], mesh=mesh)
+    with torch.no_grad():
+        for parameter in zero[0].parameters():
+            parameter.zero_()
+    assert mlkernels.weight_norm_product(zero) == 0
+    split = make()
+    split[0].weight = nn.Parameter(distribute_tensor(split[0].weight.data, mesh, [Shard(1)]))
+    split[2].weight = nn.Parameter(distribute_tensor(split[2].weight.data, mesh, [Replicate()]))
+    torch.testing.assert_close(mlkernels.weight_norm_product(split, detach=True), product.detach())
+    split[0].weight = nn.Parameter(DTensor.from_local(torch.ones(3, 5), mesh, [Partial()]))
+    with pytest.raises(ValueError, match="model must hold whole or sharded parameters"):
+        mlkernels.weight_norm_product(split)
+
+    for keep in (True, False):
+        model = FullyShardedDataParallel(make(), use_orig_params=keep, device_id=torch.device("cpu"))
+        with pytest.raises(
+            ValueError, match="model must be whole, got a Linear of which FullyShardedDataParallel shows"
+        ):
+            mlkernels.weight_norm_product(model)
+        with FullyShardedDataParallel.summon_full_params(model):
+            torch.testing.assert_close(mlkernels.weight_norm_product(model, detach=True), product.detach())
+
+
+def a_loss_within_fully_shard(rank: int) -> None:
+    """It takes no 0-d parameters: those of shape (1,) train as they would alone. Its logits are plain tensors."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    class Training(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.model = nn.Linear(6, 4)
+            scale, margin = nn.Parameter(torch.tensor([4.0])), nn.Parameter(torch.tensor([0.1]))
+            self.loss = mlkernels.CosFaceLoss(margin=margin, scale=scale)
+
+        def forward(self, rows: torch.Tensor) -> torch.Tensor:
+            return self.loss(self.model(X[rows]), Y[rows])
+
+    mesh = init_device_mesh("cpu", (2,))
+    sharded, plain = Training(), Training()
+    fully_shard(sharded, mesh=mesh)
+    sharded(ROWS[rank]).backward()
+    (sum(plain(rows) for rows in ROWS) / 2).backward()
+    for mine, wanted in zip(sharded.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad.full_tensor(), wanted.grad)
+    logits, target = (distribute_tensor(t[:8], mesh, [Shard(0)]) for t in (X[:, :4], Y))
+    for function in (mlkernels.cross_entropy, mlkernels.multi_margin_loss):
+        with pytest.raises(
+            TypeError, match=r"input takes a plain tensor, got a DTensor .*to_local\(\) of input and target"
+        ):
+            function(logits, target)
+
+
 SCENES: list[Callable[[int], None]] = [
     ranks_agree, counts_are_summed, one_rank_is_nan, generators_that_differ, accumulation_exchanges_once, shards,
+    centers_agree, trained_losses_agree, norms_of_shards, a_loss_within_fully_shard,
 ]  # fmt: skip
 
 
