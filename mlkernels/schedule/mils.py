@@ -126,6 +126,8 @@ class MILS:
         >>> statistics = mils.statistics(reset=True)
         >>> statistics.iterations, 10 < statistics.attempts < 30, 0 <= statistics.ratio <= 1
         (40, True, True)
+        >>> mils
+        MILS(Linear, 'CrossEntropyLoss', auxiliary=['MultiMarginLoss'], participation=0.5, accept='improves')
 
     Source: Multiple Independent Losses Scheduling, algorithm 4.3. Its formulas did not survive in the text at hand: the
     algorithm is reconstructed from the description.
@@ -295,6 +297,11 @@ class MILS:
         self._attempts = state_dict["attempts"]
         self._iterations, self._non_finite = state_dict["iterations"], state_dict["non_finite"]
         self._counts = {name: list(pair) for name, pair in state_dict["counts"].items()}
+
+    def __repr__(self) -> str:
+        losses = ", ".join(map(repr, self.auxiliary))
+        options = f"participation={self.participation}, accept={self.accept!r}"
+        return f"MILS({type(self.model).__name__}, {_name(self.primary)!r}, auxiliary=[{losses}], {options})"
 
     # ---- one iteration -----------------------------------------------------------------------------------------------
 
@@ -534,6 +541,10 @@ class MILS:
         self._counts = {name: [0, 0] for name in self.auxiliary}
 
 
+def _name(loss: Any) -> str:
+    return str(getattr(loss, "__name__", type(loss).__name__))
+
+
 def _named(auxiliary: Any) -> dict[str, Loss]:
     """The auxiliary losses by names."""
     if isinstance(auxiliary, Mapping):
@@ -543,7 +554,7 @@ def _named(auxiliary: Any) -> dict[str, Loss]:
         several = isinstance(auxiliary, (Sequence, nn.ModuleList))
         named = {}
         for loss in auxiliary if several else [auxiliary]:
-            name = base = getattr(loss, "__name__", type(loss).__name__)
+            name = base = _name(loss)
             while name in named:
                 name = f"{base}_{len(named)}"
             named[name] = loss

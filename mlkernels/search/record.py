@@ -32,8 +32,11 @@ class Round(NamedTuple):
     best: int
     mu: Tensor
 
+    def __repr__(self) -> str:
+        return f"Round(epoch={self.epoch}, best={self.best}, reward={float(self.rewards[self.best]):g})"
 
-@dataclass(eq=False)
+
+@dataclass(eq=False, repr=False)
 class Record:
     """The course of a search, on the CPU in float64.
 
@@ -48,6 +51,10 @@ class Record:
         >>> search.update(theta, [0.1, 0.3, 0.2, 0.3]).best
         1
         >>> record = Record.from_json(search.record.to_json())
+        >>> record
+        Record(pieces=2, candidates=4, sigma=0.2, lr=0.05, search='both', tau_min=1e-06, clamp='min', rounds: 1)
+        >>> record.rounds[0]
+        Round(epoch=0, best=1, reward=0.3)
         >>> record.mu.shape, record.theta.shape, record.best
         (torch.Size([2, 4, 2]), torch.Size([1, 4, 4, 2]), tensor([1]))
     """
@@ -60,6 +67,10 @@ class Record:
     tau_min: float
     clamp: str
     rounds: list[Round] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{name}={getattr(self, name)!r}" for name in SETTINGS)
+        return f"Record({settings}, rounds: {len(self.rounds)})"
 
     @property
     def mu(self) -> Tensor:
