@@ -163,7 +163,7 @@ MLK_FN T root_floor() {
   return T(1) / 1024;
 }
 
-// cos(m1 theta + m2) - m3 with the chosen continuation beyond pi.
+// cos(m1 theta + m2) - m3 with the chosen continuation beyond pi, and that of a negative m2 below 0.
 template <class T>
 MLK_FN Target<T> margin(const Spec& spec, T x, T m1, T m2, T m3, bool derive) {
   const T pi = T(3.14159265358979323846);
@@ -188,6 +188,14 @@ MLK_FN Target<T> margin(const Spec& spec, T x, T m1, T m2, T m3, bool derive) {
       out.value = x - m2 * sin_m - m3;
       out.slope = 1;
       out.db = -sin_m - m2 * cos_m;
+      return out;
+    }
+    // A negative margin ends at the cosine's maximum: beyond it, easy rows would be pushed away.
+    const bool rises = beyond == BeyondPi::LINEAR || (beyond == BeyondPi::EASY && x > 0);
+    if (rises && m2 < 0 && (m2 <= -pi || x > cos_m)) {
+      out.value = x + (1 - cos_m) - m3;
+      out.slope = 1;
+      out.db = sin_m;
       return out;
     }
   } else {

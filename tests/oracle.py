@@ -72,9 +72,16 @@ def margin(x, m1, m2, m3, beyond_pi, gradient):
     # 1 - x^2 is known to eps of 1; under the floor it does not matter.
     known = 1 / (1 - x * x) if 1 - x * x > ROOT_FLOOR**2 else mp.mpf(1)
     piece = Piece(cosine - m3, by_x, {"m1": by_m1, "m2": by_m2, "m3": mp.mpf(-1)}, amplify=known)
+    if single and m2 < 0 and beyond_pi in ("linear", "easy"):
+        # Where theta + m2 < 0 the cosine would fall again: slope 1 from its maximum on.
+        piece.gap = abs(x - mp.cos(m2))
+        if x > mp.cos(m2):
+            piece.value = x + 1 - mp.cos(m2) - m3
+            piece.by_x, piece.amplify = mp.mpf(1), 1
+            piece.by = {"m1": mp.mpf(0), "m2": mp.sin(m2), "m3": mp.mpf(-1)}
     if beyond_pi == "linear":
         assert single
-        piece.gap = abs(x + mp.cos(m2)) if m2 > 0 else INF
+        piece.gap = abs(x + mp.cos(m2)) if m2 > 0 else piece.gap
         if m2 > 0 and x < -mp.cos(m2):
             piece.value = x - m2 * mp.sin(m2) - m3
             piece.by_x, piece.amplify = mp.mpf(1), 1
@@ -86,7 +93,7 @@ def margin(x, m1, m2, m3, beyond_pi, gradient):
         piece.by_x = sign * by_x
         piece.by = {"m1": sign * by_m1, "m2": sign * by_m2, "m3": mp.mpf(-1)}
     elif beyond_pi == "easy":
-        piece.gap = abs(x)
+        piece.gap = min(piece.gap, abs(x))
         if x <= 0:
             piece = Piece(x, mp.mpf(1), {"m1": mp.mpf(0), "m2": mp.mpf(0), "m3": mp.mpf(0)}, abs(x))
     else:

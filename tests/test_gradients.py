@@ -1,5 +1,7 @@
 """Gradients beyond what test_values.py compares anyway: the oracle's own, edges, statistics, subsets of the leaves."""
 
+import math
+
 import oracle
 import pytest
 import torch
@@ -94,6 +96,37 @@ def test_m1_can_be_trained_away_from_1(backend, beyond_pi, m1):
     wanted = oracle.batch(structure, input.numpy(), target.numpy(), params, reduction="none", upstream=upstream.numpy())
     assert abs(wanted.params["m1"]) > 0.1
     assert float(own.grad) == pytest.approx(float(wanted.params["m1"]), rel=1e-9)
+
+
+@pytest.mark.parametrize("m2", [-0.2, -1.0, -2.5])
+@pytest.mark.parametrize("beyond_pi", ["linear", "easy", "monotone", "none"])
+def test_negative_margins(backend, beyond_pi, m2):
+    """Beyond the cosine's maximum, where theta + m2 < 0: never a push away from the class, but for "none"."""
+    x = torch.tensor([-1.0, -0.9, -0.5, 0.3, 0.6, 0.9, 0.985, 0.9999, 1.0, 1.2], dtype=F64)
+    input = torch.stack([x, torch.full_like(x, 0.1), torch.full_like(x, -0.4)], 1)
+    target = torch.zeros(len(x), dtype=torch.long)
+    logits = input.clone().requires_grad_()
+    own = {name: torch.tensor(v, dtype=F64, requires_grad=True) for name, v in {"m2": m2, "m3": 0.1}.items()}
+    upstream = torch.linspace(1, 2, len(x), dtype=F64)
+    rows = mlkernels.margin_cross_entropy(
+        logits, target, **own, scale=2.0, beyond_pi=beyond_pi, reduction="none", backend=backend
+    )
+    rows.backward(upstream)
+    structure = oracle.Structure(transform="margin", beyond_pi=beyond_pi)
+    params = {"m1": 1.0, "m2": m2, "m3": 0.1, "scale": 2.0}
+    wanted = oracle.batch(structure, input.numpy(), target.numpy(), params, reduction="none", upstream=upstream.numpy())
+    eps = torch.finfo(F64).eps
+    close(rows.detach(), wanted.loss, wanted.loss_unit, eps, "loss")
+    close(logits.grad, wanted.grad, wanted.grad_unit, eps, "gradient")
+    for name, leaf in own.items():
+        close(leaf.grad, wanted.params[name], wanted.param_units[name], eps, name)
+    pushed_away = bool((logits.grad[:, 0] > 0).any())
+    assert pushed_away == (beyond_pi == "none")
+    if beyond_pi in ("linear", "easy"):  # t at 1 is 2 - cos m2 - m3, unless "easy" leaves the row alone
+        lead = rows.detach()[8]
+        t = torch.tensor(2 - math.cos(m2) - 0.1, dtype=F64)
+        row = torch.stack([2 * t, torch.tensor(0.2, dtype=F64), torch.tensor(-0.8, dtype=F64)])
+        torch.testing.assert_close(lead, torch.nn.functional.cross_entropy(row, torch.tensor(0)))
 
 
 def test_linear_at_its_corner(backend):

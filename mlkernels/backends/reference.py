@@ -95,7 +95,7 @@ def _angle(x: Tensor) -> Tensor:
 
 
 def margin(x: Tensor, m1: Tensor, m2: Tensor, m3: Tensor, beyond_pi: int, gradient: int) -> Tensor:
-    """cos(m1 theta + m2) - m3 with the chosen continuation beyond pi."""
+    """cos(m1 theta + m2) - m3 with the chosen continuation beyond pi, and that of a negative m2 below 0."""
     passed = x
     if gradient == MarginGradient.STRAIGHT_THROUGH:
         x = x.detach()
@@ -112,7 +112,10 @@ def margin(x: Tensor, m1: Tensor, m2: Tensor, m3: Tensor, beyond_pi: int, gradie
     turn = torch.where(phi > 0, (phi / math.pi).ceil() - 1, (phi / math.pi).floor()).detach()
     monotone = torch.where(turn % 2 == 0, cosine, -cosine) - 2 * turn - m3
     past = (m2 > 0) & ((m2 >= math.pi) | (x < -m2.cos()))
-    linear = torch.where(past, x - m2 * m2.sin() - m3, plain)
+    # A negative margin ends at the cosine's maximum: beyond it, easy rows would be pushed away.
+    over = single & (m2 < 0) & ((m2 <= -math.pi) | (x > m2.cos()))
+    rising = torch.where(over, x + (1 - m2.cos()) - m3, plain)
+    linear = torch.where(past, x - m2 * m2.sin() - m3, rising)
     if beyond_pi == BeyondPi.AUTO:
         t = torch.where(single, linear, monotone)
     elif beyond_pi == BeyondPi.LINEAR:
@@ -120,7 +123,7 @@ def margin(x: Tensor, m1: Tensor, m2: Tensor, m3: Tensor, beyond_pi: int, gradie
     elif beyond_pi == BeyondPi.MONOTONE:
         t = monotone
     elif beyond_pi == BeyondPi.EASY:
-        t = torch.where(x > 0, plain, x)
+        t = torch.where(x > 0, rising, x)
     else:
         t = plain
     if gradient == MarginGradient.STRAIGHT_THROUGH:

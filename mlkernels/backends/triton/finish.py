@@ -203,7 +203,7 @@ def legal(in_range, value):
 
 @triton.jit
 def margin(x, m1, m2, m3, beyond_pi, gradient):
-    """cos(m1 theta + m2) - m3 with the chosen continuation beyond pi; t, dt/dx, and dt by m1, m2, m3."""
+    """cos(m1 theta + m2) - m3 with the chosen continuations beyond pi and below 0; t, dt/dx, and dt by m1, m2, m3."""
     # One per row: the interpreter cannot join a shared condition with the rows' own.
     beyond = beyond_pi + tl.zeros(x.shape, tl.int32)
     single = m1 == 1.0
@@ -231,6 +231,13 @@ def margin(x, m1, m2, m3, beyond_pi, gradient):
     slope = tl.where(past, 1.0, slope)
     da = tl.where(past, 0.0, da)
     db = tl.where(past, -sin_m - m2 * cos_m, db)
+    # A negative margin ends at the cosine's maximum: beyond it, easy rows would be pushed away.
+    over = single & ((beyond == LINEAR) | (beyond == AUTO) | (beyond == EASY))
+    over = over & (m2 < 0) & ((m2 <= -PI) | (x > cos_m))
+    value = tl.where(over, x + (1.0 - cos_m) - m3, value)
+    slope = tl.where(over, 1.0, slope)
+    da = tl.where(over, 0.0, da)
+    db = tl.where(over, sin_m, db)
     # A multiplicative margin has no linear continuation.
     value = tl.where((beyond == LINEAR) & (m1 != 1.0), float("nan"), value)
 
