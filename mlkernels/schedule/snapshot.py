@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops import multi_copy_
-from .walk import Walk, extent, form, memory, place, reshard, type_name
+from .walk import Walk, form, memory, place, reshard, type_name
 
 __all__ = ["Snapshot"]
 
@@ -74,8 +74,11 @@ class Snapshot:
         self._parts = parts
         self._record: Walk | None = None
         self._twins: dict[str, Tensor] = {}
-        # Beside each live tensor another one of the same memory: whatever `.data =` or resize_ do, the way back.
-        self._anchors: dict[str, Tensor] = {}
+        # Where the twins are copied to.
+        self._targets: list[Tensor] = []
+        # By identity: live tensors, each with another one of the same memory and its bytes: whatever `.data =` or
+        # resize_ do, the way back.
+        self._anchors: dict[int, tuple[Tensor, Tensor, int]] = {}
 
     @property
     def nbytes(self) -> int:
@@ -92,18 +95,26 @@ class Snapshot:
                 iterator, say). What was saved before is still there then.
         """
         record = Walk(self._parts)
-        twins = {}
         # As a rule nothing has moved since the last time.
         unmoved = self._record is not None and self._record.places == record.places
+        anchors: dict[int, tuple[Tensor, Tensor, int]] = {}
+        for tensor in record.tensors.values():
+            key = id(tensor)
+            if key not in anchors:
+                known = self._anchors.get(key) if unmoved else None
+                if known is None or known[0] is not tensor or known[1].data_ptr() != tensor.data_ptr():
+                    known = tensor, tensor.detach(), tensor.untyped_storage().nbytes()
+                anchors[key] = known
+        twins, sources = {}, []
         for name in self._twins if unmoved else record.distinct():
-            source = memory(record.tensors[name])
+            source = memory(anchors[id(record.tensors[name])][1])
             twin = self._twins.get(name)
             if twin is None or form(twin) != form(source):
-                twin = torch.empty_like(source, requires_grad=False)
+                twin = torch.empty_like(source)
             twins[name] = twin
-        _copy(twins.values(), [memory(record.tensors[name]) for name in twins])
-        self._record, self._twins = record, twins
-        self._anchors = {name: tensor.detach() for name, tensor in record.tensors.items()}
+            sources.append(source)
+        _copy(twins.values(), sources)
+        self._record, self._twins, self._targets, self._anchors = record, twins, sources, anchors
 
     def restore(self) -> None:
         """Puts everything back to what :meth:`save` took; may be called again.
@@ -119,8 +130,8 @@ class Snapshot:
         record = self._saved()
         reshard(self._parts)
         record.put_back()
-        self._move_back(record)
-        _copy([memory(self._anchors[name]) for name in self._twins], self._twins.values())
+        self._move_back()
+        _copy(self._targets, self._twins.values())
         failed: tuple[str, Exception] | None = None
         loaded = False
         for foreign in record.foreign:
@@ -132,8 +143,8 @@ class Snapshot:
                 failed = failed or (foreign.name, error)
         if loaded:  # an optimizer's replaces the tensors that have just been restored
             record.put_back()
-            self._move_back(record)
-            _copy([memory(self._anchors[name]) for name in self._twins], self._twins.values())
+            self._move_back()
+            _copy(self._targets, self._twins.values())
         # An enclosing autocast keeps casts of weights, which it cannot know to be stale.
         torch.clear_autocast_cache()
         if failed is not None:
@@ -172,14 +183,12 @@ class Snapshot:
             raise RuntimeError("nothing to restore: save() has not been called")
         return self._record
 
-    def _move_back(self, record: Walk) -> None:
+    def _move_back(self) -> None:
         """Lets every tensor be where it was, and as large."""
-        for name, anchor in self._anchors.items():
-            live, storage = record.tensors[name], anchor.untyped_storage()
-            needed = int(anchor.storage_offset() + extent(anchor)) * anchor.element_size()
-            if storage.nbytes() < needed and not anchor.is_meta:
-                storage.resize_(needed)
-            if place(live) != place(anchor):
+        for live, anchor, nbytes in self._anchors.values():
+            if anchor.untyped_storage().nbytes() < nbytes:
+                anchor.untyped_storage().resize_(nbytes)
+            if live.data_ptr() != anchor.data_ptr() or live.stride() != anchor.stride() or form(live) != form(anchor):
                 live.data = anchor
 
     def _moved(self, record: Walk) -> str | None:

@@ -50,7 +50,8 @@ class Walk:
         reshard(parts)
         for index, part in enumerate(parts):
             self._part(f"parts[{index}] ({type_name(part)})", part)
-        self.places = {name: place(tensor) for name, tensor in self.tensors.items()}
+        places = {id(tensor): place(tensor) for tensor in self.tensors.values()}
+        self.places = {name: places[id(tensor)] for name, tensor in self.tensors.items()}
 
     # ---- the way -----------------------------------------------------------------------------------------------------
 
