@@ -24,8 +24,9 @@ endif
 # The checkout, also for the scripts in examples/ and for an interpreter into which nothing is installed.
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-# For the tests one target of the CUDA kernels is enough, where there is an nvcc; an installation has them all.
-export MLKERNELS_CUDA_ARCHS ?= 90a
+# Where there is an nvcc the tests look at the CUDA kernels also beside a torch that has no CUDA; one target is enough.
+export MLKERNELS_CUDA ?= $(if $(shell command -v nvcc),1)
+export MLKERNELS_CUDA_ARCHS ?= 90
 
 .PHONY: test bench demo lint format build clean
 
@@ -54,7 +55,7 @@ build: $(READY)
 # The installation is editable, so the environment is made again only when the dependencies may have changed.
 $(VENV)/.ready: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install "$(TORCH)" "setuptools>=77"
+	$(PY) -m pip install "$(TORCH)" "setuptools>=77" ninja
 	$(PY) -m pip install --no-build-isolation -e ".[dev]"
 	touch $@
 

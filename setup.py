@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "csrc"))  # not there by itself where pip runs this file
 
 from build import NAMES, build_into  # noqa: E402
+
+
+class Modules(build_py):
+    """From nothing: a wheel takes all that lies in build_lib, modules of an older source included."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
 
 
 class Build(build_ext):
@@ -34,7 +45,7 @@ class Build(build_ext):
 setup(
     # That there is one is all that setuptools needs to know: the wheel is for one platform.
     ext_modules=[Extension("mlkernels._cpu", sources=[], py_limited_api=True, optional=True)],
-    cmdclass={"build_ext": Build},
+    cmdclass={"build_py": Modules, "build_ext": Build},
     # Free-threaded Pythons have no limited API, and wheels for them no such tag; the library is the same.
     options={} if sysconfig.get_config_var("Py_GIL_DISABLED") else {"bdist_wheel": {"py_limited_api": "cp310"}},
 )

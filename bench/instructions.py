@@ -1,12 +1,12 @@
 """``python -m bench.instructions``: what the CUDA kernels execute, counted without a GPU.
 
 The kernels' own host code plans a launch (through the tests' library for hosts, csrc/simt_host.h) and hands its
-arguments over; the first thread of the machine code that nvcc made for sm_90a is then interpreted on them, in the
+arguments over; the first thread of the machine code that nvcc made for sm_90 is then interpreted on them, in the
 memory of the call. Every branch is taken as the arguments say; only what another lane would have said is made up. That
 thread also does what one lane does for its row. Two launches of different length leave what a row costs without what a
 launch costs.
 
-Needs ``python csrc/build.py --simt`` with ``MLKERNELS_CUDA_ARCHS=90a``, and cuobjdump.
+Needs ``python csrc/build.py --simt`` with ``MLKERNELS_CUDA=1 MLKERNELS_CUDA_ARCHS=90``, and cuobjdump.
 
 Not a time: latencies, bank conflicts and caches are not in it. An issue-bound kernel reaches about 75 % of the budget.
 """

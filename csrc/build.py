@@ -1,12 +1,13 @@
 """Builds the compiled kernels: ``python csrc/build.py`` in place, setup.py for an installation.
 
 * ``mlkernels/_cpu.abi3.so``, the CPU's;
-* ``mlkernels/_cuda.abi3.so`` where there is nvcc, also against a torch without CUDA, which does not load it.
-  ``MLKERNELS_CUDA=0`` leaves it out, ``MLKERNELS_CUDA=1`` says loudly if it cannot be built;
-  ``MLKERNELS_CUDA_ARCHS=90a`` (a list, by comma) builds for fewer devices than :data:`CUDA_ARCHS`, and in less time;
+* ``mlkernels/_cuda.abi3.so`` where torch is built with CUDA and there is an nvcc: for the GPUs of this machine, or for
+  :data:`CUDA_ARCHS` where there are none. ``MLKERNELS_CUDA=0`` leaves it out; ``MLKERNELS_CUDA=1`` builds it for any
+  torch, which loads it once that torch has CUDA, and says loudly if it cannot be built; ``MLKERNELS_CUDA_ARCHS=80,90``
+  says for what;
 * with ``--simt`` the CUDA kernels for the host, which only the tests load.
 
-Standard library only: an interpreter that has torch but no (recent) setuptools can build in place all the same.
+Ninja decides what is to be compiled again, in ``build/``. Besides it an interpreter that has torch is enough.
 
 The libraries are no Python modules: they register their operators with torch through LibTorch's stable ABI, and one
 binary serves every torch from 2.11 on and every Python. So Python's own compiler settings have no say here; ``CXX``,
@@ -27,9 +28,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,15 +65,16 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 
 # csrc/cuda/rows.cu is compiled once for each.
 STORAGES = ("float", "double", "bfloat16", "float16")
-CUDA_ARCHS = ("80", "86", "89", "90a", "100", "120")
+#: Of these, what nvcc knows. Not 90a: the machine code is the same, and there is no PTX of it for newer devices.
+CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
 NVCC_FLAGS = [
     "-std=c++17",
     "-O3",
     "--expt-relaxed-constexpr",
     "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wno-unknown-pragmas",
+    "-Xfatbin=-compress-all",
+    "-DMLKERNELS_ISA=cuda",
 ]
-NVCC_FLAGS += ["-Xfatbin=-compress-all"]
-NVCC_FLAGS += ["-DMLKERNELS_ISA=cuda"]
 
 
 class CannotBuild(Exception):
@@ -86,7 +86,7 @@ def find_torch() -> Path:
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
         raise CannotBuild(
-            "torch was not there at build time; install it first, then mlkernels with pip install --no-build-isolation"
+            "torch was not there at build time; install it first, then this with pip install --no-build-isolation"
         )
     version = importlib.metadata.version("torch")
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST_TORCH:
@@ -104,86 +104,96 @@ def find_compiler() -> list[str]:
     raise CannotBuild(f"no C++ compiler: {chosen[0] if chosen else 'c++, g++ or clang++'} was not found")
 
 
-def make(output: Path, command: list[str], inputs: list[Path]) -> None:
-    """Runs ``command -o output``, unless this very command made it from these inputs already."""
-    recipe = output.with_name(output.name + ".cmd")
-    line = shlex.join(command)
-    if output.exists() and recipe.exists() and recipe.read_text() == line:
-        made = output.stat().st_mtime_ns
-        if all(path.stat().st_mtime_ns < made for path in inputs):
-            return
-    output.parent.mkdir(parents=True, exist_ok=True)
-    # Written aside and renamed: a build that is cut off, or a second one at the same time, leaves nothing half done.
-    partial = output.with_name(f"{output.name}.{os.getpid()}")
-    print(f"{line} -o {os.path.relpath(output, ROOT)}", flush=True)
-    started = time.time_ns()
-    try:
-        done = subprocess.run([*command, "-o", str(partial)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        sys.stderr.write(done.stderr)
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-            first = next((text for text in lines if "error" in text.lower()), lines[-1])
-            raise CannotBuild(f"{command[0]} failed: {first.strip()[:300]}")
-        os.utime(partial, ns=(started, started))  # an input that is edited meanwhile is newer
-        partial.replace(output)
-    finally:
-        partial.unlink(missing_ok=True)
-    recipe.write_text(line)
+def find_ninja() -> list[str]:
+    if importlib.util.find_spec("ninja") is not None:
+        return [sys.executable, "-m", "ninja"]
+    found = shutil.which("ninja")
+    if found is None:
+        raise CannotBuild("ninja was not found: pip install ninja")
+    return [found]
+
+
+def relative(path: Path) -> str:
+    # So that a checkout can be moved, or copied with what it has built.
+    return os.path.relpath(path, ROOT)
 
 
 class Unit(NamedTuple):
-    """A source and how it is compiled."""
+    """A file, and the command that makes it of others, but for its ``-o``."""
 
     output: Path
-    source: Path
-    command: list[str]
+    inputs: Sequence[Path]
+    command: Sequence[str]
 
 
-def make_units(units: list[Unit]) -> list[Path]:
-    headers = sorted(CSRC.rglob("*.h"))
+def compiled(output: Path, source: Path, command: Sequence[str]) -> Unit:
+    """The object of a source; the compiler itself says which headers it read."""
+    return Unit(output, [source], [*command, "-MMD", "-MF", f"{relative(output)}.d", "-c", relative(source)])
 
-    def compile_one(unit: Unit) -> None:
-        if not unit.source.exists():
-            raise CannotBuild(f"{unit.source.relative_to(ROOT)} is missing")
-        make(unit.output, [*unit.command, "-c", str(unit.source.relative_to(ROOT))], [unit.source, *headers])
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(compile_one, units))
+def make_units(units: Sequence[Unit]) -> list[Path]:
+    """Has ninja run the commands whose inputs, or which themselves, are not what they were."""
+    import fcntl
+
+    def path(file: Path) -> str:
+        return re.sub(r"([$ :])", r"$\1", relative(file))
+
+    here = units[0].output.parent
+    lines = [f"builddir = {path(here)}", "rule run", "  command = $line -o $out"]
+    for unit in units:
+        lines.append(f"build {path(unit.output)}: run {' '.join(map(path, unit.inputs))}")
+        lines.append(f"  line = {shlex.join(unit.command).replace('$', '$$')}")
+        if "-MF" in unit.command:
+            lines += ["  deps = gcc", f"  depfile = {relative(unit.output)}.d".replace("$", "$$")]
+    here.mkdir(parents=True, exist_ok=True)
+    said = []
+    with open(here / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # several processes of the tests ask at the same time
+        (here / "build.ninja").write_text("\n".join(lines) + "\n")
+        command = [*find_ninja(), "-f", str(here / "build.ninja")]
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
+            assert run.stdout is not None
+            for line in run.stdout:
+                if not line.startswith("ninja: no work"):
+                    print(line, end="", flush=True)
+                said.append(line.strip())
+    if run.returncode:
+        errors = [line for line in said if re.search(r"(?i)\b(error|fatal)\s*:", line)]
+        failed = [line for line in said if line.startswith("FAILED:")]
+        raise CannotBuild([*errors, *failed, f"ninja ended with {run.returncode}"][0][:300])
     return [unit.output for unit in units]
 
 
 def compiling(torch: Path, compiler: list[str]) -> list[str]:
     # -isystem: torch's headers are not ours to be warned about.
-    command = [*compiler, *FLAGS, "-Wall", f"-I{CSRC.relative_to(ROOT)}", "-isystem", str(torch / "include")]
+    command = [*compiler, *FLAGS, "-Wall", f"-I{relative(CSRC)}", "-isystem", str(torch / "include")]
     return [*command, *shlex.split(os.environ.get("CXXFLAGS", ""))]
 
 
-def link(output: Path, compiler: list[str], objects: list[Path], *options: str) -> Path:
+def make_library(output: Path, compiler: list[str], units: Sequence[Unit], *options: str) -> Path:
     # The shim is all of torch that is used, and in the process already when this is loaded.
-    command = [*compiler, "-shared", *(os.path.relpath(path, ROOT) for path in objects), *options]
+    command = [*compiler, "-shared", *(relative(unit.output) for unit in units), *options]
     if sys.platform == "linux":
-        command += ["-Wl,--as-needed", "-Wl,--allow-shlib-undefined", "-s"]
-    make(output, [*command, *shlex.split(os.environ.get("LDFLAGS", ""))], objects)
-    return output
+        command += ["-Wl,--allow-shlib-undefined", "-s"]
+    command += shlex.split(os.environ.get("LDFLAGS", ""))
+    return make_units([*units, Unit(output, [unit.output for unit in units], command)])[-1]
 
 
 def make_cpu() -> Path:
     torch, compiler = find_torch(), find_compiler()
     command, here = compiling(torch, compiler), OBJECTS / "cpu"
     units = [
-        Unit(here / f"kernels_{isa}.o", CSRC / "cpu" / "kernels.cpp", [*command, *flags, f"-DMLKERNELS_ISA={isa}"])
+        compiled(here / f"kernels_{isa}.o", CSRC / "cpu" / "kernels.cpp", [*command, *flags, f"-DMLKERNELS_ISA={isa}"])
         for isa, flags in ISAS.items()
     ]
-    units.append(Unit(here / "library_cpu.o", CSRC / "library_cpu.cpp", command))
+    units.append(compiled(here / "library_cpu.o", CSRC / "library_cpu.cpp", command))
     options = [f"-L{torch / 'lib'}", "-ltorch_cpu"]
     if sys.platform == "linux":
         options += ["-Wl,-z,defs"]  # a symbol of ours that no library has fails now and not at import
-    return link(here / "_cpu.abi3.so", compiler, make_units(units), *options)
+    return make_library(here / "_cpu.abi3.so", compiler, units, *options)
 
 
 def find_nvcc() -> Path:
-    if os.environ.get("MLKERNELS_CUDA") == "0":
-        raise CannotBuild("left out by MLKERNELS_CUDA=0")
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     found = shutil.which("nvcc") or (home and shutil.which(str(Path(home, "bin", "nvcc"))))
     if not found:
@@ -198,38 +208,73 @@ def cuda_root(nvcc: Path) -> Path:
     return Path(top[1] if top else nvcc.resolve().parent.parent).resolve()
 
 
-def cuda_archs() -> tuple[str, ...]:
-    return tuple(filter(None, os.environ.get("MLKERNELS_CUDA_ARCHS", "").replace(" ", "").split(","))) or CUDA_ARCHS
+def has_cuda(torch: Path) -> bool:
+    return (torch / "lib" / "libtorch_cuda.so").exists()
+
+
+def cuda_archs(nvcc: Path) -> list[str]:
+    """What to build for: what is asked for; else this machine's GPUs; else all of the list that nvcc knows."""
+    asked = os.environ.get("MLKERNELS_CUDA_ARCHS", "").replace(" ", "").split(",")
+    if any(asked):
+        return [arch for arch in asked if arch]
+    listed = subprocess.run([str(nvcc), "--list-gpu-arch"], capture_output=True, text=True).stdout
+    known = re.findall(r"compute_(\d+)", listed)
+    archs = [arch for arch in CUDA_ARCHS if arch in known]
+    if not archs:
+        raise CannotBuild(f"{nvcc} knows none of {', '.join(CUDA_ARCHS)}")
+    try:
+        command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        said = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return archs
+    here = sorted({int(major + minor) for major, minor in re.findall(r"^(\d+)\.(\d)$", said, re.MULTILINE)})
+    return [str(arch) for arch in here] if here and all(arch >= 80 and str(arch) in known for arch in here) else archs
 
 
 def cuda_units(nvcc: Path, compiler: list[str], here: Path, archs: Sequence[str], *more: str) -> list[Unit]:
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    # And for devices that are none of these: compiled where it runs. Code of an "a" target runs nowhere else.
+    # For devices that are none of these, compiled where it runs; that of 90 has clusters. An "a" target has no heirs.
     targets += [
         f"-gencode=arch=compute_{arch},code=compute_{arch}"
-        for arch in dict.fromkeys((archs[0], archs[-1]))
-        if arch.isdigit()
+        for arch in archs
+        if arch == "90" or (arch == archs[-1] and arch.isdigit())
     ]
-    command = [str(nvcc), *NVCC_FLAGS, f"-ccbin={compiler[0]}", f"-I{CSRC.relative_to(ROOT)}", *targets, *more]
-    rows = [Unit(here / f"rows_{s}.o", CSRC / "cuda" / "rows.cu", [*command, f"-DMLK_STORAGE={s}"]) for s in STORAGES]
-    return [*rows, Unit(here / "others.o", CSRC / "cuda" / "others.cu", command)]
+    command = [str(nvcc), *NVCC_FLAGS, f"-ccbin={compiler[0]}", f"-I{relative(CSRC)}", *targets, *more]
+    rows = CSRC / "cuda" / "rows.cu"
+    units = [compiled(here / f"rows_{s}.o", rows, [*command, f"-DMLK_STORAGE={s}"]) for s in STORAGES]
+    return [*units, compiled(here / "others.o", CSRC / "cuda" / "others.cu", command)]
+
+
+def library_cuda(torch: Path, compiler: list[str], root: Path, archs: Sequence[str]) -> list[str]:
+    """The command that compiles library_cuda.cpp."""
+    command = [*compiling(torch, compiler), "-isystem", str(root / "include"), "-DUSE_CUDA", "-DMLKERNELS_ISA=cuda"]
+    return [*command, "-DMLK_LIBRARY=mlkernels", "-DMLK_KEY=CUDA", f'-DMLK_ARCHS="{",".join(archs)}"']
 
 
 def make_cuda() -> Path:
-    nvcc = find_nvcc()
-    torch, compiler = find_torch(), find_compiler()
-    root, here, archs = cuda_root(nvcc), OBJECTS / "cuda", cuda_archs()
+    if os.environ.get("MLKERNELS_CUDA") == "0":
+        raise CannotBuild("left out by MLKERNELS_CUDA=0")
+    torch = find_torch()
+    if not has_cuda(torch) and os.environ.get("MLKERNELS_CUDA") != "1":
+        raise CannotBuild("torch had no CUDA when the package was built; MLKERNELS_CUDA=1 builds them all the same")
+    nvcc, compiler = find_nvcc(), find_compiler()
+    root, here, archs = cuda_root(nvcc), OBJECTS / "cuda", cuda_archs(nvcc)
     units = cuda_units(nvcc, compiler, here, archs)
-    command = [*compiling(torch, compiler), "-isystem", str(root / "include"), "-DUSE_CUDA", "-DMLKERNELS_ISA=cuda"]
-    command += ["-DMLK_LIBRARY=mlkernels", "-DMLK_KEY=CUDA", f'-DMLK_ARCHS="{",".join(archs)}"']
-    units.append(Unit(here / "library_cuda.o", CSRC / "library_cuda.cpp", command))
-    objects = make_units(units)
+    command = library_cuda(torch, compiler, root, archs)
+    units.append(compiled(here / "library_cuda.o", CSRC / "library_cuda.cpp", command))
     static = next((path for path in sorted(root.glob("**/libcudart_static.a")) if "stubs" not in path.parts), None)
     if static is None:
         raise CannotBuild(f"{root} has no libcudart_static.a")
-    # The CUDA part of the shim is in libtorch_cuda, which need not be here: no -z defs.
-    options = [str(static), "-ldl", "-lrt", "-lpthread", f"-L{torch / 'lib'}", "-ltorch_cpu", "-Wl,--exclude-libs,ALL"]
-    return link(here / "_cuda.abi3.so", compiler, objects, *options)
+    # The CUDA part of the shim is in libtorch_cuda. It must be named, even where this torch has none: torch loads its
+    # libraries locally, and what nobody names is not found. In its place an empty library of that name.
+    libraries = torch / "lib"
+    stub = here / "stub" / "libtorch_cuda.so"
+    if not has_cuda(torch):
+        make_units([Unit(stub, [], [*compiler, "-shared", "-x", "c++", "/dev/null", f"-Wl,-soname,{stub.name}"])])
+        libraries = stub.parent
+    options = [str(static), "-ldl", "-lrt", "-lpthread", f"-L{torch / 'lib'}", "-ltorch_cpu"]
+    options += [f"-L{relative(libraries)}", "-Wl,--no-as-needed", "-ltorch_cuda", "-Wl,--exclude-libs,ALL"]
+    return make_library(here / "_cuda.abi3.so", compiler, units, *options)
 
 
 def make_simt() -> Path:
@@ -240,11 +285,11 @@ def make_simt() -> Path:
     command += ["-O2", "-DMLK_HOST", "-DMLKERNELS_ISA=host_simt"]
     as_cpp = [*command, "-x", "c++"]
     rows = CSRC / "cuda" / "rows.cu"
-    units = [Unit(here / f"rows_{s}.o", rows, [*as_cpp, f"-DMLK_STORAGE={s}"]) for s in STORAGES]
-    units.append(Unit(here / "others.o", CSRC / "cuda" / "others.cu", as_cpp))
+    units = [compiled(here / f"rows_{s}.o", rows, [*as_cpp, f"-DMLK_STORAGE={s}"]) for s in STORAGES]
+    units.append(compiled(here / "others.o", CSRC / "cuda" / "others.cu", as_cpp))
     library = [*command, "-DMLK_LIBRARY=mlkernels_simt", "-DMLK_KEY=CPU"]
-    units.append(Unit(here / "library.o", CSRC / "library_cuda.cpp", library))
-    return link(here / "_simt.abi3.so", compiler, make_units(units), f"-L{torch / 'lib'}", "-ltorch_cpu")
+    units.append(compiled(here / "library.o", CSRC / "library_cuda.cpp", library))
+    return make_library(here / "_simt.abi3.so", compiler, units, f"-L{torch / 'lib'}", "-ltorch_cpu")
 
 
 def place(content: bytes, path: Path) -> None:

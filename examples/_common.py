@@ -22,7 +22,7 @@ try:
     import sklearn  # noqa: F401  # the digits, F1 and NMI
     from tqdm import tqdm
 except ImportError as error:
-    sys.exit(f"{error}; the examples need: pip install 'mlkernels[demo]'")
+    sys.exit(f"{error}; the examples need: pip install -e '.[demo]'")
 
 matplotlib.use("Agg")  # there may be no display
 import matplotlib.pyplot as plt

@@ -40,7 +40,7 @@ from mlkernels.search import LossSearch, Population, Record, plot
 try:
     import matplotlib  # noqa: F401
 except ImportError as error:
-    sys.exit(f"{error}; the examples need: pip install 'mlkernels[demo]'")
+    sys.exit(f"{error}; the examples need: pip install -e '.[demo]'")
 
 # With ten classes s = 16 gives p = 0.999 from a difference of cosines of 0.6 on.
 SCALE = 16.0

@@ -190,7 +190,7 @@ def digits(*, test_fraction: float = 0.25, seed: int = 0, normalize: bool = True
         :class:`Images` with (N, 1, 8, 8) images.
 
     Raises:
-        ImportError: scikit-learn is missing; it comes with ``mlkernels[demo]``.
+        ImportError: scikit-learn is missing.
         ValueError: test_fraction is outside (0, 1).
 
     Example:
@@ -205,7 +205,7 @@ def digits(*, test_fraction: float = 0.25, seed: int = 0, normalize: bool = True
     try:
         from sklearn.datasets import load_digits  # type: ignore[import-untyped, unused-ignore]
     except ImportError as error:
-        raise ImportError("the digits come with scikit-learn: pip install 'mlkernels[demo]'") from error
+        raise ImportError("the digits come with scikit-learn: pip install scikit-learn") from error
     images, labels = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
     images = images.to(torch.uint8).reshape(-1, 1, 8, 8)
     labels = labels.long()

@@ -261,5 +261,5 @@ def _sklearn(name: str) -> Callable[..., Any]:
     try:
         metrics = importlib.import_module("sklearn.metrics")
     except ImportError as error:
-        raise ImportError("this measure needs scikit-learn: pip install 'mlkernels[metrics]'") from error
+        raise ImportError("this measure needs scikit-learn: pip install scikit-learn") from error
     return cast(Callable[..., Any], getattr(metrics, name))

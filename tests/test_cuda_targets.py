@@ -15,7 +15,7 @@ FULL = bool(os.environ.get("MLKERNELS_FULL"))
 sys.path.insert(0, str(ROOT / "csrc"))
 import build  # noqa: E402
 
-ALWAYS = [("90a", storage) for storage in build.STORAGES] + [("80", "bfloat16"), ("100", "bfloat16")]
+ALWAYS = [("90", storage) for storage in build.STORAGES] + [("80", "bfloat16"), ("100", "bfloat16")]
 MORE = [(arch, storage) for arch in build.CUDA_ARCHS for storage in build.STORAGES if (arch, storage) not in ALWAYS]
 CASES = ALWAYS + (MORE if FULL else [])
 
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.skipif(NVCC is None or CUOBJDUMP is None, reason="needs
 
 def compiled(arch, storage):
     """The object of the rows of one storage type for one target."""
-    here = build.OBJECTS / ("cuda" if build.cuda_archs() == (arch,) else f"cuda-{arch}")
+    here = build.OBJECTS / ("cuda" if build.cuda_archs(NVCC) == [arch] else f"cuda-{arch}")
     unit = next(
         u for u in build.cuda_units(NVCC, build.find_compiler(), here, [arch]) if u.output.name == f"rows_{storage}.o"
     )
@@ -107,8 +107,8 @@ def test_rows(arch, storage, table):
 
 def test_copies_and_sums(table):
     """16 bytes at a time, several readings before the first writing."""
-    here = build.OBJECTS / ("cuda" if build.cuda_archs() == ("90a",) else "cuda-90a")
-    unit = next(u for u in build.cuda_units(NVCC, build.find_compiler(), here, ["90a"]) if u.output.name == "others.o")
+    here = build.OBJECTS / ("cuda" if build.cuda_archs(NVCC) == ["90"] else "cuda-90")
+    unit = next(u for u in build.cuda_units(NVCC, build.find_compiler(), here, ["90"]) if u.output.name == "others.o")
     build.make_units([unit])
     usage = re.findall(r"Function (\S+):\s*\n\s*(REG:.*)", dumped(unit.output, "--dump-resource-usage"))
     assert len(usage) == 16

@@ -215,7 +215,7 @@ def test_digits_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
         return found(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(ImportError, match=r"pip install 'mlkernels\[demo\]'"):
+    with pytest.raises(ImportError, match=r"pip install scikit-learn"):
         data.digits()
 
 

@@ -132,7 +132,7 @@ def test_works_without_the_library():
 
 
 @pytest.mark.parametrize(
-    ("compiler", "reason"), [("no-such-compiler", "no C++ compiler: no-such-compiler"), ("false", "false failed")]
+    ("compiler", "reason"), [("no-such-compiler", "no C++ compiler: no-such-compiler"), ("false", "FAILED: ")]
 )
 def test_failed_build_says_why(tmp_path, compiler, reason):
     if shutil.which("false") is None:
@@ -191,9 +191,9 @@ def test_report_of_the_cuda_kernels():
     [
         ({"MLKERNELS_CUDA": "0"}, "left out by MLKERNELS_CUDA=0", False),
         ({"MLKERNELS_CUDA": "1", "PATH": "/nowhere", "CUDA_HOME": "", "CUDA_PATH": ""}, "nvcc was found neither", True),
-        ({"MLKERNELS_CUDA": "", "PATH": "/nowhere", "CUDA_HOME": "", "CUDA_PATH": ""}, "nvcc was found neither", False),
+        ({"MLKERNELS_CUDA": ""}, "torch had no CUDA when the package was built; MLKERNELS_CUDA=1 builds", False),
     ],
-    ids=["switched off", "wanted", "not there"],
+    ids=["switched off", "wanted", "no CUDA in torch"],
 )
 def test_cuda_kernels_that_cannot_be_built(tmp_path, environment, reason, loud):
     """The rest is installed; only who asked for them is warned."""
@@ -213,11 +213,12 @@ def test_a_failed_cuda_build_leaves_the_rest(tmp_path):
     nvcc = tmp_path / "bin" / "nvcc"
     nvcc.write_text("#!/bin/sh\necho 'nvcc fatal: error of the test' >&2\nexit 1\n")
     nvcc.chmod(0o755)
+    (tmp_path / "libcudart_static.a").touch()
     program = (
         f"import sys; sys.path.insert(0, {str(BUILD.parent)!r}); import build, pathlib; "
         f"build.OBJECTS = pathlib.Path({str(tmp_path)!r}, 'objects'); "
         f"build.LIBRARIES = {{'_cuda': build.make_cuda}}; build.build_into(pathlib.Path({str(tmp_path)!r}))"
     )
-    python("-c", program, PATH=f"{nvcc.parent}:{os.environ['PATH']}", MLKERNELS_CUDA="1")
-    assert "nvcc failed: nvcc fatal: error of the test" in (tmp_path / "_cuda.error.txt").read_text()
+    python("-c", program, PATH=f"{nvcc.parent}:{os.environ['PATH']}", MLKERNELS_CUDA="1", MLKERNELS_CUDA_ARCHS="90")
+    assert "nvcc fatal: error of the test" in (tmp_path / "_cuda.error.txt").read_text()
     assert not (tmp_path / "_cuda.abi3.so").exists()

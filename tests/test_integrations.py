@@ -55,7 +55,7 @@ def test_plain_loop_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 @pytest.fixture(scope="module")
 def lightning_example() -> ModuleType:
-    pytest.importorskip("lightning", reason="needs mlkernels[integrations]")
+    pytest.importorskip("lightning", reason="needs the extra integrations")
     return script("lightning_module")
 
 
@@ -82,8 +82,8 @@ def test_lightning(lightning_example: ModuleType, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def hugging_face() -> ModuleType:
-    pytest.importorskip("transformers", reason="needs mlkernels[integrations]")
-    pytest.importorskip("accelerate", reason="needs mlkernels[integrations]")
+    pytest.importorskip("transformers", reason="needs the extra integrations")
+    pytest.importorskip("accelerate", reason="needs the extra integrations")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
         return script("hugging_face")

@@ -1,6 +1,6 @@
 """Losses of the package in Hugging Face's Trainer, by ``compute_loss_func``: for classifiers and for language models.
 
-    pip install 'mlkernels[integrations,metrics]'
+    pip install -e '.[integrations,metrics]'
     python examples/integrations/hugging_face.py [EPOCHS]
 
 Trainer counts the labels that are not -100 over all the batches that it accumulates gradients of, and leaves the

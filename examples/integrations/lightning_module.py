@@ -1,6 +1,6 @@
 """Losses of the package in Lightning: a margin on cosines with a trained scale, and center loss beside it.
 
-    pip install 'mlkernels[integrations,metrics]'
+    pip install -e '.[integrations,metrics]'
     python examples/integrations/lightning_module.py [EPOCHS]
 
 Losses are modules. As attributes of the LightningModule their parameters and buffers move to its device, are in

@@ -20,7 +20,12 @@ def _load(stem: str) -> tuple[ctypes.CDLL | None, str | None]:
     found = sorted(_PACKAGE.glob(f"{stem}.*so"))
     if not found:
         reason = _PACKAGE / f"{stem}.error.txt"  # csrc/build.py leaves it
-        return None, f"not built: {reason.read_text().strip() if reason.exists() else 'run csrc/build.py'}"
+        if reason.exists():
+            return None, f"not built: {reason.read_text().strip()}"
+        build = _PACKAGE.parent / "csrc" / "build.py"
+        if build.exists():  # it hides an installed package from a Python that is started in it
+            return None, f"not built in the source tree: run `python {build}`, or start Python elsewhere"
+        return None, "the installation has no compiled library"
     try:
         torch.ops.load_library(str(found[0]))
         return ctypes.CDLL(str(found[0])), None

@@ -119,7 +119,7 @@ class LossSearch:
         if generator.device.type != "cpu":
             raise ValueError(f"generator must be on the CPU, where candidates are drawn, got {generator.device}")
         if progress and find_spec("tqdm") is None:
-            raise ImportError("progress=True needs tqdm: pip install 'mlkernels[demo]'")
+            raise ImportError("progress=True needs tqdm: pip install tqdm")
         option("clamp", clamp, Clamp)
         self.generator = generator
         self.progress = progress

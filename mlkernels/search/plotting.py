@@ -32,7 +32,7 @@ def plot(record: Record, path: str | PathLike[str] | None = None) -> Figure:
 
     Raises:
         ValueError: no epoch has been done.
-        ImportError: matplotlib is missing; it comes with ``mlkernels[demo]``.
+        ImportError: matplotlib is missing.
 
     Example:
         >>> from mlkernels.search import LossSearch, plot
@@ -46,7 +46,7 @@ def plot(record: Record, path: str | PathLike[str] | None = None) -> Figure:
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
     except ImportError as error:
-        raise ImportError("plot needs matplotlib: pip install 'mlkernels[demo]'") from error
+        raise ImportError("plot needs matplotlib: pip install matplotlib") from error
     figure = Figure(figsize=(13, 7.4), layout="constrained")
     last = record.rounds[-1]
     figure.suptitle(
