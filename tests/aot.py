@@ -384,6 +384,24 @@ def executed(sass: str) -> int:
     return ends
 
 
+def fused(ptx: str) -> int:
+    """How many products are fused into the addition of what another thread sent, here or by the assembler, which may do
+    that where no rounding is said: each of the threads would round its own."""
+    sent: set[str] = set()
+    products: set[str] = set()
+    count = 0
+    for operation, operands in re.findall(r"(?m)^\s*(?:@!?%\w+\s+)?([a-z][\w.:]*)\s+([^;]*);", ptx):
+        into, *sources = re.findall(r"%\w+", operands) or [""]
+        exchanged = bool(sent.intersection(sources))
+        if operation.startswith("shfl") or (operation.startswith("mov") and exchanged):
+            sent.add(into)
+        elif operation in ("mul.f32", "mul.f64"):
+            products.add(into)
+        elif exchanged and (operation.startswith("fma") or products.intersection(sources)):
+            count += 1
+    return count
+
+
 def measured(target: GPUTarget, assembly: dict[str, Any]) -> dict[str, int]:
     """Registers, spills and 128-bit accesses of a compiled kernel."""
     if target.backend == "hip":
@@ -415,6 +433,7 @@ def measured(target: GPUTarget, assembly: dict[str, Any]) -> dict[str, int]:
         "loads": wide("LDG"),
         "stores": wide("STG"),
         "executed": executed(code),
+        "fused": fused(assembly["ptx"]),
         "halves": len(re.findall(r"\bLDG\.E\S*\.U16\b", code)),
         # Bytes; 32 bits are what has no suffix.
         "narrow": 2 * len(re.findall(r"\bLDG\.E\S*\.U16\b", code))

@@ -125,6 +125,12 @@ def test_rows_side_by_side_are_read_by_twos(rows):
     assert all(row["halves"] < row["halves_limit"] for row in asked), _told(asked)
 
 
+def test_threads_agree_on_what_they_add_up(rows):
+    """All of them store the sum, so it is the same bits in each: no product is fused into an exchange."""
+    apart = [row for row in rows if row.get("fused", 0) > 0]
+    assert not apart, _told(apart)
+
+
 def test_a_spill_is_seen(everything):
     """Rows of 32768 classes, held by 1024 threads with 64 registers each."""
     (row,) = (row for row in everything if "bad" in row)

@@ -263,7 +263,17 @@ def thread_max(x):
 
 
 @triton.jit
+def product(x, y):
+    """x y, rounded. A product that threads exchange to add it up would be fused into the addition, by each of them its
+    own, and they would end with different last bits."""
+    return tl.fma(x, y, 0.0)
+
+
+@triton.jit
 def row_sum(x):
+    # Where a thread has but one term that may be a product.
+    if x.dtype.is_floating() and x.shape[0] * x.shape[3] == 1:
+        x = product(x, 1.0)
     return tl.sum(thread_sum(x), 1)
 
 
@@ -293,8 +303,8 @@ def places(tensor, base, col, stride, WIDE: tl.constexpr, ACROSS: tl.constexpr, 
     """Where a tile's elements lie."""
     place = tensor + of_row(base) + (col.to(tl.int64) if WIDE else col) * stride
     # Triton deals to threads what it thinks is most contiguous, and a tie by its version. So it is told an order:
-    # vectors, then lanes, then rows; a thread keeps all chunks. How much is accessed at once the alignment says. That is
-    # believed whatever it is, so it is what launch.py found in sizes, strides and pointers.
+    # vectors, then lanes, then rows; a thread keeps all chunks. How much is accessed at once is for the alignment to
+    # say, which is believed whatever it is: so it is what launch.py found in sizes, strides and pointers.
     BYTES: tl.constexpr = tensor.dtype.element_ty.primitive_bitwidth // 8
     if ACROSS:
         place = tl.multiple_of(tl.max_contiguous(place, [1, 8, 4, 2]), [BYTES, ACROSS * BYTES, BYTES, BYTES])
@@ -503,9 +513,9 @@ def visit(
             s, high = row_scale(structure[1], at_target - m, v)
             floor = tl.where(m == -INF, 0.0, m)
             fall = tl.where(top == -INF, 0.0, top - floor[:, None])
-            total = tl.sum(low_total * tl.exp2(fall * low_scale), 1)
+            total = tl.sum(product(low_total, tl.exp2(fall * low_scale)), 1)
             if TWO:
-                total = tl.where(high, tl.sum(high_total * tl.exp2(fall * high_scale), 1), total)
+                total = tl.where(high, tl.sum(product(high_total, tl.exp2(fall * high_scale)), 1), total)
             weighted = tl.sum(counted + fall * seen, 1)
             if stats is not None:
                 doubts, above = tl.sum(doubts_here, 1), tl.sum(above_here, 1)
