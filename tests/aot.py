@@ -300,17 +300,25 @@ class Launch:
     def pairs(self) -> bool:
         """Whether logits of two bytes, whose rows are side by side and aligned, must be read by twos."""
         given = self.arguments
-        places, sizes = given["in_strides"], given["sizes"]
-        aligned = 1 in places[1:] and all(p % 2 == 0 or p == 1 for p in places) and sizes[0] % 2 == 0
+        places = self.strides("in")
+        aligned = (
+            1 in places[1:]
+            and all(p % 2 == 0 or p == 1 for p in places)
+            and (given["DIMS"] == 1 or given["d1"] % 2 == 0)
+        )
         return given["ACROSS"] and given["input"].element_size() == 2 and aligned and given["rows"] % 2 == 0
 
-    def wide(self, name: str, strides: str) -> int:
+    def strides(self, which: str) -> list[int]:
+        """Of the classes, and of the three dimensions that rows have."""
+        return [self.arguments[f"{which}_{name}"] for name in ("class", "outer", "middle", "inner")]
+
+    def wide(self, name: str, which: str) -> int:
         """How many 128-bit accesses a thread must make to a tensor of aligned rows; 0: none."""
         given = self.arguments
         tensor = given.get(name)
         if tensor is None or tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
             return 0
-        places = given[strides]
+        places = self.strides(which)
         aligned = all(p * tensor.element_size() % 16 == 0 for p in (given["classes"], *places[1:]))
         if not (places[0] == 1 and aligned and self.known(name) % 16 == 0):
             return 0
@@ -452,8 +460,8 @@ def compiled(one: Launch) -> dict[str, Any]:
         "warps": one.options["num_warps"],
         "dtype": next((n for n, d in DTYPES.items() if d == dtype), ""),
         "does": one.does,
-        "wide_loads": one.wide("input", "in_strides") if "input" in given else 0,
-        "wide_stores": one.wide("gradient", "out_strides") if "gradient" in given else 0,
+        "wide_loads": one.wide("input", "in") if "input" in given else 0,
+        "wide_stores": one.wide("gradient", "out") if "gradient" in given else 0,
     }
     others = ("weight", "adjustment", "group", "t_tables", "tau_tables")
     if row["wide_loads"] and not given["MODES"] and all(given[name] is None for name in others):

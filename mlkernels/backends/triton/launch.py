@@ -194,7 +194,7 @@ class _Call:
         self.target = target.reshape(-1)
         if not self.target.is_contiguous():
             self.target = self.target.contiguous()
-        self.structure = tuple(int(n) for n in numbers[:REDUCTION])
+        self.structure = [int(n) for n in numbers[:REDUCTION]]
         self.reduction = int(numbers[REDUCTION])
         self.ignore_index = int(numbers[IGNORE_INDEX])
         consts = [*numbers[CONSTS:], *[0.0] * (SLOTS + CONSTS - len(numbers))]
@@ -203,11 +203,16 @@ class _Call:
         self.smooth = consts[Slot.SMOOTHING] > 0
 
         self.tables = tuple(
-            self._table(*slots) if there else None
+            tuple(self.by_slot[slot].detach().contiguous() for slot in slots) if there else None
             for slots, there in (
                 ((Slot.TRANSFORM_A, Slot.TRANSFORM_B), self.structure[0] == TransformKind.PIECEWISE),
                 ((Slot.HEAD_A, Slot.HEAD_B), self.structure[2] == HeadKind.TAU),
             )
+        )
+        self.bins = [1 if table is None else table[0].shape[-1] for table in self.tables]
+        # Both have as many groups, where they have any.
+        self.groups = max(
+            table[0].shape[0] if table is not None and table[0].dim() == 2 else 1 for table in self.tables
         )
         self.modes = 0
         values: list[float | Tensor] = []
@@ -240,10 +245,6 @@ class _Call:
         return (self.structure[0] == TransformKind.PIECEWISE and slot in (Slot.TRANSFORM_A, Slot.TRANSFORM_B)) or (
             self.structure[2] == HeadKind.TAU and slot in (Slot.HEAD_A, Slot.HEAD_B)
         )
-
-    def _table(self, first: int, second: int) -> tuple[Tensor, Tensor, int, int]:
-        slope, bias = self.by_slot[first].detach().contiguous(), self.by_slot[second].detach().contiguous()
-        return slope, bias, slope.shape[-1], slope.shape[0] if slope.dim() == 2 else 1
 
     def _vector(self, slot: int) -> Tensor | None:
         vector = self.by_slot.get(slot)
@@ -310,14 +311,14 @@ class _Call:
             row_losses = self.empty(rows) if self.reduction == Reduction.NONE else self.empty(programs, 2)
         ups, up_strides = _upstream(upstream, self.reduction)
         mean = self.reduction == Reduction.MEAN and (losses or gradient is not None or bool(wanted))
-        divisors = self.divisors if mean else None
+        divisors, parts = (self.divisors if mean else None) or (None, 1)
         if rows > 0:
             arguments = (
                 input, self.target, self.values, *self.tables, self.group, self.weight, self.weight_sum,
                 self.adjustment, divisors, ups, saved, row_losses, save, stats,
                 None if gradient is None else out, by_parameter, bins,
-                rows, self.classes, sizes, in_strides, out_strides, up_strides, self.structure, self.ignore_index,
-                turns,
+                rows, self.classes, *sizes, *in_strides, *out_strides, *up_strides, *self.bins, self.groups, parts,
+                _packed(self.structure), self.ignore_index, turns,
             )  # fmt: skip
             options = {
                 "MODES": self.modes,
@@ -327,6 +328,7 @@ class _Call:
                 "CONDITIONAL": conditional,
                 "WIDE": max(_reach(input), _reach(out)) + shape.cols * max(in_strides[0], out_strides[0]) >= _INT32,
                 "UNIT": unit,
+                "DIMS": 3 - sizes.count(1),
                 "ACROSS": _rows_at_once(rows, layout, input, out) if side_by_side else 0,
                 "ON_CHIP": shape.on_chip,
                 "TWO": not shape.on_chip and self.structure[1] == ScaleKind.TWO_SCALE,
@@ -354,9 +356,10 @@ class _Call:
         if count > _PARTS * _SUM_BLOCK:
             chunk, programs = _chunks(count)
             sums = self.empty(programs, 2, dtype=torch.float64)
-            kernels.total[(programs,)](terms, sums, None, count, chunk, BLOCK=_SUM_BLOCK, FINAL=False)
+            kernels.total[(programs,)](terms, sums, None, 1, count, chunk, BLOCK=_SUM_BLOCK, FINAL=False)
             terms, count = sums, programs
-        kernels.total[(1,)](terms, loss, self.divisors, count, count, BLOCK=_SUM_BLOCK, FINAL=True)
+        divisors, parts = self.divisors or (None, 1)
+        kernels.total[(1,)](terms, loss, divisors, parts, count, count, BLOCK=_SUM_BLOCK, FINAL=True)
         return loss
 
     def _parameter(self, slot: int, values: Tensor, bins: Tensor | None) -> Tensor:
@@ -364,12 +367,12 @@ class _Call:
         param = self.by_slot[slot]
         if self.is_table(slot):
             assert bins is not None
-            tau = slot >= Slot.HEAD_A
-            _, _, count, groups = self.tables[tau]  # type: ignore[misc]
+            tau = int(slot >= Slot.HEAD_A)
+            count, groups = self.bins[tau], self.groups
             chunk, programs = _chunks(self.rows)
             sums = self.empty(count * groups, programs, dtype=torch.float64)
             kernels.bucket[(count * groups, programs)](
-                values, bins[int(tau)], self.group, sums, self.rows, chunk, count, BLOCK=_SUM_BLOCK
+                values, bins[tau], self.group, sums, self.rows, chunk, count, BLOCK=_SUM_BLOCK
             )
             found = sums.sum(1)
         elif param.dim() == 0:
@@ -385,6 +388,11 @@ class _Call:
         return found.reshape(param.shape).to(param.dtype)
 
 
+def _packed(structure: Sequence[int]) -> int:
+    """Spec.ids as one number; rows.py unpacks it."""
+    return sum(kind << 4 * place for place, kind in enumerate(structure))
+
+
 def _chunks(count: int) -> tuple[int, int]:
     """How many terms a program adds up, and how many programs that takes."""
     chunk = max(_SUM_BLOCK, triton.cdiv(triton.cdiv(count, 16 * _PARTS), _SUM_BLOCK) * _SUM_BLOCK)
@@ -398,7 +406,7 @@ def _gathered(parts: Tensor) -> tuple[Tensor, int]:
         chunk = triton.cdiv(count, _PARTS)
         count = triton.cdiv(count, chunk)
         fewer = torch.empty((count, 2), dtype=parts.dtype, device=parts.device)
-        kernels.total[(count,)](parts, fewer, None, parts.shape[0], chunk, BLOCK=32, FINAL=False)
+        kernels.total[(count,)](parts, fewer, None, 1, parts.shape[0], chunk, BLOCK=32, FINAL=False)
         parts = fewer
     return parts, count
 

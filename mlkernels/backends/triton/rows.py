@@ -58,14 +58,31 @@ def multiple(number, UNIT: tl.constexpr):
 
 
 @triton.jit
-def row_offset(row, sizes, strides, WIDE: tl.constexpr, UNIT: tl.constexpr):
-    """Where rows begin, in elements. sizes: (d1, d2) of (N, d1, d2); strides: (class, N, d1, d2)."""
+def unpacked(structure):
+    """Spec.ids: launch.py packs them into one number. Of a tuple Triton would make a kernel for each that holds a 1."""
+    transform, scale, head = structure & 15, (structure >> 4) & 15, (structure >> 8) & 15
+    return transform, scale, head, (structure >> 12) & 15, (structure >> 16) & 15, (structure >> 20) & 15
+
+
+@triton.jit
+def row_offset(row, sizes, strides, WIDE: tl.constexpr, UNIT: tl.constexpr, DIMS: tl.constexpr, ACROSS: tl.constexpr):
+    """Where rows begin, in elements. sizes: (d1, d2) of (N, d1, d2), of which rows have the first DIMS; strides:
+    (class, N, d1, d2)."""
     if WIDE:
         row = row.to(tl.int64)
-    inner = row % sizes[1]
-    rest = row // sizes[1]
-    outer = rest // sizes[0] * multiple(strides[1], UNIT) + rest % sizes[0] * multiple(strides[2], UNIT)
-    return outer + inner * multiple(strides[3], UNIT)
+    outer = multiple(strides[1], UNIT)
+    if DIMS == 1:
+        offset = row * outer
+    elif DIMS == 2:
+        size = multiple(sizes[0], ACROSS)
+        offset = row // size * multiple(outer, ACROSS) + row % size * multiple(strides[2], UNIT)
+    else:
+        size = multiple(sizes[1], ACROSS)
+        rest = row // size
+        middle = multiple(multiple(strides[2], UNIT), ACROSS)
+        offset = rest // sizes[0] * multiple(outer, ACROSS) + rest % sizes[0] * middle
+        offset += row % size * multiple(strides[3], UNIT)
+    return offset
 
 
 @triton.jit
@@ -147,12 +164,13 @@ def prepared(u, cap, adjustment, col, valid, T: tl.constexpr, CAPPED: tl.constex
 
 @triton.jit
 def divisor(divisors, column):
-    """What "mean" divides by, of one column."""
-    if divisors[1] == 1:
-        found = tl.load(divisors[0] + column)
+    """What "mean" divides by, of one column. divisors: the pointer, and how many parts."""
+    pointer, parts = divisors
+    if parts == 1:
+        found = tl.load(pointer + column)
     else:
         part = tl.arange(0, PARTS)
-        found = tl.sum(tl.load(divisors[0] + 2 * part + column, part < divisors[1], 0.0), 0)
+        found = tl.sum(tl.load(pointer + 2 * part + column, part < parts, 0.0), 0)
     return found
 
 
@@ -356,50 +374,75 @@ def leave_gradient(
     tl.store(place, g.to(gradient.dtype.element_ty), of_row(inside) & valid)
 
 
-@triton.jit(do_not_specialize=["structure", "ignore_index"], do_not_specialize_on_alignment=["turns"])
+#: What are numbers to visit, not structure: no value of theirs compiles another kernel. Of the strides of logits a 1
+#: does: it says what lies side by side.
+DATA = [
+    "rows", "classes", "d1", "d2", "up_loss", "up_lse", "up_log_prob", "t_bins", "tau_bins", "groups", "parts",
+    "structure", "ignore_index",
+]  # fmt: skip
+UNALIGNED = [
+    "in_class", "in_outer", "in_middle", "in_inner", "out_class", "out_outer", "out_middle", "out_inner", "turns",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=DATA, do_not_specialize_on_alignment=UNALIGNED)
 def visit(
     # data
-    input,  # (rows, classes) by in_strides
+    input,  # (rows, classes) by the in_ strides
     target,  # (rows)
     values,  # 18 numbers, each by value or a pointer; see number()
-    t_tables, tau_tables,  # (slope, bias, bins, groups) of a piecewise t and of tau, each or None
+    t_tables, tau_tables,  # (slope, bias) of a piecewise t and of tau, (groups, bins) each; or None
     group,  # (rows) or None
     weight,  # (classes) or None
     weight_sum,  # its sum; or None
     adjustment,  # (classes) or None
-    divisors,  # (parts, 2): sums of weights and of rows, and how many parts; for MEAN
+    divisors,  # (parts, 2): sums of weights and of rows; for MEAN
     upstream,  # the upstream gradients of loss, logsumexp and log_prob, each or None
     saved,  # (rows, 2): m and log_sum of an earlier visit, or None
     # results, each or None
     losses,  # (rows), or (tiles, 2) where it is reduced
     save,  # (rows, 2)
     stats,  # RowStats, (rows) each
-    gradient,  # as input, by out_strides
+    gradient,  # as input, by the out_ strides
     by_parameter,  # (11, rows)
     bins,  # (2, rows)
-    # shapes
-    rows, classes, sizes,
-    # strides
-    in_strides, out_strides, upstream_strides,
-    # the loss: transform, scale, head, beyond_pi, gradient, clamp
-    structure, ignore_index,
+    # shapes: rows are (N, d1, d2)
+    rows, classes, d1, d2,
+    # strides: of the classes, and of N, d1 and d2
+    in_class, in_outer, in_middle, in_inner, out_class, out_outer, out_middle, out_inner,
+    up_loss, up_lse, up_log_prob,
+    # of the tables and of divisors
+    t_bins, tau_bins, groups, parts,
+    # the loss: see unpacked()
+    structure, ignore_index: tl.int64,
     turns,  # how many tiles a program takes
     MODES: tl.constexpr, WANT: tl.constexpr, REDUCTION: tl.constexpr, CAPPED: tl.constexpr, CONDITIONAL: tl.constexpr,
-    WIDE: tl.constexpr, UNIT: tl.constexpr, ACROSS: tl.constexpr, ON_CHIP: tl.constexpr, TWO: tl.constexpr,
+    WIDE: tl.constexpr, UNIT: tl.constexpr, DIMS: tl.constexpr, ACROSS: tl.constexpr,
+    ON_CHIP: tl.constexpr, TWO: tl.constexpr,
     CHUNKS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Loss, statistics and gradients of tiles of rows.
 
     CONDITIONAL: nothing is done where the upstream gradient is 1, for which the results are there already.
     UNIT: a divisor of C, of all row strides and of where the tensors begin; 1 unless classes are neighbours in memory.
-    ACROSS: it is rows that are, and how many of them make an aligned access; ignored ones are then read with their
-    neighbours, and dropped. ON_CHIP: a tile holds whole rows. TWO: the scale of a row is known only
-    after its maximum, so that block by block the sum is kept for both.
+    DIMS: how many dimensions rows have. ACROSS: it is rows that are neighbours, and how many of them make an aligned
+    access; ignored ones are then read with their neighbours, and dropped. ON_CHIP: a tile holds whole rows. TWO: the
+    scale of a row is known only after its maximum, so that block by block the sum is kept for both.
     """
     if CONDITIONAL:
         turns = tl.where(tl.load(upstream[0]) == 1.0, 0, turns)
     rows = multiple(rows, ACROSS)
     classes = multiple(classes, UNIT)
+    structure = unpacked(structure)
+    sizes = (d1, d2)
+    in_strides = (multiple(in_class, ACROSS), in_outer, in_middle, in_inner)
+    out_strides = (multiple(out_class, ACROSS), out_outer, out_middle, out_inner)
+    upstream_strides = (up_loss, up_lse, up_log_prob)
+    divisors = (divisors, parts)
+    if t_tables is not None:
+        t_tables = (t_tables[0], t_tables[1], t_bins, groups)
+    if tau_tables is not None:
+        tau_tables = (tau_tables[0], tau_tables[1], tau_bins, groups)
     T: tl.constexpr = tl.float64 if input.dtype.element_ty == tl.float64 else tl.float32
     PIECEWISE: tl.constexpr = t_tables is not None
     TAU: tl.constexpr = tau_tables is not None
@@ -425,7 +468,7 @@ def visit(
         w_y = tl.full(row.shape, 1.0, T)
         if weight is not None:
             w_y = tl.load(weight + y, exists, 1.0).to(T)
-        base = row_offset(row, sizes, in_strides, WIDE, UNIT)
+        base = row_offset(row, sizes, in_strides, WIDE, UNIT, DIMS, ACROSS)
         read = inside if ACROSS else kept
         own = input + base + (y.to(tl.int64) if WIDE else y) * in_strides[0]
         at_target = prepared(tl.load(own, exists, float("nan")).to(T), cap, adjustment, y, exists, T, CAPPED)
@@ -570,7 +613,7 @@ def visit(
             )  # fmt: skip
             shift = zero
             if gradient is not None:
-                out = row_offset(row, sizes, out_strides, WIDE, UNIT)
+                out = row_offset(row, sizes, out_strides, WIDE, UNIT, DIMS, ACROSS)
             if ON_CHIP:
                 if NEED_SHIFT & WANT:
                     # A class of probability 0 contributes 0, also when its logit is -inf.
@@ -612,8 +655,8 @@ def visit(
 # ---- sums, in a fixed order ------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["ignore_index"])
-def count(target, weight, parts, rows, classes, ignore_index, chunk, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["rows", "classes", "ignore_index"])
+def count(target, weight, parts, rows, classes, ignore_index: tl.int64, chunk, BLOCK: tl.constexpr):
     """parts: (programs, 2), float64: the sum of weights and the number of the rows that count, of a chunk each."""
     pid = tl.program_id(0)
     weights = tl.zeros((BLOCK,), tl.float64)
@@ -633,8 +676,8 @@ def count(target, weight, parts, rows, classes, ignore_index, chunk, BLOCK: tl.c
     tl.store(parts + 2 * pid + 1, tl.sum(kept_rows, 0))
 
 
-@triton.jit
-def total(terms, sums, divisors, count, chunk, BLOCK: tl.constexpr, FINAL: tl.constexpr):
+@triton.jit(do_not_specialize=["parts", "count", "chunk"])
+def total(terms, sums, divisors, parts, count, chunk, BLOCK: tl.constexpr, FINAL: tl.constexpr):
     """The two columns of terms, (count, 2), added up in float64: per chunk into sums, (programs, 2).
 
     FINAL: one program has them all, and makes one number of them, each column divided by its divisor if there are any.
@@ -650,15 +693,15 @@ def total(terms, sums, divisors, count, chunk, BLOCK: tl.constexpr, FINAL: tl.co
     first, second = tl.sum(a, 0), tl.sum(b, 0)
     if FINAL:
         if divisors is not None:
-            first = first / divisor(divisors, 0)
-            second = tl.where(second == 0, 0.0, second / divisor(divisors, 1))
+            first = first / divisor((divisors, parts), 0)
+            second = tl.where(second == 0, 0.0, second / divisor((divisors, parts), 1))
         tl.store(sums, (first + second).to(sums.dtype.element_ty))
     else:
         tl.store(sums + 2 * pid, first)
         tl.store(sums + 2 * pid + 1, second)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "per_group"])
 def bucket(values, keys, group, sums, rows, chunk, per_group, BLOCK: tl.constexpr):
     """sums[bucket, program]: of the values whose key (their bin, of their group's bins) is the program's bucket.
 
