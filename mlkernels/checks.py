@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .spec import HeadKind, Reduction, Slot, Spec, TransformKind
 
@@ -37,13 +38,38 @@ def check_labels(enabled: bool = True) -> None:
     _check_labels = bool(enabled)
 
 
-def traced() -> bool:
-    """Whether values cannot be looked at: under torch.compile, or inside torch.func transforms."""
-    return torch.compiler.is_compiling() or functorch_level() is not None
-
-
 # The level of the torch.func transform (grad, vmap, jvp, ...) that is running, or None; kernels are opaque to those.
 functorch_level = torch._C._functorch.maybe_current_level
+_modes = torch._C._len_torch_dispatch_stack
+_OWN = frozenset({Tensor, torch.nn.Parameter})
+
+
+def observed(*tensors: Tensor) -> bool:
+    """Whether somebody wants to see operators: torch.compile, a dispatch mode (fake, make_fx, ...), a subclass."""
+    return torch.compiler.is_compiling() or _modes() > 0 or not _OWN.issuperset(map(type, tensors))
+
+
+def traced(*tensors: Tensor) -> bool:
+    """Whether values cannot be looked at: torch.compile, torch.func, make_fx, fake tensors, the meta device."""
+    if torch.compiler.is_compiling() or functorch_level() is not None:
+        return True
+    if not observed(*tensors):
+        return False
+    from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+    modes = _get_current_dispatch_mode_stack()
+    return (
+        get_proxy_mode() is not None
+        or any(isinstance(mode, FakeTensorMode) for mode in modes)
+        or any(map(is_fake, tensors))
+    )
+
+
+def is_dual(tensor: Tensor) -> bool:
+    """Whether it carries a tangent of forward-mode AD, which is no level of torch.func; asked inside one of its own."""
+    return forward_ad.unpack_dual(tensor).tangent is not None
 
 
 # ---- numbers --------------------------------------------------------------------------------------------------------
@@ -212,7 +238,7 @@ def widened(name: str, index: Tensor, count: int, ignore_index: int | None = Non
         return index.long()
     signed = index.view(torch.int64)
     beyond = signed < 0
-    if index.device.type == "cpu" and not traced() and bool(beyond.any()):
+    if index.device.type == "cpu" and not traced(index) and bool(beyond.any()):
         row = int(beyond.reshape(-1).nonzero()[0])
         raise index_error(name, row, int(signed.reshape(-1)[row]) + 2**64, count)
     return torch.where(beyond, -1 if ignore_index != -1 else -2, signed)
@@ -220,7 +246,8 @@ def widened(name: str, index: Tensor, count: int, ignore_index: int | None = Non
 
 def check_indices(name: str, index: Tensor, count: int, ignore_index: int | None = None) -> None:
     """An IndexError naming the first row whose index is outside [0, count); on a GPU only under check_labels."""
-    if traced() or not (index.device.type == "cpu" or _check_labels):
+    looked_at = index.device.type == "cpu" or (_check_labels and index.device.type != "meta")
+    if not looked_at or traced(index):
         return
     index = index.long()  # a narrow dtype holds neither count nor ignore_index
     bad = (index < 0) | (index >= count)

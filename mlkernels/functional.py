@@ -39,6 +39,7 @@ from torch import Tensor
 from typing_extensions import Never, Unpack
 
 from . import checks, softmax
+from .backends.reference import full_precision
 from .center import center_loss
 from .lgm import lgm_loss
 from .multi_margin import multi_margin_loss
@@ -511,11 +512,11 @@ def _soft_cross_entropy(
         scale = checks.check_number("scale", scale)
     elif scale.shape not in ((), (1,)):
         raise ValueError(f"scale must be a number, 0-d or (1,) with class probabilities, got {tuple(scale.shape)}")
-    elif scale.device.type == "cpu" and not checks.traced():
+    elif scale.device.type == "cpu" and not checks.traced(scale):
         checks.check_range("scale", scale)
     label_smoothing = checks.check_number("label_smoothing", label_smoothing)
     z_loss = checks.check_number("z_loss", z_loss)
-    with torch.autocast(input.device.type, enabled=False):
+    with full_precision(input.device):
         logits = input if input.dtype == torch.float64 else input.float()
         if softcap is not None:
             softcap = checks.check_number("softcap", softcap)

@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import Never
 
 from . import softmax
+from .backends.reference import full_precision
 from .checks import check_index, check_number, check_range, check_tensors, traced, unknown_keywords
 from .spec import BackendName, Number, ReductionName, TransformKind, spec
 
@@ -72,7 +73,7 @@ def lgm_loss(
     alpha, lambda_ = _check(input, means, log_variance, alpha, lambda_)
     accumulate = torch.float64 if input.dtype == torch.float64 else torch.float32
     classes = means.shape[0]
-    with torch.autocast(input.device.type, enabled=False):
+    with full_precision(input.device):
         label = target.long()
         kept = label != ignore_index
         legal = (label >= 0) & (label < classes)
@@ -159,6 +160,6 @@ def _check(
         raise ValueError(f"alpha must be a number or a floating tensor, 0-d or (1,), got {got}")
     elif alpha.device != input.device:
         raise ValueError(f"alpha must be on input's device {input.device}, got {alpha.device}")
-    elif alpha.device.type == "cpu" and not traced():
+    elif alpha.device.type == "cpu" and not traced(alpha):
         check_range("alpha", alpha)
     return alpha, check_number("lambda_", lambda_)

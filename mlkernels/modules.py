@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from typing_extensions import Never, Unpack
 
 from . import functional as F
+from .backends.reference import full_precision
 from .checks import check_number, check_range, traced, unknown_keywords
 from .lgm import class_logits
 from .softmax import COMMON, Common
@@ -465,7 +466,7 @@ class TwoScaleLoss(_FamilyLoss):
 def _check_scalar(name: str, value: Tensor) -> None:
     if value.shape not in ((), (1,)) or not value.is_floating_point():
         raise ValueError(f"{name} must be a number or a floating 0-d tensor, got {tuple(value.shape)} {value.dtype}")
-    if name != "log_norm" and value.device.type == "cpu" and not traced():
+    if name != "log_norm" and value.device.type == "cpu" and not traced(value):
         check_range("logit_norm", value)
 
 
@@ -667,7 +668,7 @@ class LGMLoss(_Loss):
         r"""The class logits of features, :math:`-d_k-\tfrac12\log|\Lambda_k|`: (N, D) to (N, C), without the margin."""
         dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
         log_variance = None if self.log_variance is None else self.log_variance.to(dtype)
-        with torch.autocast(input.device.type, enabled=False):
+        with full_precision(input.device):
             return class_logits(input.to(dtype), self.means.to(dtype), log_variance)[0]
 
     def reset_parameters(self) -> None:

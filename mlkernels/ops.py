@@ -239,12 +239,14 @@ class Kernels(NamedTuple):
     #: Writes a gradient made for an upstream gradient of 1 anew unless the device finds that it is 1; None where the
     #: host may look for itself.
     refresh: Callable[..., None] | None = None
+    #: The same by way of the dispatcher, where these are not.
+    dispatched: Kernels | None = None
 
 
 NATIVE = Kernels(*(getattr(torch.ops.mlkernels, name).default for name in _FAKES))
 CUDA = NATIVE._replace(refresh=torch.ops.mlkernels.softmax_loss_refresh.default)
-#: Under torch.compile. In eager mode Triton's functions are called as they are, without a dispatcher in between.
-TRITON_TRACED = Kernels(*(getattr(torch.ops.mlkernels_triton, name).default for name in _FAKES))
+#: Where operators are observed. Else Triton's functions are called as they are, without a dispatcher in between.
+TRITON = Kernels(*(getattr(torch.ops.mlkernels_triton, name).default for name in _FAKES))
 
 
 @functools.cache
@@ -252,4 +254,5 @@ def triton() -> Kernels:
     """Triton's operators in eager mode."""
     from .backends.triton import launch
 
-    return Kernels(*(launch.OPERATORS[name] for name in _FAKES))._replace(refresh=launch.refresh)
+    operators: Any = launch.OPERATORS
+    return Kernels(*(operators[name] for name in _FAKES))._replace(refresh=launch.refresh, dispatched=TRITON)

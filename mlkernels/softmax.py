@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypedDict
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from typing_extensions import Never, Unpack
 
-from . import checks, ops
+from . import autograd, checks, ops
+from .autograd import ONLY_INPUT, Call
 from .backends import choose, reference
 from .checks import (
     HALF,
@@ -23,9 +25,11 @@ from .checks import (
     check_reduction,
     check_tables,
     check_tensors,
+    functorch_level,
+    is_dual,
+    observed,
     unknown_keywords,
 )
-from .checks import functorch_level as _functorch_level
 from .spec import MASK, SLOTS, TRAINABLE, BackendName, HeadKind, Number, ReductionName, Slot, Spec, TransformKind
 
 
@@ -59,150 +63,12 @@ _TABLES = frozenset(int(s) for s in (Slot.TRANSFORM_A, Slot.TRANSFORM_B, Slot.HE
 _HEAD_C, _HEAD_D = int(Slot.HEAD_C), int(Slot.HEAD_D)
 _GAMMA_KAPPA = frozenset({_HEAD_C, _HEAD_D})
 
-_ONLY_INPUT = 1 << ops.INPUT
 _PLAIN = frozenset({float, int, str, type(None)})
 _MOST_CALLS = 1024
+_saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
-# ---- autograd --------------------------------------------------------------------------------------------------------
-
-
-class _Call(NamedTuple):
-    """What of a call is not a tensor."""
-
-    numbers: list[float]
-    needs: int
-    half: bool  # a gradient is stored in half precision: it is never rescaled, which would round it twice
-    kernels: ops.Kernels
-
-
-def _by_reference(
-    call: _Call, stats: bool, tensors: Sequence[Tensor], upstream: Sequence[Tensor | None]
-) -> dict[int, Tensor]:
-    """The gradients by bit, differentiable again."""
-    input, target, *params = tensors
-    with torch.enable_grad():
-        loss, rows = reference.softmax_loss(input, target, call.numbers, params)
-        outputs = [loss, rows.logsumexp, rows.log_prob] if stats else [loss]
-        pairs = [(o, g) for o, g in zip(outputs, upstream, strict=True) if g is not None]
-        by_slot = dict(zip(ops.slots_of(call.numbers), params, strict=True))
-        wanted = {bit: input if bit == ops.INPUT else by_slot[bit] for bit in ops.needed(call.needs)}
-        found = torch.autograd.grad(
-            [o for o, _ in pairs],
-            list(wanted.values()),
-            [g for _, g in pairs],
-            create_graph=True,
-            materialize_grads=True,
-        )
-    return dict(zip(wanted, found, strict=True))
-
-
-def _place(call: _Call, gradients: dict[int, Tensor]) -> list[Tensor | None]:
-    """The gradients in the order of a Function's arguments: call, input, target, *params."""
-    return [None, gradients.get(ops.INPUT), None, *(gradients.get(slot) for slot in ops.slots_of(call.numbers))]
-
-
-class _SingleVisit(torch.autograd.Function):
-    """A reduced loss whose gradients are made with it, for the upstream gradient that it nearly always gets: 1."""
-
-    @staticmethod
-    def forward(ctx: Any, call: _Call, input: Tensor, target: Tensor, *params: Tensor) -> Tensor:
-        loss: Tensor
-        # Not saved for backward: dropped when handed out, so that the leaf can take it without a copy.
-        if call.needs == _ONLY_INPUT:
-            loss, *ctx.gradients = call.kernels.softmax_loss_with_gradient(input, target, call.numbers, params)
-        else:
-            loss, ctx.gradients = call.kernels.softmax_loss_with_gradients(
-                input, target, call.numbers, params, call.needs
-            )
-        ctx.call = call
-        ctx.save_for_backward(input, target, *params)
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> Any:
-        call: _Call = ctx.call
-        if torch.is_grad_enabled() or _functorch_level() is not None:
-            return tuple(_place(call, _by_reference(call, False, ctx.saved_tensors, (grad_loss,))))
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is not None and call.kernels.refresh is not None:
-            # A second look at the rows where the upstream gradient is not 1; only the device knows.
-            input, target, *params = ctx.saved_tensors
-            if call.needs & _ONLY_INPUT:
-                call.kernels.refresh(grad_loss, input, target, call.numbers, params, gradients[-1])
-            for gradient in gradients[: -1 if call.needs & _ONLY_INPUT else None]:
-                gradient.mul_(grad_loss)
-        elif gradients is not None:
-            upstream = grad_loss.item()
-            if upstream != 1.0:
-                if call.half:
-                    gradients = None
-                else:
-                    for gradient in gradients:
-                        gradient.mul_(upstream)
-        if gradients is None:
-            input, target, *params = ctx.saved_tensors
-            gradients = call.kernels.softmax_loss_backward(
-                grad_loss, None, None, input, target, call.numbers, params, input.new_empty((0, 2)), call.needs
-            )
-        if call.needs == _ONLY_INPUT and call.numbers[MASK] == 0:
-            return None, gradients[0], None
-        return tuple(_place(call, dict(zip(ops.needed(call.needs), gradients, strict=True))))
-
-
-# What Function.apply itself calls once it has found no torch.func transform, which the door has asked already.
-_single_visit = super(torch.autograd.Function, _SingleVisit).apply
-
-
-class _SoftmaxLoss(torch.autograd.Function):
-    """The loss alone, its gradients made once the upstream gradient is known."""
-
-    @staticmethod
-    def forward(ctx: Any, call: _Call, input: Tensor, target: Tensor, *params: Tensor) -> Tensor:
-        loss: Tensor
-        loss, saved = call.kernels.softmax_loss(input, target, call.numbers, params, True)
-        ctx.call = call
-        ctx.save_for_backward(input, target, saved, *params)
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> Any:
-        call: _Call = ctx.call
-        input, target, saved, *params = ctx.saved_tensors
-        if torch.is_grad_enabled() or _functorch_level() is not None:
-            return tuple(_place(call, _by_reference(call, False, (input, target, *params), (grad_loss,))))
-        gradients = call.kernels.softmax_loss_backward(
-            grad_loss, None, None, input, target, call.numbers, params, saved, call.needs
-        )
-        return tuple(_place(call, dict(zip(ops.needed(call.needs), gradients, strict=True))))
-
-
-class _SoftmaxStats(torch.autograd.Function):
-    """The loss and its row statistics."""
-
-    @staticmethod
-    def forward(ctx: Any, call: _Call, input: Tensor, target: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
-        loss, saved, *rows = call.kernels.softmax_stats(input, target, call.numbers, params)
-        ctx.call = call
-        ctx.save_for_backward(input, target, saved, *params)
-        ctx.mark_non_differentiable(*rows[2:])
-        ctx.set_materialize_grads(False)
-        return loss, *rows
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor | None) -> Any:
-        call: _Call = ctx.call
-        input, target, saved, *params = ctx.saved_tensors
-        if torch.is_grad_enabled() or _functorch_level() is not None:
-            found = _by_reference(call, True, (input, target, *params), upstream[:3])
-            return tuple(_place(call, found))
-        gradients = call.kernels.softmax_loss_backward(
-            *upstream[:3], input, target, call.numbers, params, saved, call.needs
-        )
-        return tuple(_place(call, dict(zip(ops.needed(call.needs), gradients, strict=True))))
-
-
-_calls: dict[tuple[object, ...], _Call] = {}
+_calls: dict[tuple[object, ...], Call] = {}
 
 # ---- the door --------------------------------------------------------------------------------------------------------
 
@@ -260,7 +126,7 @@ def apply(
     call = _calls.get(key) if plain else None
     if call is None:
         numbers, tensors = _numbers(spec, values, ignore_index, reduction, label_smoothing, z_loss, softcap)
-        call = _Call(numbers, _ONLY_INPUT, False, ops.NATIVE)
+        call = Call(numbers, ONLY_INPUT, False, ops.NATIVE)
         if plain:
             if len(_calls) >= _MOST_CALLS:  # scheduled numbers: each is used a few times and never again
                 _calls.clear()
@@ -269,7 +135,7 @@ def apply(
     grad = torch.is_grad_enabled()
     dtype = input.dtype
     params: list[Tensor] = []
-    needs = _ONLY_INPUT if grad and input.requires_grad else 0
+    needs = ONLY_INPUT if grad and input.requires_grad else 0
     half = dtype == torch.bfloat16
     if tensors or weight is not None or logit_adjustment is not None or group is not None:
         mask = 0
@@ -290,12 +156,12 @@ def apply(
                 needs |= (1 << slot) & _TRAINABLE
         numbers = call.numbers.copy()
         numbers[MASK] = float(mask)
-        call = _Call(numbers, needs, half, ops.NATIVE)
-    elif half or needs != _ONLY_INPUT:
-        call = _Call(call.numbers, needs, half, ops.NATIVE)
+        call = Call(numbers, needs, half, ops.NATIVE)
+    elif half or needs != ONLY_INPUT:
+        call = Call(call.numbers, needs, half, ops.NATIVE)
 
     chosen = choose(input.device, backend, input.shape[1], input.dim() > 2 and input.stride(1) != 1)
-    by_reference = chosen == "reference" or _functorch_level() is not None
+    by_reference = chosen == "reference" or functorch_level() is not None or _any_dual(input, *params)
     if by_reference or chosen != "cpu":  # the CPU's kernels look at the indices while they read them
         check_indices("target", target, input.shape[1], ignore_index)
         if group is not None:
@@ -305,26 +171,31 @@ def apply(
         loss, rows = reference.softmax_loss(input, target, call.numbers, params)
         return loss, RowStats(*rows) if return_stats else None
     # One visit where it pays. An fp16 gradient is written only when the upstream is known: a GradScaler's 65536 would
-    # rescale what has already underflowed.
-    split = reduction == "none" or compiling or dtype == torch.float16
+    # rescale what has already underflowed. Hooks on saved tensors (checkpointing, offloading) would meet a gradient.
+    split = reduction == "none" or dtype == torch.float16 or observed(input) or _saved_tensors_hooks(False) is not None
     if chosen != "cpu":
         if chosen == "cuda":
             call = call._replace(kernels=ops.CUDA)
         else:
-            call = call._replace(kernels=ops.TRITON_TRACED if compiling else ops.triton())
+            call = call._replace(kernels=ops.TRITON if observed(input) else ops.triton())
         # Nobody on the host knows the upstream gradient, so a parameter's is always multiplied by it.
-        split = split or (needs != _ONLY_INPUT and any(param.dtype in HALF for param in params))
+        split = split or (needs != ONLY_INPUT and any(param.dtype in HALF for param in params))
     if return_stats:
         if needs:
-            loss, *outputs = _SoftmaxStats.apply(call, input, target, *params)  # type: ignore[no-untyped-call]
+            loss, *outputs = autograd.softmax_stats(call, input, target, *params)
         else:
             loss, _, *outputs = call.kernels.softmax_stats(input, target, call.numbers, params)
         return loss, RowStats(*outputs)
     if not needs:
         return call.kernels.softmax_loss(input, target, call.numbers, params, False)[0], None
     if split:
-        return _SoftmaxLoss.apply(call, input, target, *params), None  # type: ignore[no-untyped-call]
-    return _single_visit(call, input, target, *params), None  # type: ignore[no-untyped-call]
+        return autograd.softmax_loss(call, input, target, *params), None
+    return autograd.single_visit(call, input, target, *params), None
+
+
+def _any_dual(*tensors: Tensor) -> bool:
+    """Whether a tangent of forward-mode AD, which kernels would lose, comes with one of the tensors."""
+    return forward_ad._current_level >= 0 and any(map(is_dual, tensors))
 
 
 def _numbers(
@@ -375,7 +246,7 @@ def _check_values(
     """Checks the tensors among the values; returns the group as every backend reads it."""
     if spec.tables or group is not None:
         group = check_tables(spec, tensors, group, input, target)
-    on_host = input.device.type == "cpu" and not checks.traced()
+    on_host = input.device.type == "cpu" and not checks.traced(input)
     for (slot, name), word in zip(spec.slots, spec.words, strict=True):
         tensor = tensors.get(slot)
         if tensor is None or slot in spec.tables:

@@ -128,8 +128,8 @@ def _parameters_by_layer(model: nn.Module, layers: tuple[type[nn.Module], ...]) 
 
 
 def _cached(model: nn.Module, layers: tuple[type[nn.Module], ...], grouped: list[list[Tensor]]) -> Tensor:
-    entries = None if traced() else _entries.get()
     parameters = [parameter for group in grouped for parameter in group]
+    entries = None if traced(*parameters) else _entries.get()
     # Inference tensors have no version.
     if entries is None or any(parameter.is_inference() for parameter in parameters):
         return _log_norm(grouped)

@@ -1,8 +1,11 @@
 """What autograd, torch.func, autocast and hooks may ask of a loss."""
 
+import gc
+
 import pytest
 import torch
-from table import BY_NAME, F64, FEW, LOSSES, draw, leaves, run
+from table import BY_NAME, F64, FEW, LOSSES, draw, leaves, run, usable_backends
+from torch.autograd import forward_ad
 
 import mlkernels
 
@@ -106,16 +109,20 @@ def test_an_input_changed_in_place_is_noticed(backend, reduction):
 
 
 def test_an_input_changed_between_two_backwards_is_noticed(backend):
-    """The second backward of a mean has only the logits to go by."""
-    if backend == "reference":
-        pytest.skip("works on a copy")
+    """As between the forward and the first: what the CPU's forward wrote of a mean is still right."""
     input, target, _, _ = prepared(BY_NAME["cross_entropy"])
-    y = input.requires_grad_() * 1
+    x = input.requires_grad_()
+    y = x * 1
     value = mlkernels.cross_entropy(y, target, backend=backend)
     value.backward(retain_graph=True)
-    y.add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    once = x.grad.clone()
+    y.add_(torch.linspace(-2, 2, 4, dtype=F64))
+    if backend in ("reference", "cpu"):
         value.backward()
+        torch.testing.assert_close(x.grad, 2 * once)
+    else:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            value.backward()
 
 
 # ---- upstream gradients ----------------------------------------------------------------------------------------------
@@ -150,6 +157,39 @@ def test_scaled_losses(loss, backend, scale):
         torch.testing.assert_close(own[name].grad, scale * g, rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.parametrize("form", ["shared", "class", "row"])
+@pytest.mark.parametrize("loss", FEW, ids=str)
+def test_ignored_rows_are_exactly_zero_whatever_comes(loss, backend, form):
+    """Logits and every parameter; what is kept shows that something is wrong."""
+    if form not in loss.forms:
+        pytest.skip("not for this loss")
+    up = torch.tensor([float("inf"), float("nan")] * 3, dtype=F64)
+    for kept in ([], [1, 4]):
+        input, target, params, options = prepared(loss, form=form, kinds=ROWS)
+        ignored = [i for i in range(6) if i not in kept]
+        absent = sorted({0, 1, 2, 3} - set(target[kept].tolist()))
+        target[ignored] = -100
+        for reduction, upstream in (("mean", up[1]), ("sum", up[0]), ("none", up)):
+            options |= {"reduction": reduction, "backend": backend, "z_loss": 0.1}
+            _, grad, by_param = run(loss, input, target, params, upstream, **options)
+            assert not grad[ignored].any(), reduction
+            assert not grad[kept].isfinite().all(1).any()
+            for name, g in by_param.items():
+                if not kept:
+                    assert not g.any(), (reduction, name)
+                elif form == "row" and g.shape == (6, 1):
+                    assert not g[ignored].any(), (reduction, name)
+                elif form == "class" and g.shape == (4,):
+                    assert not g[absent].any(), (reduction, name)
+
+
+def test_a_mean_of_nothing_may_go_on(backend):
+    """exp(NaN) sends a NaN back to rows that are not there."""
+    x = torch.randn(3, 4, requires_grad=True)
+    mlkernels.cross_entropy(x, torch.full((3,), -100), backend=backend).exp().backward()
+    assert not x.grad.any()
+
+
 def test_a_zero_upstream_is_exactly_zero(backend):
     """Where the upstream is 0 a row contributes nothing, finite as it is."""
     input, target, params, _ = prepared(BY_NAME["cross_entropy"], form="number")
@@ -175,7 +215,8 @@ def test_gradcheck_and_gradgradcheck(loss, backend):
             x, target, params | dict(zip(names, values, strict=True)), reduction="none", backend=backend, **options
         )
 
-    assert torch.autograd.gradcheck(function, (x, *own), fast_mode=True, rtol=1e-4, atol=1e-6)
+    everything = {"check_forward_ad": True, "check_batched_grad": True, "check_batched_forward_grad": True}
+    assert torch.autograd.gradcheck(function, (x, *own), fast_mode=True, rtol=1e-4, atol=1e-6, **everything)
     assert torch.autograd.gradgradcheck(function, (x, *own), fast_mode=True, rtol=1e-3, atol=1e-5)
 
 
@@ -276,6 +317,82 @@ def test_jvp_and_hessian(backend):
     torch.testing.assert_close(torch.func.hessian(function)(input), torch.func.hessian(theirs)(input))
 
 
+# ---- forward mode, batches of upstream gradients ---------------------------------------------------------------------
+
+
+def test_tangents_are_not_lost(backend):
+    """Dual tensors are no level of torch.func. Under no_grad, too, and of statistics and parameters."""
+    loss = BY_NAME["two_scale_margin_modulated"]
+    input, target, params, _ = prepared(loss)
+    direction = torch.linspace(-1, 1, input.numel(), dtype=F64).reshape(input.shape)
+    _, grad, by_param = run(loss, input, target, params, backend=backend)
+    with torch.no_grad(), forward_ad.dual_level():
+        value = loss(forward_ad.make_dual(input, direction), target, params, backend=backend)
+        torch.testing.assert_close(forward_ad.unpack_dual(value).tangent, (grad * direction).sum())
+        for name, slope in by_param.items():
+            own = params | {name: forward_ad.make_dual(params[name], torch.full_like(params[name], 2.0))}
+            value = loss(input, target, own, backend=backend)
+            torch.testing.assert_close(forward_ad.unpack_dual(value).tangent, 2 * slope.sum(), msg=name)
+        _, rows = mlkernels.softmax_loss(
+            forward_ad.make_dual(input, direction), target, return_stats=True, backend=backend
+        )
+        p = input.softmax(1)
+        torch.testing.assert_close(forward_ad.unpack_dual(rows.logsumexp).tangent, (p * direction).sum(1))
+        # Without a tangent a call inside of a level is any other.
+        assert forward_ad.unpack_dual(loss(input, target, params, backend=backend)).tangent is None
+
+
+def test_a_tangent_of_the_upstream_gradient_is_not_lost(backend):
+    input, target, _, _ = prepared(BY_NAME["cross_entropy"])
+    x = input.requires_grad_()
+    for reduction in ("mean", "none"):
+        value = mlkernels.cross_entropy(x, target, reduction=reduction, backend=backend)
+        (unit,) = torch.autograd.grad(value.sum(), x, retain_graph=True)
+        with forward_ad.dual_level():
+            up = forward_ad.make_dual(torch.ones_like(value), torch.full_like(value, 3.0))
+            (grad,) = torch.autograd.grad(value, x, up)
+            torch.testing.assert_close(forward_ad.unpack_dual(grad).tangent, 3 * unit)
+
+
+def test_linearized():
+    backend = usable_backends()[-1]  # they all take the same way
+    loss = BY_NAME["modulated"]
+    input, target, params, _ = prepared(loss, form="number")
+    _, grad, _ = run(loss, input, target, params, backend=backend)
+    direction = torch.linspace(-1, 1, input.numel(), dtype=F64).reshape(input.shape)
+    value, tangent = torch.func.linearize(lambda x: loss(x, target, params, backend=backend), input)
+    torch.testing.assert_close(value, loss(input, target, params, backend=backend))
+    torch.testing.assert_close(tangent(direction), (grad * direction).sum())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_batches_of_upstream_gradients(backend, reduction):
+    """is_grads_batched=True is no level of torch.func, either; jacobian(vectorize=True) takes both ways."""
+    loss = BY_NAME["two_scale_margin_modulated"]
+    input, target, params, _ = prepared(loss)
+    x, own = input.clone().requires_grad_(), leaves(params)
+    value = loss(x, target, own, reduction=reduction, backend=backend)
+    ups = torch.linspace(-1, 2, 3 * value.numel(), dtype=F64).reshape(3, *value.shape)
+    inputs = [x, *tensors_of(own)]
+    wanted = [torch.autograd.grad(value, inputs, up, retain_graph=True) for up in ups]
+    found = torch.autograd.grad(value, inputs, ups, is_grads_batched=True)
+    for i, one in enumerate(found):
+        torch.testing.assert_close(one, torch.stack([grads[i] for grads in wanted]))
+    function = lambda t: loss(t, target, params, reduction=reduction, backend=backend)
+    plain = torch.autograd.functional.jacobian(function, input)
+    for strategy in ("reverse-mode", "forward-mode"):
+        found = torch.autograd.functional.jacobian(function, input, vectorize=True, strategy=strategy)
+        torch.testing.assert_close(found, plain)
+
+
+def test_batches_of_upstream_gradients_of_statistics(backend):
+    input, target, _, _ = prepared(BY_NAME["cross_entropy"])
+    x = input.requires_grad_()
+    _, rows = mlkernels.softmax_loss(x, target, return_stats=True, backend=backend)
+    (found,) = torch.autograd.grad(rows.log_prob, x, torch.eye(6, dtype=F64), is_grads_batched=True)
+    torch.testing.assert_close(found.sum(0), torch.nn.functional.one_hot(target, 4) - x.detach().softmax(1))
+
+
 # ---- modes -----------------------------------------------------------------------------------------------------------
 
 
@@ -361,6 +478,54 @@ def test_activation_checkpointing(backend):
     torch.utils.checkpoint.checkpoint(score, x, use_reentrant=False).backward()
     score(y).backward()
     assert torch.equal(x.grad, y.grad)
+
+
+def test_checkpointing_keeps_no_gradient(backend):
+    """Between forward and backward there is what the checkpointed function takes, and nothing of its size more."""
+    x = torch.randn(61, 103, requires_grad=True)
+    target = torch.arange(61)
+    score = lambda t: mlkernels.cross_entropy(t, target, backend=backend)
+    large = lambda: {t.data_ptr() for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.numel() == x.numel()}
+    before = large()
+    value = torch.utils.checkpoint.checkpoint(score, x, use_reentrant=False)
+    assert large() <= before
+    value.backward()
+    torch.testing.assert_close(x.grad, torch.autograd.grad(score(x), x)[0])
+
+
+def test_hooks_on_saved_tensors_meet_no_gradient(backend):
+    """Logits, labels and two numbers a row: a gradient would be offloaded, too."""
+    if backend == "reference":
+        pytest.skip("plain operations")
+    x = torch.randn(61, 103, requires_grad=True)
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
+        mlkernels.cross_entropy(x, torch.arange(61), backend=backend).backward()
+    assert [t.data_ptr() for t in packed if t.numel() == x.numel()] == [x.data_ptr()]
+
+
+def test_what_is_kept_is_a_saved_tensor(backend):
+    if backend == "reference":
+        pytest.skip("plain operations")
+    x = torch.randn(8, 5, requires_grad=True)
+    value = mlkernels.cross_entropy(
+        x, torch.arange(8) % 5, scale=torch.tensor(2.0, requires_grad=True), backend=backend
+    )
+    assert not [v for v in vars(value.grad_fn).values() if torch.is_tensor(v) or isinstance(v, (list, dict))]
+    assert any(t.shape == x.shape and t is not x for t in value.grad_fn.saved_tensors)
+
+
+def test_the_leaf_takes_the_gradient_that_was_made(backend):
+    """Without a copy, and nothing of it is left when the graph is gone."""
+    if backend == "reference":
+        pytest.skip("plain operations")
+    x = torch.randn(64, 100, requires_grad=True)
+    value = mlkernels.cross_entropy(x, torch.arange(64), backend=backend)
+    made = next(t for t in value.grad_fn.saved_tensors if t.shape == x.shape and t is not x)
+    place = made.data_ptr()
+    del made
+    value.backward()
+    assert x.grad.data_ptr() == place
 
 
 def test_nothing_is_kept_when_nothing_is_asked(backend):

@@ -10,7 +10,7 @@ from mlkernels.spec import Reduction, Slot, compose
 
 #: Autograd lives in softmax.py's Functions: the operators themselves have none to test.
 CHECKS = ("test_schema", "test_faketensor")
-KERNELS = {"cpu": ops.NATIVE, "triton": ops.TRITON_TRACED, "cuda": ops.CUDA}
+KERNELS = {"cpu": ops.NATIVE, "triton": ops.TRITON, "cuda": ops.CUDA}
 
 
 @pytest.fixture(params=[name for name in usable_backends() if name in KERNELS])

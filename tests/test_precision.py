@@ -170,7 +170,7 @@ def test_the_op_saves_in_the_accumulation_dtype(backend, dtype):
     consts = _DEFAULTS.copy()
     consts[Slot.SCALE] = 1.0
     x, y = torch.randn(5, 7).to(dtype), torch.tensor([0, 1, 2, 3, 4])
-    kernels = {"cpu": ops.NATIVE, "triton": ops.TRITON_TRACED, "cuda": ops.CUDA}[backend]
+    kernels = {"cpu": ops.NATIVE, "triton": ops.TRITON, "cuda": ops.CUDA}[backend]
     loss, saved = kernels.softmax_loss(x, y, numbers_of(spec(), consts), [], True)
     assert saved.shape == (5, 2)
     assert loss.dtype == saved.dtype == (F64 if dtype == F64 else torch.float32)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -245,6 +245,11 @@ def unpack(mask: int, params: Sequence[Tensor]) -> dict[int, Tensor]:
     return dict(zip((s for s in range(SLOTS) if mask >> s & 1), params, strict=True))
 
 
+def full_precision(device: torch.device) -> AbstractContextManager[None]:
+    """No autocast, where the device has such a thing."""
+    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
+
+
 def softmax_loss(
     input: Tensor, target: Tensor, numbers: Sequence[float], params: Sequence[Tensor]
 ) -> tuple[Tensor, Stats]:
@@ -258,8 +263,7 @@ def softmax_loss(
     """
     ids = [int(number) for number in numbers[:CONSTS]]
     consts = [*numbers[CONSTS:], *[0.0] * (SLOTS + CONSTS - len(numbers))]
-    device = input.device.type
-    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+    with full_precision(input.device):
         return _softmax_loss(input, target, ids, consts, params)
 
 
