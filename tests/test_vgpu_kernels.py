@@ -1,0 +1,142 @@
+"""The compiled kernels themselves, executed by tools/vgpu, against the reference in float64: Triton's PTX, and nvcc's
+with the launches of the library's own host code.
+
+Every access is checked for bounds and alignment, every exchange between threads for a race. Some calls for each
+backend; ``MLKERNELS_FULL=1``: every loss of the table, in every layout, for every target.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import pytest
+
+from tools import vgpu
+from tools.vgpu import cases, worker
+from tools.vgpu.cases import Case
+
+FULL = os.environ.get("MLKERNELS_FULL") == "1"
+
+pytestmark = pytest.mark.skipif(vgpu.unavailable() is not None, reason=f"no emulator: {vgpu.unavailable()}")
+
+
+@pytest.fixture(scope="module")
+def run():
+    """Runs a case in a process in which Triton is not interpreted."""
+    process = worker.Worker()
+
+    def checked(backend: str, target: str, case: Case) -> None:
+        try:
+            process(worker.check, backend, target, case)
+        except vgpu.Unavailable as error:
+            pytest.skip(str(error))
+
+    yield checked
+    process.close()
+
+
+# ---- calls -----------------------------------------------------------------------------------------------------------
+
+# Few forms of Triton's kernels, as each takes a second or two to compile; whatever differs only in its data is free.
+STRIDED = [
+    Case(dtype="bfloat16", rows=4, classes=19, inner=(5, 7), kind="ignored"),
+    Case(dtype="float16", rows=4, classes=19, inner=(5, 7), layout="last_every_second"),
+    Case(dtype="bfloat16", rows=9, classes=20, layout="every_second", kind="confident"),
+    Case(dtype="bfloat16", rows=12, classes=10, layout="transposed"),
+    Case(dtype="bfloat16", rows=7, classes=33, layout="odd"),
+    Case(dtype="float16", rows=2, classes=16, inner=(8, 2), layout="channels_last", kind="nan"),
+]
+LENGTHS = [
+    Case(dtype="bfloat16", rows=3, classes=1, reduction="sum"),
+    Case(dtype="bfloat16", rows=40, classes=2, upstream=1.0),
+    Case(dtype="bfloat16", rows=3, classes=1000, layout="padded", options=("weight",)),
+    Case(rows=2, classes=2051, kind="ignored"),
+]
+LOSSES = [
+    Case(loss="two_scale_margin_modulated", form="row", rows=6, classes=10, reduction="none", train=True),
+    Case(loss="piecewise_groups", form="shared", rows=6, classes=10, reduction="sum", train=True),
+]
+STREAMED = [Case(dtype="bfloat16", rows=2, classes=40000), Case(loss="two_scale", rows=2, classes=20000)]
+
+TRITON = [("sm_90", case) for case in (*STRIDED, *LENGTHS, *LOSSES)]
+TRITON += [("sm_80", STRIDED[0]), ("sm_100", STRIDED[0])]
+
+WAYS = [
+    Case(rows=70, classes=12, forced=(("way", "short"), ("cluster", 4))),
+    Case(dtype="bfloat16", rows=5, classes=1003,
+         forced=(("way", "long"), ("warps", 2), ("cluster", 4), ("chunk", 32), ("teams", 1))),
+    Case(dtype="bfloat16", rows=4, classes=1003, options=("label_smoothing", "z_loss"),
+         forced=(("way", "streamed"), ("warps", 2), ("chunk", 32), ("slots", 2), ("teams", 1))),
+]  # fmt: skip
+CUDA = [("sm_90", case) for case in (*STRIDED, *LENGTHS, *LOSSES, *STREAMED, *WAYS)]
+CUDA += [("sm_80", case) for case in (STRIDED[0], STREAMED[0])]
+
+
+@functools.cache
+def everything() -> list[Case]:
+    """Every loss in every form, and every layout and dtype; options, kinds of rows and reductions take turns."""
+    options = ((), ("weight", "label_smoothing"), ("z_loss", "softcap"), ("logit_adjustment",))
+    found: list[Case] = []
+
+    def add(**fields) -> None:
+        turn = len(found)
+        if "kind" not in fields:
+            fields["kind"] = cases.KINDS[turn % 4]
+        found.append(
+            Case(
+                reduction=("mean", "sum", "none")[turn % 3], options=options[turn // 3 % 4], train=turn % 2 == 0,
+                stats=turn % 5 == 0, upstream=(2.5, 1.0)[turn % 7 == 0], labels=("int64", "int32")[turn % 11 == 0],
+                seed=turn, **fields,
+            )
+        )  # fmt: skip
+
+    for loss in cases.table().LOSSES:
+        for form in loss.forms:
+            for dtype in cases.DTYPES:
+                for classes in (10, 1000, 2051):
+                    add(loss=loss.name, form=form, dtype=dtype, rows=6, classes=classes)
+    for dtype in cases.DTYPES:
+        for classes in (1, 2, 3, 10, 16, 64, 1000, 2051, 4096):
+            for layout in cases.LAYOUTS:
+                add(dtype=dtype, rows=9, classes=classes, layout=layout)
+            for layout in cases.INNER_LAYOUTS:
+                for inner in ((5, 7), (8, 2), (4,)):
+                    add(dtype=dtype, rows=3, classes=classes, inner=inner, layout=layout)
+        for loss in ("cross_entropy", "two_scale", "arcface"):
+            add(loss=loss, dtype=dtype, rows=2, classes=40000)
+            add(loss=loss, dtype=dtype, rows=2, classes=128256)
+    return found
+
+
+# ---- the tests -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("target,case", TRITON, ids=str)
+def test_triton(run, target, case):
+    run("triton", target, case)
+
+
+@pytest.mark.parametrize("target,case", CUDA, ids=str)
+def test_cuda(run, target, case):
+    run("cuda", target, case)
+
+
+@pytest.mark.skipif(not FULL, reason="MLKERNELS_FULL=1 runs every loss in every layout")
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_everything(run, backend, target):
+    if backend == "cuda" and target == "sm_100":
+        pytest.skip("what runs there is the code of sm_90")
+
+    def wrong(case: Case) -> str | None:
+        try:
+            run(backend, target, case)
+        except (AssertionError, vgpu.Fault) as error:
+            return f"{case}: {error}"
+        return None
+
+    failed = list(filter(None, map(wrong, everything())))
+    assert not failed, "\n".join(failed)

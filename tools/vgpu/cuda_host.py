@@ -1,0 +1,203 @@
+"""The CUDA library's launches, run by the emulator: its own objects, as nvcc made them, over ``cuda_runtime.cpp``.
+
+The host code that ships chooses every kernel, its grid, cluster and shared memory, and fills its arguments. The kernels
+themselves are nvcc's PTX of the same sources, for any architecture. In a process that calls :func:`install` the backend
+"cuda" of mlkernels serves CPU tensors.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from . import Kernel, Memory, Module, Unavailable, cache, command, digest
+from .launches import launches, poisoned
+
+ROOT = Path(__file__).resolve().parents[2]
+WAYS = ("short", "long", "streamed", "apart")
+#: By compute capability: multiprocessors, and the most shared memory of a block.
+DEVICES = {"80": (108, 163 << 10), "90": (132, 227 << 10)}
+_Callback = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_uint),
+    ctypes.POINTER(ctypes.c_uint), ctypes.c_uint, ctypes.c_uint,
+)  # fmt: skip
+
+
+def _build() -> ModuleType:
+    path = str(ROOT / "csrc")
+    if path not in sys.path:
+        sys.path.insert(0, path)
+    import build
+
+    return build
+
+
+# ---- PTX -------------------------------------------------------------------------------------------------------------
+
+
+_ROWS = tuple(f"rows_{storage}" for storage in ("float", "double", "bfloat16", "float16"))
+
+
+def _sources() -> list[Path]:
+    return sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cu"))
+
+
+def _newest() -> float:
+    return max(path.stat().st_mtime for path in _sources())
+
+
+@functools.cache
+def _contents() -> bytes:
+    return b"".join(path.read_bytes() for path in _sources())
+
+
+@functools.cache
+def ptx(arch: str, storage: str | None) -> Module:
+    """The kernels of the rows of a storage type, or without one the others; compiled once per content."""
+    build = _build()
+    try:
+        nvcc = build.find_nvcc()
+    except build.CannotBuild as error:
+        raise Unavailable(str(error)) from None
+    flags = [flag for flag in build.NVCC_FLAGS if "compress" not in flag and "fatbin" not in flag]
+    source = "csrc/cuda/others.cu" if storage is None else "csrc/cuda/rows.cu"
+    line = [nvcc, *flags, "-Icsrc", f"-arch=compute_{arch}", "-ptx", source]
+    line += [f"-DMLK_STORAGE={storage}"] if storage else []
+    path = cache() / f"{storage or 'others'}.{arch}.{digest(*map(str, line), _contents())}.ptx"
+    if not path.exists():
+        partial = path.with_suffix(".partial")
+        command([*line, "-o", partial], cwd=ROOT)
+        partial.replace(path)
+    return Module(path.read_text())
+
+
+def _storage_of(name: str) -> str | None:
+    """Which text holds a kernel, by the type that its mangled name ends its template arguments with."""
+    if "RowsShort" not in name and "RowsLong" not in name and "RowsApart" not in name:
+        return None
+    if "bfloat16" in name:
+        return "bfloat16"
+    if "float16" in name:
+        return "float16"
+    return "double" if "Idd" in name else "float"
+
+
+# ---- the library -----------------------------------------------------------------------------------------------------
+
+
+class _Library:
+    def __init__(self) -> None:
+        build = _build()
+        try:
+            nvcc, torch_path, cxx = build.find_nvcc(), build.find_torch(), build.find_compiler()
+        except build.CannotBuild as error:
+            raise Unavailable(str(error)) from None
+        # For whatever architectures they are: of these objects only the host's code runs.
+        objects = [build.OBJECTS / "cuda" / f"{name}.o" for name in (*_ROWS, "others", "library_cuda")]
+        if not all(path.exists() and path.stat().st_mtime >= _newest() for path in objects):
+            raise Unavailable("the CUDA library is not built, or is older than its sources: make build")
+        source = Path(__file__).with_name("cuda_runtime.cpp")
+        wraps = [f"-Wl,--wrap=aoti_torch_{name}" for name in ("get_data_ptr", "empty_strided")]
+        line = [*cxx, "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-DMLKERNELS_ISA=cuda", "-DUSE_CUDA"]
+        line += [f"-I{ROOT / 'csrc'}", f"-I{build.cuda_root(nvcc) / 'include'}", f"-I{torch_path / 'include'}"]
+        line += ["-shared", source, *objects, *wraps, f"-L{torch_path / 'lib'}", "-ltorch_cpu"]
+        path = cache() / f"cuda-{digest(*map(str, line), source.read_bytes(), *(o.read_bytes() for o in objects))}.so"
+        if not path.exists():
+            partial = path.with_suffix(".partial")
+            command([*line, "-o", partial])
+            partial.replace(path)
+        import mlkernels  # noqa: F401  (the schemas must exist before their implementations load)
+
+        torch.ops.load_library(str(path))
+        self.library = ctypes.CDLL(str(path))
+        self.library.vgpu_why.restype = ctypes.c_char_p
+        self.arch = "90"
+        self.error: BaseException | None = None
+        self._callback = _Callback(self._launch)
+        self.library.vgpu_on_launch(self._callback)
+
+    def _kernel(self, name: str) -> Kernel:
+        return ptx(self.arch, _storage_of(name)).kernel(name)
+
+    def _launch(self, name: bytes, arguments: Any, grid: Any, block: Any, cluster: int, shared: int) -> int:
+        if self.error is not None:
+            return 1
+        try:
+            kernel = self._kernel(name.decode())
+            blob = bytearray(kernel.parameter_bytes)
+            for pointer, (offset, size) in zip(arguments, kernel.parameters, strict=False):
+                blob[offset : offset + size] = ctypes.string_at(pointer, size)
+            pairs = (ctypes.c_uint64 * (2 << 14))()
+            count = self.library.vgpu_storages(pairs, 1 << 14)
+            memory = Memory((pairs[2 * k], pairs[2 * k + 1]) for k in range(count))
+            launches.run(
+                f"cuda sm_{self.arch} {name.decode()}", kernel, bytes(blob), grid=grid[:3], threads=block[:3],
+                memory=memory, cluster=cluster, dynamic_shared=shared,
+            )  # fmt: skip
+        except BaseException as error:  # it must not cross the C frames above
+            self.error = error
+            return 1
+        return 0
+
+    def operator(self, name: str) -> Callable[..., Any]:
+        """One of the package's operators, by the implementation that it has on a GPU."""
+        overload = getattr(torch.ops.mlkernels, name).default
+        keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            self.error = None
+            self.library.vgpu_forget()
+            try:
+                with poisoned(), torch._C._AutoDispatchBelowAutograd():
+                    found = overload.redispatch(keys, *arguments, **keywords)
+            except Exception:
+                if self.error is not None:
+                    raise self.error from None
+                raise
+            if self.error is not None:
+                raise self.error
+            return found
+
+        return call
+
+
+@functools.cache
+def library() -> _Library:
+    return _Library()
+
+
+def install(arch: str = "90") -> None:
+    """Backend "cuda" for CPU tensors, on a device of this compute capability."""
+    from mlkernels import backends, ops
+
+    found = library()
+    found.arch = arch
+    multiprocessors, shared = DEVICES[arch]
+    found.library.vgpu_device(multiprocessors, int(arch) // 10, shared)
+    ops.CUDA = ops.Kernels(*map(found.operator, ops._FAKES), refresh=found.operator("softmax_loss_refresh"))
+    if "cuda" not in backends._SERVES["cpu"]:
+        backends._SERVES["cpu"] = (*backends._SERVES["cpu"], "cuda")
+        why_not = backends._why_not
+        backends._why_not = lambda name: None if name == "cuda" else why_not(name)
+
+
+@contextmanager
+def forced(
+    *, way: str | None = None, warps: int = 0, cluster: int = 0, chunk: int = 0, slots: int = 0, tile_rows: int = 0,
+    teams: int = 0,
+) -> Iterator[None]:  # fmt: skip
+    """Launches of another shape than the device's."""
+    force = library().library.vgpu_force
+    force(0 if way is None else WAYS.index(way) + 1, warps, cluster, chunk, slots, tile_rows, teams)
+    try:
+        yield
+    finally:
+        force(0, 0, 0, 0, 0, 0, 0)
