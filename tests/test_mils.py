@@ -343,6 +343,7 @@ CLASS_WEIGHTS = torch.tensor([0.2, 3.0, 1.0, 0.5])
         (mlkernels.CrossEntropyLoss(), IGNORED, None),
         (mlkernels.CrossEntropyLoss(weight=CLASS_WEIGHTS, label_smoothing=0.1), IGNORED, None),
         (nn.CrossEntropyLoss(weight=CLASS_WEIGHTS), IGNORED, None),
+        (mlkernels.JointLoss([nn.CrossEntropyLoss(weight=CLASS_WEIGHTS)]), IGNORED, None),
         (nn.CrossEntropyLoss(ignore_index=1, reduction="sum"), Y, None),
         (
             mlkernels.JointLoss([mlkernels.FocalLoss(ignore_index=1)], mode="uncertainty"),
@@ -368,8 +369,6 @@ def test_accumulated_batches_are_one(loss: Any, labels: torch.Tensor, counts: An
         extra = list(own.parameters()) if isinstance(own, nn.Module) else []
         mils = build(model, torch.optim.SGD([*model.parameters(), *extra], lr=0.1), participation=0.0, primary=own)
         batches = [(X[start:end], labels[start:end]) for start, end in parts]
-        if isinstance(own, mlkernels.JointLoss):  # its log variance is added once per batch
-            extra[0].requires_grad_(False)
         step = mils.accumulate(batches, counts=counts if len(parts) > 1 else None)
         assert mils.statistics().iterations == 1
         ends.append((model.weight.detach(), model.bias.detach(), step.loss))
@@ -402,6 +401,8 @@ def test_a_batch_without_rows_is_no_failed_attempt() -> None:
          ValueError, r"counts must be given where the parts of primary differ: .*ignore_index \[-100, 0\]"),
         ({"primary": mlkernels.JointLoss([nn.CrossEntropyLoss(reduction="sum"), nn.CrossEntropyLoss()])}, Y, None,
          ValueError, r"differ: reduction \['mean', 'sum'\]"),
+        ({"primary": mlkernels.JointLoss([nn.CrossEntropyLoss(weight=torch.ones(4)), mlkernels.MultiMarginLoss()])}, Y,
+         None, ValueError, r"class weights in 1 of 2"),
     ],
 )  # fmt: skip
 def test_bad_counts(options: Any, targets: Any, counts: Any, error: type[Exception], message: str) -> None:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple, cast
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
-from torch.utils.data import Dataset, TensorDataset, default_collate
+from torch.utils.data import Dataset
 
 from ..checks import check_number
+from .batches import kept_rows, observe
+from .modes import Randomness, evaluation
 from .snapshot import Snapshot
 
 __all__ = ["MILS", "Statistics", "Step"]
@@ -190,11 +190,11 @@ class MILS:
         self._world, self._rank = 1, 0
         if dist.is_available() and dist.is_initialized():
             self._world, self._rank = dist.get_world_size(process_group), dist.get_rank(process_group)
-        self._observe = self._observation(observation)
+        self._generator = self._agreed(generator)
+        self._observe = observe(observation, model, self._generator, self._rank, self._world)
         scalers = [] if scaler is None else [scaler]
         others = _Others(loss for loss in (primary, *self.auxiliary.values()) if not isinstance(loss, nn.Module))
         self._snapshot = Snapshot(model, *self.optimizers, *self._losses, others, *scalers, *extras)
-        self._generator = self._agreed(generator)
         self._coins: list[float] = []
         self._attempts = 0  # ever: whose turn it is among the auxiliary losses
         self._clear_statistics()
@@ -331,7 +331,7 @@ class MILS:
 
     def _attempt(self, name: str, batches: list[Batch], counts: Counts) -> tuple[Tensor, bool, bool]:
         """A step with an auxiliary loss, undone unless accepted: the loss, whether it was, whether all was finite."""
-        randomness = _Randomness(self.model) if self.restore_rng else None
+        randomness = Randomness(self.model) if self.restore_rng else None
         # Saved before anything else: drawing and scoring may change buffers too (DDP broadcasts them).
         self._snapshot.save()
         accepted = False
@@ -391,7 +391,7 @@ class MILS:
         if len(batches) == 1:
             return self._backward(name, loss_function, batches[0], None, 1.0)
         if counts is None:
-            counts = _rows(name, loss_function, [target for _, target in batches])
+            counts = kept_rows(name, loss_function, [target for _, target in batches])
         total: float | Tensor = 1.0
         work: list[tuple[Batch, float | Tensor | None, float | Tensor]] = [(batch, None, 1.0) for batch in batches]
         if counts is not None:
@@ -442,7 +442,7 @@ class MILS:
 
     def _score(self, input: Any, target: Tensor) -> tuple[Tensor, Tensor]:
         """How many rows are right in evaluation mode, and whether a logit is NaN; 0-d on the device."""
-        with _evaluation(self.model), torch.no_grad(), self._autocast:
+        with evaluation(self.model), torch.no_grad(), self._autocast:
             output = self._output(input)
             logits = output if self._logits is None else self._logits(output)
         if not isinstance(logits, Tensor):
@@ -488,54 +488,6 @@ class MILS:
             generator.set_state(states[0])
         return generator
 
-    def _observation(self, observation: Any) -> Callable[[], Batch]:
-        """The observation set as a function."""
-        pair = isinstance(observation, (tuple, list)) and len(observation) == 2
-        if pair and isinstance(observation[1], (int, np.integer)):
-            return self._samples(*observation)
-        if pair and isinstance(observation[1], Tensor):
-            if observation[1].numel() == 0:
-                raise ValueError("observation must hold at least one sample, got none")
-            return lambda: (observation[0], observation[1])
-        if not callable(observation):
-            wanted = "(dataset, n), (input, target tensor) or a function that returns the latter"
-            raise TypeError(f"observation takes {wanted}, got {type(observation).__name__}")
-
-        def call() -> Batch:
-            batch = observation()
-            if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-                raise ValueError(f"observation must return (input, target), got {type(batch).__name__}")
-            return batch[0], batch[1]
-
-        return call
-
-    def _samples(self, dataset: Any, n: int) -> Callable[[], Batch]:
-        """n samples of a data set, drawn anew at each call: of those each rank takes its part."""
-        if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
-            raise TypeError(f"observation takes a dataset with a length and indices, got {type(dataset).__name__}")
-        if len(dataset) == 0:
-            raise ValueError("observation must hold at least one sample, got an empty dataset")
-        if isinstance(n, bool) or not self._world <= n <= len(dataset):
-            ranks = "" if self._world == 1 else f" ({self._world} ranks)"
-            raise ValueError(f"observation must draw from {self._world}{ranks} to {len(dataset)} samples, got {n}")
-
-        def draw() -> Batch:
-            seed = torch.randint(2**62, (1,), generator=self._generator, device="cpu").tolist()[0]
-            rows = random.Random(seed).sample(range(len(dataset)), n)[self._rank :: self._world]
-            if isinstance(dataset, TensorDataset):
-                # One copy per tensor; the data set may lie on a GPU.
-                batch: Any = dataset[torch.tensor(rows).to(dataset.tensors[0].device, non_blocking=True)]
-            elif hasattr(dataset, "__getitems__"):
-                batch = default_collate(dataset.__getitems__(rows))
-            else:
-                batch = default_collate([dataset[row] for row in rows])
-            if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-                raise ValueError("observation's dataset must hold pairs (input, target); for others give a function")
-            device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
-            return _to(batch[0], device), _to(batch[1], device)
-
-        return draw
-
     def _clear_statistics(self) -> None:
         self._iterations = self._non_finite = 0
         self._counts = {name: [0, 0] for name in self.auxiliary}
@@ -574,82 +526,3 @@ class _Others(nn.Module):
     def __init__(self, losses: Iterable[Loss]) -> None:
         super().__init__()
         self.losses = list(losses)
-
-
-def _rows(name: str, loss: Loss, targets: list[Any]) -> list[float | Tensor] | None:
-    """What a loss's mean over each batch is divided by; None where it is a sum."""
-    modules = list(loss.modules()) if isinstance(loss, nn.Module) else []
-    reductions = {str(module.reduction) for module in modules if hasattr(module, "reduction")}
-    ignored = {int(cast(Any, module.ignore_index)) for module in modules if hasattr(module, "ignore_index")}
-    if len(reductions) > 1 or len(ignored) > 1:
-        raise ValueError(
-            f"counts must be given where the parts of {name} differ: reduction {sorted(reductions)}, "
-            f"ignore_index {sorted(ignored)}"
-        )
-    if reductions == {"sum"}:
-        return None
-    ignore_index = next(iter(ignored), -100)
-    weight = getattr(loss, "weight", None) if hasattr(loss, "ignore_index") else None
-    rows: list[float | Tensor] = []
-    for target in targets:
-        if not isinstance(target, Tensor):
-            raise TypeError(f"counts must be given where target is no tensor, got {type(target).__name__}")
-        if target.is_floating_point():  # class probabilities (N, C, ...), or a number per row
-            rows.append(float(target.numel() // (target.shape[1] if target.dim() > 1 else 1)))
-            continue
-        label = target.long()
-        kept = label.ne(ignore_index)
-        if isinstance(weight, Tensor) and weight.dim() == 1:
-            kept = torch.where(kept, weight[label.clamp(0, len(weight) - 1)], 0)
-        rows.append(kept.sum())
-    return rows
-
-
-class _Randomness:
-    """The global generators: torch's on the CPU and on a model's devices, Python's, NumPy's."""
-
-    def __init__(self, model: nn.Module) -> None:
-        devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
-        self._devices = [device for device in devices if device.type not in ("cpu", "meta")]
-        self._cpu = torch.get_rng_state()
-        self._states = [torch.get_device_module(device).get_rng_state(device) for device in self._devices]
-        self._python, self._numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - others use it
-
-    def restore(self) -> None:
-        """Puts all of them back."""
-        torch.set_rng_state(self._cpu)
-        for device, state in zip(self._devices, self._states, strict=True):
-            torch.get_device_module(device).set_rng_state(state, device)
-        random.setstate(self._python)
-        np.random.set_state(self._numpy)  # noqa: NPY002
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode, then each as it was: a frozen batch norm stays frozen."""
-    # Not model.eval() and model.train(): overridden ones merge and unmerge weights, which rounds them.
-    modes = [(module, "training", module.training) for module in model.modules()]
-    # After a forward without gradients DDP's next one would not broadcast the buffers.
-    syncs = [
-        (module, "require_forward_param_sync", module.require_forward_param_sync)
-        for module in model.modules()
-        if hasattr(module, "require_forward_param_sync")
-    ]
-    try:
-        for module, name, _ in modes:
-            setattr(module, name, False)
-        yield
-    finally:
-        for module, name, value in (*modes, *syncs):
-            setattr(module, name, value)
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    """Tensors in nested containers, on a device."""
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, Mapping):
-        return {key: _to(item, device) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_to(item, device) for item in value]
-    return value
