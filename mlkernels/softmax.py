@@ -170,6 +170,8 @@ def apply(
     if by_reference:
         loss, rows = reference.softmax_loss(input, target, call.numbers, params)
         return loss, RowStats(*rows) if return_stats else None
+    if compiling:  # Dynamo refuses a Function that takes a tensor twice, as tables or scales that are alike may be
+        params = [p.view_as(p) if any(p is other for other in params[:i]) else p for i, p in enumerate(params)]
     # One visit where it pays. An fp16 gradient is written only when the upstream is known: a GradScaler's 65536 would
     # rescale what has already underflowed. Hooks on saved tensors (checkpointing, offloading) would meet a gradient.
     split = reduction == "none" or dtype == torch.float16 or observed(input) or _saved_tensors_hooks(False) is not None
