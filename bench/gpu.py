@@ -237,18 +237,14 @@ SPECIALISED = [("cross_entropy", "two_scale"), ("piecewise",)]
 def few_rows(problem: Problem) -> Problem:
     """The same with so few rows that many fit the device at once, and the kernels that the many rows need.
 
-    Triton specialises on numbers that are 1 or divisible by 16, and one of them is how many partial sums of the labels'
-    weights there are. Should that rule change, kernels are compiled later, one by one: slower, but not timed either.
+    Few labels are counted where they are needed, more of them before. Should that rule change, kernels are compiled
+    later, one by one: slower, but not timed either.
     """
     from mlkernels.backends.triton import launch
 
     if len(problem.shape) > 2:
         return problem
-    _, parts = launch._chunks(problem.rows)
-    if parts > launch._PARTS:
-        parts = math.ceil(parts / math.ceil(parts / launch._PARTS))
-    rows = launch._SUM_BLOCK * (1 if parts == 1 else 2 if parts % 16 else 16)
-    return problem._replace(shape=(min(rows, problem.rows), problem.classes))
+    return problem._replace(shape=(min(4 * launch._FEW, problem.rows), problem.classes))
 
 
 def visit(problem: Problem, names: Iterable[str], kind: str, by: str | None, modes: Sequence[str] = MODES) -> None:

@@ -293,7 +293,9 @@ class Launch:
             )
             if given.get(name) is not None
         ]  # fmt: skip
-        words += [f"upstream{i}" for i, u in enumerate(given.get("upstream", ())) if u is not None]
+        upstream = given.get("upstream")
+        upstream = upstream if isinstance(upstream, tuple) else (upstream,)  # of a visit; or of count
+        words += [f"upstream{i}" for i, u in enumerate(upstream) if u is not None]
         return " ".join(words + [f"{k}={int(v)}" for k, v in given.items() if k.isupper() and v and k not in TILE])
 
     @property

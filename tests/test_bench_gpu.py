@@ -72,25 +72,11 @@ def test_input_sets():
 
 @pytest.mark.parametrize("classes", [*gpu.CLASSES, 3000])
 def test_few_rows_are_specialised_like_many(classes):
-    def parts(rows):
-        return launch._gathered(torch.empty(launch._chunks(rows)[1], 2, device="meta"))[1]
-
-    def kind(number):
-        return number if number == 1 else number % 16 == 0
-
-    class NoLaunch:
-        def __getitem__(self, grid):
-            return lambda *arguments, **options: None
-
-    original, launch.kernels.total = launch.kernels.total, NoLaunch()
-    try:
-        (many,) = [one for one in gpu.problems([str(classes)], 2**30) if one.dtype == "bfloat16"]
-        few = gpu.few_rows(many)
-        assert few.rows <= many.rows and few.rows <= 2**14
-        assert kind(parts(few.rows)) == kind(parts(many.rows))
-        assert few.rows % 16 == many.rows % 16 == 0
-    finally:
-        launch.kernels.total = original
+    (many,) = [one for one in gpu.problems([str(classes)], 2**30) if one.dtype == "bfloat16"]
+    few = gpu.few_rows(many)
+    assert few.rows <= many.rows and few.rows <= 2**14
+    assert (few.rows > launch._FEW) == (many.rows > launch._FEW)
+    assert few.rows % 16 == many.rows % 16 == 0
 
 
 def test_inputs_are_confident_on_every_other_row():

@@ -245,21 +245,29 @@ def test_a_gradient_is_refreshed_by_few_programs(upstream, programs, monkeypatch
 # ---- sums in parts ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("upstream", [1.0, 1.5])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_sums_in_many_parts(reduction, monkeypatch):
-    """As with millions of rows: label counts gathered twice, row losses added up in two stages, tables in chunks."""
+@pytest.mark.parametrize("few", [True, False])
+def test_sums_in_many_parts(few, reduction, upstream, monkeypatch):
+    """As with millions of rows: labels counted in parts, of several blocks and a rest each, and losses and tables added
+    up in blocks. Or few rows, whose labels are counted by whoever needs their number."""
     monkeypatch.setattr(launch, "_SUM_BLOCK", 1)
+    monkeypatch.setattr(launch, "_TOTAL", {"BLOCK": 8})
     monkeypatch.setattr(launch, "tile", lambda *arguments: launch.Tile(2, 1, 2, 2, 1, True))
-    sizes = []
-    chunks = launch._chunks
-    monkeypatch.setattr(launch, "_chunks", lambda n: sizes.append(chunks(n)[1]) or chunks(n))
+    if not few:
+        for name, value in (("_FEW", 0), ("_PARTS", 4), ("_COUNT", {"BLOCK": 8})):
+            monkeypatch.setattr(launch, name, value)
+    counted = []
+    divisors = launch._Call.divisors
+    monkeypatch.setattr(launch._Call, "divisors", lambda *a: counted.append(divisors(*a)[1]) or divisors(*a))
     loss = BY_NAME["piecewise_groups"]
     input, target, params = draw(loss, rows=70, kinds=("random", "confident5"))
     target[::7] = -100
-    options = {"group": loss.group(target), "weight": torch.linspace(0.5, 2, 6), "reduction": reduction}
-    found = run(loss, input.float(), target, params, 1.5, backend="triton", **options)
-    wanted = run(loss, input, target, params, 1.5, backend="reference", **options)
-    assert max(sizes) > launch._PARTS
+    weight = torch.linspace(0.5, 2, 6)
+    options = {"group": loss.group(target), "weight": weight, "z_loss": 0.1, "reduction": reduction}
+    found = run(loss, input.float(), target, params, upstream, backend="triton", **options)
+    wanted = run(loss, input, target, params, upstream, backend="reference", **options)
+    assert set(counted) == ({3} if reduction == "mean" and not few else set())
     torch.testing.assert_close(found[0].double(), wanted[0], rtol=1e-6, atol=0)
     torch.testing.assert_close(found[1].double(), wanted[1], rtol=1e-4, atol=1e-7)
     for key, gradient in found[2].items():

@@ -272,7 +272,7 @@ def bin_of(x, low, high, count):
 def piece(slope, bias, bin, bins, group, groups, T: tl.constexpr):
     """The bin's slope and bias, of the row's group; NaN for a group that there is not."""
     there = (group >= 0) & (group < groups)
-    at = tl.where(there, group, 0) * bins + bin
+    at = tl.where(there, group, 0).to(tl.int32) * bins + bin
     return tl.load(slope + at, there, float("nan")).to(T), tl.load(bias + at, there, float("nan")).to(T)
 
 

@@ -38,7 +38,13 @@ _NUMBERS = int(Slot.SOFTCAP) + 1
 _TRAINABLE = int(Slot.HEAD_D) + 1
 _PARTS = int(kernels.PARTS.value)
 _INT32 = 2**31
+_FEW = int(kernels.FEW.value)
+#: Labels that all programs together may read to count them, in bytes: a microsecond of the cache.
+_COUNTED_BYTES = 2**22
+#: What a program of a sum holds at once: a thread 16 labels or partial losses, of few ones 8.
 _SUM_BLOCK = 1024
+_COUNT = {"BLOCK": 4096, "num_warps": 8}
+_TOTAL = {"BLOCK": 8192, "num_warps": 16}
 _CONDITIONAL_PROGRAMS = 4096
 
 
@@ -259,18 +265,17 @@ class _Call:
             return nullcontext()
         return torch.cuda.device(self.device)
 
-    @property
-    def divisors(self) -> tuple[Tensor, int] | None:
-        """What "mean" divides by, in parts; nothing elsewhere."""
-        if self.reduction != Reduction.MEAN:
-            return None
+    def divisors(self, upstream: Tensor | None = None) -> tuple[Tensor, int]:
+        """What "mean" divides by, in parts; anything where upstream is 1."""
         if self._divisors is None:
-            chunk, programs = _chunks(self.rows)
+            block = _COUNT["BLOCK"]
+            chunk = triton.cdiv(triton.cdiv(self.rows, _PARTS), block) * block or block
+            programs = max(1, triton.cdiv(self.rows, chunk))
             parts = self.empty(programs, 2, dtype=torch.float64)
             kernels.count[(programs,)](
-                self.target, self.weight, parts, self.rows, self.classes, self.ignore_index, chunk, BLOCK=_SUM_BLOCK
+                self.target, self.weight, upstream, parts, self.rows, self.classes, self.ignore_index, chunk, **_COUNT
             )
-            self._divisors = _gathered(parts)
+            self._divisors = parts, programs
         return self._divisors
 
     def run(
@@ -310,8 +315,11 @@ class _Call:
         if losses:
             row_losses = self.empty(rows) if self.reduction == Reduction.NONE else self.empty(programs, 2)
         ups, up_strides = _upstream(upstream, self.reduction)
-        mean = self.reduction == Reduction.MEAN and (losses or gradient is not None or bool(wanted))
-        divisors, parts = (self.divisors if mean else None) or (None, 1)
+        grid = triton.cdiv(programs, turns)
+        divisors, parts = None, 1
+        if self.reduction == Reduction.MEAN and (gradient is not None or wanted):
+            if rows > _FEW or grid * rows * self.target.element_size() > _COUNTED_BYTES:
+                divisors, parts = self.divisors(upstream[0] if conditional else None)
         if rows > 0:
             arguments = (
                 input, self.target, self.values, *self.tables, self.group, self.weight, self.weight_sum,
@@ -326,7 +334,8 @@ class _Call:
                 "REDUCTION": self.reduction,
                 "CAPPED": self.capped,
                 "CONDITIONAL": conditional,
-                "WIDE": max(_reach(input), _reach(out)) + shape.cols * max(in_strides[0], out_strides[0]) >= _INT32,
+                "WIDE": max(_reach(input), _reach(out)) + shape.cols * max(in_strides[0], out_strides[0]) >= _INT32
+                or 2 * rows >= _INT32,
                 "UNIT": unit,
                 "DIMS": 3 - sizes.count(1),
                 "ACROSS": _rows_at_once(rows, layout, input, out) if side_by_side else 0,
@@ -340,7 +349,7 @@ class _Call:
             }
             if architecture.startswith("sm_"):  # else ptxas stops short of the registers that there are, and spills
                 options["maxnreg"] = min(255, 2**16 // (32 * shape.warps))
-            kernels.visit[(triton.cdiv(programs, turns),)](*arguments, **options)
+            kernels.visit[(grid,)](*arguments, **options)
         if gradient is not None and out is not gradient:
             gradient.copy_(out)
         loss = None
@@ -353,13 +362,14 @@ class _Call:
     def _total(self, terms: Tensor, count: int) -> Tensor:
         """The reduced loss."""
         loss = self.empty()
-        if count > _PARTS * _SUM_BLOCK:
-            chunk, programs = _chunks(count)
-            sums = self.empty(programs, 2, dtype=torch.float64)
-            kernels.total[(programs,)](terms, sums, None, 1, count, chunk, BLOCK=_SUM_BLOCK, FINAL=False)
-            terms, count = sums, programs
-        divisors, parts = self.divisors or (None, 1)
-        kernels.total[(1,)](terms, loss, divisors, parts, count, count, BLOCK=_SUM_BLOCK, FINAL=True)
+        divisors, parts = None, 1
+        if self.reduction == Reduction.MEAN and (self._divisors is not None or self.rows > _FEW):
+            divisors, parts = self.divisors()
+        options = _TOTAL if count > _TOTAL["BLOCK"] else {"BLOCK": _SUM_BLOCK}
+        kernels.total[(1,)](
+            terms, loss, divisors, parts, self.target, self.weight, self.rows, self.classes, self.ignore_index, count,
+            REDUCTION=self.reduction, **options,
+        )  # fmt: skip
         return loss
 
     def _parameter(self, slot: int, values: Tensor, bins: Tensor | None) -> Tensor:
@@ -395,20 +405,8 @@ def _packed(structure: Sequence[int]) -> int:
 
 def _chunks(count: int) -> tuple[int, int]:
     """How many terms a program adds up, and how many programs that takes."""
-    chunk = max(_SUM_BLOCK, triton.cdiv(triton.cdiv(count, 16 * _PARTS), _SUM_BLOCK) * _SUM_BLOCK)
+    chunk = max(_SUM_BLOCK, triton.cdiv(triton.cdiv(count, 512), _SUM_BLOCK) * _SUM_BLOCK)
     return chunk, max(1, triton.cdiv(count, chunk))
-
-
-def _gathered(parts: Tensor) -> tuple[Tensor, int]:
-    """At most PARTS parts."""
-    count = parts.shape[0]
-    if count > _PARTS:
-        chunk = triton.cdiv(count, _PARTS)
-        count = triton.cdiv(count, chunk)
-        fewer = torch.empty((count, 2), dtype=parts.dtype, device=parts.device)
-        kernels.total[(count,)](parts, fewer, None, 1, parts.shape[0], chunk, BLOCK=32, FINAL=False)
-        parts = fewer
-    return parts, count
 
 
 def _upstream(grads: Sequence[Tensor | None], reduction: int) -> tuple[tuple[Tensor | None, ...], tuple[int, ...]]:

@@ -42,7 +42,9 @@ BY_VALUE, SHARED, PER_CLASS, PER_ROW = 0, 1, 2, 3
 #: The slots whose gradient needs the mean logit.
 NEED_SHIFT = tl.constexpr(1 << spec.Slot.SCALE | 1 << spec.Slot.SCALE_HIGH | 1 << spec.Slot.LOGIT_NORM)
 #: How many partial sums of weights there are at most; every program adds them up for itself.
-PARTS = tl.constexpr(32)
+PARTS = tl.constexpr(128)
+#: So few labels may every program count for itself.
+FEW = tl.constexpr(2048)
 
 
 # ---- what a row is given ---------------------------------------------------------------------------------------------
@@ -65,11 +67,9 @@ def unpacked(structure):
 
 
 @triton.jit
-def row_offset(row, sizes, strides, WIDE: tl.constexpr, UNIT: tl.constexpr, DIMS: tl.constexpr, ACROSS: tl.constexpr):
+def row_offset(row, sizes, strides, UNIT: tl.constexpr, DIMS: tl.constexpr, ACROSS: tl.constexpr):
     """Where rows begin, in elements. sizes: (d1, d2) of (N, d1, d2), of which rows have the first DIMS; strides:
     (class, N, d1, d2)."""
-    if WIDE:
-        row = row.to(tl.int64)
     outer = multiple(strides[1], UNIT)
     if DIMS == 1:
         offset = row * outer
@@ -144,10 +144,13 @@ def numbers(values, MODES: tl.constexpr, y, row, kept, T: tl.constexpr, PIECEWIS
 
 
 @triton.jit
-def label_of(label, row, rows, classes, ignore_index):
+def label_of(label, inside, classes, ignore_index):
     """Each row's class, whether the row counts, and whether its class exists (else 0 stands for it)."""
     y = label.to(tl.int64)
-    kept = (row < rows) & (y != ignore_index)
+    kept = y != ignore_index
+    if label.dtype == tl.uint64:
+        kept = kept | (y < 0)  # what int64 does not hold
+    kept = kept & inside
     exists = kept & (y >= 0) & (y < classes)
     return tl.where(exists, y, 0).to(tl.int32), kept, exists
 
@@ -163,19 +166,33 @@ def prepared(u, cap, adjustment, col, valid, T: tl.constexpr, CAPPED: tl.constex
 
 
 @triton.jit
-def divisor(divisors, column):
-    """What "mean" divides by, of one column. divisors: the pointer, and how many parts."""
-    pointer, parts = divisors
-    if parts == 1:
-        found = tl.load(pointer + column)
+def tally(label, weight, inside, classes, ignore_index):
+    """What labels add to the sum of weights and to the number of rows that count."""
+    y, kept, exists = label_of(label, inside, classes, ignore_index)
+    if weight is not None:
+        weights = tl.load(weight + y, exists, 0.0).to(tl.float64)
     else:
-        part = tl.arange(0, PARTS)
-        found = tl.sum(tl.load(pointer + 2 * part + column, part < parts, 0.0), 0)
-    return found
+        weights = kept.to(tl.float64)
+    return weights, kept.to(tl.int32)
 
 
 @triton.jit
-def upstream_of(pointers, strides, divisors, z_loss, row, kept, T: tl.constexpr, REDUCTION: tl.constexpr):
+def divisors_of(parts, count, target, weight, rows, classes, ignore_index):
+    """What "mean" divides by, per class weight and per row: from the parts that there are, or of FEW labels."""
+    if parts is not None:
+        part = tl.arange(0, PARTS)
+        weights = tl.sum(tl.load(parts + 2 * part, part < count, 0.0), 0)
+        kept = tl.sum(tl.load(parts + 2 * part + 1, part < count, 0.0), 0)
+    else:
+        row = tl.arange(0, FEW)
+        inside = row < rows
+        each, ones = tally(tl.load(target + row, inside, 0), weight, inside, classes, ignore_index)
+        weights, kept = tl.sum(each, 0), tl.sum(ones, 0).to(tl.float64)
+    return weights, kept
+
+
+@triton.jit
+def upstream_of(pointers, strides, per_class, per_row, row, kept, T: tl.constexpr):
     """The upstream gradients of a row's loss (per class weight, per row), logsumexp and log_prob."""
     zero = tl.zeros(row.shape, T)
     g_loss = zero + 1.0
@@ -183,11 +200,7 @@ def upstream_of(pointers, strides, divisors, z_loss, row, kept, T: tl.constexpr,
         g_loss = tl.load(pointers[0] + row.to(tl.int64) * strides[0], kept, 0.0).to(T)
     elif pointers[1] is not None or pointers[2] is not None:
         g_loss = zero
-    g_class, g_row = g_loss, g_loss
-    if REDUCTION == MEAN:
-        g_class = g_loss * (1.0 / divisor(divisors, 0)).to(T)
-        if z_loss > 0:
-            g_row = g_loss * (1.0 / divisor(divisors, 1)).to(T)
+    g_class, g_row = g_loss * per_class, g_loss * per_row
     g_lse, g_log_prob = zero, zero
     if pointers[1] is not None:
         g_lse = tl.load(pointers[1] + row.to(tl.int64) * strides[1], kept, 0.0).to(T)
@@ -207,7 +220,7 @@ def leave_loss(losses, tile, row, rows, kept, by_class, by_row, z_loss, REDUCTIO
     if REDUCTION == NONE:
         tl.store(losses + row, by_class + by_row, row < rows)
     else:
-        at = losses + 2 * tile
+        at = losses + 2 * tile.to(tl.int64)
         tl.store(at, tl.sum(by_class, 0))
         if z_loss > 0:
             tl.store(at + 1, tl.sum(by_row, 0))
@@ -396,7 +409,7 @@ def visit(
     weight,  # (classes) or None
     weight_sum,  # its sum; or None
     adjustment,  # (classes) or None
-    divisors,  # (parts, 2): sums of weights and of rows; for MEAN
+    divisors,  # (parts, 2): sums of weights and of rows; for MEAN, where there are not FEW rows
     upstream,  # the upstream gradients of loss, logsumexp and log_prob, each or None
     saved,  # (rows, 2): m and log_sum of an earlier visit, or None
     # results, each or None
@@ -438,7 +451,6 @@ def visit(
     in_strides = (multiple(in_class, ACROSS), in_outer, in_middle, in_inner)
     out_strides = (multiple(out_class, ACROSS), out_outer, out_middle, out_inner)
     upstream_strides = (up_loss, up_lse, up_log_prob)
-    divisors = (divisors, parts)
     if t_tables is not None:
         t_tables = (t_tables[0], t_tables[1], t_bins, groups)
     if tau_tables is not None:
@@ -454,21 +466,26 @@ def visit(
     every_weight = tl.full((), classes, T)
     if weight_sum is not None:
         every_weight = tl.load(weight_sum).to(T)
+    per_class, per_row = tl.full((), 1.0, T), tl.full((), 1.0, T)
+    if REDUCTION == MEAN and (gradient is not None or by_parameter is not None):
+        any_rows = tl.where(turns == 0, 0, rows)
+        by_weight, by_number = divisors_of(divisors, parts, target, weight, any_rows, classes, ignore_index)
+        per_class, per_row = (1.0 / by_weight).to(T), (1.0 / by_number).to(T)
 
     for turn in range(turns):
         tile = tl.program_id(0) * turns + turn
-        row = tile * ROWS + tl.arange(0, ROWS)
+        row = (tile.to(tl.int64) if WIDE else tile) * ROWS + tl.arange(0, ROWS)
         inside = row < rows
         label = tl.load(target + row, inside, 0)
-        y, kept, exists = label_of(label, row, rows, classes, ignore_index)
+        y, kept, exists = label_of(label, inside, classes, ignore_index)
         v = numbers(values, MODES, y, row, exists, T, PIECEWISE, TAU)
-        own_group = tl.zeros_like(row)
+        own_group = tl.zeros(row.shape, tl.int64)
         if group is not None:
-            own_group = tl.load(group + row, kept, 0).to(tl.int32)
+            own_group = tl.load(group + row, kept, 0).to(tl.int64)
         w_y = tl.full(row.shape, 1.0, T)
         if weight is not None:
             w_y = tl.load(weight + y, exists, 1.0).to(T)
-        base = row_offset(row, sizes, in_strides, WIDE, UNIT, DIMS, ACROSS)
+        base = row_offset(row, sizes, in_strides, UNIT, DIMS, ACROSS)
         read = inside if ACROSS else kept
         own = input + base + (y.to(tl.int64) if WIDE else y) * in_strides[0]
         at_target = prepared(tl.load(own, exists, float("nan")).to(T), cap, adjustment, y, exists, T, CAPPED)
@@ -605,7 +622,7 @@ def visit(
         # ---- the gradients
         if gradient is not None or by_parameter is not None:
             g_class, g_row, g_lse, g_log_prob = upstream_of(
-                upstream, upstream_strides, divisors, z_loss, row, kept, T, REDUCTION
+                upstream, upstream_strides, per_class, per_row, row, kept, T
             )
             factor, spread, own_gradient, pull, part, flat, dz_y = row_gradient(
                 classes, smoothing, z_loss, every_weight, share, s, slope, q, p, lse, alone, w, w_y,
@@ -613,7 +630,7 @@ def visit(
             )  # fmt: skip
             shift = zero
             if gradient is not None:
-                out = row_offset(row, sizes, out_strides, WIDE, UNIT, DIMS, ACROSS)
+                out = row_offset(row, sizes, out_strides, UNIT, DIMS, ACROSS)
             if ON_CHIP:
                 if NEED_SHIFT & WANT:
                     # A class of probability 0 contributes 0, also when its logit is -inf.
@@ -656,49 +673,53 @@ def visit(
 
 
 @triton.jit(do_not_specialize=["rows", "classes", "ignore_index"])
-def count(target, weight, parts, rows, classes, ignore_index: tl.int64, chunk, BLOCK: tl.constexpr):
-    """parts: (programs, 2), float64: the sum of weights and the number of the rows that count, of a chunk each."""
-    pid = tl.program_id(0)
-    weights = tl.zeros((BLOCK,), tl.float64)
-    kept_rows = tl.zeros((BLOCK,), tl.float64)
-    end = tl.minimum((pid + 1) * chunk, rows)
-    for start in range(pid * chunk, end, BLOCK):
-        row = start + tl.arange(0, BLOCK)
-        label = tl.load(target + row, row < end, 0)
-        y, kept, exists = label_of(label, row, end, classes, ignore_index)
-        one = tl.where(kept, 1.0, 0.0)
-        kept_rows += one.to(tl.float64)
-        if weight is not None:
-            weights += tl.load(weight + y, exists, 0.0).to(tl.float64)
-        else:
-            weights += one.to(tl.float64)
-    tl.store(parts + 2 * pid, tl.sum(weights, 0))
-    tl.store(parts + 2 * pid + 1, tl.sum(kept_rows, 0))
+def count(target, weight, upstream, parts, rows, classes, ignore_index: tl.int64, chunk, BLOCK: tl.constexpr):
+    """parts: (programs, 2), float64: the sum of weights and the number of the rows that count, of a chunk each.
 
-
-@triton.jit(do_not_specialize=["parts", "count", "chunk"])
-def total(terms, sums, divisors, parts, count, chunk, BLOCK: tl.constexpr, FINAL: tl.constexpr):
-    """The two columns of terms, (count, 2), added up in float64: per chunk into sums, (programs, 2).
-
-    FINAL: one program has them all, and makes one number of them, each column divided by its divisor if there are any.
+    upstream: where it is 1 nothing is counted; or None. Reads each label once; a thread has 16 of them on the way.
     """
     pid = tl.program_id(0)
-    a = tl.zeros((BLOCK,), tl.float64)
-    b = tl.zeros((BLOCK,), tl.float64)
-    end = tl.minimum((pid + 1) * chunk, count)
-    for start in range(pid * chunk, end, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        a += tl.load(terms + 2 * at, at < end, 0.0).to(tl.float64)
-        b += tl.load(terms + 2 * at + 1, at < end, 0.0).to(tl.float64)
-    first, second = tl.sum(a, 0), tl.sum(b, 0)
-    if FINAL:
-        if divisors is not None:
-            first = first / divisor((divisors, parts), 0)
-            second = tl.where(second == 0, 0.0, second / divisor((divisors, parts), 1))
-        tl.store(sums, (first + second).to(sums.dtype.element_ty))
-    else:
-        tl.store(sums + 2 * pid, first)
-        tl.store(sums + 2 * pid + 1, second)
+    target += pid.to(tl.int64) * chunk
+    here = tl.minimum(rows - pid.to(tl.int64) * chunk, chunk).to(tl.int32)
+    if upstream is not None:
+        here = tl.where(tl.load(upstream) == 1.0, 0, here)
+    row = tl.arange(0, BLOCK)
+    weights = tl.zeros((BLOCK,), tl.float64)
+    kept = tl.zeros((BLOCK,), tl.int32)
+    whole = here // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):  # without a mask, which would take the labels one by one
+        each, ones = tally(tl.load(target + start + row), weight, row >= 0, classes, ignore_index)
+        if weight is not None:
+            weights += each
+        kept += ones
+    inside = whole + row < here
+    each, ones = tally(tl.load(target + whole + row, inside, 0), weight, inside, classes, ignore_index)
+    kept += ones
+    number = tl.sum(kept, 0).to(tl.float64)
+    tl.store(parts + 2 * pid, number if weight is None else tl.sum(weights + each, 0))
+    tl.store(parts + 2 * pid + 1, number)
+
+
+@triton.jit(do_not_specialize=["parts", "rows", "classes", "count"])
+def total(
+    terms, loss, divisors, parts, target, weight, rows, classes, ignore_index: tl.int64, count,
+    REDUCTION: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The loss: the two columns of terms, (count, 2), added up in float64 by one program; for MEAN each divided by its
+    divisor, as in visit."""
+    at = tl.arange(0, 2 * BLOCK)
+    sums = tl.zeros((2 * BLOCK,), tl.float64)
+    whole = count // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
+        sums += tl.load(terms + 2 * start + at).to(tl.float64)
+    rest = at < 2 * (count - whole)
+    sums += tl.load(terms + 2 * whole + at, rest, 0.0).to(tl.float64)
+    first, second = tl.sum(tl.where(at % 2 == 0, sums, 0.0), 0), tl.sum(tl.where(at % 2 == 1, sums, 0.0), 0)
+    if REDUCTION == MEAN:
+        weights, number = divisors_of(divisors, parts, target, weight, rows, classes, ignore_index)
+        first = first / weights
+        second = tl.where(second == 0, 0.0, second / number)
+    tl.store(loss, (first + second).to(loss.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["rows", "per_group"])
@@ -710,14 +731,16 @@ def bucket(values, keys, group, sums, rows, chunk, per_group, BLOCK: tl.constexp
     mine = tl.program_id(0)
     pid = tl.program_id(1)
     found = tl.zeros((BLOCK,), tl.float64)
-    end = tl.minimum((pid + 1) * chunk, rows)
-    for start in range(pid * chunk, end, BLOCK):
+    begin = pid.to(tl.int64) * chunk
+    here = tl.minimum(rows - begin, chunk).to(tl.int32)
+    for start in range(0, here, BLOCK):
         row = start + tl.arange(0, BLOCK)
-        inside = row < end
+        inside = row < here
+        value = tl.load(values + begin + row, inside, 0.0)
         if keys is not None:
-            key = tl.load(keys + row, inside, -1)
+            own = tl.load(keys + begin + row, inside, -1) == mine % per_group
             if group is not None:
-                key += tl.load(group + row, inside, 0).to(tl.int32) * per_group
-            inside = inside & (key == mine)
-        found += tl.load(values + row, inside, 0.0).to(tl.float64)
+                own = own & (tl.load(group + begin + row, inside, 0).to(tl.int64) == mine // per_group)
+            value = tl.where(own, value, 0.0)
+        found += value.to(tl.float64)
     tl.store(sums + mine * tl.num_programs(1) + pid, tl.sum(found, 0))
