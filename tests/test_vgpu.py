@@ -473,8 +473,8 @@ def test_matrix_loads():
     values = np.arange(64, dtype=np.uint16)
     body = (
         """mov.u32 %r1, space; mad.lo.u32 %r2, %r0, 4, %r1; mad.wide.u32 %rd10, %r0, 4, %rd1;
-    ld.global.b32 %r3, [%rd10]; st.shared.b32 [%r2], %r3; bar.warp.sync -1; and.b32 %r4, %r0, 7; mad.lo.u32 %r5, %r4, 16, %r1;
-    ldmatrix.sync.aligned.m8n8.x1{}.shared.b16 {{%r9}}, [%r5]; """
+    ld.global.b32 %r3, [%rd10]; st.shared.b32 [%r2], %r3; bar.warp.sync -1; and.b32 %r4, %r0, 7;
+    mad.lo.u32 %r5, %r4, 16, %r1; ldmatrix.sync.aligned.m8n8.x1{}.shared.b16 {{%r9}}, [%r5]; """
         + STORE
     )
     for trans in ("", ".trans"):

@@ -1,14 +1,15 @@
 """The CUDA library's launches, run by the emulator: its own objects, as nvcc made them, over ``cuda_runtime.cpp``.
 
 The host code that ships chooses every kernel, its grid, cluster and shared memory, and fills its arguments. The kernels
-themselves are nvcc's PTX of the same sources, for any architecture. In a process that calls :func:`install` the backend
-"cuda" of mlkernels serves CPU tensors.
+themselves are nvcc's PTX of the same sources, from the same compilation or for another architecture. In a process that
+calls :func:`install` the backend "cuda" of mlkernels serves CPU tensors.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,40 +41,58 @@ def _build() -> ModuleType:
     return build
 
 
-# ---- PTX -------------------------------------------------------------------------------------------------------------
+# ---- what is compiled ------------------------------------------------------------------------------------------------
+
+_HERE = cache() / "cuda"
+#: The architecture whose PTX the objects hold; that of others is compiled when asked for.
+_ARCH = "90"
 
 
-_ROWS = tuple(f"rows_{storage}" for storage in ("float", "double", "bfloat16", "float16"))
-
-
-def _sources() -> list[Path]:
-    return sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cu"))
-
-
-def _newest() -> float:
-    return max(path.stat().st_mtime for path in _sources())
+@functools.cache
+def _make() -> tuple[Path, dict[str, Path]]:
+    """The library, and the PTX of its objects by their names."""
+    build = _build()
+    try:
+        nvcc, torch_path, cxx = build.find_nvcc(), build.find_torch(), build.find_compiler()
+        root = build.cuda_root(nvcc)
+        texts, units = {}, []
+        # No machine code: only the host's code runs, and PTX.
+        for unit in build.cuda_units(nvcc, cxx, _HERE, [], f"-gencode=arch=compute_{_ARCH},code=compute_{_ARCH}"):
+            kept = _HERE / unit.output.stem
+            kept.mkdir(parents=True, exist_ok=True)
+            texts[unit.output.stem] = kept / f"{unit.output.stem.split('_')[0]}.ptx"
+            units.append(unit._replace(command=[*unit.command, "--keep", "--keep-dir", str(kept)]))
+        host = build.library_cuda(torch_path, cxx, root, [_ARCH])
+        units.append(build.compiled(_HERE / "library_cuda.o", build.CSRC / "library_cuda.cpp", host))
+        units.append(build.compiled(_HERE / "cuda_runtime.o", Path(__file__).with_name("cuda_runtime.cpp"), host))
+        line = [*cxx, "-shared", *(str(unit.output) for unit in units)]
+        line += [f"-Wl,--wrap=aoti_torch_{name}" for name in ("get_data_ptr", "empty_strided")]
+        line += [f"-L{torch_path / 'lib'}", "-ltorch_cpu"]
+        library = build.Unit(_HERE / "vgpu_cuda.so", [unit.output for unit in units], line)
+        return build.make_units([*units, library])[-1], texts
+    except build.CannotBuild as error:
+        raise Unavailable(str(error)) from None
 
 
 @functools.cache
 def _contents() -> bytes:
-    return b"".join(path.read_bytes() for path in _sources())
+    sources = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cu"))
+    return b"".join(path.read_bytes() for path in sources)
 
 
 @functools.cache
 def ptx(arch: str, storage: str | None) -> Module:
-    """The kernels of the rows of a storage type, or without one the others; compiled once per content."""
+    """The kernels of the rows of a storage type, or without one the others."""
+    stem = "others" if storage is None else f"rows_{storage}"
+    if arch == _ARCH:
+        return Module(_make()[1][stem].read_text())
     build = _build()
-    try:
-        nvcc = build.find_nvcc()
-    except build.CannotBuild as error:
-        raise Unavailable(str(error)) from None
-    flags = [flag for flag in build.NVCC_FLAGS if "compress" not in flag and "fatbin" not in flag]
-    source = "csrc/cuda/others.cu" if storage is None else "csrc/cuda/rows.cu"
-    line = [nvcc, *flags, "-Icsrc", f"-arch=compute_{arch}", "-ptx", source]
+    flags = [flag for flag in build.NVCC_FLAGS if "compress" not in flag]
+    line = [build.find_nvcc(), *flags, "-Icsrc", f"-arch=compute_{arch}", "-ptx", f"csrc/cuda/{stem.split('_')[0]}.cu"]
     line += [f"-DMLK_STORAGE={storage}"] if storage else []
-    path = cache() / f"{storage or 'others'}.{arch}.{digest(*map(str, line), _contents())}.ptx"
+    path = _HERE / f"{stem}.{arch}.{digest(*map(str, line), _contents())}.ptx"
     if not path.exists():
-        partial = path.with_suffix(".partial")
+        partial = path.with_suffix(f".{os.getpid()}")
         command([*line, "-o", partial], cwd=ROOT)
         partial.replace(path)
     return Module(path.read_text())
@@ -95,25 +114,7 @@ def _storage_of(name: str) -> str | None:
 
 class _Library:
     def __init__(self) -> None:
-        build = _build()
-        try:
-            nvcc, torch_path, cxx = build.find_nvcc(), build.find_torch(), build.find_compiler()
-        except build.CannotBuild as error:
-            raise Unavailable(str(error)) from None
-        # For whatever architectures they are: of these objects only the host's code runs.
-        objects = [build.OBJECTS / "cuda" / f"{name}.o" for name in (*_ROWS, "others", "library_cuda")]
-        if not all(path.exists() and path.stat().st_mtime >= _newest() for path in objects):
-            raise Unavailable("the CUDA library is not built, or is older than its sources: make build")
-        source = Path(__file__).with_name("cuda_runtime.cpp")
-        wraps = [f"-Wl,--wrap=aoti_torch_{name}" for name in ("get_data_ptr", "empty_strided")]
-        line = [*cxx, "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-DMLKERNELS_ISA=cuda", "-DUSE_CUDA"]
-        line += [f"-I{ROOT / 'csrc'}", f"-I{build.cuda_root(nvcc) / 'include'}", f"-I{torch_path / 'include'}"]
-        line += ["-shared", source, *objects, *wraps, f"-L{torch_path / 'lib'}", "-ltorch_cpu"]
-        path = cache() / f"cuda-{digest(*map(str, line), source.read_bytes(), *(o.read_bytes() for o in objects))}.so"
-        if not path.exists():
-            partial = path.with_suffix(".partial")
-            command([*line, "-o", partial])
-            partial.replace(path)
+        path, _ = _make()
         import mlkernels  # noqa: F401  (the schemas must exist before their implementations load)
 
         torch.ops.load_library(str(path))
