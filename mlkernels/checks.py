@@ -317,7 +317,7 @@ def check_tables(
     if spec.head == HeadKind.TAU:
         pairs.append((int(Slot.HEAD_A), int(Slot.HEAD_B)))
     names = {slot: word for (slot, _), word in zip(spec.slots, spec.words, strict=True)}
-    groups = set()
+    counts = []
     for first, second in pairs:
         for slot in (first, second):
             table, name = params[slot], names[slot]
@@ -332,13 +332,13 @@ def check_tables(
                 f"{names[second]} must have the shape of {names[first]}, {tuple(params[first].shape)}, "
                 f"got {tuple(params[second].shape)}"
             )
-        groups.add(params[first].shape[0] if params[first].dim() == 2 else 0)
-    counts = groups - {0}
-    if len(counts) > 1:
+        if params[first].dim() == 2:
+            counts.append(params[first].shape[0])
+    if any(count != counts[0] for count in counts):
         raise ValueError(f"the tables of t and of tau must have the same number of groups, got {sorted(counts)}")
     if group is None:
         if counts:
-            raise ValueError(f"group is required where tables are (G, M): one index in [0, {counts.pop()}) per row")
+            raise ValueError(f"group is required where tables are (G, M): one index in [0, {counts[0]}) per row")
         return None
     if not counts:
         raise ValueError("group is only for tables of shape (G, M)")
@@ -349,4 +349,4 @@ def check_tables(
         raise ValueError(f"group must have target's shape {tuple(target.shape)}, got {tuple(group.shape)}")
     if group.device != input.device:
         raise ValueError(f"group must be on input's device {input.device}, got {group.device}")
-    return widened("group", group, counts.pop()) if group.dtype in _UNSIGNED else group
+    return widened("group", group, counts[0]) if group.dtype in _UNSIGNED else group

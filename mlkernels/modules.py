@@ -3,6 +3,9 @@ r"""The losses as modules: the functions of :mod:`mlkernels.functional` with the
 An argument that is a number stays one; a tensor becomes a buffer; an :class:`torch.nn.Parameter` becomes a parameter of
 the module and is trained. So a scale is trained by passing ``nn.Parameter(torch.tensor(16.0))``, and giving
 ``loss.parameters()`` to the optimizer. ``weight`` and ``logit_adjustment`` are always buffers.
+
+Modules may be built under ``torch.device("meta")``: after ``to_empty()``, ``reset_parameters()`` puts back what they were
+built with, and draws what is drawn.
 """
 
 from __future__ import annotations
@@ -47,14 +50,19 @@ class _Loss(nn.Module):
 
     _function: ClassVar[Callable[..., Tensor]]
     _buffers_always: ClassVar[frozenset[str]] = frozenset({"weight", "logit_adjustment"})
+    _drawn: ClassVar[frozenset[str]] = frozenset()
+    """What ``reset_parameters`` draws: everything else it puts back."""
 
     def __init__(self, own: dict[str, Any], common: dict[str, Any]) -> None:
         super().__init__()
         self._own, self._common = tuple(own), tuple(common)
+        self._initial: dict[str, Tensor] = {}
         for name, value in (own | common).items():
             self._keep(name, value)
 
     def _keep(self, name: str, value: Any) -> None:
+        if isinstance(value, Tensor) and name not in self._drawn:
+            self._initial[name] = value.detach().clone()
         if name in self._buffers_always:
             if isinstance(value, Tensor) and value.requires_grad:
                 raise ValueError(f"{name} is not differentiated: it must not require a gradient; pass {name}.detach()")
@@ -70,6 +78,22 @@ class _Loss(nn.Module):
             self.register_buffer(name, value)
         else:
             setattr(self, name, value)
+
+    def reset_parameters(self) -> None:
+        """Puts back the tensors that the loss was built with, for one that ``to_empty()`` took off the meta device.
+
+        Raises:
+            ValueError: a tensor that was on the meta device itself: there is nothing to put back.
+        """
+        for name, initial in self._initial.items():
+            if initial.is_meta:
+                raise ValueError(
+                    f"{name} was given on the meta device and has no value to go back to: build it on a device "
+                    "(device='cpu'), or load a state_dict"
+                )
+        with torch.no_grad():
+            for name, initial in self._initial.items():
+                getattr(self, name).copy_(initial)
 
     def _kept(self, names: Sequence[str]) -> dict[str, Any]:
         return {name: getattr(self, name) for name in names}
@@ -361,25 +385,44 @@ class TwoScaleLoss(_FamilyLoss):
             raise ValueError(f"variant must be 'trainable', 'fixed' or 'separation', got {variant!r}")
         if parametrization not in ("absolute", "relative"):
             raise ValueError(f"parametrization must be 'absolute' or 'relative', got {parametrization!r}")
-        separation = variant == "separation"
-        log_initial = torch.zeros((), dtype=torch.float64)
+        super().__init__({"eta": eta}, common)
+        self.variant, self.parametrization, self.detach_norm = variant, parametrization, detach_norm
+        self.normalized = initial_norm is not None and variant != "separation"
+        given = isinstance(initial_norm, Tensor | nn.Module)
+        for name, value in self._start(initial_norm).items():
+            # What the loss starts from is known even where a default device of "meta" keeps no number.
+            kept = value if given else value.to(torch.get_default_device())
+            trained = (name == "scale_low" and variant == "trainable") or (name == "scale_high" and variant != "fixed")
+            self._keep(name, nn.Parameter(kept) if trained else kept)
+            self._initial[name] = value.clone()
+
+    def _start(self, initial_norm: float | Tensor | nn.Module | None) -> dict[str, Tensor]:
+        """The scales, and their unit."""
+        separation = self.variant == "separation"
+        log_initial = torch.zeros((), dtype=torch.float64, device="cpu")
         if initial_norm is not None and not separation:
             log_initial = _log_norm("initial_norm", initial_norm).detach()
         # The unit of the scales, and the scales in that unit.
-        absolute = parametrization == "absolute" and not separation
+        absolute = self.parametrization == "absolute" and not separation
         log_unit = torch.zeros_like(log_initial) if absolute else log_initial
         low = log_initial.exp() if absolute else torch.ones((), device=log_initial.device)
-        if not bool(torch.isfinite(log_initial)) or not bool(low > 0) or not bool(10 * low < math.inf):
+        # Once, not in a step: a synchronisation does not matter here.
+        finite = traced(low) or low.is_meta or bool(log_initial.isfinite() & (low > 0) & (10 * low < math.inf))
+        if not finite:
             raise ValueError(
                 f"initial_norm must be finite and > 0, got 10^{float(log_initial) / math.log(10):.1f}"
                 + ("; a norm beyond float64 takes parametrization='relative'" if absolute else "")
             )
-        super().__init__({"eta": eta}, common)
-        self._keep("scale_low", nn.Parameter(low) if variant == "trainable" else low)
-        self._keep("scale_high", nn.Parameter(10 * low) if variant != "fixed" else 10 * low)
-        self._keep("log_unit", log_unit)
-        self.variant, self.parametrization, self.detach_norm = variant, parametrization, detach_norm
-        self.normalized = initial_norm is not None and not separation
+        return {"scale_low": low, "scale_high": 10 * low, "log_unit": log_unit}
+
+    def reset_parameters(self, initial_norm: float | Tensor | nn.Module | None = None) -> None:
+        """The scales as at the start: those of ``initial_norm``, or of the one that the loss was built with.
+
+        A model on the meta device has no norm: give it again once it has its weights.
+        """
+        if initial_norm is not None:
+            self._initial.update(self._start(initial_norm))
+        super().reset_parameters()
 
     def forward(
         self,
@@ -475,11 +518,11 @@ def _log_norm(name: str, value: float | Tensor | nn.Module) -> Tensor:
     if isinstance(value, nn.Module):
         return weight_norm_product(value, log=True)
     if not isinstance(value, Tensor):
-        value = torch.tensor(check_number(name, value), dtype=torch.float64)
+        value = torch.tensor(check_number(name, value), dtype=torch.float64, device="cpu")
     if value.dim() != 0 or not value.is_floating_point():
         raise ValueError(f"{name} must be a number, a floating 0-d tensor or a model, got {tuple(value.shape)}")
     # Once, at construction: a synchronisation does not matter here.
-    if not bool(value > 0):
+    if not (traced(value) or value.is_meta or bool(value > 0)):
         raise ValueError(f"{name} must be > 0, got {float(value)}")
     return value.double().log()
 
@@ -540,6 +583,7 @@ class CenterLoss(_Loss):
     """
 
     _function = staticmethod(F.center_loss)
+    _drawn = frozenset({"centers"})
     centers: Tensor
 
     def __init__(
@@ -628,6 +672,7 @@ class LGMLoss(_Loss):
     """
 
     _function = staticmethod(F.lgm_loss)
+    _drawn = frozenset({"means", "log_variance"})
     means: nn.Parameter
     log_variance: nn.Parameter | None
 
@@ -662,7 +707,7 @@ class LGMLoss(_Loss):
                 "backend": backend,
             },
         )
-        self.reset_parameters()
+        self._draw()
 
     def logits(self, input: Tensor) -> Tensor:
         r"""The class logits of features, :math:`-d_k-\tfrac12\log|\Lambda_k|`: (N, D) to (N, C), without the margin."""
@@ -673,6 +718,10 @@ class LGMLoss(_Loss):
 
     def reset_parameters(self) -> None:
         """Draws the means from N(0, 1) and sets every variance to 1."""
+        super().reset_parameters()
+        self._draw()
+
+    def _draw(self) -> None:
         nn.init.normal_(self.means)
         if self.log_variance is not None:
             nn.init.zeros_(self.log_variance)
@@ -766,9 +815,18 @@ class JointLoss(nn.Module):
         self.inputs = [None] * len(losses) if inputs is None else list(inputs)
         self.fixed = weights
         if mode == "trainable":
-            self.logit = nn.Parameter(torch.tensor(math.log(weights[0] / weights[1])))
+            self.logit = nn.Parameter(torch.empty(()))
         elif mode == "uncertainty":
-            self.log_variance = nn.Parameter(torch.tensor([-math.log(weight) for weight in weights]))
+            self.log_variance = nn.Parameter(torch.empty(len(weights)))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The weights of the losses as at the start; the losses themselves have their own."""
+        if self.mode == "trainable":
+            self.logit.fill_(math.log(self.fixed[0] / self.fixed[1]))
+        elif self.mode == "uncertainty":
+            self.log_variance.copy_(torch.tensor([-math.log(weight) for weight in self.fixed], device="cpu"))
 
     def forward(self, input: Any, target: Any) -> Tensor:
         """The weighted sum of the losses of (input, target)."""
