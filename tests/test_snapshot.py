@@ -248,6 +248,14 @@ def test_a_flag_cannot_decide_about_the_host() -> None:
     snapshot.restore()
     assert optimizer.param_groups[0]["lr"] == 0.1
 
+    optimizer.param_groups[0]["own"] = 1
+    with pytest.raises(RuntimeError, match=r"param_groups\[0\]\.own was born since"):
+        snapshot.restore_if(flag)
+    del optimizer.param_groups[0]["own"], optimizer.param_groups[0]["nesterov"]
+    with pytest.raises(RuntimeError, match=r"param_groups\[0\]\.nesterov went since"):
+        snapshot.restore_if(flag)
+    snapshot.restore()
+
     scheduler.step()
     with pytest.raises(RuntimeError, match=r"param_groups|StepLR"):
         snapshot.restore_if(flag)
@@ -812,10 +820,6 @@ def test_plain_attributes_of_a_module() -> None:
     assert not model.training  # is no state
 
 
-class Slots:
-    __slots__ = ("count",)
-
-
 @pytest.mark.parametrize(
     "value, words",
     [
@@ -823,7 +827,6 @@ class Slots:
         ((n for n in range(3)), "is a generator"),
         (itertools.count(), "is a count"),
         (bytearray(b"abc"), "is a bytearray"),
-        (Slots(), "is a Slots"),
         (np.array([object()]), "takes an array of numbers in ascending strides, got object"),
     ],
     ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
@@ -845,6 +848,42 @@ def test_state_that_cannot_be_kept_is_refused(value: Any, words: str) -> None:
     counting.rule.source = [value]
     with pytest.raises(TypeError, match=rf"parts\[0\] \(Sequential\) 0\.rule\.source\[0\] {words}"):
         Snapshot(nn.Sequential(counting)).save()
+
+
+class Slots:
+    __slots__ = ("born", "count", "past")
+
+    def __init__(self) -> None:
+        self.count, self.past = 0, [torch.zeros(2)]
+
+
+class Both(Slots):
+    """With attributes of both kinds, and a __setattr__ of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.__dict__["free"] = 0
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "free":
+            raise AttributeError(name)
+        super().__setattr__(name, value)
+
+
+@pytest.mark.parametrize("kind", [Slots, Both])
+def test_attributes_in_slots(kind: Any) -> None:
+    model, optimizer = small()
+    optimizer.state[model.weight]["own"] = own = kind()
+    snapshot = Snapshot(optimizer)
+    snapshot.save()
+    own.count, own.born = 3, 1
+    own.past[0] += 1
+    own.past.append(2)
+    if kind is Both:
+        own.__dict__["free"] = 5
+    snapshot.restore()
+    assert own.count == 0 and not hasattr(own, "born") and len(own.past) == 1 and not own.past[0].any()
+    assert kind is Slots or own.free == 0
 
 
 def test_what_cannot_change_is_no_state() -> None:

@@ -29,6 +29,7 @@ _OPTIMIZER_FIELDS = frozenset({"param_groups", "state", "step", "_opt_called", "
 #: Where classes come from whose instances are machinery: runtimes, handles, locks, types.
 _MACHINERY = frozenset({"torch", "logging", "threading", "_thread", "weakref", "functools", "types", "inspect", "_io"})
 _NUMBERS_AND_WORDS = (bool, int, float, complex, str, bytes, types.NoneType, Enum)
+_UNSET = object()
 _CONSTANTS = (
     type, slice, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, types.EllipsisType,
 )  # fmt: skip
@@ -99,7 +100,12 @@ class Walk:
 
     def _object(self, name: str, owner: object, skip: frozenset[str] = frozenset()) -> None:
         """The attributes of an instance."""
-        fields = vars(owner)
+        for slot in _slots(owner):
+            value = getattr(owner, slot, _UNSET)
+            self._attributes.append((owner, slot, value))
+            if value is not _UNSET:
+                self._add(f"{name}.{slot}", value)
+        fields = getattr(owner, "__dict__", {})
         if self._first_visit(fields):
             content = {key: value for key, value in fields.items() if key not in skip}
             self._fields.append((fields, content, skip))
@@ -139,10 +145,11 @@ class Walk:
         elif (chance := _generator(value)) is not None:
             if self._first_visit(value):
                 self._foreign(name, *chance)
-        elif _is_instance_of_ones_own(value):
-            self._object(name, value)
         elif _is_constant(value):
             self.values[name] = value
+        elif hasattr(value, "__dict__") or _slots(value):
+            if self._first_visit(value):
+                self._object(name, value)
         else:
             raise TypeError(
                 f"{name} is a {type_name(value)}, of which no copy can be kept: give what holds it state_dict() and "
@@ -195,8 +202,11 @@ class Walk:
     def put_back(self) -> None:
         """Lets everything hold what it held: the same objects, and no others."""
         for owner, name, value in self._attributes:
-            if getattr(owner, name) is not value:
-                setattr(owner, name, value)
+            if value is _UNSET:
+                if hasattr(owner, name):
+                    object.__delattr__(owner, name)
+            elif getattr(owner, name, _UNSET) is not value:
+                object.__setattr__(owner, name, value)
         for fields, content, skip in self._fields:
             for key in [key for key in fields if key not in content and key not in skip]:
                 del fields[key]
@@ -420,16 +430,14 @@ def _has_state_dict(value: object) -> bool:
     return both and not isinstance(value, type)
 
 
-def _is_instance_of_ones_own(value: object) -> bool:
-    """Whether its state is in its attributes, all of which can be seen."""
-    kind = type(value)
-    if isinstance(value, _CONSTANTS) or _from(kind, _MACHINERY) or not hasattr(value, "__dict__"):
-        return False
-    return not any(base.__dict__.get("__slots__") for base in kind.__mro__)
+def _slots(value: object) -> list[str]:
+    """Attributes that are not in an instance's dictionary."""
+    members = [item for base in type(value).__mro__ if "__slots__" in vars(base) for item in vars(base).items()]
+    return [name for name, member in members if isinstance(member, types.MemberDescriptorType)]
 
 
 def _is_constant(value: object) -> bool:
     """Whether it cannot change, which what has a hash by value must not, or is machinery."""
     kind = type(value)
-    by_value = kind.__hash__ not in (None, object.__hash__)
+    by_value = kind.__hash__ not in (None, object.__hash__) and not hasattr(value, "__dict__")
     return by_value or kind is object or isinstance(value, _CONSTANTS) or _from(kind, _MACHINERY)
