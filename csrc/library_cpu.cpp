@@ -8,6 +8,7 @@
 
 #include <array>
 #include <cstdlib>
+#include <limits>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -493,7 +494,7 @@ struct Losses {
     if (by_row)
       for (int64_t i = 0; i < rows; ++i) by_row_sum += double(by_row[i]);
     if (call.reduction == Reduction::MEAN) {
-      by_class_sum /= call.weight_total;
+      by_class_sum /= call.weight_total != 0 ? call.weight_total : std::numeric_limits<double>::quiet_NaN();  // smoothing has a loss there still
       if (by_row) by_row_sum /= call.kept;
     }
     *out = T(by_class_sum + by_row_sum);

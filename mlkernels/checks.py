@@ -90,6 +90,7 @@ _RANGES: dict[str, tuple[float, float, float, str]] = {
     "tau_min": (0.0, -math.inf, 1.0, "in (0, 1]"),
     "lambda_": (-math.inf, 0.0, math.inf, ">= 0"),
     "label_smoothing": (-math.inf, 0.0, 1.0, "in [0, 1]"),
+    "a": (-math.inf, 0.0, math.inf, ">= 0"),
     "rate": (0.0, -math.inf, math.inf, "> 0"),
     "z_loss": (-math.inf, 0.0, math.inf, ">= 0"),
     "softcap": (0.0, -math.inf, math.inf, "> 0"),
@@ -232,6 +233,13 @@ def check_tensors(input: Tensor, target: Tensor, ignore_index: int | None = None
     return widened("target", target, classes, ignore_index) if unread else target
 
 
+def check_index_dtype(name: str, index: Tensor) -> None:
+    """An integer tensor of any dtype."""
+    if not isinstance(index, Tensor) or index.dtype not in _INTEGER | _UNSIGNED:
+        kind = index.dtype if isinstance(index, Tensor) else type(index).__name__
+        raise TypeError(f"{name} must be an integer tensor, got {kind}")
+
+
 def widened(name: str, index: Tensor, count: int, ignore_index: int | None = None) -> Tensor:
     """Indices of any dtype as int64. From 2^63 on they are none, and not what is ignored either."""
     if index.dtype != torch.uint64:
@@ -342,9 +350,7 @@ def check_tables(
         return None
     if not counts:
         raise ValueError("group is only for tables of shape (G, M)")
-    if not isinstance(group, Tensor) or group.dtype not in _INTEGER | _UNSIGNED:
-        kind = group.dtype if isinstance(group, Tensor) else type(group).__name__
-        raise TypeError(f"group must be an integer tensor, got {kind}")
+    check_index_dtype("group", group)
     if group.shape != target.shape:
         raise ValueError(f"group must have target's shape {tuple(target.shape)}, got {tuple(group.shape)}")
     if group.device != input.device:

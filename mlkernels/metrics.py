@@ -3,24 +3,26 @@
 Each takes logits, or the :class:`~mlkernels.RowStats` that a loss returned on the way, which saves reading the
 logits again. Rows with label ``ignore_index`` are left out; where no row is left the result is NaN. A kept row that
 holds a NaN counts as wrong. The results are 0-d tensors on the logits' device, computed without a synchronisation;
-:func:`macro_f1` and :func:`nmi`, which scikit-learn computes, are Python floats.
+:func:`macro_f1` and :func:`nmi`, which scikit-learn computes, are Python floats. :class:`Running` has each over many
+batches.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
 from . import softmax
-from .checks import check_indices, check_number
+from .checks import check_index, check_index_dtype, check_indices, check_number, widened
 from .softmax import RowStats
 from .spec import spec
 
 __all__ = [
+    "Running",
     "accuracy",
     "classification_confidence",
     "close_enough",
@@ -31,6 +33,7 @@ __all__ = [
 ]
 
 _PLAIN = spec()
+_Sum: TypeAlias = tuple[Tensor, Tensor]
 
 
 def accuracy(input: Tensor | RowStats, target: Tensor, *, ignore_index: int = -100) -> Tensor:
@@ -48,8 +51,12 @@ def accuracy(input: Tensor | RowStats, target: Tensor, *, ignore_index: int = -1
 
     Source: the two-scale loss, equation (11).
     """
-    rows = _rows(input, target, ignore_index)
-    return _share(rows.prediction == target, target, ignore_index)
+    return _mean(_accuracy(input, target, ignore_index=ignore_index))
+
+
+def _accuracy(input: Tensor | RowStats, target: Tensor, *, ignore_index: int = -100) -> _Sum:
+    rows, label, kept = _rows(input, target, ignore_index)
+    return ((rows.prediction == label) & kept).sum(), kept.sum()
 
 
 def top_n_accuracy(input: Tensor | RowStats, target: Tensor, *, n: int = 5, ignore_index: int = -100) -> Tensor:
@@ -64,12 +71,17 @@ def top_n_accuracy(input: Tensor | RowStats, target: Tensor, *, n: int = 5, igno
         >>> metrics.top_n_accuracy(torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 2.0]]), torch.tensor([1, 0]), n=2)
         tensor(0.5000)
     """
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise ValueError(f"n must be an integer >= 1, got {n!r}")
-    rows = _rows(input, target, ignore_index)
+    return _mean(_top_n_accuracy(input, target, n=n, ignore_index=ignore_index))
+
+
+def _top_n_accuracy(input: Tensor | RowStats, target: Tensor, *, n: int = 5, ignore_index: int = -100) -> _Sum:
+    n = check_index("n", n)
+    if n < 1:
+        raise ValueError(f"n must be >= 1, got {n}")
+    rows, _, kept = _rows(input, target, ignore_index)
     # Nothing compares as larger than a NaN, so its rank is 0.
     ranked = (rows.prediction >= 0) & (rows.confidence == rows.confidence)
-    return _share((rows.rank < n) & ranked, target, ignore_index)
+    return ((rows.rank < n) & ranked & kept).sum(), kept.sum()
 
 
 def close_enough(
@@ -98,14 +110,24 @@ def close_enough(
 
     Source: the two-scale loss, section 3.1.
     """
-    if check_number("a", a) < 0:
-        raise ValueError(f"a must be >= 0, got {a}")
+    return _mean(_close_enough(input, target, a=a, scale=scale, ignore_index=ignore_index))
+
+
+def _close_enough(
+    input: Tensor | RowStats,
+    target: Tensor,
+    *,
+    a: float = 0.1,
+    scale: float | Tensor = 1.0,
+    ignore_index: int = -100,
+) -> _Sum:
+    a = check_number("a", a)
     if not isinstance(scale, Tensor):
-        check_number("scale", scale)
-    rows = _rows(input, target, ignore_index, scale)
+        scale = check_number("scale", scale)
+    rows, _, kept = _rows(input, target, ignore_index, scale)
     # The largest other logit is `confidence` below the target's; where it is not the largest of all, the row is right.
     log_other = rows.log_prob - scale * rows.confidence
-    return _share(rows.log_prob.exp() >= log_other.exp() - a, target, ignore_index)
+    return ((rows.log_prob.exp() >= log_other.exp() - a) & kept).sum(), kept.sum()
 
 
 def superclass_accuracy(
@@ -125,19 +147,25 @@ def superclass_accuracy(
 
     Source: the two-scale loss, equation (20).
     """
+    return _mean(_superclass_accuracy(input, target, superclass, ignore_index=ignore_index))
+
+
+def _superclass_accuracy(
+    input: Tensor | RowStats, target: Tensor, superclass: Tensor, *, ignore_index: int = -100
+) -> _Sum:
     if not isinstance(superclass, Tensor) or superclass.is_floating_point() or superclass.dim() != 1:
         raise ValueError("superclass must be an integer tensor of shape (C,)")
     if isinstance(input, Tensor) and superclass.shape[0] != input.shape[1 if input.dim() > 1 else 0]:
         raise ValueError(f"superclass must have one entry per class, got {tuple(superclass.shape)}")
     if superclass.device != target.device:
         raise ValueError(f"superclass must be on target's device {target.device}, got {superclass.device}")
-    rows = _rows(input, target, ignore_index)
+    rows, label, kept = _rows(input, target, ignore_index)
     classes = superclass.shape[0]
-    check_indices("target", target, classes, ignore_index)
-    label, prediction = target.long(), rows.prediction
+    check_indices("target", label, classes, ignore_index)
+    prediction = rows.prediction
     legal = (label >= 0) & (label < classes) & (prediction >= 0) & (prediction < classes)
     same = superclass[torch.where(legal, label, 0)] == superclass[torch.where(legal, prediction, 0)]
-    return _share(same & legal, target, ignore_index)
+    return (same & legal & kept).sum(), kept.sum()
 
 
 def classification_confidence(
@@ -166,14 +194,23 @@ def classification_confidence(
 
     Source: the two-scale loss, section 2.2.
     """
+    return _mean(_classification_confidence(input, target, logit_norm=logit_norm, ignore_index=ignore_index))
+
+
+def _classification_confidence(
+    input: Tensor | RowStats,
+    target: Tensor,
+    *,
+    logit_norm: float | Tensor | None = None,
+    ignore_index: int = -100,
+) -> _Sum:
     if logit_norm is not None and not isinstance(logit_norm, Tensor):
-        check_number("logit_norm", logit_norm)
-    rows = _rows(input, target, ignore_index)
-    kept = target != ignore_index
-    confidence = rows.confidence.detach()
+        logit_norm = check_number("logit_norm", logit_norm)
+    rows, _, kept = _rows(input, target, ignore_index)
+    confidence = rows.confidence
     if logit_norm is not None:
         confidence = confidence.double() / logit_norm
-    return torch.where(kept, confidence, 0).sum() / kept.sum()
+    return torch.where(kept, confidence, 0).sum(), kept.sum()
 
 
 def macro_f1(input: Tensor | RowStats, target: Tensor, *, ignore_index: int = -100) -> float:
@@ -222,25 +259,104 @@ def nmi(input: Tensor | RowStats, target: Tensor, *, ignore_index: int = -100) -
     return float(score(label, found)) if label else float("nan")
 
 
-def _rows(input: Tensor | RowStats, target: Tensor, ignore_index: int, scale: float | Tensor = 1.0) -> RowStats:
-    """The row statistics: those given, or those of the plain logits."""
+class Running:
+    """A measure over many batches: what it would be of all their rows at once.
+
+    Args:
+        measure: a function of this module.
+        **options: its keyword arguments, the same for all batches; ``update`` takes more.
+
+    ``total`` and ``count`` (float64, on the logits' device; None at first) are summed without a synchronisation. Over
+    ranks sum them before ``compute``: ``torch.distributed.all_reduce(running.total)``, and ``count``. Of
+    :func:`macro_f1` and :func:`nmi` each batch's predictions and labels are kept in the host's memory.
+
+    Example:
+        >>> import torch
+        >>> from mlkernels import metrics
+        >>> top_2 = metrics.Running(metrics.top_n_accuracy, n=2)
+        >>> for labels in (torch.tensor([1, 0]), torch.tensor([1])):
+        ...     top_2.update(torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 2.0]])[: len(labels)], labels)
+        >>> top_2.compute()
+        tensor(0.6667, dtype=torch.float64)
+    """
+
+    total: Tensor | None
+    count: Tensor | None
+
+    def __init__(self, measure: Callable[..., Tensor | float], **options: Any) -> None:
+        if measure not in _SUMS and measure not in (macro_f1, nmi):
+            raise TypeError(f"measure takes a function of mlkernels.metrics, got {measure!r}")
+        self.measure, self.options = measure, options
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all batches."""
+        self.total = self.count = None
+        self._found: list[int] = []
+        self._labels: list[int] = []
+
+    def update(self, input: Tensor | RowStats, target: Tensor, **options: Any) -> None:
+        """Adds a batch; its arguments are those of the measure."""
+        options = self.options | options
+        sums = _SUMS.get(self.measure)
+        if sums is None:
+            found, labels = _to_host(input, target, options.get("ignore_index", -100))
+            self._found += found
+            self._labels += labels
+            return
+        total, count = (part.double() for part in sums(input, target, **options))
+        self.total = total if self.total is None else self.total + total
+        self.count = count if self.count is None else self.count + count
+
+    def compute(self) -> Tensor | float:
+        """The measure of all batches so far; NaN where no row was kept."""
+        if self.measure not in _SUMS:
+            return self.measure(
+                torch.tensor(self._found, dtype=torch.long), torch.tensor(self._labels, dtype=torch.long)
+            )
+        return torch.tensor(float("nan")) if self.total is None or self.count is None else self.total / self.count
+
+    def __repr__(self) -> str:
+        options = "".join(f", {name}={value!r}" for name, value in self.options.items())
+        return f"Running({self.measure.__name__}{options})"
+
+
+#: What each measure divides: a sum over the rows that are kept, and their number.
+_SUMS: dict[Callable[..., Tensor | float], Callable[..., _Sum]] = {
+    accuracy: _accuracy,
+    top_n_accuracy: _top_n_accuracy,
+    close_enough: _close_enough,
+    superclass_accuracy: _superclass_accuracy,
+    classification_confidence: _classification_confidence,
+}
+
+
+def _mean(sums: _Sum) -> Tensor:
+    total, count = sums
+    return total / count
+
+
+def _rows(
+    input: Tensor | RowStats, target: Tensor, ignore_index: int, scale: float | Tensor = 1.0
+) -> tuple[RowStats, Tensor, Tensor]:
+    """The row statistics, those given or those of the plain logits; the labels as int64; and which rows are kept."""
+    ignore_index = check_index("ignore_index", ignore_index)
+    check_index_dtype("target", target)
     if isinstance(input, RowStats):
-        if not isinstance(target, Tensor) or target.shape != input.prediction.shape:
-            got = tuple(target.shape) if isinstance(target, Tensor) else type(target).__name__
-            raise ValueError(f"target must have the statistics' shape {tuple(input.prediction.shape)}, got {got}")
-        return RowStats(*(row.detach() for row in input))
-    if not isinstance(input, Tensor):
-        raise TypeError(f"input takes logits or RowStats, got {type(input).__name__}")
-    with torch.no_grad():
-        _, rows = softmax.apply(
-            _PLAIN, (scale,), input, target, ignore_index=ignore_index, reduction="sum", return_stats=True
-        )
-    return cast(RowStats, rows)
-
-
-def _share(hit: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    kept = target != ignore_index
-    return (hit & kept).sum() / kept.sum()
+        if target.shape != input.prediction.shape:
+            wanted = tuple(input.prediction.shape)
+            raise ValueError(f"target must have the statistics' shape {wanted}, got {tuple(target.shape)}")
+        rows, classes = RowStats(*(row.detach() for row in input)), 2**63
+    else:
+        if not isinstance(input, Tensor):
+            raise TypeError(f"input takes logits or RowStats, got {type(input).__name__}")
+        with torch.no_grad():
+            _, found = softmax.apply(
+                _PLAIN, (scale,), input, target, ignore_index=ignore_index, reduction="sum", return_stats=True
+            )
+        rows, classes = cast(RowStats, found), input.shape[1 if input.dim() > 1 else 0]
+    label = widened("target", target, classes, ignore_index)
+    return rows, label, label != ignore_index
 
 
 def _to_host(input: Tensor | RowStats, target: Tensor, ignore_index: int) -> tuple[list[int], list[int]]:
@@ -251,7 +367,7 @@ def _to_host(input: Tensor | RowStats, target: Tensor, ignore_index: int) -> tup
             raise ValueError(f"input of predictions must have target's shape {wanted}, got {tuple(input.shape)}")
         found = input
     else:
-        found = _rows(input, target, ignore_index).prediction
+        found = _rows(input, target, ignore_index)[0].prediction
     pairs = zip(found.reshape(-1).tolist(), target.reshape(-1).tolist(), strict=True)
     kept = [(p, y) for p, y in pairs if y != ignore_index]
     return [p for p, _ in kept], [y for _, y in kept]

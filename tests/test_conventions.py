@@ -1,7 +1,10 @@
 """PyTorch's conventions, and the documented exceptions to them."""
 
 import math
+from enum import IntEnum
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,6 +23,13 @@ OPTIONS = {
     "ignore": {"ignore_index": 4},
     "all": {"weight": WEIGHT, "label_smoothing": 0.2, "ignore_index": 4},
 }
+
+
+class Ignored(IntEnum):
+    """An enumeration of integers, as data sets have them."""
+
+    ONE = 1
+    FOUR = 4
 
 
 def neutral_arguments(loss, form):
@@ -108,8 +118,13 @@ def test_all_rows_ignored(loss, backend, options, reduction):
 def test_weights_that_sum_to_nothing_are_nan_as_in_torch(backend):
     input, _ = logits(3)
     target = torch.full((3,), 2)
-    ours, theirs = both(BY_NAME["cross_entropy"], input, target, {"scale": 1.0}, "mean", backend, weight=WEIGHT)
-    assert math.isnan(float(ours[0])) and math.isnan(float(theirs[0]))
+    for smoothing in (0.0, 0.2, 1.0):
+        ours, theirs = both(
+            BY_NAME["cross_entropy"], input, target, {"scale": 1.0}, "mean", backend,
+            weight=WEIGHT, label_smoothing=smoothing,
+        )  # fmt: skip
+        assert math.isnan(float(ours[0])) and math.isnan(float(theirs[0])), smoothing
+        assert bool(ours[1].isnan().all()) and bool(theirs[1].isnan().all()), smoothing
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2, 1.0])
@@ -283,10 +298,14 @@ def test_dtypes_of_results(backend, dtype, reduction):
     assert x.grad.dtype == dtype
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8], ids=str)
+INTEGERS = [torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64]
+
+
+@pytest.mark.parametrize("loss", [BY_NAME["cross_entropy"], BY_NAME["piecewise_groups"]], ids=str)
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 def test_labels_of_any_integer_dtype(loss, backend, dtype):
     input, target, params = draw(loss, rows=8)
-    ignore = 255 if dtype == torch.uint8 else -3
+    ignore = -3 if dtype.is_signed else min(torch.iinfo(dtype).max, 2**53)
     target[2] = ignore
     options = {"ignore_index": ignore, "backend": backend} | ({"group": loss.group(target)} if loss.groups else {})
     wanted = run(loss, input, target, params, 0.5, **options)
@@ -294,6 +313,69 @@ def test_labels_of_any_integer_dtype(loss, backend, dtype):
         options["group"] = options["group"].to(dtype)
     found = run(loss, input, target.to(dtype), params, 0.5, **options)
     assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_labels_are_compared_as_64_bit_integers(backend, dtype):
+    """A label that the default -100, or another ignore_index, equals in the label's own bits alone is a label."""
+    bits = torch.iinfo(dtype).bits
+    label, ignore_index = (3, 3 + 2**bits) if dtype.is_signed else (2**bits - 100, -100)
+    target = torch.tensor([1, -100]).view(dtype) if bits == 64 else torch.tensor([1, label]).to(dtype)
+    classes = 200 if label < 200 else 5
+    x = torch.randn(2, classes, dtype=F64, requires_grad=True)
+    call = lambda x, y: mlkernels.cross_entropy(x, y, ignore_index=ignore_index, backend=backend)
+    measure = lambda x, y: mlkernels.metrics.accuracy(x, y, ignore_index=ignore_index)
+    if label < classes:
+        loss = call(x, target)
+        torch.testing.assert_close(loss, F.cross_entropy(x, target.long()))
+        right = x.argmax(1) == target.long()
+        assert measure(x, target) == right.double().mean()
+    else:
+        for function in (call, measure):
+            with pytest.raises(IndexError, match=rf"target {label} at row 1 is out of range \[0, 5\)"):
+                function(x, target)
+
+
+@pytest.mark.parametrize("other", [mlkernels.multi_margin_loss, mlkernels.center_loss, mlkernels.lgm_loss])
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_labels_beside_the_family(other, dtype):
+    x, y = torch.randn(3, 4), torch.tensor([0, 3, 1])
+    more = () if other is mlkernels.multi_margin_loss else (torch.randn(4, 4),)
+    assert torch.equal(other(x, y.to(dtype), *more), other(x, y, *more))
+    if not dtype.is_signed:
+        with pytest.raises(IndexError, match="target 156 at row 1"):  # -100 in eight bits
+            other(x, torch.tensor([0, 156, 1]).to(dtype), *more)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64], ids=str)
+def test_labels_that_only_a_device_sees(dtype):
+    """Where nobody looks, a label from 2^63 on is a bad one and not what is ignored, whatever its bits say."""
+    from mlkernels.checks import widened
+
+    highest = torch.tensor([-1]).view(torch.uint64) if dtype == torch.uint64 else torch.tensor([2**15]).to(dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mlkernels.checks, "traced", lambda: True)
+        for ignore_index in (-1, -2, -100, None):
+            found = int(widened("target", highest, 5, ignore_index))
+            assert found != ignore_index
+            assert found < 0 if dtype == torch.uint64 else found == 2**15
+
+
+@pytest.mark.parametrize("ignore_index", [np.int64(1), np.uint8(1), Ignored.ONE], ids=repr)
+def test_numbers_of_other_libraries(backend, ignore_index):
+    """NumPy's numbers, fractions and enumerations are numbers, and integers of any kind an ignore_index."""
+    x, y = torch.randn(3, 4), torch.tensor([0, 1, 2])
+    wanted = mlkernels.focal_loss(x, y, gamma=2.0, z_loss=0.5, softcap=3.0, ignore_index=1, backend=backend)
+    for one in (np.float32, np.float64, np.int64, Fraction):
+        found = mlkernels.focal_loss(
+            x, y, gamma=one(2), z_loss=np.float16(0.5), softcap=Fraction(6, 2), ignore_index=ignore_index,
+            backend=backend,
+        )  # fmt: skip
+        assert torch.equal(found, wanted)
+    assert torch.equal(
+        mlkernels.sphereface_loss(x.tanh(), y, margin=Ignored.FOUR, backend=backend),
+        mlkernels.sphereface_loss(x.tanh(), y, margin=4, backend=backend),
+    )
 
 
 def test_soft_targets(backend):
@@ -304,6 +386,11 @@ def test_soft_targets(backend):
         with pytest.raises(TypeError, match="reference"):
             mlkernels.cross_entropy(input, soft, backend=backend)
         return
+    with pytest.raises(ValueError, match=r"ignore_index has no meaning .* probabilities.* got 0"):
+        mlkernels.cross_entropy(input, soft, ignore_index=0)  # as torch refuses it
+    assert mlkernels.cross_entropy(input, soft, ignore_index=-1) == mlkernels.cross_entropy(input, soft)
+    with pytest.raises(ValueError, match=r"\(5, 6\), got \(5,\); .*target\.long\(\)"):
+        mlkernels.cross_entropy(input, soft[:, 0])
     for chosen in (None, "reference"):
         x, y = input.clone().requires_grad_(), input.clone().requires_grad_()
         ours = mlkernels.cross_entropy(x, soft, scale=1.5, weight=WEIGHT, label_smoothing=0.1, backend=chosen)

@@ -204,7 +204,7 @@ def test_no_synchronisation_by_statistics():
 def test_without_scikit_learn(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
     for measure in (metrics.macro_f1, metrics.nmi):
-        with pytest.raises(ImportError, match=r"mlkernels\[metrics\]"):
+        with pytest.raises(ImportError, match="pip install scikit-learn"):
             measure(torch.eye(2), torch.tensor([0, 1]))
 
 
@@ -215,10 +215,10 @@ def test_without_scikit_learn(monkeypatch):
         (lambda x, y, r: metrics.accuracy(x, y.float()), TypeError, "target"),
         (lambda x, y, r: metrics.accuracy(x, y[1:]), ValueError, "target"),
         (lambda x, y, r: metrics.accuracy(r, y[1:]), ValueError, "target"),
-        (lambda x, y, r: metrics.accuracy(r, None), ValueError, "target"),
+        (lambda x, y, r: metrics.accuracy(r, None), TypeError, "target"),
         (lambda x, y, r: metrics.accuracy(x, y + C), IndexError, "target"),
         (lambda x, y, r: metrics.top_n_accuracy(x, y, n=0), ValueError, "n must"),
-        (lambda x, y, r: metrics.top_n_accuracy(x, y, n=1.5), ValueError, "n must"),
+        (lambda x, y, r: metrics.top_n_accuracy(x, y, n=1.5), TypeError, "n takes an int"),
         (lambda x, y, r: metrics.close_enough(x, y, a=-0.1), ValueError, "a must"),
         (lambda x, y, r: metrics.close_enough(x, y, scale=0.0), ValueError, "scale"),
         (lambda x, y, r: metrics.close_enough(r, y, scale=-1.0), ValueError, "scale"),
@@ -234,3 +234,44 @@ def test_bad_arguments(call, error, words):
     target[0] = C - 1
     with pytest.raises(error, match=words):
         call(logits, target, forms(logits, target)[1])
+
+
+RUNNING = [
+    (metrics.accuracy, {}),
+    (metrics.top_n_accuracy, {"n": 2}),
+    (metrics.close_enough, {"a": 0.2, "scale": 0.5}),
+    (metrics.superclass_accuracy, {"superclass": torch.tensor([0, 1, 1, 0])}),
+    (metrics.classification_confidence, {"logit_norm": 3.0}),
+    (metrics.macro_f1, {}),
+    (metrics.nmi, {}),
+]
+
+
+@pytest.mark.parametrize(("measure", "options"), RUNNING, ids=lambda value: getattr(value, "__name__", ""))
+def test_running_is_the_measure_of_all_rows_at_once(measure, options):
+    """Batches of different sizes, one of them ignored whole, logits and statistics in turn."""
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(23, 4, generator=generator)
+    target = torch.randint(0, 4, (23,), generator=generator)
+    target[[2, 9, 10, 11]] = 7
+    running = metrics.Running(measure, **options, ignore_index=7)
+    assert math.isnan(running.compute())
+    parts = list(zip(logits.split([9, 3, 11]), target.split([9, 3, 11]), strict=True))
+    for _ in range(2):
+        for i, (x, y) in enumerate(parts):
+            scale = options.get("scale", 1.0)
+            rows = forms(x, torch.where(y == 7, -100, y), scale=scale)[1] if i == 2 else x
+            running.update(rows, y)
+        wanted = float(measure(logits, target, **options, ignore_index=7))
+        assert float(running.compute()) == pytest.approx(wanted, rel=1e-6)
+        assert not math.isnan(wanted)
+        running.reset()
+    assert math.isnan(running.compute())
+    assert repr(running).startswith(f"Running({measure.__name__}") and "ignore_index=7" in repr(running)
+
+
+def test_running_takes_the_measures_of_the_module():
+    with pytest.raises(TypeError, match=r"measure takes a function of mlkernels\.metrics, got <function"):
+        metrics.Running(lambda x, y: 0.0)
+    with pytest.raises(TypeError, match="m"):
+        metrics.Running(metrics.accuracy, m=2).update(torch.zeros(1, 2), torch.tensor([0]))

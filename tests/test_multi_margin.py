@@ -82,3 +82,39 @@ def test_bad_arguments(change, error, words):
     arguments = {"input": torch.randn(N, C), "target": torch.zeros(N, dtype=torch.long)} | change
     with pytest.raises(error, match=words):
         mlkernels.multi_margin_loss(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("input", "target"), [((), ()), ((), (1,)), ((3,), ()), ((3,), (1,)), ((1, 3), ()), ((1, 3), (1,))]
+)
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_shapes_are_torchs(input, target, reduction):
+    """A single row may lack its dimension, and so may its label; "none" has the label's shape."""
+    x, y = torch.randn(input), torch.zeros(target, dtype=torch.long)
+    one, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+    ours = mlkernels.multi_margin_loss(one, y, 2, 0.7, reduction=reduction)
+    theirs = F.multi_margin_loss(other, y, 2, 0.7, reduction=reduction)
+    torch.testing.assert_close(ours, theirs, equal_nan=True)
+    (3 * ours.sum()).backward()
+    (3 * theirs.sum()).backward()
+    torch.testing.assert_close(one.grad, other.grad)
+
+
+@pytest.mark.parametrize(
+    ("input", "target"), [((2, 3), ()), ((2, 3), (1,)), ((3,), (3,)), ((3,), (1, 1)), ((0,), ()), ((1, 1, 3), (1,))]
+)
+def test_shapes_that_torch_refuses(input, target):
+    x, y = torch.randn(input), torch.zeros(target, dtype=torch.long)
+    with pytest.raises(RuntimeError):
+        F.multi_margin_loss(x, y)
+    with pytest.raises(ValueError, match=r"input|target"):
+        mlkernels.multi_margin_loss(x, y)
+
+
+def test_the_order_of_arguments_is_torchs():
+    x, y, weight = torch.randn(4, 3), torch.tensor([0, 1, 2, 0]), torch.rand(3)
+    torch.testing.assert_close(
+        mlkernels.multi_margin_loss(x, y, 2, 0.5, weight), F.multi_margin_loss(x, y, 2, 0.5, weight)
+    )
+    module, peer = mlkernels.MultiMarginLoss(2, 0.5, weight), torch.nn.MultiMarginLoss(2, 0.5, weight)
+    torch.testing.assert_close(module(x, y), peer(x, y))

@@ -160,7 +160,7 @@ struct RowsShort {
     if (plan.alone) {
       over_all(simt, at.told + 16 * simt.warps() * simt.ranks(), by_class, by_row);
       if (v.spec.reduction == Reduction::MEAN) {
-        by_class /= weights;
+        by_class = mean_of(by_class, weights);
         by_row = by_row == 0 ? 0.0 : by_row / kept;
       }
       if (simt.block() == 0 && simt.thread() == 0) *v.losses = T(by_class + by_row);

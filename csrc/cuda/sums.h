@@ -67,7 +67,7 @@ struct TotalLoss {
     if (v.parts != 0) {
       double weights, rows;
       divisors_of(simt, v, weights, rows);
-      by_class /= weights;
+      by_class = mean_of(by_class, weights);
       by_row = by_row == 0 ? 0.0 : by_row / rows;
     }
     if (simt.lane() == 0) *v.losses = T(by_class + by_row);

@@ -256,6 +256,9 @@ MLK_DEVICE void divisors_of(const Simt& simt, const Visit<T>& v, double& weights
   rows = sum_over(simt, rows);
 }
 
+// The mean of rows that weigh nothing is NaN: smoothing has a loss there still.
+MLK_DEVICE double mean_of(double sum, double weights) { return weights != 0 ? sum / weights : nan<double>(); }
+
 // What each row's upstream gradient is multiplied by; by a whole warp.
 template <class Simt, class T>
 MLK_DEVICE Share<T> share_of(const Simt& simt, const Visit<T>& v) {

@@ -347,7 +347,8 @@ def _softmax_loss(
     elif reduction == Reduction.SUM:
         result = loss.sum() if penalty is None else loss.sum() + penalty.sum()
     else:
-        result = loss.sum() / torch.where(kept, omega_y, 0).sum()
+        total_weight = torch.where(kept, omega_y, 0).sum()
+        result = loss.sum() / torch.where(total_weight == 0, math.nan, total_weight)  # smoothing has a loss there still
         if penalty is not None:
             result = result + penalty.sum() / kept.sum()
 

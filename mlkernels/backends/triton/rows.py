@@ -717,7 +717,7 @@ def total(
     first, second = tl.sum(tl.where(at % 2 == 0, sums, 0.0), 0), tl.sum(tl.where(at % 2 == 1, sums, 0.0), 0)
     if REDUCTION == MEAN:
         weights, number = divisors_of(divisors, parts, target, weight, rows, classes, ignore_index)
-        first = first / weights
+        first = tl.where(weights == 0, float("nan"), first / weights)  # smoothing has a loss there still
         second = tl.where(second == 0, 0.0, second / number)
     tl.store(loss, (first + second).to(loss.dtype.element_ty))
 
