@@ -12,6 +12,7 @@ import math
 import random
 import re
 import threading
+import types
 from collections import OrderedDict
 from fractions import Fraction
 from pathlib import Path
@@ -585,6 +586,8 @@ def test_casts_of_an_enclosing_autocast() -> None:
         ((nn.Linear(1, 1), 3), TypeError, r"parts\[1\] takes an object with state_dict and load_state_dict, got int"),
         ((nn.Linear,), TypeError, r"parts\[0\] takes an object .* got Linear"),
         ((OrderedDict(),), TypeError, "got OrderedDict"),
+        ((types.SimpleNamespace(state_dict=dict),), TypeError, "got SimpleNamespace"),
+        ((types.SimpleNamespace(load_state_dict=dict),), TypeError, "got SimpleNamespace"),
     ],
 )
 def test_bad_parts(parts: tuple[Any, ...], error: type[Exception], message: str) -> None:

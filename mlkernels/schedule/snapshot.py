@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops import multi_copy_
-from .walk import Walk, form, memory, place, reshard, type_name
+from .walk import Walk, form, has_state_dict, memory, place, reshard, type_name
 
 __all__ = ["Snapshot"]
 
@@ -66,8 +66,7 @@ class Snapshot:
         if not parts:
             raise TypeError("parts takes at least one module, optimizer, scheduler or scaler, got none")
         for index, part in enumerate(parts):
-            both = callable(getattr(part, "state_dict", None)) and callable(getattr(part, "load_state_dict", None))
-            if isinstance(part, type) or not both:
+            if not has_state_dict(part):
                 raise TypeError(
                     f"parts[{index}] takes an object with state_dict and load_state_dict, got {type_name(part)}"
                 )

@@ -140,7 +140,7 @@ class Walk:
                 self._add(f"{name}[{index}]", item)
         elif isinstance(value, (dict, list, deque, set)):
             self._container(name, value)
-        elif isinstance(value, (nn.Module, Optimizer)) or _has_state_dict(value):
+        elif isinstance(value, (nn.Module, Optimizer)) or has_state_dict(value):
             self._part(name, value)
         elif (chance := _generator(value)) is not None:
             if self._first_visit(value):
@@ -425,7 +425,8 @@ def _from(value: Any, packages: Sequence[str] | frozenset[str]) -> bool:
     return str(value.__module__).partition(".")[0] in packages
 
 
-def _has_state_dict(value: object) -> bool:
+def has_state_dict(value: object) -> bool:
+    """Whether an object says itself what its state is."""
     both = callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
     return both and not isinstance(value, type)
 
