@@ -128,12 +128,12 @@ def test_library_loads_where_torch_is_local(stem, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def oldest_headers():
-    """The headers of the oldest torch there may be: of its wheel for macOS, which has 80 MB, and the same headers."""
+def oldest_torch():
+    """Headers and Python of the oldest torch there may be: out of its wheel for macOS, which has only 80 MB."""
     version = ".".join(map(str, build.OLDEST_TORCH)) + ".0"
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlkernels-tests"
-    headers = home / f"torch-{version}"
-    if not headers.exists():
+    sources = home / f"torch-{version}"
+    if not sources.exists():
         parts = home / f"download-{os.getpid()}"
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
         command += ["--platform=macosx_11_0_arm64", "--python-version=3.12", f"--dest={parts}", f"torch=={version}"]
@@ -143,24 +143,36 @@ def oldest_headers():
                 pytest.skip(f"no wheel of torch {version}: {done.stderr.strip()[-200:]}")
             (wheel,) = parts.glob("*.whl")
             with zipfile.ZipFile(wheel) as archive:
-                wanted = [name for name in archive.namelist() if name.startswith("torch/include/")]
-                archive.extractall(parts / "headers", wanted)
-            if not headers.exists():
-                (parts / "headers").rename(headers)
+                wanted = [n for n in archive.namelist() if re.match(r"torch/.*\.(h|hpp|py|pyi|typed)$|.*/METADATA$", n)]
+                archive.extractall(parts / "sources", wanted)
+            if not sources.exists():
+                (parts / "sources").rename(sources)
         finally:
             shutil.rmtree(parts, ignore_errors=True)
-    return headers / "torch"
+    return sources
 
 
-def test_sources_are_right_for_the_oldest_torch(oldest_headers):
+def test_libraries_compile_with_the_oldest_torch(oldest_torch):
     compiler = build.find_compiler()
-    commands = {"cpu": build.compiling(oldest_headers, compiler)}
+    commands = {"cpu": build.compiling(oldest_torch / "torch", compiler)}
     try:
         root = build.cuda_root(build.find_nvcc())
-        commands["cuda"] = build.library_cuda(oldest_headers, compiler, root, ["90"])
+        commands["cuda"] = build.library_cuda(oldest_torch / "torch", compiler, root, ["90"])
     except build.CannotBuild:
         pass  # no CUDA headers
     for name, command in commands.items():
         command += ["-fsyntax-only", f"csrc/library_{name}.cpp"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[:2000]
+
+
+@pytest.mark.skipif(not os.environ.get("MLKERNELS_FULL"), reason="a minute; MLKERNELS_FULL=1")
+def test_python_is_right_for_the_oldest_torch(oldest_torch, tmp_path):
+    """Every name of torch's that the package uses is in the oldest one, and takes what it is given."""
+    pytest.importorskip("mypy")
+    command = [sys.executable, "-m", "mypy", "--no-warn-unused-ignores", "--implicit-reexport"]
+    command.append(f"--cache-dir={tmp_path}")
+    environment = {**os.environ, "MYPYPATH": str(oldest_torch)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    ours = [line for line in done.stdout.splitlines() if line.startswith("mlkernels/")]
+    assert not ours and "checked" in done.stdout, "\n".join(ours) or done.stdout[-2000:] + done.stderr[-2000:]
