@@ -17,6 +17,8 @@ sys.path.insert(0, str(ROOT / "csrc"))
 import build  # noqa: E402
 
 TORCH = Path(torch.__file__).parent
+OLDEST = ".".join(map(str, build.OLDEST_TORCH)) + ".0"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlkernels-tests"
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
 
@@ -130,17 +132,15 @@ def test_library_loads_where_torch_is_local(stem, tmp_path):
 @pytest.fixture(scope="session")
 def oldest_torch():
     """Headers and Python of the oldest torch there may be: out of its wheel for macOS, which has only 80 MB."""
-    version = ".".join(map(str, build.OLDEST_TORCH)) + ".0"
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlkernels-tests"
-    sources = home / f"torch-{version}"
+    sources = CACHE / f"torch-{OLDEST}"
     if not sources.exists():
-        parts = home / f"download-{os.getpid()}"
+        parts = CACHE / f"download-{os.getpid()}"
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-        command += ["--platform=macosx_11_0_arm64", "--python-version=3.12", f"--dest={parts}", f"torch=={version}"]
+        command += ["--platform=macosx_11_0_arm64", "--python-version=3.12", f"--dest={parts}", f"torch=={OLDEST}"]
         try:
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                pytest.skip(f"no wheel of torch {version}: {done.stderr.strip()[-200:]}")
+                pytest.skip(f"no wheel of torch {OLDEST}: {done.stderr.strip()[-200:]}")
             (wheel,) = parts.glob("*.whl")
             with zipfile.ZipFile(wheel) as archive:
                 wanted = [n for n in archive.namelist() if re.match(r"torch/.*\.(h|hpp|py|pyi|typed)$|.*/METADATA$", n)]

@@ -1,6 +1,5 @@
 """README's lines of installation, as they stand there, in an environment that has nothing of the package yet."""
 
-import importlib.util
 import os
 import re
 import shutil
@@ -125,5 +124,5 @@ def test_from_nothing(checkout, tmp_path, cuda):
     for line in LINES:
         said = fresh.run(line, checkout, os.environ["PATH"], MLKERNELS_CUDA=cuda, MLKERNELS_CUDA_ARCHS="90")
     assert re.search(r"^backend cpu +available$", said, re.MULTILINE), said
-    if shutil.which("nvcc") and importlib.util.find_spec("torch") and cuda:
+    if shutil.which("nvcc") and cuda:
         assert (checkout / "mlkernels" / "_cuda.abi3.so").exists()
