@@ -1,6 +1,7 @@
 """Bad arguments: an error that names the argument, what came and what it takes, before anything is touched."""
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -99,7 +100,7 @@ CASES = [
     case("target|list", TypeError, lambda x, y, **o: ce(x, y.tolist(), **o)),
     case("target|int", TypeError, lambda x, y, **o: ce(x, 1, **o)),
     case("target|integer|bool", TypeError, lambda x, y, **o: ce(x, y > 0, **o)),
-    case("target|integer|float32|cross_entropy", TypeError, lambda x, y, **o: focal(x, y.float(), **o)),
+    case("target|integer|float32|target.long()|cross_entropy", TypeError, lambda x, y, **o: focal(x, y.float(), **o)),
     case("target|(4,)|(3,)", ValueError, lambda x, y, **o: ce(x, y[:3], **o)),
     case("target|(4,)|(4, 1)", ValueError, lambda x, y, **o: ce(x, y.unsqueeze(1), **o)),
     case(
@@ -194,6 +195,66 @@ CASES = [
         ValueError,
         lambda x, y, **o: softmax(x, y, transform=PiecewiseLinear(TABLE, TABLE, domain=(1.0, -1.0)), **o),
     ),
+    # the caller's own word
+    *[
+        case(f"{word}|{what}", error, lambda x, y, call=call, **o: call(x, y, **o))
+        for word, what, error, call in [
+            ("margin", "must be finite|nan", ValueError, partial(mlkernels.arcface_loss, margin=NAN)),
+            ("margin", "must be finite|inf", ValueError, partial(mlkernels.cosface_loss, margin=INF)),
+            ("margin", "must be > 0|-2", ValueError, partial(mlkernels.sphereface_loss, margin=-2)),
+            ("margin", "must be > 0|-2", ValueError, partial(mlkernels.sphereface_loss, margin=T(-2.0))),
+            ("margin", "a number or a floating tensor|str", TypeError, partial(mlkernels.arcface_loss, margin="1")),
+            (
+                "margin",
+                "margin = 1|margin = 2",
+                ValueError,
+                partial(mlkernels.sphereface_loss, margin=2.0, beyond_pi="linear"),
+            ),
+            ("margin", "radians|degrees|0.4992", ValueError, partial(mlkernels.arcface_loss, margin=28.6)),
+            ("m2", "radians|degrees|-3.2", ValueError, partial(margin, m2=-3.2)),
+            ("Margin.m2", "radians|degrees|30", ValueError, partial(softmax, transform=Margin(m2=30))),
+            ("Margin.m1", "> 0", ValueError, partial(softmax, transform=Margin(m1=0.0))),
+            ("Margin.norm", "> 0", ValueError, partial(softmax, transform=Margin(norm=T([[-1.0]] * N)))),
+            ("Affine.slope", "finite", ValueError, partial(softmax, transform=Affine(slope=NAN))),
+            ("TwoScale.high", "> 0|-2", ValueError, partial(softmax, scale=TwoScale(1.0, T(-2.0)))),
+            ("TwoScale.eta", "finite|nan", ValueError, partial(softmax, scale=TwoScale(1.0, 2.0, eta=NAN))),
+            ("TwoScale.norm", "> 0|0", ValueError, partial(softmax, scale=TwoScale(1.0, 2.0, norm=0.0))),
+            ("Modulated.beta", "> 0|0.0", ValueError, partial(softmax, head=Modulated(beta=0.0))),
+            ("Modulated.kappa", "(3,)|(4, 1)|(2,)", ValueError, partial(softmax, head=Modulated(kappa=torch.ones(2)))),
+            ("Tau.minimum", "in (0, 1]|2", ValueError, partial(softmax, head=Tau(TABLE, TABLE, minimum=2))),
+            ("Tau.slope", "(M,)|(G, M)|a number", TypeError, partial(softmax, head=Tau(1.0, 0.0))),
+            ("Tau.bias", "(M,)|(G, M)|a number", TypeError, partial(softmax, head=Tau(TABLE, 0))),
+            ("Tau.bias", "Tau.slope|(5,)|(4,)", ValueError, partial(softmax, head=Tau(TABLE, TABLE[:4]))),
+            (
+                "PiecewiseLinear.slope",
+                "(M,)|list",
+                TypeError,
+                partial(softmax, transform=PiecewiseLinear([1.0], TABLE)),
+            ),
+            ("PiecewiseLinear.slope", "(M,)|number", TypeError, partial(softmax, transform=PiecewiseLinear(1.0, 0.0))),
+            (
+                "PiecewiseLinear.domain",
+                "two numbers|0.5",
+                TypeError,
+                partial(softmax, transform=PiecewiseLinear(TABLE, TABLE, domain=0.5)),
+            ),
+            ("Truncated.k", "in (0, 1]|1.5", ValueError, partial(softmax, head=Truncated(1.5))),
+            ("t_slope", "(M,)|float", TypeError, partial(piecewise, t_slope=1.0)),
+            ("norm", "> 0|-1", ValueError, partial(piecewise, t_slope=TABLE, norm=-1.0)),
+            ("tau_min", "a number|a tensor", TypeError, partial(piecewise, tau_slope=TABLE, tau_min=T(0.1))),
+            ("label_smoothing", "a number|NoneType", TypeError, partial(ce, label_smoothing=None)),
+            ("label_smoothing", "a number|str", TypeError, partial(ce, label_smoothing="")),
+            ("z_loss", "a number|NoneType", TypeError, partial(ce, z_loss=None)),
+            ("z_loss", "a number|bool", TypeError, partial(ce, z_loss=False)),
+            ("ignore_index", "int|Tensor", TypeError, partial(ce, ignore_index=T(1))),
+            ("ignore_index", "int|bool", TypeError, partial(ce, ignore_index=True)),
+            ("ignore_index", "int64|18446744073709551616", ValueError, partial(ce, ignore_index=2**64)),
+            ("reduction", "'none'|['mean']", ValueError, partial(ce, reduction=["mean"])),
+            ("beyond_pi", "'easy'|['easy']", ValueError, partial(margin, beyond_pi=["easy"])),
+            ("scale", "finite|beyond float64", ValueError, partial(ce, scale=10**400)),
+            ("scale", "a number|complex", TypeError, partial(ce, scale=1j)),
+        ]
+    ],
     case("TwoScale.low|> 0|-1", ValueError, lambda x, y, **o: softmax(x, y, scale=TwoScale(-1.0, 2.0), **o)),
     case("clamp|'max'", ValueError, lambda x, y, **o: softmax(x, y, head=Tau(TABLE, TABLE, clamp="max"), **o)),
 ]
