@@ -8,7 +8,7 @@ Args:
     input: (N, C), (N, C, d1, ...) or (C,) logits, half, bfloat16, float or double; read in place, of any stride.
     target: (N,), (N, d1, ...) or 0-d class indices of any integer dtype.
     weight: (C,) weight of each class, any floating dtype, not differentiated.
-    ignore_index: rows with this label are not read: loss 0, gradient exactly 0.
+    ignore_index: rows with this label (compared as 64-bit integers) are not read: loss 0, gradient exactly 0.
     reduction: ``"mean"`` (divides by the sum of ``weight[target]`` over the rows that are not ignored), ``"sum"`` or
         ``"none"``.
     label_smoothing: :math:`\epsilon`: a row's loss is
@@ -26,8 +26,9 @@ Raises:
     IndexError: on the CPU, a label outside [0, C) that is not ignore_index, with its row. On a GPU that row's loss and
         gradient are NaN; see :func:`mlkernels.check_labels`.
 
-A parameter of a loss (a scale, a margin, an exponent) is a Python number or a tensor: 0-d or (1,): shared; (C,): per
-class, indexed by the label; target.shape + (1,), that is (N, 1): per row. Tensors may require a gradient.
+A parameter of a loss (a scale, a margin, an exponent) is a real number (Python's, NumPy's) or a tensor: 0-d or (1,):
+shared; (C,): per class, indexed by the label; target.shape + (1,), that is (N, 1): per row. Tensors may require a
+gradient. Numbers are keyword-only.
 """
 
 from __future__ import annotations

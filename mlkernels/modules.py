@@ -2,10 +2,11 @@ r"""The losses as modules: the functions of :mod:`mlkernels.functional` with the
 
 An argument that is a number stays one; a tensor becomes a buffer; an :class:`torch.nn.Parameter` becomes a parameter of
 the module and is trained. So a scale is trained by passing ``nn.Parameter(torch.tensor(16.0))``, and giving
-``loss.parameters()`` to the optimizer. ``weight`` and ``logit_adjustment`` are always buffers.
+``loss.parameters()`` to the optimizer; a tensor that requires a gradient and is no parameter is refused. ``weight`` and
+``logit_adjustment`` are always buffers. Numbers are keyword-only.
 
-Modules may be built under ``torch.device("meta")``: after ``to_empty()``, ``reset_parameters()`` puts back what they were
-built with, and draws what is drawn.
+Modules may be built under ``torch.device("meta")``: after ``to_empty()``, ``reset_parameters()`` puts back what they
+were built with, and draws what is drawn.
 """
 
 from __future__ import annotations
@@ -151,6 +152,10 @@ class CrossEntropyLoss(_FamilyLoss):
 class FocalLoss(_FamilyLoss):
     r"""Focal loss; see :func:`mlkernels.focal_loss`.
 
+    Args:
+        gamma: the focusing exponent, >= 0, a number or a tensor (0-d or (C,)); 0 is cross entropy.
+        **common: as in :mod:`mlkernels.functional`.
+
     Example:
         >>> import torch, mlkernels
         >>> mlkernels.FocalLoss(gamma=2.0)(torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([0]))
@@ -165,6 +170,10 @@ class FocalLoss(_FamilyLoss):
 
 class ModulatedCrossEntropyLoss(_FamilyLoss):
     r"""Modulated cross entropy; see :func:`mlkernels.modulated_cross_entropy`.
+
+    Args:
+        beta: > 0. gamma, alpha, kappa: >= 0. Numbers or tensors (0-d or (C,)); gamma + kappa >= 1.
+        **common: as in :mod:`mlkernels.functional`.
 
     Example:
         >>> import torch, mlkernels
@@ -188,6 +197,14 @@ class ModulatedCrossEntropyLoss(_FamilyLoss):
 
 class MarginLoss(_FamilyLoss):
     r"""The combined margin on cosines; see :func:`mlkernels.margin_cross_entropy`.
+
+    Args:
+        m1: the multiplicative margin, > 0. m2: the additive angle, in radians. m3: the additive cosine. Each a number or
+            a tensor (0-d or (C,)).
+        scale: s > 0, of all logits; a number or a tensor (0-d or (C,)).
+        beyond_pi: ``"linear"``, ``"monotone"``, ``"easy"`` or ``"none"``; see :class:`mlkernels.Margin`.
+        gradient: ``"exact"`` or ``"straight_through"``.
+        **common: as in :mod:`mlkernels.functional`.
 
     Example:
         >>> import torch, mlkernels
@@ -221,6 +238,13 @@ class MarginLoss(_FamilyLoss):
 class ArcFaceLoss(_FamilyLoss):
     r"""ArcFace on cosines; see :func:`mlkernels.arcface_loss`.
 
+    Args:
+        margin: the additive angle, in radians, a number or a tensor (0-d or (C,)).
+        scale: s > 0, of all logits; a number or a tensor (0-d or (C,)).
+        beyond_pi: ``"linear"``, ``"monotone"``, ``"easy"`` or ``"none"``; see :class:`mlkernels.Margin`.
+        gradient: ``"exact"`` or ``"straight_through"``.
+        **common: as in :mod:`mlkernels.functional`.
+
     Example:
         >>> import torch, mlkernels
         >>> mlkernels.ArcFaceLoss(scale=8.0)(torch.tensor([[0.6, 0.5]]), torch.tensor([0]))
@@ -243,6 +267,13 @@ class ArcFaceLoss(_FamilyLoss):
 
 class CosFaceLoss(_FamilyLoss):
     r"""CosFace on cosines; see :func:`mlkernels.cosface_loss`.
+
+    Args:
+        margin: the additive cosine, a number or a tensor (0-d or (C,)).
+        scale: s > 0, of all logits; a number or a tensor (0-d or (C,)).
+        beyond_pi: ``"linear"``, ``"monotone"``, ``"easy"`` or ``"none"``; see :class:`mlkernels.Margin`.
+        gradient: ``"exact"`` or ``"straight_through"``.
+        **common: as in :mod:`mlkernels.functional`.
 
     Example:
         >>> import torch, mlkernels
@@ -267,6 +298,13 @@ class CosFaceLoss(_FamilyLoss):
 class SphereFaceLoss(_FamilyLoss):
     r"""SphereFace (A-Softmax) on cosines; see :func:`mlkernels.sphereface_loss`.
 
+    Args:
+        margin: the multiplicative margin, > 0, a number or a tensor (0-d or (C,)).
+        scale: s > 0, of all logits; a number or a tensor (0-d or (C,)).
+        beyond_pi: ``"linear"``, ``"monotone"``, ``"easy"`` or ``"none"``; see :class:`mlkernels.Margin`.
+        gradient: ``"exact"`` or ``"straight_through"``.
+        **common: as in :mod:`mlkernels.functional`.
+
     Example:
         >>> import torch, mlkernels
         >>> mlkernels.SphereFaceLoss(scale=8.0)(torch.tensor([[0.6, 0.5]]), torch.tensor([0]))
@@ -289,6 +327,13 @@ class SphereFaceLoss(_FamilyLoss):
 
 class PiecewiseLoss(_FamilyLoss):
     r"""The searchable piecewise-linear loss; see :func:`mlkernels.piecewise_cross_entropy`.
+
+    Args:
+        t_slope, t_bias, tau_slope, tau_bias: (M,), or (G, M) for a population; None: identity.
+        scale: s > 0, a number or a tensor (0-d or (C,)).
+        tau_min: where tau is at most this the loss is clamped, in (0, 1].
+        clamp: ``"min"`` or ``"cross_entropy"``; see :class:`mlkernels.Tau`.
+        **common: as in :mod:`mlkernels.functional`.
 
     Example:
         >>> import torch, mlkernels
@@ -529,6 +574,10 @@ def _log_norm(name: str, value: float | Tensor | nn.Module) -> Tensor:
 
 class MultiMarginLoss(_Loss):
     r"""Multi-class margin loss; see :func:`mlkernels.multi_margin_loss`.
+
+    Args:
+        p: 1 or 2. margin: m. weight: (C,), any floating dtype; not trained.
+        reduction: ``"mean"`` (over N), ``"sum"`` or ``"none"``.
 
     Example:
         >>> import torch, mlkernels

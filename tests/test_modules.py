@@ -4,6 +4,7 @@ import copy
 import inspect
 import io
 import math
+import re
 
 import pytest
 import table
@@ -257,6 +258,14 @@ def test_numbers_are_keywords(call):
     """A positional weight, number of classes or margin in degrees must not be swallowed as something else."""
     with pytest.raises(TypeError, match="positional argument"):
         call(*draw())
+
+
+@pytest.mark.parametrize("module", [row[0] for row in EVERY], ids=lambda module: module.__name__)
+def test_docstrings_have_every_argument(module):
+    described = module.__doc__.split("Args:\n")[1].split("Example:")[0]
+    for name in inspect.signature(module).parameters:
+        if name not in ("unknown", "device", "dtype"):
+            assert re.search(rf"\b{name}\b[^\n]*:", described), name
 
 
 def test_modulated_has_one_order():
