@@ -68,6 +68,8 @@ def test_no_rows():
         ({"target": torch.tensor([0, -100, 0, 0, 0, 0])}, IndexError, "target -100 at row 1"),
         ({"centers": torch.zeros(C, D + 1)}, ValueError, "centers"),
         ({"centers": torch.zeros(C)}, ValueError, "centers"),
+        ({"centers": torch.zeros(C, D, dtype=torch.int64)}, TypeError, "a floating tensor, got torch.int64"),
+        ({"centers": [[0.0] * D] * C}, TypeError, "centers takes a floating tensor, got list"),
         ({"centers": torch.zeros(C, D, device="meta")}, ValueError, "centers"),
         ({"reduction": "avg"}, ValueError, "reduction"),
     ],
