@@ -6,6 +6,7 @@ gradients. What is kept from forward to backward goes through saved tensors, not
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -16,12 +17,13 @@ from torch.autograd import forward_ad
 
 from . import ops
 from .backends import reference
-from .checks import functorch_level, is_dual, observed
+from .checks import functorch_level, is_dual, modes, observed
 from .spec import MASK
 
 ONLY_INPUT = 1 << ops.INPUT
 
 _is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 
@@ -35,9 +37,21 @@ class Call(NamedTuple):
     kernels: ops.Kernels
 
 
-def _takes_reference(*upstream: Tensor | None) -> bool:
+def _usual(upstream: Tensor) -> bool:
+    """Whether a backward is neither differentiated in turn nor watched; batches are asked for apart."""
+    return not (
+        _is_grad_enabled()
+        or functorch_level() is not None
+        or _is_compiling()
+        or modes() > 0
+        or type(upstream) is not Tensor
+        or forward_ad._current_level >= 0
+    )
+
+
+def _takes_reference(upstream: Sequence[Tensor | None]) -> bool:
     """Whether a backward is itself differentiated, or batched."""
-    if torch.is_grad_enabled() or functorch_level() is not None:
+    if _is_grad_enabled() or functorch_level() is not None:
         return True
     if _is_compiling():
         return False
@@ -45,47 +59,65 @@ def _takes_reference(*upstream: Tensor | None) -> bool:
     return any(g is not None and (_is_batched(g) or (forward_ad._current_level >= 0 and is_dual(g))) for g in upstream)
 
 
-def _by_reference(
-    call: Call, stats: bool, tensors: Sequence[Tensor], upstream: Sequence[Tensor | None]
-) -> list[Tensor | None]:
-    """The gradients, differentiable again."""
+def _unusual(
+    call: Call,
+    stats: bool,
+    tensors: Sequence[Tensor],
+    saved: Tensor | None,
+    upstream: Sequence[Tensor | None],
+) -> Any:
+    """The gradients, differentiable again by the reference, else by operators that can be seen."""
+    if not _takes_reference(upstream):
+        watched = [tensors[0], *(g for g in upstream if g is not None)]
+        return _by_kernels(call, tensors, saved, (*upstream, None, None)[:3], observed(*watched))
     input, target, *params = tensors
     with torch.enable_grad():
         loss, rows = reference.softmax_loss(input, target, call.numbers, params)
         outputs = [loss, rows.logsumexp, rows.log_prob] if stats else [loss]
         pairs = [(o, g) for o, g in zip(outputs, upstream, strict=True) if g is not None]
         by_slot = dict(zip(ops.slots_of(call.numbers), params, strict=True))
-        wanted = {bit: input if bit == ops.INPUT else by_slot[bit] for bit in ops.needed(call.needs)}
         found = torch.autograd.grad(
             [o for o, _ in pairs],
-            list(wanted.values()),
+            [input if bit == ops.INPUT else by_slot[bit] for bit in ops.needed(call.needs)],
             [g for _, g in pairs],
             create_graph=True,
             materialize_grads=True,
         )
-    return _place(call, found)
+    return _placed(call, found)
 
 
 def _by_kernels(
-    call: Call, tensors: Sequence[Tensor], saved: Tensor | None, upstream: Sequence[Tensor | None]
-) -> list[Tensor]:
-    """The gradients by bit, once the upstream gradient is known."""
+    call: Call,
+    tensors: Sequence[Tensor],
+    saved: Tensor | None,
+    upstream: Sequence[Tensor | None],
+    observed: bool = False,
+) -> Any:
+    """The gradients, once the upstream gradient is known."""
     input, target, *params = tensors
     kernels = call.kernels
-    if kernels.dispatched is not None and observed(input, *(g for g in upstream if g is not None)):
+    if observed and kernels.dispatched is not None:
         kernels = kernels.dispatched
     if saved is None:
         saved = input.new_empty((0, 2))
-    found: list[Tensor] = kernels.softmax_loss_backward(
-        *upstream, input, target, call.numbers, params, saved, call.needs
-    )
-    return found
+    gradients = kernels.softmax_loss_backward(*upstream, input, target, call.numbers, params, saved, call.needs)
+    return _placed(call, gradients)
 
 
-def _place(call: Call, gradients: Sequence[Tensor]) -> list[Tensor | None]:
-    """The gradients in the order of a Function's arguments: call, input, target, *params."""
-    by_bit = dict(zip(ops.needed(call.needs), gradients, strict=True))
-    return [None, by_bit.get(ops.INPUT), None, *(by_bit.get(slot) for slot in ops.slots_of(call.numbers))]
+def _order(needs: int, mask: int) -> tuple[int | None, ...]:
+    """Where the gradient of each argument of a Function lies among those by bit: call, input, target, *params."""
+    by_bit = {bit: index for index, bit in enumerate(ops.needed(needs))}
+    return (None, by_bit.get(ops.INPUT), None, *(by_bit.get(bit) for bit in ops.needed(mask)))
+
+
+_known_order = functools.cache(_order)
+
+
+def _placed(call: Call, gradients: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """The gradients in the order of a Function's arguments."""
+    # Dynamo does not see through a cache, and warns.
+    order = (_order if _is_compiling() else _known_order)(call.needs, int(call.numbers[MASK]))
+    return tuple([None if index is None else gradients[index] for index in order])
 
 
 class _SingleVisit(torch.autograd.Function):
@@ -107,42 +139,43 @@ class _SingleVisit(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> Any:
         call: Call = ctx.call
         count = call.needs.bit_count()
-        if _takes_reference(grad_loss):
-            return tuple(_by_reference(call, False, ctx.saved_tensors[count:], (grad_loss,)))
-        if observed(grad_loss):
-            gradients = _by_kernels(call, ctx.saved_tensors[count:], None, (grad_loss, None, None))
-            return tuple(_place(call, gradients))
+        if not _usual(grad_loss) or (call.kernels.refresh is not None and _is_batched(grad_loss)):
+            return _unusual(call, False, ctx.saved_tensors[count:], None, (grad_loss,))
         if call.kernels.refresh is not None:
-            gradients = _refreshed(call, ctx.saved_tensors, grad_loss)
-        else:
+            return _placed(call, _refreshed(call, ctx.saved_tensors, grad_loss))
+        try:
             upstream = grad_loss.item()
-            # 0 * inf would be NaN in rows that are not read, whose gradient is 0 whatever comes.
-            serves = upstream == 1.0 or (math.isfinite(upstream) and not call.half)
-            try:
-                saved = ctx.saved_tensors
-            except RuntimeError:
-                if not serves:
-                    raise
-                # Logits that were changed in place since are not needed again.
-                saved = [tensor.data for tensor in ctx._raw_saved_tensors]
+        except RuntimeError:
+            if not _is_batched(grad_loss):
+                raise
+            return _unusual(call, False, ctx.saved_tensors[count:], None, (grad_loss,))
+        # 0 * inf would be NaN in rows that are not read, whose gradient is 0 whatever comes.
+        serves = upstream == 1.0 or (math.isfinite(upstream) and not call.half)
+        try:
+            saved = ctx.saved_tensors
+        except RuntimeError:
             if not serves:
-                gradients = _by_kernels(call, saved[count:], None, (grad_loss, None, None))
-            else:
-                gradients = saved[:count]
-                if upstream != 1.0:
-                    gradients = [g * upstream if _keeps_graph() else g.mul_(upstream) for g in gradients]
-                elif _keeps_graph():
-                    gradients = [g.clone() for g in gradients]
-        if call.needs == ONLY_INPUT and call.numbers[MASK] == 0:
+                raise
+            # Logits that were changed in place since are not needed again.
+            saved = tuple(tensor.data for tensor in ctx._raw_saved_tensors)
+        if not serves:
+            return _by_kernels(call, saved[count:], None, (grad_loss, None, None))
+        gradients = saved[:count]
+        if _keeps_graph():
+            gradients = [gradient * upstream for gradient in gradients]
+        elif upstream != 1.0:
+            for gradient in gradients:
+                gradient.mul_(upstream)
+        if len(saved) == 3:  # the most frequent call: no parameters
             return None, gradients[0], None
-        return tuple(_place(call, gradients))
+        return _placed(call, gradients)
 
 
 def _refreshed(call: Call, saved: Sequence[Tensor], grad_loss: Tensor) -> list[Tensor]:
     """What was made for an upstream gradient of 1, for this one, which only the device knows."""
     count = call.needs.bit_count()
     gradients, (input, target, *params) = list(saved[:count]), saved[count:]
-    # Handed out as they are, unless there will be another backward: then autograd clears what was saved.
+    # Handed out as they are, unless there will be another backward: else autograd clears what was saved.
     if _keeps_graph():
         gradients = [gradient.clone() for gradient in gradients]
     own = count
@@ -176,9 +209,9 @@ class _SoftmaxLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> Any:
         call: Call = ctx.call
         saved, *tensors = ctx.saved_tensors
-        if _takes_reference(grad_loss):
-            return tuple(_by_reference(call, False, tensors, (grad_loss,)))
-        return tuple(_place(call, _by_kernels(call, tensors, saved, (grad_loss, None, None))))
+        if not _usual(grad_loss) or _is_batched(grad_loss):
+            return _unusual(call, False, tensors, saved, (grad_loss,))
+        return _by_kernels(call, tensors, saved, (grad_loss, None, None))
 
 
 class _SoftmaxStats(torch.autograd.Function):
@@ -197,9 +230,10 @@ class _SoftmaxStats(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
         call: Call = ctx.call
         saved, *tensors = ctx.saved_tensors
-        if _takes_reference(*upstream[:3]):
-            return tuple(_by_reference(call, True, tensors, upstream[:3]))
-        return tuple(_place(call, _by_kernels(call, tensors, saved, upstream[:3])))
+        first = next(g for g in upstream[:3] if g is not None)
+        if not _usual(first) or any(g is not None and _is_batched(g) for g in upstream[:3]):
+            return _unusual(call, True, tensors, saved, upstream[:3])
+        return _by_kernels(call, tensors, saved, upstream[:3])
 
 
 softmax_loss: Callable[..., Tensor] = _SoftmaxLoss.apply

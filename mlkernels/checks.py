@@ -40,13 +40,13 @@ def check_labels(enabled: bool = True) -> None:
 
 # The level of the torch.func transform (grad, vmap, jvp, ...) that is running, or None; kernels are opaque to those.
 functorch_level = torch._C._functorch.maybe_current_level
-_modes = torch._C._len_torch_dispatch_stack
-_OWN = frozenset({Tensor, torch.nn.Parameter})
+modes = torch._C._len_torch_dispatch_stack
+PLAIN_TENSORS = frozenset({Tensor, torch.nn.Parameter})
 
 
 def observed(*tensors: Tensor) -> bool:
     """Whether somebody wants to see operators: torch.compile, a dispatch mode (fake, make_fx, ...), a subclass."""
-    return torch.compiler.is_compiling() or _modes() > 0 or not _OWN.issuperset(map(type, tensors))
+    return torch.compiler.is_compiling() or modes() > 0 or not PLAIN_TENSORS.issuperset(map(type, tensors))
 
 
 def traced(*tensors: Tensor) -> bool:

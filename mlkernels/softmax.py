@@ -16,6 +16,7 @@ from .autograd import ONLY_INPUT, Call
 from .backends import choose, reference
 from .checks import (
     HALF,
+    PLAIN_TENSORS,
     check_class_vector,
     check_index,
     check_indices,
@@ -27,7 +28,7 @@ from .checks import (
     check_tensors,
     functorch_level,
     is_dual,
-    observed,
+    modes,
     unknown_keywords,
 )
 from .spec import MASK, SLOTS, TRAINABLE, BackendName, HeadKind, Number, ReductionName, Slot, Spec, TransformKind
@@ -161,7 +162,9 @@ def apply(
         call = Call(call.numbers, needs, half, ops.NATIVE)
 
     chosen = choose(input.device, backend, input.shape[1], input.dim() > 2 and input.stride(1) != 1)
-    by_reference = chosen == "reference" or functorch_level() is not None or _any_dual(input, *params)
+    by_reference = chosen == "reference" or functorch_level() is not None
+    if forward_ad._current_level >= 0:  # kernels would lose a tangent
+        by_reference = by_reference or any(map(is_dual, (input, *params)))
     if by_reference or chosen != "cpu":  # the CPU's kernels look at the indices while they read them
         check_indices("target", target, input.shape[1], ignore_index)
         if group is not None:
@@ -174,12 +177,13 @@ def apply(
         params = [p.view_as(p) if any(p is other for other in params[:i]) else p for i, p in enumerate(params)]
     # One visit where it pays. An fp16 gradient is written only when the upstream is known: a GradScaler's 65536 would
     # rescale what has already underflowed. Hooks on saved tensors (checkpointing, offloading) would meet a gradient.
-    split = reduction == "none" or dtype == torch.float16 or observed(input) or _saved_tensors_hooks(False) is not None
+    observed = compiling or modes() > 0 or type(input) not in PLAIN_TENSORS
+    split = reduction == "none" or dtype == torch.float16 or observed or _saved_tensors_hooks(False) is not None
     if chosen != "cpu":
         if chosen == "cuda":
             call = call._replace(kernels=ops.CUDA)
         else:
-            call = call._replace(kernels=ops.TRITON if observed(input) else ops.triton())
+            call = call._replace(kernels=ops.TRITON if observed else ops.triton())
         # Nobody on the host knows the upstream gradient, so a parameter's is always multiplied by it.
         split = split or (needs != ONLY_INPUT and any(param.dtype in HALF for param in params))
     if return_stats:
@@ -193,11 +197,6 @@ def apply(
     if split:
         return autograd.softmax_loss(call, input, target, *params), None
     return autograd.single_visit(call, input, target, *params), None
-
-
-def _any_dual(*tensors: Tensor) -> bool:
-    """Whether a tangent of forward-mode AD, which kernels would lose, comes with one of the tensors."""
-    return forward_ad._current_level >= 0 and any(map(is_dual, tensors))
 
 
 def _numbers(
