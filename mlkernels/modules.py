@@ -199,8 +199,8 @@ class MarginLoss(_FamilyLoss):
     r"""The combined margin on cosines; see :func:`mlkernels.margin_cross_entropy`.
 
     Args:
-        m1: the multiplicative margin, > 0. m2: the additive angle, in radians. m3: the additive cosine. Each a number or
-            a tensor (0-d or (C,)).
+        m1: the multiplicative margin, > 0. m2: the additive angle, in radians. m3: the additive cosine. Numbers or
+            tensors (0-d or (C,)).
         scale: s > 0, of all logits; a number or a tensor (0-d or (C,)).
         beyond_pi: ``"linear"``, ``"monotone"``, ``"easy"`` or ``"none"``; see :class:`mlkernels.Margin`.
         gradient: ``"exact"`` or ``"straight_through"``.
