@@ -24,8 +24,11 @@ Place = tuple[int, tuple[int, ...], Form]
 
 #: What nn.Module keeps of itself: the modes are no state, and what the rest holds is walked by itself.
 _MODULE_FIELDS = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}
-#: What torch and its schedulers hang on an optimizer; the first two are walked by themselves.
-_OPTIMIZER_FIELDS = frozenset({"param_groups", "state", "step", "_opt_called", "_need_device_dtype_check_for_fused"})
+#: What torch and its schedulers hang on an optimizer to check and to warn once; the first two are walked by themselves.
+_OPTIMIZER_FIELDS = frozenset({
+    "param_groups", "state", "step", "_opt_called", "_need_device_dtype_check_for_fused",
+    "_warned_capturable_if_run_uncaptured",
+})  # fmt: skip
 #: Where classes come from whose instances are machinery: runtimes, handles, locks, types.
 _MACHINERY = frozenset({"torch", "logging", "threading", "_thread", "weakref", "functools", "types", "inspect", "_io"})
 _NUMBERS_AND_WORDS = (bool, int, float, complex, str, bytes, types.NoneType, Enum)
