@@ -47,8 +47,8 @@ _SCHEMAS = (
 for _library in _libraries:
     for _schema in _SCHEMAS:
         _library.define(_schema, tags=_tags)
-# Writes a gradient that was made for an upstream gradient of 1 anew, unless the device finds that it is 1.
-_libraries[0].define(f"softmax_loss_refresh(Tensor grad_loss, {_COMMON}, Tensor(a!) gradient) -> ()", tags=_tags)
+    # Writes a gradient that was made for an upstream gradient of 1 anew, unless the device finds that it is 1.
+    _library.define(f"softmax_loss_refresh(Tensor grad_loss, {_COMMON}, Tensor(a!) gradient) -> ()", tags=_tags)
 # Each dst from the src at its place, bit for bit; with a flag (one boolean) only where the device finds it true.
 _libraries[0].define("multi_copy_(Tensor(a!)[] dst, Tensor[] src, Tensor? flag=None) -> ()", tags=_tags)
 
@@ -189,7 +189,9 @@ def _nothing(*arguments: Any) -> None:
     pass
 
 
-torch.library.register_fake("mlkernels::softmax_loss_refresh", _nothing, lib=_libraries[0])
+for _library in _libraries:
+    torch.library.register_fake(f"{_library.ns}::softmax_loss_refresh", _nothing, lib=_library)
+_libraries[1].impl("softmax_loss_refresh", _by_triton("softmax_loss_refresh"), "CompositeExplicitAutograd")
 
 
 def _multi_copy_fake(dst: list[Tensor], src: list[Tensor], flag: Tensor | None = None) -> None:
@@ -247,6 +249,7 @@ NATIVE = Kernels(*(getattr(torch.ops.mlkernels, name).default for name in _FAKES
 CUDA = NATIVE._replace(refresh=torch.ops.mlkernels.softmax_loss_refresh.default)
 #: Where operators are observed. Else Triton's functions are called as they are, without a dispatcher in between.
 TRITON = Kernels(*(getattr(torch.ops.mlkernels_triton, name).default for name in _FAKES))
+TRITON = TRITON._replace(refresh=torch.ops.mlkernels_triton.softmax_loss_refresh.default)
 
 
 @functools.cache
@@ -254,5 +257,6 @@ def triton() -> Kernels:
     """Triton's operators in eager mode."""
     from .backends.triton import launch
 
-    operators: Any = launch.OPERATORS
-    return Kernels(*(operators[name] for name in _FAKES))._replace(refresh=launch.refresh, dispatched=TRITON)
+    operators: Any = launch.EAGER
+    refresh = operators["softmax_loss_refresh"]
+    return Kernels(*(operators[name] for name in _FAKES))._replace(refresh=refresh, dispatched=TRITON)

@@ -11,7 +11,6 @@ import functools
 import json
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +31,7 @@ from ...spec import (
     TransformKind,
 )
 from .. import architecture as _architecture
+from . import replay
 from . import rows as kernels
 
 _NUMBERS = int(Slot.SOFTCAP) + 1
@@ -257,13 +257,7 @@ class _Call:
         return None if vector is None else vector.contiguous()
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.empty(shape, dtype=dtype or self.accumulate, device=self.device)
-
-    def on_device(self) -> AbstractContextManager[Any]:
-        """Triton launches on the current device."""
-        if self.device.type != "cuda" or self.device.index == torch.cuda.current_device():
-            return nullcontext()
-        return torch.cuda.device(self.device)
+        return replay.empty(shape, dtype or self.accumulate, self.device)
 
     def divisors(self, upstream: Tensor | None = None) -> tuple[Tensor, int]:
         """What "mean" divides by, in parts; anything where upstream is 1."""
@@ -272,9 +266,10 @@ class _Call:
             chunk = triton.cdiv(triton.cdiv(self.rows, _PARTS), block) * block or block
             programs = max(1, triton.cdiv(self.rows, chunk))
             parts = self.empty(programs, 2, dtype=torch.float64)
-            kernels.count[(programs,)](
-                self.target, self.weight, upstream, parts, self.rows, self.classes, self.ignore_index, chunk, **_COUNT
-            )
+            replay.launch(
+                kernels.count, (programs,), self.target, self.weight, upstream, parts, self.rows, self.classes,
+                self.ignore_index, chunk, **_COUNT,
+            )  # fmt: skip
             self._divisors = parts, programs
         return self._divisors
 
@@ -349,7 +344,7 @@ class _Call:
             }
             if architecture.startswith("sm_"):  # else ptxas stops short of the registers that there are, and spills
                 options["maxnreg"] = min(255, 2**16 // (32 * shape.warps))
-            kernels.visit[(grid,)](*arguments, **options)
+            replay.launch(kernels.visit, (grid,), *arguments, **options)
         if gradient is not None and out is not gradient:
             gradient.copy_(out)
         loss = None
@@ -366,9 +361,9 @@ class _Call:
         if self.reduction == Reduction.MEAN and (self._divisors is not None or self.rows > _FEW):
             divisors, parts = self.divisors()
         options = _TOTAL if count > _TOTAL["BLOCK"] else {"BLOCK": _SUM_BLOCK}
-        kernels.total[(1,)](
-            terms, loss, divisors, parts, self.target, self.weight, self.rows, self.classes, self.ignore_index, count,
-            REDUCTION=self.reduction, **options,
+        replay.launch(
+            kernels.total, (1,), terms, loss, divisors, parts, self.target, self.weight, self.rows, self.classes,
+            self.ignore_index, count, REDUCTION=self.reduction, **options,
         )  # fmt: skip
         return loss
 
@@ -381,9 +376,10 @@ class _Call:
             count, groups = self.bins[tau], self.groups
             chunk, programs = _chunks(self.rows)
             sums = self.empty(count * groups, programs, dtype=torch.float64)
-            kernels.bucket[(count * groups, programs)](
-                values, bins[tau], self.group, sums, self.rows, chunk, count, BLOCK=_SUM_BLOCK
-            )
+            replay.launch(
+                kernels.bucket, (count * groups, programs), values, bins[tau], self.group, sums, self.rows, chunk,
+                count, BLOCK=_SUM_BLOCK,
+            )  # fmt: skip
             found = sums.sum(1)
         elif param.dim() == 0:
             found = values.sum(dtype=torch.float64)
@@ -431,9 +427,8 @@ def softmax_loss(
     input: Tensor, target: Tensor, numbers: Sequence[float], params: Sequence[Tensor], save: bool
 ) -> tuple[Tensor, Tensor]:
     call = _Call(input, target, numbers, params)
-    with call.on_device():
-        saved = call.empty(call.rows if save else 0, 2)
-        loss, _ = call.run(losses=True, save=saved if save else None)
+    saved = call.empty(call.rows if save else 0, 2)
+    loss, _ = call.run(losses=True, save=saved if save else None)
     assert loss is not None
     return loss, saved
 
@@ -442,9 +437,8 @@ def softmax_loss_with_gradient(
     input: Tensor, target: Tensor, numbers: Sequence[float], params: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     call = _Call(input, target, numbers, params)
-    gradient = torch.empty_like(input)
-    with call.on_device():
-        loss, _ = call.run(losses=True, gradient=gradient)
+    gradient = replay.empty_like(input)
+    loss, _ = call.run(losses=True, gradient=gradient)
     assert loss is not None
     return loss, gradient
 
@@ -453,33 +447,30 @@ def softmax_loss_with_gradients(
     input: Tensor, target: Tensor, numbers: Sequence[float], params: Sequence[Tensor], needs: int
 ) -> tuple[Tensor, list[Tensor]]:
     call = _Call(input, target, numbers, params)
-    gradient = torch.empty_like(input) if needs >> ops.INPUT & 1 else None
-    with call.on_device():
-        loss, found = call.run(losses=True, gradient=gradient, needs=needs)
+    gradient = replay.empty_like(input) if needs >> ops.INPUT & 1 else None
+    loss, found = call.run(losses=True, gradient=gradient, needs=needs)
     assert loss is not None
     return loss, [*found.values(), *([] if gradient is None else [gradient])]
 
 
-def refresh(
+def softmax_loss_refresh(
     grad_loss: Tensor, input: Tensor, target: Tensor, numbers: Sequence[float], params: Sequence[Tensor],
     gradient: Tensor,
 ) -> None:  # fmt: skip
     """Writes a gradient that was made for an upstream gradient of 1 anew, unless the device finds that it is 1."""
     call = _Call(input, target, numbers, params)
-    with call.on_device():
-        call.run(gradient=gradient, upstream=(grad_loss, None, None), conditional=True)
+    call.run(gradient=gradient, upstream=(grad_loss, None, None), conditional=True)
 
 
 def softmax_stats(
     input: Tensor, target: Tensor, numbers: Sequence[float], params: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     call = _Call(input, target, numbers, params)
-    with call.on_device():
-        saved = call.empty(call.rows, 2)
-        real = [call.empty(*target.shape) for _ in range(3)]
-        whole = [call.empty(*target.shape, dtype=torch.int64) for _ in range(2)]
-        rows = (real[0], real[1], whole[0], real[2], whole[1])
-        loss, _ = call.run(losses=True, save=saved, stats=rows)
+    saved = call.empty(call.rows, 2)
+    real = [call.empty(*target.shape) for _ in range(3)]
+    whole = [call.empty(*target.shape, dtype=torch.int64) for _ in range(2)]
+    rows = (real[0], real[1], whole[0], real[2], whole[1])
+    loss, _ = call.run(losses=True, save=saved, stats=rows)
     assert loss is not None
     return loss, saved, *rows
 
@@ -496,24 +487,33 @@ def softmax_loss_backward(
     needs: int,
 ) -> list[Tensor]:
     call = _Call(input, target, numbers, params)
-    gradient = torch.empty_like(input) if needs >> ops.INPUT & 1 else None
-    with call.on_device():
-        _, found = call.run(
-            saved=saved if saved.numel() else None,
-            gradient=gradient,
-            needs=needs,
-            upstream=(grad_loss, grad_logsumexp, grad_log_prob),
-        )
+    gradient = replay.empty_like(input) if needs >> ops.INPUT & 1 else None
+    _, found = call.run(
+        saved=saved if saved.numel() else None,
+        gradient=gradient,
+        needs=needs,
+        upstream=(grad_loss, grad_logsumexp, grad_log_prob),
+    )
     return [*found.values(), *([] if gradient is None else [gradient])]
 
 
+_LEADING = {softmax_loss_refresh: 3, softmax_loss_backward: 5}
+_FUNCTIONS = (
+    softmax_loss,
+    softmax_loss_with_gradient,
+    softmax_loss_with_gradients,
+    softmax_stats,
+    softmax_loss_backward,
+    softmax_loss_refresh,
+)
+#: What the dispatcher calls, having made plain memory of every tensor.
 OPERATORS: dict[str, Callable[..., Any]] = {
-    function.__name__: function
-    for function in (
-        softmax_loss,
-        softmax_loss_with_gradient,
-        softmax_loss_with_gradients,
-        softmax_stats,
-        softmax_loss_backward,
+    function.__name__: replay.replayed(function, _LEADING.get(function, 2), function) for function in _FUNCTIONS
+}
+#: The same without a dispatcher in between, unless there is something for it to do.
+EAGER: dict[str, Callable[..., Any]] = {
+    function.__name__: replay.replayed(
+        function, _LEADING.get(function, 2), getattr(torch.ops.mlkernels_triton, function.__name__).default
     )
+    for function in _FUNCTIONS
 }
