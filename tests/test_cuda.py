@@ -146,6 +146,51 @@ def test_results_are_those_of_any_launch_order(loss):
         assert torch.equal(out, found[0][0][: len(out)]) and torch.equal(gradient, found[0][1][: len(out)])
 
 
+def results_of(x, target, way, options):
+    """Row by row: the loss, the gradient and, with a trained scale, its gradient."""
+    x = x.requires_grad_()
+    scale = torch.full((len(x), 1), 1.5, requires_grad=True) if options else None
+    with simt.forced(**way):
+        loss = mlkernels.cross_entropy(
+            x, target, scale=1.0 if scale is None else scale, reduction="none", backend="cuda", **options
+        )
+        loss.sum().backward()
+    return [loss.detach(), x.grad, *([] if scale is None else [scale.grad])]
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 1e-3}], ids=["simple", "general"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("way", [{}, *WAYS])
+def test_bits_do_not_depend_on_where_a_row_lies(way, dtype, options):
+    """At every offset from a 16-byte boundary, in any place of a batch; nor on the launch order."""
+    lengths = (7, 16, 129, 256) if way.get("way") == "short" else (16, 517, 2051) if not way else (16, 517)
+    for classes in lengths:
+        if way.get("way") == "short" and classes > (256 if dtype == torch.float64 else 1024):
+            continue
+        row = (torch.randn(classes) * 3).to(dtype)
+        target = torch.full((3,), classes // 3)
+        found = []
+        for phase in range(16 // dtype.itemsize):
+            x, _ = rows(3, classes, dtype, phase=phase)
+            x.copy_(row)
+            found.append(results_of(x, target, {**way, "seed": phase + 1}, options))
+        for results in found:
+            for got, wanted in zip(results, found[0], strict=True):
+                for each in got:
+                    assert torch.equal(each, wanted[0]), f"{classes} classes"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_bits_do_not_depend_on_the_place_in_a_tile(dtype):
+    """Neighbouring lanes begin with different pieces of their rows, where they would meet in a bank otherwise."""
+    for classes in (4, 8, 12, 16, 24, 32, 64, 96, 128):
+        row = (torch.randn(classes) * 3).to(dtype)
+        x, target = row.expand(70, -1).contiguous(), torch.full((70,), classes // 2)
+        for options in ({}, {"label_smoothing": 0.1}):
+            for got in results_of(x, target, {"way": "short", "warps": 1, "cluster": -1}, options):
+                assert (got == got[0]).all()
+
+
 @pytest.mark.parametrize("cluster", [2, 4, 8, 16])
 def test_clusters_at_their_boundaries(cluster):
     """Rows that end in the middle of a block's share, with a block's, and one before and after."""

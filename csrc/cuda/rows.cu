@@ -77,21 +77,26 @@ bool plan_short(const Visit<T>& v, const Device& device, Choice& out) {
   return tile_shared_bytes(tiles, row_bytes, out.warps, out.cluster) <= device.shared;
 }
 
-// The vectors that a row touches, at most.
-int64_t vectors_of(const Visit<T>& v) {
-  constexpr int64_t V = PER_VECTOR<S>;
-  const bool aligned = reinterpret_cast<uintptr_t>(v.input) % 16 == 0 && v.in.dims == 1 &&
-                       (v.rows == 1 || v.in.strides[0] % V == 0);
-  return aligned ? (v.classes + V - 1) / V : (v.classes + V - 1 + V - 1) / V;
+// A row's worth of vectors: of its own size alone, never of where it lies, as all that its sums depend on.
+int64_t vectors_of(const Visit<T>& v) { return (v.classes + PER_VECTOR<S> - 1) / PER_VECTOR<S>; }
+
+// Equal shares for the warps, in chunks of equal size but for the last one; in whole passes of a warp's lanes also where
+// a chunk has a vector more because rows begin within one, as they do where the classes are no multiple of a vector.
+void share_out(Choice& out, const Visit<T>& v, int cluster) {
+  const int64_t longest = (forced.chunk ? forced.chunk : CHUNK) / LANES, parts = out.warps * cluster;
+  const int64_t wanted = (vectors_of(v) + parts - 1) / parts, spare = v.classes % PER_VECTOR<S> != 0;
+  int64_t passes = (wanted + LANES - 1) / LANES;
+  const auto chunks = [&] { return (passes + longest - 1) / longest; };
+  while (passes * LANES - chunks() * spare < wanted) ++passes;
+  out.rows.chunks = int(chunks());
+  out.rows.chunk = int((passes + chunks() - 1) / chunks() * LANES - spare);
+  out.rows.each = int(passes * LANES - chunks() * spare);
 }
 
-// Equal shares for the warps, in chunks of equal size.
-void share_out(Choice& out, int64_t vectors, int cluster) {
-  const int64_t longest = forced.chunk ? forced.chunk : CHUNK, parts = out.warps * cluster;
-  const int64_t each = ((vectors + parts - 1) / parts + LANES - 1) / LANES * LANES;
-  out.rows.each = int(each);
-  out.rows.chunks = int((each + longest - 1) / longest);
-  out.rows.chunk = int(((each + out.rows.chunks - 1) / out.rows.chunks + LANES - 1) / LANES * LANES);
+// Places that a warp's ring may have.
+int64_t most_slots(const Choice& c, const Device& device) {
+  const RowPlan none{c.rows.chunk, 0, 0, 0};
+  return (device.shared - long_shared_bytes(none, c.warps, c.cluster) - 128) / c.warps / (none.slot_bytes() + 8);
 }
 
 // Rows that `cluster` blocks hold; false if they do not.
@@ -102,10 +107,8 @@ bool plan_long(const Visit<T>& v, const Device& device, int cluster, Choice& out
   const int most_warps = (general(v) ? RowsLong<T, S, true, false>::THREADS : RowsLong<T, S, false, false>::THREADS) / LANES;
   out.warps = forced.warps ? forced.warps
                            : int(std::min<int64_t>(most_warps, power_of_two_from((vectors * 16 + BYTES_OF_A_WARP - 1) / BYTES_OF_A_WARP)));
-  share_out(out, vectors, cluster);
-  const RowPlan none{out.rows.chunk, 0, 0, 0};
-  const int64_t left = device.shared - long_shared_bytes(none, out.warps, cluster) - 128;
-  const int64_t most = left / out.warps / (out.rows.chunk * 16 + 8);
+  share_out(out, v, cluster);
+  const int64_t most = most_slots(out, device);
   out.rows.slots = int(std::min<int64_t>(most, 2 * out.rows.chunks));
   if (forced.slots) out.rows.slots = std::max(forced.slots, out.rows.chunks);
   return most >= out.rows.chunks;
@@ -119,10 +122,8 @@ Choice plan_streamed(const Visit<T>& v, const Device& device) {
   (void)plan_long(v, device, 1, out);
   out.way = Way::STREAMED;
   out.warps = std::min(out.warps, RowsLong<T, S, true, true>::THREADS / LANES);
-  share_out(out, vectors_of(v), 1);
-  const RowPlan none{out.rows.chunk, 0, 0, 0};
-  const int64_t left = device.shared - long_shared_bytes(none, out.warps, 1) - 128;
-  out.rows.slots = forced.slots ? forced.slots : int(left / out.warps / (out.rows.chunk * 16 + 8));
+  share_out(out, v, 1);
+  out.rows.slots = forced.slots ? forced.slots : int(most_slots(out, device));
   return out;
 }
 

@@ -7,6 +7,9 @@
 // STREAMED: for rows that the rings do not hold. They are read forwards with a running maximum, and again backwards,
 // so that the second reading begins with what the second-level cache still has.
 //
+// Shares and chunks are counted from the row's own beginning, and sums are kept apart by an element's place in them, so that
+// a row's results are the same bits wherever it lies; the vectors that two chunks share come twice.
+//
 // Bytes: one reading (STREAMED: two, with a gradient) and one writing of the logits. T: the accumulation type; S: storage.
 // GENERAL: softcap, adjustment, smoothing, RowStats, gradients of parameters.
 #pragma once
@@ -17,10 +20,11 @@ namespace mlkernels {
 
 // How a long row is shared out.
 struct RowPlan {
-  int chunk;   // vectors of 16 bytes that come together, a multiple of a warp's lanes
+  int chunk;   // vectors of 16 bytes that come together; one more where the row does not begin with one
   int slots;   // places of a warp's ring
   int each;    // vectors of a warp's share of a row
   int chunks;  // chunks of those, the last one perhaps shorter
+  MLK_FN int slot_bytes() const { return (chunk + 1) * 16; }
 };
 
 namespace MLKERNELS_ISA {
@@ -34,7 +38,7 @@ struct LongPlaces {
     barriers = 16 + warp * plan.slots * 8;
     told = (16 + warps * plan.slots * 8 + 127) / 128 * 128;
     const int rings = told + (2 * warps * ranks * SUMS * 8 + 127) / 128 * 128;
-    ring = rings + warp * plan.slots * plan.chunk * 16;
+    ring = rings + warp * plan.slots * plan.slot_bytes();
   }
 };
 inline int long_shared_bytes(const RowPlan& plan, int warps, int ranks) {
@@ -51,24 +55,33 @@ struct RowsLong {
 
   // The warp's share of a row that lies in memory at x.
   struct Span {
-    const char* base;    // the 16-byte boundary before it
+    const char* base;    // the 16-byte boundary before the row
     int phase;           // elements between the two
-    int64_t begin, end;  // vectors from base
-    int64_t last;        // the row's last vector
+    int64_t begin, end;  // classes
   };
   static MLK_DEVICE Span span_of(const S* x, int64_t classes, const RowPlan& plan, int part) {
     Span out;
     out.phase = phase_of(x);
     out.base = reinterpret_cast<const char*>(x - out.phase);
-    const int64_t vectors = (out.phase + classes + V - 1) / V, begin = int64_t(part) * plan.each;
-    out.begin = begin < vectors ? begin : vectors;
-    out.end = out.begin + plan.each < vectors ? out.begin + plan.each : vectors;
-    out.last = vectors - 1;
+    const int64_t share = int64_t(plan.each) * V, begin = part * share;
+    out.begin = begin < classes ? begin : classes;
+    out.end = out.begin + share < classes ? out.begin + share : classes;
     return out;
   }
-  static MLK_DEVICE int chunk_size(const Span& span, const RowPlan& plan, int64_t from) {
-    const int64_t left = span.end - from;
-    return int(left < 0 ? 0 : left < plan.chunk ? left : plan.chunk);
+
+  // A chunk of that: the classes [from, from + size), of which the first is element `lead` of the first of `count` vectors.
+  struct Chunk {
+    int64_t from;
+    int size, lead, count;
+    int ring;  // where it lies in shared memory
+    MLK_DEVICE int64_t first() const { return from - lead; }
+    // Whether an element of its vectors belongs to it.
+    MLK_DEVICE bool holds(int element) const { return uint32_t(element - lead) < uint32_t(size); }
+  };
+  static MLK_DEVICE Chunk chunk_at(const Span& span, const RowPlan& plan, int64_t which, int ring) {
+    const int64_t from = span.begin + which * (plan.chunk * V), left = span.end - from;
+    const int size = int(left < 0 ? 0 : left < plan.chunk * V ? left : plan.chunk * V);
+    return {from, size, span.phase, size > 0 ? (span.phase + size + V - 1) / V : 0, ring};
   }
 
   // A place of the ring, and how often it has been filled.
@@ -120,10 +133,10 @@ struct RowsLong {
 
     MLK_DEVICE const S* row_at(int64_t row) const { return static_cast<const S*>(v.input) + v.in.offset(row); }
 
-    // The chunk that comes `order`-th in a row's ring.
-    MLK_DEVICE int64_t chunk_from(const Span& span, int order) const {
-      const int chunk = order < forwards ? order : plan.chunks - 1 - (order - forwards);
-      return span.begin + int64_t(chunk) * plan.chunk;
+    // The chunk that comes `order`-th of a row, in its place of the ring.
+    MLK_DEVICE Chunk chunk_of(const Span& span, const Place& p, int order) const {
+      const int which = order < forwards ? order : plan.chunks - 1 - (order - forwards);
+      return chunk_at(span, plan, which, at.ring + p.slot * plan.slot_bytes());
     }
 
     MLK_DEVICE Label label_before(int64_t row) const { return row < v.rows ? label_of(v, row) : Label{0, 0, Fate::IGNORED}; }
@@ -139,16 +152,15 @@ struct RowsLong {
       ahead.row = row;
       if (row >= v.rows) return;
       ahead.span = span_of(row_at(row), v.classes, plan, part);
-      ahead.edge = ahead.span.base < v.begin || ahead.span.base + 16 * (ahead.span.last + 1) > v.end;
+      const int64_t vectors = (ahead.span.phase + v.classes + V - 1) / V;
+      ahead.edge = ahead.span.base < v.begin || ahead.span.base + 16 * vectors > v.end;
     }
-
-    MLK_DEVICE int ring_at(const Place& p) const { return at.ring + p.slot * plan.chunk * 16; }
 
     MLK_DEVICE void ask() {
       if (ahead.row >= v.rows || per_row == 0) return;
-      const int64_t from = chunk_from(ahead.span, ahead.order);
-      fetch_vectors<S>(simt, v, at.barriers + 8 * ahead.place.slot, ring_at(ahead.place), ahead.span.base, from,
-                       chunk_size(ahead.span, plan, from), ahead.edge);
+      const Chunk chunk = chunk_of(ahead.span, ahead.place, ahead.order);
+      fetch_vectors<S>(simt, v, at.barriers + 8 * ahead.place.slot, chunk.ring, ahead.span.base, chunk.from / V, chunk.count,
+                       ahead.edge);
       ahead.place.next(plan);
       if (++ahead.order == per_row) {
         ahead.order = 0;
@@ -164,53 +176,43 @@ struct RowsLong {
 
     MLK_DEVICE void arrived(const Place& p) const { simt.copy_wait(at.barriers + 8 * p.slot, p.parity); }
 
-    // Where a chunk lies in its ring and in its row.
-    struct Chunk {
-      int ring, count;
-      int64_t first;  // class of its first element; negative where the row begins within the first vector
-    };
-    MLK_DEVICE Chunk chunk_of(const Span& span, const Place& p, int order) const {
-      const int64_t from = chunk_from(span, order);
-      return {ring_at(p), chunk_size(span, plan, from), from * V - span.phase};
-    }
-
-    // Calls body(at, i, j, u) for this lane's vectors of a chunk, which begin with class j: u the logits of the other
-    // classes, -inf where there is none.
+    // Calls body(at, i, u) for this lane's vectors of a chunk: u the logits of the other classes, -inf where there is none.
     template <class Body>
     MLK_DEVICE void each(const Chunk& chunk, int64_t y, Body body) const {
       int at = chunk.ring + 16 * simt.lane();
       for (int i = simt.lane(); i < chunk.count; i += LANES, at += 16 * LANES) {
         T u[V];
         unpack<T, S>(simt.template load<Vec16>(at), u);
-        const int64_t j = chunk.first + int64_t(i) * V;
         if (GENERAL) {
           MLK_UNROLL
           for (int e = 0; e < V; ++e) {
-            const bool inside = j + e >= 0 && j + e < v.classes;
-            if (inside) u[e] = prepare(v, u[e], j + e);
-            if (!inside || j + e == y) u[e] = -INF;
+            const int64_t j = chunk.first() + i * V + e;
+            if (chunk.holds(i * V + e)) u[e] = prepare(v, u[e], j);
+            if (!chunk.holds(i * V + e) || j == y) u[e] = -INF;
           }
         }
-        body(at, i, j, u);
+        body(at, i, u);
       }
     }
 
-    // -inf in place of the target and of what does not belong to the row, by the lane that will read the vector: then no
+    // Whether class y is in a chunk, and this lane reads its vector.
+    MLK_DEVICE bool reads(const Chunk& chunk, int64_t y) const {
+      return uint64_t(y - chunk.from) < uint64_t(chunk.size) && int(y - chunk.first()) / V % LANES == simt.lane();
+    }
+
+    // -inf in place of the target and of what does not belong to the chunk, by the lane that will read the vector: then no
     // element has to be looked at twice. Not where softcap would make a number of it.
     MLK_DEVICE void blank(const Chunk& chunk, int64_t y) const {
       if (GENERAL) return;
       S nothing;
       narrow(-INF, nothing);
-      const auto put = [&](int64_t j) {
-        const int64_t place = j - chunk.first;
-        if (place < 0 || place >= int64_t(chunk.count) * V) return;
-        if (int(place / V) % LANES == simt.lane()) simt.store(chunk.ring + int(place) * int(sizeof(S)), nothing);
-      };
-      put(y);
-      if (chunk.first < 0)
-        for (int64_t j = chunk.first; j < 0; ++j) put(j);
-      const int64_t end = chunk.first + int64_t(chunk.count) * V;
-      for (int64_t j = v.classes; j < end; ++j) put(j);
+      const auto put = [&](int element) { simt.store(chunk.ring + element * int(sizeof(S)), nothing); };
+      if (reads(chunk, y)) put(int(y - chunk.first()));
+      if (chunk.count == 0) return;
+      if (simt.lane() == 0)
+        for (int element = 0; element < chunk.lead; ++element) put(element);
+      if (simt.lane() == (chunk.count - 1) % LANES)
+        for (int element = chunk.lead + chunk.size; element < chunk.count * V; ++element) put(element);
     }
 
     // u becomes (u - m) scale, of base-2 exponentials, up to a number that all of a row share and that `slip` returns: one
@@ -300,105 +302,139 @@ struct RowsLong {
       lanes_merge(lanes);
     }
 
+    // A lane's V sums, each of one element of its vectors, as one: in an order that the row's own beginning gives. Where
+    // that is element `phase` of a vector, element 0 of the row's k-th vector's worth is there, and the last ones are the
+    // next lane's first.
+    MLK_DEVICE T in_order(T (&x)[V], int phase) const {
+      if (phase != 0) {
+        MLK_UNROLL
+        for (int e = 0; e < V; ++e) {
+          const T next = simt.exchange(x[e], (simt.lane() + 1) % LANES);
+          if (e < phase) x[e] = next;
+        }
+        MLK_UNROLL
+        for (int by = 1; by < V; by *= 2) {
+          T turned[V];
+          MLK_UNROLL
+          for (int e = 0; e < V; ++e) turned[e] = x[(e + by) % V];
+          MLK_UNROLL
+          for (int e = 0; e < V; ++e) x[e] = phase & by ? turned[e] : x[e];
+        }
+      }
+      return sum_of(x);
+    }
+
     // ---- a row's passes ------------------------------------------------------------------------------------------------
+
+    // The largest other logit of a chunk and of m, by lane; and the first class that has it.
+    MLK_DEVICE void search(const Chunk& chunk, int64_t y, T& m, int64_t& first) const {
+      if constexpr (sizeof(S) == 2 && !GENERAL) {  // in pairs, as they lie
+        S nothing;
+        narrow(-INF, nothing);
+        uint32_t pair = all_of<S, uint32_t>(nothing);
+        int from = chunk.ring + 16 * simt.lane();
+        for (int i = simt.lane(); i < chunk.count; i += LANES, from += 16 * LANES) {
+          const Vec16 u = simt.template load<Vec16>(from);
+          pair = larger_pair(pair, larger_pair(larger_pair(u.word[0], u.word[1], S()), larger_pair(u.word[2], u.word[3], S()), S()), S());
+        }
+        m = larger(m, larger(widen(S{uint16_t(pair)}), widen(S{uint16_t(pair >> 16)})));
+      } else {
+        each(chunk, y, [&](int, int i, const T(&u)[V]) {
+          MLK_UNROLL
+          for (int e = 0; e < V; ++e) {
+            const int64_t j = chunk.first() + i * V + e;
+            if (GENERAL && chunk.holds(i * V + e) && j != y && (u[e] > m || first < 0)) first = j;
+            m = larger(m, u[e]);
+          }
+        });
+      }
+    }
 
     // The largest other logit, on chip.
     MLK_DEVICE void find_max(const Span& span, int64_t y, Standing<T>& stands, Counts& counts) {
-      T m = -INF;
-      int64_t first = -1;
-      constexpr bool PAIRS = sizeof(S) == 2 && !GENERAL;
-      S nothing;
-      narrow(-INF, nothing);
-      uint32_t pair = 0;
-      memcpy(&pair, &nothing, sizeof(S) < 4 ? sizeof(S) : 4);
-      pair |= pair << 16;
+      stands.m = -INF;
       Place p = place;
       for (int k = 0; k < plan.chunks; ++k, p.next(plan)) {
         arrived(p);
         const Chunk chunk = chunk_of(span, p, k);
         blank(chunk, y);
-        if constexpr (PAIRS) {  // as they lie
-          int from = chunk.ring + 16 * simt.lane();
-          for (int i = simt.lane(); i < chunk.count; i += LANES, from += 16 * LANES) {
-            const Vec16 u = simt.template load<Vec16>(from);
-            pair = larger_pair(pair, larger_pair(larger_pair(u.word[0], u.word[1], S()), larger_pair(u.word[2], u.word[3], S()), S()), S());
-          }
-        } else {
-          each(chunk, y, [&](int, int, int64_t j, const T(&u)[V]) {
-            MLK_UNROLL
-            for (int e = 0; e < V; ++e) {
-              if (GENERAL) note_first(j + e, y, u[e], m, first);
-              m = larger(m, u[e]);
-            }
-          });
-        }
+        search(chunk, y, stands.m, counts.first);
       }
-      if constexpr (PAIRS) m = larger(widen(S{uint16_t(pair)}), widen(S{uint16_t(pair >> 16)}));
-      max_all(m, first);
-      stands.m = m;
-      counts.first = first;
-    }
-    // In the order of classes, before m knows of it.
-    MLK_DEVICE void note_first(int64_t j, int64_t y, T u, T m, int64_t& first) const {
-      if (j >= 0 && j < v.classes && j != y && (u > m || first < 0)) first = j;
+      max_all(stands.m, counts.first);
     }
 
     struct Sums {
       T e = 0, shift = 0, weighted = 0;
       int above = 0;
     };
+    // The same before a lane's are one.
+    struct Lanes {
+      T e[V] = {}, shift[V] = {}, weighted[V] = {};
+    };
 
     // The sums, on chip, once the scale is known.
     MLK_DEVICE void add_up(const Span& span, int64_t y, const Standing<T>& stands, bool releases, Sums& sums) {
       const Exponent exponent(stands);
+      Lanes lanes;
       if (exponent.fused)
-        add_chunks<sizeof(T) == 4>(span, y, stands, exponent, releases, sums);
+        add_chunks<sizeof(T) == 4>(span, y, stands, exponent, releases, lanes, sums.above);
       else
-        add_chunks<false>(span, y, stands, exponent, releases, sums);
-      sums.e *= exponent.slip();
-      sums.shift *= exponent.slip();
+        add_chunks<false>(span, y, stands, exponent, releases, lanes, sums.above);
+      sums.e = in_order(lanes.e, span.phase) * exponent.slip();
+      if (!GENERAL) return;
+      sums.shift = in_order(lanes.shift, span.phase) * exponent.slip();
+      sums.weighted = in_order(lanes.weighted, span.phase);
     }
     template <bool FUSED>
     MLK_DEVICE void add_chunks(const Span& span, int64_t y, const Standing<T>& stands, const Exponent& exponent,
-                               bool releases, Sums& sums) {
+                               bool releases, Lanes& sums, int& above) {
       Place p = place;
       for (int k = 0; k < plan.chunks; ++k, p.next(plan)) {
         arrived(p);
         const Chunk chunk = chunk_of(span, p, k);
         if (v.saved) blank(chunk, y);
-        each(chunk, y, [&](int, int, int64_t j, const T(&u)[V]) {
+        each(chunk, y, [&](int, int i, const T(&u)[V]) {
           MLK_UNROLL
-          for (int i = 0; i < V; ++i) {
-            const T e = exponent.template of<FUSED>(u[i]);
-            sums.e += e;
+          for (int e = 0; e < V; ++e) {
+            const T power = exponent.template of<FUSED>(u[e]);
+            sums.e[e] += power;
             if (!GENERAL) continue;
-            const T d = u[i] - exponent.m;
-            if (v.want_shift) sums.shift += e == 0 ? T(0) : e * d;  // a class of probability 0 adds 0, also at -inf
-            if (j + i < 0 || j + i >= v.classes || j + i == y) continue;
-            if (v.smoothing > 0) sums.weighted += v.weight ? d * v.weight[j + i] : d;
-            sums.above += u[i] > stands.target;
+            const T d = u[e] - exponent.m;
+            if (v.want_shift) sums.shift[e] += power == 0 ? T(0) : power * d;  // a class of probability 0 adds 0, also at -inf
+            const int64_t j = chunk.first() + i * V + e;
+            if (!chunk.holds(i * V + e) || j == y) continue;
+            if (v.smoothing > 0) sums.weighted[e] += v.weight ? d * v.weight[j] : d;
+            above += u[e] > stands.target;
           }
         });
         if (releases) release();
       }
     }
 
-    // Maximum and sums at once, with a running maximum; for both scales where it will depend on the maximum which counts.
+    // Maximum and sums at once, with a maximum that runs from chunk to chunk; for both scales where it will depend on the
+    // maximum which counts.
     struct Running {
       T m = -INF;
-      T e[2] = {0, 0}, shift[2] = {0, 0};
+      T e[2][V] = {}, shift[2][V] = {};
     };
     MLK_DEVICE void lift(Running& r, T top, const T (&scale2)[2], int scales) const {
       if (!(top > r.m)) return;
       MLK_UNROLL
-      for (int k = 0; k < 2; ++k) {
-        if (k >= scales) continue;
-        const T factor = r.m == -INF ? T(0) : exp2_of((r.m - top) * scale2[k]);
-        r.shift[k] = r.m == -INF ? T(0) : factor * (r.shift[k] + r.e[k] * (r.m - top));
-        r.e[k] = r.e[k] != r.e[k] ? r.e[k] : r.e[k] * factor;  // a NaN is not lost
+      for (int s = 0; s < 2; ++s) {
+        if (s >= scales) continue;
+        const T factor = r.m == -INF ? T(0) : exp2_of((r.m - top) * scale2[s]);
+        MLK_UNROLL
+        for (int e = 0; e < V; ++e) {
+          T& sum = r.e[s][e];
+          if (GENERAL) r.shift[s][e] = r.m == -INF ? T(0) : factor * (r.shift[s][e] + sum * (r.m - top));
+          sum = sum != sum ? sum : sum * factor;  // a NaN is not lost
+        }
       }
       r.m = top;
     }
+    // Sums of (u - target), because the maximum is not known yet.
+    static MLK_DEVICE T origin(const Standing<T>& stands) { return stands.target - stands.target == 0 ? stands.target : T(0); }
+
     MLK_DEVICE void run_through(const Span& span, int64_t y, Standing<T>& stands, Counts& counts, Sums& sums) {
       const int scales = v.spec.scale == Scale::TWO_SCALE ? 2 : 1;
       T scale2[2];
@@ -409,57 +445,53 @@ struct RowsLong {
       scale2[1] = stands.scale2();
       Running r;
       if (v.saved) r.m = stands.m;
-      int64_t first = -1;
-      // Of (u - target), because the maximum is not known yet.
-      const T origin = stands.target - stands.target == 0 ? stands.target : T(0);
-      double weights = 0;
+      T mine = -INF, weighted[V] = {};
       for (int k = 0; k < plan.chunks; ++k, place.next(plan)) {
         arrived(place);
         const Chunk chunk = chunk_of(span, place, k);
         blank(chunk, y);
-        each(chunk, y, [&](int, int, int64_t j, const T(&u)[V]) {
-          T top = -INF;
-          MLK_UNROLL
-          for (int e = 0; e < V; ++e) {
-            if (GENERAL) note_first(j + e, y, u[e], larger(r.m, top), first);
-            top = larger(top, u[e]);
-          }
-          lift(r, top, scale2, scales);
-          const T m = r.m == -INF ? T(0) : r.m;
+        if (!v.saved) {
+          search(chunk, y, mine, counts.first);
+          lift(r, largest_over(simt, mine), scale2, scales);
+        }
+        const T m = r.m == -INF ? T(0) : r.m;
+        each(chunk, y, [&](int, int i, const T(&u)[V]) {
           MLK_UNROLL
           for (int e = 0; e < V; ++e) {
             const T d = u[e] - m;
             MLK_UNROLL
             for (int s = 0; s < 2; ++s) {
               if (s >= scales) continue;
-              const T x = exp2_of(d * scale2[s]);
-              r.e[s] += x;
-              if (GENERAL && v.want_shift) r.shift[s] += x == 0 ? T(0) : x * d;
+              const T power = exp2_of(d * scale2[s]);
+              r.e[s][e] += power;
+              if (GENERAL && v.want_shift) r.shift[s][e] += power == 0 ? T(0) : power * d;
             }
-            if (GENERAL && j + e >= 0 && j + e < v.classes && j + e != y) {
-              if (v.smoothing > 0) {
-                const T w = v.weight ? v.weight[j + e] : T(1);
-                sums.weighted += w * (u[e] - origin);
-                weights += double(w);
-              }
-              sums.above += u[e] > stands.target;
-            }
+            const int64_t j = chunk.first() + i * V + e;
+            if (!GENERAL || !chunk.holds(i * V + e) || j == y) continue;
+            if (v.smoothing > 0) weighted[e] += (v.weight ? v.weight[j] : T(1)) * (u[e] - origin(stands));
+            sums.above += u[e] > stands.target;
           }
         });
         release();
       }
       if (!v.saved) {
-        stands.m = r.m;
-        max_all(stands.m, first);
-        counts.first = first;
+        stands.m = mine;
+        max_all(stands.m, counts.first);
         lift(r, stands.m, scale2, scales);
       }
       stand(v, stands);
       // With a single scale there is one sum; with two, the first belongs to the lower side of the threshold.
       const bool high = scales == 2 && stands.scale.selected == SCALE_HIGH;
-      sums.e = high ? r.e[1] : r.e[0];
-      sums.shift = high ? r.shift[1] : r.shift[0];
-      sums.weighted += T(weights) * (origin - stands.floor());
+      T e[V], shift[V];
+      MLK_UNROLL
+      for (int i = 0; i < V; ++i) {
+        e[i] = high ? r.e[1][i] : r.e[0][i];
+        shift[i] = high ? r.shift[1][i] : r.shift[0][i];
+      }
+      sums.e = in_order(e, span.phase);
+      if (!GENERAL) return;
+      sums.shift = in_order(shift, span.phase);
+      sums.weighted = in_order(weighted, span.phase);
     }
 
     // The gradient; the ring's places are given back one by one.
@@ -482,17 +514,16 @@ struct RowsLong {
         arrived(place);
         const Chunk chunk = chunk_of(span, place, STREAMED ? forwards + k : k);
         if (blanks) blank(chunk, y);
-        // Vectors that the row fills; the others, its first and its last, are left to their lanes below.
-        const int whole_from = together && chunk.first < 0 ? 1 : 0;
-        const int64_t left = v.classes - chunk.first;
-        const int whole_to = together && left < int64_t(chunk.count) * V ? int(left / V) : chunk.count;
-        S* to = g + chunk.first + simt.lane() * V;
-        each(chunk, y, [&](int at, int i, int64_t j, T(&u)[V]) {
+        // Vectors that the chunk fills; the others, its first and its last, are left to their lanes below.
+        const int whole_from = chunk.lead > 0 ? 1 : 0, whole_to = (chunk.lead + chunk.size) / V;
+        S* to = g + chunk.first() + simt.lane() * V;
+        each(chunk, y, [&](int at, int i, T(&u)[V]) {
           MLK_UNROLL
           for (int e = 0; e < V; ++e) {
             T x = factor * exponent.template of<FUSED>(u[e]);
-            if (GENERAL && j + e >= 0 && j + e < v.classes)
-              x = unprepare(v, x - (v.weight && v.smoothing > 0 ? c.spread * v.weight[j + e] : c.spread), u[e], j + e);
+            const int64_t j = chunk.first() + i * V + e;
+            if (GENERAL && chunk.holds(i * V + e))
+              x = unprepare(v, x - (v.weight && v.smoothing > 0 ? c.spread * v.weight[j] : c.spread), u[e], j);
             u[e] = x;
           }
           if (!together) {
@@ -502,26 +533,22 @@ struct RowsLong {
           } else {
             MLK_UNROLL
             for (int e = 0; e < V; ++e)
-              if (j + e >= 0 && j + e < v.classes) narrow(u[e], g[j + e]);
+              if (chunk.holds(i * V + e)) narrow(u[e], to[e]);
           }
           to += LANES * V;
         });
         // By the lane that wrote what lay there before.
-        const int64_t target = y - chunk.first;
-        if (target >= 0 && target < int64_t(chunk.count) * V && int(target / V) % LANES == simt.lane()) {
+        if (reads(chunk, y)) {
           S narrowed;
           narrow(at_target, narrowed);
           if (together)
             g[y] = narrowed;
           else
-            simt.store(chunk.ring + int(target) * int(sizeof(S)), narrowed);
+            simt.store(chunk.ring + int(y - chunk.first()) * int(sizeof(S)), narrowed);
         }
         if (!together) {
           simt.warp_sync();
-          const int skipped = chunk.first < 0 ? int(-chunk.first) : 0;
-          const int64_t begin = chunk.first + skipped, end = chunk.first + int64_t(chunk.count) * V;
-          const int64_t count = (end < v.classes ? end : v.classes) - begin;
-          if (count > 0) write_out(simt, chunk.ring + skipped * int(sizeof(S)), g + begin, count);
+          if (chunk.size > 0) write_out(simt, chunk.ring + chunk.lead * int(sizeof(S)), g + chunk.from, chunk.size);
         }
         release();
       }
@@ -565,6 +592,8 @@ struct RowsLong {
         sums.shift = x[1];
         sums.weighted = x[2];
         counts.above = int64_t(n[0]) + (int64_t(n[1]) << 16);
+        if (STREAMED && v.smoothing > 0)
+          sums.weighted += (batch.weight_sum - (v.weight ? v.weight[label.y] : T(1))) * (origin(stands) - stands.floor());
       } else if (adds) {
         T x[1] = {sums.e};
         sum_all(x);

@@ -1,9 +1,10 @@
 // Short rows that lie one after another, many of them at once.
 //
 // A warp takes tiles of rows. A tile is one piece of memory whatever the number of classes, so it comes and goes 16 bytes
-// at a time; its rows are worked on in shared memory, each by 1 ... 32 lanes that hold it in registers. They read it in
-// the largest pieces that fill every row. Warps have nothing to do with each other, and the next tile, and the next label,
-// are on their way while this one is worked on.
+// at a time; its rows are worked on in shared memory, each by 1 ... 32 lanes that hold it in registers. They share it out
+// in the largest pieces that rows of this size are made of, wherever they lie, and begin with different ones where they
+// would meet in a bank; sums are trees, in which that order makes no difference. Warps have nothing to do with each other,
+// and the next tile, and the next label, are on their way while this one is worked on.
 //
 // Alone: a small batch is served by one block or cluster in one launch, which counts the rows for "mean" before it
 // starts and adds up the loss when it is done.
@@ -50,6 +51,8 @@ struct RowsShort {
   static constexpr T INF = std::numeric_limits<T>::infinity();
   static constexpr bool ONE = sizeof(T) == 4 && ELEMENTS <= 16;  // lane a row, always
   static constexpr int GROUP = ONE ? 4 : 8;                      // elements that are worked on or left out together
+  // Whether pieces of this size may be dealt in turned order; others meet in twos at most.
+  static constexpr bool turns(int bytes) { return GENERAL || bytes == 16; }
 
   // Two sums over all threads of the launch, which is one block or cluster; the same bits for all of them.
   template <class Simt>
@@ -116,8 +119,8 @@ struct RowsShort {
       share = {T(1 / weights), T(1 / kept)};
     }
     const Batch<T> batch = batch_on_device(v);
-    const int shift = ONE ? 0 : plan.shift, piece = piece_of(v), together = LANES >> shift, own = simt.lane() >> shift;
-    const int per = piece / int(sizeof(S)), most = per * ((int(v.classes) / per + (1 << shift) - 1) >> shift);
+    const int shift = ONE ? 0 : plan.shift, together = LANES >> shift, own = simt.lane() >> shift;
+    const Deal deal = deal_of(v, shift, own);
     double by_class = 0, by_row = 0;
     int slot = 0, parity = 0;
     const auto label_at = [&](int64_t row) { return row < v.rows ? read_index(v.label, v.label_type, row) : int64_t(0); };
@@ -138,8 +141,8 @@ struct RowsShort {
           // Read now, looked at after this row.
           const bool last = r - own + together >= int(rows);
           next = label_at(last ? after : first + r + together);
-          visit<SIMPLE>(simt, v, shift, piece, most, batch, share, first + r, exists, label,
-                        begin + r * int(v.classes) * int(sizeof(S)), by_class, by_row);
+          visit<SIMPLE>(simt, v, deal, batch, share, first + r, exists, label, begin + r * int(v.classes) * int(sizeof(S)),
+                        by_class, by_row);
         }
       };
       if (!GENERAL && v.simple)
@@ -174,11 +177,34 @@ struct RowsShort {
     }
   }
 
-  // The largest piece of 16 bytes, two halves, or an element, that every row is made of. In general it is the element:
-  // each has to be looked at by itself.
-  static MLK_DEVICE int piece_of(const Visit<T>& v) {
-    const uintptr_t ends = reinterpret_cast<uintptr_t>(v.input) | uintptr_t(v.classes * int64_t(sizeof(S)));
-    return GENERAL ? int(sizeof(S)) : ends % 16 == 0 ? 16 : sizeof(S) == 2 && ends % 4 == 0 ? 4 : int(sizeof(S));
+  // How a row is dealt to its lanes: in pieces of 16 bytes, two halves, or an element, whichever is the largest that rows
+  // of this size are made of. In general it is the element: each has to be looked at by itself.
+  struct Deal {
+    int shift;     // a row has 1 << shift lanes
+    int piece;     // bytes
+    int most;      // elements of a lane, at most
+    int turn;      // a lane's i-th piece is its (i ^ turn)-th
+    bool aligned;  // whether pieces lie at multiples of their size
+  };
+  static MLK_DEVICE Deal deal_of(const Visit<T>& v, int shift, int own) {
+    const int bytes = int(v.classes) * int(sizeof(S));
+    Deal out;
+    out.shift = shift;
+    out.piece = GENERAL ? int(sizeof(S)) : bytes % 16 == 0 ? 16 : sizeof(S) == 2 && bytes % 4 == 0 ? 4 : int(sizeof(S));
+    const int per = out.piece / int(sizeof(S));
+    out.most = per * ((int(v.classes) / per + (1 << shift) - 1) >> shift);
+    out.aligned = reinterpret_cast<uintptr_t>(v.input) % out.piece == 0;
+    out.turn = 0;
+    // Of the lanes that are served at once, a word each or four, every period-th row begins in the same banks. With rows a
+    // multiple of that many pieces long, so do pieces that differ in the bits of turn.
+    const int word = out.piece < 4 ? 4 : out.piece;
+    if ((!GENERAL && out.piece < 16) || bytes % word != 0) return out;
+    const int served = 128 / word, step = bytes / word, common = step & -step;
+    const int pieces = (common < served ? common : served) >> shift;
+    if (pieces <= 1) return out;
+    const int period = served / (pieces << shift);
+    out.turn = (own / period & (pieces - 1)) * (out.piece < 4 && shift == 0 ? 2 : 1);
+    return out;
   }
   // Calls with(a piece) for that size.
   template <class With>
@@ -192,20 +218,42 @@ struct RowsShort {
     with(PieceOf<int(sizeof(S))>());
   }
 
-  // A row by its lanes; all lanes of the warp come here, also those that have no row. No lane has more than `most` elements.
+  // A piece that may not lie at a multiple of its size.
+  template <class Piece, class Simt>
+  static MLK_DEVICE Piece load_piece(const Simt& simt, int at, bool aligned) {
+    if (sizeof(Piece) == sizeof(S) || aligned) return simt.template load<Piece>(at);
+    S each[sizeof(Piece) / sizeof(S)];
+    MLK_UNROLL
+    for (int e = 0; e < int(sizeof(Piece) / sizeof(S)); ++e) each[e] = simt.template load<S>(at + e * int(sizeof(S)));
+    Piece out;
+    memcpy(&out, each, sizeof(Piece));
+    return out;
+  }
+  template <class Piece, class Simt>
+  static MLK_DEVICE void store_piece(const Simt& simt, int at, const Piece& piece, bool aligned) {
+    if (sizeof(Piece) == sizeof(S) || aligned) return simt.store(at, piece);
+    S each[sizeof(Piece) / sizeof(S)];
+    memcpy(each, &piece, sizeof(Piece));
+    MLK_UNROLL
+    for (int e = 0; e < int(sizeof(Piece) / sizeof(S)); ++e) simt.store(at + e * int(sizeof(S)), each[e]);
+  }
+
+  // A row by its lanes; all lanes of the warp come here, also those that have no row.
   template <bool SIMPLE, class Simt>
-  static MLK_DEVICE void visit(const Simt& simt, const Visit<T>& v, int shift, int piece, int most, const Batch<T>& batch,
+  static MLK_DEVICE void visit(const Simt& simt, const Visit<T>& v, const Deal& deal, const Batch<T>& batch,
                                const Share<T>& share, int64_t row, bool exists, const Label& label, int at, double& by_class,
                                double& by_row) {
-    const int lanes = 1 << shift, sub = simt.lane() & (lanes - 1);
+    const int shift = ONE ? 0 : deal.shift, lanes = 1 << shift, sub = simt.lane() & (lanes - 1);
     const bool kept = exists && label.fate == Fate::KEPT;
     const int y = kept ? int(label.y) : 0, target_at = at + y * int(sizeof(S));
-    // This lane's pieces of a row lie at `mine`, `step` bytes apart.
-    const int mine = at + sub * piece;
-    const auto place_of = [&](int i, int bytes) { return mine + (ONE ? i * bytes : i * (bytes << shift)); };
+    const int mine = at + sub * deal.piece, turn = deal.turn * (deal.piece << shift);
+    const auto place_of = [&](int i, int bytes) {
+      const int place = i * (bytes << shift);
+      return mine + (turns(bytes) ? place ^ turn : place);
+    };
     const auto pieces_of = [&](int per) { return kept ? (int(v.classes) / per - sub + lanes - 1) >> shift : 0; };
     // In general a piece is an element, and this is its class.
-    const auto class_of = [&](int i) { return i * lanes + sub; };
+    const auto class_of = [&](int i) { return (i ^ deal.turn) * lanes + sub; };
 
     Standing<T> stands;
     stands.target = 0;
@@ -228,7 +276,7 @@ struct RowsShort {
     T u[ELEMENTS];
     int first = -1;
     stands.m = -INF;
-    by_piece(piece, [&](auto kind) {
+    by_piece(deal.piece, [&](auto kind) {
       using Piece = decltype(kind);
       constexpr int PER = int(sizeof(Piece) / sizeof(S));
       const int count = pieces_of(PER);
@@ -236,9 +284,9 @@ struct RowsShort {
       if constexpr (sizeof(S) == 2) pair = all_of<S, uint32_t>(nothing);
       MLK_UNROLL
       for (int i = 0; i < ELEMENTS / PER; ++i) {
-        if (i * PER % GROUP == 0 && i * PER >= most) break;
+        if (i * PER % GROUP == 0 && i * PER >= deal.most) break;
         Piece one = all_of<S, Piece>(nothing);
-        if (i < count) one = simt.template load<Piece>(place_of(i, int(sizeof(Piece))));
+        if (i < count) one = load_piece<Piece>(simt, place_of(i, int(sizeof(Piece))), deal.aligned);
         if constexpr (sizeof(S) == 2 && PER > 1) {  // two halves at a time
           MLK_UNROLL
           for (int w = 0; w < PER / 2; ++w) pair = larger_pair(pair, word_of(one, w), S());
@@ -250,7 +298,7 @@ struct RowsShort {
           if (GENERAL) {
             const int j = class_of(i);
             if (i < count) x = prepare(v, x, j);
-            if (i < count && j != y && (x > stands.m || first < 0)) first = j;
+            if (i < count && j != y && (x > stands.m || first < 0 || (x == stands.m && j < first))) first = j;
             if (j == y) x = -INF;
           }
           if constexpr (sizeof(S) != 2 || PER == 1) stands.m = larger(stands.m, x);
@@ -275,22 +323,36 @@ struct RowsShort {
       stand<SIMPLE>(v, stands);
       const T m = stands.floor(), scale2 = stands.scale2();
       const int count = pieces_of(1);
+      T sums[ELEMENTS / GROUP] = {}, shifts[ELEMENTS / GROUP] = {}, weights[ELEMENTS / GROUP] = {};
       MLK_UNROLL
-      for (int i = 0; i < ELEMENTS; ++i) {
-        if (i % GROUP == 0 && i >= most) break;
-        const T d = u[i] - m;
-        const T power = exp2_of(d * scale2);
-        sum += power;
-        if (GENERAL) {
-          const int j = class_of(i);
-          if (i < count && j != y) {
-            if (v.smoothing > 0) weighted += v.weight ? d * v.weight[j] : d;
-            above += u[i] > stands.target;
+      for (int group = 0; group < ELEMENTS / GROUP; ++group) {
+        if (group * GROUP >= deal.most) break;
+        T powers[GROUP], shift_by[GROUP], weight_by[GROUP];
+        MLK_UNROLL
+        for (int k = 0; k < GROUP; ++k) {
+          const int i = group * GROUP + k;
+          const T d = u[i] - m;
+          const T power = exp2_of(d * scale2);
+          powers[k] = power;
+          if (GENERAL) {
+            const int j = class_of(i);
+            const bool other = i < count && j != y;
+            weight_by[k] = other && v.smoothing > 0 ? (v.weight ? d * v.weight[j] : d) : T(0);
+            above += other && u[i] > stands.target;
+            shift_by[k] = v.want_shift && power != 0 ? power * d : T(0);
+          } else {
+            u[i] = power;  // what the gradient needs
           }
-          if (v.want_shift) shifted += power == 0 ? T(0) : power * d;
-        } else {
-          u[i] = power;  // what the gradient needs
         }
+        sums[group] = sum_of(powers);
+        if (!GENERAL) continue;
+        shifts[group] = sum_of(shift_by);
+        weights[group] = sum_of(weight_by);
+      }
+      sum = sum_of(sums);
+      if (GENERAL) {
+        shifted = sum_of(shifts);
+        weighted = sum_of(weights);
       }
     }
     sum = sum_over(simt, sum, lanes);
@@ -311,13 +373,13 @@ struct RowsShort {
     if (GENERAL) simt.warp_sync();  // the target's logit was read by another lane than its own
     if (kept) {
       const T m = stands.floor(), scale2 = stands.scale2();
-      by_piece(piece, [&](auto kind) {
+      by_piece(deal.piece, [&](auto kind) {
         using Piece = decltype(kind);
         constexpr int PER = int(sizeof(Piece) / sizeof(S));
         const int count = pieces_of(PER);
         MLK_UNROLL
         for (int i = 0; i < ELEMENTS / PER; ++i) {
-          if (i * PER % GROUP == 0 && i * PER >= most) break;
+          if (i * PER % GROUP == 0 && i * PER >= deal.most) break;
           if (i >= count) continue;
           T g[PER];
           MLK_UNROLL
@@ -332,7 +394,7 @@ struct RowsShort {
               g[e] = c.factor * x;
             }
           }
-          simt.store(place_of(i, int(sizeof(Piece))), piece_from<S, Piece>(g));
+          store_piece(simt, place_of(i, int(sizeof(Piece))), piece_from<S, Piece>(g), deal.aligned);
         }
       });
     } else if (exists) {

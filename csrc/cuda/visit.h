@@ -228,6 +228,24 @@ MLK_DEVICE V sum_over(const Simt& simt, V x, int lanes = LANES) {
   for (int mask = lanes / 2; mask > 0; mask /= 2) x += simt.butterfly(x, mask);
   return x;
 }
+template <class Simt, class V>
+MLK_DEVICE V largest_over(const Simt& simt, V x) {
+  for (int mask = LANES / 2; mask > 0; mask /= 2) x = larger(x, simt.butterfly(x, mask));
+  return x;
+}
+// Of COUNT numbers, a power of two of them, by a tree: the same bits where neighbours change places.
+template <int COUNT, class V>
+MLK_DEVICE V sum_of(const V (&x)[COUNT]) {
+  V sum[COUNT];
+  MLK_UNROLL
+  for (int i = 0; i < COUNT; ++i) sum[i] = x[i];
+  MLK_UNROLL
+  for (int apart = 1; apart < COUNT; apart *= 2) {
+    MLK_UNROLL
+    for (int i = 0; i < COUNT; i += 2 * apart) sum[i] += sum[i + apart];
+  }
+  return sum[0];
+}
 
 // ---- rows ------------------------------------------------------------------------------------------------------------
 
