@@ -321,7 +321,8 @@ struct Call {
     }
     const int* bins = !is_table(slot) ? nullptr : slot < HEAD_A ? v.t_bin : v.tau_bin;
     const int per_group = slot < HEAD_A ? v.t.bins : v.tau.bins;
-    const int chunks = int(std::clamp<int64_t>((rows + 4095) / 4096, 1, 64));
+    // Blocks are numbered by an int.
+    const int chunks = int(std::clamp<int64_t>((rows + 4095) / 4096, 1, std::clamp<int64_t>((1 << 20) / (count + 1), 1, 64)));
     double* sums = numbers_of(count * chunks);
     Sums::buckets(v, device, values, bins, per_group, count, chunks, sums);
     Sums::store(sums, count, chunks, out.data_ptr(), storage, device);
@@ -513,11 +514,11 @@ void multi_copy_(std::vector<Tensor> dst, std::vector<Tensor> src, std::optional
   const std::unique_ptr<CopyTable> table(new CopyTable);
   for (size_t first = 0; first < dst.size(); ++first) {
     if (done[first]) continue;
-    if (on_host(dst[first])) {
-      torch::stable::copy_(dst[first], src[first]);
+    const auto index = device_of_tensor(dst[first]);
+    if (on_host(dst[first]) || why_unusable(index.second)) {
+      copy_apart(dst[first], src[first], flag);
       continue;
     }
-    const auto index = device_of_tensor(dst[first]);
     const DeviceGuard here(dst[first]);
     const Place place(dst[first]);
     table->flag = flag ? static_cast<const bool*>(flag->data_ptr()) : nullptr;
@@ -563,12 +564,10 @@ STABLE_TORCH_LIBRARY_IMPL(MLK_LIBRARY, MLK_KEY, m) {
 }
 
 #ifndef MLK_HOST
-// Whether anything can run on a device: 0, or CUDA's number of the reason; and its words.
-extern "C" __attribute__((visibility("default"))) int mlkernels_cuda_probe(int index) { return mlkernels::probe(index); }
-extern "C" __attribute__((visibility("default"))) const char* mlkernels_cuda_words(int status) {
-  return cudaGetErrorString(static_cast<cudaError_t>(status));
+// Why the kernels do not run on a device; null: they do.
+extern "C" __attribute__((visibility("default"))) const char* mlkernels_cuda_unusable(int index) {
+  return mlkernels::why_unusable(index);
 }
-extern "C" __attribute__((visibility("default"))) const char* mlkernels_cuda_archs() { return MLK_ARCHS; }
 #endif
 
 #ifdef MLK_HOST
@@ -578,6 +577,10 @@ extern "C" __attribute__((visibility("default"))) void mlkernels_simt_force(int 
                                                                             uint64_t seed) {
   mlkernels::forced = {way, warps, cluster, chunk, slots, tile_rows, teams};
   mlkernels::simt::Machine::get().seed = seed;
+}
+// A device that the kernels do not run on, for this reason; null: they do.
+extern "C" __attribute__((visibility("default"))) void mlkernels_simt_unusable(const char* why) {
+  mlkernels::pretended_fault = why ? why : "";
 }
 // For bench/instructions.py: the launches for a device that is not here. Null: run them.
 extern "C" __attribute__((visibility("default"))) void mlkernels_simt_watch(mlkernels::simt::Machine::Watch watch,

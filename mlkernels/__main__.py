@@ -24,7 +24,9 @@ def _devices() -> Iterator[str]:
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         memory = properties.total_memory / 2**30
-        yield f"cuda:{index}: {properties.name}, {memory:.0f} GiB, {properties.multi_processor_count} multiprocessors"
+        why = native.cuda_unusable(index)
+        but = f"; not for backend cuda: {why}" if why else ""
+        yield f"cuda:{index}: {properties.name}, {memory:.0f} GiB, {properties.multi_processor_count} multiprocessors{but}"
 
 
 def main() -> None:

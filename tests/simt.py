@@ -74,3 +74,15 @@ def forced(
         yield
     finally:
         found.mlkernels_simt_force(0, 0, 0, 0, 0, 0, 0, ctypes.c_uint64(1))
+
+
+@contextmanager
+def unusable(why: str) -> Iterator[None]:
+    """A library that is loaded on a device that its kernels do not run on."""
+    found, _ = library()
+    assert found is not None
+    found.mlkernels_simt_unusable(why.encode())
+    try:
+        yield
+    finally:
+        found.mlkernels_simt_unusable(None)

@@ -9,6 +9,7 @@ import torch
 
 import mlkernels
 from mlkernels import backends, softmax
+from mlkernels.backends import native
 
 GPU = torch.device("cuda", 0)
 TABLE = {
@@ -165,3 +166,37 @@ def test_compiled_a_layout_may_be_a_symbol(machine):
     images = torch.zeros(2, 5, 3, 4)
     found = [compiled(x)[0, 0, 0, 0].item() for x in (images, images.to(memory_format=torch.channels_last))]
     assert found == [2.0, 1.0]
+
+
+def test_each_gpu_by_itself(monkeypatch):
+    """In a machine of unlike GPUs the CUDA kernels serve those that there is code for, and every word says which."""
+
+    class Library:
+        """Code for the second GPU alone."""
+
+        class mlkernels_cuda_unusable:
+            restype = None
+
+            def __new__(cls, index):
+                return None if index == 1 else b"built for 90; CUDA says: no kernel image"
+
+    monkeypatch.setattr(native, "_cuda", Library)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(backends, "_why_not", lambda name: None if name == "cuda" else "it is not there")
+    backends._preferred.cache_clear()
+    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+    assert [backends.choose(device, None, 100) for device in (first, second, torch.device("cuda"))] == [
+        "reference",
+        "cuda",
+        "reference",
+    ]
+    assert backends.choose(second, "cuda", 100) == "cuda"
+    with pytest.raises(ValueError, match="not available: built for 90; CUDA says: no kernel image"):
+        backends.choose(first, "cuda", 100)
+    assert backends.available_backends()["cuda"] is None
+    assert backends.available_backends(second)["cuda"] is None
+    assert "no kernel image" in backends.available_backends("cuda:0")["cuda"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert "no kernel image" in backends.available_backends()["cuda"]
+    backends._preferred.cache_clear()

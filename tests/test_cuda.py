@@ -372,12 +372,21 @@ def test_nothing_beyond_the_logits_is_read():
 
 
 @pytest.mark.parametrize("flag", [None, True, False])
-def test_multi_copy(flag):
+@pytest.mark.parametrize("usable", [True, False])
+def test_multi_copy(flag, usable):
+    """Also where the library is loaded and its kernels do not run on the device: Snapshot and search go on."""
     dst, src = mixed(0), mixed(1)
     before, wanted = [bits(t) for t in dst], [bits(t) for t in src]
-    simt.operator("multi_copy_")(dst, src, None if flag is None else torch.tensor(flag))
+    with simt.forced() if usable else simt.unusable("no kernel image"):
+        simt.operator("multi_copy_")(dst, src, None if flag is None else torch.tensor(flag))
     for old, new, t in zip(before, wanted, dst, strict=True):
         assert torch.equal(bits(t), old if flag is False else new)
+
+
+def test_losses_say_why_a_device_is_not_served():
+    input, target = rows(2, 5, torch.float32)
+    with simt.unusable("no kernel image"), pytest.raises(RuntimeError, match="do not run here: no kernel image"):
+        mlkernels.cross_entropy(input, target, backend="cuda")
 
 
 @pytest.mark.parametrize("count", [47, 48, 49, 999, 1000, 1001, 2500])

@@ -23,7 +23,15 @@ inline int32_t device_type() { return aoti_torch_device_type_cpu(); }
 // A device with clusters, and little shared memory: long rows begin early, and the fibers' shadow stays small.
 inline Device pretended{0, 2, 9, 48 << 10, nullptr};
 
-inline Device device_of(int) { return pretended; }
+// Why it is of no use, or empty.
+inline std::string pretended_fault;
+
+inline const char* why_unusable(int) { return pretended_fault.empty() ? nullptr : pretended_fault.c_str(); }
+
+inline Device device_of(int) {
+  if (const char* why = why_unusable(0)) throw std::runtime_error(std::string("the CUDA kernels do not run here: ") + why);
+  return pretended;
+}
 
 struct DeviceGuard {
   explicit DeviceGuard(const torch::stable::Tensor&) {}
@@ -34,11 +42,25 @@ struct DeviceGuard {
 
 inline int32_t device_type() { return aoti_torch_device_type_cuda(); }
 
+// Why the kernels do not run on a device, or null: the library's CUDA runtime may be too new for the driver, or there may be
+// no code for the device. Losses, copies and the choice of a backend all go by this.
+inline const char* why_unusable(int index) {
+  static std::string known[MOST_DEVICES];
+  static std::once_flag once[MOST_DEVICES];
+  if (index < 0 || index >= MOST_DEVICES) return "its number is beyond 64";
+  std::call_once(once[index], [&] {
+    const int status = probe(index);
+    if (status != 0)
+      known[index] = std::string("built for " MLK_ARCHS "; CUDA says: ") + cudaGetErrorString(static_cast<cudaError_t>(status));
+  });
+  return known[index].empty() ? nullptr : known[index].c_str();
+}
+
 inline Device device_of(int index) {
-  constexpr int MOST = 64;
-  static Device known[MOST];
-  static std::once_flag once[MOST];
-  if (index < 0 || index >= MOST) throw std::runtime_error("CUDA: a device number beyond 64");
+  static Device known[MOST_DEVICES];
+  static std::once_flag once[MOST_DEVICES];
+  if (const char* why = why_unusable(index))
+    throw std::runtime_error("the CUDA kernels do not run on cuda:" + std::to_string(index) + ": " + why);
   std::call_once(once[index], [&] {
     Device found{};
     found.index = index;

@@ -8,6 +8,8 @@
 
 namespace mlkernels {
 
+constexpr int MOST_DEVICES = 64;
+
 // The device that a launch goes to.
 struct Device {
   int index, multiprocessors, major;

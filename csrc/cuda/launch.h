@@ -58,32 +58,43 @@ Both<A, B> packed(const A& a, const B& b) {
   return {a, b};
 }
 
-constexpr int MOST_DEVICES = 64;
-
-inline int checked_index(const Device& device) {
-  if (device.index < 0 || device.index >= MOST_DEVICES) throw std::runtime_error("CUDA: a device number beyond 64");
-  return device.index;
-}
-
 // What a kernel may use is set once per device. Two threads may both do it: the same, and no harm.
+// False: the device has no clusters of that size.
 template <class Body, class... A>
-void allow(const Device& device, int cluster) {
-  static std::atomic<bool> done[MOST_DEVICES][2];
+bool allow(const Device& device, int cluster) {
+  enum : char { UNKNOWN, ALLOWED, REFUSED };
+  static std::atomic<char> known[MOST_DEVICES][2];
   const bool large = cluster > 8;
-  std::atomic<bool>& set = done[checked_index(device)][large];
-  if (set.load(std::memory_order_acquire)) return;
+  std::atomic<char>& state = known[device.index][large];
+  if (const char found = state.load(std::memory_order_acquire)) return found == ALLOWED;
   check(cudaFuncSetAttribute(kernel_of<Body, A...>(), cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared),
         "shared memory");
-  if (large)
-    check(cudaFuncSetAttribute(kernel_of<Body, A...>(), cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "large clusters");
-  set.store(true, std::memory_order_release);
+  bool allowed = true;
+  if (large && cudaFuncSetAttribute(kernel_of<Body, A...>(), cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess) {
+    (void)cudaGetLastError();
+    allowed = false;
+  }
+  state.store(allowed ? ALLOWED : REFUSED, std::memory_order_release);
+  return allowed;
+}
+
+// Asks for as much of a multiprocessor's memory to be shared as the most blocks that it can hold use: the rest are caches,
+// which kernels without shared memory live by. A hint, and only given where it changes.
+template <class Body, class... A>
+void carve(const Device& device, int warps, int shared) {
+  constexpr int MOST_WARPS = 64, RESERVED = 1024;  // of a multiprocessor; bytes per block
+  const int64_t wanted = int64_t(MOST_WARPS / warps) * (shared + RESERVED), all = device.shared + RESERVED;
+  const int percent = int(std::min<int64_t>(100, (100 * wanted + all - 1) / all));
+  static std::atomic<int> given[MOST_DEVICES];
+  if (given[device.index].exchange(percent, std::memory_order_relaxed) == percent) return;
+  check(cudaFuncSetAttribute(kernel_of<Body, A...>(), cudaFuncAttributePreferredSharedMemoryCarveout, percent), "a carve-out");
 }
 
 // The generation that the code which runs here was compiled for: on a newer device it may be an older one's.
 template <class Body, class... A>
 int compiled_major(const Device& device) {
   static std::atomic<int> known[MOST_DEVICES];
-  std::atomic<int>& major = known[checked_index(device)];
+  std::atomic<int>& major = known[device.index];
   if (const int found = major.load(std::memory_order_relaxed)) return found;
   cudaFuncAttributes attributes;
   check(cudaFuncGetAttributes(&attributes, kernel_of<Body, A...>()), "a kernel for this device");
@@ -113,13 +124,14 @@ struct Configuration {
 template <class Body, class... A>
 void launch(const Device& device, int blocks, int warps, int cluster, int shared, const A&... arguments) {
   allow<Body, A...>(device, cluster);
+  carve<Body, A...>(device, warps, shared);
   const Configuration c(device, blocks, warps, cluster, shared);
   check(cudaLaunchKernelEx(&c.config, kernel_of<Body, A...>(), packed(arguments...)), "a launch");
 }
 
 template <class Body, class... A>
 int ask_at_once(const Device& device, int warps, int cluster, int shared) {
-  allow<Body, A...>(device, cluster);
+  if (!allow<Body, A...>(device, cluster)) return 0;
   int count = 0;
   if (cluster > 1) {
     const Configuration c(device, cluster, warps, cluster, shared);
@@ -138,7 +150,7 @@ template <class Body, class... A>
 int at_once(const Device& device, int warps, int cluster, int shared) {
   static std::mutex mutex;
   static std::map<std::array<int, 4>, int> known;
-  const std::array<int, 4> key{checked_index(device), warps, cluster, shared};
+  const std::array<int, 4> key{device.index, warps, cluster, shared};
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = known.find(key);
   if (found != known.end()) return found->second;

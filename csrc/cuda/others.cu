@@ -20,10 +20,14 @@ struct StoreSums {
   };
   template <class Simt>
   static MLK_DEVICE void run(const Simt& simt, const Plan& plan) {
-    for (int64_t i = int64_t(simt.block()) * simt.threads() + simt.thread(); i < plan.count;
-         i += int64_t(simt.blocks()) * simt.threads()) {
+    // A warp for each where there are terms to add.
+    const int lanes = plan.terms > 1 ? LANES : 1, mine = simt.thread() % lanes;
+    const int64_t every = int64_t(simt.blocks()) * simt.threads() / lanes;
+    for (int64_t i = (int64_t(simt.block()) * simt.threads() + simt.thread()) / lanes; i < plan.count; i += every) {
       double sum = 0;
-      for (int k = 0; k < plan.terms; ++k) sum += double(plan.in[i * plan.terms + k]);
+      for (int k = mine; k < plan.terms; k += lanes) sum += double(plan.in[i * plan.terms + k]);
+      if (lanes > 1) sum = sum_over(simt, sum);
+      if (mine != 0) continue;
       switch (plan.storage) {
         case Storage::FLOAT: static_cast<float*>(plan.out)[i] = float(sum); break;
         case Storage::DOUBLE: static_cast<double*>(plan.out)[i] = sum; break;
@@ -74,7 +78,7 @@ void Sums::runs(const Visit<T>& v, const Device& device, const T* values, const 
 }
 template <class T>
 void Sums::store(const T* in, int64_t count, int terms, void* out, Storage storage, const Device& device) {
-  launch<StoreSums<T>>(device, blocks_for(count, device), WARPS, 1, 0,
+  launch<StoreSums<T>>(device, blocks_for(terms > 1 ? count * LANES : count, device), WARPS, 1, 0,
                        typename StoreSums<T>::Plan{in, count, terms, out, storage});
 }
 

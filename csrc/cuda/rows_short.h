@@ -112,9 +112,7 @@ struct RowsShort {
     if (!plan.alone) {
       share = share_of(simt, v);
     } else if (v.spec.reduction == Reduction::MEAN) {
-      for (int64_t row = int64_t(simt.block()) * simt.threads() + simt.thread(); row < v.rows;
-           row += int64_t(simt.blocks()) * simt.threads())
-        count_row(v, row, weights, kept);
+      count_rows(v, int64_t(simt.block()) * simt.threads() + simt.thread(), int64_t(simt.blocks()) * simt.threads(), weights, kept);
       over_all(simt, at.told, weights, kept);
       share = {T(1 / weights), T(1 / kept)};
     }
@@ -221,21 +219,30 @@ struct RowsShort {
   // A piece that may not lie at a multiple of its size.
   template <class Piece, class Simt>
   static MLK_DEVICE Piece load_piece(const Simt& simt, int at, bool aligned) {
-    if (sizeof(Piece) == sizeof(S) || aligned) return simt.template load<Piece>(at);
-    S each[sizeof(Piece) / sizeof(S)];
-    MLK_UNROLL
-    for (int e = 0; e < int(sizeof(Piece) / sizeof(S)); ++e) each[e] = simt.template load<S>(at + e * int(sizeof(S)));
-    Piece out;
-    memcpy(&out, each, sizeof(Piece));
-    return out;
+    if constexpr (sizeof(Piece) > sizeof(S)) {
+      if (!aligned) {
+        S each[sizeof(Piece) / sizeof(S)];
+        MLK_UNROLL
+        for (int e = 0; e < int(sizeof(Piece) / sizeof(S)); ++e) each[e] = simt.template load<S>(at + e * int(sizeof(S)));
+        Piece out;
+        memcpy(&out, each, sizeof(Piece));
+        return out;
+      }
+    }
+    return simt.template load<Piece>(at);
   }
   template <class Piece, class Simt>
   static MLK_DEVICE void store_piece(const Simt& simt, int at, const Piece& piece, bool aligned) {
-    if (sizeof(Piece) == sizeof(S) || aligned) return simt.store(at, piece);
-    S each[sizeof(Piece) / sizeof(S)];
-    memcpy(each, &piece, sizeof(Piece));
-    MLK_UNROLL
-    for (int e = 0; e < int(sizeof(Piece) / sizeof(S)); ++e) simt.store(at + e * int(sizeof(S)), each[e]);
+    if constexpr (sizeof(Piece) > sizeof(S)) {
+      if (!aligned) {
+        S each[sizeof(Piece) / sizeof(S)];
+        memcpy(each, &piece, sizeof(Piece));
+        MLK_UNROLL
+        for (int e = 0; e < int(sizeof(Piece) / sizeof(S)); ++e) simt.store(at + e * int(sizeof(S)), each[e]);
+        return;
+      }
+    }
+    simt.store(at, piece);
   }
 
   // A row by its lanes; all lanes of the warp come here, also those that have no row.

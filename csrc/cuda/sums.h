@@ -37,10 +37,9 @@ struct CountRows {
   };
   template <class Simt>
   static MLK_DEVICE void run(const Simt& simt, const Visit<T>& v, const Plan& plan) {
+    if (v.unless_one && *v.unless_one == T(1)) return;  // nobody will ask
     double weights = 0, rows = 0;
-    for (int64_t row = int64_t(simt.block()) * simt.threads() + simt.thread(); row < v.rows;
-         row += int64_t(simt.blocks()) * simt.threads())
-      count_row(v, row, weights, rows);
+    count_rows(v, int64_t(simt.block()) * simt.threads() + simt.thread(), int64_t(simt.blocks()) * simt.threads(), weights, rows);
     over_block(simt, weights, rows);
     if (simt.thread() != 0) return;
     plan.out[2 * simt.block()] = weights;
@@ -58,9 +57,16 @@ struct TotalLoss {
   template <class Simt>
   static MLK_DEVICE void run(const Simt& simt, const Visit<T>& v, const Plan& plan) {
     double by_class = 0, by_row = 0;
-    for (int64_t i = simt.thread(); i < plan.partials; i += simt.threads()) {
-      by_class += v.partials[2 * i];
-      by_row += v.partials[2 * i + 1];
+    for (int64_t i = simt.thread(); i < plan.partials; i += AT_ONCE * simt.threads()) {
+      struct alignas(16) Both {
+        double by_class, by_row;
+      } both[AT_ONCE];
+      read_ahead(reinterpret_cast<const Both*>(v.partials), i, simt.threads(), plan.partials, both);
+      MLK_UNROLL
+      for (const Both& each : both) {
+        by_class += each.by_class;
+        by_row += each.by_row;
+      }
     }
     over_block(simt, by_class, by_row);
     if (simt.warp() != 0) return;
@@ -86,7 +92,11 @@ struct TotalOf {
   template <class Simt>
   static MLK_DEVICE void run(const Simt& simt, const Plan& plan) {
     double sum = 0, none = 0;
-    for (int64_t i = simt.thread(); i < plan.count; i += simt.threads()) sum += double(plan.in[i]);
+    for (int64_t i = simt.thread(); i < plan.count; i += 4 * AT_ONCE * simt.threads()) {
+      double some[4 * AT_ONCE];
+      read_ahead(plan.in, i, simt.threads(), plan.count, some);
+      sum += sum_of(some);
+    }
     over_block(simt, sum, none);
     if (simt.thread() == 0) *plan.out = sum;
   }
@@ -108,14 +118,26 @@ struct SumBuckets {
   static MLK_DEVICE void run(const Simt& simt, const Visit<T>& v, const Plan& plan) {
     const int64_t bucket = simt.block() / plan.chunks, chunk = simt.block() % plan.chunks;
     double sum = 0, none = 0;
-    for (int64_t row = chunk * simt.threads() + simt.thread(); row < v.rows; row += int64_t(plan.chunks) * simt.threads()) {
+    const int64_t every = int64_t(plan.chunks) * simt.threads();
+    for (int64_t row = chunk * simt.threads() + simt.thread(); row < v.rows; row += AT_ONCE * every) {
+      T value[AT_ONCE];
+      int64_t y[AT_ONCE] = {}, group[AT_ONCE] = {}, bin[AT_ONCE] = {};
+      read_ahead(plan.values, row, every, v.rows, value);
       if (plan.bins) {
-        const Label label = label_of(v, row);
-        if (label.fate != Fate::KEPT && !(plan.values[row] != plan.values[row])) continue;
-        const int64_t group = label.fate == Fate::KEPT ? label.group : 0;
-        if (group * plan.per_group + plan.bins[row] != bucket) continue;
+        read_ahead(plan.bins, row, every, v.rows, bin);
+        read_indices(v.label, v.label_type, row, every, v.rows, y);
+        if (v.group) read_indices(v.group, v.group_type, row, every, v.rows, group);
       }
-      sum += double(plan.values[row]);
+      MLK_UNROLL
+      for (int k = 0; k < AT_ONCE; ++k) {
+        if (row + k * every >= v.rows) break;
+        if (plan.bins) {
+          const Label label = judge(v, y[k], group[k]);
+          if (label.fate == Fate::IGNORED) continue;
+          if ((label.fate == Fate::KEPT ? label.group * plan.per_group : 0) + bin[k] != bucket) continue;
+        }
+        sum += double(value[k]);
+      }
     }
     over_block(simt, sum, none);
     if (simt.thread() == 0) plan.out[simt.block()] = sum;
@@ -131,10 +153,17 @@ struct SortKeys {
   };
   template <class Simt>
   static MLK_DEVICE void run(const Simt& simt, const Visit<T>& v, const Plan& plan) {
-    for (int64_t row = int64_t(simt.block()) * simt.threads() + simt.thread(); row < v.rows;
-         row += int64_t(simt.blocks()) * simt.threads()) {
-      const Label label = label_of(v, row);
-      plan.out[row] = label.fate == Fate::KEPT ? label.y : label.fate == Fate::BAD ? v.classes : v.classes + 1;
+    const int64_t every = int64_t(simt.blocks()) * simt.threads();
+    for (int64_t row = int64_t(simt.block()) * simt.threads() + simt.thread(); row < v.rows; row += AT_ONCE * every) {
+      int64_t y[AT_ONCE], group[AT_ONCE] = {};
+      read_indices(v.label, v.label_type, row, every, v.rows, y);
+      if (v.group) read_indices(v.group, v.group_type, row, every, v.rows, group);
+      MLK_UNROLL
+      for (int k = 0; k < AT_ONCE; ++k) {
+        if (row + k * every >= v.rows) break;
+        const Fate fate = judge(v, y[k], group[k]).fate;
+        plan.out[row + k * every] = fate == Fate::KEPT ? y[k] : fate == Fate::BAD ? v.classes : v.classes + 1;
+      }
     }
   }
 };
@@ -143,6 +172,7 @@ struct SortKeys {
 template <class T>
 struct SumRuns {
   static constexpr int THREADS = 256, BLOCKS = 2;
+  static constexpr int RUN_AT_ONCE = 4;  // most classes have a few rows
   struct Plan {
     const T* values;      // (rows)
     const int64_t* keys;  // (rows), sorted
@@ -156,8 +186,20 @@ struct SumRuns {
       const int64_t key = plan.keys[at];
       if (key >= v.classes || (at > 0 && plan.keys[at - 1] == key)) continue;
       double sum = 0;
-      for (int64_t i = at + simt.lane(); i < v.rows && plan.keys[i] == key; i += LANES)
-        sum += double(plan.values[plan.order[i]]);
+      bool more = true;
+      for (int64_t i = at + simt.lane(); more && i < v.rows; i += RUN_AT_ONCE * LANES) {
+        int64_t its[RUN_AT_ONCE], order[RUN_AT_ONCE];
+        T value[RUN_AT_ONCE];
+        read_ahead(plan.keys, i, LANES, v.rows, its);
+        read_ahead(plan.order, i, LANES, v.rows, order);
+        MLK_UNROLL
+        for (int k = 0; k < RUN_AT_ONCE; ++k) {
+          more = its[k] == key && i + k * LANES < v.rows;
+          value[k] = more ? plan.values[order[k]] : T(0);
+        }
+        MLK_UNROLL
+        for (int k = 0; k < RUN_AT_ONCE; ++k) sum += double(value[k]);
+      }
       sum = sum_over(simt, sum);
       if (simt.lane() == 0) plan.out[key] = sum;
     }

@@ -47,17 +47,43 @@ namespace MLKERNELS_ISA {
 
 constexpr int MOST_PARTS = 128;
 
-MLK_DEVICE int64_t read_index(const void* data, Index type, int64_t at) {
-  if (type == Index::INT64) return static_cast<const int64_t*>(data)[at];  // nearly always: before any jump
-  switch (type) {
-    case Index::INT32: return static_cast<const int32_t*>(data)[at];
-    case Index::INT16: return static_cast<const int16_t*>(data)[at];
-    case Index::INT8: return static_cast<const int8_t*>(data)[at];
-    case Index::UINT8: return static_cast<const uint8_t*>(data)[at];
-    case Index::UINT16: return static_cast<const uint16_t*>(data)[at];
-    case Index::UINT32: return static_cast<const uint32_t*>(data)[at];
-    default: return signed_label(static_cast<const uint64_t*>(data)[at]);
+// What many threads read of memory one after another is only quick if much of it is on its way at once: so many readings
+// of a thread before the first is looked at.
+constexpr int AT_ONCE = 8;
+
+// out[k] = in[at + k every], 0 from `end` on.
+template <class I, class O, int COUNT>
+MLK_DEVICE void read_ahead(const I* in, int64_t at, int64_t every, int64_t end, O (&out)[COUNT]) {
+  I found[COUNT];
+  MLK_UNROLL
+  for (int k = 0; k < COUNT; ++k) found[k] = at + k * every < end ? in[at + k * every] : I();
+  MLK_UNROLL
+  for (int k = 0; k < COUNT; ++k) {
+    if constexpr (sizeof(I) == 8 && std::is_unsigned<I>::value)
+      out[k] = signed_label(found[k]);
+    else
+      out[k] = O(found[k]);
   }
+}
+// Of labels or groups, of whatever type.
+template <int COUNT>
+MLK_DEVICE void read_indices(const void* data, Index type, int64_t at, int64_t every, int64_t end, int64_t (&out)[COUNT]) {
+  const auto as = [&](auto kind) { read_ahead(static_cast<const decltype(kind)*>(data), at, every, end, out); };
+  if (type == Index::INT64) return as(int64_t());  // nearly always: before any jump
+  switch (type) {
+    case Index::INT32: return as(int32_t());
+    case Index::INT16: return as(int16_t());
+    case Index::INT8: return as(int8_t());
+    case Index::UINT8: return as(uint8_t());
+    case Index::UINT16: return as(uint16_t());
+    case Index::UINT32: return as(uint32_t());
+    default: return as(uint64_t());
+  }
+}
+MLK_DEVICE int64_t read_index(const void* data, Index type, int64_t at) {
+  int64_t out[1];
+  read_indices(data, type, at, 0, at + 1, out);
+  return out[0];
 }
 
 // A row and its label.
@@ -68,19 +94,17 @@ struct Label {
 };
 
 template <bool SIMPLE = false, class T>
-MLK_DEVICE Label label_of(const Visit<T>& v, int64_t row, int64_t y) {
-  Label out{y, 0, Fate::KEPT};
-  if (out.y == v.spec.ignore_index) {
-    out.fate = Fate::IGNORED;
-    return out;
-  }
-  if (uint64_t(out.y) >= uint64_t(v.classes)) out.fate = Fate::BAD;
-  if (!SIMPLE && v.group) {
-    out.group = read_index(v.group, v.group_type, row);
-    const int64_t groups = v.t.groups > v.tau.groups ? v.t.groups : v.tau.groups;
-    if (out.group < 0 || out.group >= groups) out.fate = Fate::BAD;
-  }
+MLK_DEVICE Label judge(const Visit<T>& v, int64_t y, int64_t group) {
+  if (y == v.spec.ignore_index) return {y, 0, Fate::IGNORED};
+  Label out{y, group, uint64_t(y) < uint64_t(v.classes) ? Fate::KEPT : Fate::BAD};
+  const int64_t groups = v.t.groups > v.tau.groups ? v.t.groups : v.tau.groups;
+  if (!SIMPLE && v.group && uint64_t(group) >= uint64_t(groups)) out.fate = Fate::BAD;
   return out;
+}
+template <bool SIMPLE = false, class T>
+MLK_DEVICE Label label_of(const Visit<T>& v, int64_t row, int64_t y) {
+  const bool grouped = !SIMPLE && v.group && y != v.spec.ignore_index;
+  return judge<SIMPLE>(v, y, grouped ? read_index(v.group, v.group_type, row) : 0);
 }
 template <class T>
 MLK_DEVICE Label label_of(const Visit<T>& v, int64_t row) {
@@ -249,13 +273,23 @@ MLK_DEVICE V sum_of(const V (&x)[COUNT]) {
 
 // ---- rows ------------------------------------------------------------------------------------------------------------
 
-// Counts a row in what "mean" divides by.
+// Counts the rows at, at + every, ... in what "mean" divides by.
 template <class T>
-MLK_DEVICE void count_row(const Visit<T>& v, int64_t row, double& weights, double& rows) {
-  const Label label = label_of(v, row);
-  if (label.fate == Fate::IGNORED) return;
-  weights += label.fate == Fate::KEPT && v.weight ? double(v.weight[label.y]) : 1.0;
-  rows += 1;
+MLK_DEVICE void count_rows(const Visit<T>& v, int64_t at, int64_t every, double& weights, double& rows) {
+  for (; at < v.rows; at += AT_ONCE * every) {
+    int64_t y[AT_ONCE];
+    T weight[AT_ONCE];
+    read_indices(v.label, v.label_type, at, every, v.rows, y);
+    MLK_UNROLL
+    for (int k = 0; k < AT_ONCE; ++k) {
+      // A label that is none makes the loss NaN, whatever its weight.
+      const bool counts = at + k * every < v.rows && y[k] != v.spec.ignore_index, is_class = uint64_t(y[k]) < uint64_t(v.classes);
+      weight[k] = !counts ? T(0) : v.weight && is_class ? v.weight[y[k]] : T(1);
+      rows += counts;
+    }
+    MLK_UNROLL
+    for (int k = 0; k < AT_ONCE; ++k) weights += double(weight[k]);
+  }
 }
 
 // What "mean" divides by; by a whole warp, where it is needed.
@@ -263,7 +297,7 @@ template <class Simt, class T>
 MLK_DEVICE void divisors_of(const Simt& simt, const Visit<T>& v, double& weights, double& rows) {
   weights = rows = 0;
   if (v.parts < 0) {
-    for (int64_t row = simt.lane(); row < v.rows; row += LANES) count_row(v, row, weights, rows);
+    count_rows(v, simt.lane(), LANES, weights, rows);
   } else {
     for (int i = simt.lane(); i < v.parts; i += LANES) {
       weights += v.divisors[2 * i];

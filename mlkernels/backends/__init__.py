@@ -39,6 +39,14 @@ def _why_not(name: str) -> str | None:
     return None
 
 
+def _why_not_on(device: torch.device, name: str) -> str | None:
+    """The same for a device: in a machine of unlike GPUs there may be code for one and not for the other."""
+    why = _why_not(name)
+    if why is None and name == "cuda" and device.type == "cuda":
+        why = native.cuda_unusable(torch.cuda.current_device() if device.index is None else device.index)
+    return why
+
+
 def interpreted() -> bool:
     """Whether Triton interprets its kernels on the CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -90,7 +98,7 @@ def check_choice(table: Any, where: str) -> None:
 def _preferred(device: torch.device) -> str | tuple[Preferred, Preferred]:
     # The interpreter is for tests: nobody wants it by default.
     names = (name for name in _SERVES.get(device.type, ()) if (name, device.type) != ("triton", "cpu"))
-    usable = [name for name in names if _why_not(name) is None]
+    usable = [name for name in names if _why_not_on(device, name) is None]
     if device.type != "cuda" or len(usable) < 2:
         return usable[0] if usable else "reference"
     table = json.loads(CHOICE.read_text())
@@ -115,7 +123,7 @@ def refusal(device: torch.device, backend: str) -> str | None:
     """Why a backend, called by its name, does not serve a device; None where it does."""
     if backend not in BACKENDS:
         return f"backend must be one of {', '.join(map(repr, BACKENDS))} or None, got {backend!r}"
-    why = _why_not(backend)
+    why = _why_not_on(device, backend)
     if why is not None:
         return f"backend {backend!r} is not available: {why}"
     if backend == "triton" and device.type == "cpu" and not interpreted():
@@ -129,15 +137,37 @@ if native.cpu_missing is not None:
     warnings.warn(f"mlkernels runs on its slow reference backend: {native.cpu_missing}", RuntimeWarning, stacklevel=2)
 
 
-def available_backends() -> dict[str, str | None]:
+def _why_nowhere(name: str) -> str | None:
+    """Why no device of the machine can use a backend."""
+    why = _why_not(name)
+    if why is not None or name != "cuda":
+        return why
+    reasons = [native.cuda_unusable(index) for index in range(torch.cuda.device_count())]
+    if not reasons or None in reasons:
+        return None
+    if len({*reasons}) == 1:
+        return reasons[0]
+    return "; ".join(f"on cuda:{index}, {reason}" for index, reason in enumerate(reasons))
+
+
+def available_backends(device: torch.device | str | None = None) -> dict[str, str | None]:
     """The backends by name: None where one can be used here, else why it cannot.
+
+    Args:
+        device: the answer for this device's tensors; by default a backend is there if any device can use it, which in a
+            machine of unlike GPUs need not be the current one.
 
     Example:
         >>> import mlkernels
         >>> mlkernels.available_backends()["reference"] is None
         True
+        >>> mlkernels.available_backends("cpu")["reference"] is None
+        True
     """
-    return {name: _why_not(name) for name in BACKENDS}
+    if device is None:
+        return {name: _why_nowhere(name) for name in BACKENDS}
+    device = torch.device(device)
+    return {name: refusal(device, name) for name in BACKENDS}
 
 
 def choose(device: torch.device, backend: str | None, classes: int = 0, rows_side_by_side: bool = False) -> str:

@@ -44,18 +44,19 @@ else:
 
 
 def cuda_missing() -> str | None:
-    """Why the CUDA kernels cannot run; asks the device, which importing the package must not."""
+    """Why there are no CUDA kernels on any device; asks for devices, which importing the package must not."""
     if _cuda is None:
         return _cuda_missing
-    if not torch.cuda.is_available():
-        return "there is no GPU"
-    # The library has a CUDA runtime of its own, which may be too new for the driver, or no code for the device.
-    status = _cuda.mlkernels_cuda_probe(torch.cuda.current_device())
-    if not status:
+    return None if torch.cuda.is_available() else "there is no GPU"
+
+
+def cuda_unusable(index: int) -> str | None:
+    """Why the CUDA kernels, where there are any, do not run on one of the devices. The operators ask the same."""
+    if _cuda is None:
         return None
-    _cuda.mlkernels_cuda_words.restype = _cuda.mlkernels_cuda_archs.restype = ctypes.c_char_p
-    archs = _cuda.mlkernels_cuda_archs().decode()
-    return f"built for {archs}; CUDA says: {_cuda.mlkernels_cuda_words(status).decode()}"
+    _cuda.mlkernels_cuda_unusable.restype = ctypes.c_char_p
+    words: bytes | None = _cuda.mlkernels_cuda_unusable(index)
+    return None if words is None else words.decode()
 
 
 def cpu_isa() -> str | None:
