@@ -578,6 +578,14 @@ extern "C" __attribute__((visibility("default"))) void mlkernels_simt_force(int 
   mlkernels::forced = {way, warps, cluster, chunk, slots, tile_rows, teams};
   mlkernels::simt::Machine::get().seed = seed;
 }
+// Counts from now on how shared memory is accessed, or reports: the turns that it took, and those that it had to.
+extern "C" __attribute__((visibility("default"))) void mlkernels_simt_banks(int counts, uint64_t* turns, uint64_t* least) {
+  mlkernels::simt::Machine& machine = mlkernels::simt::Machine::get();
+  *turns = machine.banks.turns;
+  *least = machine.banks.least;
+  machine.counts_banks = counts != 0;
+  machine.banks = {};
+}
 // A device that the kernels do not run on, for this reason; null: they do.
 extern "C" __attribute__((visibility("default"))) void mlkernels_simt_unusable(const char* why) {
   mlkernels::pretended_fault = why ? why : "";

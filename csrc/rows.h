@@ -84,10 +84,8 @@ namespace MLKERNELS_ISA {
 
 #ifdef __CUDACC__
 #define MLK_UNROLL _Pragma("unroll")
-#define MLK_UNROLL_4 _Pragma("unroll 4")
 #else
 #define MLK_UNROLL
-#define MLK_UNROLL_4
 #endif
 
 // The bits of a half as a number.

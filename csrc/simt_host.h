@@ -5,6 +5,7 @@
 // * a shadow of shared memory knows who wrote and who read each two bytes last, and when: an access that no barrier, or no
 //   wait, separates from a conflicting one fails even where the values happen to agree;
 // * shared memory that nobody wrote may not be read; vectors must lie at multiples of 16 bytes.
+// And on demand it counts how often the lanes of a warp meet in a bank of shared memory.
 #pragma once
 
 #include <algorithm>
@@ -60,6 +61,7 @@ struct Fiber {
   uint32_t block_epoch = 0, warp_epoch = 0, cluster_epoch = 0;
   uint32_t collectives = 0;
   uint64_t accesses = 0, fenced = 0;  // of shared memory; before the last before_copy
+  uint64_t together = 0;              // accesses before the warp's last collective
   std::unordered_map<int, uint32_t> seen;  // by barrier: the phases that this thread has waited for
 };
 
@@ -94,7 +96,38 @@ struct Copy {
   unsigned char value[8];
 };
 
+// What the lanes of a warp access by one instruction: the n-th access of each since their last collective.
+struct Request {
+  int bytes = 0;
+  std::vector<std::pair<int, int>> lanes;  // which, and where
+};
+
+// Of all requests so far: the turns that they would take if no two lanes met in a bank, and those that they take.
+struct Banks {
+  uint64_t least = 0, turns = 0;
+
+  // 32 banks of 4 bytes; lanes that want the same word meet nobody. Wider accesses are served 128 bytes at a time.
+  void add(const Request& request) {
+    const int words = (request.bytes + 3) / 4, served = LANES / words;
+    for (int from = 0; from < LANES; from += served) {
+      std::vector<int> wanted[32];
+      for (const auto& [lane, at] : request.lanes) {
+        if (lane < from || lane >= from + served) continue;
+        for (int word = at / 4; word < at / 4 + words; ++word) {
+          std::vector<int>& of_bank = wanted[word % 32];
+          if (std::find(of_bank.begin(), of_bank.end(), word) == of_bank.end()) of_bank.push_back(word);
+        }
+      }
+      size_t turns_here = 0;
+      for (const auto& of_bank : wanted) turns_here = std::max(turns_here, of_bank.size());
+      least += turns_here > 0;
+      turns += turns_here;
+    }
+  }
+};
+
 struct Warp {
+  std::vector<Request> requests;  // since the last collective, where banks are counted
   uint32_t arrived = 0;
   int kind = 0;
   unsigned char value[2][LANES][16];
@@ -120,6 +153,8 @@ class Machine {
   // Told of each launch in place of running it: for bench/instructions.py.
   using Watch = void (*)(const char* body, const void* arguments, int bytes, int blocks, int warps, int cluster, int shared);
   Watch watch = nullptr;
+  bool counts_banks = false;
+  Banks banks;
 
   static Machine& get() {
     static Machine machine;
@@ -171,6 +206,20 @@ class Machine {
   }
 
   std::vector<Fiber*>& at_cluster_sync() { return at_cluster_sync_; }
+
+  // One lane's part of a request.
+  void note(Fiber& fiber, int at, int bytes) {
+    if (!counts_banks) return;
+    std::vector<Request>& requests = fiber.block->warps[size_t(fiber.thread / LANES)].requests;
+    const size_t which = size_t(fiber.accesses - fiber.together);
+    if (requests.size() <= which) requests.resize(which + 1);
+    requests[which].bytes = bytes;
+    requests[which].lanes.emplace_back(fiber.thread % LANES, at);
+  }
+  void settle(Warp& warp) {
+    for (const Request& request : warp.requests) banks.add(request);
+    warp.requests.clear();
+  }
 
   void ask(const Copy& copy) { copies_.push_back(copy); }
 
@@ -228,7 +277,7 @@ class Machine {
         f.thread = thread;
         f.block_epoch = f.warp_epoch = f.cluster_epoch = 1;
         f.collectives = 0;
-        f.accesses = f.fenced = 0;
+        f.accesses = f.fenced = f.together = 0;
         f.seen.clear();
         prepare(f);
         ready_.push_back(&f);
@@ -237,6 +286,8 @@ class Machine {
     shared_bytes_ = shared;
     unfinished_ = cluster_ * threads_;
     go_home_until_done();
+    for (int rank = 0; rank < cluster_; ++rank)
+      for (Warp& warp : team_[size_t(rank)]->warps) settle(warp);
     if (!error_.empty()) throw std::runtime_error(error_);
   }
 
@@ -402,6 +453,7 @@ struct Simt {
   V load(int at) const {
     check_place<V>(at);
     simt::Fiber& f = self();
+    machine().note(f, at, int(sizeof(V)));
     ++f.accesses;
     for (int i = at; i < at + int(sizeof(V)); i += 2) {
       simt::Cell& cell = cell_of(*f.block, i);
@@ -423,6 +475,7 @@ struct Simt {
   template <class V>
   void store(int at, V value) const {
     check_place<V>(at);
+    machine().note(self(), at, int(sizeof(V)));
     write(*self().block, at, &value, sizeof(V));
   }
   template <class V>
@@ -516,7 +569,9 @@ struct Simt {
     else if (warp.kind != kind)
       machine().fail("the lanes of a warp call different collectives");
     std::memcpy(values[f.thread % LANES], &x, sizeof(V));
+    if (int(warp.waiting.size()) + 1 == LANES) machine().settle(warp);
     machine().meet(warp.waiting, LANES);
+    f.together = f.accesses;
     if (from < 0 || from >= LANES) machine().fail("an exchange with lane " + std::to_string(from));
     V out;
     std::memcpy(&out, values[from], sizeof(V));

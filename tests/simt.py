@@ -86,3 +86,18 @@ def unusable(why: str) -> Iterator[None]:
         yield
     finally:
         found.mlkernels_simt_unusable(None)
+
+
+@contextmanager
+def banks() -> Iterator[list[float]]:
+    """Into the list, at the end: how many times longer accesses to shared memory took than if no lanes met in a bank."""
+    found, _ = library()
+    assert found is not None
+    turns, least = ctypes.c_uint64(), ctypes.c_uint64()
+    factor: list[float] = []
+    found.mlkernels_simt_banks(1, ctypes.byref(turns), ctypes.byref(least))
+    try:
+        yield factor
+    finally:
+        found.mlkernels_simt_banks(0, ctypes.byref(turns), ctypes.byref(least))
+        factor.append(turns.value / least.value)

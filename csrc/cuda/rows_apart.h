@@ -21,6 +21,7 @@ struct RowsApart {
   static constexpr int THREADS = 256, BLOCKS = 2;
   static constexpr T INF = std::numeric_limits<T>::infinity();
   static constexpr int64_t CLASSES = sizeof(T) == 8 ? 0 : 24;  // that a pair may have
+  static constexpr int BATCH = 16;                             // classes of a row that are read together
 
   template <class Simt>
   static MLK_DEVICE void run(const Simt& simt, const Visit<T>& v, const ApartPlan& plan) {
@@ -134,22 +135,30 @@ struct RowsApart {
       return;
     }
     const int64_t y = label.y;
-    const auto logit = [&](int64_t j) { return prepare(v, T(widen(x[j * in_step])), j); };
+    // Calls body(j, u) for the classes [from, from + BATCH) that there are; all are read before the first is looked at.
+    const auto batch_from = [&](int64_t from, auto body) {
+      S read[BATCH];
+      const S* at = x + from * in_step;
+      MLK_UNROLL
+      for (int k = 0; k < BATCH; ++k) read[k] = from + k < v.classes ? at[k * in_step] : S();
+      MLK_UNROLL
+      for (int k = 0; k < BATCH; ++k)
+        if (from + k < v.classes) body(from + k, prepare(v, T(widen(read[k])), from + k));
+    };
     Standing<T> stands;
     fetch(static_cast<const Problem<T>&>(v), row, y, label.group, stands.values);
-    stands.target = logit(y);
+    stands.target = prepare(v, T(widen(x[y * in_step])), y);
     stands.m = -INF;
     Counts counts{-1, 0};
     if (v.saved) {
       stands.m = v.saved[2 * row];
     } else {
-      MLK_UNROLL_4
-      for (int64_t j = 0; j < v.classes; ++j) {
-        const T u = logit(j);
-        if (j == y) continue;
-        if (u > stands.m || counts.first < 0) counts.first = j;
-        stands.m = larger(stands.m, u);
-      }
+      for (int64_t from = 0; from < v.classes; from += BATCH)
+        batch_from(from, [&](int64_t j, T u) {
+          if (j == y) return;
+          if (u > stands.m || counts.first < 0) counts.first = j;
+          stands.m = larger(stands.m, u);
+        });
     }
     stand(v, stands);
     const T m = stands.floor(), scale2 = stands.scale2();
@@ -158,18 +167,16 @@ struct RowsApart {
       // Sums of sums: an error that grows with the square root of the classes at most.
       constexpr int64_t TOGETHER = 64;
       for (int64_t from = 0; from < v.classes; from += TOGETHER) {
-        const int64_t to = from + TOGETHER < v.classes ? from + TOGETHER : v.classes;
         T some = 0, some_shift = 0, some_weighted = 0;
-        MLK_UNROLL_4
-        for (int64_t j = from; j < to; ++j) {
-          const T u = logit(j);
-          if (j == y) continue;
-          const T d = u - m, e = exp2_of(d * scale2);
-          some += e;
-          if (v.want_shift) some_shift += e == 0 ? T(0) : e * d;
-          if (v.smoothing > 0) some_weighted += v.weight ? d * v.weight[j] : d;
-          counts.above += u > stands.target;
-        }
+        for (int64_t at = from; at < from + TOGETHER && at < v.classes; at += BATCH)
+          batch_from(at, [&](int64_t j, T u) {
+            if (j == y) return;
+            const T d = u - m, e = exp2_of(d * scale2);
+            some += e;
+            if (v.want_shift) some_shift += e == 0 ? T(0) : e * d;
+            if (v.smoothing > 0) some_weighted += v.weight ? d * v.weight[j] : d;
+            counts.above += u > stands.target;
+          });
         sum += some;
         shift += some_shift;
         weighted += some_weighted;
@@ -178,15 +185,14 @@ struct RowsApart {
     const Conclusion<T> c = finish_row<true>(v, batch, share, row, y, stands, sum, shift, weighted, counts, true);
     leave_loss(v, row, c.loss, by_class, by_row);
     if (!g) return;
-    MLK_UNROLL_4
-    for (int64_t j = v.classes - 1; j >= 0; --j) {  // what was read last is still near
-      const T u = logit(j);
-      T out = c.factor * exp2_of((u - m) * scale2) - (v.weight && v.smoothing > 0 ? c.spread * v.weight[j] : c.spread);
-      if (j == y) out = c.at_target;
-      S value;
-      narrow(unprepare(v, out, u, j), value);
-      g[j * out_step] = value;
-    }
+    for (int64_t from = (v.classes - 1) / BATCH * BATCH; from >= 0; from -= BATCH)  // what was read last is still near
+      batch_from(from, [&](int64_t j, T u) {
+        T out = c.factor * exp2_of((u - m) * scale2) - (v.weight && v.smoothing > 0 ? c.spread * v.weight[j] : c.spread);
+        if (j == y) out = c.at_target;
+        S value;
+        narrow(unprepare(v, out, u, j), value);
+        g[j * out_step] = value;
+      });
   }
 };
 
