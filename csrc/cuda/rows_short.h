@@ -47,7 +47,7 @@ template <class T_, class S_, int ELEMENTS, bool GENERAL>
 struct RowsShort {
   using T = T_;
   using S = S_;
-  static constexpr int THREADS = 128, BLOCKS = GENERAL || ELEMENTS > 8 || sizeof(T) == 8 ? 2 : 3;
+  static constexpr int THREADS = 128, BLOCKS = sizeof(S) == 2 && !GENERAL ? 3 : 2;  // registers: 168, or 255
   static constexpr T INF = std::numeric_limits<T>::infinity();
   static constexpr bool ONE = sizeof(T) == 4 && ELEMENTS <= 16;  // lane a row, always
   static constexpr int GROUP = ONE ? 4 : 8;                      // elements that are worked on or left out together
@@ -330,37 +330,41 @@ struct RowsShort {
       stand<SIMPLE>(v, stands);
       const T m = stands.floor(), scale2 = stands.scale2();
       const int count = pieces_of(1);
-      T sums[ELEMENTS / GROUP] = {}, shifts[ELEMENTS / GROUP] = {}, weights[ELEMENTS / GROUP] = {};
+      Tree<ELEMENTS / GROUP, T> sums, shifts, weights;
       MLK_UNROLL
       for (int group = 0; group < ELEMENTS / GROUP; ++group) {
-        if (group * GROUP >= deal.most) break;
-        T powers[GROUP], shift_by[GROUP], weight_by[GROUP];
-        MLK_UNROLL
-        for (int k = 0; k < GROUP; ++k) {
-          const int i = group * GROUP + k;
-          const T d = u[i] - m;
-          const T power = exp2_of(d * scale2);
-          powers[k] = power;
+        T of_group = 0, shift_of_group = 0, weight_of_group = 0;
+        if (group * GROUP < deal.most) {
+          Tree<GROUP, T> powers, shift_by, weight_by;
+          MLK_UNROLL
+          for (int k = 0; k < GROUP; ++k) {
+            const int i = group * GROUP + k;
+            const T d = u[i] - m;
+            const T power = exp2_of(d * scale2);
+            powers.add(k, power);
+            if (GENERAL) {
+              const int j = class_of(i);
+              const bool other = i < count && j != y;
+              above += other && u[i] > stands.target;
+              shift_by.add(k, v.want_shift && power != 0 ? power * d : T(0));
+              weight_by.add(k, other && v.smoothing > 0 ? (v.weight ? d * v.weight[j] : d) : T(0));
+            } else {
+              u[i] = power;  // what the gradient needs
+            }
+          }
+          of_group = powers.sum();
           if (GENERAL) {
-            const int j = class_of(i);
-            const bool other = i < count && j != y;
-            weight_by[k] = other && v.smoothing > 0 ? (v.weight ? d * v.weight[j] : d) : T(0);
-            above += other && u[i] > stands.target;
-            shift_by[k] = v.want_shift && power != 0 ? power * d : T(0);
-          } else {
-            u[i] = power;  // what the gradient needs
+            shift_of_group = shift_by.sum();
+            weight_of_group = weight_by.sum();
           }
         }
-        sums[group] = sum_of(powers);
-        if (!GENERAL) continue;
-        shifts[group] = sum_of(shift_by);
-        weights[group] = sum_of(weight_by);
+        sums.add(group, of_group);
+        shifts.add(group, shift_of_group);
+        weights.add(group, weight_of_group);
       }
-      sum = sum_of(sums);
-      if (GENERAL) {
-        shifted = sum_of(shifts);
-        weighted = sum_of(weights);
-      }
+      sum = sums.sum();
+      shifted = shifts.sum();
+      weighted = weights.sum();
     }
     sum = sum_over(simt, sum, lanes);
     if (GENERAL && v.want_shift) shifted = sum_over(simt, shifted, lanes);

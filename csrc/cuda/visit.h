@@ -257,18 +257,25 @@ MLK_DEVICE V largest_over(const Simt& simt, V x) {
   for (int mask = LANES / 2; mask > 0; mask /= 2) x = larger(x, simt.butterfly(x, mask));
   return x;
 }
-// Of COUNT numbers, a power of two of them, by a tree: the same bits where neighbours change places.
+// The sum of COUNT numbers, a power of two of them, by a tree: the same bits where neighbours change places. They come one by
+// one, the i-th with its (constant) number, and no more than a sum of each level is kept.
+template <int COUNT, class V>
+struct Tree {
+  V level[COUNT == 1 ? 1 : COUNT == 2 ? 2 : COUNT == 4 ? 3 : COUNT == 8 ? 4 : COUNT == 16 ? 5 : 6];
+  MLK_DEVICE void add(int i, V x) {
+    int at = 0;
+    MLK_UNROLL
+    for (; i >> at & 1; ++at) x = level[at] + x;
+    level[at] = x;
+  }
+  MLK_DEVICE V sum() const { return level[sizeof(level) / sizeof(V) - 1]; }
+};
 template <int COUNT, class V>
 MLK_DEVICE V sum_of(const V (&x)[COUNT]) {
-  V sum[COUNT];
+  Tree<COUNT, V> tree;
   MLK_UNROLL
-  for (int i = 0; i < COUNT; ++i) sum[i] = x[i];
-  MLK_UNROLL
-  for (int apart = 1; apart < COUNT; apart *= 2) {
-    MLK_UNROLL
-    for (int i = 0; i < COUNT; i += 2 * apart) sum[i] += sum[i + apart];
-  }
-  return sum[0];
+  for (int i = 0; i < COUNT; ++i) tree.add(i, x[i]);
+  return tree.sum();
 }
 
 // ---- rows ------------------------------------------------------------------------------------------------------------
