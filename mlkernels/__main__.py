@@ -23,10 +23,10 @@ def _devices() -> Iterator[str]:
     yield f"cpu: {platform.machine()}, {torch.get_num_threads()} threads, kernels for {native.cpu_isa() or 'none'}"
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        memory = properties.total_memory / 2**30
+        memory, count = properties.total_memory / 2**30, properties.multi_processor_count
         why = native.cuda_unusable(index)
         but = f"; not for backend cuda: {why}" if why else ""
-        yield f"cuda:{index}: {properties.name}, {memory:.0f} GiB, {properties.multi_processor_count} multiprocessors{but}"
+        yield f"cuda:{index}: {properties.name}, {memory:.0f} GiB, {count} multiprocessors{but}"
 
 
 def main() -> None:

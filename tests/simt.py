@@ -90,7 +90,7 @@ def unusable(why: str) -> Iterator[None]:
 
 @contextmanager
 def banks() -> Iterator[list[float]]:
-    """Into the list, at the end: how many times longer accesses to shared memory took than if no lanes met in a bank."""
+    """Into the list, at the end: the turns that accesses to shared memory took, by those without bank conflicts."""
     found, _ = library()
     assert found is not None
     turns, least = ctypes.c_uint64(), ctypes.c_uint64()
