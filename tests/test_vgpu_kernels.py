@@ -60,7 +60,7 @@ LOSSES = [
 ]
 STREAMED = [Case(dtype="bfloat16", rows=2, classes=40000), Case(loss="two_scale", rows=2, classes=20000)]
 
-TRITON = [("sm_90", case) for case in (*STRIDED, *LENGTHS, *LOSSES)]
+TRITON = [("sm_90", case) for case in (*STRIDED, *LENGTHS, *LOSSES, *STREAMED[1:])]
 TRITON += [("sm_80", STRIDED[0]), ("sm_100", STRIDED[0])]
 
 WAYS = [

@@ -8,7 +8,7 @@ namespace {
 
 Type unsigned_of(int bytes) { return bytes == 8 ? Type::B64 : bytes == 4 ? Type::B32 : bytes == 2 ? Type::B16 : Type::B8; }
 
-int vector_of(const Opcode& op) { return op.has("v2") ? 2 : op.has("v4") ? 4 : op.has("v8") ? 8 : 1; }
+int vector_of(const Opcode& op) { return op.has("v2") ? 2 : op.has("v4") ? 4 : 1; }
 
 enum class Space { GLOBAL, SHARED, CLUSTER, LOCAL, PARAMETER, GENERIC };
 Space space_of(const Opcode& op) {
@@ -20,7 +20,7 @@ Space space_of(const Opcode& op) {
 }
 
 void decode_load(Compiler& c, const Opcode& op) {
-  op.allow({"global", "shared", "shared::cta", "shared::cluster", "param", "local", "v2", "v4", "v8", "volatile", "relaxed",
+  op.allow({"global", "shared", "shared::cta", "shared::cluster", "param", "local", "v2", "v4", "volatile", "relaxed",
             "nc", "L1::no_allocate", "L1::evict_first", "L1::evict_last", "L1::evict_normal", "ca", "cg", "cs",
             "L2::cache_hint"});
   if (op.has("L2::cache_hint")) c.operands.resize(2);
@@ -65,7 +65,7 @@ void decode_async_store(Compiler& c, const Opcode& op) {
 
 void decode_store(Compiler& c, const Opcode& op) {
   if (op.has("async")) return decode_async_store(c, op);
-  op.allow({"global", "shared", "shared::cta", "shared::cluster", "param", "local", "v2", "v4", "v8", "volatile", "relaxed",
+  op.allow({"global", "shared", "shared::cta", "shared::cluster", "param", "local", "v2", "v4", "volatile", "relaxed",
             "L1::no_allocate", "L1::evict_first", "L1::evict_last", "L1::evict_normal", "wb", "cg", "cs"});
   c.expect(2, op);
   Instruction& i = c.instruction;
@@ -125,6 +125,7 @@ void decode_move(Compiler& c, const Opcode& op) {
   const bool packs = from[0] == '{';
   if (packs || to[0] == '{') {
     const auto parts = Compiler::elements(packs ? from : to);
+    if (parts.size() > i.out.size()) op.unsupported();
     i.count = u8(parts.size());
     i.bytes = u8(bytes_of(op.type) / int(parts.size()));
     auto& elements = i.out;

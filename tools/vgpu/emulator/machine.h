@@ -25,22 +25,23 @@ enum class Next { STEP, JUMPED, BLOCKED, EXIT, YIELD };  // BLOCKED: at this ins
 
 using Handler = Next (*)(Thread&, const Instruction&);
 
-struct Instruction {
+// What most handlers read lies in one line of the cache.
+struct alignas(64) Instruction {
   Handler run = nullptr;
+  s64 immediate = 0;
   int guard = -1;  // the predicate register of @p, -1: none
   bool negated = false;
-  u8 count = 1;  // of a vector
-  u8 bytes = 4;  // of an element
-  u8 kind = 0, variant = 0;  // the handler's own
   bool extend = false;       // by the sign
-  s64 immediate = 0;
-  s64 offset = 0;  // of a second address
+  u8 count = 1;              // of a vector
+  u8 bytes = 4;              // of an element
+  u8 kind = 0, variant = 0;  // the handler's own
+  // Registers (>= 0), or constants (~index).
+  std::array<int, 4> out;
+  std::array<int, 6> in;
+  int mask = NONE;  // the lanes of a warp that take part
   int target = -1;
   int line = 0;
-  // Registers (>= 0), or constants (~index).
-  std::array<int, 8> out;
-  std::array<int, 10> in;
-  int mask = NONE;  // the lanes of a warp that take part
+  s64 offset = 0;  // of a second address
 
   static constexpr int NONE = -1 << 20;
   Instruction() {
@@ -94,7 +95,6 @@ struct Touch {
   u32 block_epoch = 0, warp_epoch = 0, cluster_epoch = 0;
   u32 access = 0;  // the thread's count of accesses, which a proxy fence is compared with
   u32 pc = 0;
-  bool operator==(const Touch&) const = default;
 };
 
 struct Shadow {
@@ -103,8 +103,14 @@ struct Shadow {
   Touch written, read;
   s32 barrier = NO_BARRIER;  // the mbarrier that an asynchronous copy completes on
   u32 phase = 0;             // and in which of its phases
-  bool in_flight = false, is_barrier = false;
-  bool operator==(const Shadow&) const = default;
+  u32 in_flight = false, is_barrier = false;
+  bool operator==(const Shadow& other) const {
+    using Words = std::array<u64, 9>;
+    const Words a = std::bit_cast<Words>(*this), b = std::bit_cast<Words>(other);
+    u64 different = 0;
+    for (size_t k = 0; k < a.size(); ++k) different |= a[k] ^ b[k];
+    return different == 0;
+  }
 };
 
 // Shadows by pages that are cleared when first touched: most launches touch little of what they ask for.
@@ -114,17 +120,19 @@ class Shadows {
     pages_.resize(bytes / PAGE + 1);
     ++now_;
   }
-  Shadow& operator[](u32 offset) {
+  Shadow& operator[](u32 offset) { return *at(offset); }
+  // And those after it, to the end of its page.
+  static constexpr u32 PAGE = 256;
+  Shadow* at(u32 offset) {
     Page& page = pages_[offset / PAGE];
     if (page.made != now_) {
       page.made = now_;
       page.cells.assign(PAGE, Shadow());
     }
-    return page.cells[offset % PAGE];
+    return &page.cells[offset % PAGE];
   }
 
  private:
-  static constexpr u32 PAGE = 256;
   struct Page {
     u32 made = 0;
     std::vector<Shadow> cells;

@@ -274,17 +274,16 @@ void note(Thread& t, Block& block, u32 address, u32 bytes, Note note_one) {
   ++t.accesses;
   ++t.machine->counts.shared;
   if (t.machine->flags & NO_RACES) return;
+  // An access is aligned, so it lies within a page.
   const u32 first = address - SHARED_BASE;
-  Shadow before, after;
-  for (u32 byte = first; byte < first + bytes; ++byte) {
-    Shadow& cell = block.shadows[byte];
-    if (byte > first && cell == before) {
-      cell = after;
-      continue;
-    }
-    before = cell;
-    note_one(cell, byte);
-    after = cell;
+  Shadow* const cells = block.shadows.at(first);
+  const Shadow before = cells[0];
+  note_one(cells[0], first);
+  for (u32 k = 1; k < bytes; ++k) {
+    if (cells[k] == before)
+      cells[k] = cells[0];
+    else
+      note_one(cells[k], first + k);
   }
 }
 

@@ -17,17 +17,22 @@ namespace {
 
 struct Lanes {
   u32 members;
-  std::vector<Thread*> threads;
+  int count = 0;
+  Thread* threads[32];
+  Thread** begin() { return threads; }
+  Thread** end() { return threads + count; }
+  Thread* const* begin() const { return threads; }
+  Thread* const* end() const { return threads + count; }
 };
 
 void shuffle(const Lanes& lanes, const Instruction& i) {
   u64 bits[32] = {};
   u8 masks[32] = {};
-  for (const Thread* t : lanes.threads) {
+  for (const Thread* t : lanes) {
     bits[t->lane] = value(*t, i.in[0]);
     masks[t->lane] = mask(*t, i.in[0]);
   }
-  for (Thread* t : lanes.threads) {
+  for (Thread* t : lanes) {
     need(*t, i.in[1], "a lane");
     const int by = int(value(*t, i.in[1]) & 31);
     const u32 control = u32(value(*t, i.in[2])), clamp = control & 31, segment = control >> 8 & 31;
@@ -66,29 +71,29 @@ u32 reduced(int how, u32 a, u32 b) {
 void reduce(const Lanes& lanes, const Instruction& i) {
   u32 result = u32(value(*lanes.threads[0], i.in[0]));
   bool known = defined(*lanes.threads[0], i.in[0]);
-  for (size_t k = 1; k < lanes.threads.size(); ++k) {
+  for (int k = 1; k < lanes.count; ++k) {
     known &= defined(*lanes.threads[k], i.in[0]);
     result = reduced(i.variant, result, u32(value(*lanes.threads[k], i.in[0])));
   }
-  for (Thread* t : lanes.threads) set(*t, i.out[0], result, known);
+  for (Thread* t : lanes) set(*t, i.out[0], result, known);
 }
 
 void vote(const Lanes& lanes, const Instruction& i) {
   u32 ballot = 0;
   bool known = true;
-  for (const Thread* t : lanes.threads) {
+  for (const Thread* t : lanes) {
     const bool yes = (value(*t, i.in[0]) & 1) != u64(i.immediate);  // immediate: the predicate is negated
     known &= defined(*t, i.in[0]);
     ballot |= u32(yes) << t->lane;
   }
   const bool all = ballot == lanes.members;
   const u32 result = i.variant == BALLOT ? ballot : i.variant == ANY ? ballot != 0 : i.variant == ALL ? all : all || !ballot;
-  for (Thread* t : lanes.threads) set(*t, i.out[0], result, known);
+  for (Thread* t : lanes) set(*t, i.out[0], result, known);
 }
 
 void elect(const Lanes& lanes, const Instruction& i) {
   const int leader = std::countr_zero(lanes.members);
-  for (Thread* t : lanes.threads) {
+  for (Thread* t : lanes) {
     set(*t, i.out[0], u64(leader));
     set(*t, i.out[1], t->lane == leader);
   }
@@ -161,7 +166,8 @@ void try_collective(Warp& warp, Thread& t) {
   if (members & ~warp.all) fault(t, "member mask names lanes that do not exist: " + hex(members));
   if (members & warp.exited) fault(t, "member mask " + hex(members) + " names lanes that have EXITED: " + hex(members & warp.exited));
   if ((warp.waiting & members) != members) return;
-  Lanes lanes{members, {}};
+  Lanes lanes;
+  lanes.members = members;
   for (int lane = 0; lane < 32; ++lane) {
     if (!(members >> lane & 1)) continue;
     Thread& other = *warp.lanes[lane];
@@ -169,22 +175,25 @@ void try_collective(Warp& warp, Thread& t) {
       fault(t, "lanes of one warp wait in different collectives: lane " + std::to_string(lane) + " at line " +
                    std::to_string(m.function->code[other.pc].line) + " " + m.function->texts[other.pc]);
     if (u32(value(other, i.mask)) != members) fault(t, "lanes of one warp name different masks");
-    lanes.threads.push_back(&other);
+    lanes.threads[lanes.count++] = &other;
   }
   ++m.counts.collectives;
   switch (i.kind) {
     case SHUFFLE: shuffle(lanes, i); break;
     case WARP_BARRIER:
-      for (Thread* other : lanes.threads) ++other->warp_epoch;
+      for (Thread* other : lanes) ++other->warp_epoch;
       break;
     case REDUCE: reduce(lanes, i); break;
     case VOTE: vote(lanes, i); break;
     case ELECT: elect(lanes, i); break;
     default: matrix(warp, lanes, i);
   }
-  for (Thread* other : lanes.threads) ++other->pc;
   warp.waiting &= ~members;
-  m.wake(lanes.threads);
+  for (Thread* other : lanes) {
+    ++other->pc;
+    other->state = State::READY;
+    m.ready.push_back(other);
+  }
 }
 
 // ---- barriers of a block ---------------------------------------------------------------------------------------------
