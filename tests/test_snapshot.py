@@ -563,7 +563,8 @@ def test_an_optimizer_alone_brings_its_parameters_back() -> None:
     assert torch.equal(model.weight, weight)
 
 
-def test_casts_of_an_enclosing_autocast() -> None:
+@pytest.mark.parametrize("flag", [None, torch.tensor(True)], ids=["restore", "restore_if"])
+def test_casts_of_an_enclosing_autocast(flag: torch.Tensor | None) -> None:
     """It keeps a low-precision copy of each weight until it is left."""
     model, _ = small()
     x = torch.ones(1, 3)
@@ -575,7 +576,7 @@ def test_casts_of_an_enclosing_autocast() -> None:
             model.weight.add_(1)
         torch.clear_autocast_cache()
         assert not torch.equal(model(x), before)
-        snapshot.restore()
+        snapshot.restore() if flag is None else snapshot.restore_if(flag)
         assert torch.equal(model(x), before)
 
 
@@ -871,6 +872,22 @@ class Both(Slots):
         if name == "free":
             raise AttributeError(name)
         super().__setattr__(name, value)
+
+
+class Named(dict):  # type: ignore[type-arg]
+    """A container with an attribute."""
+
+    calls = 0
+
+
+def test_containers_with_attributes() -> None:
+    model, optimizer = small()
+    optimizer.state[model.weight]["own"] = own = Named(a=1)
+    snapshot = Snapshot(optimizer)
+    snapshot.save()
+    own.calls, own["a"] = 3, 2
+    snapshot.restore()
+    assert own.calls == 0 and own == {"a": 1}
 
 
 @pytest.mark.parametrize("kind", [Slots, Both])
