@@ -11,7 +11,7 @@ from torch.utils.data import TensorDataset
 
 import mlkernels
 from mlkernels.schedule import MILS, Snapshot
-from mlkernels.schedule.mils import _Randomness
+from mlkernels.schedule.modes import Randomness
 
 from .measure import Timing, cpu_clock, others_busy, take_turns
 
@@ -67,7 +67,7 @@ def _measure(build: Callable[[], nn.Module], shape: tuple[int, ...], seconds: fl
         "with MILS, no attempt": lambda: ordinary.step(batch, target),
         "an attempt, accepted": lambda: accepted.step(batch, target),
         "an attempt, rejected": lambda: rejected.step(batch, target),
-        "  keeping global generators": lambda: _Randomness(model).restore(),
+        "  keeping global generators": lambda: Randomness(model).restore(),
         "  drawing the observation set": lambda: ordinary._observe(),
         "  an observation pass": lambda: ordinary._score(batch, target),
         "  save": snapshot.save,
