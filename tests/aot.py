@@ -394,6 +394,30 @@ def executed(sass: str) -> int:
     return ends
 
 
+def in_flight(sass: str) -> int:
+    """The most bytes that a thread has asked for and not yet used, somewhere in the kernel."""
+    most = bytes_ = 0
+    waited: set[int] = set()
+    for text in re.findall(r"(?m)^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z].*?);", sass):
+        operation, _, operands = text.partition(" ")
+        into, *sources = [int(n) for n in re.findall(r"\bR(\d+)\b", operands)] or [-1]
+        if operation.startswith(("ST", "ATOM", "RED")):
+            sources.append(into)
+        if waited.intersection(sources):
+            waited, bytes_ = set(), 0
+        if operation.startswith("LDG"):
+            bits = int((re.findall(r"\.[USB]?(8|16|64|128|256)\b", operation) or ["32"])[-1])
+            waited.update(range(into, into + max(1, bits // 32)))
+            bytes_ += bits // 8
+            most = max(most, bytes_)
+    return most
+
+
+def resident(registers: int, warps: int) -> int:
+    """Warps on a multiprocessor, of blocks of so many: 65536 registers, 64 warps."""
+    return min(64, 2**16 // (32 * -(-registers // 8) * 8)) // warps * warps
+
+
 def fused(ptx: str) -> int:
     """How many products are fused into the addition of what another thread sent, here or by the assembler, which may do
     that where no rounding is said: each of the threads would round its own."""
@@ -444,6 +468,7 @@ def measured(target: GPUTarget, assembly: dict[str, Any]) -> dict[str, int]:
         "stores": wide("STG"),
         "executed": executed(code),
         "fused": fused(assembly["ptx"]),
+        "in_flight": in_flight(code),
         "halves": len(re.findall(r"\bLDG\.E\S*\.U16\b", code)),
         # Bytes; 32 bits are what has no suffix.
         "narrow": 2 * len(re.findall(r"\bLDG\.E\S*\.U16\b", code))

@@ -178,21 +178,26 @@ def tally(label, weight, inside, classes, ignore_index):
 
 @triton.jit
 def divisors_of(parts, count, target, weight, rows, classes, ignore_index):
-    """What "mean" divides by, per class weight and per row: from the parts that there are, or of FEW labels."""
+    """What "mean" divides by, per class weight and per row: from the parts that there are, or of FEW labels. Of both a
+    sum for each lane of a warp: to add those up takes no shared memory, so that it can wait until it is needed."""
+    lane = tl.arange(0, 32)
     if parts is not None:
-        part = tl.arange(0, PARTS)
-        weights = tl.sum(tl.load(parts + 2 * part, part < count, 0.0), 0)
-        kept = tl.sum(tl.load(parts + 2 * part + 1, part < count, 0.0), 0)
+        weights, kept = tl.zeros((32,), tl.float64), tl.zeros((32,), tl.float64)
+        for start in tl.static_range(0, PARTS, 32):
+            part = start + lane
+            weights += tl.load(parts + 2 * part, part < count, 0.0)
+            kept += tl.load(parts + 2 * part + 1, part < count, 0.0)
     else:
         row = tl.arange(0, FEW)
         inside = row < rows
         each, ones = tally(tl.load(target + row, inside, 0), weight, inside, classes, ignore_index)
-        weights, kept = tl.sum(each, 0), tl.sum(ones, 0).to(tl.float64)
+        weights = tl.where(lane == 0, tl.sum(each, 0), 0.0)
+        kept = tl.where(lane == 0, tl.sum(ones, 0).to(tl.float64), 0.0)
     return weights, kept
 
 
 @triton.jit
-def upstream_of(pointers, strides, per_class, per_row, row, kept, T: tl.constexpr):
+def upstream_of(pointers, strides, per_class, per_row, z_loss, row, kept, T: tl.constexpr):
     """The upstream gradients of a row's loss (per class weight, per row), logsumexp and log_prob."""
     zero = tl.zeros(row.shape, T)
     g_loss = zero + 1.0
@@ -200,7 +205,11 @@ def upstream_of(pointers, strides, per_class, per_row, row, kept, T: tl.constexp
         g_loss = tl.load(pointers[0] + row.to(tl.int64) * strides[0], kept, 0.0).to(T)
     elif pointers[1] is not None or pointers[2] is not None:
         g_loss = zero
-    g_class, g_row = g_loss * per_class, g_loss * per_row
+    g_class, g_row = g_loss, g_loss
+    if per_class is not None:
+        g_class = g_loss * (1.0 / tl.sum(per_class, 0)).to(T)
+        if z_loss > 0:
+            g_row = g_loss * (1.0 / tl.sum(per_row, 0)).to(T)
     g_lse, g_log_prob = zero, zero
     if pointers[1] is not None:
         g_lse = tl.load(pointers[1] + row.to(tl.int64) * strides[1], kept, 0.0).to(T)
@@ -295,16 +304,13 @@ def thread_max(x):
 
 @triton.jit
 def product(x, y):
-    """x y, rounded. A product that threads exchange to add it up would be fused into the addition, by each of them its
-    own, and they would end with different last bits."""
+    """x y, rounded. A product that is added up is fused into the addition; where threads exchange it, by each of them
+    its own, so that they end with different last bits. Which elements they exchange is the compiler's choice."""
     return tl.fma(x, y, 0.0)
 
 
 @triton.jit
 def row_sum(x):
-    # Where a thread has but one term that may be a product.
-    if x.dtype.is_floating() and x.shape[0] * x.shape[3] == 1:
-        x = product(x, 1.0)
     return tl.sum(thread_sum(x), 1)
 
 
@@ -381,7 +387,7 @@ def leave_gradient(
     if CAPPED:
         slack = tanh(raw / cap)
         g = g * ((1.0 - slack) * (1.0 + slack))
-    if ACROSS:
+    if ACROSS or CHUNKS * LANES * VECTOR <= 32:
         g = tl.where(of_row(kept), g, 0.0)
     place = places(gradient, base, col, strides[0], WIDE, ACROSS, VECTOR)
     tl.store(place, g.to(gradient.dtype.element_ty), of_row(inside) & valid)
@@ -459,6 +465,8 @@ def visit(
     PIECEWISE: tl.constexpr = t_tables is not None
     TAU: tl.constexpr = tau_tables is not None
     BLOCK: tl.constexpr = CHUNKS * LANES * VECTOR
+    # Short rows, too, are read before their labels have come: their neighbours are in the same sectors.
+    DROPPED: tl.constexpr = ACROSS or BLOCK <= 32
     blocks = tl.cdiv(classes, BLOCK)
     cap = shared(values, 17, MODES, T)
     smoothing = shared(values, 15, MODES, T)
@@ -466,11 +474,10 @@ def visit(
     every_weight = tl.full((), classes, T)
     if weight_sum is not None:
         every_weight = tl.load(weight_sum).to(T)
-    per_class, per_row = tl.full((), 1.0, T), tl.full((), 1.0, T)
+    per_class, per_row = None, None
     if REDUCTION == MEAN and (gradient is not None or by_parameter is not None):
         any_rows = tl.where(turns == 0, 0, rows)
-        by_weight, by_number = divisors_of(divisors, parts, target, weight, any_rows, classes, ignore_index)
-        per_class, per_row = (1.0 / by_weight).to(T), (1.0 / by_number).to(T)
+        per_class, per_row = divisors_of(divisors, parts, target, weight, any_rows, classes, ignore_index)
 
     for turn in range(turns):
         tile = tl.program_id(0) * turns + turn
@@ -486,7 +493,7 @@ def visit(
         if weight is not None:
             w_y = tl.load(weight + y, exists, 1.0).to(T)
         base = row_offset(row, sizes, in_strides, UNIT, DIMS, ACROSS)
-        read = inside if ACROSS else kept
+        read = inside if DROPPED else kept
         own = input + base + (y.to(tl.int64) if WIDE else y) * in_strides[0]
         at_target = prepared(tl.load(own, exists, float("nan")).to(T), cap, adjustment, y, exists, T, CAPPED)
 
@@ -512,7 +519,7 @@ def visit(
             if smoothing > 0:
                 counted = tl.where(is_label(afresh(y, s), 0, CHUNKS, LANES, VECTOR) | (valid == 0), 0.0, d)
                 if weight is not None:
-                    counted = counted * tl.load(weight + col, valid, 0.0).to(T)
+                    counted = product(counted, tl.load(weight + col, valid, 0.0).to(T))
                 weighted = row_sum(counted)
             # After that: what is not needed beside the exponentials leaves them its registers.
             e = tl.exp2(d * of_row(tl.where(kept, s, 1.0) * LOG2_E))
@@ -557,7 +564,7 @@ def visit(
                     weights = tl.where(skipped, 0.0, tl.full((CHUNKS, ROWS, LANES, VECTOR), 1.0, T))
                     if weight is not None:
                         weights = weights * tl.load(weight + col, valid, 0.0).to(T)
-                    counted += rise * seen + thread_sum(tl.where(skipped, 0.0, d) * weights)
+                    counted += rise * seen + thread_sum(product(tl.where(skipped, 0.0, d), weights))
                     seen += thread_sum(weights)
                 if stats is not None:
                     doubts_here += thread_sum((u != u).to(tl.int32))
@@ -595,7 +602,7 @@ def visit(
                             is_label(y, start, CHUNKS, LANES, VECTOR) | (valid == 0), 0.0, u - of_row(floor)
                         )
                         if weight is not None:
-                            counted = counted * tl.load(weight + col, valid, 0.0).to(T)
+                            counted = product(counted, tl.load(weight + col, valid, 0.0).to(T))
                         weighted += row_sum(counted)
         if saved is None:
             log_sum = tl.log(total)
@@ -622,7 +629,7 @@ def visit(
         # ---- the gradients
         if gradient is not None or by_parameter is not None:
             g_class, g_row, g_lse, g_log_prob = upstream_of(
-                upstream, upstream_strides, per_class, per_row, row, kept, T
+                upstream, upstream_strides, per_class, per_row, z_loss, row, kept, T
             )
             factor, spread, own_gradient, pull, part, flat, dz_y = row_gradient(
                 classes, smoothing, z_loss, every_weight, share, s, slope, q, p, lse, alone, w, w_y,
@@ -717,8 +724,9 @@ def total(
     first, second = tl.sum(tl.where(at % 2 == 0, sums, 0.0), 0), tl.sum(tl.where(at % 2 == 1, sums, 0.0), 0)
     if REDUCTION == MEAN:
         weights, number = divisors_of(divisors, parts, target, weight, rows, classes, ignore_index)
-        first = tl.where(weights == 0, float("nan"), first / weights)  # smoothing has a loss there still
-        second = tl.where(second == 0, 0.0, second / number)
+        by_weight, by_number = tl.sum(weights, 0), tl.sum(number, 0)
+        first = tl.where(by_weight == 0, float("nan"), first / by_weight)  # smoothing has a loss there still
+        second = tl.where(second == 0, 0.0, second / by_number)
     tl.store(loss, (first + second).to(loss.dtype.element_ty))
 
 
