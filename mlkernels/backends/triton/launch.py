@@ -342,7 +342,9 @@ class _Call:
                 "VECTOR": shape.vector,
                 "num_warps": shape.warps,
             }
-            if architecture.startswith("sm_"):  # else ptxas stops short of the registers that there are, and spills
+            # Else ptxas stops short of the registers that there are, and spills. Never of plain losses, which would have
+            # fewer warps on a multiprocessor.
+            if architecture.startswith("sm_") and not plain:
                 options["maxnreg"] = min(255, 2**16 // (32 * shape.warps))
             replay.launch(kernels.visit, (grid,), *arguments, **options)
         if gradient is not None and out is not gradient:
