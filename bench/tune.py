@@ -101,6 +101,7 @@ def use(table: Table) -> None:
     """Launches go by this table from now on, on every architecture."""
     launch._sizes = lambda architecture: table  # type: ignore[assignment]
     launch.tile.cache_clear()
+    launch.replay.forget()
 
 
 def problem_of(candidate: Candidate, classes: int, elements: int) -> Problem:

@@ -120,8 +120,16 @@ def test_what_is_shipped():
     table = json.loads(backends.CHOICE.read_text())
     backends.check_choice(table, "choice.json")
     if "measured" not in table["default"]:
-        assert all(table["default"][layout] == [[0, "triton"]] for layout in backends.LAYOUTS)
         assert "Not measured" in table["default"]["comment"]
+        assert [rows[-1] for rows in map(table["default"].get, backends.LAYOUTS)] == [[0, "triton"]] * 2
+
+
+def test_small_problems_are_the_cuda_kernels(machine):
+    """Where those load. Small is few classes: how many rows there are must not choose, or a row's bits would differ."""
+    machine(table=json.loads(backends.CHOICE.read_text()))
+    assert [backends.choose(GPU, None, classes) for classes in (10, 100, 1000)] == ["cuda", "cuda", "triton"]
+    machine(usable=("triton",), table=json.loads(backends.CHOICE.read_text()))
+    assert backends.choose(GPU, None, 10) == "triton"
 
 
 def test_a_call_asks_by_its_classes_and_layout(monkeypatch):

@@ -4,6 +4,7 @@ The properties that every backend shares are tested by the whole suite, under Tr
 test_gpu.py.
 """
 
+import functools
 import math
 import os
 
@@ -426,3 +427,52 @@ def test_numbers_that_change_are_the_same_kernel(loss):
     finally:
         rows.visit = kernel
     assert len(seen) == 3 and seen[0] == seen[1] == seen[2]
+
+
+def _negated(real: torch.Tensor) -> torch.Tensor:
+    """These numbers, as a view that waits to be negated."""
+    view = torch.complex(torch.zeros_like(real), -real).conj().imag
+    assert view.is_neg() and torch.equal(view, real)
+    return view
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_views_that_wait_to_be_negated(reduction):
+    """Input, parameters, weights and upstream gradient: what lies in memory has the other sign."""
+    x, y, weight = torch.randn(6, 4), torch.randint(4, (6,)), torch.rand(4)
+    upstream = torch.rand(6) if reduction == "none" else torch.rand(1)[0]
+    found = []
+    for view in (torch.clone, _negated):
+        input = view(x).requires_grad_()
+        scale = view(torch.tensor(3.0)).requires_grad_()
+        loss = mlkernels.softmax_loss(
+            input, y, scale=scale, weight=view(weight), reduction=reduction, label_smoothing=0.1, backend="triton"
+        )
+        loss.backward(view(upstream))
+        found.append((loss.detach(), input.grad, scale.grad))
+    for plain, negated in zip(*found, strict=True):
+        assert torch.equal(plain, negated)
+
+
+def test_what_is_more_than_memory_goes_by_the_dispatcher():
+    """Zeros that are nowhere, wrapper subclasses, modes; a bare subclass is memory."""
+    from torch.testing._internal.two_tensor import TwoTensor
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    x, other, y = torch.randn(6, 4), torch.randn(6, 4), torch.randint(4, (6,))
+    loss = functools.partial(mlkernels.cross_entropy, target=y, backend="triton")
+    assert torch.allclose(loss(torch._efficientzerotensor((6, 4))), torch.tensor(4.0).log())
+    both = loss(TwoTensor(x, other))
+    assert torch.equal(both.a, loss(x)) and torch.equal(both.b, loss(other))
+    assert torch.equal(loss(x.as_subclass(type("Bare", (torch.Tensor,), {}))), loss(x))
+
+    seen = []
+
+    class Listening(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    with Listening():
+        loss(x)
+    assert "mlkernels_triton::softmax_loss" in seen

@@ -173,7 +173,9 @@ def available_backends(device: torch.device | str | None = None) -> dict[str, st
 def choose(device: torch.device, backend: str | None, classes: int = 0, rows_side_by_side: bool = False) -> str:
     """The backend that serves tensors of this device, or a ValueError.
 
-    How many rows there are does not count: a row's results do not depend on the batch it is in.
+    How many rows there are does not count: a row's results do not depend on the batch it is in, and two backends round
+    differently. So what is small, and hangs on the host's time, is told by the classes: until a table is measured the
+    CUDA kernels, whose operators cost the host less than Triton's, have rows of few classes where they load.
     """
     if backend is not None:
         why = refusal(device, backend)

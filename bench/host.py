@@ -1,0 +1,97 @@
+"""``python -m bench.host``: what the host pays for a step on the Triton backend, without a GPU.
+
+Loss and backward of small problems over the stub driver (``tools/stub_driver``): everything that Python, torch and
+Triton do for a step, but for the device's own time. Beside it, in the same run and by turns, ``F.cross_entropy`` and
+the ``cpu`` backend, which compute. Microseconds, the median of all turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from tools import stub_driver
+
+SIZES = ((128, 100), (32, 10))
+GOAL = 2.0  # times F.cross_entropy, at the first size
+
+
+def steps_of(rows: int, classes: int) -> dict[str, Callable[[], None]]:
+    """Training steps by name; the first is what the others are compared with."""
+    import mlkernels
+    from mlkernels.backends.triton import replay
+
+    x = torch.randn(rows, classes, requires_grad=True)
+    y = torch.randint(classes, (rows,))
+    margin = torch.tensor(0.5, requires_grad=True)
+
+    def step(loss: Callable[..., torch.Tensor], **options: Any) -> Callable[[], None]:
+        def run() -> None:
+            x.grad = None
+            loss(x, y, **options).backward()
+
+        return run
+
+    ours = step(mlkernels.cross_entropy, backend="triton")
+
+    def plainly() -> None:
+        replay._enabled = False
+        try:
+            ours()
+        finally:
+            replay._enabled = True
+
+    return {
+        "F.cross_entropy": step(F.cross_entropy),
+        "cpu": step(mlkernels.cross_entropy, backend="cpu"),
+        "triton": ours,
+        "triton, focal": step(mlkernels.focal_loss, gamma=2.0, backend="triton"),
+        "triton, not replayed": plainly,
+        "triton, trained margin": step(mlkernels.arcface_loss, margin=margin, backend="triton"),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.host", description=__doc__)
+    parser.add_argument("--turns", type=int, default=20, help="of 50 steps each")
+    turns = parser.parse_args().turns
+    torch.set_num_threads(1)
+    stub = stub_driver.install()
+    import triton
+
+    print(f"torch {torch.__version__}, triton {triton.__version__}; microseconds for loss and backward")
+    for rows, classes in SIZES:
+        steps = steps_of(rows, classes)
+        times: dict[str, list[float]] = {name: [] for name in steps}
+        launches = {}
+        with stub_driver.served():
+            for name, run in steps.items():
+                for _ in range(5):
+                    run()
+                stub.reset()
+                run()
+                launches[name] = stub.launches
+            for _ in range(turns):
+                for name, run in steps.items():
+                    for _ in range(50):
+                        begun = time.perf_counter()
+                        run()
+                        times[name].append(time.perf_counter() - begun)
+        middle = {name: median(taken) for name, taken in times.items()}
+        base = middle["F.cross_entropy"]
+        print(f"\n{rows} x {classes}{'launches':>40}")
+        for name, taken in middle.items():
+            print(f"  {name:24}{1e6 * taken:8.1f}  x{taken / base:.2f}{launches[name] or '':>8}")
+        if (rows, classes) == SIZES[0]:
+            reached = middle["triton"] <= GOAL * base
+            print(f"  goal: at most x{GOAL:.1f} of F.cross_entropy: {'reached' if reached else 'missed'}")
+
+
+if __name__ == "__main__":
+    main()
