@@ -35,6 +35,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import mlkernels
+from mlkernels import ops
 from mlkernels.backends.triton import launch
 
 # By name: the package exports functions that are called like its modules.
@@ -345,13 +346,18 @@ def launches(name: str, calls: Callable[[], None]) -> list[Launch]:
 
         return record
 
-    kept = JITFunction.__getitem__, launch._architecture, softmax.choose
+    # The operators as they are: nothing is replayed, and meta tensors are no reason to ask a dispatcher.
+    operators = {function.__name__: function for function in launch._FUNCTIONS}
+    kernels = ops.Kernels(*(operators[name] for name in ops._FAKES), refresh=operators["softmax_loss_refresh"])
+    kept = JITFunction.__getitem__, launch._architecture, softmax.choose, ops.triton
     JITFunction.__getitem__ = launcher  # type: ignore[method-assign]
     launch._architecture, softmax.choose = lambda device: name, lambda *arguments: "triton"
+    ops.triton = lambda: kernels  # type: ignore[assignment]
     try:
         calls()
     finally:
-        JITFunction.__getitem__, launch._architecture, softmax.choose = kept
+        JITFunction.__getitem__, launch._architecture, softmax.choose, ops.triton = kept
+    assert found, "nothing was launched"
     return found
 
 
@@ -427,11 +433,13 @@ def fused(ptx: str) -> int:
     for operation, operands in re.findall(r"(?m)^\s*(?:@!?%\w+\s+)?([a-z][\w.:]*)\s+([^;]*);", ptx):
         into, *sources = re.findall(r"%\w+", operands) or [""]
         exchanged = bool(sent.intersection(sources))
-        if operation.startswith("shfl") or (operation.startswith("mov") and exchanged):
+        if operation.startswith("shfl.sync.bfly") or (operation.startswith("mov") and exchanged):  # idx moves a layout
             sent.add(into)
         elif operation in ("mul.f32", "mul.f64"):
             products.add(into)
-        elif exchanged and (operation.startswith("fma") or products.intersection(sources)):
+        elif operation.startswith("fma") and sources and sources[-1] in sent and operands.endswith(sources[-1]):
+            count += 1
+        elif operation.startswith("add") and exchanged and products.intersection(sources):
             count += 1
     return count
 

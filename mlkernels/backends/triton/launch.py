@@ -342,7 +342,7 @@ class _Call:
                 "VECTOR": shape.vector,
                 "num_warps": shape.warps,
             }
-            # Else ptxas stops short of the registers that there are, and spills. Never of plain losses, which would have
+            # Else ptxas stops short of the registers that there are, and spills. Never plain losses, which would have
             # fewer warps on a multiprocessor.
             if architecture.startswith("sm_") and not plain:
                 options["maxnreg"] = min(255, 2**16 // (32 * shape.warps))

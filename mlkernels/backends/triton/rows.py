@@ -230,9 +230,9 @@ def leave_loss(losses, tile, row, rows, kept, by_class, by_row, z_loss, REDUCTIO
         tl.store(losses + row, by_class + by_row, row < rows)
     else:
         at = losses + 2 * tile.to(tl.int64)
-        tl.store(at, tl.sum(product(by_class, 1.0), 0))
+        tl.store(at, tl.sum(by_class, 0))
         if z_loss > 0:
-            tl.store(at + 1, tl.sum(product(by_row, 1.0), 0))
+            tl.store(at + 1, tl.sum(by_row, 0))
         else:
             tl.store(at + 1, tl.zeros((), by_row.dtype))
 
