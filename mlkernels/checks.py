@@ -318,7 +318,10 @@ def check_class_vector(name: str, value: Tensor, input: Tensor, classes: int) ->
 def check_tables(
     spec: Spec, params: dict[int, Tensor], group: Tensor | None, input: Tensor, target: Tensor
 ) -> Tensor | None:
-    """Piecewise tables: slope and bias alike, (M,) or (G, M); group exactly when they are (G, M), returned as read."""
+    """Piecewise tables: slope and bias alike, (M,) or (G, M); group exactly when one is (G, M), returned as read.
+
+    Where the other pair is (M,), every group has it.
+    """
     pairs = []
     if spec.transform == TransformKind.PIECEWISE:
         pairs.append((int(Slot.TRANSFORM_A), int(Slot.TRANSFORM_B)))
@@ -355,4 +358,7 @@ def check_tables(
         raise ValueError(f"group must have target's shape {tuple(target.shape)}, got {tuple(group.shape)}")
     if group.device != input.device:
         raise ValueError(f"group must be on input's device {input.device}, got {group.device}")
+    for slot in (slot for pair in pairs for slot in pair):
+        if params[slot].dim() == 1:  # one table for all groups
+            params[slot] = params[slot].expand(counts[0], -1)
     return widened("group", group, counts[0]) if group.dtype in _UNSIGNED else group

@@ -149,3 +149,25 @@ def test_the_table_is_complete():
     assert {t for t, _, _ in kinds} == {k.name.lower() for k in TransformKind}
     assert {s for _, s, _ in kinds} == {k.name.lower() for k in ScaleKind}
     assert {h for _, _, h in kinds} == {k.name.lower() for k in HeadKind}
+
+
+@pytest.mark.parametrize("shared", ["t", "tau"])
+def test_one_table_for_all_groups(shared, backend):
+    """A pair of tables (M,) beside one of (G, M): every group has it, and it gets the gradients of all."""
+    x, y, group = torch.rand(6, 4) * 2 - 1, torch.randint(4, (6,)), torch.tensor([0, 1, 2, 0, 1, 2])
+    found = []
+    for expanded in (True, False):
+        leaves = {n: torch.full((5,) if n == shared else (3, 5), 1.1, requires_grad=True) for n in ("t", "tau")}
+        tables = {name: leaf.expand(3, 5) if expanded and leaf.dim() == 1 else leaf for name, leaf in leaves.items()}
+        loss = mlkernels.softmax_loss(
+            x,
+            y,
+            transform=mlkernels.PiecewiseLinear(tables["t"], 0.1 * tables["t"]),
+            head=mlkernels.Tau(tables["tau"], 0.1 * tables["tau"]),
+            group=group,
+            backend=backend,
+        )
+        loss.backward()
+        found.append((loss.detach(), *(leaf.grad for leaf in leaves.values())))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
