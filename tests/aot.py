@@ -437,10 +437,10 @@ def fused(ptx: str) -> int:
             sent.add(into)
         elif operation in ("mul.f32", "mul.f64"):
             products.add(into)
-        elif operation.startswith("fma") and sources and sources[-1] in sent and operands.endswith(sources[-1]):
-            count += 1
-        elif operation.startswith("add") and exchanged and products.intersection(sources):
-            count += 1
+        elif operation.startswith("fma"):
+            count += sources[-1] in sent and operands.endswith(sources[-1])
+        elif operation.startswith("add"):
+            count += exchanged and bool(products.intersection(sources))
     return count
 
 
@@ -521,6 +521,9 @@ def compiled(one: Launch) -> dict[str, Any]:
         source = ASTSource(one.kernel, one.signature, one.constants, one.attributes)
         made = triton.compile(source, target=TARGETS[one.target], options=one.options)
         row |= measured(TARGETS[one.target], made.asm) | {"shared": made.metadata.shared}
+        if "in_flight" in row:
+            row["warps_resident"] = resident(row["registers"], row["warps"])
+            row["flight"] = row["in_flight"] * 32 * row["warps_resident"]
     except Exception as error:
         row["error"] = f"{type(error).__name__}: {error}"
     return row | {"seconds": round(time.monotonic() - begun, 2)}
