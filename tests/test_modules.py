@@ -166,6 +166,9 @@ def test_repr():
         "MarginLoss(m1=1.0, m2=0.0, m3=(4,), scale=(), beyond_pi=None, gradient='exact', weight=(4,), reduction='sum')"
     )
     assert repr(loss) == text
+    loss = mlkernels.PiecewiseLoss(tau_slope=TABLE[0], softcap=5.0)
+    own = "t_slope=None, t_bias=None, tau_slope=(2,), tau_bias=None, scale=1.0, tau_min=1e-06, clamp='min'"
+    assert repr(loss) == f"PiecewiseLoss({own}, softcap=5.0)"
 
 
 def test_two_scale_repr():
