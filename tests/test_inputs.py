@@ -281,6 +281,15 @@ def test_bad_argument(words, error, call, backend):
     torch.testing.assert_close(good.detach(), torch.nn.functional.cross_entropy(before[0], y))
 
 
+def test_the_ends_of_ranges_are_legal():
+    """As numbers and as tensors, one or many of them."""
+    x, y = torch.linspace(-1, 1, N * C).reshape(N, C), T([0, 2, 1, 0])
+    for gamma in (0, T(0.0), torch.zeros(C), torch.zeros(N, 1)):
+        torch.testing.assert_close(focal(x, y, gamma=gamma), ce(x, y))
+    for k in (1, T(1.0), torch.ones(C)):
+        assert float(softmax(x, y, head=Truncated(k))) == 0.0
+
+
 @pytest.mark.parametrize("bad", [-1, 6, 2**31 + 1, -(2**40)])
 def test_bad_label(loss, backend, bad):
     """On the CPU an IndexError with the first bad row and its label; the call after it is served."""
