@@ -342,11 +342,11 @@ class _Call:
                 "VECTOR": shape.vector,
                 "num_warps": shape.warps,
             }
-            # Else ptxas stops short of the registers that there are, and spills; of plain losses, which would have fewer
-            # warps on a multiprocessor, those of long rows on sm_8x alone (8 to 16 bytes, Triton 3.9).
+            # Else ptxas stops short of the registers that there are, and spills; of plain losses, which would have
+            # fewer warps on a multiprocessor, those of long rows on sm_8x alone (8 to 16 bytes, Triton 3.9): 12 warps.
             long = not shape.on_chip or shape.warps >= 8
             if architecture.startswith("sm_") and (not plain or (long and architecture.startswith("sm_8"))):
-                options["maxnreg"] = min(255, 2**16 // (32 * shape.warps))
+                options["maxnreg"] = min(168 if plain else 255, 2**16 // (32 * shape.warps))
             replay.launch(kernels.visit, (grid,), *arguments, **options)
         if gradient is not None and out is not gradient:
             gradient.copy_(out)
