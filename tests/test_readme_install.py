@@ -51,6 +51,9 @@ class Environment:
         pip.write_text(f'#!/bin/sh\nexec {path}/bin/python -m pip "$@"\n')
         pip.chmod(0o755)
         self.bin = path / "bin"
+        ninja = Path(sysconfig.get_path("scripts"), "ninja")  # where its package looks for it
+        if ninja.exists():
+            (self.bin / "ninja").symlink_to(ninja)
 
     def run(self, line, where, path="", **variables):
         """The line in a shell whose PATH is this one after the environment's; what it printed."""
