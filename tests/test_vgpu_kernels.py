@@ -14,7 +14,7 @@ import os
 import pytest
 
 from tools import vgpu
-from tools.vgpu import cases, worker
+from tools.vgpu import cases, faults, worker
 from tools.vgpu.cases import Case
 
 FULL = os.environ.get("MLKERNELS_FULL") == "1"
@@ -23,18 +23,24 @@ pytestmark = pytest.mark.skipif(vgpu.unavailable() is not None, reason=f"no emul
 
 
 @pytest.fixture(scope="module")
-def run():
-    """Runs a case in a process in which Triton is not interpreted."""
-    process = worker.Worker()
+def process():
+    """Runs functions in a process in which Triton is not interpreted."""
+    found = worker.Worker()
 
-    def checked(backend: str, target: str, case: Case) -> None:
+    def run(*call):
         try:
-            process(worker.check, backend, target, case)
+            return found(*call)
         except vgpu.Unavailable as error:
             pytest.skip(str(error))
 
-    yield checked
-    process.close()
+    yield run
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def run(process):
+    """Checks a case."""
+    return lambda backend, target, case: process(worker.check, backend, target, case)
 
 
 # ---- calls -----------------------------------------------------------------------------------------------------------
@@ -122,6 +128,12 @@ def test_triton(run, target, case):
 @pytest.mark.parametrize("target,case", CUDA, ids=str)
 def test_cuda(run, target, case):
     run("cuda", target, case)
+
+
+@pytest.mark.parametrize("kind", faults.KINDS)
+def test_faults_in_nvcc_s_kernels_are_found(process, kind):
+    found = process(faults.put, kind, 8 if FULL else 1)
+    assert None not in found, found
 
 
 @pytest.mark.skipif(not FULL, reason="MLKERNELS_FULL=1 runs every loss in every layout")

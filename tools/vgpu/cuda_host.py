@@ -81,11 +81,11 @@ def _contents() -> bytes:
 
 
 @functools.cache
-def ptx(arch: str, storage: str | None) -> Module:
-    """The kernels of the rows of a storage type, or without one the others."""
+def text(arch: str, storage: str | None) -> str:
+    """nvcc's PTX of the rows of a storage type, or without one of the others."""
     stem = "others" if storage is None else f"rows_{storage}"
     if arch == _ARCH:
-        return Module(_make()[1][stem].read_text())
+        return _make()[1][stem].read_text()
     build = _build()
     flags = [flag for flag in build.NVCC_FLAGS if "compress" not in flag]
     line = [build.find_nvcc(), *flags, "-Icsrc", f"-arch=compute_{arch}", "-ptx", f"csrc/cuda/{stem.split('_')[0]}.cu"]
@@ -95,7 +95,28 @@ def ptx(arch: str, storage: str | None) -> Module:
         partial = path.with_suffix(f".{os.getpid()}")
         command([*line, "-o", partial], cwd=ROOT)
         partial.replace(path)
-    return Module(path.read_text())
+    return path.read_text()
+
+
+_modules: dict[tuple[str, str | None], Module] = {}
+
+
+def ptx(arch: str, storage: str | None) -> Module:
+    """The kernels in it."""
+    if (arch, storage) not in _modules:
+        _modules[arch, storage] = Module(text(arch, storage))
+    return _modules[arch, storage]
+
+
+@contextmanager
+def replaced(arch: str, storage: str | None, module: Module) -> Iterator[None]:
+    """Other kernels in its place."""
+    before = ptx(arch, storage)
+    _modules[arch, storage] = module
+    try:
+        yield
+    finally:
+        _modules[arch, storage] = before
 
 
 def _storage_of(name: str) -> str | None:

@@ -1,0 +1,88 @@
+"""Faults put into nvcc's kernels: whether the emulator, or else a wrong number, gives each away."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable
+
+from . import Fault, Module, cuda_host
+from .cases import Case, check
+from .launches import launches
+
+
+def _added(bits: str, more: int) -> Callable[[re.Match[str]], str]:
+    """An operand that is off by a number: the groups are what stands before it, itself, and what stands behind it."""
+    return lambda m: f"{{.reg .{bits} off;\nadd.{bits.replace('b', 'u')} off, {m[2]}, {more};\n{m[1]}off{m[3]};}}"
+
+
+_BULK = r"(cp\.async\.bulk\S+ \[%r\d+\], \[)(%rd\d+)(\], %r\d+, \[%r\d+\]);"
+_EXPECT = r"(mbarrier\.arrive\.expect_tx\.shared\.b64 _, \[%r\d+\], )(%r\d+)();"
+#: By name: what is looked for, and what is put in its place.
+KINDS: dict[str, tuple[str, Callable[[re.Match[str]], str]]] = {
+    "no fence of an mbarrier": (r"fence\.mbarrier_init\.release\.cluster;", lambda m: ";"),
+    "a wait for the other phase": (
+        r"(mbarrier\.try_wait\.parity\.shared\.b64 done, \[%r\d+\], )(%r\d+)();",
+        lambda m: f"{{.reg .b32 off;\nxor.b32 off, {m[2]}, 1;\n{m[1]}off;}}",
+    ),
+    "16 bytes more expected": (_EXPECT, _added("b32", 16)),
+    "2 bytes less expected": (_EXPECT, _added("b32", -2)),
+    "a bulk copy from 8 bytes on": (_BULK, _added("b64", 8)),
+    "a bulk copy from 16 bytes on": (_BULK, _added("b64", 16)),
+    "a store 4 bytes on": (r"(st\.global\.L1::no_allocate\.v4\.u32 \[%rd\d+)\]", lambda m: m[1] + "+4]"),
+    "a store 16 bytes on": (r"(st\.global\.L1::no_allocate\.v4\.u32 \[%rd\d+)\]", lambda m: m[1] + "+16]"),
+    "a load 8 bytes on": (r"(ld\.shared\.v4\.u32 \t?\{[^}]*\}, \[%r\d+)\]", lambda m: m[1] + "+8]"),
+    "a shuffle of 31 lanes": (r"(shfl\.sync\.bfly\.b32 \t?[^;]*, )(?:%r\d+|-1);", lambda m: m[1] + "2147483647;"),
+}
+_LONG = {"warps": 2, "chunk": 32, "teams": 1}
+CASES = [
+    Case(
+        dtype="bfloat16", rows=70, classes=201, forced=(("way", "short"), ("warps", 1), ("cluster", -1), ("teams", 1))
+    ),
+    Case(dtype="bfloat16", rows=5, classes=1003, forced=tuple({"way": "long", "cluster": 4, **_LONG}.items())),
+    Case(dtype="bfloat16", rows=4, classes=1003, forced=tuple({"way": "streamed", "slots": 2, **_LONG}.items())),
+]
+
+
+def _attempt() -> str | None:
+    """What the first case finds that finds something."""
+
+    def found(case: Case) -> str | None:
+        try:
+            with cuda_host.forced(**dict(case.forced)):
+                check(case, "cuda")
+        except (Fault, AssertionError) as error:
+            return f"{type(error).__name__}: {error}"
+        return None
+
+    return next(filter(None, map(found, CASES)), None)
+
+
+def put(kind: str, tries: int = 1, seed: int = 0) -> list[str | None]:
+    """What each of some faults of a kind is found by, None where nothing finds it.
+
+    Raises:
+        LookupError: none of the cases executes what is looked for.
+    """
+    cuda_host.install("90")
+    launches.most_steps = 20_000_000
+    module = cuda_host.ptx("90", "bfloat16")
+    text = cuda_host.text("90", "bfloat16")
+
+    def hits() -> set[tuple[int, int]]:
+        return {hit for name in module.names for hit in module.kernel(name).hits().items()}
+
+    before = hits()
+    clean = _attempt()
+    assert clean is None, clean
+    executed = {line for line, _ in hits() - before}
+    pattern, replacement = KINDS[kind]
+    places = [m for m in re.finditer(pattern, text) if text.count("\n", 0, m.start()) + 1 in executed]
+    if not places:
+        raise LookupError(f"no case executes {pattern}")
+    found = []
+    for place in random.Random(seed).sample(places, min(tries, len(places))):
+        mutant = text[: place.start()] + replacement(place) + text[place.end() :]
+        with cuda_host.replaced("90", "bfloat16", Module(mutant)):
+            found.append(_attempt())
+    return found
