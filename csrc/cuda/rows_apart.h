@@ -21,7 +21,7 @@ struct RowsApart {
   static constexpr int THREADS = 256, BLOCKS = 2;
   static constexpr T INF = std::numeric_limits<T>::infinity();
   static constexpr int64_t CLASSES = sizeof(T) == 8 ? 0 : 24;  // that a pair may have
-  static constexpr int BATCH = sizeof(T) == 8 ? 8 : 16;         // classes of a row that are read together
+  static constexpr int BATCH = sizeof(T) == 8 ? 4 : 16;         // classes of a row that are read together
 
   template <class Simt>
   static MLK_DEVICE void run(const Simt& simt, const Visit<T>& v, const ApartPlan& plan) {
