@@ -127,18 +127,20 @@ class _SingleVisit(torch.autograd.Function):
     def forward(ctx: Any, call: Call, input: Tensor, target: Tensor, *params: Tensor) -> Tensor:
         loss: Tensor
         if call.needs == ONLY_INPUT:
-            loss, gradient = call.kernels.softmax_loss_with_gradient(input, target, call.numbers, params)
-            ctx.save_for_backward(gradient, input, target, *params)
+            loss, *made = call.kernels.softmax_loss_with_gradient(input, target, call.numbers, params)
+            ctx.save_for_backward(*made, input, target, *params)
         else:
-            loss, gradients = call.kernels.softmax_loss_with_gradients(input, target, call.numbers, params, call.needs)
-            ctx.save_for_backward(*gradients, input, target, *params)
+            loss, gradients, *kept = call.kernels.softmax_loss_with_gradients(
+                input, target, call.numbers, params, call.needs
+            )
+            ctx.save_for_backward(*gradients, *kept, input, target, *params)
         ctx.call = call
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> Any:
         call: Call = ctx.call
-        count = call.needs.bit_count()
+        count = call.needs.bit_count() + call.kernels.kept
         if not _usual(grad_loss) or (call.kernels.refresh is not None and _is_batched(grad_loss)):
             return _unusual(call, False, ctx.saved_tensors[count:], None, (grad_loss,))
         if call.kernels.refresh is not None:
@@ -174,7 +176,8 @@ class _SingleVisit(torch.autograd.Function):
 def _refreshed(call: Call, saved: Sequence[Tensor], grad_loss: Tensor) -> list[Tensor]:
     """What was made for an upstream gradient of 1, for this one, which only the device knows."""
     count = call.needs.bit_count()
-    gradients, (input, target, *params) = list(saved[:count]), saved[count:]
+    end = count + call.kernels.kept
+    gradients, kept, (input, target, *params) = list(saved[:count]), saved[count:end], saved[end:]
     # Handed out as they are, unless there will be another backward: else autograd clears what was saved.
     if _keeps_graph():
         gradients = [gradient.clone() for gradient in gradients]
@@ -182,7 +185,7 @@ def _refreshed(call: Call, saved: Sequence[Tensor], grad_loss: Tensor) -> list[T
     if call.needs & ONLY_INPUT:
         assert call.kernels.refresh is not None
         # A second look at the rows where the upstream gradient is not 1.
-        call.kernels.refresh(grad_loss, input, target, call.numbers, params, gradients[-1])
+        call.kernels.refresh(grad_loss, *kept, input, target, call.numbers, params, gradients[-1])
         own -= 1
     for index in range(own):
         # Not 0 * inf where only rows that are not read count.

@@ -44,11 +44,15 @@ _SCHEMAS = (
     # `saved` may be empty: the row statistics are then computed again.
     f"softmax_loss_backward({_UPSTREAM}, {_COMMON}, Tensor saved, int needs) -> Tensor[]",
 )
-for _library in _libraries:
-    for _schema in _SCHEMAS:
-        _library.define(_schema, tags=_tags)
-    # Writes a gradient that was made for an upstream gradient of 1 anew, unless the device finds that it is 1.
-    _library.define(f"softmax_loss_refresh(Tensor grad_loss, {_COMMON}, Tensor(a!) gradient) -> ()", tags=_tags)
+# Writes a gradient that was made for an upstream gradient of 1 anew, unless the device finds that it is 1.
+_REFRESH = f"softmax_loss_refresh(Tensor grad_loss, {_COMMON}, Tensor(a!) gradient) -> ()"
+for _schema in (*_SCHEMAS, _REFRESH):
+    _libraries[0].define(_schema, tags=_tags)
+    # What "mean" divided by comes last of what a visit with gradients returns, and refresh takes it.
+    if "_with_gradient" in _schema:
+        _schema = _schema[:-1] + ", Tensor)"
+    _schema = _schema.replace("refresh(Tensor grad_loss,", "refresh(Tensor grad_loss, Tensor divisors,")
+    _libraries[1].define(_schema, tags=_tags)
 # Each dst from the src at its place, bit for bit; with a flag (one boolean) only where the device finds it true.
 _libraries[0].define("multi_copy_(Tensor(a!)[] dst, Tensor[] src, Tensor? flag=None) -> ()", tags=_tags)
 
@@ -102,6 +106,22 @@ def _softmax_loss_with_gradients(
     return _loss_like(input, target, numbers), _gradients(input, numbers, params, needs)
 
 
+def _divisors(input: Tensor, numbers: Sequence[float]) -> Tensor:
+    return input.new_empty((int(numbers[REDUCTION] == Reduction.MEAN), 2), dtype=torch.float64)
+
+
+def _softmax_loss_with_gradient_and_divisors(
+    input: Tensor, target: Tensor, numbers: Sequence[float], params: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return *_softmax_loss_with_gradient(input, target, numbers, params), _divisors(input, numbers)
+
+
+def _softmax_loss_with_gradients_and_divisors(
+    input: Tensor, target: Tensor, numbers: Sequence[float], params: Sequence[Tensor], needs: int
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    return *_softmax_loss_with_gradients(input, target, numbers, params, needs), _divisors(input, numbers)
+
+
 def _softmax_stats(
     input: Tensor, target: Tensor, numbers: Sequence[float], params: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -133,6 +153,10 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "softmax_stats": _softmax_stats,
     "softmax_loss_backward": _softmax_loss_backward,
 }
+_TRITON_FAKES = _FAKES | {
+    "softmax_loss_with_gradient": _softmax_loss_with_gradient_and_divisors,
+    "softmax_loss_with_gradients": _softmax_loss_with_gradients_and_divisors,
+}
 
 
 def _by_triton(name: str) -> Callable[..., Any]:
@@ -146,9 +170,9 @@ def _by_triton(name: str) -> Callable[..., Any]:
     return run
 
 
-for _name, _fake in _FAKES.items():
-    for _library in _libraries:
-        torch.library.register_fake(f"{_library.ns}::{_name}", _fake, lib=_library)
+for _name in _FAKES:
+    for _library, _fakes in zip(_libraries, (_FAKES, _TRITON_FAKES), strict=True):
+        torch.library.register_fake(f"{_library.ns}::{_name}", _fakes[_name], lib=_library)
     _libraries[1].impl(_name, _by_triton(_name), "CompositeExplicitAutograd")
 
 
@@ -241,6 +265,8 @@ class Kernels(NamedTuple):
     #: Writes a gradient made for an upstream gradient of 1 anew unless the device finds that it is 1; None where the
     #: host may look for itself.
     refresh: Callable[..., None] | None = None
+    #: How many tensors a visit with gradients returns behind these, for refresh: Triton's divisors.
+    kept: int = 0
     #: The same by way of the dispatcher, where these are not.
     dispatched: Kernels | None = None
 
@@ -249,7 +275,7 @@ NATIVE = Kernels(*(getattr(torch.ops.mlkernels, name).default for name in _FAKES
 CUDA = NATIVE._replace(refresh=torch.ops.mlkernels.softmax_loss_refresh.default)
 #: Where operators are observed. Else Triton's functions are called as they are, without a dispatcher in between.
 TRITON = Kernels(*(getattr(torch.ops.mlkernels_triton, name).default for name in _FAKES))
-TRITON = TRITON._replace(refresh=torch.ops.mlkernels_triton.softmax_loss_refresh.default)
+TRITON = TRITON._replace(refresh=torch.ops.mlkernels_triton.softmax_loss_refresh.default, kept=1)
 
 
 @functools.cache
@@ -259,4 +285,4 @@ def triton() -> Kernels:
 
     operators: Any = launch.EAGER
     refresh = operators["softmax_loss_refresh"]
-    return Kernels(*(operators[name] for name in _FAKES))._replace(refresh=refresh, dispatched=TRITON)
+    return Kernels(*(operators[name] for name in _FAKES))._replace(refresh=refresh, kept=1, dispatched=TRITON)

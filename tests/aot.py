@@ -348,7 +348,7 @@ def launches(name: str, calls: Callable[[], None]) -> list[Launch]:
 
     # The operators as they are: nothing is replayed, and meta tensors are no reason to ask a dispatcher.
     operators = {function.__name__: function for function in launch._FUNCTIONS}
-    kernels = ops.Kernels(*(operators[name] for name in ops._FAKES), refresh=operators["softmax_loss_refresh"])
+    kernels = ops.Kernels(*(operators[name] for name in ops._FAKES), refresh=operators["softmax_loss_refresh"], kept=1)
     kept = JITFunction.__getitem__, launch._architecture, softmax.choose, ops.triton
     JITFunction.__getitem__ = launcher  # type: ignore[method-assign]
     launch._architecture, softmax.choose = lambda device: name, lambda *arguments: "triton"

@@ -96,10 +96,13 @@ def test_softmax_loss_with_gradients(loss, form, reduction, dtype, shape, kernel
     torch.library.opcheck(kernels.softmax_loss_with_gradient, arguments, test_utils=CHECKS)
     for asked in (needs, needs & ~(1 << ops.INPUT), 1 << ops.INPUT):
         torch.library.opcheck(kernels.softmax_loss_with_gradients, (*arguments, asked), test_utils=CHECKS)
-    loss, gradient = kernels.softmax_loss_with_gradient(*arguments)
-    again, gradients = kernels.softmax_loss_with_gradients(*arguments, needs)
+    loss, gradient, *kept = kernels.softmax_loss_with_gradient(*arguments)
+    again, gradients, *same = kernels.softmax_loss_with_gradients(*arguments, needs)
     assert torch.equal(loss, again)
     assert torch.equal(gradient, gradients[-1])
+    assert len(kept) == len(same) == (kernels is ops.TRITON)
+    for a, b in zip(kept, same, strict=True):  # what "mean" divided by
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize(("loss", "form", "reduction", "dtype", "shape"), CALLS)

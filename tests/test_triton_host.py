@@ -75,6 +75,9 @@ def test_numbers_compile_nothing(seen):
 def test_few_launches(seen):
     """Loss, sum, and the look at the upstream gradient."""
     assert {row["launches"] for row in seen["compilations"]} == {3}
+    few, many = seen["launches"].values()
+    assert few == {"visit": 2, "total": 1}
+    assert many == {**few, "count": 1}  # for both directions
 
 
 def test_replays_launch_what_triton_would(seen):

@@ -85,6 +85,20 @@ def compilations() -> list[dict[str, Any]]:
     return found
 
 
+def launches() -> dict[str, dict[str, int]]:
+    """What a step of few rows and one of many launch."""
+    found = {}
+    for rows in (N, MANY):
+        step = step_of("focal_2", torch.randn(rows, C), torch.randint(C, (rows,)))
+        names: list[str] = []
+        hook = lambda said: names.append(said.get()["name"])
+        triton.knobs.runtime.launch_enter_hook.add(hook)
+        step()
+        triton.knobs.runtime.launch_enter_hook.remove(hook)
+        found[str(rows)] = dict(Counter(names))
+    return found
+
+
 def data() -> dict[str, int]:
     """What differs in numbers alone compiles nothing."""
     input, target = setting()
@@ -305,6 +319,7 @@ if __name__ == "__main__":
                 {
                     "triton": triton.__version__,
                     "compilations": compilations(),
+                    "launches": launches(),
                     "data": data(),
                     "replays": replays(),
                     "surroundings": surroundings(),

@@ -190,7 +190,14 @@ def _exact(value: float) -> bool:
 class _Call:
     """The arguments that the operators share, as the kernels take them."""
 
-    def __init__(self, input: Tensor, target: Tensor, numbers: Sequence[float], params: Sequence[Tensor]):
+    def __init__(
+        self,
+        input: Tensor,
+        target: Tensor,
+        numbers: Sequence[float],
+        params: Sequence[Tensor],
+        divisors: tuple[Tensor, int] | None = None,  # where an earlier visit has found them
+    ):
         self.device = input.device
         self.accumulate = torch.float64 if input.dtype == torch.float64 else torch.float32
         self.classes = input.shape[1]
@@ -245,7 +252,7 @@ class _Call:
         self.group = None if group is None else group.reshape(-1).contiguous()
         self.weight_sum = self.weight.sum(dtype=self.accumulate) if self.smooth and self.weight is not None else None
         self.plain = not self.by_slot and not self.smooth and not self.capped
-        self._divisors: tuple[Tensor, int] | None = None
+        self._divisors = divisors
 
     def is_table(self, slot: int) -> bool:
         return (self.structure[0] == TransformKind.PIECEWISE and slot in (Slot.TRANSFORM_A, Slot.TRANSFORM_B)) or (
@@ -259,15 +266,20 @@ class _Call:
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return replay.empty(shape, dtype or self.accumulate, self.device)
 
-    def divisors(self, upstream: Tensor | None = None) -> tuple[Tensor, int]:
-        """What "mean" divides by, in parts; anything where upstream is 1."""
+    @functools.cached_property
+    def divided_by(self) -> Tensor:
+        """Where the sum leaves what it divided by, for "mean"."""
+        return self.empty(int(self.reduction == Reduction.MEAN), 2, dtype=torch.float64)
+
+    def divisors(self) -> tuple[Tensor, int]:
+        """What "mean" divides by, in parts."""
         if self._divisors is None:
             block = _COUNT["BLOCK"]
             chunk = triton.cdiv(triton.cdiv(self.rows, _PARTS), block) * block or block
             programs = max(1, triton.cdiv(self.rows, chunk))
             parts = self.empty(programs, 2, dtype=torch.float64)
             replay.launch(
-                kernels.count, (programs,), self.target, self.weight, upstream, parts, self.rows, self.classes,
+                kernels.count, (programs,), self.target, self.weight, parts, self.rows, self.classes,
                 self.ignore_index, chunk, **_COUNT,
             )  # fmt: skip
             self._divisors = parts, programs
@@ -313,8 +325,8 @@ class _Call:
         grid = triton.cdiv(programs, turns)
         divisors, parts = None, 1
         if self.reduction == Reduction.MEAN and (gradient is not None or wanted):
-            if rows > _FEW or grid * rows * self.target.element_size() > _COUNTED_BYTES:
-                divisors, parts = self.divisors(upstream[0] if conditional else None)
+            if self._divisors is not None or self._are_many(grid):
+                divisors, parts = self.divisors()
         if rows > 0:
             arguments = (
                 input, self.target, self.values, *self.tables, self.group, self.weight, self.weight_sum,
@@ -357,16 +369,20 @@ class _Call:
             )
         return loss, {slot: self._parameter(slot, by_parameter[slot], bins) for slot in wanted}  # type: ignore[index]
 
+    def _are_many(self, programs: int) -> bool:
+        """Whether the labels are too many for each of so many programs to count them."""
+        return self.rows > _FEW or programs * self.rows * self.target.element_size() > _COUNTED_BYTES
+
     def _total(self, terms: Tensor, count: int) -> Tensor:
         """The reduced loss."""
         loss = self.empty()
         divisors, parts = None, 1
-        if self.reduction == Reduction.MEAN and (self._divisors is not None or self.rows > _FEW):
+        if self.reduction == Reduction.MEAN and (self._divisors is not None or self._are_many(1)):
             divisors, parts = self.divisors()
         options = _TOTAL if count > _TOTAL["BLOCK"] else {"BLOCK": _SUM_BLOCK}
         replay.launch(
-            kernels.total, (1,), terms, loss, divisors, parts, self.target, self.weight, self.rows, self.classes,
-            self.ignore_index, count, REDUCTION=self.reduction, **options,
+            kernels.total, (1,), terms, loss, self.divided_by, divisors, parts, self.target, self.weight, self.rows,
+            self.classes, self.ignore_index, count, REDUCTION=self.reduction, **options,
         )  # fmt: skip
         return loss
 
@@ -438,30 +454,30 @@ def softmax_loss(
 
 def softmax_loss_with_gradient(
     input: Tensor, target: Tensor, numbers: Sequence[float], params: Sequence[Tensor]
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     call = _Call(input, target, numbers, params)
     gradient = replay.empty_like(input)
     loss, _ = call.run(losses=True, gradient=gradient)
     assert loss is not None
-    return loss, gradient
+    return loss, gradient, call.divided_by
 
 
 def softmax_loss_with_gradients(
     input: Tensor, target: Tensor, numbers: Sequence[float], params: Sequence[Tensor], needs: int
-) -> tuple[Tensor, list[Tensor]]:
+) -> tuple[Tensor, list[Tensor], Tensor]:
     call = _Call(input, target, numbers, params)
     gradient = replay.empty_like(input) if needs >> ops.INPUT & 1 else None
     loss, found = call.run(losses=True, gradient=gradient, needs=needs)
     assert loss is not None
-    return loss, [*found.values(), *([] if gradient is None else [gradient])]
+    return loss, [*found.values(), *([] if gradient is None else [gradient])], call.divided_by
 
 
 def softmax_loss_refresh(
-    grad_loss: Tensor, input: Tensor, target: Tensor, numbers: Sequence[float], params: Sequence[Tensor],
-    gradient: Tensor,
+    grad_loss: Tensor, divisors: Tensor, input: Tensor, target: Tensor, numbers: Sequence[float],
+    params: Sequence[Tensor], gradient: Tensor,
 ) -> None:  # fmt: skip
     """Writes a gradient that was made for an upstream gradient of 1 anew, unless the device finds that it is 1."""
-    call = _Call(input, target, numbers, params)
+    call = _Call(input, target, numbers, params, (divisors, 1))
     call.run(gradient=gradient, upstream=(grad_loss, None, None), conditional=True)
 
 
@@ -500,7 +516,7 @@ def softmax_loss_backward(
     return [*found.values(), *([] if gradient is None else [gradient])]
 
 
-_LEADING = {softmax_loss_refresh: 3, softmax_loss_backward: 5}
+_LEADING = {softmax_loss_refresh: 4, softmax_loss_backward: 5}
 _FUNCTIONS = (
     softmax_loss,
     softmax_loss_with_gradient,

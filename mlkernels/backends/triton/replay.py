@@ -230,9 +230,9 @@ def _shape_of(result: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]
         return [], lambda made: None
     if isinstance(result, list):
         return result, list
-    if isinstance(result[-1], list):
-        count = len(result) - 1
-        return [*result[:-1], *result[-1]], lambda made: (*made[:count], made[count:])
+    if isinstance(result[1], list):
+        end = 1 + len(result[1])
+        return [result[0], *result[1], *result[2:]], lambda made: (made[0], made[1:end], *made[end:])
     return list(result), tuple
 
 

@@ -680,16 +680,14 @@ def visit(
 
 
 @triton.jit(do_not_specialize=["rows", "classes", "ignore_index"])
-def count(target, weight, upstream, parts, rows, classes, ignore_index: tl.int64, chunk, BLOCK: tl.constexpr):
+def count(target, weight, parts, rows, classes, ignore_index: tl.int64, chunk, BLOCK: tl.constexpr):
     """parts: (programs, 2), float64: the sum of weights and the number of the rows that count, of a chunk each.
 
-    upstream: where it is 1 nothing is counted; or None. Reads each label once; a thread has 16 of them on the way.
+    Reads each label once; a thread has 16 of them on the way.
     """
     pid = tl.program_id(0)
     target += pid.to(tl.int64) * chunk
     here = tl.minimum(rows - pid.to(tl.int64) * chunk, chunk).to(tl.int32)
-    if upstream is not None:
-        here = tl.where(tl.load(upstream) == 1.0, 0, here)
     row = tl.arange(0, BLOCK)
     weights = tl.zeros((BLOCK,), tl.float64)
     kept = tl.zeros((BLOCK,), tl.int32)
@@ -709,11 +707,11 @@ def count(target, weight, upstream, parts, rows, classes, ignore_index: tl.int64
 
 @triton.jit(do_not_specialize=["parts", "rows", "classes", "count"])
 def total(
-    terms, loss, divisors, parts, target, weight, rows, classes, ignore_index: tl.int64, count,
+    terms, loss, divided_by, divisors, parts, target, weight, rows, classes, ignore_index: tl.int64, count,
     REDUCTION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The loss: the two columns of terms, (count, 2), added up in float64 by one program; for MEAN each divided by its
-    divisor, as in visit."""
+    divisor, as in visit, which is left in divided_by."""
     at = tl.arange(0, 2 * BLOCK)
     sums = tl.zeros((2 * BLOCK,), tl.float64)
     whole = count // BLOCK * BLOCK
@@ -725,6 +723,8 @@ def total(
     if REDUCTION == MEAN:
         weights, number = divisors_of(divisors, parts, target, weight, rows, classes, ignore_index)
         by_weight, by_number = tl.sum(weights, 0), tl.sum(number, 0)
+        tl.store(divided_by, by_weight)
+        tl.store(divided_by + 1, by_number)
         first = tl.where(by_weight == 0, float("nan"), first / by_weight)  # smoothing has a loss there still
         second = tl.where(second == 0, 0.0, second / by_number)
     tl.store(loss, (first + second).to(loss.dtype.element_ty))
