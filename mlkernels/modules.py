@@ -612,7 +612,8 @@ class CenterLoss(_Loss):
             .. math:: c_j \leftarrow c_j - \text{rate}\cdot\frac{\sum_{i: y_i = j}(c_j - x_i)}{1 + \#\{i: y_i = j\}}
 
             Under ``torch.distributed`` over the rows of all ranks: every rank calls it, and the centers are equal, from
-            the first forward on those of the first rank.
+            the first forward on those of the first rank. On the CPU an error of one rank's call, a bad label for
+            instance, is an error on all of them, and no center moves.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         process_group: of the ranks that move the centers together; None: all. Ranks that train models of their own pass
             a group of one each.
@@ -673,26 +674,40 @@ class CenterLoss(_Loss):
         if shared and not self._agreed:
             dist.broadcast(self.centers, group=self.process_group, group_src=0)
             self._agreed = True
-        loss = super().forward(input, target)
+        try:
+            loss = super().forward(input, target)
+        except Exception:
+            if shared and self.centers.device.type == "cpu":  # else the other ranks would wait for this one
+                sums = self._zeros()
+                sums[-1, -1] = 1
+                dist.all_reduce(sums, group=self.process_group)
+            raise
         self._move(input.detach(), target, self.rate, shared)
         return loss
 
     @torch.no_grad()
     def _move(self, input: Tensor, target: Tensor, rate: float, shared: bool) -> None:
-        classes, features = self.centers.shape
-        accumulate = torch.float64 if self.centers.dtype == torch.float64 else torch.float32
+        sums = self._zeros()
+        classes, accumulate = self.centers.shape[0], sums.dtype
         centers = self.centers.to(accumulate)
         label = target.long()
         legal = (label >= 0) & (label < classes)
         y = torch.where(legal, label, 0)
         # A bad label moves nothing: on a GPU its row is already NaN in the loss.
         gap = torch.where(legal.unsqueeze(1), centers[y] - input.to(accumulate), 0)
-        # Sums and counts as one tensor, for one exchange.
-        sums = centers.new_zeros(classes, features + 1)
         sums.index_add_(0, y, torch.cat((gap, legal.to(accumulate).unsqueeze(1)), 1))
         if shared:
             dist.all_reduce(sums, group=self.process_group)
+            if sums.device.type == "cpu" and not traced(sums) and bool(sums[-1, -1] > 0):
+                raise RuntimeError("CenterLoss failed on another rank, whose error says why; no center was moved")
+        sums = sums[:classes]
         self.centers.copy_(centers - rate * sums[:, :-1] / (1 + sums[:, -1:]))
+
+    def _zeros(self) -> Tensor:
+        """For sums and counts by class, in one tensor for one exchange; the last row says whether a rank failed."""
+        accumulate = torch.float64 if self.centers.dtype == torch.float64 else torch.float32
+        classes, features = self.centers.shape
+        return self.centers.new_zeros(classes + 1, features + 1, dtype=accumulate)
 
     def extra_repr(self) -> str:
         """Sizes, rate and reduction."""

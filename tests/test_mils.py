@@ -115,6 +115,26 @@ def test_a_rejected_attempt_leaves_no_trace(auxiliary: Any) -> None:
     assert same(state(never)[:2], plain_loop(12))
 
 
+def test_gradients_that_nobody_clears_go_on_adding_up() -> None:
+    """A norm over all gradients sees those of parameters that no optimizer here has, too."""
+
+    def trained(participation: float) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = nn.Linear(X.shape[1], int(Y.max()) + 1)
+        optimizer = torch.optim.SGD([model.weight], lr=0.5)
+        mils = MILS(
+            model, optimizer, primary=mlkernels.CrossEntropyLoss(), auxiliary=mlkernels.MultiMarginLoss(),
+            observation=(X[:4], torch.full((4,), -1)), participation=participation,
+            before_step=lambda: nn.utils.clip_grad_norm_(model.parameters(), 0.5),
+        )  # fmt: skip
+        for k in range(3):
+            assert mils.step(X[8 * k : 8 * k + 8], Y[8 * k : 8 * k + 8]).used == "primary"
+        return [model.weight.detach(), model.bias.grad.clone()]
+
+    for tried, plain in zip(trained(1.0), trained(0.0), strict=True):
+        assert torch.equal(tried, plain)
+
+
 def test_sloppy_randomness_is_put_back_too() -> None:
     """An observation set that is augmented by the global generators."""
 

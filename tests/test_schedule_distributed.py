@@ -220,6 +220,13 @@ def centers_agree(rank: int) -> None:
                     move[k] = (wanted[k] - X[rows]).sum(0) / (1 + len(rows))
             wanted = wanted - 0.5 * move
         torch.testing.assert_close(center.centers, wanted)
+    kept = center.centers.clone()
+    x, y = X[ROWS[rank]], torch.where(torch.arange(len(ROWS[rank])) == 1, 4 * rank, Y[ROWS[rank]])
+    error, words = ((RuntimeError, "failed on another rank"), (IndexError, "target 4 at row 1"))[rank]
+    with pytest.raises(error, match=words):  # neither waits for the other
+        center(x, y)
+    assert torch.equal(center.centers, kept)
+
     center.eval()  # neither moves nor waits
     if rank == 0:
         center(X, Y)

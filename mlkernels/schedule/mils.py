@@ -237,7 +237,8 @@ class MILS:
             counts: :math:`n_k`, >= 0, what each batch's mean is over, tokens for instance: numbers or tensors of one
                 element. None: the rows that the loss keeps, whose label is not its ``ignore_index`` (-100 where it has
                 none), each by its class's weight where it has a 1-D ``weight``. Losses with ``reduction="sum"`` are
-                added up. A batch without such rows adds nothing.
+                added up. A batch without such rows adds nothing. One count serves all terms of a loss: a z-loss beside
+                a ``weight``, which alone is divided by the rows, is weighed like the rest and not exactly one batch's.
 
         Raises:
             ValueError: no batches, counts that do not fit them, or losses in one that ignore different labels and so
@@ -332,6 +333,7 @@ class MILS:
     def _attempt(self, name: str, batches: list[Batch], counts: Counts) -> tuple[Tensor, bool, bool]:
         """A step with an auxiliary loss, undone unless accepted: the loss, whether it was, whether all was finite."""
         randomness = Randomness(self.model) if self.restore_rng else None
+        gradients = self._gathering()
         # Saved before anything else: drawing and scoring may change buffers too (DDP broadcasts them).
         self._snapshot.save()
         accepted = False
@@ -349,6 +351,8 @@ class MILS:
                     self._snapshot.restore()
                 finally:  # a part's own load_state_dict may fail
                     self._clear_gradients()
+                    for parameter, gradient in gradients:
+                        parameter.grad = gradient
                     if randomness is not None:
                         randomness.restore()
         return loss, accepted, finite
@@ -430,6 +434,14 @@ class MILS:
 
     def _output(self, input: Any) -> Any:
         return self.model(input) if self._forward is None else self._forward(self.model, input)
+
+    def _gathering(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Copies of the gradients that no optimizer here clears: they add up from iteration to iteration."""
+        stepped = {id(p) for one in self.optimizers for group in one.param_groups for p in group["params"]}
+        parameters = {id(p): p for module in (self.model, *self._losses) for p in module.parameters()}
+        others = [p for key, p in parameters.items() if key not in stepped]
+        # Copies: under DDP a gradient may be a view of a bucket, which the attempt fills anew.
+        return [(p, p.grad.clone()) for p in others if p.grad is not None]
 
     def _clear_gradients(self) -> None:
         """Also of parameters that no optimizer here steps: an attempt's must not be added to theirs."""
