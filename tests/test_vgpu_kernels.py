@@ -49,11 +49,14 @@ def run(process):
 STRIDED = [
     Case(dtype="bfloat16", rows=4, classes=19, inner=(5, 7), kind="ignored"),
     Case(dtype="float16", rows=4, classes=19, inner=(5, 7), layout="last_every_second"),
+    Case(dtype="bfloat16", rows=8, classes=24, inner=(5, 7), form="shared"),  # two classes of one row in a thread
+    Case(loss="margin_monotone", dtype="float16", rows=8, classes=24, inner=(5, 7), form="shared",
+         layout="last_every_second"),
     Case(dtype="bfloat16", rows=9, classes=20, layout="every_second", kind="confident"),
     Case(dtype="bfloat16", rows=12, classes=10, layout="transposed"),
     Case(dtype="bfloat16", rows=7, classes=33, layout="odd"),
     Case(dtype="float16", rows=2, classes=16, inner=(8, 2), layout="channels_last", kind="nan"),
-]
+]  # fmt: skip
 LENGTHS = [
     Case(dtype="bfloat16", rows=3, classes=1, reduction="sum"),
     Case(dtype="bfloat16", rows=40, classes=2, upstream=1.0),

@@ -336,7 +336,9 @@ def afresh(y, number):
 
 
 @triton.jit
-def places(tensor, base, col, stride, WIDE: tl.constexpr, ACROSS: tl.constexpr, VECTOR: tl.constexpr):
+def places(
+    tensor, base, col, stride, WIDE: tl.constexpr, ACROSS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr
+):
     """Where a tile's elements lie."""
     place = tensor + of_row(base) + (col.to(tl.int64) if WIDE else col) * stride
     # Triton deals to threads what it thinks is most contiguous, and a tie by its version. So it is told an order:
@@ -344,7 +346,10 @@ def places(tensor, base, col, stride, WIDE: tl.constexpr, ACROSS: tl.constexpr, 
     # say, which is believed whatever it is: so it is what launch.py found in sizes, strides and pointers.
     BYTES: tl.constexpr = tensor.dtype.element_ty.primitive_bitwidth // 8
     if ACROSS:
-        place = tl.multiple_of(tl.max_contiguous(place, [1, 8, 4, 2]), [BYTES, ACROSS * BYTES, BYTES, BYTES])
+        # A thread has 4 bytes of neighbours. Where these are not all rows but two lanes, Triton 3.9 would believe that
+        # lanes are neighbours in memory; and there is nothing to order, as no other thread has any.
+        lanes: tl.constexpr = 4 if LANES * ACROSS * BYTES > 4 else 1
+        place = tl.multiple_of(tl.max_contiguous(place, [1, 8, lanes, 2]), [BYTES, ACROSS * BYTES, BYTES, BYTES])
     else:
         place = tl.multiple_of(tl.max_contiguous(place, [1, 2, 4, 8]), [BYTES, BYTES, BYTES, VECTOR * BYTES])
     return place
@@ -360,7 +365,7 @@ def read_logits(
     # In the tile's whole shape: what is read by class is then read by the threads that need it.
     col += of_row(tl.zeros_like(base).to(tl.int32))
     valid = col < classes
-    place = places(input, base, col, strides[0], WIDE, ACROSS, VECTOR)
+    place = places(input, base, col, strides[0], WIDE, ACROSS, LANES, VECTOR)
     raw = tl.load(place, of_row(read) & valid, -INF).to(T)
     u = prepared(raw, cap, adjustment, col, valid, T, CAPPED)
     if CAPPED:
@@ -389,7 +394,7 @@ def leave_gradient(
         g = g * ((1.0 - slack) * (1.0 + slack))
     if ACROSS or CHUNKS * LANES * VECTOR <= 32:
         g = tl.where(of_row(kept), g, 0.0)
-    place = places(gradient, base, col, strides[0], WIDE, ACROSS, VECTOR)
+    place = places(gradient, base, col, strides[0], WIDE, ACROSS, LANES, VECTOR)
     tl.store(place, g.to(gradient.dtype.element_ty), of_row(inside) & valid)
 
 
