@@ -177,7 +177,9 @@ def main(given: list[str] | None = None) -> int:
         folder = Path(name)
         # torch.compile would start as many processes again in each.
         environment = {**os.environ, FOLDER: name, "TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.shards", "-p", "no:cacheprovider", *arguments]
+        # In the order of the files: which test a process takes is decided here.
+        plugins = ["-p", "bench.shards", "-p", "no:cacheprovider", "-p", "no:randomly"]
+        command = [sys.executable, "-m", "pytest", "-q", *plugins, *arguments]
         logs: list[TextIO] = []
 
         def start() -> subprocess.Popen[bytes]:

@@ -1,4 +1,6 @@
 import os
+import random
+from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -21,6 +23,30 @@ if not torch.cuda.is_available():
 # A deadline would tell how loaded the machine is.
 settings.register_profile("default", deadline=None, max_examples=int(os.environ.get("MLKERNELS_EXAMPLES", "60")))
 settings.load_profile("default")
+
+
+#: A launch takes Triton's interpreter up to seconds. Of a function whose cases are many it has so many, the same on
+#: every run; all of them under MLKERNELS_FULL=1, and always where the mathematics itself is tested.
+TRITON_CASES = 12
+WHOLE = {"test_triton.py", "test_values.py", "test_gradients.py", "test_precision.py"}
+
+
+def pytest_collection_modifyitems(config, items):
+    if os.environ.get("MLKERNELS_FULL") or os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    functions = defaultdict(list)
+    for item in items:
+        values = getattr(item, "callspec", None)
+        if values and "triton" in values.params.values() and item.path.name not in WHOLE:
+            functions[item.path.name, item.originalname].append(item)
+    dropped = set()
+    for (_, name), cases in functions.items():
+        if len(cases) > TRITON_CASES:
+            kept = random.Random(name).sample(sorted(cases, key=lambda item: item.nodeid), TRITON_CASES)
+            dropped |= {item.nodeid for item in cases} - {item.nodeid for item in kept}
+    if dropped:
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in dropped])
+        items[:] = [item for item in items if item.nodeid not in dropped]
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -339,7 +339,9 @@ def row(
     dz = [sum(part) for part in parts]
     to_f = [s * at.capped[j] * (t.by_x if j == y else 1) for j in classes]
     grad = [d * factor for d, factor in zip(dz, to_f, strict=True)]
-    dz_size = [sum(abs(v) for v in part) for part in parts]  # what cancels in the sum still rounds
+    # What cancels in the sum still rounds; and of a logsumexp near 0 the absolute error is what is known.
+    of_lse = [abs(up_penalty * 2 * lam * prob[j]) for j in classes]
+    dz_size = [sum(abs(v) for v in part) + more for part, more in zip(parts, of_lse, strict=True)]
     # Through a saturated softcap 1 - tanh^2 is known to eps of 1.
     largest = max(abs(s * (t.by_x if j == y else 1)) * dz_size[j] for j in classes)
     # A class of probability 0 contributes 0 to every sum.

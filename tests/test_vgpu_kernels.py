@@ -24,23 +24,24 @@ pytestmark = pytest.mark.skipif(vgpu.unavailable() is not None, reason=f"no emul
 
 @pytest.fixture(scope="module")
 def process():
-    """Runs functions in a process in which Triton is not interpreted."""
-    found = worker.Worker()
+    """Runs functions in a process in which Triton is not interpreted, one for each backend that it pretends to have."""
+    workers = {backend: worker.Worker() for backend in ("triton", "cuda")}
 
-    def run(*call):
+    def run(backend, *call):
         try:
-            return found(*call)
+            return workers[backend](*call)
         except vgpu.Unavailable as error:
             pytest.skip(str(error))
 
     yield run
-    found.close()
+    for found in workers.values():
+        found.close()
 
 
 @pytest.fixture(scope="module")
 def run(process):
     """Checks a case."""
-    return lambda backend, target, case: process(worker.check, backend, target, case)
+    return lambda backend, target, case: process(backend, worker.check, backend, target, case)
 
 
 # ---- calls -----------------------------------------------------------------------------------------------------------
@@ -135,7 +136,7 @@ def test_cuda(run, target, case):
 
 @pytest.mark.parametrize("kind", faults.KINDS)
 def test_faults_in_nvcc_s_kernels_are_found(process, kind):
-    found = process(faults.put, kind, 8 if FULL else 1)
+    found = process("cuda", faults.put, kind, 8 if FULL else 1)
     assert None not in found, found
 
 
