@@ -170,6 +170,11 @@ def compiling(torch: Path, compiler: list[str]) -> list[str]:
     return [*command, *shlex.split(os.environ.get("CXXFLAGS", ""))]
 
 
+def compiling_library(torch: Path, compiler: list[str]) -> list[str]:
+    """The same for what includes torch's headers: their paths, which its checks put into messages, are not kept."""
+    return [*compiling(torch, compiler), f"-fmacro-prefix-map={torch.parent}/="]
+
+
 def make_library(output: Path, compiler: list[str], units: Sequence[Unit], *options: str) -> Path:
     # The shim is all of torch that is used, and in the process already when this is loaded.
     command = [*compiler, "-shared", *(relative(unit.output) for unit in units), *options]
@@ -186,7 +191,7 @@ def make_cpu() -> Path:
         compiled(here / f"kernels_{isa}.o", CSRC / "cpu" / "kernels.cpp", [*command, *flags, f"-DMLKERNELS_ISA={isa}"])
         for isa, flags in ISAS.items()
     ]
-    units.append(compiled(here / "library_cpu.o", CSRC / "library_cpu.cpp", command))
+    units.append(compiled(here / "library_cpu.o", CSRC / "library_cpu.cpp", compiling_library(torch, compiler)))
     options = [f"-L{torch / 'lib'}", "-ltorch_cpu"]
     if sys.platform == "linux":
         options += ["-Wl,-z,defs"]  # a symbol of ours that no library has fails now and not at import
@@ -247,8 +252,9 @@ def cuda_units(nvcc: Path, compiler: list[str], here: Path, archs: Sequence[str]
 
 def library_cuda(torch: Path, compiler: list[str], root: Path, archs: Sequence[str]) -> list[str]:
     """The command that compiles library_cuda.cpp."""
-    command = [*compiling(torch, compiler), "-isystem", str(root / "include"), "-DUSE_CUDA", "-DMLKERNELS_ISA=cuda"]
-    return [*command, "-DMLK_LIBRARY=mlkernels", "-DMLK_KEY=CUDA", f'-DMLK_ARCHS="{",".join(archs)}"']
+    command = [*compiling_library(torch, compiler), "-isystem", str(root / "include")]
+    command += ["-DUSE_CUDA", "-DMLKERNELS_ISA=cuda", "-DMLK_LIBRARY=mlkernels", "-DMLK_KEY=CUDA"]
+    return [*command, f'-DMLK_ARCHS="{",".join(archs)}"']
 
 
 def make_cuda() -> Path:

@@ -192,6 +192,9 @@ def check_input(input: Tensor) -> None:
         raise TypeError(f"input takes a floating tensor, got {type(input).__name__}")
     if input.dtype not in _FLOATING:
         raise TypeError(f"input must be float16, bfloat16, float32 or float64, got {input.dtype}")
+    if input.layout != torch.strided:
+        kind = "nested" if input.is_nested else str(input.layout).removeprefix("torch.")
+        raise TypeError(f"input takes a dense tensor, got a {kind} one")
     if type(input).__name__ == "DTensor":
         raise TypeError(
             f"input takes a plain tensor, got a DTensor {input.placements}: where ranks have rows of their own pass "  # type: ignore[attr-defined]
@@ -203,7 +206,7 @@ def check_tensors(input: Tensor, target: Tensor, ignore_index: int | None = None
     """Types, shapes and devices of the logits and the labels; returns the labels as every backend reads them."""
     check_input(input)
     if not isinstance(target, Tensor):
-        raise TypeError(f"target takes an integer tensor, got {type(target).__name__}")
+        raise TypeError(f"target takes an integer tensor, got {type(target).__name__}: write torch.as_tensor(target)")
     unread = target.dtype not in _INTEGER
     if unread and target.dtype not in _UNSIGNED:
         raise TypeError(

@@ -379,7 +379,7 @@ def piecewise_cross_entropy(
     if tau_slope is not None:
         values = (*values, tau_slope, tau_bias, tau_min)
     structure = spec(transform, head=head, clamp=clamp, function="piecewise_cross_entropy")
-    return softmax.apply(structure, values, input, target, group=group, **common)[0]
+    return softmax.apply(structure, values, input, target, group, **common)[0]
 
 
 def _tables(name: str, slope: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -467,7 +467,7 @@ def softmax_loss(
         tensor(1.8966)
     """
     structure, values = compose(transform, scale, head, target_logit)
-    loss, rows = softmax.apply(structure, values, input, target, group=group, return_stats=return_stats, **common)
+    loss, rows = softmax.apply(structure, values, input, target, group, return_stats, **common)
     return loss if rows is None else (loss, rows)
 
 

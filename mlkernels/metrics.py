@@ -352,7 +352,7 @@ def _rows(
             raise TypeError(f"input takes logits or RowStats, got {type(input).__name__}")
         with torch.no_grad():
             _, found = softmax.apply(
-                _PLAIN, (scale,), input, target, ignore_index=ignore_index, reduction="sum", return_stats=True
+                _PLAIN, (scale,), input, target, None, True, ignore_index=ignore_index, reduction="sum"
             )
         rows, classes = cast(RowStats, found), input.shape[1 if input.dim() > 1 else 0]
     label = widened("target", target, classes, ignore_index)

@@ -516,7 +516,8 @@ class TwoScaleLoss(_FamilyLoss):
             raise ValueError("log_norm is the logarithm of logit_norm: give one of them, got both")
         if self.normalized != (logit_norm is not None or log_norm is not None):
             raise ValueError(
-                "logit_norm (or log_norm) is required where the loss was built with an initial_norm, got neither"
+                "logit_norm (or log_norm) is required where the loss was built with an initial_norm, got neither: "
+                "loss(input, target, model) takes the model's norm now"
                 if self.normalized
                 else "logit_norm has no meaning where the loss was built without an initial_norm"
             )

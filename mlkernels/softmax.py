@@ -92,9 +92,10 @@ def apply(
     values: Sequence[Number | None],
     input: Tensor,
     target: Tensor,
-    *,
     group: Tensor | None = None,
     return_stats: bool = False,
+    /,
+    *,
     weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: ReductionName = "mean",
@@ -105,7 +106,10 @@ def apply(
     backend: BackendName | None = None,
     **unknown: Never,
 ) -> tuple[Tensor, RowStats | None]:
-    """Any loss of the family: ``values`` are its numbers and tensors, in the order of ``spec.slots``."""
+    """Any loss of the family: ``values`` are its numbers and tensors, in the order of ``spec.slots``.
+
+    What only some functions take is positional: the callers' own keywords, which the rest passes on, cannot set it.
+    """
     if unknown:
         from . import functional
 
@@ -282,7 +286,7 @@ def _single_row(
         group = group.unsqueeze(0)
     row, label = input.unsqueeze(0), target.unsqueeze(0)
     own = tuple(per_row(value) for value in values)
-    loss, rows = apply(spec, own, row, label, group=group, return_stats=return_stats, **common)
+    loss, rows = apply(spec, own, row, label, group, return_stats, **common)
     return loss.reshape(()), None if rows is None else RowStats(*(row.squeeze(0) for row in rows))
 
 

@@ -97,7 +97,13 @@ CASES = [
     case("input|(N, C)|0-d", ValueError, lambda x, y, **o: ce(T(1.0), y, **o)),
     case("input|class|(4, 0)", ValueError, lambda x, y, **o: ce(x[:, :0], y, **o)),
     # target
-    case("target|list", TypeError, lambda x, y, **o: ce(x, y.tolist(), **o)),
+    case("input|dense|sparse_coo", TypeError, lambda x, y, **o: ce(x.to_sparse(), y, **o)),
+    case(
+        "input|dense|nested",
+        TypeError,
+        lambda x, y, **o: focal(torch.nested.as_nested_tensor([x, x], layout=torch.jagged), y, **o),
+    ),
+    case("target|list|torch.as_tensor", TypeError, lambda x, y, **o: ce(x, y.tolist(), **o)),
     case("target|int", TypeError, lambda x, y, **o: ce(x, 1, **o)),
     case("target|integer|bool", TypeError, lambda x, y, **o: ce(x, y > 0, **o)),
     case("target|integer|float32|target.long()|cross_entropy", TypeError, lambda x, y, **o: focal(x, y.float(), **o)),

@@ -210,6 +210,15 @@ def test_unknown_arguments_are_refused(module, function, taken):
         assert str(caught.value).startswith(f"{name}() takes no 'gama'; there are ")
         for argument in taken:
             assert argument in str(caught.value)
+        for others in {
+            "return_stats": True,
+            "group": target,
+            "values": (),
+            "spec": None,
+        }.items():  # softmax_loss's, ours
+            if others[0] not in inspect.signature(function).parameters:
+                with pytest.raises(TypeError, match=rf"^{name}\(\) takes no '{others[0]}'; there are "):
+                    call(**dict([others]))
         for old, wanted in [
             ({"size_average": False}, "sum"),
             ({"size_average": True}, "mean"),
@@ -478,7 +487,7 @@ def test_two_scale_bad_construction(change, words):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({}, "logit_norm .*required"),
+        ({}, r"logit_norm .*required.*loss\(input, target, model\)"),
         ({"logit_norm": 1.0, "log_norm": 0.0}, "log_norm"),
         ({"logit_norm": 0.0}, "logit_norm"),
         ({"logit_norm": torch.tensor(-1.0)}, "logit_norm"),
