@@ -140,10 +140,11 @@ class _SingleVisit(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> Any:
         call: Call = ctx.call
-        count = call.needs.bit_count() + call.kernels.kept
-        if not _usual(grad_loss) or (call.kernels.refresh is not None and _is_batched(grad_loss)):
-            return _unusual(call, False, ctx.saved_tensors[count:], None, (grad_loss,))
-        if call.kernels.refresh is not None:
+        count = call.needs.bit_count()
+        refresh = call.kernels.refresh
+        if not _usual(grad_loss) or (refresh is not None and _is_batched(grad_loss)):
+            return _unusual(call, False, ctx.saved_tensors[count + call.kernels.kept :], None, (grad_loss,))
+        if refresh is not None:
             return _placed(call, _refreshed(call, ctx.saved_tensors, grad_loss))
         try:
             upstream = grad_loss.item()

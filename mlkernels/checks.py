@@ -20,6 +20,7 @@ _FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float
 _INTEGER = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
 #: Those that no backend reads: they are widened at the door.
 _UNSIGNED = frozenset({torch.uint16, torch.uint32, torch.uint64})
+_STRIDED = torch.strided
 
 _check_labels = False
 
@@ -192,10 +193,10 @@ def check_input(input: Tensor) -> None:
         raise TypeError(f"input takes a floating tensor, got {type(input).__name__}")
     if input.dtype not in _FLOATING:
         raise TypeError(f"input must be float16, bfloat16, float32 or float64, got {input.dtype}")
-    if input.layout != torch.strided:
+    if input.layout != _STRIDED:
         kind = "nested" if input.is_nested else str(input.layout).removeprefix("torch.")
         raise TypeError(f"input takes a dense tensor, got a {kind} one")
-    if type(input).__name__ == "DTensor":
+    if type(input) not in PLAIN_TENSORS and type(input).__name__ == "DTensor":
         raise TypeError(
             f"input takes a plain tensor, got a DTensor {input.placements}: where ranks have rows of their own pass "  # type: ignore[attr-defined]
             "to_local() of input and target, which gives each rank the loss of its rows; else input.full_tensor()"
@@ -219,7 +220,9 @@ def check_tensors(input: Tensor, target: Tensor, ignore_index: int | None = None
         )
     shape, labels = input.shape, target.shape
     # (N, C) with (N) is nearly every call; the general rule costs microseconds.
-    if not (len(shape) == 2 and len(labels) == 1 and shape[0] == labels[0]):
+    if len(shape) == 2 and len(labels) == 1 and shape[0] == labels[0]:
+        classes = shape[1]
+    else:
         if len(shape) == 0:
             raise ValueError("input must be (C), (N, C) or (N, C, d1, ...), got a 0-d tensor")
         wanted = shape[:1] + shape[2:] if len(shape) > 1 else ()
@@ -228,10 +231,10 @@ def check_tensors(input: Tensor, target: Tensor, ignore_index: int | None = None
                 f"target must be {tuple(wanted)} for an input of {tuple(shape)} (classes are dimension "
                 f"{1 if len(shape) > 1 else 0}), got {tuple(labels)}"
             )
-    classes = shape[1 if len(shape) > 1 else 0]
+        classes = shape[1 if len(shape) > 1 else 0]
     if classes == 0:
         raise ValueError(f"input must have at least one class, got {tuple(shape)}")
-    if target.device != input.device:
+    if not (input.is_cpu and target.is_cpu) and target.device != input.device:
         raise ValueError(f"target must be on input's device {input.device}, got {target.device}")
     return widened("target", target, classes, ignore_index) if unread else target
 

@@ -97,11 +97,12 @@ class _Loss(nn.Module):
                 getattr(self, name).copy_(initial)
 
     def _kept(self, names: Sequence[str]) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in names}
+        buffers, always = self._buffers, self._buffers_always
+        return {name: buffers[name] if name in always else getattr(self, name) for name in names}
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of the kept arguments."""
-        return type(self)._function(input, target, **self._kept(self._own), **self._kept(self._common))
+        return type(self)._function(input, target, **self._kept(self._own + self._common))
 
     def extra_repr(self) -> str:
         """The loss's own arguments, and the common ones that are not at their defaults; tensors by their shapes."""

@@ -271,7 +271,13 @@ class Kernels(NamedTuple):
     dispatched: Kernels | None = None
 
 
-NATIVE = Kernels(*(getattr(torch.ops.mlkernels, name).default for name in _FAKES))
+_native: dict[str, Any] = {name: getattr(torch.ops.mlkernels, name).default for name in _FAKES}
+NATIVE = Kernels(**_native)
+#: The same for the CPU. A single visit is never traced: it takes what an OpOverload itself calls, without its Python.
+CPU = NATIVE._replace(
+    softmax_loss_with_gradient=_native["softmax_loss_with_gradient"]._op,
+    softmax_loss_with_gradients=_native["softmax_loss_with_gradients"]._op,
+)
 CUDA = NATIVE._replace(refresh=torch.ops.mlkernels.softmax_loss_refresh.default)
 #: Where operators are observed. Else Triton's functions are called as they are, without a dispatcher in between.
 TRITON = Kernels(*(getattr(torch.ops.mlkernels_triton, name).default for name in _FAKES))

@@ -66,6 +66,9 @@ _GAMMA_KAPPA = frozenset({_HEAD_C, _HEAD_D})
 
 _PLAIN = frozenset({float, int, str, type(None)})
 _MOST_CALLS = 1024
+_BFLOAT16, _FLOAT16 = torch.bfloat16, torch.float16
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
 _saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
@@ -117,31 +120,32 @@ def apply(
     if type(ignore_index) is not int:
         ignore_index = check_index("ignore_index", ignore_index)
     target = check_tensors(input, target, ignore_index)
-    if input.dim() == 1:
+    dim = input.dim()
+    if dim == 1:
         return _single_row(
             spec, values, input, target, group, return_stats,
             weight=weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
             z_loss=z_loss, softcap=softcap, logit_adjustment=logit_adjustment, backend=backend,
         )  # fmt: skip
-    compiling = torch.compiler.is_compiling()
-    key = (spec, reduction, ignore_index, label_smoothing, z_loss, softcap, *values)
+    compiling = _is_compiling()
+    key = (spec.ids, reduction, ignore_index, label_smoothing, z_loss, softcap, *values)
     tensors: dict[int, Tensor] = {}
     # A loss whose parameters are numbers is the same call every time: nothing of it is looked at twice.
     plain = not compiling and _PLAIN.issuperset(map(type, key[1:]))
     call = _calls.get(key) if plain else None
     if call is None:
         numbers, tensors = _numbers(spec, values, ignore_index, reduction, label_smoothing, z_loss, softcap)
-        call = Call(numbers, ONLY_INPUT, False, ops.NATIVE)
+        call = Call(numbers, ONLY_INPUT, False, ops.CPU)
         if plain:
             if len(_calls) >= _MOST_CALLS:  # scheduled numbers: each is used a few times and never again
                 _calls.clear()
             _calls[key] = call
 
-    grad = torch.is_grad_enabled()
+    grad = _is_grad_enabled()
     dtype = input.dtype
     params: list[Tensor] = []
     needs = ONLY_INPUT if grad and input.requires_grad else 0
-    half = dtype == torch.bfloat16
+    half = dtype == _BFLOAT16
     if tensors or weight is not None or logit_adjustment is not None or group is not None:
         mask = 0
         if tensors or group is not None:
@@ -161,11 +165,11 @@ def apply(
                 needs |= (1 << slot) & _TRAINABLE
         numbers = call.numbers.copy()
         numbers[MASK] = float(mask)
-        call = Call(numbers, needs, half, ops.NATIVE)
+        call = Call(numbers, needs, half, ops.CPU)
     elif half or needs != ONLY_INPUT:
-        call = Call(call.numbers, needs, half, ops.NATIVE)
+        call = Call(call.numbers, needs, half, ops.CPU)
 
-    chosen = choose(input.device, backend, input.shape[1], input.dim() > 2 and input.stride(1) != 1)
+    chosen = choose(input.device, backend, input.shape[1], dim > 2 and input.stride(1) != 1)
     by_reference = chosen == "reference" or functorch_level() is not None
     if forward_ad._current_level >= 0:  # kernels would lose a tangent
         by_reference = by_reference or any(map(is_dual, (input, *params)))
@@ -182,7 +186,7 @@ def apply(
     # One visit where it pays. An fp16 gradient is written only when the upstream is known: a GradScaler's 65536 would
     # rescale what has already underflowed. Hooks on saved tensors (checkpointing, offloading) would meet a gradient.
     observed = compiling or modes() > 0 or type(input) not in PLAIN_TENSORS
-    split = reduction == "none" or dtype == torch.float16 or observed or _saved_tensors_hooks(False) is not None
+    split = reduction == "none" or dtype == _FLOAT16 or observed or _saved_tensors_hooks(False) is not None
     if chosen != "cpu":
         if chosen == "cuda":
             call = call._replace(kernels=ops.CUDA)
