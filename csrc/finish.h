@@ -532,7 +532,8 @@ MLK_FN void row_parameters(const Spec& spec, const Values<T>& values, const Batc
   const T pull = g.by_class * (1 - batch.smoothing) * weight * head.slope - g.log_prob;
   const T part = g.by_class * batch.smoothing_part;
   const T expected = at.p > 0 ? at.p * t : T(0);  // p_y t: 0 where p is, also when t is -inf
-  T by_scale = flat * expected - (part != 0 ? part * weight * t : T(0));
+  const T absent = batch.classes > 1 ? infinity<T>() : T(0);  // smoothing counts classes that have no chance
+  T by_scale = flat * expected - (part != 0 ? part * (weight * t - absent) : T(0));
   if (!at.alone) {
     const T mean = row.other_max + shift * row.share;  // of u_j for j != y, under p
     by_scale = pull * at.q * (mean - t) + flat * (at.q * mean + expected);

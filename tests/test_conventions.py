@@ -140,6 +140,26 @@ def test_masked_classes_as_in_torch(name, backend, smoothing):
     torch.testing.assert_close(ours[1], theirs[1], rtol=1e-11, atol=1e-13)
 
 
+SCALES = {"scale", "scale_low", "scale_high", "logit_norm"}
+
+
+@pytest.mark.parametrize("loss", [loss for loss in LOSSES if SCALES & loss.params.keys()], ids=str)
+def test_a_masked_class_under_smoothing_makes_scales_infinite(loss, backend):
+    """Smoothing counts a class of probability 0: the loss is infinite, and grows with the scale, also where no other
+    class has a chance."""
+    target = torch.tensor([0])
+    params = loss.values("shared", target, 4)
+    options = {"label_smoothing": 0.1} | ({"group": loss.group(target)} if loss.groups else {})
+    for row in ([0.4, -INF, 0.9, -0.3], [0.4, -INF, -INF, -INF]):
+        value, _, found = run(loss, torch.tensor([row]), target, params, backend=backend, **options)
+        _, _, wanted = run(loss, torch.tensor([row]), target, params, backend="reference", **options)
+        assert value == INF
+        for name in SCALES & found.keys():
+            assert torch.equal(found[name], wanted[name]), name
+            assert found[name] in (0, -INF if name == "logit_norm" else INF), name
+        assert any(found[name] for name in SCALES & found.keys())
+
+
 @pytest.mark.parametrize("loss", NEUTRAL, ids=str)
 def test_a_masked_target_as_in_torch(loss, backend):
     input, target = logits(4)

@@ -307,8 +307,10 @@ def _softmax_loss(
     t = transform_target(ids[0], f_y, values, ids)
     s_rows = s.expand_as(t) if s.dim() == 0 else s
     z_y = s_rows * t
-    # A class of probability 0 contributes 0 to every sum: its -inf must not meet a 0 on the way to s.
-    absent = (others == -math.inf).detach()
+    smoothing = consts[int(Slot.SMOOTHING)]
+    # A class of probability 0 contributes 0 to every sum: its -inf must not meet a 0 on the way to s. But smoothing
+    # counts such a class: the loss is infinite, and grows with s.
+    absent = is_target if smoothing > 0 else (others == -math.inf).detach()
     column_s = s_rows.unsqueeze(1)
     z = torch.where(absent, column_s.detach() * others, column_s * torch.where(absent, 0, others))
 
@@ -330,7 +332,6 @@ def _softmax_loss(
     omega = None if weight is None else weight.to(accumulate).detach()
     omega_y = torch.ones_like(loss) if omega is None else omega[y]
     loss = omega_y * loss
-    smoothing = consts[int(Slot.SMOOTHING)]
     if smoothing > 0:
         every_z = torch.where(is_target, z_y.unsqueeze(1), z)
         gap = lse.unsqueeze(1) - (every_z - top.unsqueeze(1))

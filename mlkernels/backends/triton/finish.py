@@ -495,11 +495,12 @@ def row_gradient(
 
 
 @triton.jit
-def by_scale(alone, other_max, share, t, p, q, pull, part, flat, weight, weight_sum, shift, weighted):
+def by_scale(classes, alone, other_max, share, t, p, q, pull, part, flat, weight, weight_sum, shift, weighted):
     """The derivative of a row's loss by s. shift: the sum over j != y of exp(s (u_j - m)) (u_j - m)."""
     expected = tl.where(p > 0, p * t, 0.0)  # p_y t: 0 where p is, also when t is -inf
     smooth = part != 0
-    bare = flat * expected - tl.where(smooth, part * weight * t, 0.0)
+    absent = tl.where(classes > 1, INF, 0.0)  # smoothing counts classes that have no chance
+    bare = flat * expected - tl.where(smooth, part * (weight * t - absent), 0.0)
     mean = other_max + shift * share  # of u_j for j != y, under p
     full = pull * q * (mean - t) + flat * (q * mean + expected)
     full -= tl.where(smooth, part * (weighted + other_max * (weight_sum - weight) + weight * t), 0.0)

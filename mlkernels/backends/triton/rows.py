@@ -673,7 +673,7 @@ def visit(
                         )  # fmt: skip
                 shift = tl.sum(shift_here, 1)
             if by_parameter is not None:
-                by_s = by_scale(alone, m, share, t, p, q, pull, part, flat, w_y, every_weight, shift, weighted)
+                by_s = by_scale(classes, alone, m, share, t, p, q, pull, part, flat, w_y, every_weight, shift, weighted)
                 by_head = g_class * (1.0 - smoothing) * w_y
                 leave_parameters(
                     by_parameter, bins, row, rows, kept, by_s, s, high, v[3], s * dz_y, (ta, tb, tc, tn), by_head,
