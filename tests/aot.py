@@ -172,6 +172,17 @@ def essentials(architecture: str) -> Iterator[Case]:
     yield Case(16, loss="piecewise_groups", mode="parameters", reduction="sum")
     yield Case(64, layout="strided", mode="eval")
     yield Case(1000, backward=False)  # a multiple of 8, not of 16
+    # Twice a row's number is no 32-bit integer.
+    yield Case(2, 2**30 + 8, loss="two_scale_margin_modulated", form="shared", mode="all", reduction="none")
+
+
+def fewest(architecture: str) -> Iterator[Case]:
+    """Each kernel, held on chip, streamed, side by side, with all that takes registers: for a chip beside sm_90."""
+    yield Case(widest(architecture), backward=False)
+    yield Case(131072, 256, dtype="fp32")
+    yield heaviest(Case(131072, 256))
+    yield Case(16, loss="piecewise_groups", mode="parameters", reduction="sum")
+    yield Case(64, layout="strided", mode="eval")
 
 
 #: What calls differ in, for the pairs.
@@ -245,8 +256,8 @@ def paired(architecture: str, axes: dict[str, list[Any]]) -> Iterator[Case]:
 
 
 def cases(name: str, full: bool) -> Iterator[Case]:
-    yield from essentials(name)
     if full:
+        yield from essentials(name)
         yield from tiles(name, True)
         yield from paired(name, AXES)
         yield Case(16, 2**21, mode="eval", reduction="sum")  # more parts than one program adds up
@@ -254,8 +265,11 @@ def cases(name: str, full: bool) -> Iterator[Case]:
             for form, mode in itertools.product(loss.forms, ("train", "all")):
                 yield Case(1024, loss=loss.name, form=form, mode=mode)
     elif name == "sm_90":
+        yield from essentials(name)
         yield from tiles(name, False)
         yield from paired(name, FEWER)
+    else:
+        yield from fewest(name)
 
 
 # ---- from calls to specialisations -----------------------------------------------------------------------------------
@@ -298,6 +312,18 @@ class Launch:
         upstream = upstream if isinstance(upstream, tuple) else (upstream,)  # of a visit; or of count
         words += [f"upstream{i}" for i, u in enumerate(upstream) if u is not None]
         return " ".join(words + [f"{k}={int(v)}" for k, v in given.items() if k.isupper() and v and k not in TILE])
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing but logits and labels is read, and nothing but losses and the gradient by logits written."""
+        given = self.arguments
+        more = ("stats", "weight", "adjustment", "by_parameter", "saved", "group", "t_tables", "tau_tables")
+        return (
+            "input" in given
+            and not given["MODES"]
+            and not given["CAPPED"]
+            and all(given[name] is None for name in more)
+        )
 
     @property
     def pairs(self) -> bool:
@@ -484,6 +510,16 @@ def measured(target: GPUTarget, assembly: dict[str, Any]) -> dict[str, int]:
     }
 
 
+def built(one: Launch) -> dict[str, Any]:
+    """What the compiler made of it."""
+    source = ASTSource(one.kernel, one.signature, one.constants, one.attributes)
+    made = triton.compile(source, target=TARGETS[one.target], options=one.options)
+    found = measured(TARGETS[one.target], made.asm) | {"shared": made.metadata.shared}
+    if "in_flight" in found:
+        found["warps_resident"] = resident(found["registers"], one.options["num_warps"])
+    return found
+
+
 def compiled(one: Launch) -> dict[str, Any]:
     """The specialisation's row of the table."""
     given = one.arguments
@@ -502,28 +538,22 @@ def compiled(one: Launch) -> dict[str, Any]:
     if row["wide_loads"] and not given["MODES"] and all(given[name] is None for name in others):
         # Labels and sums are wide too; but where little else is read there are fewer narrow loads than logits.
         row["narrow_limit"] = row["wide_loads"] * 16
-    if given.get("ON_CHIP") and not given["ACROSS"] and given["classes"] >= 256 and given["UNIT"] >= 8:
-        bare = ("stats", "weight", "adjustment", "by_parameter", "saved", "group", "t_tables", "tau_tables")
-        if (
-            not given["CONDITIONAL"]
-            and not given["MODES"]
-            and not given["CAPPED"]
-            and all(given[name] is None for name in bare)
-        ):
-            threads = TARGETS[one.target].warp_size * one.options["num_warps"]
-            row["elements"] = given["ROWS"] * given["classes"] / threads  # of a thread
+    once = one.plain and given["ON_CHIP"] and not given["CONDITIONAL"]
+    if once and not given["ACROSS"] and given["classes"] >= 256 and given["UNIT"] >= 8:
+        threads = TARGETS[one.target].warp_size * one.options["num_warps"]
+        row["elements"] = given["ROWS"] * given["classes"] / threads  # of a thread
     if "input" in given and one.pairs:
         # Beside the logits it is the label's own logit that is read alone, one per row.
         threads = TARGETS[one.target].warp_size * one.options["num_warps"]
         row["halves_limit"] = math.prod(given[k] for k in TILE) // threads
     begun = time.monotonic()
     try:
-        source = ASTSource(one.kernel, one.signature, one.constants, one.attributes)
-        made = triton.compile(source, target=TARGETS[one.target], options=one.options)
-        row |= measured(TARGETS[one.target], made.asm) | {"shared": made.metadata.shared}
+        row |= built(one)
         if "in_flight" in row:
-            row["warps_resident"] = resident(row["registers"], row["warps"])
             row["flight"] = row["in_flight"] * 32 * row["warps_resident"]
+        if one.plain and one.options.get("maxnreg"):
+            free = built(replace(one, options={**one.options, "maxnreg": None}))
+            row["unbound"] = {name: free[name] for name in ("registers", "spills", "warps_resident")}
     except Exception as error:
         row["error"] = f"{type(error).__name__}: {error}"
     return row | {"seconds": round(time.monotonic() - begun, 2)}

@@ -1,7 +1,8 @@
 """Without a GPU: what the Triton backend launches compiles for every architecture, spills nothing, and moves 128 bits.
 
-``aot.py`` does the compiling, in processes of their own. Two minutes on two cores the first time, then Triton's cache
-serves. ``MLKERNELS_FULL=1``: every tile, loss, form and pair of options on each target, which takes hours.
+``aot.py`` does the compiling, in processes of their own: for sm_90 a spread of tiles and options, for the others every
+kernel in the ways that differ most. Triton's cache serves the second time. ``MLKERNELS_FULL=1``: every tile, loss, form
+and pair of options on each target, which takes hours.
 """
 
 from __future__ import annotations
@@ -137,6 +138,17 @@ def test_threads_agree_on_what_they_add_up(rows):
     """All of them store the sum, so it is the same bits in each: no product is fused into an exchange."""
     apart = [row for row in rows if row.get("fused", 0) > 0]
     assert not apart, _told(apart)
+
+
+def test_a_bound_on_registers_costs_no_warps(rows):
+    """Of plain losses: there are as many on a multiprocessor as without it, or without it something is spilled."""
+    asked = [row for row in rows if "unbound" in row]
+    fewer = [
+        row
+        for row in asked
+        if row["warps_resident"] < (16 if row["unbound"]["spills"] else row["unbound"]["warps_resident"])
+    ]
+    assert not fewer, _told(fewer)
 
 
 def test_a_spill_is_seen(everything):

@@ -46,6 +46,9 @@ _SUM_BLOCK = 1024
 _COUNT = {"BLOCK": 4096, "num_warps": 8}
 _TOTAL = {"BLOCK": 8192, "num_warps": 16}
 _CONDITIONAL_PROGRAMS = 4096
+#: Whether this Triton's ptxas, left alone, spills for plain losses. That of 3.6 does not where rows are streamed, and
+#: takes as few as 72 registers: 28 warps.
+_PLAIN_SPILLS = tuple(map(int, triton.__version__.split(".")[:2])) > (3, 6)
 
 
 # ---- sizes -----------------------------------------------------------------------------------------------------------
@@ -354,11 +357,17 @@ class _Call:
                 "VECTOR": shape.vector,
                 "num_warps": shape.warps,
             }
-            # Else ptxas stops short of the registers that there are, and spills; of plain losses, which would have
-            # fewer warps on a multiprocessor, those of long rows on sm_8x alone (8 to 16 bytes, Triton 3.9): 12 warps.
-            long = not shape.on_chip or shape.warps >= 8
-            if architecture.startswith("sm_") and (not plain or (long and architecture.startswith("sm_8"))):
-                options["maxnreg"] = min(168 if plain else 255, 2**16 // (32 * shape.warps))
+            # Else ptxas stops short of the registers that there are, and spills. Of plain losses a newer one does so
+            # (8 to 16 bytes) where rows are streamed, and on sm_8x where the longest on chip are refreshed: both have
+            # 16 warps on a multiprocessor with the bound.
+            if architecture.startswith("sm_"):
+                refreshed = conditional and shape.warps == 8 and input.element_size() == 2
+                if not plain:
+                    options["maxnreg"] = min(255, 2**16 // (32 * shape.warps))
+                elif _PLAIN_SPILLS and (
+                    (refreshed and architecture.startswith("sm_8")) if shape.on_chip else shape.warps <= 4
+                ):
+                    options["maxnreg"] = 128
             replay.launch(kernels.visit, (grid,), *arguments, **options)
         if gradient is not None and out is not gradient:
             gradient.copy_(out)
