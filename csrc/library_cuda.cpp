@@ -590,10 +590,4 @@ extern "C" __attribute__((visibility("default"))) void mlkernels_simt_banks(int 
 extern "C" __attribute__((visibility("default"))) void mlkernels_simt_unusable(const char* why) {
   mlkernels::pretended_fault = why ? why : "";
 }
-// For bench/instructions.py: the launches for a device that is not here. Null: run them.
-extern "C" __attribute__((visibility("default"))) void mlkernels_simt_watch(mlkernels::simt::Machine::Watch watch,
-                                                                            int multiprocessors, int shared) {
-  mlkernels::simt::Machine::get().watch = watch;
-  mlkernels::pretended = {0, multiprocessors, 9, shared, nullptr};
-}
 #endif

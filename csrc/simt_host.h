@@ -150,9 +150,6 @@ class Machine {
  public:
   // The order of everything follows from it.
   uint64_t seed = 1;
-  // Told of each launch in place of running it: for bench/instructions.py.
-  using Watch = void (*)(const char* body, const void* arguments, int bytes, int blocks, int warps, int cluster, int shared);
-  Watch watch = nullptr;
   bool counts_banks = false;
   Banks banks;
 

@@ -14,7 +14,7 @@ import os
 import pytest
 
 from tools import vgpu
-from tools.vgpu import cases, faults, worker
+from tools.vgpu import cases, count, faults, worker
 from tools.vgpu.cases import Case
 
 FULL = os.environ.get("MLKERNELS_FULL") == "1"
@@ -156,3 +156,12 @@ def test_everything(run, backend, target):
 
     failed = list(filter(None, map(wrong, everything())))
     assert not failed, "\n".join(failed)
+
+
+# ---- counts ----------------------------------------------------------------------------------------------------------
+
+
+def test_counts_what_a_class_costs(process):
+    """More with the gradient, and between what an H100 has time for and what no kernel can do without."""
+    forward, both = (process("triton", count.of, "triton", "sm_90", 1000, "bfloat16", way) for way in (False, True))
+    assert 4 < forward < both < 38

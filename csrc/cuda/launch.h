@@ -8,7 +8,6 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
-#include <typeinfo>
 
 #include "kernels.h"
 
@@ -164,27 +163,9 @@ int compiled_major(const Device& device) {
   return device.major;
 }
 
-// As a device would get them.
-template <class A, class... B>
-struct Packed {
-  A first;
-  Packed<B...> rest;
-  Packed(const A& a, const B&... b) : first(a), rest(b...) {}
-};
-template <class A>
-struct Packed<A> {
-  A first;
-  explicit Packed(const A& a) : first(a) {}
-};
-
 template <class Body, class... A>
 void launch(const Device&, int blocks, int warps, int cluster, int shared, const A&... arguments) {
   simt::Machine& machine = simt::Machine::get();
-  if (machine.watch) {
-    const Packed<A...> packed(arguments...);
-    machine.watch(typeid(Body).name(), &packed, int(sizeof(packed)), blocks, warps, cluster, shared);
-    return;
-  }
   machine.run(blocks, warps, cluster, shared, [&] {
     const Simt simt;
     Body::run(simt, arguments...);
