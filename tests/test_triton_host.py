@@ -84,6 +84,8 @@ def test_replays_launch_what_triton_would(seen):
     """The same arguments at every place, from other tensors than those of the tape."""
     wrong = [row for row in seen["replays"] if not row["same"] or row["taped"] != 2]
     assert not wrong, wrong
+    # A tape outlives the call that it was made from, whose logits it must not keep.
+    assert not [row for row in seen["replays"] if row["tensors kept"]]
 
 
 def test_surroundings(seen):

@@ -205,14 +205,17 @@ def replays() -> list[dict[str, Any]]:
         for _ in range(3):
             step_of(loss.name, *setting(), **options)()
         played, plain = both_ways(loss.name, **options)
-        tapes = [tape for tapes in replay._all for tape in tapes.values()]
+        tapes = [tape for tapes in replay._all for tape in tapes.values() if isinstance(tape, replay._Tape)]
+        given = [one for tape in tapes for launch in tape.launches for one in launch.given]
+        given += [part for one in given if isinstance(one, tuple) for part in one]
         found.append(
             {
                 "loss": loss.name,
                 "options": sorted(options),
                 "launches": len(plain),
                 "same": played == plain,
-                "taped": sum(isinstance(tape, replay._Tape) for tape in tapes),
+                "taped": len(tapes),
+                "tensors kept": sum(isinstance(one, Tensor) for one in given),
             }
         )
     return found

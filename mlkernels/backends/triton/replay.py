@@ -210,6 +210,7 @@ def _launched(
     for at, argument in enumerate(given[_OWN:], _OWN):
         if isinstance(argument, Tensor):
             singles.append((at, *source(argument)))
+            given[at] = None  # else the tape would keep this call's tensors for good
         elif names[at - _OWN] == "values":
             values = at
             for slot, part in enumerate(argument):
@@ -217,10 +218,12 @@ def _launched(
                     in_values.append((slot, *source(part)))
                 elif part != constants[slot]:
                     raise _Foreign
+            given[at] = None
         elif isinstance(argument, tuple) and any(isinstance(part, Tensor) for part in argument):
             if not all(part is None or isinstance(part, Tensor) for part in argument):
                 raise _Foreign
             tuples.append((at, [None if part is None else source(part) for part in argument]))
+            given[at] = None
     return _Launch(compiled.run, given, singles, tuples, values, in_values)
 
 
