@@ -11,7 +11,8 @@ import random
 import sys
 import time
 
-os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported
+if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported
 
 import torch
 
