@@ -365,7 +365,9 @@ class _Call:
                 if not plain:
                     options["maxnreg"] = min(255, 2**16 // (32 * shape.warps))
                 elif _PLAIN_SPILLS and (
-                    (refreshed and architecture.startswith("sm_8")) if shape.on_chip else shape.warps <= 4
+                    (refreshed and architecture.startswith("sm_8"))
+                    if shape.on_chip
+                    else shape.warps <= 4 and not side_by_side
                 ):
                     options["maxnreg"] = 128
             replay.launch(kernels.visit, (grid,), *arguments, **options)
