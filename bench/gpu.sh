@@ -110,7 +110,7 @@ finish() {
 of_device='import torch; print("".join(map(str, torch.cuda.get_device_capability())))'
 build() {
     step build 75 "both compiled libraries" \
-        bash -c "MLKERNELS_CUDA=1 MLKERNELS_CUDA_ARCHS=\${MLKERNELS_CUDA_ARCHS:-\$($python -c '$of_device')} exec $python csrc/build.py"
+        bash -c "MLKERNELS_CUDA_ARCHS=\${MLKERNELS_CUDA_ARCHS:-\$($python -c '$of_device')} exec $python csrc/build.py"
     [ -n "$dry_run" ] || { [ ${#failed[@]} -eq 0 ] && [ -e mlkernels/_cuda.abi3.so ]; } && return
     [ -e mlkernels/_cuda.error.txt ] && cat mlkernels/_cuda.error.txt
     for one in "${waiting[@]+"${waiting[@]}"}"; do kill "${one##* }" 2> /dev/null; done

@@ -141,10 +141,12 @@ def smoke(
             say(f"    alone: {again}")
 
     def usable_still() -> bool:
+        nonlocal failed
         try:
             if device.type == "cuda":
                 torch.cuda.synchronize()
         except RuntimeError as error:
+            failed = max(1, failed)  # an error that comes late is one all the same
             say(f"the device is broken ({first_line(error)}), nothing can run after that step; the rest is left")
             return False
         return True

@@ -286,7 +286,7 @@ def test_smoke_ends_where_the_device_is_broken(monkeypatch):
     monkeypatch.setattr(smoke, "make_inputs", lambda problem, cosines, device: gpu.make_inputs(problem, cosines, CPU))
     monkeypatch.setattr(smoke, "ours", lambda device, by: gpu.ours(CPU, "reference"))
     said = []
-    assert smoke.smoke(Broken(), ["cuda"], ["short"], ["modulated"], gpu_report.MODES, said.append) == (1, 0)
+    assert smoke.smoke(Broken(), ["cuda"], ["short"], ["modulated"], gpu_report.MODES, said.append) == (1, 1)
     assert "the device is broken" in said[0]
 
 
