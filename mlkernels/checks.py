@@ -60,10 +60,10 @@ def traced(*tensors: Tensor) -> bool:
     from torch.fx.experimental.proxy_tensor import get_proxy_mode
     from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-    modes = _get_current_dispatch_mode_stack()
+    stack = _get_current_dispatch_mode_stack()
     return (
         get_proxy_mode() is not None
-        or any(isinstance(mode, FakeTensorMode) for mode in modes)
+        or any(isinstance(mode, FakeTensorMode) for mode in stack)
         or any(map(is_fake, tensors))
     )
 
