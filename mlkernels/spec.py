@@ -104,10 +104,12 @@ class Slot(IntEnum):
     SMOOTHING = 15
     Z_LOSS = 16
     SOFTCAP = 17  # 0: none
+    NORMALIZER = 18  # what "mean" divides by in place of its own divisors, a number or 0-d; 0: none
     # From here on always tensors, never differentiated.
-    WEIGHT = 18
-    ADJUSTMENT = 19
-    GROUP = 20
+    WEIGHT = 19
+    ADJUSTMENT = 20
+    GROUP = 21
+    ROW_WEIGHT = 22  # of target's shape: a factor of each row's whole loss
 
 
 SLOTS = len(Slot)
