@@ -88,6 +88,10 @@ def test_replays_launch_what_triton_would(seen):
     assert not [row for row in seen["replays"] if row["tensors kept"]]
 
 
+def test_nothing_warns(seen):
+    assert seen["warned"] == []
+
+
 def test_surroundings(seen):
     """The current stream, hooks, the device of the tensors, threads."""
     found = seen["surroundings"]

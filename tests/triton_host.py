@@ -13,6 +13,7 @@ import json
 import sys
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -316,7 +317,9 @@ if __name__ == "__main__":
 
     compiled: list[str] = []
     triton.knobs.runtime.jit_post_compile_hook = lambda **said: compiled.append(said["fn"].jit_function.__name__)
-    with stub_driver.served():
+    # Triton warns once a process: before anything filters.
+    with warnings.catch_warnings(record=True) as warned, stub_driver.served():
+        warnings.simplefilter("always")
         print(
             json.dumps(
                 {
@@ -327,6 +330,7 @@ if __name__ == "__main__":
                     "replays": replays(),
                     "surroundings": surroundings(),
                     "microseconds": microseconds(),
+                    "warned": [str(one.message) for one in warned],
                 }
             )
         )
