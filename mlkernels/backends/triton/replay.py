@@ -29,8 +29,8 @@ _VALUES = int(Slot.SOFTCAP) + 1
 #: From here on numbers decide what is launched, by being positive.
 _SWITCHES = CONSTS + int(Slot.SMOOTHING)
 _MOST = 1024
-#: Of every launch. Products are fused into additions unless the kernels say otherwise; Triton's own default changes with
-#: its version, and 3.9 warns of that.
+#: Of every launch. Products are fused into additions unless the kernels say otherwise; Triton's own default changes
+#: with its version, and 3.9 warns of that.
 _OPTIONS = {"enable_fp_fusion": True}
 #: What a launcher takes before the kernel's own arguments: grid, stream, function, metadata, launch_metadata, hooks.
 _STREAM, _FUNCTION, _OWN = 3, 4, 9
