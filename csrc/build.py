@@ -191,6 +191,7 @@ def make_cpu() -> Path:
         compiled(here / f"kernels_{isa}.o", CSRC / "cpu" / "kernels.cpp", [*command, *flags, f"-DMLKERNELS_ISA={isa}"])
         for isa, flags in ISAS.items()
     ]
+    units.append(compiled(here / "buffers.o", CSRC / "cpu" / "buffers.cpp", command))
     units.append(compiled(here / "library_cpu.o", CSRC / "library_cpu.cpp", compiling_library(torch, compiler)))
     options = [f"-L{torch / 'lib'}", "-ltorch_cpu"]
     if sys.platform == "linux":

@@ -15,11 +15,8 @@
 #include <tuple>
 #include <vector>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include "call.h"
+#include "cpu/buffers.h"
 #include "cpu/problem.h"
 
 using torch::headeronly::ScalarType;
@@ -97,20 +94,21 @@ Tensor empty_of(const Tensor& like, ScalarType dtype) {
   return Tensor(handle);
 }
 
-// As torch.empty_like; a large one on huge pages: where the allocator takes fresh memory, every page is a fault.
+// As torch.empty_like; a large one in memory that an earlier one has left.
 Tensor gradient_like(const Tensor& input) {
-  Tensor out = input.is_contiguous() ? empty_of(input, input.scalar_type()) : torch::stable::empty_like(input);
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t HUGE = uintptr_t(2) << 20;
-  const size_t bytes = size_t(out.numel()) * out.element_size();
-  if (bytes >= 4 * HUGE) {
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(out.data_ptr());
-    const uintptr_t from = (begin + HUGE - 1) / HUGE * HUGE, to = (begin + bytes) / HUGE * HUGE;
-    // Advice only: where it is refused the pages are small ones.
-    (void)madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
-  }
-#endif
-  return out;
+  const ScalarType dtype = input.scalar_type();
+  const size_t bytes = size_t(input.numel()) * input.element_size();
+  Buffer* const buffer = bytes >= BUFFER_FROM ? take_buffer(bytes) : nullptr;
+  if (!buffer && input.is_contiguous()) return empty_of(input, dtype);
+  const Tensor like = input.is_contiguous() ? input : torch::stable::empty_like(input);
+  if (!buffer) return like;
+  const auto sizes = like.sizes(), strides = like.strides();
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(torch_from_blob(
+      buffer->data, int64_t(sizes.size()), sizes.data(), strides.data(), 0, int32_t(dtype), aoti_torch_device_type_cpu(), -1,
+      &handle, aoti_torch_layout_strided(), nullptr, 0,
+      [](void*, void* context) { give_buffer(static_cast<Buffer*>(context)); }, buffer));
+  return Tensor(handle);
 }
 
 // Rows of an (N, C, d...) tensor, or with classes = false of an (N, d...) one.
@@ -608,6 +606,9 @@ std::vector<Tensor> softmax_loss_backward(std::optional<Tensor> grad_loss, std::
 }  // namespace mlkernels
 
 extern "C" __attribute__((visibility("default"))) int mlkernels_cpu_isa() { return mlkernels::isa; }
+extern "C" __attribute__((visibility("default"))) size_t mlkernels_cpu_release_buffers() {
+  return mlkernels::release_buffers();
+}
 
 STABLE_TORCH_LIBRARY_IMPL(mlkernels, CPU, m) {
   m.impl("softmax_loss", TORCH_BOX(&mlkernels::softmax_loss));

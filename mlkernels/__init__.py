@@ -3,6 +3,7 @@
 from . import functional, metrics, schedule, search
 from .alternating import Alternating
 from .backends import available_backends
+from .backends.native import empty_cache
 from .checks import check_labels
 from .functional import (
     arcface_loss,
@@ -72,6 +73,7 @@ __all__ = [
     "cosface_loss",
     "cross_entropy",
     "focal_loss",
+    "empty_cache",
     "functional",
     "lgm_loss",
     "margin_cross_entropy",

@@ -62,3 +62,26 @@ def cuda_unusable(index: int) -> str | None:
 def cpu_isa() -> str | None:
     """The instruction set that the CPU kernels use: baseline, avx2 or avx512 (MLKERNELS_CPU forces one)."""
     return None if _cpu is None else ("baseline", "avx2", "avx512")[_cpu.mlkernels_cpu_isa()]
+
+
+def empty_cache() -> int:
+    """Gives the memory that the CPU kernels keep for large gradients back to the system.
+
+    They take gradients of 4 MB and more from buffers that earlier steps have left, because every page of fresh memory is
+    a fault; never more is kept than gradients were alive at once, what no step takes for ten seconds goes with the next
+    one, and the system may take idle buffers itself when it is short of memory. ``MLKERNELS_CPU_BUFFERS=0`` in the
+    environment leaves all of it to torch's allocator.
+
+    Returns:
+        How many bytes were given back; gradients that are alive keep theirs.
+
+    Example:
+        >>> import mlkernels
+        >>> _ = mlkernels.empty_cache()
+        >>> mlkernels.empty_cache()
+        0
+    """
+    if _cpu is None:
+        return 0
+    _cpu.mlkernels_cpu_release_buffers.restype = ctypes.c_size_t
+    return int(_cpu.mlkernels_cpu_release_buffers())

@@ -1,0 +1,116 @@
+#include "buffers.h"
+
+#include <pthread.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <vector>
+
+namespace mlkernels {
+namespace {
+
+constexpr size_t HUGE_PAGE = size_t(2) << 20;
+// What no step has taken for so long is another loop's: it goes when the next step comes.
+constexpr std::chrono::seconds KEPT(10);
+
+struct Store {
+  std::mutex mutex;
+  std::vector<Buffer*> idle;  // the one given last is last
+  size_t in_use = 0, mapped = 0;
+  size_t most_in_use = 0;  // no more than that is ever mapped: the peak is that of an allocator that keeps nothing
+
+  void unmap(size_t index) {
+    Buffer* buffer = idle[index];
+    idle.erase(idle.begin() + ptrdiff_t(index));
+    munmap(buffer->data, buffer->bytes);
+    mapped -= buffer->bytes;
+    delete buffer;
+  }
+};
+
+// Never destroyed: tensors may outlive every static object.
+Store& store() {
+  static Store* const only = [] {
+    // A lock that another thread holds while the process forks would stay locked in the child.
+    pthread_atfork([] { store().mutex.lock(); }, [] { store().mutex.unlock(); }, [] { store().mutex.unlock(); });
+    return new Store;
+  }();
+  return *only;
+}
+
+bool switched_on() {
+  static const bool on = [] {
+    const char* said = std::getenv("MLKERNELS_CPU_BUFFERS");
+    return !(said && std::strcmp(said, "0") == 0);
+  }();
+  return on;
+}
+
+// Begins and ends at huge pages, which the kernel gives only there. Null: there is no memory.
+void* map(size_t bytes) {
+  void* const all = mmap(nullptr, bytes + HUGE_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (all == MAP_FAILED) return nullptr;
+  char* const begin = static_cast<char*>(all);
+  const size_t before = (HUGE_PAGE - uintptr_t(all) % HUGE_PAGE) % HUGE_PAGE;
+  if (before) munmap(begin, before);
+  munmap(begin + before + bytes, HUGE_PAGE - before);
+#ifdef MADV_HUGEPAGE
+  (void)madvise(begin + before, bytes, MADV_HUGEPAGE);  // advice: where it is refused the pages are small ones
+#endif
+  return begin + before;
+}
+
+}  // namespace
+
+Buffer* take_buffer(size_t bytes) {
+  if (!switched_on()) return nullptr;
+  bytes = (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+  Store& s = store();
+  const std::lock_guard<std::mutex> lock(s.mutex);
+  Buffer* found = nullptr;
+  for (Buffer* buffer : s.idle)
+    if (buffer->bytes >= bytes && !(found && found->bytes < buffer->bytes)) found = buffer;
+  if (found) s.idle.erase(std::find(s.idle.begin(), s.idle.end(), found));
+  const auto now = std::chrono::steady_clock::now();
+  for (size_t i = s.idle.size(); i-- > 0;)
+    if (now - s.idle[i]->idle_since > KEPT) s.unmap(i);
+  if (!found) {
+    s.most_in_use = std::max(s.most_in_use, s.in_use + bytes);
+    while (!s.idle.empty() && s.mapped + bytes > s.most_in_use) s.unmap(0);
+    void* data = map(bytes);
+    if (!data && !s.idle.empty()) {
+      while (!s.idle.empty()) s.unmap(0);
+      data = map(bytes);
+    }
+    if (!data) return nullptr;
+    s.mapped += bytes;
+    found = new Buffer{data, bytes, {}};
+  }
+  s.in_use += found->bytes;
+  return found;
+}
+
+void give_buffer(Buffer* buffer) noexcept {
+#ifdef MADV_FREE
+  (void)madvise(buffer->data, buffer->bytes, MADV_FREE);  // the system's, should it run short of memory meanwhile
+#endif
+  Store& s = store();
+  const std::lock_guard<std::mutex> lock(s.mutex);
+  s.in_use -= buffer->bytes;
+  buffer->idle_since = std::chrono::steady_clock::now();
+  s.idle.push_back(buffer);
+}
+
+size_t release_buffers() {
+  Store& s = store();
+  const std::lock_guard<std::mutex> lock(s.mutex);
+  const size_t before = s.mapped;
+  while (!s.idle.empty()) s.unmap(s.idle.size() - 1);
+  return before - s.mapped;
+}
+
+}  // namespace mlkernels
