@@ -135,9 +135,7 @@ def test_many_threads():
     wrong: list[int] = []
 
     def work(seed: int) -> None:
-        for _ in range(3):
-            if not torch.equal(step(8, seed), expected[seed]):
-                wrong.append(seed)
+        wrong.extend(seed for _ in range(3) if not torch.equal(step(8, seed), expected[seed]))
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in expected]
     for thread in threads:
