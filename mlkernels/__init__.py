@@ -1,7 +1,6 @@
 """Fused softmax-family losses for PyTorch; see the README and :mod:`mlkernels.functional`."""
 
 from . import functional, metrics, schedule, search
-from .alternating import Alternating
 from .backends import available_backends
 from .backends.native import empty_cache
 from .checks import check_labels
@@ -20,6 +19,7 @@ from .functional import (
     sphereface_loss,
     two_scale_cross_entropy,
 )
+from .joint import Alternating
 from .modules import (
     ArcFaceLoss,
     CenterLoss,
@@ -37,7 +37,7 @@ from .modules import (
 )
 from .softmax import RowStats
 from .spec import Affine, Margin, Modulated, PiecewiseLinear, Tau, Truncated, TwoScale
-from .weight_norm import cached_weight_norm, weight_norm_product
+from .two_scale import cached_weight_norm, weight_norm_product
 
 __version__ = "0.1.0"
 

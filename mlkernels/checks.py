@@ -129,6 +129,7 @@ def check_number(word: str, value: float, rule: str | None = None, takes: str = 
 def _real(word: str, value: object, takes: str) -> float:
     if isinstance(value, Tensor):
         raise TypeError(f"{word} takes {takes}, got a tensor of shape {tuple(value.shape)}")
+    _check_traced_number(word, takes, value, "float")
     try:
         if isinstance(value, numbers.Real) and not isinstance(value, bool):
             return float(value)
@@ -141,8 +142,17 @@ def _real(word: str, value: object, takes: str) -> float:
     raise TypeError(f"{word} takes {takes}, got {type(value).__name__}")
 
 
+def _check_traced_number(word: str, takes: str, value: object, plain: str) -> None:
+    if torch.compiler.is_compiling() and type(value).__name__ == "ndarray":
+        raise TypeError(
+            f"{word} takes {takes}, got a NumPy number, which torch.compile makes an array of: pass {plain}({word}) to "
+            "the compiled function"
+        )
+
+
 def check_index(word: str, value: int) -> int:
     """An integer (anything with ``__index__``) that 64 bits hold, and float64 exactly."""
+    _check_traced_number(word, "an int", value, "int")
     if isinstance(value, (bool, Tensor)) or not hasattr(type(value), "__index__"):
         raise TypeError(f"{word} takes an int, got {type(value).__name__}")
     number = operator.index(value)
@@ -184,13 +194,20 @@ def unknown_keywords(of: Callable[..., object], unknown: Mapping[str, object], s
     return TypeError(f"{what} takes no {name!r}; there are {', '.join([*own, *shared])}")
 
 
+def wrong_type(word: str, takes: str, value: object) -> TypeError:
+    """The error for what is no tensor; of lists and arrays with what makes one of them."""
+    many = isinstance(value, (list, tuple)) or hasattr(value, "__array_interface__")
+    hint = f": write torch.as_tensor({word})" if many else ""
+    return TypeError(f"{word} takes {takes}, got {type(value).__name__}{hint}")
+
+
 # ---- tensors --------------------------------------------------------------------------------------------------------
 
 
 def check_input(input: Tensor) -> None:
     """The type of the logits."""
     if not isinstance(input, Tensor):
-        raise TypeError(f"input takes a floating tensor, got {type(input).__name__}")
+        raise wrong_type("input", "a floating tensor", input)
     if input.dtype not in _FLOATING:
         raise TypeError(f"input must be float16, bfloat16, float32 or float64, got {input.dtype}")
     if input.layout != _STRIDED:
@@ -207,7 +224,7 @@ def check_tensors(input: Tensor, target: Tensor, ignore_index: int | None = None
     """Types, shapes and devices of the logits and the labels; returns the labels as every backend reads them."""
     check_input(input)
     if not isinstance(target, Tensor):
-        raise TypeError(f"target takes an integer tensor, got {type(target).__name__}: write torch.as_tensor(target)")
+        raise wrong_type("target", "an integer tensor", target)
     unread = target.dtype not in _INTEGER
     if unread and target.dtype not in _UNSIGNED:
         raise TypeError(
@@ -241,9 +258,10 @@ def check_tensors(input: Tensor, target: Tensor, ignore_index: int | None = None
 
 def check_index_dtype(name: str, index: Tensor) -> None:
     """An integer tensor of any dtype."""
-    if not isinstance(index, Tensor) or index.dtype not in _INTEGER | _UNSIGNED:
-        kind = index.dtype if isinstance(index, Tensor) else type(index).__name__
-        raise TypeError(f"{name} must be an integer tensor, got {kind}")
+    if not isinstance(index, Tensor):
+        raise wrong_type(name, "an integer tensor", index)
+    if index.dtype not in _INTEGER | _UNSIGNED:
+        raise TypeError(f"{name} must be an integer tensor, got {index.dtype}")
 
 
 def widened(name: str, index: Tensor, count: int, ignore_index: int | None = None) -> Tensor:
@@ -277,10 +295,15 @@ def index_error(name: str, row: int, value: int, count: int) -> IndexError:
     return IndexError(f"{name} {value} at row {row} is out of range [0, {count})")
 
 
-def check_parameter(name: str, value: Tensor, input: Tensor, target: Tensor) -> Tensor:
-    """A tensor parameter: 0-d or (1,), (C,) or target.shape + (1,); returned as the kernels take it."""
+def check_floating(name: str, value: Tensor) -> None:
+    """A dtype that kernels read."""
     if value.dtype not in _FLOATING:
         raise TypeError(f"{name} must be floating, got {value.dtype}")
+
+
+def check_parameter(name: str, value: Tensor, input: Tensor, target: Tensor) -> Tensor:
+    """A tensor parameter: 0-d or (1,), (C,) or target.shape + (1,); returned as the kernels take it."""
+    check_floating(name, value)
     if value.device != input.device:
         raise ValueError(f"{name} must be on input's device {input.device}, got {value.device}")
     dim = value.dim()
@@ -299,6 +322,14 @@ def check_parameter(name: str, value: Tensor, input: Tensor, target: Tensor) -> 
     )
 
 
+def check_size(word: str, value: int) -> int:
+    """How many of something there are: an integer >= 1."""
+    number = check_index(word, value)
+    if number < 1:
+        raise ValueError(f"{word} must be >= 1, got {number}")
+    return number
+
+
 def check_reduction(reduction: str) -> int:
     """The reduction's number."""
     found = _REDUCTIONS.get(reduction) if isinstance(reduction, str) else None
@@ -307,41 +338,38 @@ def check_reduction(reduction: str) -> int:
     return found
 
 
-def check_class_vector(name: str, value: Tensor, input: Tensor, classes: int) -> None:
-    """A (C,) floating tensor on input's device that is not to be differentiated."""
+def check_class_vector(name: str, value: Tensor, input: Tensor | None = None, classes: int | None = None) -> None:
+    """A (C,) floating tensor, on input's device where there is one yet, that is not to be differentiated."""
+    wanted = "(C,)" if classes is None else f"({classes},)"
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} takes a floating tensor of shape ({classes},), got {type(value).__name__}")
-    if value.dtype not in _FLOATING:
-        raise TypeError(f"{name} must be floating, got {value.dtype}")
-    if value.device != input.device:
+        raise wrong_type(name, f"a floating tensor of shape {wanted}", value)
+    check_floating(name, value)
+    if input is not None and value.device != input.device:
         raise ValueError(f"{name} must be on input's device {input.device}, got {value.device}")
-    if value.shape != (classes,):
-        raise ValueError(f"{name} must have one entry per class, ({classes},), got {tuple(value.shape)}")
+    if value.dim() != 1 or (classes is not None and value.shape[0] != classes):
+        raise ValueError(f"{name} must have one entry per class, {wanted}, got {tuple(value.shape)}")
     if value.requires_grad:
         raise ValueError(f"{name} is not differentiated: it must not require a gradient; pass {name}.detach()")
 
 
-def check_tables(
-    spec: Spec, params: dict[int, Tensor], group: Tensor | None, input: Tensor, target: Tensor
-) -> Tensor | None:
-    """Piecewise tables: slope and bias alike, (M,) or (G, M); group exactly when one is (G, M), returned as read.
-
-    Where the other pair is (M,), every group has it.
-    """
+def _table_slots(spec: Spec) -> list[tuple[int, int]]:
+    """The pairs of slope and bias."""
     pairs = []
     if spec.transform == TransformKind.PIECEWISE:
         pairs.append((int(Slot.TRANSFORM_A), int(Slot.TRANSFORM_B)))
     if spec.head == HeadKind.TAU:
         pairs.append((int(Slot.HEAD_A), int(Slot.HEAD_B)))
+    return pairs
+
+
+def table_groups(spec: Spec, params: Mapping[int, Tensor]) -> int | None:
+    """Piecewise tables: slope and bias alike, (M,) or (G, M); returns the number of groups, None where all are (M,)."""
     names = {slot: word for (slot, _), word in zip(spec.slots, spec.words, strict=True)}
     counts = []
-    for first, second in pairs:
+    for first, second in _table_slots(spec):
         for slot in (first, second):
             table, name = params[slot], names[slot]
-            if table.dtype not in _FLOATING:
-                raise TypeError(f"{name} must be floating, got {table.dtype}")
-            if table.device != input.device:
-                raise ValueError(f"{name} must be on input's device {input.device}, got {table.device}")
+            check_floating(name, table)
             if table.dim() not in (1, 2) or table.numel() == 0:
                 raise ValueError(f"{name} must be (M,) or (G, M) with at least one piece, got {tuple(table.shape)}")
         if params[first].shape != params[second].shape:
@@ -353,18 +381,32 @@ def check_tables(
             counts.append(params[first].shape[0])
     if any(count != counts[0] for count in counts):
         raise ValueError(f"the tables of t and of tau must have the same number of groups, got {sorted(counts)}")
+    return counts[0] if counts else None
+
+
+def check_tables(
+    spec: Spec, params: dict[int, Tensor], group: Tensor | None, input: Tensor, target: Tensor
+) -> Tensor | None:
+    """The tables, and their group exactly when one is (G, M), returned as read.
+
+    Where the other pair is (M,), every group has it.
+    """
+    count = table_groups(spec, params)
+    for (slot, _), word in zip(spec.slots, spec.words, strict=True):
+        if slot in spec.tables and params[slot].device != input.device:
+            raise ValueError(f"{word} must be on input's device {input.device}, got {params[slot].device}")
     if group is None:
-        if counts:
-            raise ValueError(f"group is required where tables are (G, M): one index in [0, {counts[0]}) per row")
+        if count is not None:
+            raise ValueError(f"group is required where tables are (G, M): one index in [0, {count}) per row")
         return None
-    if not counts:
+    if count is None:
         raise ValueError("group is only for tables of shape (G, M)")
     check_index_dtype("group", group)
     if group.shape != target.shape:
         raise ValueError(f"group must have target's shape {tuple(target.shape)}, got {tuple(group.shape)}")
     if group.device != input.device:
         raise ValueError(f"group must be on input's device {input.device}, got {group.device}")
-    for slot in (slot for pair in pairs for slot in pair):
+    for slot in spec.tables:
         if params[slot].dim() == 1:  # one table for all groups
-            params[slot] = params[slot].expand(counts[0], -1)
-    return widened("group", group, counts[0]) if group.dtype in _UNSIGNED else group
+            params[slot] = params[slot].expand(count, -1)
+    return widened("group", group, count) if group.dtype in _UNSIGNED else group

@@ -35,32 +35,16 @@ from __future__ import annotations
 
 from typing import Literal, overload
 
-import torch
 from torch import Tensor
-from typing_extensions import Never, Unpack
+from typing_extensions import Unpack
 
-from . import checks, softmax
-from .backends.reference import full_precision
+from . import named, softmax
 from .center import center_loss
 from .lgm import lgm_loss
 from .multi_margin import multi_margin_loss
+from .soft_targets import soft_cross_entropy
 from .softmax import Common, RowStats
-from .spec import (
-    BackendName,
-    BeyondPiName,
-    ClampName,
-    GradientName,
-    Head,
-    HeadKind,
-    Number,
-    ReductionName,
-    ScaleKind,
-    Transform,
-    TransformKind,
-    TwoScale,
-    compose,
-    spec,
-)
+from .spec import BeyondPiName, ClampName, GradientName, Head, Number, Transform, TwoScale, compose
 
 __all__ = [
     "arcface_loss",
@@ -78,19 +62,8 @@ __all__ = [
     "two_scale_cross_entropy",
 ]
 
-_CROSS_ENTROPY = spec(function="cross_entropy")
-_FOCAL = spec(head=HeadKind.MODULATED, function="focal_loss")
-_MODULATED = spec(head=HeadKind.MODULATED, function="modulated_cross_entropy")
-_TWO_SCALE = spec(scale=ScaleKind.TWO_SCALE, function="two_scale_cross_entropy")
 
-
-def cross_entropy(
-    input: Tensor,
-    target: Tensor,
-    *,
-    scale: Number = 1.0,
-    **common: Unpack[Common],
-) -> Tensor:
+def cross_entropy(input: Tensor, target: Tensor, *, scale: Number = 1.0, **common: Unpack[Common]) -> Tensor:
     r"""Cross entropy of scaled logits, :math:`L = -\log\operatorname{softmax}(s f)_y`.
 
     Args:
@@ -105,17 +78,11 @@ def cross_entropy(
         tensor(0.2395)
     """
     if isinstance(target, Tensor) and target.is_floating_point():
-        return _soft_cross_entropy(input, target, scale, **common)
-    return softmax.apply(_CROSS_ENTROPY, (scale,), input, target, **common)[0]
+        return soft_cross_entropy(cross_entropy, input, target, scale, **common)
+    return softmax.apply(*named.cross_entropy(scale), input, target, **common)[0]
 
 
-def focal_loss(
-    input: Tensor,
-    target: Tensor,
-    *,
-    gamma: Number = 2.0,
-    **common: Unpack[Common],
-) -> Tensor:
+def focal_loss(input: Tensor, target: Tensor, *, gamma: Number = 2.0, **common: Unpack[Common]) -> Tensor:
     r"""Focal loss of the softmax, :math:`L = (1-p_y)^\gamma(-\log p_y)`.
 
     Args:
@@ -130,7 +97,7 @@ def focal_loss(
 
     Source: Lin et al., Focal Loss for Dense Object Detection, equation (4), with the softmax's p.
     """
-    return softmax.apply(_FOCAL, (1.0, 1.0, gamma, 1.0, 1.0), input, target, **common)[0]
+    return softmax.apply(*named.focal_loss(gamma), input, target, **common)[0]
 
 
 def modulated_cross_entropy(
@@ -167,7 +134,8 @@ def modulated_cross_entropy(
     Source: the modulated cross entropy paper, equations (1) and (4). Reconstructed: the formula did not survive in the
     text at hand; this is the candidate with every property that the text states (see docs/losses.md).
     """
-    return softmax.apply(_MODULATED, (1.0, beta, gamma, alpha, kappa), input, target, **common)[0]
+    parts = named.modulated_cross_entropy(beta, gamma, alpha, kappa)
+    return softmax.apply(*parts, input, target, **common)[0]
 
 
 def margin_cross_entropy(
@@ -202,8 +170,8 @@ def margin_cross_entropy(
 
     Source: ArcFace, equation (4) (the combined margin).
     """
-    structure = spec(TransformKind.MARGIN, beyond_pi=beyond_pi, gradient=gradient, function="margin_cross_entropy")
-    return softmax.apply(structure, (m1, m2, m3, norm, scale), input, target, **common)[0]
+    parts = named.margin_cross_entropy(m1, m2, m3, scale, beyond_pi, gradient, norm)
+    return softmax.apply(*parts, input, target, **common)[0]
 
 
 def arcface_loss(
@@ -230,8 +198,7 @@ def arcface_loss(
 
     Source: Deng et al., ArcFace, equation (3).
     """
-    structure = spec(TransformKind.MARGIN, beyond_pi=beyond_pi, gradient=gradient, function="arcface_loss")
-    return softmax.apply(structure, (1.0, margin, 0.0, None, scale), input, target, **common)[0]
+    return softmax.apply(*named.arcface_loss(margin, scale, beyond_pi, gradient), input, target, **common)[0]
 
 
 def cosface_loss(
@@ -258,8 +225,7 @@ def cosface_loss(
 
     Source: Wang et al., CosFace, equation (4).
     """
-    structure = spec(TransformKind.MARGIN, beyond_pi=beyond_pi, gradient=gradient, function="cosface_loss")
-    return softmax.apply(structure, (1.0, 0.0, margin, None, scale), input, target, **common)[0]
+    return softmax.apply(*named.cosface_loss(margin, scale, beyond_pi, gradient), input, target, **common)[0]
 
 
 def sphereface_loss(
@@ -288,8 +254,7 @@ def sphereface_loss(
 
     Source: Liu et al., SphereFace, equation (7).
     """
-    structure = spec(TransformKind.MARGIN, beyond_pi=beyond_pi, gradient=gradient, function="sphereface_loss")
-    return softmax.apply(structure, (margin, 0.0, 0.0, None, scale), input, target, **common)[0]
+    return softmax.apply(*named.sphereface_loss(margin, scale, beyond_pi, gradient), input, target, **common)[0]
 
 
 def two_scale_cross_entropy(
@@ -324,7 +289,8 @@ def two_scale_cross_entropy(
 
     Source: the two-scale loss, equations (13), (14), (16), (17).
     """
-    return softmax.apply(_TWO_SCALE, (scale_low, scale_high, eta, logit_norm), input, target, **common)[0]
+    parts = named.two_scale_cross_entropy(scale_low, scale_high, eta, logit_norm)
+    return softmax.apply(*parts, input, target, **common)[0]
 
 
 def piecewise_cross_entropy(
@@ -367,32 +333,8 @@ def piecewise_cross_entropy(
 
     Source: Li et al., AM-LFS, equation (16).
     """
-    t_slope, t_bias = _tables("t", t_slope, t_bias)
-    tau_slope, tau_bias = _tables("tau", tau_slope, tau_bias)
-    transform = TransformKind.IDENTITY if t_slope is None else TransformKind.PIECEWISE
-    head = HeadKind.LOG if tau_slope is None else HeadKind.TAU
-    values: tuple[Number | None, ...] = (scale,)
-    if t_slope is not None:
-        values = (t_slope, t_bias, norm, -1.0, 1.0, *values)
-    elif norm is not None:
-        raise ValueError("norm divides the argument of t: it needs t_slope or t_bias, got neither")
-    if tau_slope is not None:
-        values = (*values, tau_slope, tau_bias, tau_min)
-    structure = spec(transform, head=head, clamp=clamp, function="piecewise_cross_entropy")
-    return softmax.apply(structure, values, input, target, group, **common)[0]
-
-
-def _tables(name: str, slope: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    for suffix, table in (("slope", slope), ("bias", bias)):
-        if table is not None and not isinstance(table, Tensor):
-            raise TypeError(
-                f"{name}_{suffix} takes a floating tensor of shape (M,) or (G, M), got {type(table).__name__}"
-            )
-    if slope is None and bias is not None:
-        slope = torch.ones_like(bias)
-    if bias is None and slope is not None:
-        bias = torch.zeros_like(slope)
-    return slope, bias
+    parts = named.piecewise_cross_entropy(t_slope, t_bias, tau_slope, tau_bias, scale, tau_min, clamp, norm)
+    return softmax.apply(*parts, input, target, group, **common)[0]
 
 
 @overload
@@ -469,70 +411,3 @@ def softmax_loss(
     structure, values = compose(transform, scale, head, target_logit)
     loss, rows = softmax.apply(structure, values, input, target, group, return_stats, **common)
     return loss if rows is None else (loss, rows)
-
-
-def _soft_cross_entropy(
-    input: Tensor,
-    target: Tensor,
-    scale: Number,
-    weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: ReductionName = "mean",
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    logit_adjustment: Tensor | None = None,
-    backend: BackendName | None = None,
-    **unknown: Never,
-) -> Tensor:
-    """Class probabilities as target, in plain torch."""
-    if unknown:
-        raise checks.unknown_keywords(cross_entropy, unknown, softmax.COMMON)
-    checks.check_input(input)
-    if target.shape != input.shape:
-        raise ValueError(
-            f"a floating target holds class probabilities and must have input's shape {tuple(input.shape)}, got "
-            f"{tuple(target.shape)}; class indices are integers: target.long()"
-        )
-    if backend not in (None, "reference"):
-        raise TypeError(
-            f"target holds class probabilities, which only the reference backend serves; got backend={backend!r}"
-        )
-    if checks.check_index("ignore_index", ignore_index) >= 0:
-        raise ValueError(
-            f"ignore_index has no meaning where target holds class probabilities: it must be < 0, got {ignore_index}"
-        )
-    if target.device != input.device:
-        raise ValueError(f"target must be on input's device {input.device}, got {target.device}")
-    checks.check_reduction(reduction)
-    classes = 1 if input.dim() > 1 else 0
-    for name, vector in (("weight", weight), ("logit_adjustment", logit_adjustment)):
-        if vector is not None:
-            checks.check_class_vector(name, vector, input, input.shape[classes])
-    if not isinstance(scale, Tensor):
-        scale = checks.check_number("scale", scale)
-    elif scale.shape not in ((), (1,)):
-        raise ValueError(f"scale must be a number, 0-d or (1,) with class probabilities, got {tuple(scale.shape)}")
-    elif scale.device.type == "cpu" and not checks.traced(scale):
-        checks.check_range("scale", scale)
-    label_smoothing = checks.check_number("label_smoothing", label_smoothing)
-    z_loss = checks.check_number("z_loss", z_loss)
-    with full_precision(input.device):
-        logits = input if input.dtype == torch.float64 else input.float()
-        if softcap is not None:
-            softcap = checks.check_number("softcap", softcap)
-            logits = softcap * torch.tanh(logits / softcap)
-        if logit_adjustment is not None:
-            logits = logits + logit_adjustment.to(logits.dtype).reshape(-1, *[1] * (logits.dim() - 1 - classes))
-        logits = logits * scale
-        loss = torch.nn.functional.cross_entropy(
-            logits,
-            target.to(logits.dtype),
-            None if weight is None else weight.to(logits.dtype),
-            reduction=str(reduction),
-            label_smoothing=label_smoothing,
-        )
-        if z_loss > 0:
-            penalty = z_loss * logits.logsumexp(classes).square()
-            loss = loss + (penalty if reduction == "none" else penalty.sum() if reduction == "sum" else penalty.mean())
-    return loss

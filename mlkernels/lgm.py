@@ -6,12 +6,24 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import Never
 
 from . import softmax
 from .backends.reference import full_precision
-from .checks import check_index, check_number, check_range, check_tensors, traced, unknown_keywords
+from .checks import (
+    check_floating,
+    check_index,
+    check_number,
+    check_range,
+    check_size,
+    check_tensors,
+    traced,
+    unknown_keywords,
+    wrong_type,
+)
+from .loss_module import Loss
+from .softmax import Common
 from .spec import BackendName, Number, ReductionName, TransformKind, spec
 
 _GIVEN = spec(TransformKind.GIVEN)
@@ -142,9 +154,8 @@ def _check(
         if value is None and name == "log_variance":
             continue
         if not isinstance(value, Tensor):
-            raise TypeError(f"{name} takes a floating tensor of shape (C, D), got {type(value).__name__}")
-        if not value.is_floating_point():
-            raise TypeError(f"{name} must be floating, got {value.dtype}")
+            raise wrong_type(name, "a floating tensor of shape (C, D)", value)
+        check_floating(name, value)
         if value.device != input.device:
             raise ValueError(f"{name} must be on input's device {input.device}, got {value.device}")
     if means.dim() != 2 or means.shape[1] != input.shape[1] or means.shape[0] == 0:
@@ -153,13 +164,97 @@ def _check(
         raise ValueError(
             f"log_variance must have the shape of means, {tuple(means.shape)}, got {tuple(log_variance.shape)}"
         )
+    if isinstance(alpha, Tensor) and alpha.device != input.device:
+        raise ValueError(f"alpha must be on input's device {input.device}, got {alpha.device}")
+    return _check_numbers(alpha, lambda_)
+
+
+def _check_numbers(alpha: Number, lambda_: float) -> tuple[Number, float]:
     if not isinstance(alpha, Tensor):
         alpha = check_number("alpha", alpha, takes="a number or a floating tensor, 0-d or (1,)")
     elif alpha.shape not in ((), (1,)) or not alpha.is_floating_point():
         got = f"{tuple(alpha.shape)} {alpha.dtype}"
         raise ValueError(f"alpha must be a number or a floating tensor, 0-d or (1,), got {got}")
-    elif alpha.device != input.device:
-        raise ValueError(f"alpha must be on input's device {input.device}, got {alpha.device}")
     elif alpha.device.type == "cpu" and not traced(alpha):
         check_range("alpha", alpha)
     return alpha, check_number("lambda_", lambda_)
+
+
+class LGMLoss(Loss):
+    r"""Large-margin Gaussian mixture loss with its Gaussians; see :func:`mlkernels.lgm_loss`.
+
+    Args:
+        num_features: D. num_classes: C.
+        alpha: the margin, >= 0, a number or a 0-d tensor. lambda_: the weight of the likelihood term, >= 0.
+        diagonal: train ``log_variance`` (C, D), from 0; False: identity covariances.
+        weight, ignore_index, reduction, label_smoothing, backend: as in :func:`mlkernels.lgm_loss`.
+
+    ``means`` (C, D) is a parameter that starts from N(0, 1); ``reset_parameters()`` draws it again.
+
+    Example:
+        >>> import torch, mlkernels
+        >>> loss = mlkernels.LGMLoss(num_features=2, num_classes=3, diagonal=True)
+        >>> loss(torch.randn(8, 2), torch.randint(3, (8,))).backward()
+        >>> loss.means.grad.shape, loss.log_variance.grad.shape
+        (torch.Size([3, 2]), torch.Size([3, 2]))
+    """
+
+    _function = staticmethod(lgm_loss)
+    _drawn = frozenset({"means", "log_variance"})
+    means: nn.Parameter
+    log_variance: nn.Parameter | None
+
+    def __init__(
+        self,
+        *,
+        num_features: int,
+        num_classes: int,
+        alpha: Number = 0.1,
+        lambda_: float = 0.1,
+        diagonal: bool = False,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: ReductionName = "mean",
+        label_smoothing: float = 0.0,
+        backend: BackendName | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **unknown: Never,
+    ) -> None:
+        if unknown:
+            raise unknown_keywords(LGMLoss, unknown)
+        num_features = check_size("num_features", num_features)
+        num_classes = check_size("num_classes", num_classes)
+        _check_numbers(alpha, lambda_)
+        common: Common = {
+            "weight": weight,
+            "ignore_index": ignore_index,
+            "reduction": reduction,
+            "label_smoothing": label_smoothing,
+            "backend": backend,
+        }
+        softmax.check_loss(spec(), (1.0,), **common)
+        means = nn.Parameter(torch.empty(num_classes, num_features, device=device, dtype=dtype))
+        log_variance = nn.Parameter(torch.empty_like(means)) if diagonal else None
+        super().__init__(
+            {"means": means, "log_variance": log_variance, "alpha": alpha, "lambda_": lambda_},
+            dict(common),
+        )
+        self._draw()
+
+    def logits(self, input: Tensor) -> Tensor:
+        r"""The class logits of features, :math:`-d_k-\tfrac12\log|\Lambda_k|`: (N, D) to (N, C), without the margin."""
+        dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+        log_variance = None if self.log_variance is None else self.log_variance.to(dtype)
+        with full_precision(input.device):
+            return class_logits(input.to(dtype), self.means.to(dtype), log_variance)[0]
+
+    def reset_parameters(self) -> None:
+        """Draws the means from N(0, 1) and sets every variance to 1."""
+        super().reset_parameters()
+        self._draw()
+
+    def _draw(self) -> None:
+        nn.init.normal_(self.means)
+        if self.log_variance is not None:
+            nn.init.zeros_(self.log_variance)

@@ -9,15 +9,17 @@ batches.
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
 from collections.abc import Callable
-from typing import Any, TypeAlias, cast
+from typing import Any, ParamSpec, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
 from . import softmax
-from .checks import check_index, check_index_dtype, check_indices, check_number, widened
+from .checks import check_index, check_index_dtype, check_indices, check_number, widened, wrong_type
 from .softmax import RowStats
 from .spec import spec
 
@@ -33,10 +35,27 @@ __all__ = [
 ]
 
 _PLAIN = spec()
+_P = ParamSpec("_P")
 _Sum: TypeAlias = tuple[Tensor, Tensor]
+"""What a measure divides: a sum over the rows that are kept, and their number."""
+_sums: dict[Callable[..., Tensor | float], Callable[..., _Sum]] = {}
 
 
-def accuracy(input: Tensor | RowStats, target: Tensor, *, ignore_index: int = -100) -> Tensor:
+def _measure(sums: Callable[_P, _Sum]) -> Callable[_P, Tensor]:
+    """The quotient of the two; :class:`Running` adds each of them up."""
+
+    @functools.wraps(sums)
+    def measure(*args: _P.args, **kwargs: _P.kwargs) -> Tensor:
+        total, count = sums(*args, **kwargs)
+        return total / count
+
+    measure.__signature__ = inspect.signature(sums).replace(return_annotation="Tensor")  # type: ignore[attr-defined]
+    _sums[measure] = sums
+    return measure
+
+
+@_measure
+def accuracy(input: Tensor | RowStats, target: Tensor, *, ignore_index: int = -100) -> _Sum:
     r"""The share of rows whose largest logit is the target's (of equal ones, the one with the lowest index counts).
 
     Args:
@@ -51,15 +70,12 @@ def accuracy(input: Tensor | RowStats, target: Tensor, *, ignore_index: int = -1
 
     Source: the two-scale loss, equation (11).
     """
-    return _mean(_accuracy(input, target, ignore_index=ignore_index))
-
-
-def _accuracy(input: Tensor | RowStats, target: Tensor, *, ignore_index: int = -100) -> _Sum:
     rows, label, kept = _rows(input, target, ignore_index)
     return ((rows.prediction == label) & kept).sum(), kept.sum()
 
 
-def top_n_accuracy(input: Tensor | RowStats, target: Tensor, *, n: int = 5, ignore_index: int = -100) -> Tensor:
+@_measure
+def top_n_accuracy(input: Tensor | RowStats, target: Tensor, *, n: int = 5, ignore_index: int = -100) -> _Sum:
     r"""The share of rows with fewer than n logits larger than the target's.
 
     Args:
@@ -71,10 +87,6 @@ def top_n_accuracy(input: Tensor | RowStats, target: Tensor, *, n: int = 5, igno
         >>> metrics.top_n_accuracy(torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 2.0]]), torch.tensor([1, 0]), n=2)
         tensor(0.5000)
     """
-    return _mean(_top_n_accuracy(input, target, n=n, ignore_index=ignore_index))
-
-
-def _top_n_accuracy(input: Tensor | RowStats, target: Tensor, *, n: int = 5, ignore_index: int = -100) -> _Sum:
     n = check_index("n", n)
     if n < 1:
         raise ValueError(f"n must be >= 1, got {n}")
@@ -84,6 +96,7 @@ def _top_n_accuracy(input: Tensor | RowStats, target: Tensor, *, n: int = 5, ign
     return ((rows.rank < n) & ranked & kept).sum(), kept.sum()
 
 
+@_measure
 def close_enough(
     input: Tensor | RowStats,
     target: Tensor,
@@ -91,7 +104,7 @@ def close_enough(
     a: float = 0.1,
     scale: float | Tensor = 1.0,
     ignore_index: int = -100,
-) -> Tensor:
+) -> _Sum:
     r"""The share of rows whose target comes within a of the largest probability, :math:`p_y \ge \max_j p_j - a`.
 
     Args:
@@ -110,17 +123,6 @@ def close_enough(
 
     Source: the two-scale loss, section 3.1.
     """
-    return _mean(_close_enough(input, target, a=a, scale=scale, ignore_index=ignore_index))
-
-
-def _close_enough(
-    input: Tensor | RowStats,
-    target: Tensor,
-    *,
-    a: float = 0.1,
-    scale: float | Tensor = 1.0,
-    ignore_index: int = -100,
-) -> _Sum:
     a = check_number("a", a)
     if not isinstance(scale, Tensor):
         scale = check_number("scale", scale)
@@ -130,9 +132,10 @@ def _close_enough(
     return ((rows.log_prob.exp() >= log_other.exp() - a) & kept).sum(), kept.sum()
 
 
+@_measure
 def superclass_accuracy(
     input: Tensor | RowStats, target: Tensor, superclass: Tensor, *, ignore_index: int = -100
-) -> Tensor:
+) -> _Sum:
     r"""The share of rows whose predicted class is of the target's superclass.
 
     Args:
@@ -147,20 +150,13 @@ def superclass_accuracy(
 
     Source: the two-scale loss, equation (20).
     """
-    return _mean(_superclass_accuracy(input, target, superclass, ignore_index=ignore_index))
-
-
-def _superclass_accuracy(
-    input: Tensor | RowStats, target: Tensor, superclass: Tensor, *, ignore_index: int = -100
-) -> _Sum:
-    if not isinstance(superclass, Tensor) or superclass.is_floating_point() or superclass.dim() != 1:
-        raise ValueError("superclass must be an integer tensor of shape (C,)")
-    if isinstance(input, Tensor) and superclass.shape[0] != input.shape[1 if input.dim() > 1 else 0]:
-        raise ValueError(f"superclass must have one entry per class, got {tuple(superclass.shape)}")
+    rows, label, kept = _rows(input, target, ignore_index)
+    check_index_dtype("superclass", superclass)
+    classes = superclass.numel()
+    if superclass.dim() != 1 or (isinstance(input, Tensor) and classes != input.shape[1 if input.dim() > 1 else 0]):
+        raise ValueError(f"superclass must be (C,), one entry per class, got {tuple(superclass.shape)}")
     if superclass.device != target.device:
         raise ValueError(f"superclass must be on target's device {target.device}, got {superclass.device}")
-    rows, label, kept = _rows(input, target, ignore_index)
-    classes = superclass.shape[0]
     check_indices("target", label, classes, ignore_index)
     prediction = rows.prediction
     legal = (label >= 0) & (label < classes) & (prediction >= 0) & (prediction < classes)
@@ -168,13 +164,14 @@ def _superclass_accuracy(
     return (same & legal & kept).sum(), kept.sum()
 
 
+@_measure
 def classification_confidence(
     input: Tensor | RowStats,
     target: Tensor,
     *,
     logit_norm: float | Tensor | None = None,
     ignore_index: int = -100,
-) -> Tensor:
+) -> _Sum:
     r"""The mean classification confidence, :math:`\delta X = X_y - \max_{j\ne y}X_j`; with R, normalised,
     :math:`\delta\hat X = \delta X/R`.
 
@@ -194,16 +191,6 @@ def classification_confidence(
 
     Source: the two-scale loss, section 2.2.
     """
-    return _mean(_classification_confidence(input, target, logit_norm=logit_norm, ignore_index=ignore_index))
-
-
-def _classification_confidence(
-    input: Tensor | RowStats,
-    target: Tensor,
-    *,
-    logit_norm: float | Tensor | None = None,
-    ignore_index: int = -100,
-) -> _Sum:
     if logit_norm is not None and not isinstance(logit_norm, Tensor):
         logit_norm = check_number("logit_norm", logit_norm)
     rows, _, kept = _rows(input, target, ignore_index)
@@ -284,7 +271,7 @@ class Running:
     count: Tensor | None
 
     def __init__(self, measure: Callable[..., Tensor | float], **options: Any) -> None:
-        if measure not in _SUMS and measure not in (macro_f1, nmi):
+        if measure not in _sums and measure not in (macro_f1, nmi):
             raise TypeError(f"measure takes a function of mlkernels.metrics, got {measure!r}")
         self.measure, self.options = measure, options
         self.reset()
@@ -298,7 +285,7 @@ class Running:
     def update(self, input: Tensor | RowStats, target: Tensor, **options: Any) -> None:
         """Adds a batch; its arguments are those of the measure."""
         options = self.options | options
-        sums = _SUMS.get(self.measure)
+        sums = _sums.get(self.measure)
         if sums is None:
             found, labels = _to_host(input, target, options.get("ignore_index", -100))
             self._found += found
@@ -310,7 +297,7 @@ class Running:
 
     def compute(self) -> Tensor | float:
         """The measure of all batches so far; NaN where no row was kept."""
-        if self.measure not in _SUMS:
+        if self.measure not in _sums:
             return self.measure(
                 torch.tensor(self._found, dtype=torch.long), torch.tensor(self._labels, dtype=torch.long)
             )
@@ -319,21 +306,6 @@ class Running:
     def __repr__(self) -> str:
         options = "".join(f", {name}={value!r}" for name, value in self.options.items())
         return f"Running({self.measure.__name__}{options})"
-
-
-#: What each measure divides: a sum over the rows that are kept, and their number.
-_SUMS: dict[Callable[..., Tensor | float], Callable[..., _Sum]] = {
-    accuracy: _accuracy,
-    top_n_accuracy: _top_n_accuracy,
-    close_enough: _close_enough,
-    superclass_accuracy: _superclass_accuracy,
-    classification_confidence: _classification_confidence,
-}
-
-
-def _mean(sums: _Sum) -> Tensor:
-    total, count = sums
-    return total / count
 
 
 def _rows(
@@ -349,7 +321,7 @@ def _rows(
         rows, classes = RowStats(*(row.detach() for row in input)), 2**63
     else:
         if not isinstance(input, Tensor):
-            raise TypeError(f"input takes logits or RowStats, got {type(input).__name__}")
+            raise wrong_type("input", "logits or RowStats", input)
         with torch.no_grad():
             _, found = softmax.apply(
                 _PLAIN, (scale,), input, target, None, True, ignore_index=ignore_index, reduction="sum"
@@ -361,6 +333,7 @@ def _rows(
 
 def _to_host(input: Tensor | RowStats, target: Tensor, ignore_index: int) -> tuple[list[int], list[int]]:
     """Predictions and labels of the kept rows."""
+    check_index_dtype("target", target)
     if isinstance(input, Tensor) and not input.is_floating_point():
         if input.shape != target.shape:
             wanted = tuple(target.shape)

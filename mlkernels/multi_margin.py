@@ -8,6 +8,7 @@ from torch import Tensor
 from typing_extensions import Never
 
 from .checks import check_class_vector, check_indices, check_number, check_reduction, check_tensors, unknown_keywords
+from .loss_module import Loss
 from .spec import ReductionName
 
 
@@ -52,10 +53,7 @@ def multi_margin_loss(
     target = check_tensors(input, target)
     if input.dim() > 2:
         raise ValueError(f"input must be (C,) or (N, C), got {tuple(input.shape)}")
-    if isinstance(p, Tensor) or p not in (1, 2):
-        raise ValueError(f"p must be 1 or 2, got {p}")
-    margin = check_number("margin", margin)
-    check_reduction(reduction)
+    margin = _check(p, margin, reduction)
     classes = input.shape[-1]
     check_indices("target", target, classes)
     logits = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
@@ -67,3 +65,43 @@ def multi_margin_loss(
     rows = F.multi_margin_loss(logits, torch.where(legal, label, 0), int(p), margin, weight, reduction="none")
     rows = (rows * torch.where(legal, 1.0, torch.nan).to(rows.dtype)).reshape(shape)
     return rows if reduction == "none" else rows.mean() if reduction == "mean" else rows.sum()
+
+
+def _check(p: int, margin: float, reduction: ReductionName) -> float:
+    """Everything but the tensors; the margin as a float."""
+    if isinstance(p, Tensor) or p not in (1, 2):
+        raise ValueError(f"p must be 1 or 2, got {p}")
+    check_reduction(reduction)
+    return check_number("margin", margin)
+
+
+class MultiMarginLoss(Loss):
+    r"""Multi-class margin loss; see :func:`mlkernels.multi_margin_loss`.
+
+    Args:
+        p: 1 or 2. margin: m. weight: (C,), any floating dtype; not trained.
+        reduction: ``"mean"`` (over N), ``"sum"`` or ``"none"``.
+
+    Example:
+        >>> import torch, mlkernels
+        >>> mlkernels.MultiMarginLoss()(torch.tensor([[0.1, 0.2, 0.4, 0.8]]), torch.tensor([3]))
+        tensor(0.3250)
+    """
+
+    _function = staticmethod(multi_margin_loss)
+
+    def __init__(
+        self,
+        p: int = 1,
+        margin: float = 1.0,
+        weight: Tensor | None = None,
+        *,
+        reduction: ReductionName = "mean",
+        **unknown: Never,
+    ) -> None:
+        if unknown:
+            raise unknown_keywords(MultiMarginLoss, unknown)
+        _check(p, margin, reduction)
+        if weight is not None:
+            check_class_vector("weight", weight)
+        super().__init__({"p": p, "margin": margin}, {"weight": weight, "reduction": reduction})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -13,11 +13,12 @@ from typing_extensions import Never, Unpack
 
 from . import autograd, checks, ops
 from .autograd import ONLY_INPUT, Call
-from .backends import choose, reference
+from .backends import check_backend, choose, reference
 from .checks import (
     HALF,
     PLAIN_TENSORS,
     check_class_vector,
+    check_floating,
     check_index,
     check_indices,
     check_number,
@@ -29,7 +30,9 @@ from .checks import (
     functorch_level,
     is_dual,
     modes,
+    table_groups,
     unknown_keywords,
+    wrong_type,
 )
 from .spec import MASK, SLOTS, TRAINABLE, BackendName, HeadKind, Number, ReductionName, Slot, Spec, TransformKind
 
@@ -227,10 +230,7 @@ def _numbers(
         if isinstance(value, Tensor):
             tensors[slot] = value
         elif slot in spec.tables:
-            raise TypeError(
-                f"{word} takes a floating tensor of shape (M,) or (G, M), got "
-                f"{'a number' if isinstance(value, (int, float)) else type(value).__name__}"
-            )
+            raise wrong_type(word, "a floating tensor of shape (M,) or (G, M)", value)
         elif value is not None or slot not in (_NORM, _LOGIT_NORM):
             takes = "a number or a floating tensor" if slot in TRAINABLE else "a number"
             consts[slot] = check_number(word, value, name, takes)  # type: ignore[arg-type]
@@ -260,14 +260,18 @@ def _check_values(
         tensor = tensors.get(slot)
         if tensor is None or slot in spec.tables:
             continue
-        if slot not in TRAINABLE and slot != _ETA:
-            raise TypeError(f"{word} takes a number, got a tensor")
-        if slot == _ETA and tensor.requires_grad:
-            raise ValueError(f"{word} has no gradient (it draws a mask): it must not require one; pass eta.detach()")
         tensors[slot] = check_parameter(word, tensor, input, target)
-        if on_host:
-            check_range(word, tensor, name)
+        _check_value(slot, name, word, tensor, on_host)
     return group
+
+
+def _check_value(slot: int, name: str, word: str, tensor: Tensor, on_host: bool) -> None:
+    if slot not in TRAINABLE and slot != _ETA:
+        raise TypeError(f"{word} takes a number, got a tensor")
+    if slot == _ETA and tensor.requires_grad:
+        raise ValueError(f"{word} has no gradient (it draws a mask): it must not require one; pass eta.detach()")
+    if on_host:
+        check_range(word, tensor, name)
 
 
 def _single_row(
@@ -300,3 +304,21 @@ COMMON = {
     for name, parameter in inspect.signature(apply).parameters.items()
     if name in Common.__annotations__
 }
+
+
+def check_loss(spec: Spec, values: Sequence[Number | None], **common: Unpack[Common]) -> None:
+    """All of a loss that can be checked without a batch: numbers, options, and tensors but for how they fit one."""
+    options: dict[str, Any] = {**COMMON, **common}
+    names = ("ignore_index", "reduction", "label_smoothing", "z_loss", "softcap")
+    _, tensors = _numbers(spec, values, *(options[name] for name in names))
+    check_backend(options["backend"])
+    for name in ("weight", "logit_adjustment"):
+        vector = options[name]
+        if vector is not None:
+            check_class_vector(name, vector)
+    table_groups(spec, tensors)
+    for (slot, name), word in zip(spec.slots, spec.words, strict=True):
+        tensor = tensors.get(slot)
+        if tensor is not None and slot not in spec.tables:
+            check_floating(word, tensor)
+            _check_value(slot, name, word, tensor, tensor.device.type == "cpu" and not checks.traced(tensor))

@@ -14,6 +14,7 @@ from enum import IntEnum
 from typing import Any, Literal, TypeAlias, TypeVar
 
 from torch import Tensor
+from typing_extensions import Self
 
 Number: TypeAlias = float | Tensor
 """A parameter of a loss: a Python number, or a tensor (0-d: shared; (C,): per class; (N, 1): per row)."""
@@ -299,8 +300,19 @@ def spec(
 # ---- the public composition types ------------------------------------------------------------------------------------
 
 
+class _Part:
+    """Of a composition: a keyword that it does not take is an error that says which there are."""
+
+    def __new__(cls, *_: object, **keywords: object) -> Self:
+        fields: tuple[str, ...] = tuple(cls.__dataclass_fields__)  # type: ignore[attr-defined]
+        for name in keywords:
+            if name not in fields:
+                raise TypeError(f"{cls.__name__}() takes no {name!r}; there are {', '.join(fields)}")
+        return super().__new__(cls)
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Margin:
+class Margin(_Part):
     r"""Angular margins on the target's cosine: :math:`t(x) = \cos(m_1\theta + m_2) - m_3`, :math:`\theta=\arccos x`.
 
     Args:
@@ -336,7 +348,7 @@ class Margin:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Affine:
+class Affine(_Part):
     r"""An affine target transform: :math:`t(f) = a f + b`; slope and offset as in :class:`Margin` (a number, 0-d,
     (C,) or (N, 1))."""
 
@@ -350,7 +362,7 @@ class Affine:
 
 
 @dataclass(frozen=True, eq=False)
-class PiecewiseLinear:
+class PiecewiseLinear(_Part):
     r"""A piecewise-linear target transform: :math:`t(x) = a_k x + b_k` on the k-th of M equal bins of ``domain``.
 
     Args:
@@ -381,7 +393,7 @@ class PiecewiseLinear:
 
 
 @dataclass(frozen=True, eq=False)
-class TwoScale:
+class TwoScale(_Part):
     r"""A row's scale by its confidence: :math:`r/R`, with r = low where :math:`\delta X < \eta`, else high.
 
     Args:
@@ -406,7 +418,7 @@ class TwoScale:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Modulated:
+class Modulated(_Part):
     r"""The head :math:`\alpha(1-p^\beta)^\gamma(-\log p)^\kappa`; see :func:`mlkernels.modulated_cross_entropy`."""
 
     beta: Number = 4.0
@@ -421,7 +433,7 @@ class Modulated:
 
 
 @dataclass(frozen=True, eq=False)
-class Tau:
+class Tau(_Part):
     r"""The head :math:`-\log\tau(p)`, :math:`\tau(p) = a_j p + b_j` on the j-th of M equal bins of [0, 1].
 
     Args:
@@ -447,7 +459,7 @@ class Tau:
 
 
 @dataclass(frozen=True, eq=False)
-class Truncated:
+class Truncated(_Part):
     r"""The head :math:`-\log\max(p, k)`: a single row costs at most :math:`-\log k`, with gradient 0 there.
 
     Source: the two-scale paper, equation (12).

@@ -222,26 +222,6 @@ def test_every_loss_of_the_family(loss):
 GOOD = (mlkernels.CrossEntropyLoss(), torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1))
 
 
-@pytest.mark.parametrize(
-    ("change", "error", "words"),
-    [
-        ({"model": 3}, TypeError, "model must be callable, got int"),
-        ({"turns": []}, ValueError, "turns must hold at least one"),
-        ({"turns": [GOOD[0]]}, TypeError, r"turns\[0\] must be a pair"),
-        ({"turns": [GOOD, (GOOD[0], "sgd")]}, TypeError, r"turns\[1\] must be a pair"),
-        ({"turns": [("loss", GOOD[1])]}, TypeError, r"turns\[0\] must be a pair"),
-        ({"periods": [1, 2]}, ValueError, "periods must be one per turn, 1, got 2"),
-        ({"periods": [0]}, ValueError, r"periods must be integers >= 1, got \[0\]"),
-        ({"periods": [1.5]}, ValueError, "periods must be integers"),
-        ({"periods": [True]}, ValueError, "periods must be integers"),
-    ],
-)
-def test_bad_arguments(change, error, words):
-    arguments = {"model": nn.Identity(), "turns": [GOOD]} | change
-    with pytest.raises(error, match=words):
-        mlkernels.Alternating(arguments.pop("model"), arguments.pop("turns"), **arguments)
-
-
 def test_repr():
     model, _, turns = parts()
     text = repr(mlkernels.Alternating(model, turns, periods=[3, 1, 1]))

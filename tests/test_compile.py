@@ -4,6 +4,7 @@ Most tests use the aot_eager backend, which traces and partitions as inductor do
 inductor.
 """
 
+import numpy as np
 import pytest
 import torch
 from table import BY_NAME, FEW, draw, leaves, run, usable_backends
@@ -188,6 +189,22 @@ def test_bad_arguments_are_errors_under_compile_too(best):
     )
     with pytest.raises(Exception, match="weight"):
         compiled(torch.zeros(2, 3), torch.tensor([0, 1]), torch.ones(4))
+
+
+def test_numpy_numbers():
+    """To torch.compile they are arrays: a function says what to write, a module has made plain ones of them."""
+    x, y, two = torch.zeros(2, 3), torch.tensor([0, 1]), np.float64(2.0)
+    for name, plain, call in [
+        ("gamma", "float", lambda: mlkernels.focal_loss(x, y, gamma=two)),
+        ("z_loss", "float", lambda: mlkernels.focal_loss(x, y, z_loss=two)),
+        ("ignore_index", "int", lambda: mlkernels.focal_loss(x, y, ignore_index=np.int64(1))),
+    ]:
+        with pytest.raises(Exception, match=rf"{name} takes .* pass {plain}\({name}\)"):
+            torch.compile(call, fullgraph=True, backend="eager")()
+    loss = mlkernels.FocalLoss(gamma=two, z_loss=np.float32(0.5), ignore_index=np.int64(1))
+    assert [type(value) for value in (loss.gamma, loss.z_loss, loss.ignore_index)] == [float, float, int]
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x, y), loss(x, y))
 
 
 def test_without_gradients(best):

@@ -228,8 +228,8 @@ CASES = [
             ("Modulated.beta", "> 0|0.0", ValueError, partial(softmax, head=Modulated(beta=0.0))),
             ("Modulated.kappa", "(3,)|(4, 1)|(2,)", ValueError, partial(softmax, head=Modulated(kappa=torch.ones(2)))),
             ("Tau.minimum", "in (0, 1]|2", ValueError, partial(softmax, head=Tau(TABLE, TABLE, minimum=2))),
-            ("Tau.slope", "(M,)|(G, M)|a number", TypeError, partial(softmax, head=Tau(1.0, 0.0))),
-            ("Tau.bias", "(M,)|(G, M)|a number", TypeError, partial(softmax, head=Tau(TABLE, 0))),
+            ("Tau.slope", "(M,)|(G, M)|float", TypeError, partial(softmax, head=Tau(1.0, 0.0))),
+            ("Tau.bias", "(M,)|(G, M)|int", TypeError, partial(softmax, head=Tau(TABLE, 0))),
             ("Tau.bias", "Tau.slope|(5,)|(4,)", ValueError, partial(softmax, head=Tau(TABLE, TABLE[:4]))),
             (
                 "PiecewiseLinear.slope",
@@ -237,7 +237,7 @@ CASES = [
                 TypeError,
                 partial(softmax, transform=PiecewiseLinear([1.0], TABLE)),
             ),
-            ("PiecewiseLinear.slope", "(M,)|number", TypeError, partial(softmax, transform=PiecewiseLinear(1.0, 0.0))),
+            ("PiecewiseLinear.slope", "(M,)|float", TypeError, partial(softmax, transform=PiecewiseLinear(1.0, 0.0))),
             (
                 "PiecewiseLinear.domain",
                 "two numbers|0.5",

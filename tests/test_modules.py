@@ -466,41 +466,6 @@ def test_two_scale_trains_in_one_optimizer():
     assert (loss.scale_low.item(), loss.scale_high.item()) != (1.0, 10.0)
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"initial_norm": 0.0}, "initial_norm"),
-        ({"initial_norm": math.inf}, "initial_norm"),
-        ({"initial_norm": torch.tensor(-1.0)}, "initial_norm"),
-        ({"initial_norm": torch.tensor(math.inf), "parametrization": "relative"}, "initial_norm"),
-        ({"initial_norm": torch.ones(2)}, "initial_norm"),
-        ({"initial_norm": nn.BatchNorm1d(2)}, "model"),
-        ({"variant": "moving"}, "variant"),
-        ({"parametrization": "log"}, "parametrization"),
-    ],
-)
-def test_two_scale_bad_construction(change, words):
-    with pytest.raises(ValueError, match=words):
-        mlkernels.TwoScaleLoss(**({"initial_norm": 1.0} | change))
-
-
-@pytest.mark.parametrize(
-    ("given", "words"),
-    [
-        ({}, r"logit_norm .*required.*loss\(input, target, model\)"),
-        ({"logit_norm": 1.0, "log_norm": 0.0}, "log_norm"),
-        ({"logit_norm": 0.0}, "logit_norm"),
-        ({"logit_norm": torch.tensor(-1.0)}, "logit_norm"),
-        ({"logit_norm": torch.ones(N, 1)}, "logit_norm"),
-        ({"log_norm": torch.zeros((), dtype=torch.long)}, "log_norm"),
-    ],
-)
-def test_two_scale_bad_norms(given, words):
-    input, target = draw()
-    with pytest.raises(ValueError, match=words):
-        mlkernels.TwoScaleLoss(1.0)(input, target, **given)
-
-
 def network():
     return nn.Sequential(nn.Linear(C, 8), nn.ReLU(), nn.Linear(8, C))
 
@@ -545,17 +510,6 @@ def test_two_scale_of_a_model_beyond_float64_by_the_model_itself():
         deep[0].weight.mul_(2.0)
     input, target = draw()
     torch.testing.assert_close(loss(input, target, deep), F.two_scale_cross_entropy(input, target, 0.5, 5.0))
-
-
-def test_two_scale_model_in_the_wrong_place():
-    model = network()
-    input, target = draw()
-    with pytest.raises(ValueError, match=r"log_norm .* got a model: that is a logit_norm"):
-        mlkernels.TwoScaleLoss(model)(input, target, log_norm=model)
-    with pytest.raises(ValueError, match="logit_norm has no meaning"):
-        mlkernels.TwoScaleLoss()(input, target, model)
-    with pytest.raises(ValueError, match="model must have a layer"):
-        mlkernels.TwoScaleLoss(model)(input, target, nn.ReLU())
 
 
 @pytest.mark.parametrize("variant", ["trainable", "fixed", "separation"])
@@ -744,25 +698,6 @@ def test_joint_rows(mode):
 
     assert joint("none").shape == (N,)
     torch.testing.assert_close(joint("none").mean(), joint("mean"))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ({"inputs": [(), 0]}, r"inputs must be indices.* got \(\)"),
-        ({"inputs": ["logits", 0]}, "inputs must be indices.* got 'logits'"),
-        ({"losses": []}, "losses"),
-        ({"losses": pair()[:1], "mode": "trainable"}, "losses"),
-        ({"mode": "both"}, "mode"),
-        ({"weights": [1.0]}, "weights"),
-        ({"weights": [1.0, math.nan]}, "weights"),
-        ({"weights": [1.0, 0.0], "mode": "uncertainty"}, "weights"),
-        ({"weights": [1.0, 1.0], "mode": "trainable"}, "weights"),
-    ],
-)
-def test_joint_bad_arguments(arguments, words):
-    with pytest.raises(ValueError, match=words):
-        mlkernels.JointLoss(**({"losses": pair()} | arguments))
 
 
 # ---- the package -------------------------------------------------------------------------------------------------

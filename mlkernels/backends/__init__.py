@@ -118,11 +118,21 @@ def preferred(device: torch.device) -> str | tuple[Preferred, Preferred]:
     return _preferred(device)
 
 
+def _unknown(backend: object) -> str:
+    return f"backend must be one of {', '.join(map(repr, BACKENDS))} or None, got {backend!r}"
+
+
+def check_backend(backend: str | None) -> None:
+    """A ValueError for a name that no backend has; whether it serves a device is known where there are tensors."""
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(_unknown(backend))
+
+
 @constant_when_compiled
 def refusal(device: torch.device, backend: str) -> str | None:
     """Why a backend, called by its name, does not serve a device; None where it does."""
     if backend not in BACKENDS:
-        return f"backend must be one of {', '.join(map(repr, BACKENDS))} or None, got {backend!r}"
+        return _unknown(backend)
     why = _why_not_on(device, backend)
     if why is not None:
         return f"backend {backend!r} is not available: {why}"

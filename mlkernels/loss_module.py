@@ -1,0 +1,108 @@
+"""What the modules of losses have in common: arguments that are checked once, kept, put back and shown."""
+
+from __future__ import annotations
+
+import inspect
+import numbers
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .checks import unknown_keywords
+from .named import Composition
+from .softmax import COMMON, Common, check_loss
+
+
+_PLAIN: frozenset[type] = frozenset({int, float, bool})
+
+
+class Loss(nn.Module):
+    """A function and the arguments kept for it."""
+
+    _function: ClassVar[Callable[..., Tensor]]
+    _buffers_always: ClassVar[frozenset[str]] = frozenset({"weight", "logit_adjustment"})
+    _drawn: ClassVar[frozenset[str]] = frozenset()
+    """What ``reset_parameters`` draws: everything else it puts back."""
+
+    def __init__(self, own: dict[str, Any], common: dict[str, Any]) -> None:
+        super().__init__()
+        self._own, self._common = tuple(own), tuple(common)
+        self._initial: dict[str, Tensor] = {}
+        for name, value in (own | common).items():
+            self._keep(name, value)
+
+    def _keep(self, name: str, value: Any) -> None:
+        if isinstance(value, Tensor) and name not in self._drawn:
+            self._initial[name] = value.detach().clone()
+        if name in self._buffers_always:
+            if isinstance(value, Tensor) and value.requires_grad:
+                raise ValueError(f"{name} is not differentiated: it must not require a gradient; pass {name}.detach()")
+            self.register_buffer(name, value)
+        elif isinstance(value, nn.Parameter):
+            self.register_parameter(name, value)
+        elif isinstance(value, Tensor):
+            if value.requires_grad:
+                raise ValueError(
+                    f"{name} requires a gradient, and as no nn.Parameter would be in no optimizer: pass "
+                    f"nn.Parameter({name}) to train it, {name}.detach() to keep it"
+                )
+            self.register_buffer(name, value)
+        elif isinstance(value, numbers.Real) and type(value) not in _PLAIN:
+            # NumPy's are arrays to torch.compile, fractions nothing.
+            setattr(self, name, int(value) if isinstance(value, numbers.Integral) else float(value))
+        else:
+            setattr(self, name, value)
+
+    def reset_parameters(self) -> None:
+        """Puts back the tensors that the loss was built with, for one that ``to_empty()`` took off the meta device.
+
+        Raises:
+            ValueError: a tensor that was on the meta device itself: there is nothing to put back.
+        """
+        for name, initial in self._initial.items():
+            if initial.is_meta:
+                raise ValueError(
+                    f"{name} was given on the meta device and has no value to go back to: build it on a device "
+                    "(device='cpu'), or load a state_dict"
+                )
+        with torch.no_grad():
+            for name, initial in self._initial.items():
+                getattr(self, name).copy_(initial)
+
+    def _kept(self, names: Sequence[str]) -> dict[str, Any]:
+        buffers, always = self._buffers, self._buffers_always
+        return {name: buffers[name] if name in always else getattr(self, name) for name in names}
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """The loss of the kept arguments."""
+        return type(self)._function(input, target, **self._kept(self._own + self._common))
+
+    def extra_repr(self) -> str:
+        """The loss's own arguments, and the common ones that are not at their defaults; tensors by their shapes."""
+        own = inspect.signature(type(self)._function).parameters
+        defaults = COMMON | {name: parameter.default for name, parameter in own.items()}
+        shown = self._kept(self._own)
+        for name, value in self._kept(self._common).items():
+            if isinstance(value, Tensor) or value != defaults[name]:
+                shown[name] = value
+        return ", ".join(f"{name}={_shown(value)}" for name, value in shown.items())
+
+
+def _shown(value: object) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else repr(value)
+
+
+class FamilyLoss(Loss):
+    """A loss of the softmax family: what all of them take."""
+
+    _composed: ClassVar[Callable[..., Composition]]
+    """Of :mod:`mlkernels.named`, by the own arguments."""
+
+    def __init__(self, own: dict[str, Any], common: Common) -> None:
+        unknown = {name: value for name, value in common.items() if name not in COMMON}
+        if unknown:
+            raise unknown_keywords(type(self), unknown, COMMON)
+        check_loss(*type(self)._composed(**own), **common)
+        super().__init__(own, COMMON | common)
