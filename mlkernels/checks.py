@@ -191,7 +191,7 @@ def unknown_keywords(of: Callable[..., object], unknown: Mapping[str, object], s
         return TypeError(f"{what} takes no {name}, which torch has deprecated: write reduction={wanted!r}")
     taken = inspect.signature(of).parameters.values()
     own = [one.name for one in taken if one.default is not one.empty or one.kind == one.KEYWORD_ONLY]
-    return TypeError(f"{what} takes no {name!r}; there are {', '.join([*own, *shared])}")
+    return TypeError(f"{what} takes no {name!r}; there are {', '.join(dict.fromkeys([*own, *shared]))}")
 
 
 def wrong_type(word: str, takes: str, value: object) -> TypeError:

@@ -7,16 +7,7 @@ Every function of the family is :math:`L = \varphi(\log p_y)`, :math:`p = \opera
 Args:
     input: (N, C), (N, C, d1, ...) or (C,) logits, half, bfloat16, float or double; read in place, of any stride.
     target: (N,), (N, d1, ...) or 0-d class indices of any integer dtype.
-    weight: (C,) weight of each class, any floating dtype, not differentiated.
-    ignore_index: rows with this label (compared as 64-bit integers) are not read: loss 0, gradient exactly 0.
-    reduction: ``"mean"`` (divides by the sum of ``weight[target]`` over the rows that are not ignored), ``"sum"`` or
-        ``"none"``.
-    label_smoothing: :math:`\epsilon`: a row's loss is
-        :math:`(1-\epsilon)\,\omega_y\varphi(\log p_y) - \frac{\epsilon}{C}\sum_j\omega_j\log p_j`.
-    z_loss: adds z_loss * logsumexp(z)^2, never class-weighted; "mean" divides it by the number of rows not ignored.
-    softcap: c: the logits become :math:`c\tanh(f/c)` first.
-    logit_adjustment: (C,), added to the logits after softcap (priors of long-tailed data), not differentiated.
-    backend: None picks; see :func:`mlkernels.available_backends`.
+    **common: those of :class:`mlkernels.softmax.Common`.
 
 Returns:
     The loss: 0-d, or of target's shape under ``"none"``; float32 for half inputs, else of input's dtype.
@@ -42,6 +33,7 @@ from . import named, softmax
 from .center import center_loss
 from .lgm import lgm_loss
 from .multi_margin import multi_margin_loss
+from .signatures import family, filled
 from .soft_targets import soft_cross_entropy
 from .softmax import Common, RowStats
 from .spec import BeyondPiName, ClampName, GradientName, Head, Number, Transform, TwoScale, compose
@@ -62,14 +54,18 @@ __all__ = [
     "two_scale_cross_entropy",
 ]
 
+__doc__ = filled(__doc__)
 
+
+@family
 def cross_entropy(input: Tensor, target: Tensor, *, scale: Number = 1.0, **common: Unpack[Common]) -> Tensor:
     r"""Cross entropy of scaled logits, :math:`L = -\log\operatorname{softmax}(s f)_y`.
 
     Args:
         scale: s > 0, a number or a tensor (0-d, (C,) or (N, 1)).
+        **common: as in :mod:`mlkernels.functional`.
 
-    The other arguments, the result and the errors are those of :mod:`mlkernels.functional`. A floating ``target`` of
+    The result and the errors are those of :mod:`mlkernels.functional`. A floating ``target`` of
     input's shape (class probabilities) is served by the reference backend.
 
     Example:
@@ -82,13 +78,15 @@ def cross_entropy(input: Tensor, target: Tensor, *, scale: Number = 1.0, **commo
     return softmax.apply(*named.cross_entropy(scale), input, target, **common)[0]
 
 
+@family
 def focal_loss(input: Tensor, target: Tensor, *, gamma: Number = 2.0, **common: Unpack[Common]) -> Tensor:
     r"""Focal loss of the softmax, :math:`L = (1-p_y)^\gamma(-\log p_y)`.
 
     Args:
         gamma: the focusing exponent, >= 0; 0 is cross entropy. Below 1 the gradient stays finite at p = 1.
+        **common: as in :mod:`mlkernels.functional`.
 
-    The other arguments, the result and the errors are those of :mod:`mlkernels.functional`.
+    The result and the errors are those of :mod:`mlkernels.functional`.
 
     Example:
         >>> import torch, mlkernels
@@ -100,6 +98,7 @@ def focal_loss(input: Tensor, target: Tensor, *, gamma: Number = 2.0, **common: 
     return softmax.apply(*named.focal_loss(gamma), input, target, **common)[0]
 
 
+@family
 def modulated_cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -119,8 +118,9 @@ def modulated_cross_entropy(
     Args:
         beta: > 0. gamma: >= 0. alpha: >= 0. kappa: >= 0. Numbers or tensors (0-d, (C,) or (N, 1)).
             gamma + kappa must be >= 1, or the gradient diverges at p = 1.
+        **common: as in :mod:`mlkernels.functional`.
 
-    The other arguments, the result and the errors are those of :mod:`mlkernels.functional`.
+    The result and the errors are those of :mod:`mlkernels.functional`.
 
     Example:
         >>> import torch, mlkernels
@@ -138,6 +138,7 @@ def modulated_cross_entropy(
     return softmax.apply(*parts, input, target, **common)[0]
 
 
+@family
 def margin_cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -159,8 +160,9 @@ def margin_cross_entropy(
     Args:
         m1, m2, m3, norm, beyond_pi, gradient: see :class:`mlkernels.Margin`.
         scale: s > 0, a number or a tensor (0-d, (C,) or (N, 1)).
+        **common: as in :mod:`mlkernels.functional`.
 
-    The other arguments, the result and the errors are those of :mod:`mlkernels.functional`.
+    The result and the errors are those of :mod:`mlkernels.functional`.
 
     Example:
         >>> import torch, mlkernels
@@ -174,6 +176,7 @@ def margin_cross_entropy(
     return softmax.apply(*parts, input, target, **common)[0]
 
 
+@family
 def arcface_loss(
     input: Tensor,
     target: Tensor,
@@ -188,8 +191,9 @@ def arcface_loss(
 
     Args:
         margin, scale: numbers or tensors (0-d, (C,) or (N, 1)). beyond_pi, gradient: see :class:`mlkernels.Margin`.
+        **common: as in :mod:`mlkernels.functional`.
 
-    The other arguments, the result and the errors are those of :mod:`mlkernels.functional`.
+    The result and the errors are those of :mod:`mlkernels.functional`.
 
     Example:
         >>> import torch, mlkernels
@@ -201,6 +205,7 @@ def arcface_loss(
     return softmax.apply(*named.arcface_loss(margin, scale, beyond_pi, gradient), input, target, **common)[0]
 
 
+@family
 def cosface_loss(
     input: Tensor,
     target: Tensor,
@@ -215,8 +220,9 @@ def cosface_loss(
 
     Args:
         margin, scale: numbers or tensors (0-d, (C,) or (N, 1)). beyond_pi, gradient: see :class:`mlkernels.Margin`.
+        **common: as in :mod:`mlkernels.functional`.
 
-    The other arguments, the result and the errors are those of :mod:`mlkernels.functional`.
+    The result and the errors are those of :mod:`mlkernels.functional`.
 
     Example:
         >>> import torch, mlkernels
@@ -228,6 +234,7 @@ def cosface_loss(
     return softmax.apply(*named.cosface_loss(margin, scale, beyond_pi, gradient), input, target, **common)[0]
 
 
+@family
 def sphereface_loss(
     input: Tensor,
     target: Tensor,
@@ -244,8 +251,9 @@ def sphereface_loss(
     Args:
         margin, scale: numbers or tensors (0-d, (C,) or (N, 1)); margin > 0, not only an integer.
         beyond_pi, gradient: see :class:`mlkernels.Margin`.
+        **common: as in :mod:`mlkernels.functional`.
 
-    The other arguments, the result and the errors are those of :mod:`mlkernels.functional`.
+    The result and the errors are those of :mod:`mlkernels.functional`.
 
     Example:
         >>> import torch, mlkernels
@@ -257,6 +265,7 @@ def sphereface_loss(
     return softmax.apply(*named.sphereface_loss(margin, scale, beyond_pi, gradient), input, target, **common)[0]
 
 
+@family
 def two_scale_cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -277,8 +286,9 @@ def two_scale_cross_entropy(
         scale_low: R1 > 0, a number or a 0-d tensor. scale_high: R2 > 0.
         eta: the threshold.
         logit_norm: R > 0, 0-d; None: 1. Differentiated where it requires a gradient.
+        **common: as in :mod:`mlkernels.functional`.
 
-    The separation variant (17) is ``scale_low=1, scale_high=R_s``. The other arguments, the result and the errors are
+    The separation variant (17) is ``scale_low=1, scale_high=R_s``. The result and the errors are
     those of :mod:`mlkernels.functional`.
 
     Example:
@@ -293,6 +303,7 @@ def two_scale_cross_entropy(
     return softmax.apply(*parts, input, target, **common)[0]
 
 
+@family
 def piecewise_cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -321,8 +332,9 @@ def piecewise_cross_entropy(
         scale: s > 0.
         tau_min: where :math:`\tau \le` tau_min the loss is clamped.
         clamp: ``"min"`` or ``"cross_entropy"``; see :class:`mlkernels.Tau`.
+        **common: as in :mod:`mlkernels.functional`.
 
-    The other arguments, the result and the errors are those of :mod:`mlkernels.functional`.
+    The result and the errors are those of :mod:`mlkernels.functional`.
 
     Example:
         >>> import torch, mlkernels
@@ -367,6 +379,7 @@ def softmax_loss(
 ) -> tuple[Tensor, RowStats]: ...
 
 
+@family
 def softmax_loss(
     input: Tensor,
     target: Tensor,
@@ -392,8 +405,9 @@ def softmax_loss(
         target_logit: (N, 1), differentiable, replaces :math:`t(f_y)`: a target transform of your own.
         group: see :func:`piecewise_cross_entropy`.
         return_stats: return ``(loss, RowStats)``.
+        **common: as in :mod:`mlkernels.functional`.
 
-    The other arguments, the result and the errors are those of :mod:`mlkernels.functional`. A head of your own is any
+    The result and the errors are those of :mod:`mlkernels.functional`. A head of your own is any
     torch function of the row losses, at the cost of N scalars more.
 
     Example:

@@ -14,7 +14,6 @@ from .checks import unknown_keywords
 from .named import Composition
 from .softmax import COMMON, Common, check_loss
 
-
 _PLAIN: frozenset[type] = frozenset({int, float, bool})
 
 

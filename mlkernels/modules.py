@@ -21,6 +21,7 @@ from .joint import JointLoss
 from .lgm import LGMLoss
 from .loss_module import FamilyLoss
 from .multi_margin import MultiMarginLoss
+from .signatures import family
 from .softmax import Common
 from .spec import BeyondPiName, ClampName, GradientName, Number
 from .two_scale import TwoScaleLoss
@@ -42,6 +43,7 @@ __all__ = [
 ]
 
 
+@family
 class CrossEntropyLoss(FamilyLoss):
     r"""Cross entropy of scaled logits; see :func:`mlkernels.cross_entropy`.
 
@@ -64,6 +66,7 @@ class CrossEntropyLoss(FamilyLoss):
         super().__init__({"scale": scale}, common)
 
 
+@family
 class FocalLoss(FamilyLoss):
     r"""Focal loss; see :func:`mlkernels.focal_loss`.
 
@@ -84,6 +87,7 @@ class FocalLoss(FamilyLoss):
         super().__init__({"gamma": gamma}, common)
 
 
+@family
 class ModulatedCrossEntropyLoss(FamilyLoss):
     r"""Modulated cross entropy; see :func:`mlkernels.modulated_cross_entropy`.
 
@@ -112,6 +116,7 @@ class ModulatedCrossEntropyLoss(FamilyLoss):
         super().__init__({"beta": beta, "gamma": gamma, "alpha": alpha, "kappa": kappa}, common)
 
 
+@family
 class MarginLoss(FamilyLoss):
     r"""The combined margin on cosines; see :func:`mlkernels.margin_cross_entropy`.
 
@@ -153,6 +158,7 @@ class MarginLoss(FamilyLoss):
         return F.margin_cross_entropy(input, target, norm=norm, **own, **common)
 
 
+@family
 class ArcFaceLoss(FamilyLoss):
     r"""ArcFace on cosines; see :func:`mlkernels.arcface_loss`.
 
@@ -184,6 +190,7 @@ class ArcFaceLoss(FamilyLoss):
         super().__init__({"margin": margin, "scale": scale, "beyond_pi": beyond_pi, "gradient": gradient}, common)
 
 
+@family
 class CosFaceLoss(FamilyLoss):
     r"""CosFace on cosines; see :func:`mlkernels.cosface_loss`.
 
@@ -215,6 +222,7 @@ class CosFaceLoss(FamilyLoss):
         super().__init__({"margin": margin, "scale": scale, "beyond_pi": beyond_pi, "gradient": gradient}, common)
 
 
+@family
 class SphereFaceLoss(FamilyLoss):
     r"""SphereFace (A-Softmax) on cosines; see :func:`mlkernels.sphereface_loss`.
 
@@ -246,6 +254,7 @@ class SphereFaceLoss(FamilyLoss):
         super().__init__({"margin": margin, "scale": scale, "beyond_pi": beyond_pi, "gradient": gradient}, common)
 
 
+@family
 class PiecewiseLoss(FamilyLoss):
     r"""The searchable piecewise-linear loss; see :func:`mlkernels.piecewise_cross_entropy`.
 

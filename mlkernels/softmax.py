@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypedDict
 
 import torch
@@ -75,13 +75,29 @@ _is_grad_enabled = torch.is_grad_enabled
 _saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
+#: The public functions, which enter themselves: what an error about a keyword says that they take.
+functions: dict[str, Callable[..., object]] = {}
+
 _calls: dict[tuple[object, ...], Call] = {}
 
 # ---- the door --------------------------------------------------------------------------------------------------------
 
 
 class Common(TypedDict, total=False):
-    """The keyword arguments that the losses of the family share; see :mod:`mlkernels.functional`."""
+    r"""The keyword arguments that the losses of the family share.
+
+    Args:
+        weight: (C,) weight of each class, any floating dtype, not differentiated.
+        ignore_index: rows with this label (compared as 64-bit integers) are not read: loss 0, gradient exactly 0.
+        reduction: ``"mean"`` (divides by the sum of ``weight[target]`` over the rows that are not ignored), ``"sum"``
+            or ``"none"``.
+        label_smoothing: :math:`\epsilon`: a row's loss is
+            :math:`(1-\epsilon)\,\omega_y\varphi(\log p_y) - \frac{\epsilon}{C}\sum_j\omega_j\log p_j`.
+        z_loss: adds z_loss * logsumexp(z)^2, never class-weighted; "mean" divides it by the number of rows not ignored.
+        softcap: c: the logits become :math:`c\tanh(f/c)` first.
+        logit_adjustment: (C,), added to the logits after softcap (priors of long-tailed data), not differentiated.
+        backend: None picks; see :func:`mlkernels.available_backends`.
+    """
 
     weight: Tensor | None
     ignore_index: int
@@ -117,9 +133,7 @@ def apply(
     What only some functions take is positional: the callers' own keywords, which the rest passes on, cannot set it.
     """
     if unknown:
-        from . import functional
-
-        raise unknown_keywords(getattr(functional, spec.function), unknown, COMMON)
+        raise unknown_keywords(functions[spec.function], unknown, COMMON)
     if type(ignore_index) is not int:
         ignore_index = check_index("ignore_index", ignore_index)
     target = check_tensors(input, target, ignore_index)

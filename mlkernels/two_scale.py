@@ -20,11 +20,13 @@ from . import functional as F
 from . import named
 from .checks import check_number, check_range, traced
 from .loss_module import FamilyLoss
+from .signatures import family
 from .softmax import Common
 
 __all__ = ["TwoScaleLoss", "cached_weight_norm", "weight_norm_product"]
 
 
+@family
 class TwoScaleLoss(FamilyLoss):
     r"""Two-scale cross entropy with its scales; see :func:`mlkernels.two_scale_cross_entropy`.
 

@@ -92,12 +92,24 @@ def test_twins_agree(module, own, function):
 def test_twins_have_the_same_arguments_and_defaults(module, own, function):
     def arguments(of):
         named = inspect.signature(of).parameters.values()
-        found = {p.name: p.default for p in named if p.default is not inspect.Parameter.empty}
-        return found | (COMMON_DEFAULTS if any(p.name == "common" for p in named) else {})
+        return {p.name: p.default for p in named if p.default is not inspect.Parameter.empty}
 
     # What belongs to the batch is given to forward.
     wanted = {name: default for name, default in arguments(function).items() if name not in ("norm", "group")}
     assert arguments(module.__init__) == wanted
+
+
+@pytest.mark.parametrize(("module", "own", "function"), TWINS)
+def test_shared_arguments_are_shown(module, own, function):
+    """Every one of them in the signature, with its default, and with its meaning in help()."""
+    for of in (module, function) if function is not F.multi_margin_loss else ():
+        taken = inspect.signature(of).parameters
+        assert {name: taken[name].default for name in COMMON_DEFAULTS} == COMMON_DEFAULTS
+        assert not any(one.kind is one.VAR_KEYWORD for one in taken.values())
+        for name in COMMON_DEFAULTS:
+            assert len(re.findall(rf"^        {name}: \S", of.__doc__, re.MULTILINE)) == 1, name
+        assert "**common" not in of.__doc__
+    assert "\n    label_smoothing: " in F.__doc__
 
 
 @pytest.mark.parametrize(("module", "own", "function"), TWINS)
