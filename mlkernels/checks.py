@@ -94,6 +94,9 @@ _RANGES: dict[str, tuple[float, float, float, str]] = {
     "a": (-math.inf, 0.0, math.inf, ">= 0"),
     "rate": (0.0, -math.inf, math.inf, "> 0"),
     "z_loss": (-math.inf, 0.0, math.inf, ">= 0"),
+    "sigma": (0.0, -math.inf, math.inf, "> 0"),
+    "lr": (-math.inf, 0.0, math.inf, ">= 0"),
+    "participation": (-math.inf, 0.0, 1.0, "in [0, 1]"),
     "softcap": (0.0, -math.inf, math.inf, "> 0"),
 }
 #: Half a turn, as float32 has it.
@@ -199,6 +202,23 @@ def wrong_type(word: str, takes: str, value: object) -> TypeError:
     many = isinstance(value, (list, tuple)) or hasattr(value, "__array_interface__")
     hint = f": write torch.as_tensor({word})" if many else ""
     return TypeError(f"{word} takes {takes}, got {type(value).__name__}{hint}")
+
+
+# ---- functions and generators ----------------------------------------------------------------------------------------
+
+
+def check_function(word: str, function: object) -> None:
+    """Anything that can be called."""
+    if not callable(function):
+        raise TypeError(f"{word} takes a function, got {type(function).__name__}")
+
+
+def check_generator(generator: object, use: str) -> None:
+    """A generator on the CPU."""
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator takes a torch.Generator, got {type(generator).__name__}")
+    if generator.device.type != "cpu":
+        raise ValueError(f"generator must be on the CPU, where {use}, got {generator.device}")
 
 
 # ---- tensors --------------------------------------------------------------------------------------------------------
@@ -322,11 +342,11 @@ def check_parameter(name: str, value: Tensor, input: Tensor, target: Tensor) -> 
     )
 
 
-def check_size(word: str, value: int) -> int:
-    """How many of something there are: an integer >= 1."""
+def check_size(word: str, value: int, least: int = 1) -> int:
+    """How many of something there are."""
     number = check_index(word, value)
-    if number < 1:
-        raise ValueError(f"{word} must be >= 1, got {number}")
+    if number < least:
+        raise ValueError(f"{word} must be an integer >= {least}, got {number}")
     return number
 
 

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
-from ..checks import check_number
-from .batches import kept_rows, observe
+from ..checks import check_function, check_generator, check_number
+from .batches import observe
 from .modes import Randomness, evaluation
 from .snapshot import Snapshot
+from .update import Batch, Counts, Loss, Update
 
 __all__ = ["MILS", "Statistics", "Step"]
-
-Loss = Callable[[Any, Any], Tensor]
-Batch = tuple[Any, Any]
-Counts = Sequence[float | Tensor] | None
 
 #: Flips of the coin that are drawn at once: an iteration without an attempt takes one from a list.
 _COINS = 256
@@ -153,38 +149,23 @@ class MILS:
         restore_rng: bool = True,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model takes an nn.Module, got {type(model).__name__}")
-        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else optimizer
-        if not isinstance(optimizers, Sequence) or not all(isinstance(one, Optimizer) for one in optimizers):
-            raise TypeError(f"optimizer takes an optimizer or a sequence of them, got {type(optimizer).__name__}")
-        if not optimizers:
-            raise ValueError("optimizer must hold at least one optimizer, got none")
+        self._update = Update(
+            model, optimizer, forward=forward, autocast=autocast, scaler=scaler, before_step=before_step
+        )
         if not callable(primary):
             raise TypeError(f"primary takes a function of (output, target), got {type(primary).__name__}")
         if accept not in ("improves", "not_worse"):
             raise ValueError(f"accept must be 'improves' or 'not_worse', got {accept!r}")
-        for name, function in (("forward", forward), ("logits", logits), ("before_step", before_step)):
-            if function is not None and not callable(function):
-                raise TypeError(f"{name} takes a function, got {type(function).__name__}")
-        if autocast is not None and not isinstance(autocast, torch.autocast):  # others can be entered only once
-            raise TypeError(f"autocast takes a torch.autocast, got {type(autocast).__name__}")
-        if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
-            raise TypeError(f"scaler takes a torch.amp.GradScaler, got {type(scaler).__name__}")
-        self._closure = isinstance(optimizers[0], LBFGS)
-        if any(isinstance(one, LBFGS) for one in optimizers) and (len(optimizers) > 1 or scaler is not None):
-            raise ValueError("optimizer must be alone and without a scaler if it is LBFGS, which steps by a closure")
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator takes a torch.Generator, got {type(generator).__name__}")
-        if generator is not None and generator.device.type != "cpu":
-            raise ValueError(f"generator must be on the CPU, where the coin is flipped, got {generator.device}")
+        if logits is not None:
+            check_function("logits", logits)
+        if generator is not None:
+            check_generator(generator, "the coin is flipped")
 
-        self.model, self.optimizers, self.primary = model, list(optimizers), primary
+        self.model, self.optimizers, self.primary = model, self._update.optimizers, primary
         self.auxiliary = _named(auxiliary)
-        self.accept, self.restore_rng, self.scaler = accept, restore_rng, scaler
+        self.accept, self.restore_rng = accept, restore_rng
         self.participation = participation
-        self._forward, self._logits, self._before_step = forward, logits, before_step
-        self._autocast: AbstractContextManager[Any] = nullcontext() if autocast is None else autocast
+        self._logits = logits
         self._losses = [loss for loss in (primary, *self.auxiliary.values()) if isinstance(loss, nn.Module)]
         self._group = process_group
         self._world, self._rank = 1, 0
@@ -208,10 +189,7 @@ class MILS:
 
     @participation.setter
     def participation(self, value: float) -> None:
-        number = check_number("participation", value)
-        if not 0 <= number <= 1:
-            raise ValueError(f"participation must be in [0, 1], got {value}")
-        self._participation = number
+        self._participation = check_number("participation", value)
 
     def step(self, input: Any, target: Any) -> Step:
         """One iteration: gradients are cleared, the batch passes forward and back, every optimizer steps.
@@ -357,84 +335,6 @@ class MILS:
                         randomness.restore()
         return loss, accepted, finite
 
-    def _update(self, name: str, loss_function: Loss, batches: list[Batch], counts: Counts) -> Tensor:
-        """One step of every optimizer by the loss of the batches, which it returns."""
-        if self._closure:
-            return self._lbfgs(name, loss_function, batches, counts)
-        loss = self._gradients(name, loss_function, batches, counts)
-        if self.scaler is None:
-            if self._before_step is not None:
-                self._before_step()
-            for optimizer in self.optimizers:
-                optimizer.step()
-            return loss
-        if self._before_step is not None:
-            for optimizer in self.optimizers:
-                self.scaler.unscale_(optimizer)
-            self._before_step()
-        for optimizer in self.optimizers:
-            self.scaler.step(optimizer)
-        self.scaler.update()
-        return loss
-
-    def _lbfgs(self, name: str, loss_function: Loss, batches: list[Batch], counts: Counts) -> Tensor:
-        losses: list[Tensor] = []
-
-        def closure() -> Tensor:
-            losses.append(self._gradients(name, loss_function, batches, counts))
-            if self._before_step is not None:
-                self._before_step()
-            return losses[-1]
-
-        self.optimizers[0].step(cast(Any, closure))
-        return losses[0]
-
-    def _gradients(self, name: str, loss_function: Loss, batches: list[Batch], counts: Counts) -> Tensor:
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        if len(batches) == 1:
-            return self._backward(name, loss_function, batches[0], None, 1.0)
-        if counts is None:
-            counts = kept_rows(name, loss_function, [target for _, target in batches])
-        total: float | Tensor = 1.0
-        work: list[tuple[Batch, float | Tensor | None, float | Tensor]] = [(batch, None, 1.0) for batch in batches]
-        if counts is not None:
-            total = sum(counts, 0.0)
-            work = [
-                (batch, n, torch.where(total > 0, n / total, 0) if isinstance(total, Tensor) else n / total)
-                for batch, n in zip(batches, counts, strict=True)
-            ]
-        # All but the last batch without an exchange between ranks.
-        with getattr(self.model, "no_sync", nullcontext)():
-            parts = [self._backward(name, loss_function, *one) for one in work[:-1]]
-        parts.append(self._backward(name, loss_function, *work[-1]))
-        loss = torch.stack(parts).sum()
-        return torch.where(total > 0, loss, math.nan) if isinstance(total, Tensor) else loss
-
-    def _backward(
-        self, name: str, loss_function: Loss, batch: Batch, count: float | Tensor | None, share: float | Tensor
-    ) -> Tensor:
-        input, target = batch
-        with self._autocast:
-            loss = loss_function(self._output(input), target)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(f"{name} must return a scalar loss, got {got}")
-        if count is not None:
-            # A mean over nothing is NaN.
-            nothing = count == 0
-            if isinstance(nothing, Tensor):
-                loss = torch.where(nothing, 0, loss)
-            elif nothing:
-                loss = loss.nan_to_num()
-            loss = loss * share
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-        loss = loss.detach()
-        return loss.reshape(()) if loss.dim() else loss
-
-    def _output(self, input: Any) -> Any:
-        return self.model(input) if self._forward is None else self._forward(self.model, input)
-
     def _gathering(self) -> list[tuple[nn.Parameter, Tensor]]:
         """Copies of the gradients that no optimizer here clears: they add up from iteration to iteration."""
         stepped = {id(p) for one in self.optimizers for group in one.param_groups for p in group["params"]}
@@ -454,8 +354,8 @@ class MILS:
 
     def _score(self, input: Any, target: Tensor) -> tuple[Tensor, Tensor]:
         """How many rows are right in evaluation mode, and whether a logit is NaN; 0-d on the device."""
-        with evaluation(self.model), torch.no_grad(), self._autocast:
-            output = self._output(input)
+        with evaluation(self.model), torch.no_grad(), self._update.autocast:
+            output = self._update.output(input)
             logits = output if self._logits is None else self._logits(output)
         if not isinstance(logits, Tensor):
             raise TypeError(f"logits must select a tensor from the model's output, got {type(logits).__name__}")

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import Unpack
 
+from ..checks import check_function, check_generator, check_number, check_size
 from ..modules import PiecewiseLoss
 from ..softmax import Common
-from ..spec import Clamp, option
 from .population import PopulationLoss, check_population
 from .ranks import Ranks
 from .record import ROWS, SETTINGS, Record, Round, identity
@@ -105,29 +105,23 @@ class LossSearch:
         clamp: str = "min",
         **common: Unpack[Common],
     ) -> None:
-        _check_count("pieces", pieces, 1)
-        _check_count("candidates", candidates, 2)
-        _check_number("sigma", sigma, "> 0", lambda value: value > 0)
-        _check_number("lr", lr, ">= 0", lambda value: value >= 0)
-        _check_number("tau_min", tau_min, "in (0, 1]", lambda value: 0 < value <= 1)
+        pieces, candidates = check_size("pieces", pieces), check_size("candidates", candidates, 2)
+        sigma, lr, tau_min = check_number("sigma", sigma), check_number("lr", lr), check_number("tau_min", tau_min)
         if search not in _SEARCHED:
             raise ValueError(f"search must be one of {', '.join(map(repr, _SEARCHED))}, got {search!r}")
         if generator is None:
             generator = torch.Generator().manual_seed(int(torch.randint(2**63 - 1, ())))
-        if not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator takes a torch.Generator, got {type(generator).__name__}")
-        if generator.device.type != "cpu":
-            raise ValueError(f"generator must be on the CPU, where candidates are drawn, got {generator.device}")
+        check_generator(generator, "candidates are drawn")
         if progress and find_spec("tqdm") is None:
             raise ImportError("progress=True needs tqdm: pip install tqdm")
-        option("clamp", clamp, Clamp)
         self.generator = generator
         self.progress = progress
-        self.record = Record(pieces, candidates, float(sigma), float(lr), search, float(tau_min), clamp)
+        self.record = Record(pieces, candidates, sigma, lr, search, tau_min, clamp)
         self._options: dict[str, Any] = {"scale": scale, "tau_min": tau_min, "clamp": clamp, **common}
         self._searched = torch.tensor(_SEARCHED[search], dtype=torch.float64).unsqueeze(1)
         self._mu = identity(pieces)
         self._adam = torch.optim.Adam([self._mu], lr=lr)
+        self.loss()  # an option that is refused is refused here
 
     # ---- the distribution --------------------------------------------------------------------------------------------
 
@@ -282,7 +276,7 @@ class LossSearch:
         Raises:
             As :meth:`step`; the epochs before the error stay done.
         """
-        _check_count("epochs", epochs, 1)
+        epochs = check_size("epochs", epochs)
         while self.epoch < epochs:
             last = self.step(
                 model, optimizer, train, reward, population=population, process_group=process_group, extras=extras
@@ -432,10 +426,9 @@ def _check_step(
         raise TypeError(f"model takes an nn.Module, got {type(model).__name__}")
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer takes a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    for name, value in (("train", train), ("reward", reward)):
-        if not callable(value):
-            raise TypeError(f"{name} takes a function, got {type(value).__name__}")
-    _check_count("population", population, 1)
+    check_function("train", train)
+    check_function("reward", reward)
+    check_size("population", population)
     if population > 1 and extras:
         raise ValueError(f"extras are for candidates one after another, got {len(extras)} with population={population}")
     for index, extra in enumerate(extras):
@@ -455,15 +448,3 @@ def _check_step(
         )
     if population > 1:
         check_population(model, optimizer)
-
-
-def _check_count(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
-
-
-def _check_number(name: str, value: float, wanted: str, holds: Callable[[float], bool]) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} takes a number, got {type(value).__name__}")
-    if not (math.isfinite(value) and holds(value)):
-        raise ValueError(f"{name} must be {wanted}, got {value}")

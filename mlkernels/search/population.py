@@ -11,6 +11,7 @@ from torch.func import functional_call, vmap
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
+from ..checks import check_size
 from ..modules import PiecewiseLoss
 from ..ops import multi_copy_
 from .state import put
@@ -67,8 +68,7 @@ class Population(nn.Module):
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, size: int) -> None:
         super().__init__()
         check_population(model, optimizer)
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"size must be an integer >= 1, got {size!r}")
+        size = check_size("size", size)
         names_of = {parameter: name for name, parameter in model.named_parameters()}
         held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.size = size

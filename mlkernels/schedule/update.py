@@ -1,0 +1,132 @@
+"""One update of a model: forward, loss, backward and its optimizers' steps, over one batch or several as if one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+
+from ..checks import check_function
+from .batches import kept_rows
+
+Loss: TypeAlias = Callable[[Any, Any], Tensor]
+Batch: TypeAlias = tuple[Any, Any]
+Counts: TypeAlias = Sequence[float | Tensor] | None
+
+
+class Update:
+    """How a model is updated; called with a loss and batches; the arguments are those of :class:`MILS`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer],
+        *,
+        forward: Callable[[nn.Module, Any], Any] | None,
+        autocast: torch.autocast | None,
+        scaler: torch.amp.GradScaler | None,
+        before_step: Callable[[], object] | None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model takes an nn.Module, got {type(model).__name__}")
+        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else optimizer
+        if not isinstance(optimizers, Sequence) or not all(isinstance(one, Optimizer) for one in optimizers):
+            raise TypeError(f"optimizer takes an optimizer or a sequence of them, got {type(optimizer).__name__}")
+        if not optimizers:
+            raise ValueError("optimizer must hold at least one optimizer, got none")
+        for name, function in (("forward", forward), ("before_step", before_step)):
+            if function is not None:
+                check_function(name, function)
+        if autocast is not None and not isinstance(autocast, torch.autocast):  # others can be entered only once
+            raise TypeError(f"autocast takes a torch.autocast, got {type(autocast).__name__}")
+        if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
+            raise TypeError(f"scaler takes a torch.amp.GradScaler, got {type(scaler).__name__}")
+        self._closure = isinstance(optimizers[0], LBFGS)
+        if any(isinstance(one, LBFGS) for one in optimizers) and (len(optimizers) > 1 or scaler is not None):
+            raise ValueError("optimizer must be alone and without a scaler if it is LBFGS, which steps by a closure")
+        self.model, self.optimizers, self.scaler = model, list(optimizers), scaler
+        self.forward, self.before_step = forward, before_step
+        self.autocast: AbstractContextManager[Any] = nullcontext() if autocast is None else autocast
+
+    def __call__(self, name: str, loss_function: Loss, batches: list[Batch], counts: Counts) -> Tensor:
+        """One step of every optimizer by the loss of the batches, which it returns."""
+        if self._closure:
+            return self._lbfgs(name, loss_function, batches, counts)
+        loss = self._gradients(name, loss_function, batches, counts)
+        if self.scaler is None:
+            if self.before_step is not None:
+                self.before_step()
+            for optimizer in self.optimizers:
+                optimizer.step()
+            return loss
+        if self.before_step is not None:
+            for optimizer in self.optimizers:
+                self.scaler.unscale_(optimizer)
+            self.before_step()
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
+        self.scaler.update()
+        return loss
+
+    def _lbfgs(self, name: str, loss_function: Loss, batches: list[Batch], counts: Counts) -> Tensor:
+        losses: list[Tensor] = []
+
+        def closure() -> Tensor:
+            losses.append(self._gradients(name, loss_function, batches, counts))
+            if self.before_step is not None:
+                self.before_step()
+            return losses[-1]
+
+        self.optimizers[0].step(cast(Any, closure))
+        return losses[0]
+
+    def _gradients(self, name: str, loss_function: Loss, batches: list[Batch], counts: Counts) -> Tensor:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        if len(batches) == 1:
+            return self._backward(name, loss_function, batches[0], None, 1.0)
+        if counts is None:
+            counts = kept_rows(name, loss_function, [target for _, target in batches])
+        total: float | Tensor = 1.0
+        work: list[tuple[Batch, float | Tensor | None, float | Tensor]] = [(batch, None, 1.0) for batch in batches]
+        if counts is not None:
+            total = sum(counts, 0.0)
+            work = [
+                (batch, n, torch.where(total > 0, n / total, 0) if isinstance(total, Tensor) else n / total)
+                for batch, n in zip(batches, counts, strict=True)
+            ]
+        # All but the last batch without an exchange between ranks.
+        with getattr(self.model, "no_sync", nullcontext)():
+            parts = [self._backward(name, loss_function, *one) for one in work[:-1]]
+        parts.append(self._backward(name, loss_function, *work[-1]))
+        loss = torch.stack(parts).sum()
+        return torch.where(total > 0, loss, math.nan) if isinstance(total, Tensor) else loss
+
+    def _backward(
+        self, name: str, loss_function: Loss, batch: Batch, count: float | Tensor | None, share: float | Tensor
+    ) -> Tensor:
+        input, target = batch
+        with self.autocast:
+            loss = loss_function(self.output(input), target)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"{name} must return a scalar loss, got {got}")
+        if count is not None:
+            # A mean over nothing is NaN.
+            nothing = count == 0
+            if isinstance(nothing, Tensor):
+                loss = torch.where(nothing, 0, loss)
+            elif nothing:
+                loss = loss.nan_to_num()
+            loss = loss * share
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        loss = loss.detach()
+        return loss.reshape(()) if loss.dim() else loss
+
+    def output(self, input: Any) -> Any:
+        return self.model(input) if self.forward is None else self.forward(self.model, input)
