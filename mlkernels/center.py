@@ -30,6 +30,8 @@ def center_loss(
 ) -> Tensor:
     r"""Center loss, :math:`L = \tfrac12\lVert x - c_y\rVert^2`. O(N D): each row meets its own center only.
 
+    Gradient: :math:`\partial L/\partial x = x - c_y`, :math:`\partial L/\partial c_y = c_y - x`.
+
     Args:
         input: (N, D) features. target: (N,), any integer dtype. centers: (C, D), may require a gradient.
         reduction: ``"mean"`` (over N), ``"sum"`` or ``"none"``.

@@ -2,7 +2,9 @@ r"""The losses by name.
 
 Every function of the family is :math:`L = \varphi(\log p_y)`, :math:`p = \operatorname{softmax}(z)`, with
 :math:`z_j = s f_j` and :math:`z_y = s\,t(f_y)`; they differ in the target transform t, the row scale s and the head
-:math:`\varphi`, and share these arguments, which follow :func:`torch.nn.functional.cross_entropy`:
+:math:`\varphi`. With :math:`w = -d\varphi/d\log p_y`, the gradient is
+:math:`\partial L/\partial f_j = s\,w\,(p_j - [j=y])`, at the target times :math:`t'(f_y)`. They share these arguments,
+which follow :func:`torch.nn.functional.cross_entropy`:
 
 Args:
     input: (N, C), (N, C, d1, ...) or (C,) logits, half, bfloat16, float or double; read in place, of any stride.
@@ -61,6 +63,8 @@ __doc__ = filled(__doc__)
 def cross_entropy(input: Tensor, target: Tensor, *, scale: Number = 1.0, **common: Unpack[Common]) -> Tensor:
     r"""Cross entropy of scaled logits, :math:`L = -\log\operatorname{softmax}(s f)_y`.
 
+    Gradient: :math:`\partial L/\partial f_j = s\,(p_j - [j=y])`.
+
     Args:
         scale: s > 0, a number or a tensor (0-d, (C,) or (N, 1)).
         **common: as in :mod:`mlkernels.functional`.
@@ -81,6 +85,9 @@ def cross_entropy(input: Tensor, target: Tensor, *, scale: Number = 1.0, **commo
 @family
 def focal_loss(input: Tensor, target: Tensor, *, gamma: Number = 2.0, **common: Unpack[Common]) -> Tensor:
     r"""Focal loss of the softmax, :math:`L = (1-p_y)^\gamma(-\log p_y)`.
+
+    Gradient: :math:`\partial L/\partial f_j = w\,(p_j - [j=y])`,
+    :math:`w = (1-p_y)^\gamma - \gamma\,p_y(1-p_y)^{\gamma-1}\log p_y`.
 
     Args:
         gamma: the focusing exponent, >= 0; 0 is cross entropy. Below 1 the gradient stays finite at p = 1.
@@ -110,6 +117,9 @@ def modulated_cross_entropy(
     **common: Unpack[Common],
 ) -> Tensor:
     r"""Modulated cross entropy, :math:`L = \alpha\,(1-p_y^\beta)^\gamma\,(-\log p_y)^\kappa`.
+
+    Gradient: :math:`\partial L/\partial f_j = w\,(p_j - [j=y])`, with :math:`\ell = -\log p_y`,
+    :math:`w = \alpha(1-p_y^\beta)^\gamma\ell^{\kappa-1}\bigl(\kappa + \gamma\beta\ell\,p_y^\beta/(1-p_y^\beta)\bigr)`.
 
     The factor tends to 1 for small p and leaves the loss alone; it tends to 0 for p -> 1; :math:`\beta` widens the
     range in which the loss is not damped. The family holds the classics: focal (1, :math:`\gamma`, 1, 1), cross entropy
@@ -154,6 +164,9 @@ def margin_cross_entropy(
 ) -> Tensor:
     r"""Cross entropy with angular margins, :math:`z_y = s(\cos(m_1\theta + m_2) - m_3)`, :math:`z_j = s f_j`.
 
+    Gradient: :math:`\partial L/\partial f_j = s\,(p_j - [j=y])`, at the target times
+    :math:`m_1\sin(m_1\theta + m_2)/\sin\theta` (1 under ``"straight_through"``).
+
     ``input`` holds cosines, :math:`f_y = \cos\theta`, except with ``norm`` (L-Softmax on raw logits), where
     :math:`z_y = n\,t(f_y/n)`; then ``scale`` is usually 1.
 
@@ -189,6 +202,9 @@ def arcface_loss(
 ) -> Tensor:
     r"""ArcFace on cosines, :math:`z_y = s\cos(\theta + m)`: an additive angular margin, in radians.
 
+    Gradient: :math:`\partial L/\partial f_j = s\,(p_j - [j=y])`, at the target times
+    :math:`\cos m + f_y\sin m/\sqrt{1-f_y^2}`.
+
     Args:
         margin, scale: numbers or tensors (0-d, (C,) or (N, 1)). beyond_pi, gradient: see :class:`mlkernels.Margin`.
         **common: as in :mod:`mlkernels.functional`.
@@ -217,6 +233,8 @@ def cosface_loss(
     **common: Unpack[Common],
 ) -> Tensor:
     r"""CosFace on cosines, :math:`z_y = s(\cos\theta - m)`: an additive cosine margin.
+
+    Gradient: :math:`\partial L/\partial f_j = s\,(p_j - [j=y])`.
 
     Args:
         margin, scale: numbers or tensors (0-d, (C,) or (N, 1)). beyond_pi, gradient: see :class:`mlkernels.Margin`.
@@ -247,6 +265,9 @@ def sphereface_loss(
 ) -> Tensor:
     r"""SphereFace (A-Softmax) on cosines, :math:`z_y = s\,\psi(\theta)`, :math:`\psi` the monotone continuation of
     :math:`\cos m\theta`.
+
+    Gradient: :math:`\partial L/\partial f_j = s\,(p_j - [j=y])`, at the target times
+    :math:`m\,|\sin m\theta|/\sin\theta`.
 
     Args:
         margin, scale: numbers or tensors (0-d, (C,) or (N, 1)); margin > 0, not only an integer.
@@ -280,7 +301,9 @@ def two_scale_cross_entropy(
     :math:`r = R_1` where :math:`\delta X < \eta`, else :math:`R_2`.
 
     :math:`\delta X = X_y - \max_{j\ne y}X_j` is the row's confidence, of the raw logits; equality takes :math:`R_2`.
-    The selection has no gradient; the scale that no row selected has gradient exactly 0.
+
+    Gradient: :math:`\partial L/\partial X_j = \tfrac{r}{R}(p_j - [j=y])`. The selection has none; that of the scale
+    that no row selected is exactly 0.
 
     Args:
         scale_low: R1 > 0, a number or a 0-d tensor. scale_high: R2 > 0.
@@ -323,6 +346,9 @@ def piecewise_cross_entropy(
 
     :math:`t(x) = a^t_k x + b^t_k` on the k-th of M equal bins, :math:`\tau` likewise; :math:`p^t_y` is the target's
     probability with t applied to its logit. Pieces are independent: t and :math:`\tau` are in general not continuous.
+
+    Gradient: :math:`\partial L/\partial f_j = s\,w\,(p_j - [j=y])`, at the target times its :math:`a^t_k`;
+    :math:`w = a^\tau_k\,p^t_y/\tau(p^t_y)`, where the loss is clamped 0 (or 1, see ``clamp``).
 
     Args:
         t_slope, t_bias, tau_slope, tau_bias: (M,), or (G, M) for a population of G losses in one call; None: identity

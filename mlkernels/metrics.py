@@ -56,7 +56,7 @@ def _measure(sums: Callable[_P, _Sum]) -> Callable[_P, Tensor]:
 
 @_measure
 def accuracy(input: Tensor | RowStats, target: Tensor, *, ignore_index: int = -100) -> _Sum:
-    r"""The share of rows whose largest logit is the target's (of equal ones, the one with the lowest index counts).
+    r"""The fraction of rows whose largest logit is the target's (of equal ones, the one with the lowest index counts).
 
     Args:
         input: (N, C) or (N, C, d1, ...) logits, or the RowStats of a loss on them. target: (N,) or (N, d1, ...).
@@ -76,7 +76,7 @@ def accuracy(input: Tensor | RowStats, target: Tensor, *, ignore_index: int = -1
 
 @_measure
 def top_n_accuracy(input: Tensor | RowStats, target: Tensor, *, n: int = 5, ignore_index: int = -100) -> _Sum:
-    r"""The share of rows with fewer than n logits larger than the target's.
+    r"""The fraction of rows with fewer than n logits larger than the target's.
 
     Args:
         input, target: as in :func:`accuracy`. n: >= 1.
@@ -105,7 +105,7 @@ def close_enough(
     scale: float | Tensor = 1.0,
     ignore_index: int = -100,
 ) -> _Sum:
-    r"""The share of rows whose target comes within a of the largest probability, :math:`p_y \ge \max_j p_j - a`.
+    r"""The fraction of rows whose target comes within a of the largest probability, :math:`p_y \ge \max_j p_j - a`.
 
     Args:
         input, target: as in :func:`accuracy`. RowStats must be those of the plain logits at ``scale``, with no target
@@ -136,7 +136,7 @@ def close_enough(
 def superclass_accuracy(
     input: Tensor | RowStats, target: Tensor, superclass: Tensor, *, ignore_index: int = -100
 ) -> _Sum:
-    r"""The share of rows whose predicted class is of the target's superclass.
+    r"""The fraction of rows whose predicted class is of the target's superclass.
 
     Args:
         input, target: as in :func:`accuracy`. superclass: (C,), integer, the superclass of every class.

@@ -24,6 +24,9 @@ def multi_margin_loss(
 ) -> Tensor:
     r"""Multi-class margin loss, :math:`L = \frac{\omega_y}{C}\sum_{j\ne y}\max(0, m - f_y + f_j)^p`.
 
+    Gradient: :math:`\partial L/\partial f_j = \frac{\omega_y}{C}\,p\,\max(0, m - f_y + f_j)^{p-1}` for :math:`j \ne y`,
+    0 where that maximum is, and at the target minus their sum.
+
     Exactly :func:`torch.nn.functional.multi_margin_loss`, its order of arguments too, with any integer labels and bad
     labels named; ``"mean"`` divides by N, and there is no ignore_index.
 

@@ -110,6 +110,7 @@ def test_shared_arguments_are_shown(module, own, function):
             assert len(re.findall(rf"^        {name}: \S", of.__doc__, re.MULTILINE)) == 1, name
         assert "**common" not in of.__doc__
     assert "\n    label_smoothing: " in F.__doc__
+    assert "Gradient: :math:`" in function.__doc__
 
 
 @pytest.mark.parametrize(("module", "own", "function"), TWINS)

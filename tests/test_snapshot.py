@@ -225,9 +225,7 @@ def test_a_flag_cannot_decide_about_what_is_new(reject: bool) -> None:
     snapshot.save()
     step(model, optimizer)
     weight = model.weight.detach().clone()
-    with pytest.raises(
-        RuntimeError, match=r"parts\[1\] \(SGD\) state\[0\]\.momentum_buffer was born since; use restore"
-    ):
+    with pytest.raises(RuntimeError, match=r"parts\[1\] \(SGD\) state\[0\]\.momentum_buffer is new since; use restore"):
         snapshot.restore_if(torch.tensor(reject))
     assert torch.equal(model.weight, weight)
     snapshot.restore()
@@ -250,10 +248,10 @@ def test_a_flag_cannot_decide_about_the_host() -> None:
     assert optimizer.param_groups[0]["lr"] == 0.1
 
     optimizer.param_groups[0]["own"] = 1
-    with pytest.raises(RuntimeError, match=r"param_groups\[0\]\.own was born since"):
+    with pytest.raises(RuntimeError, match=r"param_groups\[0\]\.own is new since"):
         snapshot.restore_if(flag)
     del optimizer.param_groups[0]["own"], optimizer.param_groups[0]["nesterov"]
-    with pytest.raises(RuntimeError, match=r"param_groups\[0\]\.nesterov went since"):
+    with pytest.raises(RuntimeError, match=r"param_groups\[0\]\.nesterov is gone since"):
         snapshot.restore_if(flag)
     snapshot.restore()
 
@@ -264,7 +262,7 @@ def test_a_flag_cannot_decide_about_the_host() -> None:
     assert scheduler.last_epoch == 0
 
     optimizer.state.clear()
-    with pytest.raises(RuntimeError, match="momentum_buffer went since"):
+    with pytest.raises(RuntimeError, match="momentum_buffer is gone since"):
         snapshot.restore_if(flag)
     snapshot.restore()
     state = optimizer.state[model.weight]
@@ -419,7 +417,7 @@ def test_a_scaler_before_its_first_scale() -> None:
     snapshot = Snapshot(scaler)
     snapshot.save()
     scaler.scale(torch.ones(1))
-    with pytest.raises(RuntimeError, match=r"parts\[0\] \(GradScaler\)\._scale was born since"):
+    with pytest.raises(RuntimeError, match=r"parts\[0\] \(GradScaler\)\._scale is new since"):
         snapshot.restore_if(torch.tensor(False))
     snapshot.restore()
     assert scaler._scale is None and scaler.get_scale() == 8.0

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops import multi_copy_
-from .walk import Walk, form, has_state_dict, memory, place, reshard, type_name
+from .walk import Walk, form, has_state_dict, location, memory, reshard, type_name
 
 __all__ = ["Snapshot"]
 
@@ -95,7 +95,7 @@ class Snapshot:
         """
         record = Walk(self._parts)
         # As a rule nothing has moved since the last time.
-        unmoved = self._record is not None and self._record.places == record.places
+        unmoved = self._record is not None and self._record.locations == record.locations
         anchors: dict[int, tuple[Tensor, Tensor, int]] = {}
         for tensor in record.tensors.values():
             key = id(tensor)
@@ -163,7 +163,7 @@ class Snapshot:
 
         Raises:
             TypeError: ``reject`` is no tensor. ValueError: it is not one boolean.
-            RuntimeError: nothing was saved; or state was born, went, was replaced or changed on the host since: the
+            RuntimeError: nothing was saved; or state is new, gone, replaced or changed on the host since: the
                 message names it. Nothing has been restored then.
         """
         if not isinstance(reject, Tensor):
@@ -194,8 +194,8 @@ class Snapshot:
         """What keeps a flag from deciding about a tensor that is elsewhere now: another one shared its memory."""
         covered = {id(record.tensors[name]) for name in self._twins}
         shared = any(id(tensor) not in covered and tensor.numel() for tensor in record.tensors.values())
-        for name, before in record.places.items():
-            now = place(record.tensors[name])
+        for name, before in record.locations.items():
+            now = location(record.tensors[name])
             if now != before and (shared or now[2] != before[2]):
                 return f"{name} has other memory since"
         return None

@@ -108,7 +108,7 @@ class Update:
         return torch.where(total > 0, loss, math.nan) if isinstance(total, Tensor) else loss
 
     def _backward(
-        self, name: str, loss_function: Loss, batch: Batch, count: float | Tensor | None, share: float | Tensor
+        self, name: str, loss_function: Loss, batch: Batch, count: float | Tensor | None, factor: float | Tensor
     ) -> Tensor:
         input, target = batch
         with self.autocast:
@@ -123,7 +123,7 @@ class Update:
                 loss = torch.where(nothing, 0, loss)
             elif nothing:
                 loss = loss.nan_to_num()
-            loss = loss * share
+            loss = loss * factor
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         loss = loss.detach()
         return loss.reshape(()) if loss.dim() else loss

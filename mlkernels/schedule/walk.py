@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 Form = tuple[torch.Size, torch.dtype, torch.device]
-Place = tuple[int, tuple[int, ...], Form]
+Location = tuple[int, tuple[int, ...], Form]
 
 #: What nn.Module keeps of itself: the modes are no state, and what the rest holds is walked by itself.
 _MODULE_FIELDS = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}
@@ -54,10 +54,10 @@ class Walk:
         reshard(parts)
         for index, part in enumerate(parts):
             self._part(f"parts[{index}] ({type_name(part)})", part)
-        places = {id(tensor): place(tensor) for tensor in self.tensors.values()}
-        self.places = {name: places[id(tensor)] for name, tensor in self.tensors.items()}
+        locations = {id(tensor): location(tensor) for tensor in self.tensors.values()}
+        self.locations = {name: locations[id(tensor)] for name, tensor in self.tensors.items()}
 
-    # ---- the way -----------------------------------------------------------------------------------------------------
+    # ---- traversal ---------------------------------------------------------------------------------------------------
 
     def _part(self, name: str, part: Any) -> None:
         if not self._first_visit(part):
@@ -121,7 +121,7 @@ class Walk:
         _, again = _flat(name, get())
         for path, leaf in leaves.items():
             other = again.get(path)
-            if isinstance(leaf, Tensor) and isinstance(other, Tensor) and place(leaf) == place(other):
+            if isinstance(leaf, Tensor) and isinstance(other, Tensor) and location(leaf) == location(other):
                 self._live.add(path)
                 self._add(path, leaf)
 
@@ -250,20 +250,20 @@ class Walk:
         """What keeps a device flag from deciding between this state and a later one, in words."""
         for name, tensor in now.tensors.items():
             if name not in self.tensors:
-                return f"{name} was born since"
-            if tensor is not self.tensors[name] and place(tensor) != place(self.tensors[name]):
+                return f"{name} is new since"
+            if tensor is not self.tensors[name] and location(tensor) != location(self.tensors[name]):
                 return f"{name} was replaced since"
         for name in self.tensors:
             if name not in now.tensors:
-                return f"{name} went since"
+                return f"{name} is gone since"
         for name, value in now.values.items():
             if name not in self.values:
-                return f"{name} was born since"
+                return f"{name} is new since"
             if not _equal(value, self.values[name]):
                 return f"{name} changed on the host since, from {self.values[name]!r} to {value!r}"
         for name in self.values:
             if name not in now.values:
-                return f"{name} went since"
+                return f"{name} is gone since"
         for foreign in self.foreign:
             if foreign.changed():
                 return f"{foreign.name} changed since, or its state_dict() holds copies"
@@ -287,7 +287,7 @@ class Foreign(NamedTuple):
         for name, leaf in self.leaves.items():
             other = now[name]
             if isinstance(leaf, Tensor) and isinstance(other, Tensor):
-                if place(leaf) != place(other):
+                if location(leaf) != location(other):
                     return True
             elif not _equal(leaf, other):
                 return True
@@ -407,7 +407,7 @@ def form(tensor: Tensor) -> Form:
     return tensor.shape, tensor.dtype, tensor.device
 
 
-def place(tensor: Tensor) -> Place:
+def location(tensor: Tensor) -> Location:
     """Where a tensor is, and what."""
     if tensor.layout != torch.strided or is_traceable_wrapper_subclass(tensor):
         return id(tensor), (), form(tensor)

@@ -164,8 +164,8 @@ class LossSearch:
             raise ValueError(f"theta must be (B, 4, M) = {wanted}, got {tuple(theta.shape)}")
         if found.shape != wanted[:1]:
             raise ValueError(f"rewards must be (B,) = {wanted[:1]}, got {tuple(found.shape)}")
-        best, share = winner(found), normalised(counted(found))
-        gradient = (share.view(-1, 1, 1) * (theta - self._mu)).mean(0) / record.sigma**2
+        best, normal = winner(found), normalised(counted(found))
+        gradient = (normal.view(-1, 1, 1) * (theta - self._mu)).mean(0) / record.sigma**2
         self._mu.grad = -gradient
         self._adam.step()
         self._mu.grad = None
