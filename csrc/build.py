@@ -49,6 +49,7 @@ FLAGS = [
     "-fno-math-errno",
     "-fno-trapping-math",
     "-fopenmp-simd",
+    "-Werror=switch",  # a kind that is left out would be another one
     f"-DTORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000",
     # Nothing includes Python.h; should something ever do, it must keep to what every Python since 3.10 has.
     "-DPy_LIMITED_API=0x030A0000",
@@ -118,6 +119,17 @@ def relative(path: Path) -> str:
     return os.path.relpath(path, ROOT)
 
 
+def write_numbering() -> None:
+    """Brings csrc/numbering.h up to mlkernels/numbering.py, which is loaded alone: the package needs torch."""
+    spec = importlib.util.spec_from_file_location("mlkernels_numbering", ROOT / "mlkernels" / "numbering.py")
+    assert spec is not None and spec.loader is not None
+    numbering = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(numbering)
+    header = CSRC / "numbering.h"
+    if not header.exists() or header.read_text() != numbering.header():  # else ninja would compile everything again
+        place(numbering.header().encode(), header)
+
+
 class Unit(NamedTuple):
     """A file, and the command that makes it of others, but for its ``-o``."""
 
@@ -149,6 +161,7 @@ def make_units(units: Sequence[Unit]) -> list[Path]:
     said = []
     with open(here / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # several processes of the tests ask at the same time
+        write_numbering()
         (here / "build.ninja").write_text("\n".join(lines) + "\n")
         command = [*find_ninja(), "-f", str(here / "build.ninja")]
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:

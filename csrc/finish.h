@@ -134,7 +134,7 @@ struct Pieces {
 // The numbers of a loss as one row sees them.
 template <class T>
 struct Values {
-  T at[TAU_MIN + 1];
+  T at[LOSS_SLOTS];
   Pieces<T> t, tau;  // this row's group
 };
 

@@ -267,14 +267,14 @@ struct Call {
     p.uniform = !(mask >> GROUP & 1);
     for (int slot = 0; slot < SLOTS; ++slot) {
       consts[slot] = size_t(CONSTS + slot) < numbers.size() ? T(numbers[CONSTS + slot]) : T(0);
-      if (slot <= TAU_MIN) p.values[slot] = {consts[slot], nullptr, Mode::SHARED, Storage::DOUBLE};
+      if (slot < LOSS_SLOTS) p.values[slot] = {consts[slot], nullptr, Mode::BY_VALUE, Storage::DOUBLE};
       if (!(mask >> slot & 1)) continue;
       STD_TORCH_CHECK(next < params.size(), "params holds fewer tensors than the mask says");
       const Tensor& tensor = params[next++];
       tensors[slot] = &tensor;
       if (slot == GROUP) continue;
       arrays[slot] = array_of<T>(tensor);
-      if (slot > TAU_MIN || is_table(slot)) continue;
+      if (slot >= LOSS_SLOTS || is_table(slot)) continue;
       const int64_t dims = tensor.dim();
       const Mode mode = dims == 0 || arrays[slot].stride == 0 ? Mode::SHARED
                         : dims == 1                           ? Mode::PER_CLASS
@@ -300,10 +300,7 @@ struct Call {
   }
   Call(const Call&) = delete;
 
-  bool is_table(int slot) const {
-    return (p.spec.transform == Transform::PIECEWISE && (slot == TRANSFORM_A || slot == TRANSFORM_B)) ||
-           (p.spec.head == Head::TAU && (slot == HEAD_A || slot == HEAD_B));
-  }
+  bool is_table(int slot) const { return mlkernels::is_table(p.spec, slot); }
 
   // One entry per class; an expanded scalar becomes one.
   const T* vector_of_classes(int slot) {
@@ -409,11 +406,12 @@ std::vector<Tensor> run_with_gradients(Call<T>& call, const Tensor& input, int64
     by_row[slot].reset(new T[rows + 1]);
     p.by_parameter[slot] = by_row[slot].get();
     p.want_parameters = true;
-    if (slot == SCALE || slot == SCALE_HIGH || slot == LOGIT_NORM) p.want_shift = true;
+    if (OF_SCALE >> slot & 1) p.want_shift = true;
     if (!call.is_table(slot)) continue;
-    std::unique_ptr<int[]>& bin = slot < HEAD_A ? t_bin : tau_bin;
+    const bool of_t = is_table_of_t(p.spec, slot);
+    std::unique_ptr<int[]>& bin = of_t ? t_bin : tau_bin;
     bin.reset(new int[rows + 1]);
-    (slot < HEAD_A ? p.t_bin : p.tau_bin) = bin.get();
+    (of_t ? p.t_bin : p.tau_bin) = bin.get();
   }
   Tensor grad;
   if (needs >> INPUT & 1) {
@@ -436,8 +434,9 @@ std::vector<Tensor> run_with_gradients(Call<T>& call, const Tensor& input, int64
     std::vector<double> sums(size_t(count), 0.0);
     const T* values = by_row[slot].get();
     if (call.is_table(slot)) {
-      const int bins = slot < HEAD_A ? p.t.bins : p.tau.bins;
-      const int* bin = slot < HEAD_A ? t_bin.get() : tau_bin.get();
+      const bool of_t = is_table_of_t(p.spec, slot);
+      const int bins = of_t ? p.t.bins : p.tau.bins;
+      const int* bin = of_t ? t_bin.get() : tau_bin.get();
       for (size_t i = 0; i < rows; ++i) {
         if (p.label[i] == p.spec.ignore_index) continue;
         sums[size_t((p.group ? p.group[i] : 0) * bins + bin[i])] += double(values[i]);
@@ -609,6 +608,8 @@ extern "C" __attribute__((visibility("default"))) int mlkernels_cpu_isa() { retu
 extern "C" __attribute__((visibility("default"))) size_t mlkernels_cpu_release_buffers() {
   return mlkernels::release_buffers();
 }
+// Of which numbers: a library that is older than numbering.py would take one loss for another.
+extern "C" __attribute__((visibility("default"))) const char* mlkernels_numbering() { return mlkernels::NUMBERING; }
 
 STABLE_TORCH_LIBRARY_IMPL(mlkernels, CPU, m) {
   m.impl("softmax_loss", TORCH_BOX(&mlkernels::softmax_loss));

@@ -159,12 +159,12 @@ struct Call {
     std::array<double, SLOTS> consts{};
     for (int slot = 0; slot < SLOTS; ++slot) {
       if (size_t(CONSTS + slot) < numbers.size()) consts[slot] = numbers[size_t(CONSTS + slot)];
-      if (slot <= TAU_MIN) v.values[slot] = {T(consts[slot]), nullptr, Mode::SHARED, Storage::DOUBLE};
+      if (slot < LOSS_SLOTS) v.values[slot] = {T(consts[slot]), nullptr, Mode::BY_VALUE, Storage::DOUBLE};
       if (!(mask >> slot & 1)) continue;
       STD_TORCH_CHECK(next < params.size(), "params holds fewer tensors than the mask says");
       const Tensor& tensor = params[next++];
       tensors[slot] = &tensor;
-      if (slot > TAU_MIN || is_table(slot)) continue;
+      if (slot >= LOSS_SLOTS || is_table(slot)) continue;
       const Tensor& number = keep(plain(tensor, tensor.scalar_type(), place));
       const Mode mode = tensor.dim() == 0 ? Mode::SHARED : tensor.dim() == 1 ? Mode::PER_CLASS : Mode::PER_ROW;
       v.values[slot] = {T(0), number.data_ptr(), mode, storage_of(tensor.scalar_type())};
@@ -199,10 +199,7 @@ struct Call {
     return static_cast<double*>(keep(place.empty({count}, ScalarType::Double)).data_ptr());
   }
 
-  bool is_table(int slot) const {
-    return (v.spec.transform == Transform::PIECEWISE && (slot == TRANSFORM_A || slot == TRANSFORM_B)) ||
-           (v.spec.head == Head::TAU && (slot == HEAD_A || slot == HEAD_B));
-  }
+  bool is_table(int slot) const { return mlkernels::is_table(v.spec, slot); }
   const T* vector_of(int slot) {
     return tensors[slot] ? static_cast<const T*>(keep(plain(*tensors[slot], type_of<T>(), place)).data_ptr()) : nullptr;
   }
@@ -274,7 +271,7 @@ struct Call {
     for (int slot = 0; slot < TRAINABLE_SLOTS; ++slot) {
       if (!(needs >> slot & 1)) continue;
       v.want_parameters = true;
-      if (slot == SCALE || slot == SCALE_HIGH || slot == LOGIT_NORM) v.want_shift = true;
+      if (OF_SCALE >> slot & 1) v.want_shift = true;
       values[size_t(slot)] = static_cast<T*>(keep(place.empty({rows}, type_of<T>())).data_ptr());
       v.by_parameter[slot] = values[size_t(slot)];
       if (!is_table(slot) || bins) continue;
@@ -319,8 +316,9 @@ struct Call {
       Sums::store(at, count, 1, out.data_ptr(), storage, device);
       return;
     }
-    const int* bins = !is_table(slot) ? nullptr : slot < HEAD_A ? v.t_bin : v.tau_bin;
-    const int per_group = slot < HEAD_A ? v.t.bins : v.tau.bins;
+    const bool of_t = is_table_of_t(v.spec, slot);
+    const int* bins = !is_table(slot) ? nullptr : of_t ? v.t_bin : v.tau_bin;
+    const int per_group = of_t ? v.t.bins : v.tau.bins;
     // Blocks are numbered by an int.
     const int chunks = int(std::clamp<int64_t>((rows + 4095) / 4096, 1, std::clamp<int64_t>((1 << 20) / (count + 1), 1, 64)));
     double* sums = numbers_of(count * chunks);
@@ -562,6 +560,9 @@ STABLE_TORCH_LIBRARY_IMPL(MLK_LIBRARY, MLK_KEY, m) {
   m.impl("softmax_loss_refresh", TORCH_BOX(&mlkernels::softmax_loss_refresh));
   m.impl("multi_copy_", TORCH_BOX(&mlkernels::multi_copy_));
 }
+
+// Of which numbers: a library that is older than numbering.py would take one loss for another.
+extern "C" __attribute__((visibility("default"))) const char* mlkernels_numbering() { return mlkernels::NUMBERING; }
 
 #ifndef MLK_HOST
 // Why the kernels do not run on a device; null: they do.

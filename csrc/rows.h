@@ -29,13 +29,11 @@ struct Layout {
   }
 };
 
-enum class Mode : int { SHARED, PER_CLASS, PER_ROW };
-
 // A number of the loss: itself, or where it lies.
 template <class T>
 struct Parameter {
   T value;
-  const void* data;  // null: the value
+  const void* data;  // null: BY_VALUE
   Mode mode;
   Storage storage;
 };
@@ -58,7 +56,7 @@ struct Problem {
   Layout in;
   void* grad;  // dL/dinput
   Layout out;
-  Parameter<T> values[TAU_MIN + 1];
+  Parameter<T> values[LOSS_SLOTS];
   Tables<T> t, tau;
   const T* weight;        // (classes) or null
   const T* adjustment;    // (classes) or null
@@ -136,7 +134,7 @@ MLK_FN int64_t signed_label(uint64_t label) { return label > uint64_t(INT64_MAX)
 template <class T>
 MLK_FN void fetch(const Problem<T>& p, int64_t row, int64_t y, int64_t group, Values<T>& values) {
   MLK_UNROLL
-  for (int slot = 0; slot <= TAU_MIN; ++slot) {
+  for (int slot = 0; slot < LOSS_SLOTS; ++slot) {
     const Parameter<T>& v = p.values[slot];
     values.at[slot] = v.value;
     if (v.data)

@@ -34,7 +34,19 @@ from .checks import (
     unknown_keywords,
     wrong_type,
 )
-from .spec import MASK, SLOTS, TRAINABLE, BackendName, HeadKind, Number, ReductionName, Slot, Spec, TransformKind
+from .spec import (
+    MASK,
+    SLOTS,
+    TRAINABLE,
+    BackendName,
+    BeyondPi,
+    HeadKind,
+    Number,
+    ReductionName,
+    Slot,
+    Spec,
+    TransformKind,
+)
 
 
 class RowStats(NamedTuple):
@@ -64,7 +76,7 @@ _WEIGHT, _ADJUSTMENT, _GROUP = int(Slot.WEIGHT), int(Slot.ADJUSTMENT), int(Slot.
 _NORM, _LOGIT_NORM = int(Slot.NORM), int(Slot.LOGIT_NORM)
 _ETA = int(Slot.ETA)
 _TABLES = frozenset(int(s) for s in (Slot.TRANSFORM_A, Slot.TRANSFORM_B, Slot.HEAD_A, Slot.HEAD_B))
-_HEAD_C, _HEAD_D = int(Slot.HEAD_C), int(Slot.HEAD_D)
+_TRANSFORM_A, _HEAD_C, _HEAD_D = int(Slot.TRANSFORM_A), int(Slot.HEAD_C), int(Slot.HEAD_D)
 _GAMMA_KAPPA = frozenset({_HEAD_C, _HEAD_D})
 
 _PLAIN = frozenset({float, int, str, type(None)})
@@ -253,8 +265,9 @@ def _numbers(
             "gamma + kappa must be >= 1, or the gradient diverges where p = 1; "
             f"got gamma = {consts[_HEAD_C]}, kappa = {consts[_HEAD_D]}"
         )
-    if spec.transform == TransformKind.MARGIN and spec.ids[3] == 1 and consts[4] != 1 and 4 not in tensors:
-        raise ValueError(f"beyond_pi='linear' needs {spec.words[0]} = 1, got {spec.words[0]} = {consts[4]}")
+    linear = spec.transform == TransformKind.MARGIN and spec.beyond_pi == BeyondPi.LINEAR
+    if linear and consts[_TRANSFORM_A] != 1 and _TRANSFORM_A not in tensors:
+        raise ValueError(f"beyond_pi='linear' needs {spec.words[0]} = 1, got {spec.words[0]} = {consts[_TRANSFORM_A]}")
     if not plain:
         consts[_SMOOTHING] = label_smoothing
         consts[_Z_LOSS] = z_loss

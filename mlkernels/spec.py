@@ -2,7 +2,7 @@
 
 A :class:`Spec` holds structure only (which formula, which option), so there are few of them and they are built once.
 The numbers and tensors of a loss travel beside it, one per :class:`Slot`; changing them builds and recompiles nothing.
-``csrc/spec.h`` numbers everything here the same way.
+``numbering.py`` has the kinds, the options and the slots.
 """
 
 from __future__ import annotations
@@ -16,6 +16,64 @@ from typing import Any, Literal, TypeAlias, TypeVar
 from torch import Tensor
 from typing_extensions import Self
 
+from .numbering import (
+    CONSTS,
+    HEAD_VALUES,
+    IGNORE_INDEX,
+    MASK,
+    REDUCTION,
+    SCALE_VALUES,
+    SLOTS,
+    TRAINABLE,
+    TRANSFORM_VALUES,
+    BeyondPi,
+    Clamp,
+    HeadKind,
+    MarginGradient,
+    Reduction,
+    ScaleKind,
+    Slot,
+    Structure,
+    TransformKind,
+)
+
+__all__ = [
+    "CONSTS",
+    "IGNORE_INDEX",
+    "MASK",
+    "REDUCTION",
+    "SLOTS",
+    "TRAINABLE",
+    "Affine",
+    "BackendName",
+    "BeyondPi",
+    "BeyondPiName",
+    "Clamp",
+    "ClampName",
+    "GradientName",
+    "Head",
+    "HeadKind",
+    "Margin",
+    "MarginGradient",
+    "Modulated",
+    "Number",
+    "PiecewiseLinear",
+    "Reduction",
+    "ReductionName",
+    "ScaleKind",
+    "Slot",
+    "Spec",
+    "Tau",
+    "Transform",
+    "TransformKind",
+    "Truncated",
+    "TwoScale",
+    "compose",
+    "constant_when_compiled",
+    "option",
+    "spec",
+]
+
 Number: TypeAlias = float | Tensor
 """A parameter of a loss: a Python number, or a tensor (0-d: shared; (C,): per class; (N, 1): per row)."""
 
@@ -25,160 +83,6 @@ BeyondPiName: TypeAlias = Literal["linear", "monotone", "easy", "none"]
 GradientName: TypeAlias = Literal["exact", "straight_through"]
 ClampName: TypeAlias = Literal["min", "cross_entropy"]
 
-
-class TransformKind(IntEnum):
-    """What happens to the target's logit."""
-
-    IDENTITY = 0
-    MARGIN = 1
-    AFFINE = 2
-    PIECEWISE = 3
-    GIVEN = 4
-
-
-class ScaleKind(IntEnum):
-    """How a row finds its scale."""
-
-    SINGLE = 0
-    TWO_SCALE = 1
-
-
-class HeadKind(IntEnum):
-    """The function of log p that is the loss."""
-
-    LOG = 0
-    MODULATED = 1
-    TAU = 2
-    TRUNCATED = 3
-
-
-class BeyondPi(IntEnum):
-    """What a margin does where m1*theta + m2 > pi. AUTO: linear where m1 = 1, else monotone."""
-
-    AUTO = 0
-    LINEAR = 1
-    MONOTONE = 2
-    EASY = 3
-    NONE = 4
-
-
-class MarginGradient(IntEnum):
-    """The derivative of a margin: its own, or 1."""
-
-    EXACT = 0
-    STRAIGHT_THROUGH = 1
-
-
-class Clamp(IntEnum):
-    """What the loss is where tau(p) <= minimum."""
-
-    MIN = 0
-    CROSS_ENTROPY = 1
-
-
-class Reduction(IntEnum):
-    """How row losses become the result."""
-
-    NONE = 0
-    MEAN = 1
-    SUM = 2
-
-
-class Slot(IntEnum):
-    """Where each number of a loss lies; the meaning of TRANSFORM_* and HEAD_* depends on the kind."""
-
-    SCALE = 0
-    SCALE_HIGH = 1
-    ETA = 2
-    LOGIT_NORM = 3
-    TRANSFORM_A = 4  # m1, slope, t_slope, the given target logit
-    TRANSFORM_B = 5  # m2, offset, t_bias
-    TRANSFORM_C = 6  # m3
-    NORM = 7
-    HEAD_A = 8  # alpha, tau_slope, k
-    HEAD_B = 9  # beta, tau_bias
-    HEAD_C = 10  # gamma
-    HEAD_D = 11  # kappa
-    DOMAIN_LOW = 12
-    DOMAIN_HIGH = 13
-    TAU_MIN = 14
-    SMOOTHING = 15
-    Z_LOSS = 16
-    SOFTCAP = 17  # 0: none
-    NORMALIZER = 18  # what "mean" divides by in place of its own divisors, a number or 0-d; 0: none
-    # From here on always tensors, never differentiated.
-    WEIGHT = 19
-    ADJUSTMENT = 20
-    GROUP = 21
-    ROW_WEIGHT = 22  # of target's shape: a factor of each row's whole loss
-
-
-SLOTS = len(Slot)
-#: Where the numbers that cross an op boundary lie: Spec.ids, these three, then one per slot.
-REDUCTION, IGNORE_INDEX, MASK, CONSTS = 6, 7, 8, 9
-#: The slots whose tensors can be trained. ETA is a threshold: the mask it draws has no gradient.
-TRAINABLE = frozenset(
-    {
-        Slot.SCALE,
-        Slot.SCALE_HIGH,
-        Slot.LOGIT_NORM,
-        Slot.TRANSFORM_A,
-        Slot.TRANSFORM_B,
-        Slot.TRANSFORM_C,
-        Slot.NORM,
-        Slot.HEAD_A,
-        Slot.HEAD_B,
-        Slot.HEAD_C,
-        Slot.HEAD_D,
-    }
-)
-
-_T, _H = TransformKind, HeadKind
-# Of each kind, in the order in which its values are passed: the slot, the name that functions have for it, and what it
-# is in a composition.
-_Slots: TypeAlias = tuple[tuple[Slot, str, str], ...]
-_TRANSFORM_SLOTS: dict[TransformKind, _Slots] = {
-    _T.IDENTITY: (),
-    _T.MARGIN: (
-        (Slot.TRANSFORM_A, "m1", "Margin.m1"),
-        (Slot.TRANSFORM_B, "m2", "Margin.m2"),
-        (Slot.TRANSFORM_C, "m3", "Margin.m3"),
-        (Slot.NORM, "norm", "Margin.norm"),
-    ),
-    _T.AFFINE: ((Slot.TRANSFORM_A, "slope", "Affine.slope"), (Slot.TRANSFORM_B, "offset", "Affine.offset")),
-    _T.PIECEWISE: (
-        (Slot.TRANSFORM_A, "t_slope", "PiecewiseLinear.slope"),
-        (Slot.TRANSFORM_B, "t_bias", "PiecewiseLinear.bias"),
-        (Slot.NORM, "norm", "PiecewiseLinear.norm"),
-        (Slot.DOMAIN_LOW, "domain", "PiecewiseLinear.domain"),
-        (Slot.DOMAIN_HIGH, "domain", "PiecewiseLinear.domain"),
-    ),
-    _T.GIVEN: ((Slot.TRANSFORM_A, "target_logit", "target_logit"),),
-}
-_SCALE_SLOTS: dict[ScaleKind, _Slots] = {
-    ScaleKind.SINGLE: ((Slot.SCALE, "scale", "scale"),),
-    ScaleKind.TWO_SCALE: (
-        (Slot.SCALE, "scale_low", "TwoScale.low"),
-        (Slot.SCALE_HIGH, "scale_high", "TwoScale.high"),
-        (Slot.ETA, "eta", "TwoScale.eta"),
-        (Slot.LOGIT_NORM, "logit_norm", "TwoScale.norm"),
-    ),
-}
-_HEAD_SLOTS: dict[HeadKind, _Slots] = {
-    _H.LOG: (),
-    _H.MODULATED: (
-        (Slot.HEAD_B, "beta", "Modulated.beta"),
-        (Slot.HEAD_C, "gamma", "Modulated.gamma"),
-        (Slot.HEAD_A, "alpha", "Modulated.alpha"),
-        (Slot.HEAD_D, "kappa", "Modulated.kappa"),
-    ),
-    _H.TAU: (
-        (Slot.HEAD_A, "tau_slope", "Tau.slope"),
-        (Slot.HEAD_B, "tau_bias", "Tau.bias"),
-        (Slot.TAU_MIN, "tau_min", "Tau.minimum"),
-    ),
-    _H.TRUNCATED: ((Slot.HEAD_A, "k", "Truncated.k"),),
-}
 # The margins of functions that have one only, which they call so.
 _MARGINS = {"arcface_loss": "m2", "cosface_loss": "m3", "sphereface_loss": "m1"}
 
@@ -218,22 +122,21 @@ class Spec:
     #: How many of the consts are not zero by default: no more of them need to cross an op boundary.
     width: int = field(init=False, repr=False, compare=False)
     #: The structure flattened, as it crosses an op boundary.
-    ids: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    ids: Structure = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        slots = _TRANSFORM_SLOTS[self.transform] + _SCALE_SLOTS[self.scale] + _HEAD_SLOTS[self.head]
+        values = TRANSFORM_VALUES[self.transform] + SCALE_VALUES[self.scale] + HEAD_VALUES[self.head]
         kinds = (self.transform, self.scale, self.head, self.beyond_pi, self.gradient, self.clamp)
         single = _MARGINS.get(self.function)
         words = (
-            composed if self.function == "softmax_loss" else "margin" if name == single else name
-            for _, name, composed in slots
+            value.composed if self.function == "softmax_loss" else "margin" if value.name == single else value.name
+            for value in values
         )
-        tables = [int(slot) for slot, name, _ in slots if name.startswith(("t_", "tau_s", "tau_b"))]
-        object.__setattr__(self, "slots", tuple((int(slot), name) for slot, name, _ in slots))
+        object.__setattr__(self, "slots", tuple((int(value.slot), value.name) for value in values))
         object.__setattr__(self, "words", tuple(words))
-        object.__setattr__(self, "tables", frozenset(tables))
-        object.__setattr__(self, "width", max(slot for slot, _, _ in slots) + 1)
-        object.__setattr__(self, "ids", tuple(int(kind) for kind in kinds))
+        object.__setattr__(self, "tables", frozenset(int(value.slot) for value in values if value.is_table))
+        object.__setattr__(self, "width", max(value.slot for value in values) + 1)
+        object.__setattr__(self, "ids", Structure(*map(int, kinds)))
 
     def __str__(self) -> str:
         names: dict[int, str] = dict(self.slots)
@@ -242,11 +145,11 @@ class Spec:
             options = []
             if self.transform is TransformKind.MARGIN:
                 options = [f"beyond_pi={self.beyond_pi.name.lower()}", f"gradient={self.gradient.name.lower()}"]
-            own = [names[slot] for slot, _, _ in _TRANSFORM_SLOTS[self.transform]]
+            own = [names[value.slot] for value in TRANSFORM_VALUES[self.transform]]
             parts.append(f"{self.transform.name.lower()}({', '.join(dict.fromkeys(own + options))})")
-        own = [name for _, name, _ in _SCALE_SLOTS[self.scale]]
+        own = [value.name for value in SCALE_VALUES[self.scale]]
         parts.append("scale" if self.scale is ScaleKind.SINGLE else f"two_scale({', '.join(own)})")
-        own = [name for _, name, _ in _HEAD_SLOTS[self.head]]
+        own = [value.name for value in HEAD_VALUES[self.head]]
         if self.head is HeadKind.TAU:
             own.append(f"clamp={self.clamp.name.lower()}")
         parts.append(f"{self.head.name.lower()}({', '.join(own)})" if own else "-log p")

@@ -9,7 +9,7 @@ from table import numbers_of
 
 import mlkernels
 from mlkernels import ops
-from mlkernels.spec import MASK, SLOTS, Slot
+from mlkernels.numbering import IGNORE_INDEX, KINDS, MASK, SLOTS, Slot
 
 NAN, INF = math.nan, math.inf
 KERNELS = [
@@ -38,7 +38,7 @@ def cross_entropy(reduction=0, ignore_index=-100, **consts):
     for name, value in consts.items():
         values[Slot[name]] = value
     numbers = numbers_of(mlkernels.spec.compose(None, 1.0, None, None)[0], values, 0, reduction)
-    numbers[7] = float(ignore_index)
+    numbers[IGNORE_INDEX] = float(ignore_index)
     return numbers
 
 
@@ -85,12 +85,13 @@ def test_large_labels_are_no_classes(kernels, label, ignore_index):
     assert gradient.isnan().all(1).tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize("position, count", [(0, 5), (1, 2), (2, 4), (3, 5), (4, 2), (5, 2), (6, 3)])
-def test_unknown_numbers_are_errors(kernels, position, count):
-    for unknown in (count, -1, 0.5, NAN):
+@pytest.mark.parametrize("field", KINDS, ids=lambda field: field.name)
+def test_unknown_numbers_are_errors(kernels, field):
+    kind, word = KINDS[field]
+    for unknown in (len(kind), -1, 0.5, NAN):
         numbers = cross_entropy()
-        numbers[position] = unknown
-        with pytest.raises(ValueError, match=r"there is no .* with the number"):
+        numbers[field] = unknown
+        with pytest.raises(ValueError, match=f"there is no {word} with the number"):
             kernels.softmax_loss(torch.randn(2, 3), torch.tensor([0, 1]), numbers, [], False)
 
 

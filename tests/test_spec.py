@@ -2,8 +2,6 @@
 
 import dataclasses
 import pickle
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,17 +10,12 @@ from table import LOSSES
 import mlkernels
 from mlkernels.checks import check_number
 from mlkernels.spec import (
-    CONSTS,
-    IGNORE_INDEX,
-    MASK,
-    REDUCTION,
     SLOTS,
     TRAINABLE,
     BeyondPi,
     Clamp,
     HeadKind,
     MarginGradient,
-    Reduction,
     ScaleKind,
     Slot,
     Spec,
@@ -92,30 +85,6 @@ def test_slots_are_passed_in_the_order_of_transform_scale_head():
 def test_thresholds_and_options_are_not_trained():
     assert Slot.ETA not in TRAINABLE
     assert not TRAINABLE & {Slot.WEIGHT, Slot.ADJUSTMENT, Slot.GROUP, Slot.TAU_MIN, Slot.SMOOTHING, Slot.Z_LOSS}
-
-
-def test_numbers_in_csrc():
-    """csrc/spec.h numbers everything the same way, name by name."""
-    header = Path(mlkernels.__file__).resolve().parent.parent / "csrc" / "spec.h"
-    if not header.exists():
-        pytest.skip("installed without sources")
-    text = re.sub(r"//[^\n]*", "", header.read_text())
-    found = {}
-    for kind, body in re.findall(r"enum (?:class )?(\w+) : int \{([^}]*)\}", text):
-        next_value, found[kind] = 0, {}
-        for name, value in re.findall(r"([A-Z]\w*)\s*(?:=\s*(\w+))?", body):
-            if value and not value.isdigit():
-                continue  # of another one: TRAINABLE_SLOTS
-            next_value = int(value) if value else next_value
-            found[kind][name] = next_value
-            next_value += 1
-    kinds = (TransformKind, ScaleKind, HeadKind, BeyondPi, MarginGradient, Clamp, Reduction)
-    assert {kind.__name__.removesuffix("Kind"): {m.name: m.value for m in kind} for kind in kinds} == {
-        name: members for name, members in found.items() if name not in ("Slot", "Number")
-    }
-    assert found["Slot"] == {**{slot.name: slot.value for slot in Slot}, "SLOTS": SLOTS}
-    assert "TRAINABLE_SLOTS = HEAD_D + 1" in text and max(TRAINABLE) == Slot.HEAD_D
-    assert found["Number"] == {"REDUCTION": REDUCTION, "IGNORE_INDEX": IGNORE_INDEX, "MASK": MASK, "CONSTS": CONSTS}
 
 
 # ---- options and numbers ---------------------------------------------------------------------------------------------

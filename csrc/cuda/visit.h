@@ -360,7 +360,7 @@ template <bool SIMPLE, class T>
 MLK_DEVICE void numbers_of(const Visit<T>& v, int64_t row, const Label& label, Values<T>& values) {
   if constexpr (SIMPLE) {
     MLK_UNROLL
-    for (int slot = 0; slot <= TAU_MIN; ++slot) values.at[slot] = v.values[slot].value;
+    for (int slot = 0; slot < LOSS_SLOTS; ++slot) values.at[slot] = v.values[slot].value;
   } else {
     fetch(static_cast<const Problem<T>&>(v), row, label.y, label.group, values);
   }

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from .. import ops  # noqa: F401  (the schemas must exist before their implementations load)
+from .. import numbering, ops  # noqa: F401  (the schemas must exist before their implementations load)
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -28,7 +28,13 @@ def _load(stem: str) -> tuple[ctypes.CDLL | None, str | None]:
         return None, "the installation has no compiled library"
     try:
         torch.ops.load_library(str(found[0]))
-        return ctypes.CDLL(str(found[0])), None
+        library = ctypes.CDLL(str(found[0]))
+        theirs = getattr(library, "mlkernels_numbering", None)
+        if theirs is not None:
+            theirs.restype = ctypes.c_char_p
+        if theirs is None or theirs() != numbering.signature().encode():
+            return None, f"{found[0].name} was built from another mlkernels/numbering.py: build it again"
+        return library, None
     except (OSError, RuntimeError) as error:
         return None, f"{found[0].name} does not load: {error}"
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..numbering import Structure, structure_of
 from ..spec import (
     CONSTS,
     IGNORE_INDEX,
@@ -137,8 +138,9 @@ def _bin(x: Tensor, low: float, high: float, count: int) -> Tensor:
     return torch.where(index == index, index, 0).clamp(0, count - 1).long()
 
 
-def transform_target(kind: int, x: Tensor, values: _Values, ids: Sequence[int]) -> Tensor:
+def transform_target(structure: Structure, x: Tensor, values: _Values) -> Tensor:
     """t(f_y), (rows,)."""
+    kind = structure.transform
     if kind == TransformKind.IDENTITY:
         return x
     a = Slot.TRANSFORM_A
@@ -153,7 +155,7 @@ def transform_target(kind: int, x: Tensor, values: _Values, ids: Sequence[int]) 
     u = x if norm is None else x / norm
     if kind == TransformKind.MARGIN:
         m = (values[a], values[Slot.TRANSFORM_B], values[Slot.TRANSFORM_C])
-        t = margin(u, torch.where(m[0] > 0, m[0], math.nan), m[1], m[2], ids[3], ids[4])
+        t = margin(u, torch.where(m[0] > 0, m[0], math.nan), m[1], m[2], structure.beyond_pi, structure.margin_gradient)
     else:
         low, high = values.consts[int(Slot.DOMAIN_LOW)], values.consts[int(Slot.DOMAIN_HIGH)]
         index = _bin(u.detach(), low, high, values.bins(a))
@@ -226,12 +228,13 @@ def truncated(nll: Tensor, k: Tensor) -> Tensor:
     return torch.where(legal, torch.where(nll > ceiling, ceiling, nll), math.nan)
 
 
-def head_loss(kind: int, nll: Tensor, values: _Values, ids: Sequence[int]) -> Tensor:
+def head_loss(structure: Structure, nll: Tensor, values: _Values) -> Tensor:
     """phi(log p), (rows,)."""
+    kind = structure.head
     if kind == HeadKind.MODULATED:
         return modulated(nll, *(values[s] for s in (Slot.HEAD_A, Slot.HEAD_B, Slot.HEAD_C, Slot.HEAD_D)))
     if kind == HeadKind.TAU:
-        return tau(nll, values, ids[5])
+        return tau(nll, values, structure.clamp)
     if kind == HeadKind.TRUNCATED:
         return truncated(nll, values[Slot.HEAD_A])
     return nll
@@ -261,16 +264,20 @@ def softmax_loss(
             those that are left out at the end are 0.
         params: the tensors, by slot.
     """
-    ids = [int(number) for number in numbers[:CONSTS]]
     consts = [*numbers[CONSTS:], *[0.0] * (SLOTS + CONSTS - len(numbers))]
     with full_precision(input.device):
-        return _softmax_loss(input, target, ids, consts, params)
+        return _softmax_loss(input, target, structure_of(numbers), numbers, consts, params)
 
 
 def _softmax_loss(
-    input: Tensor, target: Tensor, ids: Sequence[int], consts: Sequence[float], params: Sequence[Tensor]
+    input: Tensor,
+    target: Tensor,
+    structure: Structure,
+    numbers: Sequence[float],
+    consts: Sequence[float],
+    params: Sequence[Tensor],
 ) -> tuple[Tensor, Stats]:
-    reduction, ignore_index, mask = ids[REDUCTION], ids[IGNORE_INDEX], ids[MASK]
+    reduction, ignore_index, mask = (int(numbers[field]) for field in (REDUCTION, IGNORE_INDEX, MASK))
     by_slot = unpack(mask, params)
     accumulate = torch.float64 if input.dtype == torch.float64 else torch.float32
     classes = input.shape[1]
@@ -303,8 +310,8 @@ def _softmax_loss(
     mark = torch.where(sound, 1.0, math.nan).to(accumulate)
     f_y, others = f_y * mark, others * mark.unsqueeze(1)
 
-    s = row_scale(ids[1], confidence, values)
-    t = transform_target(ids[0], f_y, values, ids)
+    s = row_scale(structure.row_scale, confidence, values)
+    t = transform_target(structure, f_y, values)
     s_rows = s.expand_as(t) if s.dim() == 0 else s
     z_y = s_rows * t
     smoothing = consts[int(Slot.SMOOTHING)]
@@ -327,7 +334,7 @@ def _softmax_loss(
     lse = torch.where(alone, lead, torch.logaddexp(log_total, lead))  # less top
     lse = lse * overflow
 
-    loss = head_loss(ids[2], nll, values, ids)
+    loss = head_loss(structure, nll, values)
     weight = by_slot.get(Slot.WEIGHT)
     omega = None if weight is None else weight.to(accumulate).detach()
     omega_y = torch.ones_like(loss) if omega is None else omega[y]

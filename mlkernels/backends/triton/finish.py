@@ -18,22 +18,38 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ... import spec
+from ... import numbering
 
 # Triton reads globals only as constants of its own.
-IDENTITY = tl.constexpr(int(spec.TransformKind.IDENTITY))
-MARGIN = tl.constexpr(int(spec.TransformKind.MARGIN))
-AFFINE = tl.constexpr(int(spec.TransformKind.AFFINE))
-GIVEN = tl.constexpr(int(spec.TransformKind.GIVEN))
-TWO_SCALE = tl.constexpr(int(spec.ScaleKind.TWO_SCALE))
-MODULATED = tl.constexpr(int(spec.HeadKind.MODULATED))
-TRUNCATED = tl.constexpr(int(spec.HeadKind.TRUNCATED))
-AUTO = tl.constexpr(int(spec.BeyondPi.AUTO))
-LINEAR = tl.constexpr(int(spec.BeyondPi.LINEAR))
-MONOTONE = tl.constexpr(int(spec.BeyondPi.MONOTONE))
-EASY = tl.constexpr(int(spec.BeyondPi.EASY))
-STRAIGHT_THROUGH = tl.constexpr(int(spec.MarginGradient.STRAIGHT_THROUGH))
-CLAMP_CROSS_ENTROPY = tl.constexpr(int(spec.Clamp.CROSS_ENTROPY))
+IDENTITY = tl.constexpr(int(numbering.TransformKind.IDENTITY))
+MARGIN = tl.constexpr(int(numbering.TransformKind.MARGIN))
+AFFINE = tl.constexpr(int(numbering.TransformKind.AFFINE))
+GIVEN = tl.constexpr(int(numbering.TransformKind.GIVEN))
+TWO_SCALE = tl.constexpr(int(numbering.ScaleKind.TWO_SCALE))
+MODULATED = tl.constexpr(int(numbering.HeadKind.MODULATED))
+TRUNCATED = tl.constexpr(int(numbering.HeadKind.TRUNCATED))
+AUTO = tl.constexpr(int(numbering.BeyondPi.AUTO))
+LINEAR = tl.constexpr(int(numbering.BeyondPi.LINEAR))
+MONOTONE = tl.constexpr(int(numbering.BeyondPi.MONOTONE))
+EASY = tl.constexpr(int(numbering.BeyondPi.EASY))
+STRAIGHT_THROUGH = tl.constexpr(int(numbering.MarginGradient.STRAIGHT_THROUGH))
+CLAMP_CROSS_ENTROPY = tl.constexpr(int(numbering.Clamp.CROSS_ENTROPY))
+# The places of the numbers v of a row.
+SCALE = tl.constexpr(int(numbering.Slot.SCALE))
+SCALE_HIGH = tl.constexpr(int(numbering.Slot.SCALE_HIGH))
+ETA = tl.constexpr(int(numbering.Slot.ETA))
+LOGIT_NORM = tl.constexpr(int(numbering.Slot.LOGIT_NORM))
+TRANSFORM_A = tl.constexpr(int(numbering.Slot.TRANSFORM_A))
+TRANSFORM_B = tl.constexpr(int(numbering.Slot.TRANSFORM_B))
+TRANSFORM_C = tl.constexpr(int(numbering.Slot.TRANSFORM_C))
+NORM = tl.constexpr(int(numbering.Slot.NORM))
+HEAD_A = tl.constexpr(int(numbering.Slot.HEAD_A))
+HEAD_B = tl.constexpr(int(numbering.Slot.HEAD_B))
+HEAD_C = tl.constexpr(int(numbering.Slot.HEAD_C))
+HEAD_D = tl.constexpr(int(numbering.Slot.HEAD_D))
+DOMAIN_LOW = tl.constexpr(int(numbering.Slot.DOMAIN_LOW))
+DOMAIN_HIGH = tl.constexpr(int(numbering.Slot.DOMAIN_HIGH))
+TAU_MIN = tl.constexpr(int(numbering.Slot.TAU_MIN))
 
 #: The floor of sqrt(1 - x^2) where it divides: derivatives of angles stay finite, and within fp16 at s = 64.
 ROOT_FLOOR = tl.constexpr(2.0**-10)
@@ -286,13 +302,13 @@ def transform_target(transform, beyond_pi, gradient, x, v, group, tables, T: tl.
     dc = tl.zeros(x.shape, T)
     dnorm = tl.zeros(x.shape, T)
     bin = tl.zeros(x.shape, tl.int32)
-    a, b, c, norm = v[4], v[5], v[6], v[7]
+    a, b, c, norm = v[TRANSFORM_A], v[TRANSFORM_B], v[TRANSFORM_C], v[NORM]
     normed = norm != 0.0  # 0: none
     n = tl.where(normed, legal(norm > 0, norm), 1.0)
     if PIECEWISE:
         u = x / n
         bins, groups = tables[2], tables[3]
-        bin = bin_of(u, v[12], v[13], bins.to(T))
+        bin = bin_of(u, v[DOMAIN_LOW], v[DOMAIN_HIGH], bins.to(T))
         slope, bias = piece(tables[0], tables[1], bin, bins, group, groups, T)
         value = slope * u + bias
         dnorm = tl.where(normed, bias, 0.0)
@@ -326,11 +342,11 @@ def transform_target(transform, beyond_pi, gradient, x, v, group, tables, T: tl.
 @triton.jit
 def row_scale(scale, confidence, v):
     """s, and whether it is the second of two scales."""
-    value = v[0]
+    value = v[SCALE]
     high = tl.zeros(confidence.shape, tl.int1)
     if scale == TWO_SCALE:
-        high = (confidence < v[2]) == 0
-        value = tl.where(high, v[1], v[0]) / legal(v[3] > 0, v[3])
+        high = (confidence < v[ETA]) == 0
+        value = tl.where(high, v[SCALE_HIGH], v[SCALE]) / legal(v[LOGIT_NORM] > 0, v[LOGIT_NORM])
     return legal(value > 0, value), high
 
 
@@ -423,12 +439,12 @@ def head_loss(head, clamp, nll, v, group, tables, T: tl.constexpr, TAU: tl.const
     dd = tl.zeros(nll.shape, T)
     bin = tl.zeros(nll.shape, tl.int32)
     if TAU:
-        value, w, da, db, bin = tau(nll, v[14], clamp, group, tables, T)
+        value, w, da, db, bin = tau(nll, v[TAU_MIN], clamp, group, tables, T)
     else:
         if head == MODULATED:
-            value, w, da, db, dc, dd = modulated(nll, v[8], v[9], v[10], v[11])
+            value, w, da, db, dc, dd = modulated(nll, v[HEAD_A], v[HEAD_B], v[HEAD_C], v[HEAD_D])
         elif head == TRUNCATED:
-            value, w, da = truncated(nll, v[8])
+            value, w, da = truncated(nll, v[HEAD_A])
     return value, w, da, db, dc, dd, bin
 
 

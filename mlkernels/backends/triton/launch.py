@@ -19,23 +19,26 @@ import triton
 from torch import Tensor
 
 from ... import ops
-from ...spec import (
+from ...numbering import (
     CONSTS,
+    HEAD_TABLES,
     IGNORE_INDEX,
     REDUCTION,
     SLOTS,
+    TRAINABLE_SLOTS,
     HeadKind,
+    Mode,
     Reduction,
     ScaleKind,
     Slot,
     TransformKind,
+    structure_of,
 )
 from .. import architecture as _architecture
 from . import replay
 from . import rows as kernels
 
 _NUMBERS = int(Slot.SOFTCAP) + 1
-_TRAINABLE = int(Slot.HEAD_D) + 1
 _PARTS = int(kernels.PARTS.value)
 _INT32 = 2**31
 _FEW = int(kernels.FEW.value)
@@ -210,7 +213,7 @@ class _Call:
         self.target = target.reshape(-1)
         if not self.target.is_contiguous():
             self.target = self.target.contiguous()
-        self.structure = [int(n) for n in numbers[:REDUCTION]]
+        self.structure = structure_of(numbers)
         self.reduction = int(numbers[REDUCTION])
         self.ignore_index = int(numbers[IGNORE_INDEX])
         consts = [*numbers[CONSTS:], *[0.0] * (SLOTS + CONSTS - len(numbers))]
@@ -221,8 +224,8 @@ class _Call:
         self.tables = tuple(
             tuple(self.by_slot[slot].detach().contiguous() for slot in slots) if there else None
             for slots, there in (
-                ((Slot.TRANSFORM_A, Slot.TRANSFORM_B), self.structure[0] == TransformKind.PIECEWISE),
-                ((Slot.HEAD_A, Slot.HEAD_B), self.structure[2] == HeadKind.TAU),
+                ((Slot.TRANSFORM_A, Slot.TRANSFORM_B), self.structure.transform == TransformKind.PIECEWISE),
+                ((Slot.HEAD_A, Slot.HEAD_B), self.structure.head == HeadKind.TAU),
             )
         )
         self.bins = [1 if table is None else table[0].shape[-1] for table in self.tables]
@@ -239,15 +242,15 @@ class _Call:
                 if self.accumulate == torch.float64 and not _exact(number):
                     # Filled on the device, from a kernel's argument: no copy from the host.
                     values.append(torch.full((), number, dtype=torch.float64, device=self.device))
-                    self.modes |= kernels.SHARED << (2 * slot)
+                    self.modes += Mode.SHARED * len(Mode) ** slot
                 else:
                     values.append(number)
             elif self.is_table(slot):
                 values.append(0.0)
             else:
                 values.append(param.detach().contiguous())
-                mode = (kernels.SHARED, kernels.PER_CLASS)[param.dim()] if param.dim() < 2 else kernels.PER_ROW
-                self.modes |= mode << (2 * slot)
+                mode = (Mode.SHARED, Mode.PER_CLASS, Mode.PER_ROW)[min(param.dim(), 2)]
+                self.modes += mode * len(Mode) ** slot
         self.values = tuple(values)
         self.weight = self._vector(Slot.WEIGHT)
         self.adjustment = self._vector(Slot.ADJUSTMENT)
@@ -258,9 +261,7 @@ class _Call:
         self._divisors = divisors
 
     def is_table(self, slot: int) -> bool:
-        return (self.structure[0] == TransformKind.PIECEWISE and slot in (Slot.TRANSFORM_A, Slot.TRANSFORM_B)) or (
-            self.structure[2] == HeadKind.TAU and slot in (Slot.HEAD_A, Slot.HEAD_B)
-        )
+        return slot in self.structure.tables
 
     def _vector(self, slot: int) -> Tensor | None:
         vector = self.by_slot.get(slot)
@@ -319,7 +320,7 @@ class _Call:
         # Where nothing may be left to do, few programs find that out. Never 1 then, which Triton would compile apart.
         turns = max(2, triton.cdiv(programs, _CONDITIONAL_PROGRAMS)) if conditional else 1
 
-        by_parameter = self.empty(_TRAINABLE, rows) if wanted else None
+        by_parameter = self.empty(TRAINABLE_SLOTS, rows) if wanted else None
         bins = self.empty(2, rows, dtype=torch.int32) if any(map(self.is_table, wanted)) else None
         row_losses = None
         if losses:
@@ -336,7 +337,7 @@ class _Call:
                 self.adjustment, divisors, ups, saved, row_losses, save, stats,
                 None if gradient is None else out, by_parameter, bins,
                 rows, self.classes, *sizes, *in_strides, *out_strides, *up_strides, *self.bins, self.groups, parts,
-                _packed(self.structure), self.ignore_index, turns,
+                self.structure.packed, self.ignore_index, turns,
             )  # fmt: skip
             options = {
                 "MODES": self.modes,
@@ -350,7 +351,7 @@ class _Call:
                 "DIMS": 3 - sizes.count(1),
                 "ACROSS": _rows_at_once(rows, layout, input, out) if side_by_side else 0,
                 "ON_CHIP": shape.on_chip,
-                "TWO": not shape.on_chip and self.structure[1] == ScaleKind.TWO_SCALE,
+                "TWO": not shape.on_chip and self.structure.row_scale == ScaleKind.TWO_SCALE,
                 "CHUNKS": shape.chunks,
                 "ROWS": shape.rows,
                 "LANES": shape.lanes,
@@ -402,7 +403,7 @@ class _Call:
         param = self.by_slot[slot]
         if self.is_table(slot):
             assert bins is not None
-            tau = int(slot >= Slot.HEAD_A)
+            tau = int(slot in HEAD_TABLES[self.structure.head])
             count, groups = self.bins[tau], self.groups
             chunk, programs = _chunks(self.rows)
             sums = self.empty(count * groups, programs, dtype=torch.float64)
@@ -422,11 +423,6 @@ class _Call:
         else:
             found = values.clone()  # not a view of what holds every parameter's
         return found.reshape(param.shape).to(param.dtype)
-
-
-def _packed(structure: Sequence[int]) -> int:
-    """Spec.ids as one number; rows.py unpacks it."""
-    return sum(kind << 4 * place for place, kind in enumerate(structure))
 
 
 def _chunks(count: int) -> tuple[int, int]:

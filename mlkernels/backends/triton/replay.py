@@ -23,7 +23,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ...spec import CONSTS, Slot
+from ...numbering import CONSTS, Slot
 
 _VALUES = int(Slot.SOFTCAP) + 1
 #: From here on numbers decide what is launched, by being positive.

@@ -18,9 +18,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ... import spec
+from ... import numbering
 from .finish import (
+    DOMAIN_LOW,
+    HEAD_A,
     INF,
+    LOGIT_NORM,
+    NORM,
+    SCALE,
+    SCALE_HIGH,
+    TRANSFORM_A,
     TWO_SCALE,
     by_scale,
     head_loss,
@@ -32,15 +39,30 @@ from .finish import (
     transform_target,
 )
 
-NONE = tl.constexpr(int(spec.Reduction.NONE))
-MEAN = tl.constexpr(int(spec.Reduction.MEAN))
+NONE = tl.constexpr(int(numbering.Reduction.NONE))
+MEAN = tl.constexpr(int(numbering.Reduction.MEAN))
 LOG2_E = tl.constexpr(1.4426950408889634)  # exp is the hardware's exp2 of that, which a row's scale can take in
-TRAINABLE = tl.constexpr(int(spec.Slot.HEAD_D) + 1)
-
-#: How a number reaches a kernel, two bits a slot: by value, through a pointer, one per class, one per row.
-BY_VALUE, SHARED, PER_CLASS, PER_ROW = 0, 1, 2, 3
+LOSS_SLOTS = tl.constexpr(numbering.LOSS_SLOTS)
+TRAINABLE_SLOTS = tl.constexpr(numbering.TRAINABLE_SLOTS)
 #: The slots whose gradient needs the mean logit.
-NEED_SHIFT = tl.constexpr(1 << spec.Slot.SCALE | 1 << spec.Slot.SCALE_HIGH | 1 << spec.Slot.LOGIT_NORM)
+NEED_SHIFT = tl.constexpr(sum(1 << slot for slot in numbering.OF_SCALE))
+T_TABLES = tl.constexpr(sum(1 << slot for slot in numbering.TRANSFORM_TABLES[numbering.TransformKind.PIECEWISE]))
+TAU_TABLES = tl.constexpr(sum(1 << slot for slot in numbering.HEAD_TABLES[numbering.HeadKind.TAU]))
+# How a number reaches a kernel.
+BY_VALUE = tl.constexpr(int(numbering.Mode.BY_VALUE))
+SHARED = tl.constexpr(int(numbering.Mode.SHARED))
+PER_CLASS = tl.constexpr(int(numbering.Mode.PER_CLASS))
+MODE_BASE = tl.constexpr(len(numbering.Mode))  # the modes of all slots are the digits of a number
+KIND_BITS, KIND_MASK = tl.constexpr(numbering.KIND_BITS), tl.constexpr((1 << numbering.KIND_BITS) - 1)
+TRANSFORM = tl.constexpr(int(numbering.Field.TRANSFORM))
+ROW_SCALE = tl.constexpr(int(numbering.Field.ROW_SCALE))
+HEAD = tl.constexpr(int(numbering.Field.HEAD))
+BEYOND_PI = tl.constexpr(int(numbering.Field.BEYOND_PI))
+MARGIN_GRADIENT = tl.constexpr(int(numbering.Field.MARGIN_GRADIENT))
+CLAMP = tl.constexpr(int(numbering.Field.CLAMP))
+SMOOTHING = tl.constexpr(int(numbering.Slot.SMOOTHING))
+Z_LOSS = tl.constexpr(int(numbering.Slot.Z_LOSS))
+SOFTCAP = tl.constexpr(int(numbering.Slot.SOFTCAP))
 #: How many partial sums of weights there are at most; every program adds them up for itself.
 PARTS = tl.constexpr(128)
 #: So few labels may every program count for itself.
@@ -60,10 +82,9 @@ def multiple(number, UNIT: tl.constexpr):
 
 
 @triton.jit
-def unpacked(structure):
-    """Spec.ids: launch.py packs them into one number. Of a tuple Triton would make a kernel for each that holds a 1."""
-    transform, scale, head = structure & 15, (structure >> 4) & 15, (structure >> 8) & 15
-    return transform, scale, head, (structure >> 12) & 15, (structure >> 16) & 15, (structure >> 20) & 15
+def kind(structure, FIELD: tl.constexpr):
+    """A kind or an option of a packed structure. Of a tuple Triton would make a kernel for each that holds a 1."""
+    return (structure >> (KIND_BITS * FIELD)) & KIND_MASK
 
 
 @triton.jit
@@ -88,12 +109,12 @@ def row_offset(row, sizes, strides, UNIT: tl.constexpr, DIMS: tl.constexpr, ACRO
 @triton.jit
 def number(values, SLOT: tl.constexpr, MODES: tl.constexpr, y, row, kept, T: tl.constexpr):
     """A number of the loss, per row. An ignored row's own is not read."""
-    MODE: tl.constexpr = (MODES >> (2 * SLOT)) & 3
-    if MODE == 0:
+    MODE: tl.constexpr = MODES // MODE_BASE**SLOT % MODE_BASE
+    if MODE == BY_VALUE:
         found = tl.full(row.shape, values[SLOT], T)
-    elif MODE == 1:
+    elif MODE == SHARED:
         found = tl.load(values[SLOT]).to(T) + tl.zeros(row.shape, T)
-    elif MODE == 2:
+    elif MODE == PER_CLASS:
         found = tl.load(values[SLOT] + y, kept, 1.0).to(T)
     else:
         found = tl.load(values[SLOT] + row, kept, 1.0).to(T)
@@ -103,7 +124,7 @@ def number(values, SLOT: tl.constexpr, MODES: tl.constexpr, y, row, kept, T: tl.
 @triton.jit
 def shared(values, SLOT: tl.constexpr, MODES: tl.constexpr, T: tl.constexpr):
     """A number that is the same for all rows, by value or (in float64) through a pointer: a scalar."""
-    if (MODES >> (2 * SLOT)) & 3 == 0:
+    if MODES // MODE_BASE**SLOT % MODE_BASE == BY_VALUE:
         found = tl.full((), values[SLOT], T)
     else:
         found = tl.load(values[SLOT]).to(T)
@@ -112,35 +133,17 @@ def shared(values, SLOT: tl.constexpr, MODES: tl.constexpr, T: tl.constexpr):
 
 @triton.jit
 def numbers(values, MODES: tl.constexpr, y, row, kept, T: tl.constexpr, PIECEWISE: tl.constexpr, TAU: tl.constexpr):
-    """The numbers by slot, up to TAU_MIN; a table's two slots are not numbers, and read as 0."""
-    zero = tl.zeros(row.shape, T)
-    if PIECEWISE:
-        a, b = zero, zero
-    else:
-        a = number(values, 4, MODES, y, row, kept, T)
-        b = number(values, 5, MODES, y, row, kept, T)
-    if TAU:
-        d, e = zero, zero
-    else:
-        d = number(values, 8, MODES, y, row, kept, T)
-        e = number(values, 9, MODES, y, row, kept, T)
-    return (
-        number(values, 0, MODES, y, row, kept, T),
-        number(values, 1, MODES, y, row, kept, T),
-        number(values, 2, MODES, y, row, kept, T),
-        number(values, 3, MODES, y, row, kept, T),
-        a,
-        b,
-        number(values, 6, MODES, y, row, kept, T),
-        number(values, 7, MODES, y, row, kept, T),
-        d,
-        e,
-        number(values, 10, MODES, y, row, kept, T),
-        number(values, 11, MODES, y, row, kept, T),
-        shared(values, 12, MODES, T),
-        shared(values, 13, MODES, T),
-        shared(values, 14, MODES, T),
-    )
+    """The numbers of transform, scale and head, by slot; a table's two slots are not numbers, and read as 0."""
+    TABLES: tl.constexpr = (T_TABLES if PIECEWISE else 0) + (TAU_TABLES if TAU else 0)
+    found = ()
+    for slot in tl.static_range(LOSS_SLOTS):
+        if (TABLES >> slot) & 1:
+            found = found + (tl.zeros(row.shape, T),)
+        elif slot >= DOMAIN_LOW:
+            found = found + (shared(values, slot, MODES, T),)
+        else:
+            found = found + (number(values, slot, MODES, y, row, kept, T),)
+    return found
 
 
 @triton.jit
@@ -257,19 +260,19 @@ def leave_parameters(
     """The derivatives of each row's loss by the parameters in WANT, (slot, rows); tables: by the entry of its bin."""
     zero = tl.zeros_like(s)
     n = tl.where(TWO, norm, 1.0)
-    for slot in tl.static_range(TRAINABLE):
+    for slot in tl.static_range(TRAINABLE_SLOTS):
         if (WANT >> slot) & 1:
             value = zero
-            if slot == 0:
+            if slot == SCALE:
                 value = tl.where(high, 0.0, by_s / n)
-            elif slot == 1:
+            elif slot == SCALE_HIGH:
                 value = tl.where(high, by_s / n, 0.0)
-            elif slot == 3:
+            elif slot == LOGIT_NORM:
                 value = -by_s * s / n
-            elif slot >= 4 and slot <= 7:
-                value = by_target * target_parts[slot - 4]
-            elif slot >= 8:
-                value = by_head * head_parts[slot - 8]
+            elif slot >= TRANSFORM_A and slot <= NORM:
+                value = by_target * target_parts[slot - TRANSFORM_A]
+            elif slot >= HEAD_A:
+                value = by_head * head_parts[slot - HEAD_A]
             place = tl.full((), slot, tl.int64) * rows
             tl.store(by_parameter + place + row, tl.where(kept, value, 0.0), row < rows)
     if bins is not None:
@@ -428,7 +431,7 @@ def visit(
     save,  # (rows, 2)
     stats,  # RowStats, (rows) each
     gradient,  # as input, by the out_ strides
-    by_parameter,  # (11, rows)
+    by_parameter,  # (TRAINABLE_SLOTS, rows)
     bins,  # (2, rows)
     # shapes: rows are (N, d1, d2)
     rows, classes, d1, d2,
@@ -437,7 +440,7 @@ def visit(
     up_loss, up_lse, up_log_prob,
     # of the tables and of divisors
     t_bins, tau_bins, groups, parts,
-    # the loss: see unpacked()
+    # the loss: see kind()
     structure, ignore_index: tl.int64,
     turns,  # how many tiles a program takes
     MODES: tl.constexpr, WANT: tl.constexpr, REDUCTION: tl.constexpr, CAPPED: tl.constexpr, CONDITIONAL: tl.constexpr,
@@ -457,7 +460,7 @@ def visit(
         turns = tl.where(tl.load(upstream[0]) == 1.0, 0, turns)
     rows = multiple(rows, ACROSS)
     classes = multiple(classes, UNIT)
-    structure = unpacked(structure)
+    scale = kind(structure, ROW_SCALE)
     sizes = (d1, d2)
     in_strides = (multiple(in_class, ACROSS), in_outer, in_middle, in_inner)
     out_strides = (multiple(out_class, ACROSS), out_outer, out_middle, out_inner)
@@ -473,9 +476,9 @@ def visit(
     # Short rows, too, are read before their labels have come: their neighbours are in the same sectors.
     DROPPED: tl.constexpr = ACROSS or BLOCK <= 32
     blocks = tl.cdiv(classes, BLOCK)
-    cap = shared(values, 17, MODES, T)
-    smoothing = shared(values, 15, MODES, T)
-    z_loss = shared(values, 16, MODES, T)
+    cap = shared(values, SOFTCAP, MODES, T)
+    smoothing = shared(values, SMOOTHING, MODES, T)
+    z_loss = shared(values, Z_LOSS, MODES, T)
     every_weight = tl.full((), classes, T)
     if weight_sum is not None:
         every_weight = tl.load(weight_sum).to(T)
@@ -509,7 +512,7 @@ def visit(
             m = tl.load(saved + 2 * row, kept, 0.0)
             log_sum = tl.load(saved + 2 * row + 1, kept, 0.0)
             share = tl.where(log_sum == -INF, 0.0, tl.exp(-log_sum))
-            s, high = row_scale(structure[1], at_target - m, v)
+            s, high = row_scale(scale, at_target - m, v)
         if ON_CHIP:
             raw, u, col, valid = read_logits(
                 input, base, 0, read, classes, cap, adjustment, in_strides,
@@ -518,7 +521,7 @@ def visit(
             u = tl.where(is_label(y, 0, CHUNKS, LANES, VECTOR), -INF, u)
             if saved is None:
                 m = tl.max(thread_max(u), 1)
-                s, high = row_scale(structure[1], at_target - m, v)
+                s, high = row_scale(scale, at_target - m, v)
             floor = tl.where(m == -INF, 0.0, m)
             d = u - of_row(floor)
             if smoothing > 0:
@@ -540,8 +543,8 @@ def visit(
                 first = tl.min(tl.min(tl.min(first, 0), 2), 1)
         elif saved is None:
             # Every thread keeps a maximum and sums of its own; they meet once, after the last block.
-            low_scale = (row_scale(structure[1], zero - INF, v)[0] * LOG2_E)[:, None]
-            high_scale = (row_scale(structure[1], zero + INF, v)[0] * LOG2_E)[:, None]
+            low_scale = (row_scale(scale, zero - INF, v)[0] * LOG2_E)[:, None]
+            high_scale = (row_scale(scale, zero + INF, v)[0] * LOG2_E)[:, None]
             none = tl.zeros((ROWS, LANES), T)
             top = none - INF
             low_total, high_total, counted, seen = none, none, none, none
@@ -582,7 +585,7 @@ def visit(
                     best = tl.maximum(best, peak)
                 top = higher
             m = tl.max(top, 1)
-            s, high = row_scale(structure[1], at_target - m, v)
+            s, high = row_scale(scale, at_target - m, v)
             floor = tl.where(m == -INF, 0.0, m)
             fall = tl.where(top == -INF, 0.0, top - floor[:, None])
             total = tl.sum(product(low_total, tl.exp2(fall * low_scale)), 1)
@@ -614,11 +617,14 @@ def visit(
             share = tl.where(total == 0, 0.0, 1.0 / total)
 
         # ---- the loss
+        transform, beyond_pi = kind(structure, TRANSFORM), kind(structure, BEYOND_PI)
+        gradient_of_t = kind(structure, MARGIN_GRADIENT)
         t, slope, ta, tb, tc, tn, t_bin = transform_target(
-            structure[0], structure[3], structure[4], at_target, v, own_group, t_tables, T, PIECEWISE
+            transform, beyond_pi, gradient_of_t, at_target, v, own_group, t_tables, T, PIECEWISE
         )
         nll, q, p, others, lse, alone = locate(at_target, m, log_sum, s, t)
-        phi, w, ha, hb, hc, hd, tau_bin = head_loss(structure[2], structure[5], nll, v, own_group, tau_tables, T, TAU)
+        head, clamp = kind(structure, HEAD), kind(structure, CLAMP)
+        phi, w, ha, hb, hc, hd, tau_bin = head_loss(head, clamp, nll, v, own_group, tau_tables, T, TAU)
         if losses is not None:
             by_class, by_row = row_loss(
                 classes, smoothing, z_loss, every_weight, s, nll, others, lse, alone, phi, w_y, weighted
@@ -676,8 +682,8 @@ def visit(
                 by_s = by_scale(classes, alone, m, share, t, p, q, pull, part, flat, w_y, every_weight, shift, weighted)
                 by_head = g_class * (1.0 - smoothing) * w_y
                 leave_parameters(
-                    by_parameter, bins, row, rows, kept, by_s, s, high, v[3], s * dz_y, (ta, tb, tc, tn), by_head,
-                    (ha, hb, hc, hd), t_bin, tau_bin, structure[1] == TWO_SCALE, WANT,
+                    by_parameter, bins, row, rows, kept, by_s, s, high, v[LOGIT_NORM], s * dz_y, (ta, tb, tc, tn),
+                    by_head, (ha, hb, hc, hd), t_bin, tau_bin, scale == TWO_SCALE, WANT,
                 )  # fmt: skip
 
 
