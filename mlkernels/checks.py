@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .spec import HeadKind, Reduction, Slot, Spec, TransformKind
+from .spec import HeadKind, Number, Reduction, Slot, Spec, TransformKind
 
 _REDUCTIONS = {"none": int(Reduction.NONE), "mean": int(Reduction.MEAN), "sum": int(Reduction.SUM)}
 HALF = frozenset({torch.float16, torch.bfloat16})
@@ -179,6 +179,24 @@ def check_range(word: str, tensor: Tensor, rule: str | None = None) -> None:
         if bool(outside.any()):
             first = tensor.detach().reshape(-1)[outside.reshape(-1).nonzero()[0]].item()
             raise ValueError(f"{word} must be {words}, got a tensor holding {first}")
+
+
+def check_scalar(word: str, value: Number, rule: str | None = None) -> Number:
+    """A number, as a float, or a floating tensor of one element."""
+    takes = "a number or a floating tensor, 0-d or (1,)"
+    if not isinstance(value, Tensor):
+        return check_number(word, value, rule, takes)
+    if value.shape not in ((), (1,)) or not value.is_floating_point():
+        raise ValueError(f"{word} must be {takes}, got {tuple(value.shape)} {value.dtype}")
+    if value.device.type == "cpu" and not traced(value):
+        check_range(word, value, rule)
+    return value
+
+
+def check_several(word: str, value: object, what: str) -> None:
+    """Anything with a length that can be gone through, but for text."""
+    if isinstance(value, str) or not (hasattr(value, "__len__") and hasattr(value, "__iter__")):
+        raise TypeError(f"{word} takes a sequence of {what}, got {type(value).__name__}")
 
 
 # ---- keywords --------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .checks import check_number
+from .checks import check_function, check_number, check_several
 
 __all__ = ["Alternating", "JointLoss", "Turn"]
 
@@ -79,15 +79,21 @@ class JointLoss(nn.Module):
         super().__init__()
         if mode not in ("fixed", "trainable", "uncertainty"):
             raise ValueError(f"mode must be 'fixed', 'trainable' or 'uncertainty', got {mode!r}")
-        if not losses:
+        check_several("losses", losses, "modules or functions")
+        if len(losses) == 0:
             raise ValueError("losses must hold at least one loss, got none")
+        for loss in losses:
+            check_function("losses", loss)
         if mode == "trainable" and len(losses) != 2:
             raise ValueError(f"losses must be two under mode='trainable', got {len(losses)}")
         if weights is None:
             weights = [0.5, 0.5] if mode == "trainable" else [1.0] * len(losses)
+        check_several("weights", weights, "numbers")
         weights = [check_number("weights", weight) for weight in weights]
         if len(weights) != len(losses):
             raise ValueError(f"weights must be one per loss, {len(losses)}, got {len(weights)}")
+        if inputs is not None:
+            check_several("inputs", inputs, "indices")
         if inputs is not None and len(inputs) != len(losses):
             raise ValueError(f"inputs must be one per loss, {len(losses)}, got {len(inputs)}")
         for part in inputs or ():
@@ -193,6 +199,7 @@ class Alternating:
     ) -> None:
         if not callable(model):
             raise TypeError(f"model must be callable, got {type(model).__name__}")
+        check_several("turns", turns, "pairs of a loss and an optimizer")
         if not turns:
             raise ValueError("turns must hold at least one pair of a loss and an optimizer, got none")
         for index, turn in enumerate(turns):
@@ -200,6 +207,8 @@ class Alternating:
                 turn[1], torch.optim.Optimizer
             ):
                 raise TypeError(f"turns[{index}] must be a pair of a loss and a torch.optim.Optimizer, got {turn!r}")
+        if periods is not None:
+            check_several("periods", periods, "integers")
         periods = [1] * len(turns) if periods is None else list(periods)
         if len(periods) != len(turns):
             raise ValueError(f"periods must be one per turn, {len(turns)}, got {len(periods)}")

@@ -15,10 +15,9 @@ from .checks import (
     check_floating,
     check_index,
     check_number,
-    check_range,
+    check_scalar,
     check_size,
     check_tensors,
-    traced,
     unknown_keywords,
     wrong_type,
 )
@@ -169,18 +168,7 @@ def _check(
         )
     if isinstance(alpha, Tensor) and alpha.device != input.device:
         raise ValueError(f"alpha must be on input's device {input.device}, got {alpha.device}")
-    return _check_numbers(alpha, lambda_)
-
-
-def _check_numbers(alpha: Number, lambda_: float) -> tuple[Number, float]:
-    if not isinstance(alpha, Tensor):
-        alpha = check_number("alpha", alpha, takes="a number or a floating tensor, 0-d or (1,)")
-    elif alpha.shape not in ((), (1,)) or not alpha.is_floating_point():
-        got = f"{tuple(alpha.shape)} {alpha.dtype}"
-        raise ValueError(f"alpha must be a number or a floating tensor, 0-d or (1,), got {got}")
-    elif alpha.device.type == "cpu" and not traced(alpha):
-        check_range("alpha", alpha)
-    return alpha, check_number("lambda_", lambda_)
+    return check_scalar("alpha", alpha), check_number("lambda_", lambda_)
 
 
 class LGMLoss(Loss):
@@ -228,7 +216,8 @@ class LGMLoss(Loss):
             raise unknown_keywords(LGMLoss, unknown)
         num_features = check_size("num_features", num_features)
         num_classes = check_size("num_classes", num_classes)
-        _check_numbers(alpha, lambda_)
+        check_scalar("alpha", alpha)
+        check_number("lambda_", lambda_)
         common: Common = {
             "weight": weight,
             "ignore_index": ignore_index,

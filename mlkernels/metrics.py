@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import softmax
-from .checks import check_index, check_index_dtype, check_indices, check_number, widened, wrong_type
+from .checks import check_index, check_index_dtype, check_indices, check_number, check_scalar, widened, wrong_type
 from .softmax import RowStats
 from .spec import spec
 
@@ -124,8 +124,7 @@ def close_enough(
     Source: the two-scale loss, section 3.1.
     """
     a = check_number("a", a)
-    if not isinstance(scale, Tensor):
-        scale = check_number("scale", scale)
+    scale = check_scalar("scale", scale)
     rows, _, kept = _rows(input, target, ignore_index, scale)
     # The largest other logit is `confidence` below the target's; where it is not the largest of all, the row is right.
     log_other = rows.log_prob - scale * rows.confidence
@@ -191,8 +190,8 @@ def classification_confidence(
 
     Source: the two-scale loss, section 2.2.
     """
-    if logit_norm is not None and not isinstance(logit_norm, Tensor):
-        logit_norm = check_number("logit_norm", logit_norm)
+    if logit_norm is not None:
+        logit_norm = check_scalar("logit_norm", logit_norm)
     rows, _, kept = _rows(input, target, ignore_index)
     confidence = rows.confidence
     if logit_norm is not None:

@@ -18,7 +18,7 @@ from typing_extensions import Unpack
 
 from . import functional as F
 from . import named
-from .checks import check_number, check_range, traced
+from .checks import check_number, check_scalar, traced
 from .loss_module import FamilyLoss
 from .signatures import family
 from .softmax import Common
@@ -201,7 +201,7 @@ class TwoScaleLoss(FamilyLoss):
                 )
             return weight_norm_product(value, log=True, detach=self.detach_norm)
         if isinstance(value, Tensor):
-            _check_scalar(name, value)
+            check_scalar(name, value)
             value = value.detach() if self.detach_norm else value
             return value.double() if name == "log_norm" else value.double().log()
         number = check_number(name, value)
@@ -213,13 +213,6 @@ class TwoScaleLoss(FamilyLoss):
             f"{super().extra_repr()}, variant={self.variant!r}, parametrization={self.parametrization!r}, "
             f"detach_norm={self.detach_norm}"
         )
-
-
-def _check_scalar(name: str, value: Tensor) -> None:
-    if value.shape not in ((), (1,)) or not value.is_floating_point():
-        raise ValueError(f"{name} must be a number or a floating 0-d tensor, got {tuple(value.shape)} {value.dtype}")
-    if name != "log_norm" and value.device.type == "cpu" and not traced(value):
-        check_range("logit_norm", value)
 
 
 def _log_norm(name: str, value: float | Tensor | nn.Module) -> Tensor:

@@ -249,6 +249,10 @@ REFUSED = {
         {"losses": [pair[0], F.cross_entropy]},
         [
             ("losses|at least one", ValueError, {"losses": []}),
+            ("losses takes a sequence of modules|CrossEntropyLoss", TypeError, {"losses": pair[0]}),
+            ("losses takes a function|int", TypeError, {"losses": [pair[0], 1]}),
+            ("weights takes a sequence of numbers|float", TypeError, {"weights": 0.5}),
+            ("inputs takes a sequence of indices|int", TypeError, {"inputs": 0}),
             ("losses|two|1", ValueError, {"losses": [F.cross_entropy], "mode": "trainable"}),
             ("mode|'both'", ValueError, {"mode": "both"}),
             ("weights|one per loss, 2|1", ValueError, {"weights": [1.0]}),
@@ -268,6 +272,8 @@ REFUSED = {
             ("turns[0] must be a pair", TypeError, {"turns": [pair[0]]}),
             ("turns[1] must be a pair", TypeError, {"turns": [pair, (pair[0], "sgd")]}),
             ("turns[0] must be a pair", TypeError, {"turns": [("loss", pair[1])]}),
+            ("turns takes a sequence of pairs|CrossEntropyLoss", TypeError, {"turns": pair[0]}),
+            ("periods takes a sequence of integers|int", TypeError, {"periods": 2}),
             ("periods must be one per turn, 1, got 2", ValueError, {"periods": [1, 2]}),
             ("periods must be integers >= 1, got [0]", ValueError, {"periods": [0]}),
             ("periods must be integers", ValueError, {"periods": [1.5]}),
@@ -296,6 +302,8 @@ REFUSED = {
             ("a must be|-0.1", ValueError, {"a": -0.1}),
             ("scale|> 0|0.0", ValueError, {"scale": 0.0}),
             ("scale|> 0|-1.0", ValueError, statistics(scale=-1.0)),
+            ("scale|> 0|-1.0", ValueError, statistics(scale=T(-1.0))),
+            ("scale|0-d|(4,)", ValueError, statistics(scale=torch.ones(N))),
         ],
     ),
     mlkernels.metrics.superclass_accuracy: (
@@ -311,7 +319,11 @@ REFUSED = {
     ),
     mlkernels.metrics.classification_confidence: (
         {"input": x, "target": y},
-        [("logit_norm|> 0|0.0", ValueError, {"logit_norm": 0.0})],
+        [
+            ("logit_norm|> 0|0.0", ValueError, {"logit_norm": 0.0}),
+            ("logit_norm|> 0|0.0", ValueError, {"logit_norm": T(0.0)}),
+            ("logit_norm|0-d|int64", ValueError, {"logit_norm": T(1)}),
+        ],
     ),
     mlkernels.metrics.macro_f1: (
         {"input": y, "target": y},
