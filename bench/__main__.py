@@ -2,76 +2,113 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
-from collections.abc import Callable
+from argparse import ArgumentTypeError, Namespace
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from . import report
-from .run import PEERS, measure
-from .shapes import CASES, HEADLINE, LOSSES, QUICK, Case
+from . import ahead, cases, report
+from .cases import DTYPES, LOSSES, MODES, Problem
+from .measure import STATE_WIDTHS, Plan, Run, announce, attempt, in_fresh_processes, measure
+from .options import backends_of, device_of, is_gpu, names_of, parser_of
+from .peers import HEADLINE, PEERS
+
+SUITES = ["losses", "state"]
+BUDGET = 172.0  # seconds for a GPU, which is paid by the minute
 
 
-def _names(known: list[str]) -> Callable[[str], list[str]]:
-    def parse(text: str) -> list[str]:
-        names = text.split(",")
-        for name in names:
-            if name not in known:
-                raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(known)}")
-        return names
-
-    return parse
-
-
-def _shapes(text: str) -> list[tuple[int, int]]:
+def _shapes(text: str) -> list[tuple[int, ...]]:
     try:
-        return [(int(rows), int(classes)) for rows, classes in (one.split("x") for one in text.split(","))]
+        found = [tuple(int(size) for size in one.split("x")) for one in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not like 256x1000,1024x8000") from None
+        found = [()]
+    if any(len(shape) < 2 for shape in found):
+        raise ArgumentTypeError(f"{text!r} is not like 256x1000,8x19x512x512")
+    return found
 
 
-def _arguments(given: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench", description="Times each loss's forward and backward().")
-    parser.add_argument("--quick", action="store_true", help="fewer shapes and losses, no torch.compile, under 40 s")
-    parser.add_argument("--shapes", type=_shapes, help="for instance 256x1000,1024x8000")
-    parser.add_argument("--losses", type=_names(LOSSES), help=",".join(LOSSES))
-    parser.add_argument("--peers", type=_names(PEERS), help=f"{','.join(PEERS)}; the floors are always measured")
-    dtypes = ["float32", "bfloat16", "float16", "float64"]
-    parser.add_argument("--dtype", type=_names(dtypes), help=f"of {','.join(dtypes)}")
+def _options(given: list[str] | None) -> Namespace:
+    parser = parser_of("bench", "Times each loss's forward and backward() beside its peers and a copy.")
+    parser.add_argument("--suites", type=names_of(SUITES), help=f"of {','.join(SUITES)}; default: losses, on a GPU all")
+    parser.add_argument("--quick", action="store_true", help="fewer problems and losses, no torch.compile")
+    parser.add_argument("--shapes", type=_shapes, help="for instance 256x1000,8x19x512x512")
+    parser.add_argument("--dtype", type=names_of(DTYPES), help=",".join(DTYPES))
+    parser.add_argument("--peers", type=names_of(PEERS), help=",".join(PEERS))
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes half of the time")
-    parser.add_argument("--device", type=torch.device, help="default: cuda where there is one, else cpu")
+    parser.add_argument(
+        "--processes", type=int, help="fresh ones, whose best and worst are reported; default: 4, on a GPU 1"
+    )
+    parser.add_argument("--seconds", type=float, help="for the whole run; default: as it comes, on a GPU 172")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out", help="where JSON and picture go")
     return parser.parse_args(given)
 
 
-def main(given: list[str] | None = None) -> None:
-    """Measures, prints, writes."""
-    options = _arguments(given)
-    cases = QUICK if options.quick else CASES
+def plan_of(options: Namespace, device: torch.device, backends: list[str]) -> Plan:
+    """What the options ask for."""
+    gpu = is_gpu(device)
+    suites = options.suites or (SUITES if gpu and options.shapes is None else ["losses"])
+    problems = cases.problems(gpu, options.quick) if "losses" in suites else []
     if options.shapes or options.dtype:
-        shapes = options.shapes or list(dict.fromkeys((case.rows, case.classes) for case in cases))
-        cases = [Case(rows, classes, dtype) for dtype in options.dtype or ["float32"] for rows, classes in shapes]
-    names = options.losses or (HEADLINE if options.quick else LOSSES)
+        shapes = options.shapes or list(dict.fromkeys(one.shape for one in problems))
+        problems = [Problem(shape, dtype) for dtype in options.dtype or ["float32"] for shape in shapes]
     peers = options.peers or PEERS
-    if options.quick or options.no_compile:
+    if options.no_compile or (options.quick and not gpu):
         peers = [peer for peer in peers if peer != "compile"]
-    device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if "ours" not in peers:
-        peers = ["ours", *peers]  # all ratios are to ours
+    return Plan(
+        device,
+        backends,
+        options.losses or (LOSSES[:6] if gpu else HEADLINE if options.quick else LOSSES),
+        peers,
+        options.modes or (MODES if gpu else ["step"]),
+        problems,
+        STATE_WIDTHS if "state" in suites else (),
+        patience=1 / 2 if options.quick and gpu else 1 / 3 if options.quick else 1.0,
+        until=time.time() + (options.seconds or (BUDGET if gpu else float("inf"))),
+    )
 
-    started = time.perf_counter()
 
-    def say(what: str) -> None:
-        print(f"[{time.perf_counter() - started:5.0f} s] {what}", file=sys.stderr, flush=True)
+def main(given: list[str] | None = None) -> int:
+    """Measures, prints, writes; the exit status."""
+    options = _options(given)
+    device = device_of(options, "bench")
+    if device is None:
+        return 1
+    backends, missing = backends_of(options, device)
+    for name, why in missing.items():
+        print(f"bench: no backend {name!r}: {why}", file=sys.stderr)
+    started = time.time()
+    plan = plan_of(options, device, backends)
+    say = partial(announce, started)
+    first = Run()
+    if "triton" in backends and is_gpu(device):
+        say(f"compiling the kernels of {len(plan.problems)} problems")
+        work = ahead.specialised(plan.problems, plan.names, device.type, plan.modes)
+        attempt("compiling ahead", partial(ahead.compile_ahead, work, ahead.SECONDS, say), first)
+        if options.compile:
+            return 1 if first.failures else 0
+    header = report.describe(device, backends)
 
-    run = measure(cases, names, peers, device, 1 / 3 if options.quick else 1.0, say)
-    print(report.text(run))
-    for path in report.write(run, options.out):
-        print(f"wrote {path}")
+    def save(runs: list[Run]) -> Path:
+        return report.write_json(report.Report(header, runs), options.out)
+
+    count = options.processes or (1 if is_gpu(device) else 4)
+    if count == 1:
+        runs = [measure(plan, first, lambda run: save([run]), say)]
+    else:
+        runs = [first, *in_fresh_processes(plan, count, started, save)]
+    found = report.Report(header, runs)
+    print(report.text(found))
+    data = report.write_json(found, options.out)
+    print(f"wrote {data}")
+    try:
+        report.picture(found, data.with_suffix(".png"))
+    except ImportError:
+        print("no picture: there is no matplotlib")
+    return 1 if found.failures() or missing else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -8,7 +8,7 @@
 #   bench/gpu.sh tune        at most 300 s: launch sizes and the choice of the backend, into sizes.json and choice.json
 #   bench/gpu.sh CALL --dry-run    says what it would run and why, and runs nothing
 #
-# It needs torch, Triton and nvcc, and no network. PYTHON chooses the interpreter, OUT the folder for log, JSON and picture;
+# It needs torch, Triton, nvcc and pytest-xdist, and no network. PYTHON chooses the interpreter, OUT the folder for log, JSON and picture;
 # MLKERNELS_CUDA_ARCHS what the CUDA kernels are built for (default: the GPU at hand). A step that fails does not stop the
 # next, but for the build; a step that is cut off has kept what it had; the exit status says that one failed.
 set -u
@@ -31,12 +31,18 @@ if [ -z "$call" ] || [ $# -gt $((1 + ${dry_run:-0})) ]; then
     exit 2
 fi
 
+processes() { echo $(($(nproc) > 16 ? 15 : $(nproc) > 1 ? $(nproc) - 1 : 1)); }
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 MLKERNELS_CUDA=1
 unset TRITON_INTERPRET # the tests set it where there is no GPU
 if [ -z "$dry_run" ]; then
     mkdir -p "$out"
     exec > >(tee "$out/$call.log") 2>&1
 fi
+on="--device cuda"
+# bench.spread orders the tests. torch.compile would start as many processes again in each.
+tests=(env TORCHINDUCTOR_COMPILE_THREADS=1 OMP_NUM_THREADS=1 "$python" -m pytest -q --tb=short -p no:cacheprovider
+    -p no:randomly -p bench.spread -n "$(processes)" --maxschedchunk 1 --max-worker-restart 30 --durations=5
+    tests/test_gpu.py)
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 failed=()
@@ -126,35 +132,35 @@ sanitized() { # NAME SECONDS TOOL
     # Torch's allocator would hide what lies just past a tensor.
     step "$1" "$2" "every way of the CUDA kernels under a sanitizer" \
         env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$3" --error-exitcode 1 \
-        --target-processes application-only "$python" -m bench.smoke --backends cuda --modes single,split \
+        --target-processes application-only "$python" -m bench.smoke $on --backends cuda --modes step,split \
         --losses cross_entropy,piecewise
 }
 
 case $call in
     first)
         beside compile 75 "Triton's kernels for the smoke and the quick measurement" \
-            bash -c "$python -m bench.smoke --backends triton --compile && $python -m bench.gpu --compile --quick"
+            bash -c "$python -m bench.smoke $on --backends triton --compile && $python -m bench $on --compile --quick"
         build
         finish
         step machine 10 "versions, devices, backends" "$python" -m mlkernels
-        step smoke-cuda 25 "every loss, tiny, against float64" "$python" -m bench.smoke --backends cuda
-        step smoke-triton 30 "the same" "$python" -m bench.smoke --backends triton
+        step smoke-cuda 25 "every loss, tiny, against float64" "$python" -m bench.smoke $on --backends cuda
+        step smoke-triton 30 "the same" "$python" -m bench.smoke $on --backends triton
         step measure-quick 50 "share of the copy bandwidth, smaller problems; JSON kept as it goes" \
-            "$python" -m bench.gpu --quick --seconds 36 --out "$out"
+            "$python" -m bench $on --quick --seconds 36 --out "$out"
         step tests 60 "the property table and what only a GPU shows, as far as the time goes" \
-            "$python" -m bench.shards "$(seconds_of 55)" tests/test_gpu.py -k "not triton"
+            "${tests[@]}" --seconds "$(seconds_of 52)" -k "not triton"
         ;;
     second)
         beside compile 75 "Triton's kernels for the measurement, which compiles what is missing then" \
-            "$python" -m bench.gpu --compile
+            "$python" -m bench $on --compile
         build
         finish
-        step measure 200 "share of the copy bandwidth, peers, small problems, copies, float16; JSON and picture" \
-            "$python" -m bench.gpu --seconds 172 --out "$out"
+        step measure 200 "share of the copy bandwidth, peers, small problems, copies; JSON and picture" \
+            "$python" -m bench $on --seconds 172 --out "$out"
         step schedule 15 "what MILS adds to an iteration, and what an attempt is made of" \
             "$python" -m bench.schedule --seconds 4
         step tests-triton 80 "the property table on Triton, as far as the time goes" \
-            "$python" -m bench.shards "$(seconds_of 75)" tests/test_gpu.py -k triton
+            "${tests[@]}" --seconds "$(seconds_of 72)" -k triton
         sanitized memcheck 45 memcheck
         ;;
     racecheck)

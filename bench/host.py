@@ -8,15 +8,15 @@ the ``cpu`` backend, which compute. Microseconds, the median of all turns.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
-from statistics import median
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from tools import stub_driver
+
+from .measure import take_turns
 
 SIZES = ((128, 100), (32, 10))
 GOAL = 2.0  # times F.cross_entropy, at the first size
@@ -59,8 +59,8 @@ def steps_of(rows: int, classes: int) -> dict[str, Callable[[], None]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.host", description=__doc__)
-    parser.add_argument("--turns", type=int, default=20, help="of 50 steps each")
-    turns = parser.parse_args().turns
+    parser.add_argument("--seconds", type=float, default=5.0, help="per size")
+    seconds = parser.parse_args().seconds
     torch.set_num_threads(1)
     stub = stub_driver.install()
     import triton
@@ -68,7 +68,6 @@ def main() -> None:
     print(f"torch {torch.__version__}, triton {triton.__version__}; microseconds for loss and backward")
     for rows, classes in SIZES:
         steps = steps_of(rows, classes)
-        times: dict[str, list[float]] = {name: [] for name in steps}
         launches = {}
         with stub_driver.served():
             for name, run in steps.items():
@@ -77,19 +76,13 @@ def main() -> None:
                 stub.reset()
                 run()
                 launches[name] = stub.launches
-            for _ in range(turns):
-                for name, run in steps.items():
-                    for _ in range(50):
-                        begun = time.perf_counter()
-                        run()
-                        times[name].append(time.perf_counter() - begun)
-        middle = {name: median(taken) for name, taken in times.items()}
-        base = middle["F.cross_entropy"]
+            times = take_turns(steps, seconds, torch.device("cpu"))
+        base = times["F.cross_entropy"].median
         print(f"\n{rows} x {classes}{'launches':>40}")
-        for name, taken in middle.items():
-            print(f"  {name:24}{1e6 * taken:8.1f}  x{taken / base:.2f}{launches[name] or '':>8}")
+        for name, taken in times.items():
+            print(f"  {name:24}{1e6 * taken.median:8.1f}  x{taken.median / base:.2f}{launches[name] or '':>8}")
         if (rows, classes) == SIZES[0]:
-            reached = middle["triton"] <= GOAL * base
+            reached = times["triton"].median <= GOAL * base
             print(f"  goal: at most x{GOAL:.1f} of F.cross_entropy: {'reached' if reached else 'missed'}")
 
 

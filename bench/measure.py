@@ -1,19 +1,39 @@
-"""Timing that is fair on a noisy machine: the candidates take turns, so that what disturbs one disturbs all alike."""
+"""Measures problems: the candidates take turns, so that what disturbs one disturbs all alike.
+
+A candidate first computes the problem once, beside the reference; one that fails, or computes something else, is
+reported and not timed.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import gc
+import itertools
+import math
+import multiprocessing
 import os
 import random
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
+
+from mlkernels.ops import multi_copy_
+
+from . import peers
+from .cases import FIRST, Inputs, Problem, input_sets, make_inputs
 
 Step = Callable[[], object]
+Name = TypeVar("Name", bound=Hashable)
 
 BLOCK = 4e-3  # seconds: long against the clock's resolution, short against the turns
 WARM_UP_BELOW = 50e-3  # a step longer than this leaves nothing in a cache that its next one could find
@@ -44,6 +64,35 @@ def _block(step: Step, count: int, cuda: bool) -> float:
     for _ in range(count):
         step()
     return (time.perf_counter() - begin) / count
+
+
+def peak_memory(step: Step, device: torch.device) -> int | None:
+    """Bytes that a step takes at most beyond what was there before it; None where the system does not say.
+
+    On a CPU by the pages of the process, so what another library allocates counts too.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    def pages(of: str) -> int:
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(of))
+        return 1024 * int(line.split()[1])
+
+    try:
+        with suppress(AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)  # or what the last step left in the heap would count for nothing
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
+        before = pages("VmRSS")
+        step()
+        return max(0, pages("VmHWM") - before)
+    except (OSError, StopIteration):
+        return None
 
 
 class CpuClock(NamedTuple):
@@ -77,7 +126,7 @@ def stolen(begin: CpuClock, end: CpuClock) -> float:
     return (end.stolen - begin.stolen) / (end.wall - begin.wall)
 
 
-def take_turns(steps: dict[str, Step], seconds: float, device: torch.device) -> dict[str, Timing]:
+def take_turns(steps: dict[Name, Step], seconds: float, device: torch.device) -> dict[Name, Timing]:
     """Times each step in about ``seconds`` for all together; every step has run at least twice before it counts."""
     cuda = device.type == "cuda"
     counts, warm_up = {}, {}
@@ -86,7 +135,7 @@ def take_turns(steps: dict[str, Step], seconds: float, device: torch.device) -> 
         once = _block(step, 1, cuda)
         counts[name] = max(1, min(1000, round(BLOCK / once)))
         warm_up[name] = once < WARM_UP_BELOW
-    taken: dict[str, list[float]] = {name: [] for name in steps}
+    taken: dict[Name, list[float]] = {name: [] for name in steps}
     order = list(steps)
     shuffle = random.Random(0).shuffle
     gc.collect()
@@ -106,3 +155,271 @@ def take_turns(steps: dict[str, Step], seconds: float, device: torch.device) -> 
     return {
         name: Timing(statistics.median(times), min(times), len(times), counts[name]) for name, times in taken.items()
     }
+
+
+# ---- steps -----------------------------------------------------------------------------------------------------------
+
+
+def step_of(function: peers.Function, sets: Sequence[Inputs], mode: str, destroys: bool = False) -> Step:
+    """One call of a function in one of the modes, with the next set of inputs."""
+    turn = itertools.cycle(sets)
+
+    def forward() -> None:
+        one = next(turn)
+        with torch.no_grad():
+            function(*one.leaves, one.target)
+
+    def step() -> None:
+        one = next(turn)
+        for leaf in one.leaves:
+            leaf.grad = None  # before, not after: the memory of the last gradient is part of a training step
+        function(*one.leaves, one.target).backward()
+
+    def split() -> None:
+        one = next(turn)
+        for leaf in one.leaves:
+            leaf.grad = None
+        function(*one.leaves, one.target, reduction="none").backward(one.upstream)
+
+    def in_place() -> None:
+        one = next(turn)
+        torch.autograd.grad(function(*one.leaves, one.target), one.leaves)  # .backward() would copy the gradient
+
+    return in_place if destroys else {"forward": forward, "step": step, "split": split}[mode]
+
+
+def captured(job: Step) -> Step:
+    """Replays what a job launches from a CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            job()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        job()
+
+    def replay() -> Step:
+        graph.replay()
+        return job  # what the graph reads and writes lives as long as this
+
+    return replay
+
+
+# ---- what is measured ------------------------------------------------------------------------------------------------
+
+
+class Key(NamedTuple):
+    """One measured thing; ``loss`` is "-" for a floor of the problem, like ``clone``."""
+
+    problem: Problem
+    loss: str
+    mode: str
+    by: str  # a backend of ours, or a peer
+
+
+@dataclass
+class Run:
+    """What one process found."""
+
+    timings: dict[Key, Timing] = field(default_factory=dict)
+    bandwidth: dict[Problem, float] = field(default_factory=dict)  # of a copy, bytes per second, in the same turns
+    memory: dict[Key, int] = field(default_factory=dict)
+    apart: dict[Key, float] = field(default_factory=dict)  # from the reference
+    failures: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    others_busy: float = 0.0  # CPUs that other programs kept busy
+    stolen: float = 0.0  # CPUs that the hypervisor took
+
+
+class Plan(NamedTuple):
+    """What is measured, with what, and for how long."""
+
+    device: torch.device
+    backends: Sequence[str]
+    names: Sequence[str]  # of losses
+    peers: Sequence[str]
+    modes: Sequence[str]
+    problems: Sequence[Problem]
+    widths: Sequence[int] = ()  # of the training state's layers; none: it is left out
+    patience: float = 1.0  # times as long as usual
+    copy_bytes: int = 2**31  # on a GPU
+    until: float = math.inf  # of time.time(): what is not begun by then is skipped
+
+    def seconds(self, problem: Problem) -> float:
+        """How long to measure: what the larger problems need for half a dozen turns of every candidate."""
+        if self.device.type == "cuda":
+            return 0.8 * self.patience
+        return (5.0 if problem.elements < 1e6 else 15.0 if problem.elements < 1e7 else 28.0) * self.patience
+
+
+#: A model of about 100M parameters and its Adam: 1,000 tensors, the smallest of one number.
+STATE_WIDTHS = range(280, 1405, 9)
+
+
+def first_line(error: BaseException | None) -> str:
+    """An error in a line."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
+
+
+def attempt(what: str, job: Callable[[], object], run: Run) -> bool:
+    """Whether it ran; if not, the run says why."""
+    try:
+        job()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    except Exception as error:
+        run.failures.append(f"{what}: {first_line(error)}")
+        return False
+    return True
+
+
+def _checked(candidate: peers.Candidate, problem: Problem, inputs: Inputs, wanted: peers.Expected, run: Run) -> bool:
+    """Whether a candidate computes the loss that it is measured at."""
+    key = Key(problem, candidate.loss, "step", candidate.by)
+
+    def check() -> None:
+        run.apart[key] = peers.disagreement(candidate.function, inputs, wanted)
+        if not run.apart[key] <= peers.TOLERANCE[problem.dtype]:
+            raise ValueError(f"another loss than the reference's, {run.apart[key]:.1e} apart: not timed")
+
+    return attempt(f"{problem}, {candidate.loss} of {candidate.by}", check, run)
+
+
+def _modes(problem: Problem, ours: bool, plan: Plan) -> list[str]:
+    small = ("step", "graph") if plan.device.type == "cuda" else ("step",)
+    wanted = small if problem.small else ("forward", "step", "split") if ours else ("step",)
+    return [mode for mode in wanted if mode in plan.modes]
+
+
+def measure_problem(problem: Problem, plan: Plan, copied: tuple[Tensor, Tensor] | None, run: Run) -> None:
+    """Everybody's steps of a problem, in turns with a copy."""
+    device, cuda = plan.device, plan.device.type == "cuda"
+    # Logits that are small come from the cache, as they do in training.
+    cache = torch.cuda.get_device_properties(device).L2_cache_size if cuda and not problem.small else 0
+    catalogue = peers.losses(device)
+    sets: dict[bool, list[Inputs]] = {}
+    wanted: dict[str, peers.Expected] = {}
+    steps: dict[Key, Step] = {}
+    reference = peers.ours(device, "reference")
+    everybody = peers.candidates(problem, device, plan.backends, plan.names, plan.peers)
+    if any(candidate.by == "compile" for candidate in everybody):
+        torch._dynamo.reset()
+    for candidate in everybody:
+        name, kind = candidate.loss, catalogue[candidate.loss].cosines
+        if kind not in sets:
+            sets[kind] = [make_inputs(problem, kind, device) for _ in range(input_sets(problem, cache))]
+        if name not in wanted:
+            wanted[name] = peers.expected(reference[name], sets[kind][0], problem.classes)
+        if not _checked(candidate, problem, sets[kind][0], wanted[name], run):
+            continue
+        for mode in _modes(problem, candidate.by in plan.backends, plan):
+            own = [one.clone() for one in sets[kind]] if candidate.destroys or mode == "graph" else sets[kind]
+            what = f"{problem}, {name} of {candidate.by}, {mode}"
+            step = step_of(candidate.function, own, "step" if mode == "graph" else mode, candidate.destroys)
+            if attempt(what, step, run):
+                key = Key(problem, name, mode, candidate.by)
+                if mode != "graph":
+                    steps[key] = step
+                else:
+                    attempt(what, lambda key=key, step=step: steps.update({key: captured(step)}), run)
+    wanted.clear()
+    if sets:
+        logits = next(iter(sets.values()))[0].leaves[0].detach()
+        if not cuda:
+            steps[Key(problem, "-", "step", "clone")] = logits.clone  # into fresh memory, which a gradient is
+        take_turns_with_copy(problem, steps, plan, copied or (torch.zeros_like(logits), logits), run)
+
+
+def take_turns_with_copy(
+    problem: Problem, steps: dict[Key, Step], plan: Plan, copied: tuple[Tensor, Tensor], run: Run
+) -> None:
+    """Times the steps of a problem, and the copy that they are compared with."""
+    to, source = copied
+    copy = Key(problem, "-", "step", "copy")
+    begin = cpu_clock()
+    timings = take_turns({**steps, copy: lambda: to.copy_(source)}, plan.seconds(problem), plan.device)
+    end = cpu_clock()
+    run.bandwidth[problem] = 2 * to.nbytes / timings.pop(copy).median
+    run.timings.update(timings)
+    run.others_busy = max(run.others_busy, others_busy(begin, end))
+    run.stolen = max(run.stolen, stolen(begin, end))
+
+
+def training_state(widths: Sequence[int], device: torch.device) -> list[Tensor]:
+    """Square layers with biases and what Adam keeps of each parameter: the parameter, two averages, its step."""
+    parameters = [torch.zeros(shape, device=device) for width in widths for shape in ((width, width), (width,))]
+    averages = [torch.zeros_like(parameter) for parameter in parameters for _ in range(2)]
+    return [*parameters, *averages, *(torch.zeros((), device=device) for _ in parameters)]
+
+
+def measure_state(plan: Plan, copied: tuple[Tensor, Tensor] | None, run: Run) -> None:
+    """A training state saved, restored, and not restored because a flag on the device says so.
+
+    Its problem is so many tensors of their mean size.
+    """
+    device = plan.device
+    live, twins = training_state(plan.widths, device), training_state(plan.widths, device)
+    yes, no = torch.ones((), dtype=torch.bool, device=device), torch.zeros((), dtype=torch.bool, device=device)
+    problem = Problem((len(live), sum(tensor.numel() for tensor in live) // len(live)), "float32")
+    jobs: dict[tuple[str, str], Step] = {
+        ("save", "multi_copy_"): lambda: multi_copy_(twins, live),
+        ("restore", "multi_copy_"): lambda: multi_copy_(live, twins, yes),
+        ("refused", "multi_copy_"): lambda: multi_copy_(live, twins, no),
+        ("save", "_foreach_copy_"): lambda: torch._foreach_copy_(twins, live),
+    }
+    steps: dict[Key, Step] = {}
+    for (what, by), job in jobs.items():
+        if not attempt(f"training state, {what} by {by}", job, run):
+            continue
+        steps[Key(problem, what, "step", by)] = job
+        if device.type == "cuda":
+            key = Key(problem, what, "graph", by)
+            attempt(f"{key}", lambda key=key, job=job: steps.update({key: captured(job)}), run)
+    both = copied or tuple(torch.zeros(problem.elements, device=device) for _ in range(2))
+    take_turns_with_copy(problem, steps, plan, both, run)
+
+
+def measure(plan: Plan, run: Run, save: Callable[[Run], object], say: Callable[[str], None]) -> Run:
+    """Everything, saved after each problem; what has no time left is skipped, and said to be."""
+    copied = None
+    if plan.device.type == "cuda":
+        copied = tuple(torch.zeros(plan.copy_bytes, dtype=torch.uint8, device=plan.device) for _ in range(2))
+    jobs = [(str(one), functools.partial(measure_problem, one, plan, copied, run)) for one in plan.problems]
+    if plan.widths:
+        # After what is most valuable: what the time cuts off is the end.
+        valuable = [one for one in plan.problems if (one.dtype == "bfloat16" and one.classes in FIRST) or one.small]
+        jobs.insert(len(valuable), ("training state", functools.partial(measure_state, plan, copied, run)))
+    for what, job in jobs:
+        if time.time() > plan.until:
+            run.skipped.append(what)
+            continue
+        say(what)
+        attempt(what, job, run)
+        save(run)
+        if plan.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return run
+
+
+def announce(started: float, what: str) -> None:
+    """What comes next, with the seconds since."""
+    print(f"[{time.time() - started:5.0f} s] {what}", file=sys.stderr, flush=True)
+
+
+def _alone(plan: Plan, started: float, process: str) -> Run:
+    return measure(plan, Run(), lambda run: None, lambda what: announce(started, f"{process}: {what}"))
+
+
+def in_fresh_processes(plan: Plan, count: int, started: float, save: Callable[[list[Run]], object]) -> list[Run]:
+    """Each measures everything, in an order of its own; a heap that lies otherwise is what users meet."""
+    runs: list[Run] = []
+    share = plan._replace(patience=plan.patience / count)
+    for k in range(count):
+        first = k % max(1, len(plan.problems))
+        turned = share._replace(problems=[*plan.problems[first:], *plan.problems[:first]])
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            runs.append(pool.submit(_alone, turned, started, f"process {k + 1} of {count}").result())
+        save(runs)
+    return runs

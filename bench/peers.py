@@ -1,5 +1,8 @@
 """Each loss as this package has it, and as a careful user writes it in eager PyTorch.
 
+Others' kernels beside them, where they are installed. Whatever is measured is first held against the reference
+(``disagreement``), on the device and the problem that it is measured on.
+
 The eager chains touch N x C elements as seldom as eager code can: they transform the target's logit alone (gather, then
 scatter) and take ``F.cross_entropy`` for the rest, where popular implementations run acos or a one-hot mask over the
 whole matrix. ``torch.compile`` is given the same chains.
@@ -9,8 +12,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +21,9 @@ from torch import Tensor
 
 import mlkernels
 
-from .shapes import Case
+from .cases import Inputs, Problem
 
-LossFunction = Callable[[Tensor, Tensor], Tensor]
+Function = Callable[..., Tensor]  # of the leaves and the target
 
 SCALE, ANGLE, COSINE_MARGIN = 64.0, 0.5, 0.35
 BETA, GAMMA, FOCAL_GAMMA = 4.0, 5.0, 2.0
@@ -33,7 +36,7 @@ class Loss(NamedTuple):
     """One loss, twice."""
 
     ours: Callable[..., Tensor]  # takes the shared options too: reduction, backend
-    eager: LossFunction
+    eager: Function
     cosines: bool  # whether it takes cosines, not logits
 
 
@@ -56,6 +59,15 @@ def losses(device: torch.device) -> dict[str, Loss]:
     def eager_focal(input: Tensor, target: Tensor) -> Tensor:
         nll = F.cross_entropy(input, target, reduction="none")
         return ((1 - torch.exp(-nll)) ** FOCAL_GAMMA * nll).mean()
+
+    def poly1(input: Tensor, target: Tensor, reduction: str = "mean", **options: Any) -> Tensor:
+        nll = mlkernels.cross_entropy(input, target, reduction="none", **options)
+        rows = nll - torch.expm1(-nll)
+        return rows if reduction == "none" else rows.sum() if reduction == "sum" else rows.mean()
+
+    def eager_poly1(input: Tensor, target: Tensor) -> Tensor:
+        nll = F.cross_entropy(input, target, reduction="none")
+        return (nll - torch.expm1(-nll)).mean()
 
     def eager_arcface(input: Tensor, target: Tensor) -> Tensor:
         index = target[:, None]
@@ -98,48 +110,138 @@ def losses(device: torch.device) -> dict[str, Loss]:
             eager_piecewise,
             True,
         ),
+        "poly1": Loss(poly1, eager_poly1, False),  # a loss of one's own: any torch function of the row losses
     }
 
 
-class Inputs(NamedTuple):
-    """The same tensors for every candidate of a case."""
-
-    logits: Tensor
-    cosines: Tensor
-    target: Tensor
-    buffer: Tensor  # warm memory to copy into
+# ---- who takes part --------------------------------------------------------------------------------------------------
 
 
-def make_inputs(case: Case, device: torch.device) -> Inputs:
-    """Every other row confident, as in training; no value so far out that its exponential is subnormal."""
-    generator = torch.Generator().manual_seed(case.rows * case.classes)
-    shape = (case.rows, case.classes)
-    target = torch.randint(case.classes, (case.rows,), generator=generator)
-    confident = torch.arange(0, case.rows, 2)
-    logits = 1.5 * torch.randn(shape, generator=generator)
-    logits[confident, target[confident]] += 8
-    cosines = (0.1 * torch.randn(shape, generator=generator)).clamp_(-0.6, 0.6)
-    cosines[confident, target[confident]] += 0.35
+class Candidate(NamedTuple):
+    """Somebody's function of a problem's leaves and target."""
 
-    def leaf(values: Tensor) -> Tensor:
-        return values.to(device, case.torch_dtype).requires_grad_()
-
-    inputs = Inputs(leaf(logits), leaf(cosines), target.to(device), torch.empty(shape, dtype=case.torch_dtype))
-    return inputs._replace(buffer=torch.zeros_like(inputs.logits))
+    loss: str
+    by: str  # a backend of ours, or a peer
+    function: Function
+    destroys: bool = False  # its logits: the gradient lies there afterwards
 
 
-def disagreement(first: LossFunction, second: LossFunction, input: Tensor, target: Tensor) -> float:
-    """The larger of the losses' relative and the gradients' normwise relative difference."""
-    found: list[tuple[Tensor, Tensor]] = []
-    for function in (first, second):
-        input.grad = None
-        loss = function(input, target)
-        loss.backward()
-        assert input.grad is not None
-        found.append((loss.detach().double(), input.grad))
-    input.grad = None
-    (loss, gradient), (other_loss, other_gradient) = found
-    by_loss = (other_loss - loss).abs() / loss.abs()
-    by_gradient = torch.linalg.vector_norm((other_gradient - gradient).float())
-    by_gradient = by_gradient / torch.linalg.vector_norm(gradient.float())
-    return max(by_loss.item(), by_gradient.item())
+def ours(device: torch.device, by: str | None) -> dict[str, functools.partial[Tensor]]:
+    """A backend's losses, with the numbers of their peers."""
+    return {name: functools.partial(loss.ours, backend=by) for name, loss in losses(device).items()}
+
+
+def liger() -> Function | None:
+    """Liger-Kernel's cross entropy, where it is installed."""
+    try:
+        from liger_kernel.transformers.functional import liger_cross_entropy
+    except ImportError:
+        return None
+    return liger_cross_entropy
+
+
+def quack() -> Function | None:
+    """quack's cross entropy, where it is installed."""
+    try:
+        from quack.cross_entropy import cross_entropy
+    except ImportError:
+        return None
+    # Named, for early versions return the row losses.
+    return functools.partial(cross_entropy, reduction="mean")
+
+
+PEERS = ["eager", "compile", "liger", "quack"]
+HEADLINE = ["cross_entropy", "modulated", "arcface"]
+#: On a GPU the peers run at these; at C = 10 eager sums millions of row losses with a single thread block.
+PEERS_AT = {("bfloat16", classes) for classes in (1000, 8192, 32768, 50257, 128256)} | {("float32", 8192)}
+COMPILED_AT = {("bfloat16", 8192), ("bfloat16", 128256)}
+COMPILED_WHOLE = (
+    1024,
+    8000,
+)  # on a CPU all losses here, elsewhere the headline's: compiling takes longer than measuring
+
+
+def peers_at(problem: Problem, loss: str, kind: str) -> list[str]:
+    """Whose time a problem and loss are worth on a kind of device."""
+    if kind != "cuda":
+        compiled = problem.dtype == "float32" and (loss in HEADLINE or problem.shape == COMPILED_WHOLE)
+        return ["eager", "compile"] if compiled else ["eager"]
+    at = (problem.dtype, problem.classes)
+    if problem.small:
+        return ["eager"] if loss == "cross_entropy" else []
+    if len(problem.shape) > 2:
+        return ["eager"]
+    if loss != "cross_entropy" or at not in PEERS_AT:
+        return ["eager"] if at in PEERS_AT else []
+    # Other numbers of classes are not among quack's own tests.
+    return [
+        "eager",
+        "liger",
+        *(["quack"] if problem.classes % 8 == 0 else []),
+        *(["compile"] if at in COMPILED_AT else []),
+    ]
+
+
+def candidates(
+    problem: Problem, device: torch.device, backends: Sequence[str], names: Sequence[str], peers: Sequence[str]
+) -> list[Candidate]:
+    """Ours by backend, then the peers that are there."""
+    catalogue = losses(device)
+    found = [Candidate(name, by, ours(device, by)[name]) for by in backends for name in names]
+    for name in names:
+        for by in peers_at(problem, name, device.type):
+            eager = catalogue[name].eager
+            if by not in peers:
+                continue
+            if by == "eager":
+                found.append(Candidate(name, by, eager))
+            elif by == "compile":
+                found.append(Candidate(name, by, torch.compile(eager, fullgraph=True, dynamic=False)))
+            elif (function := {"liger": liger, "quack": quack}[by]()) is not None:
+                found.append(Candidate(name, by, function, destroys=by == "liger"))
+    return found
+
+
+# ---- the same loss? --------------------------------------------------------------------------------------------------
+
+#: Relative. In half precision peers round every intermediate, which ours does not.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02, "float64": 1e-6}
+CHUNK = 2**24  # elements of logits that the reference takes at a time
+
+
+class Expected(NamedTuple):
+    """A mean loss and its gradients; that by the rows for the first of them."""
+
+    loss: Tensor
+    gradients: tuple[Tensor, ...]
+
+
+def expected(reference: Function, inputs: Inputs, classes: int) -> Expected:
+    """By the reference in float32 at least, some rows at a time; ``reference`` takes ``reduction="sum"``."""
+    rows, target = inputs.leaves[0], inputs.target
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    others = [leaf.detach().to(wide).requires_grad_() for leaf in inputs.leaves[1:]]
+    count = max(1, CHUNK // (classes * (target[0].numel())))
+    loss, first = torch.zeros((), dtype=torch.float64), None
+    for chunk, labels in zip(rows.detach().split(count), target.split(count), strict=True):
+        leaf = chunk.to(wide).requires_grad_()
+        with torch.set_grad_enabled(first is None or bool(others)):
+            part = reference(leaf, *others, labels, reduction="sum") / target.numel()
+            if part.requires_grad:
+                part.backward()
+        loss += part.detach().double().cpu()
+        first = leaf.grad if first is None else first
+    return Expected(loss, (first, *(leaf.grad for leaf in others)))
+
+
+def disagreement(function: Function, inputs: Inputs, wanted: Expected) -> float:
+    """The largest of the loss's relative and the gradients' normwise relative differences."""
+    own = inputs.clone()  # for what destroys its logits
+    loss = function(*own.leaves, own.target)
+    gradients = torch.autograd.grad(loss, own.leaves)
+    worst = ((loss.detach().double().cpu() - wanted.loss) / wanted.loss).abs().item()
+    for gradient, right in zip(gradients, wanted.gradients, strict=True):
+        difference = torch.linalg.vector_norm(gradient[: len(right)].to(right.dtype) - right)
+        error = (difference / torch.linalg.vector_norm(right)).item()
+        worst = error if math.isnan(error) else max(worst, error)
+    return worst

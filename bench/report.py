@@ -1,184 +1,434 @@
-"""What a run found, as text, JSON and a picture."""
+"""What a run found, beside what was asked for: text, JSON and a picture."""
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
+import os
+import platform
 import re
+import statistics
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from .run import Run
-from .shapes import Case
-from .targets import Outcome, check
+import torch
 
-COLUMNS = {
-    "ours": 11,
-    "fastest": 11,
-    "GB/s": 8,
-    "of copy": 10,
-    "ours/copy": 11,
-    "ours/clone": 11,
-    "eager/ours": 12,
-    "compile/ours": 14,
-    "F.ce/ours": 11,
+import mlkernels
+from mlkernels.backends import native
+
+from .cases import LOSSES, MODES, Problem, floor_bytes
+from .measure import Key, Run
+from .options import ON_GPU
+from .peers import HEADLINE, PEERS
+
+OF_COPY = ": of copy"
+
+
+# ---- where ---------------------------------------------------------------------------------------------------------
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def device_name(device: torch.device) -> str:
+    """What the machine calls it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def describe(device: torch.device, backends: list[str]) -> dict[str, Any]:
+    """Where and with what a run was made."""
+    return {
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "device": device_name(device),
+        "device_type": device.type,
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "backends": backends,
+        "isa": native.cpu_isa(),
+        "available": mlkernels.available_backends(),
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain")),
+        "versions": {
+            "mlkernels": mlkernels.__version__,
+            "torch": torch.__version__,
+            "triton": _version("triton"),
+            "python": platform.python_version(),
+        },
+        "system": platform.platform(terse=True),
+    }
+
+
+# ---- what was found --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Report:
+    """The runs of all processes; a time is the median of theirs, a ratio that of the ratios within each."""
+
+    header: dict[str, Any]
+    runs: list[Run]
+
+    @property
+    def processes(self) -> int:
+        return sum(bool(run.timings) for run in self.runs)
+
+    def measured(self) -> list[Key]:
+        return list(dict.fromkeys(key for run in self.runs for key in run.timings))
+
+    def problems(self) -> list[Problem]:
+        return list(dict.fromkeys(key.problem for key in self.measured()))
+
+    def own(self, problem: Problem) -> list[tuple[str, str]]:
+        """Losses (or copies) and who computes them, peers apart."""
+        found = ((key.loss, key.by) for key in self.measured() if key.problem == problem and key.loss != "-")
+        return list(dict.fromkeys(one for one in found if one[1] not in PEERS))
+
+    def medians(self, key: Key) -> list[float]:
+        """Of each process that measured it."""
+        return [run.timings[key].median for run in self.runs if key in run.timings]
+
+    def median(self, key: Key) -> float | None:
+        return statistics.median(found) if (found := self.medians(key)) else None
+
+    def ratios(self, key: Key, other: Key) -> list[float]:
+        """How many times as long as this the other takes, in each process."""
+        both = (run.timings for run in self.runs if key in run.timings and other in run.timings)
+        return [timings[other].median / timings[key].median for timings in both]
+
+    def ratio(self, key: Key, other: Key) -> float | None:
+        return statistics.median(found) if (found := self.ratios(key, other)) else None
+
+    def fractions(self, key: Key) -> list[float]:
+        """Of the bandwidth of the copy beside it, bytes at the floor; in each process."""
+        need = floor_bytes(key.problem, key.mode)
+        runs = (run for run in self.runs if key in run.timings and key.problem in run.bandwidth)
+        return [need / run.timings[key].median / run.bandwidth[key.problem] for run in runs]
+
+    def fraction(self, key: Key) -> float | None:
+        return statistics.median(found) if (found := self.fractions(key)) else None
+
+    def bandwidth(self, problem: Problem) -> float:
+        """Of the copy, bytes per second."""
+        return statistics.median(run.bandwidth[problem] for run in self.runs if problem in run.bandwidth)
+
+    def fastest(self, key: Key) -> Key | None:
+        """The same by the one of our backends that takes least: a measured choice takes that."""
+        found = [(time, by) for by in self.header["backends"] if (time := self.median(key._replace(by=by)))]
+        return key._replace(by=min(found)[1]) if found else None
+
+    def failures(self) -> list[str]:
+        return list(dict.fromkeys(what for run in self.runs for what in run.failures))
+
+    def skipped(self) -> list[str]:
+        return list(dict.fromkeys(what for run in self.runs for what in run.skipped))
+
+    def caveats(self) -> list[str]:
+        """Why these numbers must not be published, if so."""
+        found = []
+        if "reference" in self.header["backends"]:
+            found.append("This is the reference backend, not a kernel: `python -m mlkernels` says why.")
+        spare = max(0, (self.header["cpus"] or 1) - self.header["threads"])
+        busy = max((run.others_busy for run in self.runs), default=0.0)
+        if self.header["device_type"] == "cpu" and busy > spare + 0.1:
+            found.append(
+                f"Other programs kept up to {busy:.1f} CPUs busy meanwhile: times are wrong, ratios in a run less so."
+            )
+        return found
+
+
+# ---- targets ---------------------------------------------------------------------------------------------------------
+
+
+class Outcome(NamedTuple):
+    """What was asked for and what was measured."""
+
+    what: str
+    value: float
+    bound: float
+    at_least: bool
+
+    @property
+    def reached(self) -> bool:
+        return self.value >= self.bound if self.at_least else self.value <= self.bound
+
+    @property
+    def missed_by(self) -> float:
+        """The factor that is missing; at most 1 where it was reached."""
+        return self.bound / self.value if self.at_least else self.value / self.bound
+
+    def __str__(self) -> str:
+        verdict = "reached" if self.reached else f"missed by {self.missed_by:.2f}x"
+        return f"{self.what:<64} {self.value:>8.3g}  {'>=' if self.at_least else '<='} {self.bound:<5g} {verdict}"
+
+
+#: On a CPU of two cores, float32: how many times as long as ours the peers of cross_entropy, modulated and arcface
+#: take, torch.compile of any of them, and ours as a multiple of copy or clone.
+CPU_TARGETS: dict[tuple[int, ...], tuple[tuple[float, float, float], float | None, tuple[str, float] | None]] = {
+    (128, 10): ((1, 3, 3.5), None, None),
+    (128, 100): ((1, 3, 3.5), None, None),
+    (256, 1000): ((2, 4, 8), None, None),
+    (1024, 8000): ((4, 4, 10), 2.7, ("copy", 1.9)),
+    (1024, 32000): ((2.2, 2.2, 6), None, ("clone", 1.25)),
 }
-WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 0.3}
-COLOURS = {"ours": "#1b6ca8", "eager": "#c9c9c9", "compile": "#e8a33d"}
 
 
-def _time(seconds: float | None) -> str:
+def _cpu_outcomes(report: Report) -> Iterator[Outcome]:
+    for problem in report.problems():
+        for k, loss in enumerate(HEADLINE):
+            key = Key(problem, loss, "step", "cpu")
+            if problem.dtype == "bfloat16" and (
+                wide := report.ratio(key._replace(problem=problem._replace(dtype="float32")), key)
+            ):
+                yield Outcome(f"{problem}, {loss}: cpu / float32", wide, 1, False)
+            if problem.dtype != "float32" or problem.shape not in CPU_TARGETS:
+                continue
+            eager, compiled, floor = CPU_TARGETS[problem.shape]
+            for by, bound in (("eager", eager[k]), ("compile", compiled)):
+                if bound is not None and (found := report.ratio(key, key._replace(by=by))) is not None:
+                    yield Outcome(f"{problem}, {loss}: {by} / cpu", found, bound, True)
+            if floor is None or report.median(key) is None:
+                continue
+            if floor[0] == "clone":
+                found = report.ratio(key, Key(problem, "-", "step", "clone"))
+            else:
+                found = report.median(key) and 2 * problem.nbytes / report.bandwidth(problem) / report.median(key)
+            if found:
+                yield Outcome(f"{problem}, {loss}: cpu / {floor[0]}", 1 / found, floor[1], False)
+
+
+def wanted_fraction(problem: Problem, mode: str, by: str) -> float | None:
+    """On a GPU, of the copy bandwidth; None where nothing was asked for."""
+    if by not in ON_GPU or mode == "graph" or problem.small:
+        return None
+    if (by, mode, problem.dtype, len(problem.shape)) == ("cuda", "step", "bfloat16", 2) and problem.classes >= 1000:
+        return 0.92
+    if problem.classes < 256:
+        return 0.80
+    if problem.classes <= 32768:
+        return 0.90
+    return 0.85 if mode == "split" and problem.classes >= 128256 else None
+
+
+def wanted_ratio(key: Key) -> float | None:
+    """On a GPU, how many times as long as the faster of ours a peer was to take."""
+    if key.problem.small:
+        return None
+    if key.by == "eager":
+        return 3.0 if key.loss == "cross_entropy" else 8.0
+    if key.by == "liger":
+        return 1.6 if key.problem.classes == 128256 else 1.4
+    return {"compile": 1.2, "quack": 1.0}.get(key.by)
+
+
+def _gpu_outcomes(report: Report) -> Iterator[Outcome]:
+    for key in report.measured():
+        problem, loss, mode, by = key
+        what, time = f"{problem}, {loss}, {mode}, {by}", report.median(key) or math.nan
+        if by == "multi_copy_":
+            if loss != "refused" and mode == "step" and (found := report.fraction(key)) is not None:
+                graph = report.fraction(key._replace(mode="graph"))
+                yield Outcome(f"training state, {loss}{OF_COPY}", graph or found, 0.85, True)
+            elif loss == "refused" and mode == "graph":
+                yield Outcome("training state, refused: us from a CUDA graph", time * 1e6, 5, False)
+        elif (bound := wanted_fraction(problem, mode, by)) is not None and loss != "poly1":
+            yield Outcome(f"{what}{OF_COPY}", report.fraction(key) or math.nan, bound, True)
+        elif mode == "graph" and by in ON_GPU:
+            yield Outcome(f"{what}: us", time * 1e6, {"triton": 15.0, "cuda": 10.0}[by], False)
+        elif (bound := wanted_ratio(key)) is not None and loss != "-" and (own := report.fastest(key)) is not None:
+            yield Outcome(f"{problem}, {loss}: {by} / {own.by}", report.ratio(own, key) or math.nan, bound, True)
+        elif (
+            problem.small
+            and (loss, mode, by) == ("cross_entropy", "step", "eager")
+            and (found := report.ratio(key._replace(by="cuda"), key)) is not None
+        ):
+            yield Outcome(f"{problem}: F.cross_entropy / cuda, no graphs", found, 1.0, True)
+
+
+def check(report: Report) -> list[Outcome]:
+    """What was asked for and this run measured."""
+    return list((_gpu_outcomes if report.header["device_type"] == "cuda" else _cpu_outcomes)(report))
+
+
+# ---- text ------------------------------------------------------------------------------------------------------------
+
+
+def time_text(seconds: float | None) -> str:
     if seconds is None:
         return "-"
     return f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
 
 
-def _times(ratio: float | None) -> str:
-    return "-" if ratio is None else f"{ratio:.2f}x"
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
-def header_text(run: Run) -> str:
-    """One line on where and with what."""
-    header = run.header
+def _columns(report: Report) -> dict[str, Callable[[Key], str]]:
+    """Of the table: by title, the cell of a line, whose key has the mode "step"."""
+    keys = report.measured()
+    modes = [mode for mode in MODES if any(key.mode == mode and key.by not in PEERS for key in keys)]
+    columns: dict[str, Callable[[Key], str]] = {"step": lambda key: time_text(report.median(key))}
+    if report.processes > 1:
+        columns["best"] = lambda key: time_text(min(report.medians(key), default=None))
+        columns["worst"] = lambda key: time_text(max(report.medians(key), default=None))
+    for mode in modes:
+        if mode == "graph":
+            columns["graph"] = lambda key: time_text(report.median(key._replace(mode="graph")))
+        else:
+            title = "of copy" if modes == ["step"] else f"{mode} %"
+            columns[title] = lambda key, mode=mode: _number(report.fraction(key._replace(mode=mode)), ".0%")
+    if any(run.memory for run in report.runs):
+        columns["memory"] = lambda key: _number(
+            max((run.memory[key] / 1e6 for run in report.runs if key in run.memory), default=None), ",.0f MB"
+        )
+    columns["F.ce/ours"] = lambda key: _number(report.ratio(key, key._replace(loss="cross_entropy", by="eager")), ".2f")
+    for by in dict.fromkeys(key.by for key in keys if key.by in PEERS):
+        columns[f"{by}/ours"] = lambda key, by=by: _number(report.ratio(key, key._replace(by=by)), ".2f")
+        if report.processes > 1:
+            columns[f"{by} least"] = lambda key, by=by: _number(
+                min(report.ratios(key, key._replace(by=by)), default=None), ".2f"
+            )
+    return columns
+
+
+def text(report: Report) -> str:
+    """The tables for a terminal."""
+    header, columns = report.header, _columns(report)
     versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items() if version)
     commit = (header["commit"] or "no commit")[:10] + (" with changes" if header["uncommitted_changes"] else "")
-    where = f"{header['device']}, {header['threads']} threads"
-    isa = f" ({header['isa']})" if header["backend"] == "cpu" else ""
-    return f"{where}, backend {header['backend']}{isa}; {versions}; {commit}; {header['date']}"
-
-
-def _case_text(run: Run, case: Case) -> str:
-    floors = {peer: run.median(case, "-", peer) for peer in ("copy", "clone", "F.cross_entropy")}
-    rate = 2 * case.nbytes / floors["copy"] / 1e9 if floors["copy"] else math.nan
-    times = ", ".join(f"{peer} {_time(seconds)}" for peer, seconds in floors.items())
-    lines = [
-        "",
-        f"{case}  (logits {case.nbytes / 1e6:.2f} MB; {times}; copy_ {rate:.1f} GB/s)",
-        "  " + f"{'loss':<14}" + "".join(f"{name:>{width}}" for name, width in COLUMNS.items()),
-    ]
-    for loss in run.losses(case):
-        ours = run.median(case, loss, "ours")
-        if ours is None:
-            continue
-        best = next(timing.best for key, timing in run.timings.items() if key == (case, loss, "ours"))
-        copy, clone = (1 / (run.ratio(case, loss, peer) or math.nan) for peer in ("copy", "clone"))
-        cells = [
-            _time(ours),
-            _time(best),
-            f"{2 * case.nbytes / ours / 1e9:.1f}",
-            f"{1 / copy:.0%}",
-            *map(_times, (copy, clone)),
-            *(_times(run.ratio(case, loss, peer)) for peer in ("eager", "compile", "F.cross_entropy")),
+    isa = f" ({header['isa']})" if "cpu" in header["backends"] else ""
+    where = f"{header['device']}, {header['threads']} threads, {' and '.join(header['backends']) or 'no backend'}{isa}"
+    stolen = max((run.stolen for run in report.runs), default=0.0)
+    lines = [f"{where}; {versions}; {commit}; {header['date']}"]
+    lines.append("A step is a loss and its backward(); the copy has two passes over the logits.")
+    lines.append(f"Medians of {report.processes} processes; {stolen:.2f} CPUs went to other machines.")
+    lines += [f"WARNING: {caveat}" for caveat in report.caveats()]
+    for problem in report.problems():
+        clone = report.median(Key(problem, "-", "step", "clone"))
+        floors = f"copy {time_text(2 * problem.nbytes / report.bandwidth(problem))}" + (
+            f", clone {time_text(clone)}" if clone else ""
+        )
+        lines += [
+            "",
+            f"{problem}  ({problem.nbytes / 1e6:.2f} MB; {floors}; copy {report.bandwidth(problem) / 1e9:.1f} GB/s)",
         ]
-        line = f"  {loss:<14}"
-        lines.append(line + "".join(f"{cell:>{width}}" for cell, width in zip(cells, COLUMNS.values(), strict=True)))
+        lines.append(f"  {'loss':<14}{'by':<14}" + "".join(f"{title:>13}" for title in columns))
+        for loss, by in report.own(problem):
+            cells = [cell(Key(problem, loss, "step", by)) for cell in columns.values()]
+            lines.append(f"  {loss:<14}{by:<14}" + "".join(f"{cell:>13}" for cell in cells))
+    outcomes = check(report)
+    valid = " (not valid: see the WARNING above)" if report.caveats() else ""
+    if outcomes:
+        lines += ["", f"Targets: {sum(one.reached for one in outcomes)} of {len(outcomes)} reached{valid}"]
+    missed = sorted((one for one in outcomes if not one.reached), key=lambda one: -one.missed_by)
+    lines += [f"  {one}" for one in missed]
+    lines += [f"FAILED: {what}" for what in report.failures()]
+    lines += [f"skipped, no time: {what}" for what in report.skipped()]
     return "\n".join(lines)
 
 
-def text(run: Run) -> str:
-    """The tables for a terminal."""
-    parts = [
-        header_text(run),
-        "A step is a loss and its backward(). GB/s count what copy_ does: one read and one write of the logits.",
-        f"The hypervisor took up to {max(run.stolen, default=0.0):.2f} CPUs meanwhile.",
-        *(f"WARNING: {caveat}" for caveat in run.caveats()),
-        *(_case_text(run, case) for case in run.cases()),
-    ]
-    outcomes = check(run)
-    if outcomes:
-        reached = sum(outcome.reached for outcome in outcomes)
-        but = " (not valid: see the WARNING above)" if run.caveats() else ""
-        parts += ["", f"Targets: {reached} of {len(outcomes)} reached{but}", *(f"  {outcome}" for outcome in outcomes)]
-    return "\n".join(parts)
+# ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def _outcome_json(outcome: Outcome) -> dict[str, Any]:
-    case, loss, peer, bound = outcome.target
+def _key_json(key: Key) -> dict[str, Any]:
+    return {**key.problem._asdict(), "loss": key.loss, "mode": key.mode, "by": key.by}
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """Everything, for other programs; of each process its own."""
+
+    def timings(key: Key) -> list[dict[str, Any]]:
+        return [run.timings[key]._asdict() for run in report.runs if key in run.timings]
+
     return {
-        **case._asdict(),
-        "loss": loss,
-        "ratio": f"ours/{peer}" if outcome.target.is_floor else f"{peer}/ours",
-        "bound": bound,
-        "value": outcome.value,
-        "reached": outcome.reached,
-        "missed_by": max(1.0, outcome.missed_by),
-    }
-
-
-def as_json(run: Run) -> dict[str, Any]:
-    """Everything, for other programs."""
-    return {
-        "schema": 1,
-        **run.header,
-        "others_busy": run.others_busy,
-        "stolen": max(run.stolen, default=0.0),
-        "caveats": run.caveats(),
+        "schema": 3,
+        **report.header,
+        "caveats": report.caveats(),
+        "processes": [{"others_busy": run.others_busy, "stolen": run.stolen} for run in report.runs],
+        "copies": [
+            {**one._asdict(), "gb_s": [run.bandwidth[one] / 1e9 for run in report.runs if one in run.bandwidth]}
+            for one in report.problems()
+        ],
         "timings": [
-            {**key.case._asdict(), "loss": key.loss, "peer": key.peer, **timing._asdict()}
-            for key, timing in run.timings.items()
+            {**_key_json(key), "of_copy": report.fraction(key), "processes": timings(key)} for key in report.measured()
         ],
-        "disagreements": [
-            {**key.case._asdict(), "loss": key.loss, "peer": key.peer, "relative": value}
-            for key, value in run.disagreements.items()
-        ],
-        "targets": [_outcome_json(outcome) for outcome in check(run)],
+        "memory": [{**_key_json(key), "bytes": size} for run in report.runs for key, size in run.memory.items()],
+        "apart": [{**_key_json(key), "relative": value} for run in report.runs for key, value in run.apart.items()],
+        "targets": [{**one._asdict(), "reached": one.reached} for one in check(report)],
+        "failures": report.failures(),
+        "skipped": report.skipped(),
     }
 
 
-def picture(run: Run, path: Path) -> None:
-    """A panel per case: the time of each loss and peer in multiples of copy_."""
+def write_json(report: Report, folder: Path) -> Path:
+    """Whole or not at all: a run may be stopped at any time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    device = re.sub(r"[^a-z0-9]+", "-", report.header["device"].lower()).strip("-")
+    path = folder / f"{device}-{report.header['date'][:19].replace(':', '')}.json"
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(as_json(report), indent=1) + "\n")
+    part.replace(path)
+    return path
+
+
+def picture(report: Report, path: Path) -> None:
+    """A panel per dtype and mode: percent of the copy bandwidth by problem, loss, and backend or eager peer."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    cases = run.cases()
-    columns = min(4, len(cases))
-    figure = Figure(figsize=(4.2 * columns + 0.6, 3.3 * math.ceil(len(cases) / columns) + 0.9), layout="constrained")
+    keys = [key for key in report.measured() if key.loss in LOSSES and key.mode != "graph" and not key.problem.features]
+    dtypes = list(dict.fromkeys(key.problem.dtype for key in keys)) or ["float32"]
+    modes = [mode for mode in MODES if any(key.mode == mode for key in keys)] or ["step"]
+    styles = dict(zip([*report.header["backends"], "eager"], ("-", "--", ":"), strict=False))
+    figure = Figure(figsize=(1 + 4.5 * max(2, len(modes)), 1.2 + 3.6 * len(dtypes)), layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(math.ceil(len(cases) / columns), columns, squeeze=False).ravel()
-    for axes, case in zip(grid, cases, strict=False):
-        names = run.losses(case)
-        copy = run.median(case, "-", "copy") or math.nan
-        for place, (peer, colour) in enumerate(COLOURS.items()):
-            times = [(run.median(case, name, peer) or math.nan) / copy for name in names]
-            heights = [row + 0.27 * (place - 1) for row in range(len(names))]
-            bars = axes.barh(heights, times, 0.25, color=colour, label={"compile": "torch.compile"}.get(peer, peer))
-            labels = ["" if math.isnan(value) else f"{value:.2g}" for value in times]
-            axes.bar_label(bars, labels, padding=2, fontsize=6, zorder=4, bbox=WHITE)
-        for peer, style in (("copy", "-"), ("clone", "--"), ("F.cross_entropy", ":")):
-            seconds = run.median(case, "-", peer)
-            if seconds:
-                axes.axvline(seconds / copy, color="black", linestyle=style, linewidth=1, label=f"{peer}", zorder=3)
-        axes.set(xscale="log", yticks=range(len(names)), title=f"{case}, copy {_time(copy)}")
-        low, high = axes.get_xlim()
-        axes.set_xlim(min(low, 0.8), high * 1.6)
-        axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
-        axes.invert_yaxis()
-        axes.title.set_fontsize(9)
-        axes.tick_params(labelsize=7)
-        axes.spines[["top", "right"]].set_visible(False)
-    for axes in grid[len(cases) :]:
-        axes.set_visible(False)
-    handles, labels = grid[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8, frameon=False)
-    header = run.header
-    figure.suptitle(
-        f"forward + backward in multiples of copy_ of the logits (log scale)\n{header['device']}, "
-        f"{header['threads']} threads, torch {header['versions']['torch']}"
-        + ("; NOT VALID: disturbed or without kernels" if run.caveats() else ""),
-        fontsize=10,
-    )
+    grid = figure.subplots(len(dtypes), len(modes), squeeze=False, sharey=True)
+    for line, dtype in zip(grid, dtypes, strict=True):
+        for axes, mode in zip(line, modes, strict=True):
+            own = dict.fromkeys(key.problem for key in keys if (key.problem.dtype, key.mode) == (dtype, mode))
+            places = sorted(own, key=lambda one: (len(one.shape), one.classes, one.rows))
+            for by, style in styles.items():
+                for k, loss in enumerate(LOSSES):
+                    heights = [report.fraction(Key(one, loss, mode, by)) for one in places]
+                    if any(heights):
+                        values = [math.nan if one is None else 100 * one for one in heights]
+                        label = f"{loss.replace('_', ' ')}, {by}"
+                        axes.plot(values, style, marker="o", markersize=3, linewidth=1, color=f"C{k}", label=label)
+            axes.axhline(100, color="black", linewidth=0.5)
+            axes.set(title=f"{dtype}, {mode}", yscale="log")
+            names = ["x".join(map(str, one.shape)) for one in places]
+            axes.set_xticks(range(len(places)), names, rotation=60, ha="right", rotation_mode="anchor")
+            axes.tick_params(labelsize=7)
+            axes.grid(alpha=0.3)
+            axes.spines[["top", "right"]].set_visible(False)
+        line[0].set_ylabel("% of copy bandwidth")
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=7, frameon=False)
+    where = f"{report.header['device']}, torch {report.header['versions']['torch']}"
+    spoilt = "; DISTURBED or without kernels" if report.caveats() else ""
+    figure.suptitle(f"bytes at the floor over time, in percent of a copy's\n{where}{spoilt}", fontsize=10)
     figure.savefig(path, dpi=130)
-
-
-def write(run: Run, folder: Path) -> list[Path]:
-    """The JSON and the picture; the paths written."""
-    folder.mkdir(parents=True, exist_ok=True)
-    device = re.sub(r"[^a-z0-9]+", "-", run.header["device"].lower()).strip("-")
-    stem = f"{device}-{run.header['date'][:19].replace(':', '')}"
-    data, image = folder / f"{stem}.json", folder / f"{stem}.png"
-    data.write_text(json.dumps(as_json(run), indent=1) + "\n")
-    try:
-        picture(run, image)
-    except ImportError:
-        return [data]  # no matplotlib: the numbers are worth as much
-    return [data, image]

@@ -14,6 +14,7 @@ from mlkernels.schedule import MILS, Snapshot
 from mlkernels.schedule.modes import Randomness
 
 from .measure import Timing, cpu_clock, others_busy, take_turns
+from .options import gpu
 
 BATCH, CLASSES = 128, 10
 
@@ -103,7 +104,7 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--device", type=torch.device, help="default: cuda where there is one, else cpu")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(given)
-    device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = options.device or gpu() or torch.device("cpu")
     torch.set_num_threads(options.threads)
     for name, (build, shape) in NETWORKS.items():
         print(f"{name}, batch {BATCH}, {device}")

@@ -7,7 +7,6 @@ the device nothing can run after it, and the rest is left.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import re
 import sys
@@ -17,12 +16,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import mlkernels
 from mlkernels.ops import multi_copy_
 
-from .gpu import COMPILING, COSINES, compile_ahead, first_line, gpu, make_inputs, names_of, ours, specialised, usable
-from .gpu_report import LOSSES, MODES, OURS, Problem
-from .run import device_name
+from .ahead import SECONDS, compile_ahead, specialised
+from .cases import LOSSES, MODES, Problem, make_inputs
+from .measure import first_line
+from .options import backends_of, device_of, is_gpu, names_of, parser_of
+from .peers import losses, ours
+from .report import device_name
+
+LOSSES, MODES = LOSSES[:6], MODES[:3]  # each way through the kernels; graphs are for measuring
 
 # Many rows at a time; one in a block, odd; one that fills a block; one across a cluster; streamed; classes apart; rows
 # that are side by side and lie odd in half precision.
@@ -85,8 +88,8 @@ def results(function: Callable[..., Tensor], mode: str, input: Tensor, target: T
     if mode == "forward":
         with torch.no_grad():
             return [function(input, target)]
-    loss = function(input, target, reduction="mean" if mode == "single" else "none")
-    (gradient,) = torch.autograd.grad(loss, input, torch.full_like(loss, 0.75) if mode == "single" else up.to(loss))
+    loss = function(input, target, reduction="mean" if mode == "step" else "none")
+    (gradient,) = torch.autograd.grad(loss, input, torch.full_like(loss, 0.75) if mode == "step" else up.to(loss))
     return [loss.detach(), gradient]
 
 
@@ -124,7 +127,7 @@ def smoke(
     device: torch.device,
     backends: Sequence[str],
     problems: Sequence[str],
-    losses: Sequence[str],
+    names: Sequence[str],
     modes: Sequence[str],
     say: Callable[[str], None],
 ) -> tuple[int, int]:
@@ -152,18 +155,17 @@ def smoke(
         return True
 
     host = torch.device("cpu")
-    for problem, loss in itertools.product(problems, losses):
-        one = make_inputs(TINY[problem], loss in COSINES, device)
-        exact = one.input.detach().cpu().double().requires_grad_()
+    for problem, loss in itertools.product(problems, names):
+        one = make_inputs(TINY[problem], losses(host)[loss].cosines, device)
+        (input,) = one.leaves
+        exact = input.detach().cpu().double().requires_grad_()
         reference = ours(host, "reference")[loss]
         for mode in modes:
             wanted = results(reference, mode, exact, one.target.cpu(), one.upstream.cpu())
             for by in backends:
                 step = Step(by, problem, loss, mode)
                 try:
-                    error = judge(
-                        step, results(ours(device, by)[loss], mode, one.input, one.target, one.upstream), wanted
-                    )
+                    error = judge(step, results(ours(device, by)[loss], mode, input, one.target, one.upstream), wanted)
                 except Exception as raised:
                     error = first_line(raised)
                 ran += 1
@@ -183,31 +185,24 @@ def smoke(
 
 def main(given: list[str] | None = None) -> int:
     """Runs and says; the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m bench.smoke", description="Every loss on tiny problems.")
-    parser.add_argument("--backends", type=names_of(list(OURS)), help="default: those that are there")
+    parser = parser_of("bench.smoke", "Every loss on tiny problems against float64.", MODES)
     parser.add_argument("--problems", type=names_of(list(TINY)), default=list(TINY), help=",".join(TINY))
-    parser.add_argument("--losses", type=names_of(LOSSES), default=LOSSES, help=",".join(LOSSES))
-    parser.add_argument("--modes", type=names_of(MODES), default=MODES, help=",".join(MODES))
-    parser.add_argument("--compile", action="store_true", help="fills Triton's cache for this, no more")
     options = parser.parse_args(given)
-    device = gpu()
+    device = device_of(options, "bench.smoke")
     if device is None:
-        print("bench.smoke: no GPU here (torch.cuda.is_available() is False)", file=sys.stderr)
         return 1
-    here = usable()
-    backends = [name for name in options.backends or here if name in here]
-    missing = [name for name in options.backends or () if name not in here]
-    for name in missing:
-        why = mlkernels.available_backends()[name] or "not usable"
+    backends, missing = backends_of(options, device)
+    for name, why in missing.items():
         print(f"bench.smoke: no backend {name!r}: {why}", file=sys.stderr)
         if (words := advice(why)) is not None:
             print(f"    usually {words}", file=sys.stderr)
-    if "triton" in backends:
-        work = specialised([TINY[name] for name in options.problems], options.losses, device.type)
-        compile_ahead(work, COMPILING, print)
+    names, modes = options.losses or LOSSES, options.modes or MODES
+    if "triton" in backends and is_gpu(device):
+        work = specialised([TINY[name] for name in options.problems], names, device.type, modes)
+        compile_ahead(work, SECONDS, print)
     if options.compile:
         return 0
-    ran, failed = smoke(device, backends, options.problems, options.losses, options.modes, print)
+    ran, failed = smoke(device, backends, options.problems, names, modes, print)
     said = f"{failed} of {ran} steps failed" if failed else f"{ran} steps are right"
     print(f"smoke: {said} on {device_name(device)} ({', '.join(backends) or 'no backend'})")
     return 1 if failed or missing or not backends else 0

@@ -28,11 +28,14 @@ from torch import Tensor
 from mlkernels.backends import CHOICE, LAYOUTS, check_choice
 from mlkernels.backends.triton import launch
 
-from .gpu import compile_ahead, few_rows, first_line, gpu, graphed, make_inputs, our_step, ours, usable, visit
-from .gpu_report import MODES, OURS, Problem, floor_bytes
-from .measure import take_turns
-from .run import describe
+from .ahead import compile_ahead, few_rows, visit
+from .cases import Problem, floor_bytes, make_inputs, with_classes
+from .measure import captured, first_line, step_of, take_turns
+from .options import ON_GPU, gpu, usable
+from .peers import ours
+from .report import describe
 
+MODES = ["forward", "step", "split"]
 Table = dict[str, list[list[int]]]
 
 PATH = Path(launch.__file__).parent / "sizes.json"
@@ -107,7 +110,7 @@ def use(table: Table) -> None:
 def problem_of(candidate: Candidate, classes: int, elements: int) -> Problem:
     """About so many elements, the classes or the rows side by side."""
     if candidate.table == "classes_side_by_side":
-        return Problem((max(1, elements // classes // 16) * 16, classes), "bfloat16")
+        return with_classes(classes, "bfloat16", elements)
     side = min(512, math.isqrt(elements // classes))
     return Problem((max(1, elements // classes // side**2), classes, side, side), "bfloat16")
 
@@ -134,7 +137,7 @@ def prepare(table: Table, candidate: Candidate, kind: str, elements: int) -> Non
     """Compiles what a candidate runs; in a process of its own."""
     use(with_row(table, candidate))
     for classes in candidate.classes:
-        visit(few_rows(problem_of(candidate, classes, elements)), ["cross_entropy", "piecewise"], kind, "triton")
+        visit(few_rows(problem_of(candidate, classes, elements)), ["cross_entropy", "piecewise"], kind, "triton", MODES)
 
 
 def rate(table: Table, candidate: Candidate, copied: tuple[Tensor, Tensor], elements: int) -> float:
@@ -148,10 +151,12 @@ def rate(table: Table, candidate: Candidate, copied: tuple[Tensor, Tensor], elem
     try:
         for classes in candidate.classes:
             problem = problem_of(candidate, classes, elements)
-            visit(few_rows(problem), ["piecewise"], device.type, "triton")  # for its spills: the heaviest kernels
+            visit(
+                few_rows(problem), ["piecewise"], device.type, "triton", MODES
+            )  # for its spills: the heaviest kernels
             sets = [make_inputs(problem, False, device)]
             function = ours(device, "triton")["cross_entropy"]
-            steps = {mode: our_step(function, mode, sets) for mode in ("single", "split")}
+            steps = {mode: step_of(function, sets, mode) for mode in ("step", "split")}
             timings = take_turns({**steps, "copy": lambda: copied[0].copy_(copied[1])}, SECONDS, device)
             if recorder.spills:
                 return 0.0
@@ -206,7 +211,7 @@ def problems_at(layout: str, classes: int, elements: int) -> list[Problem]:
 def prepare_choice(layout: str, classes: int, kind: str, elements: int) -> None:
     """Compiles Triton's kernels for it; in a process of its own."""
     for problem in problems_at(layout, classes, elements):
-        visit(few_rows(problem), ["cross_entropy", "piecewise"], kind, "triton")
+        visit(few_rows(problem), ["cross_entropy", "piecewise"], kind, "triton", MODES)
 
 
 def ratio_at(layout: str, classes: int, device: torch.device, elements: int) -> float:
@@ -215,12 +220,13 @@ def ratio_at(layout: str, classes: int, device: torch.device, elements: int) -> 
     for problem in problems_at(layout, classes, elements):
         sets = [make_inputs(problem, False, device)]
         for name in ("cross_entropy", "piecewise"):
-            functions = {by: ours(device, by)[name] for by in OURS}
+            functions = {by: ours(device, by)[name] for by in ON_GPU}
             # A cosine loss on logits is as much work, and its numbers do not matter here.
             if problem.rows == FEW_ROWS and device.type == "cuda":
-                kinds = {by: {"graph": graphed(function, *sets[0][:2])} for by, function in functions.items()}
+                graph = {by: captured(step_of(function, sets, "step")) for by, function in functions.items()}
+                kinds = {by: {"graph": step} for by, step in graph.items()}
             else:
-                kinds = {by: {mode: our_step(f, mode, sets) for mode in MODES} for by, f in functions.items()}
+                kinds = {by: {mode: step_of(f, sets, mode) for mode in MODES} for by, f in functions.items()}
             steps = {f"{by} {mode}": step for by, modes in kinds.items() for mode, step in modes.items()}
             times = {key: timing.median for key, timing in take_turns(steps, SECONDS, device).items()}
             ratios += [times[f"triton {mode}"] / times[f"cuda {mode}"] for mode in kinds["cuda"]]
@@ -307,8 +313,8 @@ def tune_sizes(architecture: str, device: torch.device, started: float, say: Cal
 
 def tune_choice(architecture: str, device: torch.device, say: Callable[[str], None]) -> int:
     """Measures which backend is faster where and writes it; the exit status."""
-    if usable() != list(OURS):
-        print(f"bench.tune: choice.json is left as it was: of {' and '.join(OURS)} only {usable()} can be used")
+    if usable(device) != list(ON_GPU):
+        print(f"bench.tune: choice.json is left as it was: of {' and '.join(ON_GPU)} only {usable(device)} can be used")
         return 0
     table = json.loads(CHOICE.read_text())
     check_choice(table, str(CHOICE))
@@ -328,7 +334,7 @@ def tune_choice(architecture: str, device: torch.device, say: Callable[[str], No
 
 
 def _described(device: torch.device) -> dict[str, Any]:
-    header = describe(device)
+    header = describe(device, usable(device))
     return {name: header[name] for name in ("device", "date", "commit", "versions")}
 
 

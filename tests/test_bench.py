@@ -1,121 +1,1072 @@
-"""The benchmark: its peers compute the same losses, and a run writes what it should."""
+"""The benchmark: what it counts and writes, that everybody computes the same loss, and that its code for GPUs runs."""
 
+import contextlib
+import functools
+import itertools
 import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from bench import report, targets
-from bench.__main__ import main
-from bench.measure import Timing, take_turns
-from bench.peers import disagreement, losses, make_inputs
-from bench.run import Key, Run
-from bench.shapes import CASES, LOSSES, Case
+import mlkernels
+from bench import ahead, cases, measure, options, peers, report, schedule, smoke, tune
+from bench.__main__ import BUDGET, main, plan_of
+from bench.__main__ import _options as parse
+from bench.cases import LOSSES, MODES, Problem, floor_bytes, make_inputs
+from bench.measure import Key, Plan, Run, Timing
+from bench.report import Outcome, Report, check, text
+from mlkernels import backends, softmax
+from mlkernels.backends.triton import launch
 
-
-@pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-4), ("bfloat16", 0.1)])
-def test_peers_compute_the_same_loss(name, dtype, tolerance):
-    device = torch.device("cpu")
-    inputs = make_inputs(Case(32, 50, dtype), device)
-    loss = losses(device)[name]
-    input = inputs.cosines if loss.cosines else inputs.logits
-    assert disagreement(loss.ours, loss.eager, input, inputs.target) < tolerance
-    assert input.grad is None
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 
 
-def test_disagreement_sees_a_gradient():
-    inputs = make_inputs(Case(8, 5, "float64"), torch.device("cpu"))
-
-    def shifted(input, target):
-        return torch.nn.functional.cross_entropy(input, target) + 0.1 * (input - input.detach()).sum()
-
-    loss = losses(torch.device("cpu"))["cross_entropy"]
-    assert disagreement(loss.ours, shifted, inputs.logits, inputs.target) > 0.1
+# ---- what is counted -------------------------------------------------------------------------------------------------
 
 
-def test_run_writes_numbers_and_picture(tmp_path, capsys, monkeypatch):
-    pytest.importorskip("matplotlib")
-    monkeypatch.setattr(Case, "seconds", 0.0)  # the fewest turns
-    main(
-        [
-            "--shapes",
-            "8x5,6x40",
-            "--dtype",
-            "float32,bfloat16",
-            "--no-compile",
-            "--device",
-            "cpu",
-            "--out",
-            str(tmp_path),
-        ]
-    )
-    printed = capsys.readouterr().out
-    assert "8x5 float32" in printed and "piecewise" in printed
-    (data,), (picture,) = tmp_path.glob("*.json"), tmp_path.glob("*.png")
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    found = json.loads(data.read_text())
-    assert found["threads"] == torch.get_num_threads()
-    assert found["versions"]["torch"] == torch.__version__
-    measured = {(row["rows"], row["dtype"], row["loss"], row["peer"]) for row in found["timings"]}
-    for rows in (8, 6):
-        for dtype in ("float32", "bfloat16"):
-            assert {(rows, dtype, loss, "ours") for loss in LOSSES} <= measured
-            assert {(rows, dtype, "-", floor) for floor in ("copy", "clone", "F.cross_entropy")} <= measured
-    assert all(0 < row["best"] <= row["median"] for row in found["timings"])
+def test_floor_bytes():
+    small = Problem((1024, 1000), "bfloat16")  # u = 2 048 000
+    assert floor_bytes(small, "forward") == 2_048_000 + 8_192
+    assert floor_bytes(small, "step") == floor_bytes(small, "graph") == 4_096_000 + 8_192
+    # Twice the labels, the losses, (m, log S) written and read, the upstream gradient: 40 bytes a row.
+    assert floor_bytes(small, "split") == 6_144_000 + 40_960
+    # C = 2 in bfloat16: the label is half of what a step moves.
+    assert floor_bytes(Problem((10, 2), "bfloat16"), "step") == 160
+    images = Problem((8, 19, 1024, 2048), "float32")
+    assert (images.rows, images.classes) == (16_777_216, 19)
+    assert floor_bytes(images, "forward") == 4 * 318_767_104 + 8 * 16_777_216
+    assert str(Problem((8, 50), "float32", 4)) == "8x4x50 float32"
+
+
+def test_problems_of_a_gpu():
+    found = cases.problems(True)
+    assert len(found) == len(set(found)) == 2 * (len(cases.CLASSES) + 1) + 3
+    first = found[: len(cases.FIRST)]
+    assert [one.classes for one in first] == cases.FIRST and {one.dtype for one in first} == {"bfloat16"}
+    assert {50257, 128255, 128256, 262144} <= {problem.classes for problem in found}
+    assert all(problem.rows % 16 == 0 for problem in found)
+    assert [one.shape for one in found if one.small] == cases.CPU_SHAPES[:3]
+    # Logits, gradient and the copies of an eager chain fit 78 GiB.
+    assert max(problem.nbytes for problem in found) == 4 * 2**30
+    quick = cases.problems(True, quick=True)
+    assert quick[0].elements * 8 == pytest.approx(found[0].elements, rel=0.01) and len(quick) < len(found)
+
+
+def test_input_sets():
+    assert cases.input_sets(Problem((2**20, 1024), "bfloat16"), 50 * 2**20) == 1
+    assert cases.input_sets(Problem((2**14, 1024), "bfloat16"), 50 * 2**20) == 7  # 32 MiB each, 200 MiB wanted
+    assert cases.input_sets(Problem((8, 8), "bfloat16"), 50 * 2**20) == 64
+
+
+@pytest.mark.parametrize("classes", [*cases.CLASSES, 3000])
+def test_few_rows_are_specialised_like_many(classes):
+    many = cases.with_classes(classes, "bfloat16", 2**30)
+    few = ahead.few_rows(many)
+    assert few.rows <= many.rows and few.rows <= 2**14
+    assert (few.rows > launch._FEW) == (many.rows > launch._FEW)
+    assert few.rows % 16 == many.rows % 16 == 0
+
+
+def test_inputs_are_confident_on_every_other_row():
+    one = make_inputs(Problem((64, 50), "float32"), False, CPU)
+    (input,) = one.leaves
+    assert input.is_leaf and input.requires_grad
+    right = input.argmax(1) == one.target
+    assert right[::2].all() and right[1::2].float().mean() < 0.3
+    images = make_inputs(Problem((2, 5, 4, 6), "bfloat16"), True, CPU)
+    assert images.target.shape == images.upstream.shape == (2, 4, 6)
+    assert images.leaves[0].abs().max() <= 1
 
 
 def test_take_turns_counts_only_what_it_times():
     calls = []
-    timings = take_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 0.0, torch.device("cpu"))
+    timings = measure.take_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 0.0, CPU)
     assert set(timings) == {"a", "b"}
     turns, steps = timings["a"].turns, timings["a"].steps_per_turn
     assert turns == 3
     assert calls.count("a") == 2 + turns * (steps + 1)  # two to calibrate, one to warm up each turn
 
 
-def test_targets_are_judged_the_right_way_round():
-    def run(ours, other):
-        timings = {}
-        for case in CASES:
-            for floor in ("copy", "clone", "F.cross_entropy"):
-                timings[Key(case, "-", floor)] = Timing(1.0 if floor != "F.cross_entropy" else other, 1.0, 1, 1)
-            for loss in LOSSES:
-                for peer in ("eager", "compile"):
-                    timings[Key(case, loss, peer)] = Timing(other, other, 1, 1)
-                timings[Key(case, loss, "ours")] = Timing(ours, ours, 1, 1)
-        header = {
-            "device_type": "cpu",
-            "device": "",
-            "backend": "cpu",
-            "cpus": 1,
-            "threads": 1,
-            "isa": None,
-            "versions": {},
-            "commit": None,
-        }
-        return Run({**header, "uncommitted_changes": False, "date": ""}, timings, {}, [], [])
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux keeps the peak")
+def test_peak_memory_is_of_the_step():
+    def step():
+        torch.ones(2**24).sum()  # 64 MiB, freed when it ends
 
-    fast, slow = run(1.0, 20.0), run(10.0, 1.0)
-    assert len(targets.check(fast)) == 30
-    assert all(outcome.reached and outcome.missed_by <= 1 for outcome in targets.check(fast))
-    missed = [outcome for outcome in targets.check(slow) if outcome.target.peer != "float32"]
-    assert not any(outcome.reached for outcome in missed)
-    by_peer = {outcome.target.peer: outcome for outcome in missed}
-    assert by_peer["copy"].value == pytest.approx(10.0) and by_peer["copy"].missed_by == pytest.approx(10 / 1.9)
-    assert by_peer["compile"].value == pytest.approx(0.1) and by_peer["compile"].missed_by == pytest.approx(27.0)
-    assert "missed by 27.00x" in report.text(slow)
-    assert "WARNING" not in report.text(slow)
-    assert "not valid" in report.text(slow._replace(others=[0.0, 0.5]))
-    assert "not valid" in report.text(slow._replace(header={**slow.header, "backend": "reference"}))
+    assert 60e6 < measure.peak_memory(step, CPU) < 80e6
+    assert measure.peak_memory(lambda: None, CPU) < 4e6
+
+
+# ---- everybody computes the same loss --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-4), ("bfloat16", 0.1)])
+def test_peers_compute_the_same_loss(name, dtype, tolerance, monkeypatch):
+    monkeypatch.setattr(peers, "CHUNK", 500)  # several chunks
+    catalogue = peers.losses(CPU)
+    inputs = make_inputs(Problem((32, 50), dtype), catalogue[name].cosines, CPU)
+    wanted = peers.expected(peers.ours(CPU, "reference")[name], inputs, 50)
+    assert len(wanted.gradients[0]) == 10
+    for function in (catalogue[name].eager, peers.ours(CPU, "cpu")[name]):
+        assert peers.disagreement(function, inputs, wanted) < tolerance
+    assert inputs.leaves[0].grad is None
+
+
+@pytest.mark.parametrize("wrong", [1.0, math.nan])
+def test_disagreement_sees_a_gradient(wrong):
+    inputs = make_inputs(Problem((8, 5), "float64"), False, CPU)
+    wanted = peers.expected(peers.ours(CPU, "reference")["cross_entropy"], inputs, 5)
+
+    def shifted(input, target):
+        return F.cross_entropy(input, target) + wrong * (input - input.detach()).sum()
+
+    assert not peers.disagreement(shifted, inputs, wanted) < 0.1
+
+
+@pytest.mark.parametrize("by", ["reference", None])
+def test_a_backend_is_measured_by_its_name(by, monkeypatch):
+    asked = []
+
+    def choose(device, backend, *others):
+        asked.append(backend)
+        return "reference"
+
+    monkeypatch.setattr(softmax, "choose", choose)
+    for name, function in peers.ours(CPU, by).items():
+        one = make_inputs(Problem((4, 5), "float32"), peers.losses(CPU)[name].cosines, CPU)
+        function(*one.leaves, one.target)
+    assert asked == [by] * len(LOSSES)
+
+
+@pytest.mark.parametrize(("peer", "module"), [("liger", "liger_kernel"), ("quack", "quack")])
+def test_a_peer_is_optional(peer, module, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    assert getattr(peers, peer)() is None
+
+
+def test_quack_where_it_is_installed(monkeypatch):
+    package, module = types.ModuleType("quack"), types.ModuleType("quack.cross_entropy")
+    module.cross_entropy = lambda x, target, reduction="none": reduction
+    monkeypatch.setitem(sys.modules, "quack", package)
+    monkeypatch.setitem(sys.modules, "quack.cross_entropy", module)
+    assert peers.quack()(None, None) == "mean"
+
+
+def test_who_takes_part_where():
+    gpu = functools.partial(peers.peers_at, kind="cuda")
+    assert gpu(Problem((8368, 128256), "bfloat16"), "cross_entropy") == ["eager", "liger", "quack", "compile"]
+    assert gpu(Problem((8368, 50257), "bfloat16"), "cross_entropy") == ["eager", "liger"]
+    assert gpu(Problem((8368, 50257), "bfloat16"), "arcface") == ["eager"]
+    assert gpu(Problem((2**20, 10), "bfloat16"), "cross_entropy") == []
+    assert gpu(Problem((128, 10), "float32"), "cross_entropy") == ["eager"]
+    assert peers.peers_at(Problem((128, 10), "float32"), "arcface", "cpu") == ["eager", "compile"]
+    assert peers.peers_at(Problem((128, 10), "float32"), "focal", "cpu") == ["eager"]
+
+
+# ---- that it runs ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """The CPU's kernels under the names of a GPU's backends, its problems small."""
+    original, asked = peers.ours, set()
+
+    def ours(device, by):
+        asked.add(by)
+        return original(device, "cpu" if by in options.ON_GPU else by)
+
+    for module in (peers, ahead, smoke, tune):
+        monkeypatch.setattr(module, "ours", ours)
+    monkeypatch.setattr(cases, "SMALL", 200)
+    monkeypatch.setattr(Plan, "seconds", lambda plan, problem: 0.0)
+    return asked
+
+
+def plan(**changes):
+    """What is measured, on a CPU and in no time."""
+    problems = [Problem((16, 1000), "bfloat16"), Problem((2, 5, 4, 6), "float32"), Problem((16, 10), "float32")]
+    return Plan(CPU, ["triton", "cuda"], LOSSES[:6], ["eager"], MODES, problems)._replace(**changes)
+
+
+def measured(plan):
+    """A run of it, and how many timings there were at each save."""
+    saved = []
+    run = measure.measure(plan, Run(), lambda run: saved.append(len(run.timings)), lambda what: None)
+    return run, saved
+
+
+def test_measures(stand_in, tmp_path, monkeypatch):
+    monkeypatch.setattr(peers, "liger", lambda: F.cross_entropy)
+    monkeypatch.setattr(peers, "peers_at", lambda problem, loss, kind: ["eager"] + ["liger"] * (loss == LOSSES[0]))
+    run, saved = measured(plan(peers=["eager", "liger"], widths=[8, 3]))
+    assert run.failures == run.skipped == []
+    assert saved == sorted(saved) and saved[-1] == len(run.timings)
+    counts = {by: sum(key.by == by for key in run.timings) for by in ("triton", "cuda", "eager", "liger", "clone")}
+    ours = 2 * 6 * 3 + 6  # steps alone of the small problem
+    assert counts == {"triton": ours, "cuda": ours, "eager": 18, "liger": 3, "clone": 3}
+    assert {"triton", "cuda", "reference"} <= stand_in
+    assert all(0 <= apart < 0.1 for apart in run.apart.values()) and len(run.apart) == 3 * (6 * 3 + 1)
+    # Two layers: weight and bias, each with two averages and a step; so many tensors of their mean size.
+    state = Problem((16, (3 * (64 + 8 + 9 + 3) + 4) // 16), "float32")
+    assert {(key.loss, key.by) for key in run.timings if key.problem == state} == {
+        ("save", "multi_copy_"), ("restore", "multi_copy_"), ("refused", "multi_copy_"), ("save", "_foreach_copy_")
+    }  # fmt: skip
+    found = Report({**report.describe(CPU, ["triton", "cuda"]), "device_type": "cuda"}, [run])
+    assert all(found.fraction(key) > 0 for key in run.timings)
+    for what in ("forward %", "step %", "split %", "eager/ours", "liger/ours", "Targets: "):
+        assert what in text(found)
+    written(found, tmp_path)
+
+
+def test_the_state_is_of_the_size_asked_for():
+    widths = measure.STATE_WIDTHS
+    assert len(measure.training_state(widths, torch.device("meta"))) == 1000
+    assert abs(sum(width * width + width for width in widths) / 100e6 - 1) < 0.02
+
+
+def test_what_fails_or_is_another_loss_is_said_and_the_rest_measured(stand_in, monkeypatch):
+    def broken(input, target, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore than there is")
+
+    whole = peers.ours
+    other = {"modulated": broken, "arcface": lambda *inputs, **options: 1.01 * whole(CPU, "cuda")["arcface"](*inputs)}
+    monkeypatch.setattr(peers, "ours", lambda device, by: whole(device, by) | (other if by == "cuda" else {}))
+    everything = plan(names=LOSSES[:3], problems=[Problem((16, 20), "float32")], peers=[])
+    run, _ = measured(everything)
+    oom, wrong = run.failures
+    assert "modulated of cuda: OutOfMemoryError: CUDA out of memory. Tried to allocate" in oom and "\n" not in oom
+    assert "arcface of cuda: ValueError: another loss than the reference's, 1.0e-02 apart: not timed" in wrong
+    assert {key.loss for key in run.timings if key.by == "cuda"} == {"cross_entropy"}
+    assert "FAILED: 16x20" in text(Report(report.describe(CPU, ["cuda"]), [run]))
+    late, _ = measured(everything._replace(until=-math.inf, widths=[4]))
+    assert late.skipped == ["training state", "16x20 float32"] and not late.timings
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
+def test_runs_on_the_kernels_themselves(monkeypatch):
+    """Triton's interpreted, CUDA's over fibers."""
+    there = [name for name in options.ON_GPU if mlkernels.available_backends()[name] is None]
+    assert "triton" in there
+    monkeypatch.setattr(Plan, "seconds", lambda plan, problem: 0.0)
+    monkeypatch.setattr(cases, "SMALL", 0)
+    run, _ = measured(plan(backends=there, names=["piecewise"], problems=[Problem((16, 20), "bfloat16")], peers=[]))
+    assert run.failures == [] and sum(key.by in there for key in run.timings) == 3 * len(there)
+    monkeypatch.setattr(launch, "_sizes", launch._sizes)
+    table = {"classes_side_by_side": [[2048, 2048, 4], [0, 256, 8]], "rows_side_by_side": [[0, 256, 4]]}
+    copied = torch.zeros(64), torch.zeros(64)
+    kernel = launch.kernels.visit
+    try:
+        row = tune.Candidate("classes_side_by_side", 2048, (1024, 4), (40,))
+        tune.prepare(table, row, "cpu", 640)
+        assert launch.tile("sm_90", 40, False, 2, 8, True)[:5] == (1, 16, 8, 8, 4)
+        images = tune.Candidate("rows_side_by_side", 0, (128, 4), (5,))
+        assert tune.rate(table, images, copied, 80) > 0
+        assert launch.kernels.visit is kernel
+    finally:
+        launch.tile.cache_clear()
+
+
+def test_fresh_processes(tmp_path, capsys):
+    """Each a process of its own, which imports anew: the best and the worst of them are said."""
+    few = ["--shapes", "8x5,6x40", "--dtype", "float32,bfloat16", "--losses", "cross_entropy,poly1", "--peers", "eager"]
+    assert main([*few, "--device", "cpu", "--processes", "2", "--seconds", "60", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "8x5 float32" in printed and "poly1" in printed and "of 2 processes" in printed
+    assert all(title in printed for title in ("best", "worst", "eager/ours", "eager least"))
+    (data,) = tmp_path.glob("*.json")
+    found = json.loads(data.read_text())
+    assert found["threads"] == torch.get_num_threads() and found["versions"]["torch"] == torch.__version__
+    rows = {(tuple(one["shape"]), one["dtype"], one["loss"], one["by"]): one["processes"] for one in found["timings"]}
+    for shape, dtype in itertools.product([(8, 5), (6, 40)], ["float32", "bfloat16"]):
+        for loss, by in (("cross_entropy", "cpu"), ("poly1", "cpu"), ("poly1", "eager"), ("-", "clone")):
+            both = rows[shape, dtype, loss, by]
+            assert len(both) == 2 and both[0] != both[1] and all(0 < one["best"] <= one["median"] for one in both)
+
+
+def test_what_the_options_ask_for():
+    few = plan_of(parse(["--quick"]), CPU, ["cpu"])
+    assert few.modes == ["step"] and few.names == peers.HEADLINE and "compile" not in few.peers
+    assert few.patience == 1 / 3 and few.widths == () and few.until == math.inf
+    whole = plan_of(parse([]), torch.device("cuda"), ["triton"])
+    assert whole.modes == MODES and whole.names == LOSSES[:6] and whole.peers == peers.PEERS
+    assert whole.problems == cases.problems(True) and len(whole.widths) == 125 and whole.until < math.inf
+    own = plan_of(parse(["--shapes", "4x5x6,7x8", "--dtype", "float16", "--modes", "split"]), CPU, ["cpu"])
+    assert own.problems == [Problem((4, 5, 6), "float16"), Problem((7, 8), "float16")] and own.modes == ["split"]
+    for wrong in (["--shapes", "4"], ["--losses", "nothing"], ["--dtype", "int8"]):
+        with pytest.raises(SystemExit):
+            parse(wrong)
 
 
 def test_schedule_prints_its_parts(capsys, monkeypatch):
-    from bench import schedule
-
     monkeypatch.setattr(schedule, "NETWORKS", dict([next(iter(schedule.NETWORKS.items()))]))
     schedule.main(["--seconds", "0", "--device", "cpu"])
     printed = capsys.readouterr().out
     for part in ("with MILS, no attempt", "an attempt, rejected", "restore", "accepted / ", "rejected / "):
         assert part in printed
     assert "others kept" in printed
+
+
+def test_compiles_in_other_processes():
+    said = []
+    ahead.compile_ahead([functools.partial(math.sqrt, 4.0), functools.partial(math.sqrt, -1.0)], 60, said.append)
+    assert len(said) == 1 and "failed 1 times: ValueError" in said[0]
+    work = ahead.specialised(list(smoke.TINY.values())[:2], ["cross_entropy", "arcface"], "cpu", MODES)
+    assert [job.args[-2:] for job in work] == 2 * [("triton", [mode]) for mode in MODES[:3]]
+
+
+def test_graph_replays_what_was_captured(monkeypatch):
+    class Stream:
+        def wait_stream(self, other):
+            assert isinstance(other, Stream)
+
+    class Graph:
+        replays = 0
+
+        def replay(self):
+            Graph.replays += 1
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+    jobs = []
+    replay = measure.captured(lambda: jobs.append("ran"))
+    replay()
+    assert Graph.replays == 1 and len(jobs) == 4  # three to warm up, one to capture
+
+
+# ---- what comes out --------------------------------------------------------------------------------------------------
+
+HEADER = {
+    "device": "NVIDIA Nothing 1",
+    "device_type": "cuda",
+    "backends": ["triton", "cuda"],
+    "cpus": 16,
+    "threads": 16,
+    "isa": None,
+    "versions": {"torch": "2.11.0", "triton": None},
+    "commit": None,
+    "uncommitted_changes": False,
+    "date": "2026-11-22T17:00:00+00:00",
+}
+ON_CPU = {
+    **HEADER,
+    "device": "a CPU",
+    "device_type": "cpu",
+    "backends": ["cpu"],
+    "cpus": 2,
+    "threads": 2,
+    "isa": "avx2",
+}
+
+
+def timing(seconds):
+    return Timing(seconds, seconds, 3, 1)
+
+
+def written(found, folder):
+    """JSON and picture of a report."""
+    data = json.loads(report.write_json(found, folder).read_text())
+    assert data["device"] == found.header["device"] and len(data["timings"]) == len(found.measured())
+    pytest.importorskip("matplotlib")
+    report.picture(found, folder / "picture.png")
+    assert (folder / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".png"]
+    return data
+
+
+def made_up(fraction):
+    """A GPU's run of everything, each at this fraction of its target's bound."""
+    run = Run()
+    state = Problem((1000, 250000), "float32")
+    for problem in [*cases.problems(True), state]:
+        run.bandwidth[problem] = 3e12
+    for problem in cases.problems(True):
+        for loss, by in itertools.product(LOSSES[:5], options.ON_GPU):
+            for mode in ("step", "graph") if problem.small else MODES[:3]:
+                of_copy = fraction * (report.wanted_fraction(problem, mode, by) or 0.5)
+                seconds = floor_bytes(problem, mode) / (of_copy * 3e12)
+                if problem.small:
+                    seconds = {"triton": 15e-6, "cuda": 10e-6}[by] / fraction if mode == "graph" else 50e-6
+                run.timings[Key(problem, loss, mode, by)] = timing(seconds)
+        if problem.small:
+            run.timings[Key(problem, "cross_entropy", "step", "eager")] = timing(50e-6 * fraction)
+    own = Key(Problem((8368, 128256), "bfloat16"), "cross_entropy", "step", "cuda")  # faster: 0.92 against 0.5
+    for peer, bound in (("eager", 3), ("compile", 1.2), ("liger", 1.6), ("quack", 1.0)):
+        run.timings[own._replace(by=peer)] = timing(run.timings[own].median * bound * fraction)
+    for what in ("save", "restore"):
+        key = Key(state, what, "step", "multi_copy_")
+        run.timings[key] = timing(floor_bytes(state, "step") / (0.85 * fraction * 3e12))
+    run.timings[Key(state, "refused", "graph", "multi_copy_")] = timing(5e-6 / fraction)
+    return Report(HEADER, [run])
+
+
+def test_targets_of_a_gpu_are_judged_the_right_way_round():
+    good, bad = check(made_up(1.01)), check(made_up(0.5))
+    # Of 28 problems, 20 have a target in each of 15 steps. Of the eight longer ones, C = 50257 and 128255 in two types
+    # have none but CUDA's step in bfloat16, and the other two the split one as well.
+    triton = 20 * 15 + 2 * 2 * 5
+    cuda = 20 * 15 + 2 * 2 * 5 + 4 * 5
+    assert sum(report.OF_COPY in one.what and "state" not in one.what for one in good) == triton + cuda
+    # Peers; graphs of small problems, two backends, and eager beside CUDA; three copies.
+    assert len(good) == triton + cuda + 4 + 3 * 2 * 5 + 3 + 3 == len(bad)
+    assert all(one.reached and "reached" in str(one) for one in good)
+    assert not any(one.reached for one in bad)
+    assert all("missed by 2.00x" in str(one) for one in bad)
+    assert not Outcome("", math.nan, 1.0, False).reached
+
+
+def test_targets_of_a_cpu_are_judged_the_right_way_round():
+    def made_up(ours, other):
+        run = Run()
+        for problem in cases.problems(False):
+            run.bandwidth[problem] = 2 * problem.nbytes
+            run.timings[Key(problem, "-", "step", "clone")] = timing(1.0)
+            for loss, by in itertools.product(LOSSES, ("eager", "compile", "cpu")):
+                run.timings[Key(problem, loss, "step", by)] = timing(ours if by == "cpu" else other)
+        return Report(ON_CPU, [run])
+
+    fast, slow = check(made_up(1.0, 20.0)), check(made_up(10.0, 1.0))
+    assert len(fast) == len(slow) == 30
+    assert all(one.reached and one.missed_by <= 1 for one in fast)
+    missed = {one.what: one for one in slow if not one.what.endswith("float32")}
+    assert not any(one.reached for one in missed.values())
+    of_copy, compiled = (missed[f"1024x8000 float32, modulated: {what}"] for what in ("cpu / copy", "compile / cpu"))
+    assert of_copy.value == pytest.approx(10.0) and of_copy.missed_by == pytest.approx(10 / 1.9)
+    assert compiled.value == pytest.approx(0.1) and compiled.missed_by == pytest.approx(27.0)
+    bad = made_up(10.0, 1.0)
+    assert "missed by 27.00x" in text(bad) and "WARNING" not in text(bad)
+    bad.runs[0].others_busy = 0.5
+    assert "not valid" in text(bad)
+    assert "not valid" in text(Report({**ON_CPU, "backends": ["reference"]}, bad.runs[:1]))
+
+
+@pytest.mark.parametrize(
+    ("classes", "dtype", "mode", "by", "bound"),
+    [
+        (1000, "bfloat16", "step", "cuda", 0.92),
+        (262144, "bfloat16", "step", "cuda", 0.92),
+        (262144, "float32", "step", "cuda", None),
+        (1000, "bfloat16", "step", "triton", 0.90),
+        (50257, "bfloat16", "step", "triton", None),
+        (128256, "bfloat16", "split", "triton", 0.85),
+        (100, "bfloat16", "step", "cuda", 0.80),
+        (1000, "bfloat16", "step", "liger", None),
+    ],
+)
+def test_what_is_asked_of_the_bandwidth(classes, dtype, mode, by, bound):
+    assert report.wanted_fraction(Problem((2**20, classes), dtype), mode, by) == bound
+
+
+def test_images_are_asked_what_short_rows_are():
+    assert report.wanted_fraction(Problem((2, 1000, 512, 8), "bfloat16"), "step", "cuda") == 0.90
+
+
+def test_times_are_medians_and_ratios_those_within_a_process():
+    key = Key(Problem((2048, 1000), "bfloat16"), "cross_entropy", "step", "triton")
+    runs = []
+    for triton, cuda, quack in ((2.0, 4.0, 3.0), (20.0, 40.0, 60.0), (4.0, 8.0, 8.0)):
+        timings = {key: timing(triton), key._replace(by="cuda"): timing(cuda), key._replace(by="quack"): timing(quack)}
+        runs.append(Run(timings, {key.problem: 1e6}))
+    found = Report(HEADER, runs)
+    assert found.median(key) == 4.0 and found.ratio(key, key._replace(by="quack")) == 2.0
+    assert found.fastest(key._replace(by="quack")) == key
+    (ratio,) = [one for one in check(found) if "quack" in one.what]
+    assert ratio.what.endswith("quack / triton") and ratio.value == 2.0
+    # Step, best and worst, of copy; F.cross_entropy was not measured; quack in the middle and at its fastest.
+    line = r"cross_entropy +triton +4000.00 ms +2000.00 ms +20000.00 ms +205% +- +2.00 +1.50\n"
+    assert re.search(line, text(found))
+
+
+def test_table_and_files(tmp_path):
+    found = made_up(0.5)
+    found.runs[0].failures.append("16x10 float32, arcface cuda: RuntimeError: broken")
+    table = text(found)
+    assert "1073741x1000 bfloat16" not in table and "1073728x1000 bfloat16" in table
+    assert "8x19x1024x2048 float32" in table and "copy 3000.0 GB/s" in table
+    assert "triton and cuda" in table and "FAILED: 16x10" in table and "Targets: 0 of 700 reached" in table
+    assert max(map(len, table.splitlines())) < 170
+    data = written(found, tmp_path)
+    assert not any(one["reached"] for one in data["targets"]) and data["schema"] == 3
+    assert [path.name for path in tmp_path.glob("*.json")] == ["nvidia-nothing-1-2026-11-22T170000.json"]
+
+
+def test_an_empty_run_can_be_written(tmp_path):
+    assert "NVIDIA Nothing" in text(Report(HEADER, []))
+    written(Report(HEADER, [Run()]), tmp_path)
+
+
+# ---- the first thing on an unknown GPU -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by", ["cpu", "cuda"])
+def test_smoke(by):
+    """Against float64, on the CPU's kernels and on CUDA's over fibers; the longest rows would take a while."""
+    if mlkernels.available_backends()[by] is not None:
+        pytest.skip(f"no {by}")
+    names = ["short", "odd", "apart", "apart16"]
+    said = []
+    assert smoke.smoke(CPU, [by], names, smoke.LOSSES, smoke.MODES, said.append) == (18 * len(names) + 1, 0)
+    assert said == []
+
+
+def test_smoke_says_what_is_wrong_and_how_to_go_on(monkeypatch):
+    whole = peers.ours
+
+    def ours(device, by):
+        found = whole(device, "reference")
+        if by == "triton":
+            right = found["arcface"]
+            found["arcface"] = lambda *arguments, **options: 1.001 * right(*arguments, **options)
+        elif by == "cuda":
+
+            def broken(input, target, **options):
+                raise RuntimeError("CUDA error: misaligned address\nat length")
+
+            found["modulated"] = broken
+        return found
+
+    monkeypatch.setattr(smoke, "ours", ours)
+    said = []
+    losses = ["modulated", "arcface"]
+    assert smoke.smoke(CPU, ["triton", "cuda"], ["short"], losses, ["step"], said.append) == (5, 2)
+    text = "\n".join(said)
+    assert "FAILED cuda short (33x100 bfloat16) modulated step: RuntimeError: CUDA error: misaligned address" in text
+    assert "compute-sanitizer --tool memcheck" in text and "at length" not in text
+    assert "FAILED triton short (33x100 bfloat16) arcface step: wrong loss: off by 0.001" in text
+    assert "python -m bench.smoke --backends triton --problems short --losses arcface --modes step" in text
+
+
+def test_smoke_ends_where_the_device_is_broken(monkeypatch):
+    class Broken:
+        type = "cuda"
+
+    def synchronize():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(smoke, "make_inputs", lambda problem, cosines, device: make_inputs(problem, cosines, CPU))
+    monkeypatch.setattr(smoke, "ours", lambda device, by: peers.ours(CPU, "reference"))
+    said = []
+    assert smoke.smoke(Broken(), ["cuda"], ["short"], ["modulated"], smoke.MODES, said.append) == (1, 1)
+    assert "the device is broken" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("error", "word"),
+    [
+        ("CUDA error: no kernel image is available for execution on the device", "MLKERNELS_CUDA_ARCHS"),
+        ("_cuda.abi3.so does not load: undefined symbol: aoti_torch_x", "python -m mlkernels"),
+        ("OutOfResources: out of resource: shared memory, Required: 262144", "sizes.json"),
+        ("wrong gradient: off by 0.2 of its norm", "racecheck"),
+        ("CUDA out of memory. Tried to allocate", "nvidia-smi"),
+    ],
+)
+def test_what_an_error_means(error, word):
+    assert word in smoke.advice(error)
+    assert smoke.advice("nobody has seen this") is None
+
+
+def test_smoke_has_every_way_of_the_cuda_kernels():
+    """By the bytes of shared memory of an H100's block, and of sixteen of them."""
+    block, cluster = 227 * 2**10, 16 * 227 * 2**10
+    tiny = smoke.TINY.values()
+    rows = [one.classes * one.torch_dtype.itemsize for one in tiny if len(one.shape) == 2]
+    assert any(row < 1024 for row in rows) and any(1024 < row < block / 4 for row in rows)
+    assert any(block < row < cluster for row in rows) and any(row > cluster for row in rows)
+    assert any(row % 4 for row in rows) and any(len(one.shape) > 2 for one in tiny)
+
+
+# ---- the commands ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """The CPU taken for one, nothing compiled ahead."""
+    from bench import __main__ as command
+
+    for module in (command, smoke):
+        monkeypatch.setattr(module, "device_of", lambda asked, module: CPU)
+        monkeypatch.setattr(module, "is_gpu", lambda device: True)
+    monkeypatch.setattr(options, "is_gpu", lambda device: True)
+    monkeypatch.setattr(options, "usable", lambda device: ["triton", "cuda"])
+    for module in (ahead, smoke):
+        monkeypatch.setattr(module, "compile_ahead", lambda work, seconds, say: None)
+    for name, value in (("FIRST", [10]), ("CLASSES", [10]), ("ELEMENTS", 2**12), ("SEGMENTATION", (2, 5, 8, 8))):
+        monkeypatch.setattr(cases, name, value)
+    monkeypatch.setattr(command, "STATE_WIDTHS", [4])
+
+
+def test_command(stand_in, a_gpu, tmp_path, capsys):
+    few = ["--quick", "--losses", "cross_entropy,arcface", "--peers", "eager", "--out", str(tmp_path)]
+    assert main(few) == 0
+    printed = capsys.readouterr()
+    assert "training state" in printed.err and "48x10 bfloat16" in printed.out and "multi_copy_" in printed.out
+    assert sorted(path.suffix for path in tmp_path.iterdir()) in ([".json"], [".json", ".png"])
+    assert main(["--compile", *few]) == 0
+    assert capsys.readouterr().out == ""
+    one = ["--problems", "short", "--losses", "arcface"]
+    assert smoke.main(one) == 0
+    assert "smoke: 7 steps are right" in capsys.readouterr().out
+    assert smoke.main(["--backends", "cuda", *one]) == 0
+    assert "4 steps are right" in capsys.readouterr().out
+
+
+def test_a_backend_that_is_asked_for_and_not_there(stand_in, a_gpu, monkeypatch, capsys):
+    monkeypatch.setattr(options, "usable", lambda device: ["triton"])
+    one = ["--problems", "short", "--losses", "arcface", "--modes", "forward"]
+    assert smoke.main(["--backends", "triton,cuda", *one]) == 1  # the rest runs
+    printed = capsys.readouterr()
+    assert "no backend 'cuda'" in printed.err and "2 steps are right" in printed.out and "(triton)" in printed.out
+    assert smoke.main(one) == 0
+
+
+@without_gpu
+@pytest.mark.parametrize("module", ["bench", "bench.smoke", "bench.tune"])
+def test_without_a_gpu_it_says_so(module, capsys):
+    asked = [] if module == "bench.tune" else ["--device", "cuda"]
+    assert {"bench": main, "bench.smoke": smoke.main, "bench.tune": tune.main}[module](asked) == 1
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err == f"{module}: no GPU here (torch.cuda.is_available() is False)\n"
+
+
+SCRIPT = str(ROOT / "bench/gpu.sh")
+LIMITS = {"first": 210, "second": 420, "racecheck": 200, "tune": 300}
+
+
+def dry_run(call, **more):
+    environment = {**os.environ, "OUT": "nowhere", "PYTHON": "a-python", **more}
+    return subprocess.run([SCRIPT, call, "--dry-run"], capture_output=True, text=True, env=environment, timeout=20)
+
+
+def test_dry_run_of_the_script(tmp_path):
+    said = "".join(dry_run(call, OUT=str(tmp_path / "out")).stdout for call in LIMITS)
+    for what in (
+        "exec a-python csrc/build.py",
+        "a-python -m mlkernels",
+        "a-python -m bench.smoke --device cuda --backends cuda\n",
+        "a-python -m bench.smoke --device cuda --backends triton\n",
+        "a-python -m bench --device cuda --quick",
+        "tests/test_gpu.py --seconds 52 -k not triton",
+        "tests/test_gpu.py --seconds 72 -k triton",
+        "a-python -m bench --device cuda --compile",
+        "compute-sanitizer --tool memcheck",
+        "compute-sanitizer --tool racecheck",
+        "a-python -m bench.schedule",
+        "a-python -m bench.tune",
+        f"a-python -m bench --device cuda --seconds 172 --out {tmp_path / 'out'}",
+    ):
+        assert what in said, what
+    assert not (tmp_path / "out").exists()
+    for wrong in ([], ["third"], ["first", "--nothing"], ["first", "--dry-run", "more"]):
+        assert subprocess.run([SCRIPT, *wrong], capture_output=True).returncode == 2
+
+
+@pytest.mark.parametrize("call", LIMITS)
+def test_the_limits_of_the_steps_add_up(call):
+    """What comes last may have what the others leave: of it a part at least."""
+    steps = re.findall(r"^== ([\w-]+), up to (\d+) s( beside the next)?:", dry_run(call).stdout, re.MULTILINE)
+    total = together = 0
+    ends = {}
+    for name, seconds, beside in steps:
+        together = max(together, int(seconds))
+        if not beside:
+            total, together = total + together, 0
+        ends[name] = total
+    assert together == 0
+    last = steps[-1][0]
+    before = ends[steps[-2][0]]
+    assert before < LIMITS[call] - 10 and (call == "first" or ends[last] + 5 <= LIMITS[call])
+    # The measurement ends by itself, a problem after its budget is spent.
+    if call == "second":
+        assert {name: int(seconds) for name, seconds, _ in steps}["measure"] > BUDGET
+
+
+def fake_machine(tmp_path, call, fails, library=True):
+    """The script in a folder of its own, with a "python" that says what it was asked for and fails at some of it."""
+    tools, place = tmp_path / "tools", tmp_path / "project"
+    tools.mkdir()
+    (place / "bench").mkdir(parents=True)
+    (place / "mlkernels/backends/triton").mkdir(parents=True)
+    for table in ("triton/sizes.json", "choice.json"):
+        (place / "mlkernels/backends" / table).write_text("{}")
+    shutil.copy(SCRIPT, place / "bench/gpu.sh")
+    built = "touch mlkernels/_cuda.abi3.so" if library else "echo 'nvcc failed: no space' > mlkernels/_cuda.error.txt"
+    (tools / "python").write_text(
+        f"""#!/bin/sh
+echo "asked: $* for $MLKERNELS_CUDA_ARCHS, $MLKERNELS_CUDA"
+case "$*" in {fails}) exit 3 ;; csrc/build.py) {built} ;; *--out*) touch "$OUT/a.json" "$OUT/a.png" ;; esac
+"""
+    )
+    (tools / "compute-sanitizer").write_text('#!/bin/sh\necho "sanitizer: $*"\n')
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    environment = {**os.environ, "OUT": str(tmp_path / "out"), "PYTHON": str(tools / "python")}
+    environment |= {"PATH": f"{tools}:/usr/bin:/bin", "MLKERNELS_CUDA_ARCHS": "77"}
+    command = [str(place / "bench/gpu.sh"), call]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=60)
+    return done, sorted(path.name for path in (tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("call", "fails", "failed"),
+    [
+        ("first", "*test_gpu.py*", "tests"),
+        ("first", "*smoke*backends?cuda*", "smoke-cuda"),
+        ("first", "nothing", None),
+        ("second", "*--compile*", "compile"),  # beside the build, and waited for
+        ("second", "nothing", None),
+        ("tune", "*bench.tune*", "tune"),
+        ("racecheck", "nothing", None),
+    ],
+)
+def test_a_failing_step_does_not_stop_the_script(tmp_path, call, fails, failed):
+    done, files = fake_machine(tmp_path, call, fails)
+    last = done.stdout.splitlines()[-1]
+    assert (done.returncode, last.startswith("all steps passed")) == ((1, False) if failed else (0, True))
+    if failed:
+        assert f"FAILED: {failed}; the log is {tmp_path / 'out'}/{call}.log" == last
+    assert "asked: csrc/build.py for 77, 1" in done.stdout
+    order = {
+        "first": ["build", "compile", "machine", "smoke-cuda", "smoke-triton", "measure-quick", "tests"],
+        "second": ["build", "compile", "measure", "schedule", "tests-triton", "memcheck"],
+        "racecheck": ["build", "racecheck"],
+        "tune": ["build", "tune"],
+    }[call]
+    places = [max(done.stdout.find(f"== {what}, up"), done.stdout.find(f"== {what} ended")) for what in order]
+    assert places == sorted(places) and places[0] > 0
+    # At most eight come back from a machine.
+    assert len(files) <= 4 and f"{call}.log" in files
+    assert ("a.json" in files) == (call in ("first", "second")) and ("sizes.json" in files) == (call == "tune")
+    assert ("sanitizer: --tool" in done.stdout) == (call in ("second", "racecheck"))
+
+
+def test_without_a_library_nothing_more_is_run(tmp_path):
+    done, files = fake_machine(tmp_path, "first", "nothing", library=False)
+    assert done.returncode == 1 and files == ["first.log"]
+    assert "nvcc failed: no space" in done.stdout and "mend the build" in done.stdout.splitlines()[-1]
+    assert "bench.smoke --device cuda --backends cuda" not in done.stdout
+
+
+def test_a_step_that_hangs_is_stopped(tmp_path):
+    """And what comes after the call's limit is not begun."""
+    script = Path(SCRIPT).read_text().replace("step machine 10", "step machine 1")
+    script = script.replace("step smoke-cuda", "SECONDS=206\n        step smoke-cuda")  # as late as that
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "mlkernels").mkdir()
+    (tmp_path / "bench/gpu.sh").write_text(script)
+    fake = tmp_path / "python"
+    fake.write_text(
+        """#!/bin/sh
+case "$*" in
+    csrc/build.py) touch mlkernels/_cuda.abi3.so ;;
+    "-m mlkernels") echo begun; exec sleep 30 ;;
+esac
+"""
+    )
+    fake.chmod(0o755)
+    environment = {**os.environ, "OUT": str(tmp_path / "out"), "PYTHON": str(fake), "PATH": "/usr/bin:/bin"}
+    environment["MLKERNELS_CUDA_ARCHS"] = "90"
+    command = ["bash", str(tmp_path / "bench/gpu.sh"), "first"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert "machine: stopped after 1 s" in done.stdout
+    assert "smoke-cuda: no time left" in done.stdout and "tests: no time left" in done.stdout
+    assert done.returncode == 1 and "FAILED: machine smoke-cuda smoke-triton" in done.stdout.splitlines()[-1]
+    assert "begun" in (tmp_path / "out/first.log").read_text()  # a step that is cut off has kept what it had
+
+
+REHEARSED = """#!/bin/sh
+case "$*" in
+    csrc/build.py) exit 0 ;;
+    *) exec {python} "$@" ;;
+esac
+"""
+
+
+@pytest.mark.skipif(not os.environ.get("MLKERNELS_FULL"), reason="takes minutes; MLKERNELS_FULL=1 runs it")
+@pytest.mark.parametrize("call", ["first", "second"])
+def test_rehearsal(tmp_path, call):
+    """The whole call, its programs as they are, a CPU taken for the device (tests/rehearsal)."""
+    if not (ROOT / "mlkernels/_cuda.abi3.so").exists():
+        pytest.skip("no CUDA library was built")
+    fake = tmp_path / "python"
+    fake.write_text(REHEARSED.format(python=sys.executable))
+    fake.chmod(0o755)
+    environment = {**os.environ, "OUT": str(tmp_path / "out"), "PYTHON": str(fake), "MLKERNELS_CUDA_ARCHS": "90"}
+    environment |= {"PYTHONPATH": str(ROOT / "tests/rehearsal"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([SCRIPT, call], capture_output=True, text=True, env=environment, timeout=LIMITS[call] + 60)
+    files = [path.suffix for path in (tmp_path / "out").iterdir()]
+    assert len(files) <= 8 and ".json" in files and ".log" in files
+    # Without a GPU test_gpu.py has no tests, which is a failure; and a busy machine has no time for all.
+    assert "are right on" in done.stdout if call == "first" else "MILS adds" in done.stdout
+    assert "Error" not in done.stdout
+
+
+# ---- tests for so many seconds ---------------------------------------------------------------------------------------
+
+
+def test_in_so_many_seconds_each_function_has_its_turn(tmp_path):
+    """Two processes; what failed, died and came in time is said, though others hang."""
+    pytest.importorskip("xdist")
+    (tmp_path / "test_these.py").write_text(
+        """import os, time, pytest
+
+@pytest.mark.parametrize("k", range(150))
+def test_many(k):
+    with open(f"{os.path.dirname(__file__)}/ran", "a") as file:
+        file.write(f"{k}\\n")
+    time.sleep(0.2)
+
+def test_fails():
+    assert 1 + 1 == 3, "no"
+
+def test_dies():
+    os._exit(7)
+
+@pytest.mark.parametrize("k", range(3))
+def test_hangs(k):
+    time.sleep(k and 60)
+"""
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:randomly",
+        "-p",
+        "bench.spread",
+    ]
+    command += ["-n", "2", "--maxschedchunk", "1", "--seconds", "20", "--max-worker-restart", "9"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=120)
+    assert done.returncode != 0
+    assert "crashed while running 'test_these.py::test_dies'" in done.stdout
+    assert "FAILED test_these.py::test_fails" in done.stdout and "KeyboardInterrupt" in done.stdout
+    assert "2 failed" in done.stdout.splitlines()[-1] and "passed" in done.stdout.splitlines()[-1]
+    ran = [int(line) for line in (tmp_path / "ran").read_text().split()]
+    assert 0 in ran and 149 not in ran
+
+
+def test_a_broken_device_ends_its_process(monkeypatch):
+    from bench import spread
+
+    ended = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    spread.pytest_runtest_teardown()
+    assert ended == []
+
+    def synchronize():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    spread.pytest_runtest_teardown()
+    assert ended == [1]
+
+
+# ---- launch sizes ----------------------------------------------------------------------------------------------------
+
+TABLE = {
+    "classes_side_by_side": [[2048, 2048, 4], [8192, 8192, 8], [0, 8192, 8]],
+    "rows_side_by_side": [[64, 4096, 4], [0, 4096, 4]],
+}
+
+
+def test_candidates(capsys):
+    groups = tune.candidates(TABLE)
+    assert [len(group) for group in groups] == [9, 3, 9, 3, 9, 9]
+    assert groups[0][0][:3] == ("classes_side_by_side", 2048, (2048, 4))
+    assert {candidate.row for candidate in groups[3]} == {None, (32768, 16), (32768, 32)}
+    assert tune.with_row(TABLE, groups[3][1])["classes_side_by_side"] == [
+        *TABLE["classes_side_by_side"][:2],
+        [32768, 32768, 16],
+        [0, 8192, 8],
+    ]
+    assert tune.with_row(TABLE, groups[3][0]) == TABLE
+    assert tune.problem_of(groups[4][0], 19, 2**28).shape == (53, 19, 512, 512)
+    assert tune.main(["--dry-run"]) == 0
+    listed = capsys.readouterr().out
+    assert "classes_side_by_side  C <= 2048" in listed and "any C" in listed and "rows_side_by_side" in listed
+
+
+def test_spilling_failing_and_barely_better_sizes_are_not_taken():
+    def rate(table, candidate):
+        if candidate.limit == 2048:
+            return {(4096, 8): 0.0, (1024, 4): 0.93}.get(candidate.row, 0.9)  # the fastest one spills
+        if candidate.limit == 8192:
+            return 0.91 if candidate.row == (8192, 16) else 0.90
+        if candidate.row == (32768, 32):
+            raise RuntimeError("out of resources")
+        return 0.5
+
+    said = []
+    best, notes = tune.tune(TABLE, rate, math.inf, said.append)
+    assert best["classes_side_by_side"] == [[2048, 1024, 4], [8192, 8192, 8], [0, 8192, 8]]
+    assert best["rows_side_by_side"] == TABLE["rows_side_by_side"]
+    assert len(notes) == 6 and "93.0% of a copy, 9 of 9" in notes[0]
+    assert any("spills" in what for what in said) and any("out of resources" in what for what in said)
+    kept, notes = tune.tune(TABLE, rate, -math.inf, said.append)
+    assert kept == TABLE and all("not measured: kept" in note for note in notes)
+
+
+def test_recorder_keeps_the_most_spills():
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda spills: None if spills is None else type("Compiled", (), {"n_spills": spills})
+
+    recorder = tune.Recorder(Kernel())
+    for spills in (0, 3, 1, None):
+        recorder[(1,)](spills)
+    assert recorder.spills == 3
+
+
+def test_tune_writes_what_launch_reads(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "sizes.json"
+    path.write_text(tune.PATH.read_text())
+    default = json.loads(path.read_text())["default"]
+    monkeypatch.setattr(tune, "PATH", path)
+    monkeypatch.setattr(tune, "gpu", lambda: CPU)
+    monkeypatch.setattr(tune, "COPIED", 64)
+    monkeypatch.setattr(tune, "compile_ahead", lambda work, seconds, say: None)
+    monkeypatch.setattr(tune, "rate", lambda table, one, copied, elements: 0.9 if one.row == (4096, 8) else 0.5)
+    monkeypatch.setattr(launch, "_architecture", lambda device: "sm_90")
+    monkeypatch.setattr(launch, "_sizes", launch._sizes)
+    monkeypatch.setattr(tune, "usable", lambda device: ["triton"])  # and so no choice to measure
+    assert tune.main([]) == 0
+    sizes = json.loads(path.read_text())
+    assert sizes["default"] == default
+    assert [4096, 8] in [row[1:] for row in sizes["sm_90"]["rows_side_by_side"]]
+    assert sizes["sm_90"]["measured"]["device"] and len(sizes["sm_90"]["measured"]["rows"]) > 4
+    assert max(map(len, path.read_text().splitlines())) < 200
+    # As launch.py merges them.
+    merged = {**sizes["default"], **sizes["sm_90"]}
+    monkeypatch.setattr(launch, "_sizes", lambda architecture: merged)
+    launch.tile.cache_clear()
+    try:
+        assert launch.tile("sm_90", 1000, False, 2, 8, True).on_chip
+        assert not launch.tile("sm_90", 10**6, False, 2, 8, True).on_chip
+    finally:
+        launch.tile.cache_clear()
+    said = capsys.readouterr().out
+    assert "wrote sm_90" in said and "choice.json is left as it was: of triton and cuda only ['triton']" in said
+    before = path.read_text()
+    monkeypatch.setattr(tune, "rate", lambda table, one, copied, elements: 0.0)  # every one spills
+    assert tune.main([]) == 1
+    assert path.read_text() == before
+
+
+# ---- the choice of the backend ---------------------------------------------------------------------------------------
+
+CHOICE = {"classes_side_by_side": [[0, "triton"]], "rows_side_by_side": [[100, "cuda"], [0, "triton"]]}
+
+
+def test_rows_of_winners_are_the_shortest_that_say_it():
+    assert tune.rows_of({10: "cuda", 100: "cuda", 1000: "triton", 4096: "cuda"}) == [
+        [100, "cuda"], [1000, "triton"], [0, "cuda"]
+    ]  # fmt: skip
+    assert tune.rows_of({10: "triton", 100: "triton"}) == [[0, "triton"]]
+    winners = {10: "cuda", 100: "triton", 1000: "triton", 4096: "cuda"}
+    assert all(tune.chosen_at(tune.rows_of(winners), classes) == name for classes, name in winners.items())
+
+
+def test_the_faster_backend_is_chosen_where_it_is_faster():
+    def ratio(layout, classes):
+        if layout == "rows_side_by_side":
+            return {19: 0.5, 150: 2.0}[classes]
+        if classes == 4096:
+            raise RuntimeError("broken\nat length")
+        return {10: 3.0, 100: 1.5, 1000: 1.01, 50257: 1.2, 65536: 1 / 1.5, 128256: 1.7, 262144: 1.9}.get(classes, 0.9)
+
+    said = []
+    best, notes = tune.choose_backends(CHOICE, ratio, math.inf, said.append)
+    # In a tie (C = 1000) and where one fails (4096) it stays as it was.
+    assert best["classes_side_by_side"] == [
+        [100, "cuda"], [32768, "triton"], [50257, "cuda"], [65536, "triton"], [0, "cuda"]
+    ]  # fmt: skip
+    assert best["rows_side_by_side"] == [[19, "triton"], [0, "cuda"]]
+    assert len(notes) == 11 and any("RuntimeError: broken" in what for what in said)
+    assert "classes_side_by_side, C = 10: triton's time / cuda's 3.00, cuda" in notes
+    backends.check_choice({"default": best}, "here")
+    kept, notes = tune.choose_backends(CHOICE, ratio, -math.inf, said.append)
+    assert kept["classes_side_by_side"] == CHOICE["classes_side_by_side"] and notes == []
+    assert tune.chosen_at(kept["rows_side_by_side"], 19) == "cuda"
+
+
+def test_what_a_choice_is_measured_at():
+    many, few = tune.problems_at("classes_side_by_side", 100, 2**28)
+    assert many.rows * 100 > 2**27 and few.shape == (128, 100)
+    assert len(tune.problems_at("classes_side_by_side", 128256, 2**28)) == 1
+    (images,) = tune.problems_at("rows_side_by_side", 19, 2**28)
+    assert len(images.shape) == 4
+
+
+def test_the_ratio_is_of_the_two(stand_in, monkeypatch):
+    asked = []
+
+    def take_turns(steps, seconds, device):
+        for step in steps.values():
+            step()
+        asked.append(sorted(steps))
+        return {key: Timing(4.0 if key.startswith("triton") else 2.0, 1.0, 3, 1) for key in steps}
+
+    monkeypatch.setattr(tune, "take_turns", take_turns)
+    assert tune.ratio_at("classes_side_by_side", 10, CPU, 640) == pytest.approx(2.0)
+    assert len(asked) == 4 and len(asked[0]) == 6 and {"triton", "cuda"} <= stand_in
+
+
+def test_tune_writes_what_the_choice_reads(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "choice.json"
+    path.write_text(backends.CHOICE.read_text())
+    for module in (tune, backends):
+        monkeypatch.setattr(module, "CHOICE", path)
+    monkeypatch.setattr(tune, "gpu", lambda: CPU)
+    monkeypatch.setattr(tune, "usable", lambda device: ["triton", "cuda"])
+    monkeypatch.setattr(tune, "compile_ahead", lambda work, seconds, say: None)
+    monkeypatch.setattr(launch, "_architecture", lambda device: "sm_90")
+    monkeypatch.setattr(tune, "ratio_at", lambda layout, classes, device, elements: 2.0 if classes > 100 else 0.5)
+    default = json.loads(path.read_text())["default"]
+    assert tune.main(["--only", "choice"]) == 0
+    table = json.loads(path.read_text())
+    assert table["default"] == default
+    assert table["sm_90"]["classes_side_by_side"] == [[100, "triton"], [0, "cuda"]]
+    assert table["sm_90"]["measured"]["device"] and len(table["sm_90"]["measured"]["rows"]) == 12
+    assert max(map(len, path.read_text().splitlines())) < 130
+    # As the package reads it.
+    monkeypatch.setattr(backends, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(backends, "_why_not", lambda name: None)
+    device = torch.device("cuda", 0)
+    backends._preferred.cache_clear()
+    try:
+        assert [backends.choose(device, None, classes) for classes in (10, 1000)] == ["triton", "cuda"]
+    finally:
+        backends._preferred.cache_clear()
+    before = path.read_text()
+    monkeypatch.setattr(tune, "ratio_at", lambda *arguments: 1 / 0)
+    assert tune.main(["--only", "choice"]) == 1
+    assert path.read_text() == before and "left as it was" in capsys.readouterr().err
+
+
+def test_tune_without_the_cuda_kernels_leaves_the_choice(monkeypatch, capsys):
+    monkeypatch.setattr(tune, "gpu", lambda: CPU)
+    monkeypatch.setattr(tune, "usable", lambda device: ["triton"])
+    monkeypatch.setattr(launch, "_architecture", lambda device: "sm_90")
+    before = backends.CHOICE.read_text()
+    assert tune.main(["--only", "choice"]) == 0
+    assert "only ['triton'] can be used" in capsys.readouterr().out and backends.CHOICE.read_text() == before
