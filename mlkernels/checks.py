@@ -341,7 +341,8 @@ def check_floating(name: str, value: Tensor) -> None:
 
 def check_parameter(name: str, value: Tensor, input: Tensor, target: Tensor) -> Tensor:
     """A tensor parameter: 0-d or (1,), (C,) or target.shape + (1,); returned as the kernels take it."""
-    check_floating(name, value)
+    if value.dtype not in _FLOATING:
+        raise TypeError(f"{name} must be floating, got {value.dtype}")
     if value.device != input.device:
         raise ValueError(f"{name} must be on input's device {input.device}, got {value.device}")
     dim = value.dim()

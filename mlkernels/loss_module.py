@@ -71,8 +71,12 @@ class Loss(nn.Module):
                 getattr(self, name).copy_(initial)
 
     def _kept(self, names: Sequence[str]) -> dict[str, Any]:
-        buffers, always = self._buffers, self._buffers_always
-        return {name: buffers[name] if name in always else getattr(self, name) for name in names}
+        # As getattr() finds them, in half the time: most are numbers.
+        numbers, buffers = self.__dict__, self._buffers
+        return {
+            name: numbers[name] if name in numbers else buffers[name] if name in buffers else getattr(self, name)
+            for name in names
+        }
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of the kept arguments."""
