@@ -13,7 +13,8 @@
 namespace mlkernels {
 namespace MLKERNELS_ISA {
 
-// The C library's functions by overload; std:: ones are inline with external linkage, which see spec.h.
+// The C library's functions by overload; std:: ones are inline with external linkage, which see spec.h. Where there are
+// polynomials instead, tools/polynomials.py computes them.
 MLK_FN float m_exp(float x) { return ::expf(x); }
 MLK_FN double m_exp(double x) { return ::exp(x); }
 MLK_FN float m_expm1(float x) { return ::expm1f(x); }
@@ -42,11 +43,11 @@ MLK_FN double m_inverse(double x) { return 1 / x; }
 MLK_FN float m_log1p_of_part(float x) {
   // 2 atanh(s), s = x / (2 + x) <= 1/3: half of the instructions of CUDA's own, to two units in the last place.
   const float s = x * m_inverse(2 + x), z = s * s;
-  float p = 0.116160793f;
-  p = p * z + 0.108479537f;
-  p = p * z + 0.142969815f;
-  p = p * z + 0.199998181f;
-  p = p * z + 0.33333334f;
+  float p = 0.12144832f;
+  p = p * z + 0.107153565f;
+  p = p * z + 0.14308299f;
+  p = p * z + 0.19999444f;
+  p = p * z + 0.33333337f;
   return 2 * s + 2 * s * z * p;
 }
 #else
@@ -66,17 +67,17 @@ MLK_FN T sine(T x, int quarters) {
   else
     r = ((x - turns * T(1.5703125)) - turns * T(4.837512969970703125e-4)) - turns * T(7.549789948768648e-8);
   const T z = r * r;
-  T p = T(-2.5051092507057447e-08) + T(1.5915323212043705e-10) * z;
-  p = p * z + T(2.7557315911911136e-06);
-  p = p * z - T(0.00019841269836387345);
-  p = p * z + T(0.0083333333333307);
-  p = p * z - T(0.16666666666666666);
+  T p = T(-2.5050747767528846e-08) + T(1.5896230510929358e-10) * z;
+  p = p * z + T(2.755731362139936e-06);
+  p = p * z - T(0.000198412698295895);
+  p = p * z + T(0.008333333333322118);
+  p = p * z - T(0.1666666666666663);
   const T sin_r = r + r * z * p;
-  p = T(2.087612165640664e-09) - T(1.1380876805740403e-11) * z;
-  p = p * z - T(2.7557317152451535e-07);
-  p = p * z + T(2.4801587298533412e-05);
-  p = p * z - T(0.0013888888888887241);
-  p = p * z + T(0.041666666666666664);
+  p = T(2.087570084131778e-09) - T(1.1358536467989107e-11) * z;
+  p = p * z - T(2.755731417929712e-07);
+  p = p * z + T(2.4801587288851738e-05);
+  p = p * z - T(0.0013888888888873056);
+  p = p * z + T(0.041666666666666595);
   const T cos_r = 1 - T(0.5) * z + z * z * p;
   const int quarter = (int(turns == turns ? turns : T(0)) + quarters) & 3;
   const T value = quarter & 1 ? cos_r : sin_r;
