@@ -163,7 +163,7 @@ class MILS:
 
         self.model, self.optimizers, self.primary = model, self._update.optimizers, primary
         self.auxiliary = _named(auxiliary)
-        self.accept, self.restore_rng = accept, restore_rng
+        self.accept, self.restore_rng, self.scaler = accept, restore_rng, scaler
         self.participation = participation
         self._logits = logits
         self._losses = [loss for loss in (primary, *self.auxiliary.values()) if isinstance(loss, nn.Module)]
