@@ -19,7 +19,16 @@ import torch
 from torch import Tensor
 
 from . import softmax
-from .checks import check_index, check_index_dtype, check_indices, check_number, check_scalar, widened, wrong_type
+from .checks import (
+    check_index,
+    check_index_dtype,
+    check_indices,
+    check_number,
+    check_scalar,
+    unknown_keywords,
+    widened,
+    wrong_type,
+)
 from .softmax import RowStats
 from .spec import spec
 
@@ -272,6 +281,9 @@ class Running:
     def __init__(self, measure: Callable[..., Tensor | float], **options: Any) -> None:
         if measure not in _sums and measure not in (macro_f1, nmi):
             raise TypeError(f"measure takes a function of mlkernels.metrics, got {measure!r}")
+        unknown = {name: value for name, value in options.items() if name not in inspect.signature(measure).parameters}
+        if unknown:
+            raise unknown_keywords(measure, unknown)
         self.measure, self.options = measure, options
         self.reset()
 
