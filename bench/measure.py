@@ -246,6 +246,7 @@ class Plan(NamedTuple):
     patience: float = 1.0  # times as long as usual
     copy_bytes: int = 2**31  # on a GPU
     until: float = math.inf  # of time.time(): what is not begun by then is skipped
+    right: frozenset[Key] | None = None  # what another process has checked and measured: the rest is left out
 
     def seconds(self, problem: Problem) -> float:
         """How long to measure: what the larger problems need for half a dozen turns of every candidate."""
@@ -310,9 +311,12 @@ def measure_problem(problem: Problem, plan: Plan, copied: tuple[Tensor, Tensor] 
         name, kind = candidate.loss, catalogue[candidate.loss].cosines
         if kind not in sets:
             sets[kind] = [make_inputs(problem, kind, device) for _ in range(input_sets(problem, cache))]
-        if name not in wanted:
+        if plan.right is not None:
+            if Key(problem, name, "step", candidate.by) not in plan.right:
+                continue
+        elif name not in wanted:
             wanted[name] = peers.expected(reference[name], sets[kind][0], problem.classes)
-        if not _checked(candidate, problem, sets[kind][0], wanted[name], run):
+        if name in wanted and not _checked(candidate, problem, sets[kind][0], wanted[name], run):
             continue
         for mode in _modes(problem, candidate.by in plan.backends, plan):
             own = [one.clone() for one in sets[kind]] if candidate.destroys or mode == "graph" else sets[kind]
@@ -413,12 +417,16 @@ def _alone(plan: Plan, started: float, process: str) -> Run:
 
 
 def in_fresh_processes(plan: Plan, count: int, started: float, save: Callable[[list[Run]], object]) -> list[Run]:
-    """Each measures everything, in an order of its own; a heap that lies otherwise is what users meet."""
+    """Each measures everything, in an order of its own: a heap that lies otherwise is what users meet.
+
+    The first one checks who computes what.
+    """
     runs: list[Run] = []
     share = plan._replace(patience=plan.patience / count)
     for k in range(count):
         first = k % max(1, len(plan.problems))
-        turned = share._replace(problems=[*plan.problems[first:], *plan.problems[:first]])
+        known = frozenset(key._replace(mode="step") for key in runs[0].timings) if runs else None
+        turned = share._replace(problems=[*plan.problems[first:], *plan.problems[:first]], right=known)
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             runs.append(pool.submit(_alone, turned, started, f"process {k + 1} of {count}").result())
         save(runs)

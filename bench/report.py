@@ -318,6 +318,7 @@ def _columns(report: Report) -> dict[str, Callable[[Key], str]]:
 def text(report: Report) -> str:
     """The tables for a terminal."""
     header, columns = report.header, _columns(report)
+    widths = {title: max(12, len(title) + 2) for title in columns}
     versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items() if version)
     commit = (header["commit"] or "no commit")[:10] + (" with changes" if header["uncommitted_changes"] else "")
     isa = f" ({header['isa']})" if "cpu" in header["backends"] else ""
@@ -336,10 +337,11 @@ def text(report: Report) -> str:
             "",
             f"{problem}  ({problem.nbytes / 1e6:.2f} MB; {floors}; copy {report.bandwidth(problem) / 1e9:.1f} GB/s)",
         ]
-        lines.append(f"  {'loss':<14}{'by':<14}" + "".join(f"{title:>13}" for title in columns))
+        lines.append(f"  {'loss':<14}{'by':<14}" + "".join(f"{title:>{widths[title]}}" for title in columns))
         for loss, by in report.own(problem):
-            cells = [cell(Key(problem, loss, "step", by)) for cell in columns.values()]
-            lines.append(f"  {loss:<14}{by:<14}" + "".join(f"{cell:>13}" for cell in cells))
+            key = Key(problem, loss, "step", by)
+            cells = "".join(f"{cell(key):>{widths[title]}}" for title, cell in columns.items())
+            lines.append(f"  {loss:<14}{by:<14}{cells}")
     outcomes = check(report)
     valid = " (not valid: see the WARNING above)" if report.caveats() else ""
     if outcomes:
