@@ -287,13 +287,17 @@ def test_bad_argument(words, error, call, backend):
     torch.testing.assert_close(good.detach(), torch.nn.functional.cross_entropy(before[0], y))
 
 
-def test_the_ends_of_ranges_are_legal():
+def test_the_ends_of_ranges_are_legal(backend):
     """As numbers and as tensors, one or many of them."""
-    x, y = torch.linspace(-1, 1, N * C).reshape(N, C), T([0, 2, 1, 0])
+    x, y, options = torch.linspace(-1, 1, N * C).reshape(N, C), T([0, 2, 1, 0]), {"backend": backend}
     for gamma in (0, T(0.0), torch.zeros(C), torch.zeros(N, 1)):
-        torch.testing.assert_close(focal(x, y, gamma=gamma), ce(x, y))
+        torch.testing.assert_close(focal(x, y, gamma=gamma, **options), ce(x, y))
     for k in (1, T(1.0), torch.ones(C)):
-        assert float(softmax(x, y, head=Truncated(k))) == 0.0
+        assert float(softmax(x, y, head=Truncated(k), **options)) == 0.0
+    miss = 1 - x.softmax(1).gather(1, y.unsqueeze(1)).mean()
+    for zero in (0, T(0.0)):
+        assert float(modulated(x, y, alpha=zero, **options)) == 0.0
+        torch.testing.assert_close(modulated(x, y, beta=1.0, gamma=1.0, kappa=zero, **options), miss)
 
 
 @pytest.mark.parametrize("bad", [-1, 6, 2**31 + 1, -(2**40)])

@@ -409,6 +409,13 @@ def test_branches_calls_and_local_memory():
     same(out, [3 * k * (k - 1) // 2 for k in range(32)])
 
 
+def test_parameters():
+    """As Triton and nvcc write them: a pointer says where it points, a struct how it is aligned."""
+    text = """.visible .entry kernel(.param .u32 xf64, .param .u64 .ptr .global .align 1 there,
+        .param .align 8 .b8 call[20], .param .f64 last) { ret; }"""
+    assert vgpu.Module(HEAD + text).kernel().parameters == [(0, 4), (8, 8), (16, 20), (40, 8)]
+
+
 @pytest.mark.parametrize(
     "line,message",
     [
