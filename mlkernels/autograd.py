@@ -69,11 +69,11 @@ def _unusual(
     """The gradients, differentiable again by the reference, else by operators that can be seen."""
     if not _takes_reference(upstream):
         watched = [tensors[0], *(g for g in upstream if g is not None)]
-        return _by_kernels(call, tensors, saved, (*upstream, None, None)[:3], observed(*watched))
+        return _by_kernels(call, tensors, saved, (*upstream, None, None, None)[:4], observed(*watched))
     input, target, *params = tensors
     with torch.enable_grad():
         loss, rows = reference.softmax_loss(input, target, call.numbers, params)
-        outputs = [loss, rows.logsumexp, rows.log_prob] if stats else [loss]
+        outputs = [loss, rows.logsumexp, rows.log_prob, rows.entropy] if stats else [loss]
         pairs = [(o, g) for o, g in zip(outputs, upstream, strict=True) if g is not None]
         by_slot = dict(zip(ops.slots_of(call.numbers), params, strict=True))
         found = torch.autograd.grad(
@@ -162,7 +162,7 @@ class _SingleVisit(torch.autograd.Function):
             # Logits that were changed in place since are not needed again.
             saved = tuple(tensor.data for tensor in ctx._raw_saved_tensors)
         if not serves:
-            return _by_kernels(call, saved[count:], None, (grad_loss, None, None))
+            return _by_kernels(call, saved[count:], None, (grad_loss, None, None, None))
         gradients = saved[:count]
         if _keeps_graph():
             gradients = [gradient * upstream for gradient in gradients]
@@ -215,7 +215,7 @@ class _SoftmaxLoss(torch.autograd.Function):
         saved, *tensors = ctx.saved_tensors
         if not _usual(grad_loss) or _is_batched(grad_loss):
             return _unusual(call, False, tensors, saved, (grad_loss,))
-        return _by_kernels(call, tensors, saved, (grad_loss, None, None))
+        return _by_kernels(call, tensors, saved, (grad_loss, None, None, None))
 
 
 class _SoftmaxStats(torch.autograd.Function):
@@ -226,7 +226,7 @@ class _SoftmaxStats(torch.autograd.Function):
         loss, saved, *rows = call.kernels.softmax_stats(input, target, call.numbers, params)
         ctx.call = call
         ctx.save_for_backward(saved, input, target, *params)
-        ctx.mark_non_differentiable(*rows[2:])
+        ctx.mark_non_differentiable(*rows[3:])
         ctx.set_materialize_grads(False)
         return loss, *rows
 
@@ -234,10 +234,10 @@ class _SoftmaxStats(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
         call: Call = ctx.call
         saved, *tensors = ctx.saved_tensors
-        first = next(g for g in upstream[:3] if g is not None)
-        if not _usual(first) or any(g is not None and _is_batched(g) for g in upstream[:3]):
-            return _unusual(call, True, tensors, saved, upstream[:3])
-        return _by_kernels(call, tensors, saved, upstream[:3])
+        first = next(g for g in upstream[:4] if g is not None)
+        if not _usual(first) or any(g is not None and _is_batched(g) for g in upstream[:4]):
+            return _unusual(call, True, tensors, saved, upstream[:4])
+        return _by_kernels(call, tensors, saved, upstream[:4])
 
 
 softmax_loss: Callable[..., Tensor] = _SoftmaxLoss.apply

@@ -98,6 +98,7 @@ _RANGES: dict[str, tuple[float, float, float, str]] = {
     "lr": (-math.inf, 0.0, math.inf, ">= 0"),
     "participation": (-math.inf, 0.0, 1.0, "in [0, 1]"),
     "softcap": (0.0, -math.inf, math.inf, "> 0"),
+    "normalizer": (0.0, -math.inf, math.inf, "> 0"),
 }
 #: Half a turn, as float32 has it.
 _LARGEST_ANGLE = math.pi * (1 + 1e-7)
@@ -389,6 +390,37 @@ def check_class_vector(name: str, value: Tensor, input: Tensor | None = None, cl
         raise ValueError(f"{name} must have one entry per class, {wanted}, got {tuple(value.shape)}")
     if value.requires_grad:
         raise ValueError(f"{name} is not differentiated: it must not require a gradient; pass {name}.detach()")
+
+
+def check_row_weight(value: Tensor, input: Tensor, target: Tensor) -> None:
+    """A floating tensor of target's shape on input's device that is not to be differentiated."""
+    if not isinstance(value, Tensor):
+        raise wrong_type("row_weight", f"a floating tensor of target's shape {tuple(target.shape)}", value)
+    check_floating("row_weight", value)
+    if value.device != input.device:
+        raise ValueError(f"row_weight must be on input's device {input.device}, got {value.device}")
+    if value.shape != target.shape:
+        raise ValueError(f"row_weight must have target's shape {tuple(target.shape)}, got {tuple(value.shape)}")
+    if value.requires_grad:
+        raise ValueError(
+            'row_weight is not differentiated: pass row_weight.detach(), or multiply the losses of reduction="none"'
+        )
+
+
+def check_normalizer(value: Tensor, input: Tensor) -> Tensor:
+    """A 0-d tensor of numbers on input's device that is not to be differentiated; returned floating."""
+    if value.dtype not in _FLOATING and value.dtype not in _INTEGER:
+        raise TypeError(f"normalizer must hold a floating number or an integer, got {value.dtype}")
+    if value.device != input.device:
+        raise ValueError(f"normalizer must be on input's device {input.device}, got {value.device}")
+    if value.shape not in ((), (1,)):
+        raise ValueError(f"normalizer must be a number, 0-d or (1,), got {tuple(value.shape)}")
+    if value.requires_grad:
+        raise ValueError(
+            'normalizer is not differentiated: pass normalizer.detach(), or divide the loss of reduction="sum"'
+        )
+    value = value.reshape(()) if value.dim() else value
+    return value if value.dtype in _FLOATING else value.double()
 
 
 def _table_slots(spec: Spec) -> list[tuple[int, int]]:

@@ -31,7 +31,7 @@ _libraries = [torch.library.Library(name, "DEF") for name in ("mlkernels", "mlke
 _tags = (torch.Tag.pt2_compliant_tag,)
 _COMMON = "Tensor input, Tensor target, float[] numbers, Tensor[] params"
 
-_UPSTREAM = "Tensor? grad_loss, Tensor? grad_logsumexp, Tensor? grad_log_prob"
+_UPSTREAM = "Tensor? grad_loss, Tensor? grad_logsumexp, Tensor? grad_log_prob, Tensor? grad_entropy"
 _SCHEMAS = (
     # loss; (m, log S) per row where save.
     f"softmax_loss({_COMMON}, bool save) -> (Tensor, Tensor)",
@@ -39,8 +39,8 @@ _SCHEMAS = (
     f"softmax_loss_with_gradient({_COMMON}) -> (Tensor, Tensor)",
     # The same, for whatever `needs` asks.
     f"softmax_loss_with_gradients({_COMMON}, int needs) -> (Tensor, Tensor[])",
-    # loss, (m, log S) and RowStats' logsumexp, log_prob, prediction, confidence, rank.
-    f"softmax_stats({_COMMON}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    # loss, (m, log S) and RowStats' logsumexp, log_prob, entropy, prediction, confidence, rank.
+    f"softmax_stats({_COMMON}) -> ({', '.join(['Tensor'] * 8)})",
     # `saved` may be empty: the row statistics are then computed again.
     f"softmax_loss_backward({_UPSTREAM}, {_COMMON}, Tensor saved, int needs) -> Tensor[]",
 )
@@ -124,18 +124,19 @@ def _softmax_loss_with_gradients_and_divisors(
 
 def _softmax_stats(
     input: Tensor, target: Tensor, numbers: Sequence[float], params: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = _accumulate(input.dtype)
     saved = input.new_empty((target.numel(), 2), dtype=dtype)
-    real = [input.new_empty(target.shape, dtype=dtype) for _ in range(3)]
+    real = [input.new_empty(target.shape, dtype=dtype) for _ in range(4)]
     whole = [input.new_empty(target.shape, dtype=torch.int64) for _ in range(2)]
-    return _loss_like(input, target, numbers), saved, real[0], real[1], whole[0], real[2], whole[1]
+    return _loss_like(input, target, numbers), saved, *real[:3], whole[0], real[3], whole[1]
 
 
 def _softmax_loss_backward(
     grad_loss: Tensor | None,
     grad_logsumexp: Tensor | None,
     grad_log_prob: Tensor | None,
+    grad_entropy: Tensor | None,
     input: Tensor,
     target: Tensor,
     numbers: Sequence[float],

@@ -21,10 +21,12 @@ from .checks import (
     check_floating,
     check_index,
     check_indices,
+    check_normalizer,
     check_number,
     check_parameter,
     check_range,
     check_reduction,
+    check_row_weight,
     check_tables,
     check_tensors,
     functorch_level,
@@ -50,11 +52,12 @@ from .spec import (
 
 
 class RowStats(NamedTuple):
-    """What the kernel learned of each row, target-shaped. Ignored rows hold 0, and -1 as prediction.
+    r"""What the kernel learned of each row, target-shaped. Ignored rows hold 0, and -1 as prediction.
 
     Attributes:
         logsumexp: of the final z; differentiable.
         log_prob: log p of the target, of the final z; differentiable.
+        entropy: :math:`-\sum_j p_j \log p_j` of the final z; differentiable.
         prediction: the class of the largest logit before transform and scale; the lowest index on ties, -1 where the
             row holds a NaN.
         confidence: the target's logit minus the largest other one, before transform and scale; +inf for C = 1.
@@ -63,6 +66,7 @@ class RowStats(NamedTuple):
 
     logsumexp: Tensor
     log_prob: Tensor
+    entropy: Tensor
     prediction: Tensor
     confidence: Tensor
     rank: Tensor
@@ -75,6 +79,7 @@ _SMOOTHING, _Z_LOSS, _SOFTCAP = int(Slot.SMOOTHING), int(Slot.Z_LOSS), int(Slot.
 _WEIGHT, _ADJUSTMENT, _GROUP = int(Slot.WEIGHT), int(Slot.ADJUSTMENT), int(Slot.GROUP)
 _NORM, _LOGIT_NORM = int(Slot.NORM), int(Slot.LOGIT_NORM)
 _ETA = int(Slot.ETA)
+_ROW_WEIGHT, _NORMALIZER = int(Slot.ROW_WEIGHT), int(Slot.NORMALIZER)
 _TABLES = frozenset(int(s) for s in (Slot.TRANSFORM_A, Slot.TRANSFORM_B, Slot.HEAD_A, Slot.HEAD_B))
 _TRANSFORM_A, _HEAD_C, _HEAD_D = int(Slot.TRANSFORM_A), int(Slot.HEAD_C), int(Slot.HEAD_D)
 _GAMMA_KAPPA = frozenset({_HEAD_C, _HEAD_D})
@@ -118,6 +123,8 @@ class Common(TypedDict, total=False):
     z_loss: float
     softcap: float | None
     logit_adjustment: Tensor | None
+    row_weight: Tensor | None
+    normalizer: Number | None
     backend: BackendName | None
 
 
@@ -137,6 +144,8 @@ def apply(
     z_loss: float = 0.0,
     softcap: float | None = None,
     logit_adjustment: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    normalizer: Number | None = None,
     backend: BackendName | None = None,
     **unknown: Never,
 ) -> tuple[Tensor, RowStats | None]:
@@ -154,16 +163,17 @@ def apply(
         return _single_row(
             spec, values, input, target, group, return_stats,
             weight=weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
-            z_loss=z_loss, softcap=softcap, logit_adjustment=logit_adjustment, backend=backend,
+            z_loss=z_loss, softcap=softcap, logit_adjustment=logit_adjustment, row_weight=row_weight, normalizer=normalizer,
+            backend=backend,
         )  # fmt: skip
     compiling = _is_compiling()
-    key = (spec.ids, reduction, ignore_index, label_smoothing, z_loss, softcap, *values)
+    key = (spec.ids, reduction, ignore_index, label_smoothing, z_loss, softcap, normalizer, *values)
     tensors: dict[int, Tensor] = {}
     # A loss whose parameters are numbers is the same call every time: nothing of it is looked at twice.
     plain = not compiling and _PLAIN.issuperset(map(type, key[1:]))
     call = _calls.get(key) if plain else None
     if call is None:
-        numbers, tensors = _numbers(spec, values, ignore_index, reduction, label_smoothing, z_loss, softcap)
+        numbers, tensors = _numbers(spec, values, ignore_index, reduction, label_smoothing, z_loss, softcap, normalizer)
         call = Call(numbers, ONLY_INPUT, False, ops.CPU)
         if plain:
             if len(_calls) >= _MOST_CALLS:  # scheduled numbers: each is used a few times and never again
@@ -175,7 +185,13 @@ def apply(
     params: list[Tensor] = []
     needs = ONLY_INPUT if grad and input.requires_grad else 0
     half = dtype == _BFLOAT16
-    if tensors or weight is not None or logit_adjustment is not None or group is not None:
+    if (
+        tensors
+        or weight is not None
+        or logit_adjustment is not None
+        or group is not None
+        or row_weight is not None
+    ):
         mask = 0
         if tensors or group is not None:
             group = _check_values(spec, tensors, group, input, target)
@@ -185,6 +201,9 @@ def apply(
             if vector is not None:
                 check_class_vector(name, vector, input, input.shape[1])
                 tensors[slot] = vector
+        if row_weight is not None:
+            check_row_weight(row_weight, input, target)
+            tensors[_ROW_WEIGHT] = row_weight
         for slot in sorted(tensors):
             tensor = tensors[slot]
             params.append(tensor)
@@ -244,12 +263,13 @@ def _numbers(
     label_smoothing: float,
     z_loss: float,
     softcap: float | None,
+    normalizer: Number | None,
 ) -> tuple[list[float], dict[int, Tensor]]:
     """The numbers that cross the op boundary, but for the mask, and the tensors by slot."""
     check_index("ignore_index", ignore_index)
     label_smoothing = check_number("label_smoothing", label_smoothing)
     z_loss = check_number("z_loss", z_loss)
-    plain = softcap is None and label_smoothing == 0 and z_loss == 0
+    plain = softcap is None and label_smoothing == 0 and z_loss == 0 and normalizer is None
     consts = _DEFAULTS[: spec.width if plain else SLOTS]
     tensors: dict[int, Tensor] = {}
     for (slot, name), word, value in zip(spec.slots, spec.words, values, strict=True):
@@ -273,6 +293,12 @@ def _numbers(
         consts[_Z_LOSS] = z_loss
         if softcap is not None:
             consts[_SOFTCAP] = check_number("softcap", softcap)
+        if normalizer is not None and reduction != "mean":
+            raise ValueError(f"normalizer is what reduction='mean' divides by; got it with reduction={reduction!r}")
+        if isinstance(normalizer, Tensor):
+            tensors[_NORMALIZER] = normalizer
+        elif normalizer is not None:
+            consts[_NORMALIZER] = check_number("normalizer", normalizer, takes="a number or a 0-d tensor")
     return [*map(float, spec.ids), float(check_reduction(reduction)), float(ignore_index), 0.0, *consts], tensors
 
 
@@ -283,6 +309,11 @@ def _check_values(
     if spec.tables or group is not None:
         group = check_tables(spec, tensors, group, input, target)
     on_host = input.device.type == "cpu" and not checks.traced(input)
+    normalizer = tensors.get(_NORMALIZER)
+    if normalizer is not None:
+        tensors[_NORMALIZER] = check_normalizer(normalizer, input)
+        if on_host:
+            check_range("normalizer", tensors[_NORMALIZER])
     for (slot, name), word in zip(spec.slots, spec.words, strict=True):
         tensor = tensors.get(slot)
         if tensor is None or slot in spec.tables:
@@ -319,6 +350,9 @@ def _single_row(
 
     if group is not None:
         group = group.unsqueeze(0)
+    weight = common.get("row_weight")
+    if isinstance(weight, Tensor) and weight.dim() == 0:
+        common["row_weight"] = weight.unsqueeze(0)
     row, label = input.unsqueeze(0), target.unsqueeze(0)
     own = tuple(per_row(value) for value in values)
     loss, rows = apply(spec, own, row, label, group, return_stats, **common)
