@@ -214,11 +214,13 @@ class Row:
     params: dict
     logsumexp: object
     log_prob: object
+    entropy: object
     confidence: object
     prediction: int
     rank: int
     loss_unit: object
     penalty_unit: object
+    entropy_unit: object
     grad_unit: object
     param_units: dict
 
@@ -308,13 +310,15 @@ def row(
     up_penalty=1.0,
     up_logsumexp=0.0,
     up_log_prob=0.0,
+    up_entropy=0.0,
 ):
     """One kept row. ``params`` holds this row's numbers (its own scale, margin, table)."""
     at = forward(structure, f, y, params, softcap, logit_adjustment)
     p, f, s, t, z, phi, lse, prob = at.p, at.f, at.s, at.t, at.z, at.phi, at.lse, at.prob
     classes = range(len(f))
     residual = [-at.miss if j == y else prob[j] for j in classes]  # p - 1_y
-    up_loss, up_penalty, up_lse, up_log_p = (mp.mpf(float(v)) for v in (up_loss, up_penalty, up_logsumexp, up_log_prob))
+    ups = (up_loss, up_penalty, up_logsumexp, up_log_prob, up_entropy)
+    up_loss, up_penalty, up_lse, up_log_p, up_h = (mp.mpf(float(v)) for v in ups)
     eps, lam = mp.mpf(label_smoothing), mp.mpf(z_loss)
     omega = [mp.mpf(1)] * len(f) if weight is None else [mp.mpf(float(v)) for v in weight]
 
@@ -323,6 +327,11 @@ def row(
         spread = sum((w * (lse - v if v > -INF else INF) for w, v in zip(omega, z, strict=True) if w != 0), mp.mpf(0))
         loss = (1 - eps) * loss + eps / len(f) * spread
     total_omega = sum(omega)
+
+    # -p log p, 0 where p is 0.
+    log_p = [-at.n if j == y else z[j] - lse if z[j] > -INF else mp.mpf(0) for j in classes]
+    surprise = [mp.mpf(0) if prob[j] == 0 else -prob[j] * log_p[j] for j in classes]
+    entropy = sum(surprise, mp.mpf(0))
 
     through_head = up_loss * (1 - eps) * omega[y]
     parts = [
@@ -333,6 +342,8 @@ def row(
             up_penalty * 2 * lam * lse * prob[j],
             up_lse * prob[j],
             -up_log_p * residual[j],
+            up_h * surprise[j],
+            -up_h * prob[j] * entropy,
         )
         for j in classes
     ]
@@ -372,6 +383,7 @@ def row(
 
     by_z = [omega[y] * phi.by_x * residual[j] for j in classes]
     finite = phi.value < INF and loss < INF
+    of_entropy = sum(abs(surprise[j] - prob[j] * entropy) for j in classes)
     # The logarithm of a tau near 1 is as accurate as tau.
     rounding = omega[y] if structure.head == "tau" else 0
     return Row(
@@ -382,6 +394,7 @@ def row(
         params={name: d for name, d in by_param.items() if name in params},
         logsumexp=lse,
         log_prob=-at.n,
+        entropy=entropy,
         confidence=at.confidence,
         prediction=min(j for j in classes if f[j] == max(f)),
         rank=sum(v > f[y] for v in f),
@@ -389,6 +402,7 @@ def row(
         if finite
         else mp.mpf(0),
         penalty_unit=lam * (lse * lse + spread_unit * abs(lse)),
+        entropy_unit=entropy + at.miss + spread_unit * of_entropy,
         grad_unit=largest * spread_unit,
         param_units={name: d for name, d in units.items() if name in params},
     )
@@ -451,7 +465,10 @@ def batch(
     upstream=None,
     up_logsumexp=None,
     up_log_prob=None,
+    up_entropy=None,
     weight=None,
+    row_weight=None,
+    normalizer=None,
     **extras,
 ):
     """(N, C) logits and (N,) labels; ``upstream`` is a number, or (N,) under reduction "none"."""
@@ -459,18 +476,22 @@ def batch(
     n, c = input.shape
     kept = [i for i in range(n) if target[i] != ignore_index]
     up = np.ones(n) if upstream is None else np.broadcast_to(np.asarray(upstream, dtype=np.float64), (n,))
-    total_omega = sum(1.0 if weight is None else float(weight[target[i]]) for i in kept)
-    of_loss, of_penalty = up, up
+    # What a row's loss is multiplied by, and what "mean" divides its two parts by.
+    factor = np.ones(n) if row_weight is None else np.asarray(row_weight, dtype=np.float64)
+    of_loss, of_penalty = 1.0, 1.0
     if reduction == "mean":
-        of_loss = up / total_omega if total_omega else up * np.nan
-        of_penalty = up / len(kept) if kept else up * np.nan
+        of_loss = sum(1.0 if weight is None else float(weight[target[i]]) for i in kept) or np.nan
+        of_penalty = len(kept) or np.nan
+        if normalizer is not None:
+            of_loss = of_penalty = float(normalizer)
     rows = [None] * n
     for i in kept:
         rows[i] = row(
             structure, input[i], int(target[i]), of_row(params, i, int(target[i]), group),
-            weight=weight, up_loss=of_loss[i], up_penalty=of_penalty[i],
+            weight=weight, up_loss=up[i] * factor[i] / of_loss, up_penalty=up[i] * factor[i] / of_penalty,
             up_logsumexp=0 if up_logsumexp is None else up_logsumexp[i],
             up_log_prob=0 if up_log_prob is None else up_log_prob[i],
+            up_entropy=0 if up_entropy is None else up_entropy[i],
             **extras,
         )  # fmt: skip
 
@@ -489,13 +510,16 @@ def batch(
                     where = () if np.ndim(v) == 0 else (target[i],) if np.ndim(v) == 1 else (i, 0)
                     into[where] += float(d)
 
-    per_row = lambda get: np.array([0.0 if r is None else float(get(r)) for r in rows])
-    losses, penalties = per_row(lambda r: r.loss), per_row(lambda r: r.penalty)
-    loss_units, penalty_units = per_row(lambda r: r.loss_unit), per_row(lambda r: r.penalty_unit)
-    if reduction == "none":
-        loss, unit = losses + penalties, loss_units + penalty_units
-    else:
-        a, b = (1.0, 1.0) if reduction == "sum" else (total_omega or np.nan, len(kept) or np.nan)
-        loss = np.asarray(losses.sum() / a + (penalties.sum() / b if extras.get("z_loss") else 0.0))
-        unit = np.asarray(loss_units.sum() / abs(a) + (penalty_units.sum() / b if extras.get("z_loss") else 0.0))
+    per_row = lambda get, by: np.array([0.0 if r is None else by[i] * float(get(r)) for i, r in enumerate(rows)])
+    losses, penalties = per_row(lambda r: r.loss, factor), per_row(lambda r: r.penalty, factor)
+    loss_units, penalty_units = (
+        per_row(get, abs(factor)) for get in (lambda r: r.loss_unit, lambda r: r.penalty_unit)
+    )
+    if reduction != "none":
+        losses, penalties, loss_units, penalty_units = (
+            np.asarray(v.sum()) for v in (losses, penalties, loss_units, penalty_units)
+        )
+    loss, unit = losses / of_loss, loss_units / abs(of_loss)
+    if extras.get("z_loss"):
+        loss, unit = loss + penalties / of_penalty, unit + penalty_units / of_penalty
     return Batch(loss, unit, grad, grad_unit, by_param, units, rows)

@@ -113,7 +113,7 @@ def general(compose: Callable, fixed_names: tuple = ()) -> Callable:
 
 _OPTIONS = {
     "weight", "ignore_index", "reduction", "label_smoothing", "z_loss", "softcap", "logit_adjustment", "backend",
-    "group", "return_stats",
+    "row_weight", "normalizer", "group", "return_stats",
 }  # fmt: skip
 
 

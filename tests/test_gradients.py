@@ -14,6 +14,7 @@ import mlkernels
 
 
 OPTIONS = {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 7.0, "weight": [0.5, 2.0, 1.5, 1.0]}
+UP_ENTROPY = 0.75
 
 
 def difference(function):
@@ -30,12 +31,12 @@ def moved(values, k, h):
 def check_row(structure, f, y, params):
     def total(f, **changed):
         found = oracle.row(structure, f, y, params | changed, **OPTIONS)
-        return found.loss + found.penalty
+        return found.loss + found.penalty + UP_ENTROPY * found.entropy
 
     def agree(slope, wanted, what):
         assert abs(slope - wanted) < 1e-18 * (1 + abs(wanted)), what
 
-    row = oracle.row(structure, f, y, params, **OPTIONS)
+    row = oracle.row(structure, f, y, params, up_entropy=UP_ENTROPY, **OPTIONS)
     for j in range(len(f)):
         agree(difference(lambda h, j=j: total(moved(f, j, h))), row.grad[j], f"logit {j}")
     for name, value in params.items():
@@ -250,8 +251,8 @@ def test_statistics_and_their_gradients(loss, backend):
     value, rows = mlkernels.softmax_loss(
         x, target, **loss.compose(own), **options, reduction="none", return_stats=True, backend=backend
     )
-    ups = [torch.linspace(a, b, 16, dtype=F64) for a, b in ((-1, 2), (0.5, -2), (1.5, -0.5))]
-    torch.autograd.backward([value, rows.logsumexp, rows.log_prob], ups)
+    ups = [torch.linspace(a, b, 16, dtype=F64) for a, b in ((-1, 2), (0.5, -2), (1.5, -0.5), (-2, 1))]
+    torch.autograd.backward([value, rows.logsumexp, rows.log_prob, rows.entropy], ups)
     wanted = expected(
         loss,
         input,
@@ -261,6 +262,7 @@ def test_statistics_and_their_gradients(loss, backend):
         upstream=ups[0],
         up_logsumexp=ups[1],
         up_log_prob=ups[2],
+        up_entropy=ups[3],
         **options,
     )
     eps = torch.finfo(F64).eps
@@ -274,10 +276,11 @@ def test_statistics_and_their_gradients(loss, backend):
             close(v.grad, wanted.params[key], unit, eps, name, tiny=1e-300)
     for i, row in enumerate(wanted.rows):
         if row is None:
-            assert [float(s[i].detach()) for s in rows] == [0, 0, -1, 0, 0]
+            assert [float(s[i].detach()) for s in rows] == [0, 0, 0, -1, 0, 0]
             continue
         assert float(rows.logsumexp[i].detach()) == pytest.approx(float(row.logsumexp), rel=1e-12, abs=1e-12)
         assert float(rows.log_prob[i].detach()) == pytest.approx(float(row.log_prob), rel=1e-10, abs=1e-300)
+        close(rows.entropy[i].detach(), float(row.entropy), float(row.entropy_unit), eps, "entropy", tiny=1e-300)
         assert int(rows.prediction[i]) == row.prediction
         assert int(rows.rank[i]) == row.rank
         assert float(rows.confidence[i]) == pytest.approx(float(row.confidence), rel=1e-14, abs=1e-14)

@@ -6,7 +6,7 @@ from table import FEW, draw, numbers_of, usable_backends
 
 from mlkernels import ops
 from mlkernels.softmax import _DEFAULTS
-from mlkernels.spec import Reduction, Slot, compose
+from mlkernels.spec import TRAINABLE, Reduction, Slot, compose
 
 #: Autograd lives in softmax.py's Functions: the operators themselves have none to test.
 CHECKS = ("test_schema", "test_faketensor")
@@ -41,8 +41,11 @@ def flattened(loss, form="shared", reduction=1, dtype=torch.float32, shape=None)
     if group is not None:
         tensors[int(Slot.GROUP)] = group
     tensors[int(Slot.WEIGHT)] = torch.linspace(0.5, 1.5, 6)
+    if form == "shared":
+        tensors[int(Slot.ROW_WEIGHT)] = torch.linspace(0.5, 1.5, 6).reshape(target.shape)
+        tensors[int(Slot.NORMALIZER)] = torch.tensor(4.0)
     mask = sum(1 << slot for slot in tensors)
-    trained = sum(1 << slot for slot in tensors if slot < Slot.WEIGHT)
+    trained = sum(1 << slot for slot in tensors if slot in TRAINABLE)
     numbers = numbers_of(structure, consts, mask, reduction)
     return (input, target, numbers, [tensors[s] for s in sorted(tensors)]), trained | 1 << ops.INPUT
 
@@ -116,9 +119,9 @@ def test_softmax_stats(loss, form, reduction, dtype, shape, kernels):
 def test_softmax_loss_backward(loss, form, reduction, dtype, shape, upstreams, kernels):
     arguments, needs = flattened(loss, form, reduction, dtype, shape)
     value, saved, *rows = kernels.softmax_stats(*arguments)
-    grads = [torch.full_like(value, 1.5), torch.full_like(rows[0], -0.5), torch.full_like(rows[1], 0.25)]
+    grads = [torch.full_like(value, 1.5), *(torch.full_like(rows[i], up) for i, up in enumerate((-0.5, 0.25, -0.75)))]
     if upstreams == "loss":
-        grads[1:] = [None, None]
+        grads[1:] = [None, None, None]
     elif upstreams == "rows":
         grads[0] = None
     for kept in (saved, saved[:0]):
@@ -131,8 +134,8 @@ def test_without_saved_statistics_the_backward_is_the_same(loss, kernels):
     arguments, needs = flattened(loss, reduction=0, dtype=torch.float64)
     value, saved = kernels.softmax_loss(*arguments, True)
     up = torch.linspace(-1, 2, 6, dtype=torch.float64)
-    kept = kernels.softmax_loss_backward(up, None, None, *arguments, saved, needs)
-    again = kernels.softmax_loss_backward(up, None, None, *arguments, saved[:0], needs)
+    kept = kernels.softmax_loss_backward(up, None, None, None, *arguments, saved, needs)
+    again = kernels.softmax_loss_backward(up, None, None, None, *arguments, saved[:0], needs)
     assert value.shape == (6,)
     for a, b in zip(kept, again, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-15)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from table import BY_NAME, F64, INF, LOSSES, ROW_KINDS, check, draw, expected
+from table import BY_NAME, F64, FEW, INF, LOSSES, NAN, ROW_KINDS, check, draw, expected
 
 import mlkernels
 from mlkernels.spec import HeadKind, ScaleKind, TransformKind
@@ -36,10 +36,37 @@ def test_everything(loss, backend, reduction):
     input, target, params = draw(loss, form=loss.forms[-1], kinds=UNMASKED, seed=1)
     target[3] = -7
     input[3] = float("nan")
+    # "mean" with weights of rows, and with a divisor of its own, has a test below.
+    more = {} if reduction == "mean" else {"row_weight": row_weight_for(target, -7)}
     check(
         loss, backend, input, target, params, torch.float32, upstream_for(reduction, len(target)),
-        reduction=reduction, ignore_index=-7, **EVERYTHING,
+        reduction=reduction, ignore_index=-7, **EVERYTHING, **more,
     )  # fmt: skip
+
+
+def row_weight_for(target, ignore_index=-100, dtype=F64):
+    """Weights of either sign, a 0 among them; that of an ignored row is not read."""
+    weight = torch.linspace(-0.5, 2.0, target.numel(), dtype=dtype).reshape(target.shape)
+    weight.view(-1)[1] = 0
+    return torch.where(target == ignore_index, NAN, weight)
+
+
+FACTORS = {
+    "row_weight": lambda target: {"row_weight": row_weight_for(target)},
+    "normalizer": lambda target: {"normalizer": 12.5},
+    "both": lambda target: {"row_weight": row_weight_for(target), "normalizer": torch.tensor(12.5)},
+}
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["numbers", "trained"])
+@pytest.mark.parametrize("factors", FACTORS.values(), ids=FACTORS)
+@pytest.mark.parametrize("loss", FEW, ids=str)
+def test_what_mean_divides_by(loss, factors, trained, backend):
+    """A row's weight multiplies all of its loss and leaves the divisors alone; a normalizer replaces both of them."""
+    input, target, params = draw(loss, form="shared" if trained else "number", kinds=UNMASKED, seed=5)
+    target[2], input[2] = -100, NAN
+    upstream = torch.tensor(-1.5, dtype=F64)
+    check(loss, backend, input, target, params, torch.float32, upstream, **EVERYTHING, **factors(target))
 
 
 def test_capped_and_adjusted(loss, backend):
