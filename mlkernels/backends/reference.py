@@ -3,20 +3,30 @@
 Readable first. It runs in float32 (half inputs are widened) or float64, is differentiable twice, works under
 ``torch.func`` and never synchronises; it makes a handful of N x C temporaries and makes no claim to speed.
 The scalar part has the same functions in the same order as ``csrc/finish.h``.
+
+A row may come whole or in pieces of its classes, in four steps. With u the softcapped, adjusted logits:
+
+* :func:`statistics` of a piece: M = max u_j, S = sum e^{s(u_j - M)} and a few more, over the j != y that it holds;
+  those of two pieces :func:`combine`;
+* :func:`finish`: scalar work per row, and the only place that knows losses;
+* :func:`coefficients`: the derivatives of what was finished by those numbers;
+* :func:`gradient` of a piece: dL/du_j = e^{s(u_j - M)} (a + b (u_j - M)) - d w_j, and g at the target.
+
+A whole row is one piece, and autograd takes the last two steps, as often as it is asked to.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..numbering import Structure, structure_of
-from ..spec import (
+from ..numbering import (
     CONSTS,
     IGNORE_INDEX,
     MASK,
@@ -30,6 +40,7 @@ from ..spec import (
     ScaleKind,
     Slot,
     TransformKind,
+    structure_of,
 )
 
 #: The floor of sqrt(1 - x^2) where it divides: derivatives of angles stay finite, and within fp16 at s = 64.
@@ -41,18 +52,37 @@ class Stats(NamedTuple):
 
     logsumexp: Tensor
     log_prob: Tensor
+    entropy: Tensor
     prediction: Tensor
     confidence: Tensor
     rank: Tensor
 
 
-class _Values:
-    """The numbers of a loss, per row."""
+class Values:
+    """A loss and its numbers, as every row of a batch sees them.
+
+    Args:
+        numbers: Spec.ids, reduction, ignore_index, the mask of the slots that are tensors, then one number per slot;
+            those that are left out at the end are 0.
+        params: the tensors, by slot.
+        target: (rows,) labels, of any integer dtype. classes: C of the whole row.
+        dtype: what is computed in.
+    """
 
     def __init__(
-        self, label: Tensor, kept: Tensor, dtype: torch.dtype, consts: Sequence[float], params: dict[int, Tensor]
+        self, numbers: Sequence[float], params: Sequence[Tensor], target: Tensor, classes: int, dtype: torch.dtype
     ):
-        self.label, self.kept, self.dtype, self.consts, self.params = label, kept, dtype, consts, params
+        self.structure, self.reduction = structure_of(numbers), int(numbers[REDUCTION])
+        self.consts = [*numbers[CONSTS:], *[0.0] * (SLOTS + CONSTS - len(numbers))]
+        self.params = unpack(int(numbers[MASK]), params)
+        self.classes, self.dtype = classes, dtype
+        label = target.long()
+        self.kept = label != int(numbers[IGNORE_INDEX])
+        inside = (label >= 0) & (label < classes)
+        #: False where a label is out of range: that row is NaN, never 0, never a read out of bounds.
+        self.legal = inside | ~self.kept
+        self.label = torch.where(inside, label, 0)
+        self.smoothing, self.z_loss = self.consts[int(Slot.SMOOTHING)], self.consts[int(Slot.Z_LOSS)]
 
     def __getitem__(self, slot: int) -> Tensor:
         """0-d where the number is shared, else (rows,)."""
@@ -65,6 +95,12 @@ class _Values:
         # An ignored row's own number is not read either: 1 is legal for all of them.
         return param[self.label] if param.dim() == 1 else torch.where(self.kept, param.reshape(-1), 1)
 
+    def replaced(self, params: dict[int, Tensor]) -> Values:
+        """The same with some other tensors."""
+        other = copy.copy(self)
+        other.params = self.params | params
+        return other
+
     def bins(self, slot: int) -> int:
         return self.params[slot].shape[-1]
 
@@ -76,8 +112,13 @@ class _Values:
         inside = (group >= 0) & (group < table.shape[0])
         return torch.where(inside, table[torch.where(inside, group, 0), index], math.nan)
 
+    def vector(self, slot: int) -> Tensor | None:
+        """(C,) of the class weights or the adjustment, if there are any; they have no gradient."""
+        found = self.params.get(slot)
+        return None if found is None else found.to(self.dtype).detach()
 
-# ---- transforms: t(f_y) ----------------------------------------------------------------------------------------------
+
+# ---- transforms: t(u_y) ----------------------------------------------------------------------------------------------
 
 
 def _root(x: Tensor) -> Tensor:
@@ -138,9 +179,9 @@ def _bin(x: Tensor, low: float, high: float, count: int) -> Tensor:
     return torch.where(index == index, index, 0).clamp(0, count - 1).long()
 
 
-def transform_target(structure: Structure, x: Tensor, values: _Values) -> Tensor:
-    """t(f_y), (rows,)."""
-    kind = structure.transform
+def transform_target(x: Tensor, values: Values) -> Tensor:
+    """t(u_y), (rows,)."""
+    kind, structure = values.structure.transform, values.structure
     if kind == TransformKind.IDENTITY:
         return x
     a = Slot.TRANSFORM_A
@@ -166,14 +207,26 @@ def transform_target(structure: Structure, x: Tensor, values: _Values) -> Tensor
 # ---- row scales ------------------------------------------------------------------------------------------------------
 
 
-def row_scale(kind: int, confidence: Tensor, values: _Values) -> Tensor:
-    """s, 0-d or (rows,). Not positive: NaN."""
+def row_scale(values: Values, high: Tensor) -> Tensor:
+    """s, (rows,), where each row knows which of two scales it has. Not positive: NaN."""
     scale = values[Slot.SCALE]
-    if kind == ScaleKind.TWO_SCALE:
-        scale = torch.where(confidence < values[Slot.ETA], scale, values[Slot.SCALE_HIGH])
+    if values.structure.row_scale == ScaleKind.TWO_SCALE:
+        scale = torch.where(high, values[Slot.SCALE_HIGH], scale)
         norm = values[Slot.LOGIT_NORM]
         scale = torch.where(norm > 0, scale / norm, math.nan)
-    return torch.where(scale > 0, scale, math.nan)
+    return torch.where(scale > 0, scale, math.nan).expand(values.label.shape)
+
+
+def well_classified(confidence: Tensor, values: Values) -> Tensor:
+    """Where a row has the higher of two scales."""
+    return ~(confidence < values[Slot.ETA])
+
+
+def scales(values: Values) -> Tensor:
+    """(1 or 2, rows): all the scales that a row may turn out to have, without their gradients."""
+    choices = [torch.zeros_like(values.kept), torch.ones_like(values.kept)]
+    count = 2 if values.structure.row_scale == ScaleKind.TWO_SCALE else 1
+    return torch.stack([row_scale(values, high).detach() for high in choices[:count]])
 
 
 # ---- heads: phi(log p), from delta = logsumexp over j != y of z, minus z_y -------------------------------------------
@@ -202,7 +255,7 @@ def modulated(nll: Tensor, alpha: Tensor, beta: Tensor, gamma: Tensor, kappa: Te
     return torch.where(legal, alpha * torch.where(near, close, apart), math.nan)
 
 
-def tau(nll: Tensor, values: _Values, clamp: int) -> Tensor:
+def tau(nll: Tensor, values: Values, clamp: int) -> Tensor:
     """-log tau(p), tau(p) = a p + b on p's bin."""
     p = torch.exp(-nll)
     index = _bin(p.detach(), 0.0, 1.0, values.bins(Slot.HEAD_A))
@@ -228,19 +281,316 @@ def truncated(nll: Tensor, k: Tensor) -> Tensor:
     return torch.where(legal, torch.where(nll > ceiling, ceiling, nll), math.nan)
 
 
-def head_loss(structure: Structure, nll: Tensor, values: _Values) -> Tensor:
+def head_loss(nll: Tensor, values: Values) -> Tensor:
     """phi(log p), (rows,)."""
-    kind = structure.head
+    kind = values.structure.head
     if kind == HeadKind.MODULATED:
         return modulated(nll, *(values[s] for s in (Slot.HEAD_A, Slot.HEAD_B, Slot.HEAD_C, Slot.HEAD_D)))
     if kind == HeadKind.TAU:
-        return tau(nll, values, structure.clamp)
+        return tau(nll, values, values.structure.clamp)
     if kind == HeadKind.TRUNCATED:
         return truncated(nll, values[Slot.HEAD_A])
     return nll
 
 
-# ---- a row, whole ----------------------------------------------------------------------------------------------------
+# ---- the four steps --------------------------------------------------------------------------------------------------
+
+
+class Rows(NamedTuple):
+    """What a piece of the classes knows of each row: over the j != y that it holds, with d_j = u_j - M.
+
+    Attributes:
+        top: (rows,), M = max u_j; -inf where there is none.
+        total: (scales, rows), S = sum e^{s d_j} at each scale that the row may have.
+        shift: (scales, rows), T = sum e^{s d_j} d_j.
+        second: (scales, rows), sum e^{s d_j} d_j^2, or None: only the entropy's gradient by a scale takes it.
+        weighted: (rows,), V = sum w_j d_j, or None without smoothing. weights: W = sum w_j.
+        first: (rows,), the lowest class whose u_j is M. above: how many u_j are larger than u_y.
+    """
+
+    top: Tensor
+    total: Tensor
+    shift: Tensor
+    second: Tensor | None
+    weighted: Tensor | None
+    weights: Tensor | None
+    first: Tensor
+    above: Tensor
+
+
+def final_logits(f: Tensor, values: Values, start: int = 0) -> Tensor:
+    """u: the logits of a piece that starts at a class, softcapped and adjusted; an overflow stays one."""
+    cap, adjustment = values.consts[int(Slot.SOFTCAP)], values.vector(Slot.ADJUSTMENT)
+    if cap > 0:
+        f = cap * torch.tanh(f / cap) * torch.where(f == math.inf, math.nan, 1.0).to(f.dtype)
+    return f if adjustment is None else f + adjustment[start : start + f.shape[1]]
+
+
+def statistics(
+    u: Tensor,
+    u_y: Tensor,
+    scales: Tensor,
+    values: Values,
+    *,
+    start: int = 0,
+    top: Tensor | None = None,
+    second: bool = False,
+) -> Rows:
+    """What a piece (rows, classes) that starts at a class knows of each row.
+
+    What stands at the target does not matter. An ignored row is taken as it is: let it hold zeros.
+
+    Args:
+        u_y: (rows,), of the target, wherever it is. scales: (1 or 2, rows).
+        top: what the sums are relative to; M, unless the caller knows better. second: whether squares are summed too.
+    """
+    index = torch.arange(start, start + u.shape[1], device=u.device)
+    is_target = index == values.label.unsqueeze(1)
+    others = torch.where(is_target, -math.inf, u)
+    largest, first = torch.full_like(u_y, -math.inf).detach(), torch.full_like(values.label, values.classes)
+    if u.shape[1]:
+        largest = others.detach().amax(1)
+        first = torch.where((others == largest.unsqueeze(1)) & ~is_target, index, values.classes).amin(1)
+    above = (others > u_y.unsqueeze(1)).sum(1)
+    top = largest if top is None else top
+    d = others - torch.where(top == -math.inf, 0, top).unsqueeze(1)
+    # A class of probability 0 contributes 0 to every sum: its -inf must not meet a 0 on the way to s.
+    absent = (d == -math.inf).detach()
+    d = torch.where(absent, 0, d)
+    e = torch.where(absent, 0, torch.exp(scales.unsqueeze(2) * d))
+    weighted = weights = None
+    if values.smoothing > 0:
+        # But smoothing counts such a class: the loss is infinite, and grows with s.
+        omega = values.vector(Slot.WEIGHT)
+        omega = u.new_ones(u.shape[1]) if omega is None else omega[start : start + u.shape[1]]
+        counts = ~is_target & (omega != 0)
+        weighted = torch.where(counts, omega * torch.where(absent, others, d), 0).sum(1)
+        weights = torch.where(counts, omega, 0).sum(1)
+    squares = (e * d * d).sum(2) if second else None
+    return Rows(largest, e.sum(2), (e * d).sum(2), squares, weighted, weights, first, above)
+
+
+def combine(a: Rows, b: Rows, scales: Tensor) -> Rows:
+    """What both pieces know together; associative to rounding."""
+    top = torch.maximum(a.top, b.top)
+    equal, ahead = a.top == b.top, a.top > b.top
+    move_a, move_b = (torch.where(rows.top == top, 0, rows.top - top) for rows in (a, b))
+    share_a, share_b = torch.exp(scales * move_a), torch.exp(scales * move_b)
+
+    def both(of_a: Tensor, of_b: Tensor) -> Tensor:
+        return torch.where(share_a == 0, 0, share_a * of_a) + torch.where(share_b == 0, 0, share_b * of_b)
+
+    total = both(a.total, b.total)
+    shift = both(a.shift + move_a * a.total, b.shift + move_b * b.total)
+    second = weighted = weights = None
+    if a.second is not None and b.second is not None:
+        second = both(
+            a.second + move_a * (2 * a.shift + move_a * a.total), b.second + move_b * (2 * b.shift + move_b * b.total)
+        )
+    if a.weighted is not None and a.weights is not None and b.weighted is not None and b.weights is not None:
+        weights = a.weights + b.weights
+        # Where no class counts there is no M to move from.
+        moved = torch.where(a.weights == 0, 0, move_a * a.weights) + torch.where(b.weights == 0, 0, move_b * b.weights)
+        weighted = a.weighted + b.weighted + moved
+    tied = torch.where(equal, torch.minimum(a.first, b.first), torch.maximum(a.first, b.first))
+    first = torch.where(ahead, a.first, torch.where(b.top > a.top, b.first, tied))
+    return Rows(top, total, shift, second, weighted, weights, first, a.above + b.above)
+
+
+class Finished(NamedTuple):
+    """What finish makes of a row, each (rows,), 0 where the row is ignored; or the upstream gradients of that.
+
+    by_class is what class weights weigh: "mean" divides it by theirs; by_row (None without z-loss) by the rows.
+    """
+
+    by_class: Tensor | None
+    by_row: Tensor | None = None
+    logsumexp: Tensor | None = None
+    log_prob: Tensor | None = None
+    entropy: Tensor | None = None
+
+
+def chosen(rows: Rows, high: Tensor) -> Rows:
+    """The sums (rows,) at the scale that each row turns out to have."""
+
+    def one(sums: Tensor) -> Tensor:
+        return sums[0] if sums.shape[0] == 1 else torch.where(high, sums[1], sums[0])
+
+    second = None if rows.second is None else one(rows.second)
+    return rows._replace(total=one(rows.total), shift=one(rows.shift), second=second)
+
+
+def sound(top: Tensor, u_y: Tensor, values: Values) -> Tensor:
+    """False for NaN, +inf, only -inf, and labels out of range: the whole row is NaN then, and its gradient too."""
+    return values.legal & (top < math.inf) & (u_y < math.inf) & (torch.maximum(top, u_y) > -math.inf)
+
+
+def finish(rows: Rows, u_y: Tensor, s: Tensor, values: Values) -> Finished:
+    """From what is known of all classes, at the row's scale s, to its loss: scalar work per row.
+
+    Differentiable by u_y, s, S, T, V and the loss's parameters.
+    """
+    # The target as a product with NaN, so that what stands on it is NaN, and its gradient too.
+    legal = torch.where(sound(rows.top, u_y, values), 1.0, math.nan).to(u_y.dtype)
+    t = transform_target(u_y * legal, values)
+    # Everything relative to the largest other class: a difference of large logsumexps would lose what they share.
+    top = torch.where(rows.top == -math.inf, 0, rows.top)
+    alone = rows.total == 0  # no other class has a chance: log p_y is 0
+    total = torch.where(alone, 1, rows.total)
+    log_total = total.log()
+    lead = s * (t - top)
+    delta = torch.where(alone, -math.inf - lead, log_total - lead)
+    # An infinite z of the target's is no certainty but an overflow.
+    mark = torch.where(s * t < math.inf, legal, math.nan)
+    nll = torch.logaddexp(delta, torch.zeros_like(delta)) * mark
+    above_top = torch.where(alone, lead, torch.logaddexp(log_total, lead)) * mark
+    lse = above_top + s * top
+
+    # H = p (-log p) + q (-log q) + q (the entropy among the others); 0 log 0 is 0.
+    others = torch.logaddexp(-delta, torch.zeros_like(delta))
+    among = log_total - s * rows.shift / total
+    hit, miss = torch.where(nll == math.inf, 0, nll), torch.where(delta == -math.inf, 0, others)
+    entropy = torch.sigmoid(-delta) * hit + torch.sigmoid(delta) * (miss + among)
+
+    omega = values.vector(Slot.WEIGHT)
+    omega_y = torch.ones_like(nll) if omega is None else omega[values.label]
+    loss = omega_y * head_loss(nll, values)
+    if values.smoothing > 0:
+        assert rows.weighted is not None and rows.weights is not None
+        spread = omega_y * nll + rows.weights * above_top - s * rows.weighted
+        loss = (1 - values.smoothing) * loss + values.smoothing / values.classes * spread
+    penalty = values.z_loss * lse * lse if values.z_loss > 0 else None
+
+    def of_kept(value: Tensor) -> Tensor:
+        return torch.where(values.kept, value, 0)
+
+    by_row = None if penalty is None else of_kept(penalty)
+    return Finished(of_kept(loss), by_row, of_kept(lse), of_kept(-nll), of_kept(entropy * mark))
+
+
+class Coefficients(NamedTuple):
+    """What a piece needs to write its gradient, each (rows,); slope and spread may be None: 0."""
+
+    factor: Tensor  # a
+    slope: Tensor | None  # b
+    spread: Tensor | None  # d
+    target: Tensor  # g
+    scale: Tensor  # s
+    top: Tensor  # M
+
+
+def coefficients(
+    rows: Rows, u_y: Tensor, values: Values, upstream: Finished, needs: Collection[int] = ()
+) -> tuple[Coefficients, dict[int, Tensor]]:
+    """How the pieces of each row write their gradients, and the gradients of the parameters whose slots are needed.
+
+    Args:
+        rows: of all pieces. upstream: the gradients of what finish returns; None: 0.
+    """
+    high = well_classified(u_y - rows.top, values)
+    one = chosen(rows, high)
+    with torch.enable_grad():
+        params = {slot: values.params[slot].detach().requires_grad_() for slot in needs}
+        own = values.replaced(params)
+        u_y = u_y.detach().requires_grad_()
+        total, shift = one.total.detach().requires_grad_(), one.shift.detach().requires_grad_()
+        weighted = None if one.weighted is None else one.weighted.detach().requires_grad_()
+        s = row_scale(own, high)
+        # The sums were made without the scale's gradient: dS/ds is T, and dT/ds the sum of squares.
+        drift = s - s.detach()
+        moved = one._replace(
+            total=total + one.shift * drift,
+            shift=shift if one.second is None else shift + one.second * drift,
+            weighted=weighted,
+        )
+        finished = finish(moved, u_y, s, own)
+        pairs = [(out, g) for out, g in zip(finished, upstream, strict=True) if out is not None and g is not None]
+        leaves = [u_y, total, shift, *([] if weighted is None else [weighted]), *params.values()]
+        target, by_total, by_shift, *found = torch.autograd.grad(
+            [out for out, _ in pairs], leaves, [g for _, g in pairs], materialize_grads=True
+        )
+    spread = None if weighted is None else -found.pop(0)
+    s = s.detach()
+    slope = None if upstream.entropy is None else s * by_shift
+    factor = s * by_total + by_shift
+    top = torch.where(factor == factor, rows.top, math.nan)
+    return Coefficients(factor, slope, spread, target, s, top), dict(zip(params, found, strict=True))
+
+
+def gradient(u: Tensor, row: Coefficients, values: Values, *, start: int = 0) -> Tensor:
+    """dL/du of a piece (rows, classes) that starts at a class."""
+    is_target = torch.arange(start, start + u.shape[1], device=u.device) == values.label.unsqueeze(1)
+    d = u - torch.where(row.top == -math.inf, 0, row.top).unsqueeze(1)
+    absent = d == -math.inf
+    d = torch.where(absent, 0, d)
+    e = torch.where(absent, 0, torch.exp(row.scale.unsqueeze(1) * d))
+    others = e * row.factor.unsqueeze(1)
+    if row.slope is not None:
+        others = others + e * d * row.slope.unsqueeze(1)
+    if row.spread is not None:
+        omega = values.vector(Slot.WEIGHT)
+        spread = row.spread.unsqueeze(1)
+        others = others - (spread if omega is None else spread * omega[start : start + u.shape[1]])
+    return torch.where(is_target, row.target.unsqueeze(1), others)
+
+
+# ---- a batch ---------------------------------------------------------------------------------------------------------
+
+
+def factors(values: Values) -> tuple[Tensor, Tensor]:
+    """What by_class and by_row of each row are multiplied by: the reduction, known before any row is visited."""
+    row_weight = values.params.get(Slot.ROW_WEIGHT)
+    ones = torch.ones(values.label.shape, dtype=values.dtype, device=values.label.device)
+    share = ones if row_weight is None else row_weight.detach().to(values.dtype).reshape(-1)
+    share = torch.where(values.kept, share, 0)
+    if values.reduction != Reduction.MEAN:
+        return share, share
+    if normalized(values):
+        normalizer = values[Slot.NORMALIZER].detach()
+        share = share / torch.where(normalizer > 0, normalizer, math.nan)
+        return share, share
+    omega = values.vector(Slot.WEIGHT)
+    weights = torch.where(values.kept, ones if omega is None else omega[values.label], 0).sum()
+    # Smoothing has a loss where weights sum to 0.
+    return share / torch.where(weights == 0, math.nan, weights), share / values.kept.sum()
+
+
+def normalized(values: Values) -> bool:
+    """Whether a mean has a divisor of its own."""
+    return Slot.NORMALIZER in values.params or values.consts[int(Slot.NORMALIZER)] != 0
+
+
+def reduced(finished: Finished, values: Values) -> Tensor:
+    """The rows' losses, or their sum: the mean is in the factors."""
+    by_class, by_row = factors(values)
+    assert finished.by_class is not None
+    loss = finished.by_class * by_class
+    if finished.by_row is not None:
+        loss = loss + finished.by_row * by_row
+    if values.reduction == Reduction.NONE:
+        return loss
+    total = loss.sum()
+    if values.reduction == Reduction.MEAN and not normalized(values):
+        total = torch.where(values.kept.any(), total, math.nan)  # also of no rows at all
+    return total
+
+
+def row_stats(rows: Rows, u_y: Tensor, finished: Finished, values: Values) -> Stats:
+    """What RowStats holds, each (rows,)."""
+    u_y, label = u_y.detach(), values.label
+    best = torch.where(u_y == rows.top, torch.minimum(label, rows.first), rows.first)
+    best = torch.where(u_y > rows.top, label, best)
+    seen = values.kept & (best < values.classes) & (u_y == u_y)
+    confidence = torch.where(values.legal, u_y - rows.top, math.nan)
+    assert finished.logsumexp is not None and finished.log_prob is not None and finished.entropy is not None
+    return Stats(
+        finished.logsumexp,
+        finished.log_prob,
+        finished.entropy,
+        torch.where(seen, best, -1),
+        torch.where(values.kept, confidence, 0),
+        torch.where(values.kept, rows.above, 0),
+    )
 
 
 def unpack(mask: int, params: Sequence[Tensor]) -> dict[int, Tensor]:
@@ -256,122 +606,28 @@ def full_precision(device: torch.device) -> AbstractContextManager[None]:
 def softmax_loss(
     input: Tensor, target: Tensor, numbers: Sequence[float], params: Sequence[Tensor]
 ) -> tuple[Tensor, Stats]:
-    """Any loss of the family, reduced, and its row statistics.
+    """Any loss of the family, reduced, and its row statistics: each row is one piece.
 
     Args:
         input: (N, C) or (N, C, d1, ...), floating. target: (N) or (N, d1, ...), integer.
-        numbers: Spec.ids, reduction, ignore_index, the mask of the slots that are tensors, then one number per slot;
-            those that are left out at the end are 0.
-        params: the tensors, by slot.
+        numbers, params: see :class:`Values`.
     """
-    consts = [*numbers[CONSTS:], *[0.0] * (SLOTS + CONSTS - len(numbers))]
     with full_precision(input.device):
-        return _softmax_loss(input, target, structure_of(numbers), numbers, consts, params)
-
-
-def _softmax_loss(
-    input: Tensor,
-    target: Tensor,
-    structure: Structure,
-    numbers: Sequence[float],
-    consts: Sequence[float],
-    params: Sequence[Tensor],
-) -> tuple[Tensor, Stats]:
-    reduction, ignore_index, mask = (int(numbers[field]) for field in (REDUCTION, IGNORE_INDEX, MASK))
-    by_slot = unpack(mask, params)
-    accumulate = torch.float64 if input.dtype == torch.float64 else torch.float32
-    classes = input.shape[1]
-
-    f = input.movedim(1, -1).reshape(-1, classes).to(accumulate)
-    label = target.reshape(-1).long()
-    kept = label != ignore_index
-    legal = (label >= 0) & (label < classes)
-    y = torch.where(legal, label, 0)
-    # An ignored row is not read: whatever it holds, it holds no gradient.
-    f = torch.where(kept.unsqueeze(1), f, 0)
-    values = _Values(y, kept, accumulate, consts, by_slot)
-
-    finite = f.amax(1) < math.inf  # false for NaN
-    cap = consts[int(Slot.SOFTCAP)]
-    if cap > 0:
-        f = cap * torch.tanh(f / cap)
-    if Slot.ADJUSTMENT in by_slot:
-        f = f + by_slot[Slot.ADJUSTMENT].to(accumulate).detach()
-
-    column = y.unsqueeze(1)
-    f_y = f.gather(1, column).squeeze(1)
-    is_target = torch.arange(classes, device=f.device) == column
-    others = torch.where(is_target, -math.inf, f)
-    runner_up = others.amax(1).detach()
-    confidence = f_y.detach() - runner_up
-    # NaN, +inf, only -inf, and labels out of range (never 0, never a read out of bounds): the whole row is NaN, and as
-    # this is a product, its gradient too.
-    sound = finite & (f.amax(1) > -math.inf) & (legal | ~kept)
-    mark = torch.where(sound, 1.0, math.nan).to(accumulate)
-    f_y, others = f_y * mark, others * mark.unsqueeze(1)
-
-    s = row_scale(structure.row_scale, confidence, values)
-    t = transform_target(structure, f_y, values)
-    s_rows = s.expand_as(t) if s.dim() == 0 else s
-    z_y = s_rows * t
-    smoothing = consts[int(Slot.SMOOTHING)]
-    # A class of probability 0 contributes 0 to every sum: its -inf must not meet a 0 on the way to s. But smoothing
-    # counts such a class: the loss is infinite, and grows with s.
-    absent = is_target if smoothing > 0 else (others == -math.inf).detach()
-    column_s = s_rows.unsqueeze(1)
-    z = torch.where(absent, column_s.detach() * others, column_s * torch.where(absent, 0, others))
-
-    # Everything relative to the largest other class: a difference of large logsumexps would lose what they share.
-    top = torch.where(runner_up == -math.inf, 0, runner_up * s_rows.detach())
-    total = torch.exp(z - top.unsqueeze(1)).sum(1)
-    alone = total == 0  # no other class has a chance: log p_y is 0
-    log_total = torch.where(alone, 1, total).log()
-    lead = z_y - top
-    delta = torch.where(alone, -math.inf - z_y, log_total - lead)
-    # An infinite z of the target's is no certainty but an overflow.
-    overflow = torch.where(z_y < math.inf, 1.0, math.nan).to(accumulate)
-    nll = torch.logaddexp(delta, torch.zeros_like(delta)) * overflow
-    lse = torch.where(alone, lead, torch.logaddexp(log_total, lead))  # less top
-    lse = lse * overflow
-
-    loss = head_loss(structure, nll, values)
-    weight = by_slot.get(Slot.WEIGHT)
-    omega = None if weight is None else weight.to(accumulate).detach()
-    omega_y = torch.ones_like(loss) if omega is None else omega[y]
-    loss = omega_y * loss
-    if smoothing > 0:
-        every_z = torch.where(is_target, z_y.unsqueeze(1), z)
-        gap = lse.unsqueeze(1) - (every_z - top.unsqueeze(1))
-        spread = (gap if omega is None else gap * omega).sum(1)
-        loss = (1 - smoothing) * loss + smoothing / classes * spread
-    loss = torch.where(kept, loss, 0)
-    lse = lse + top
-    z_loss = consts[int(Slot.Z_LOSS)]
-    penalty = torch.where(kept, z_loss * lse * lse, 0) if z_loss > 0 else None
-
-    if reduction == Reduction.NONE:
-        result = loss if penalty is None else loss + penalty
-        result = result.reshape(target.shape)
-    elif reduction == Reduction.SUM:
-        result = loss.sum() if penalty is None else loss.sum() + penalty.sum()
-    else:
-        total_weight = torch.where(kept, omega_y, 0).sum()
-        result = loss.sum() / torch.where(total_weight == 0, math.nan, total_weight)  # smoothing has a loss there still
-        if penalty is not None:
-            result = result + penalty.sum() / kept.sum()
-
-    shape = target.shape
-    with torch.no_grad():
-        highest = f.amax(1, keepdim=True)
-        index = torch.arange(classes, device=f.device)
-        prediction = torch.where(f == highest, index, classes).amin(1)
-        prediction = torch.where(kept & (prediction < classes), prediction, -1)
-        rank = torch.where(kept, (f > f_y.unsqueeze(1)).sum(1), 0)
-    stats = Stats(
-        torch.where(kept, lse, 0).reshape(shape),
-        torch.where(kept, -nll, 0).reshape(shape),
-        prediction.reshape(shape),
-        torch.where(kept, torch.where(legal, confidence, math.nan), 0).reshape(shape),
-        rank.reshape(shape),
-    )
-    return result, stats
+        classes = input.shape[1]
+        accumulate = torch.float64 if input.dtype == torch.float64 else torch.float32
+        values = Values(numbers, params, target.reshape(-1), classes, accumulate)
+        f = input.movedim(1, -1).reshape(-1, classes).to(accumulate)
+        # An ignored row is not read: whatever it holds, it holds no gradient.
+        u = final_logits(torch.where(values.kept.unsqueeze(1), f, 0), values)
+        column = values.label.unsqueeze(1)
+        u_y = u.gather(1, column).squeeze(1)
+        top = u.detach().scatter(1, column, -math.inf).amax(1)
+        high = well_classified(u_y.detach() - top, values)
+        s = row_scale(values, high)
+        top = torch.where(sound(top, u_y, values), top, math.nan)
+        rows = chosen(statistics(u, u_y, s.unsqueeze(0), values, top=top), high)
+        finished = finish(rows, u_y, s, values)
+        loss, stats = reduced(finished, values), row_stats(rows, u_y, finished, values)
+    if values.reduction == Reduction.NONE:
+        loss = loss.reshape(target.shape)
+    return loss, Stats(*(row.reshape(target.shape) for row in stats))
