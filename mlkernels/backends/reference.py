@@ -512,9 +512,8 @@ def coefficients(
     spread = None if weighted is None else -found.pop(0)
     s = s.detach()
     slope = None if upstream.entropy is None else s * by_shift
-    factor = s * by_total + by_shift
-    top = torch.where(factor == factor, rows.top, math.nan)
-    return Coefficients(factor, slope, spread, target, s, top), dict(zip(params, found, strict=True))
+    row = Coefficients(s * by_total + by_shift, slope, spread, target, s, rows.top)
+    return row, dict(zip(params, found, strict=True))
 
 
 def gradient(u: Tensor, row: Coefficients, values: Values, *, start: int = 0) -> Tensor:
