@@ -48,10 +48,10 @@ _SCHEMAS = (
 _REFRESH = f"softmax_loss_refresh(Tensor grad_loss, {_COMMON}, Tensor(a!) gradient) -> ()"
 for _schema in (*_SCHEMAS, _REFRESH):
     _libraries[0].define(_schema, tags=_tags)
-    # What "mean" divided by comes last of what a visit with gradients returns, and refresh takes it.
+    # What "mean" makes of a row's terms comes last of what a visit with gradients returns, and refresh takes it.
     if "_with_gradient" in _schema:
         _schema = _schema[:-1] + ", Tensor)"
-    _schema = _schema.replace("refresh(Tensor grad_loss,", "refresh(Tensor grad_loss, Tensor divisors,")
+    _schema = _schema.replace("refresh(Tensor grad_loss,", "refresh(Tensor grad_loss, Tensor factors,")
     _libraries[1].define(_schema, tags=_tags)
 # Each dst from the src at its place, bit for bit; with a flag (one boolean) only where the device finds it true.
 _libraries[0].define("multi_copy_(Tensor(a!)[] dst, Tensor[] src, Tensor? flag=None) -> ()", tags=_tags)
@@ -106,20 +106,20 @@ def _softmax_loss_with_gradients(
     return _loss_like(input, target, numbers), _gradients(input, numbers, params, needs)
 
 
-def _divisors(input: Tensor, numbers: Sequence[float]) -> Tensor:
-    return input.new_empty((int(numbers[REDUCTION] == Reduction.MEAN), 2), dtype=torch.float64)
+def _factors(input: Tensor, numbers: Sequence[float]) -> Tensor:
+    return input.new_empty((int(numbers[REDUCTION] == Reduction.MEAN), 2), dtype=_accumulate(input.dtype))
 
 
-def _softmax_loss_with_gradient_and_divisors(
+def _softmax_loss_with_gradient_and_factors(
     input: Tensor, target: Tensor, numbers: Sequence[float], params: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return *_softmax_loss_with_gradient(input, target, numbers, params), _divisors(input, numbers)
+    return *_softmax_loss_with_gradient(input, target, numbers, params), _factors(input, numbers)
 
 
-def _softmax_loss_with_gradients_and_divisors(
+def _softmax_loss_with_gradients_and_factors(
     input: Tensor, target: Tensor, numbers: Sequence[float], params: Sequence[Tensor], needs: int
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    return *_softmax_loss_with_gradients(input, target, numbers, params, needs), _divisors(input, numbers)
+    return *_softmax_loss_with_gradients(input, target, numbers, params, needs), _factors(input, numbers)
 
 
 def _softmax_stats(
@@ -155,8 +155,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "softmax_loss_backward": _softmax_loss_backward,
 }
 _TRITON_FAKES = _FAKES | {
-    "softmax_loss_with_gradient": _softmax_loss_with_gradient_and_divisors,
-    "softmax_loss_with_gradients": _softmax_loss_with_gradients_and_divisors,
+    "softmax_loss_with_gradient": _softmax_loss_with_gradient_and_factors,
+    "softmax_loss_with_gradients": _softmax_loss_with_gradients_and_factors,
 }
 
 
@@ -266,7 +266,7 @@ class Kernels(NamedTuple):
     #: Writes a gradient made for an upstream gradient of 1 anew unless the device finds that it is 1; None where the
     #: host may look for itself.
     refresh: Callable[..., None] | None = None
-    #: How many tensors a visit with gradients returns behind these, for refresh: Triton's divisors.
+    #: How many tensors a visit with gradients returns behind these, for refresh: Triton's factors.
     kept: int = 0
     #: The same by way of the dispatcher, where these are not.
     dispatched: Kernels | None = None

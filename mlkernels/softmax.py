@@ -185,13 +185,7 @@ def apply(
     params: list[Tensor] = []
     needs = ONLY_INPUT if grad and input.requires_grad else 0
     half = dtype == _BFLOAT16
-    if (
-        tensors
-        or weight is not None
-        or logit_adjustment is not None
-        or group is not None
-        or row_weight is not None
-    ):
+    if tensors or weight is not None or logit_adjustment is not None or group is not None or row_weight is not None:
         mask = 0
         if tensors or group is not None:
             group = _check_values(spec, tensors, group, input, target)

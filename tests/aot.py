@@ -71,10 +71,13 @@ class Case:
     # train: by the logits. all: by the parameters too. parameters: by those alone.
     mode: str = "train"
     stats: bool = False
+    entropy: bool = True  # with statistics: whether its gradient comes back, too
     backward: bool = True
     upstream: str = "contiguous"  # expanded
     labels: torch.dtype = torch.int64
     weight: bool = False
+    row_weight: bool = False
+    normalizer: str = ""  # number, tensor
     smoothing: float = 0.0
     adjustment: bool = False
     softcap: float | None = None
@@ -106,13 +109,16 @@ class Case:
             "label_smoothing": self.smoothing,
             "logit_adjustment": vector(self.adjustment),
             "softcap": self.softcap,
+            "row_weight": torch.empty(target.shape, device="meta") if self.row_weight else None,
             "return_stats": self.stats,
         }
+        if self.reduction == "mean" and self.normalizer:
+            options["normalizer"] = 12.5 if self.normalizer == "number" else torch.empty((), device="meta")
         if loss.groups:
             options["group"] = torch.empty(target.shape, dtype=torch.int64, device="meta")
         input.requires_grad_(self.mode in ("train", "all"))
         value: Any = mlkernels.softmax_loss(input, target, **loss.compose(params), **options)
-        outputs = [value[0], *value[1][:2]] if self.stats else [value]
+        outputs = [value[0], *value[1][: 2 + self.entropy]] if self.stats else [value]
         outputs = [output for output in outputs if output.requires_grad]
         if outputs and self.backward:
             grads = [torch.empty((), device="meta", dtype=output.dtype).expand(output.shape) for output in outputs]
@@ -152,7 +158,7 @@ def heaviest(case: Case) -> Case:
     """With everything that takes registers."""
     return replace(
         case, loss="two_scale_margin_modulated", form="shared", mode="all", reduction="none", stats=True, weight=True,
-        smoothing=0.1, adjustment=True, softcap=30.0,
+        row_weight=True, smoothing=0.1, adjustment=True, softcap=30.0,
     )  # fmt: skip
 
 
@@ -195,9 +201,12 @@ AXES: dict[str, list[Any]] = {
     "reduction": ["mean", "none", "sum"],
     "mode": ["train", "all", "eval", "parameters"],
     "stats": [False, True],
+    "entropy": [False, True],
     "upstream": ["contiguous", "expanded"],
     "labels": [torch.int64, torch.int32],
     "weight": [False, True],
+    "row_weight": [False, True],
+    "normalizer": ["", "number", "tensor"],
     "smoothing": [0.0, 0.1],
     "adjustment": [False, True],
     "softcap": [None, 30.0],
@@ -304,7 +313,7 @@ class Launch:
             name
             for name in (
                 "losses", "save", "stats", "gradient", "by_parameter", "bins", "saved", "group", "weight", "weight_sum",
-                "adjustment", "divisors", "t_tables", "tau_tables",
+                "adjustment", "row_weight", "normalizer", "divisors", "factors", "t_tables", "tau_tables",
             )
             if given.get(name) is not None
         ]  # fmt: skip
@@ -317,7 +326,17 @@ class Launch:
     def plain(self) -> bool:
         """Whether nothing but logits and labels is read, and nothing but losses and the gradient by logits written."""
         given = self.arguments
-        more = ("stats", "weight", "adjustment", "by_parameter", "saved", "group", "t_tables", "tau_tables")
+        more = (
+            "stats",
+            "weight",
+            "row_weight",
+            "adjustment",
+            "by_parameter",
+            "saved",
+            "group",
+            "t_tables",
+            "tau_tables",
+        )
         return (
             "input" in given
             and not given["MODES"]
@@ -534,7 +553,7 @@ def compiled(one: Launch) -> dict[str, Any]:
         "wide_loads": one.wide("input", "in") if "input" in given else 0,
         "wide_stores": one.wide("gradient", "out") if "gradient" in given else 0,
     }
-    others = ("weight", "adjustment", "group", "t_tables", "tau_tables")
+    others = ("weight", "row_weight", "adjustment", "group", "t_tables", "tau_tables")
     if row["wide_loads"] and not given["MODES"] and all(given[name] is None for name in others):
         # Labels and sums are wide too; but where little else is read there are fewer narrow loads than logits.
         row["narrow_limit"] = row["wide_loads"] * 16

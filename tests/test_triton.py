@@ -188,10 +188,13 @@ def test_streamed_capped_and_adjusted(loss, streamed):
     check(loss, "triton", input, target, params, F64, upstream_for("none", len(target)), reduction="none", **CAPPED)
 
 
+@pytest.mark.parametrize("broken", [False, True])
 @pytest.mark.parametrize("loss", FEW, ids=str)
-def test_streamed_statistics(loss, streamed):
+def test_streamed_statistics(loss, broken, streamed):
+    """And their gradients: by the logits and, where no row is NaN, by the parameters."""
     input, target, params = draw(loss, rows=9, classes=11, form="shared")
-    input[2, 5] = float("nan")
+    if broken:
+        input[2, 5] = float("nan")
     target[4] = -100
     input[5, 3] = input[5, 9] = 20.0  # the lowest index on ties
     options = {"group": loss.group(target)} if loss.groups else {}
@@ -202,9 +205,11 @@ def test_streamed_statistics(loss, streamed):
     for backend in ("reference", "triton"):
         x, own = input.clone().requires_grad_(), leaves(params)
         value, rows = call(backend, x, own)
-        (value.nan_to_num() + 2 * rows.logsumexp.nan_to_num() - 3 * rows.log_prob.nan_to_num()).sum().backward()
-        x.grad[2] = x.grad[2].isnan().any()  # which of its entries are NaN is nobody's business
-        found.append((value, *rows, x.grad))
+        outputs = (value, rows.logsumexp, rows.log_prob, rows.entropy)
+        sum(factor * of.nan_to_num() for factor, of in zip((1, 2, -3, 4), outputs, strict=True)).sum().backward()
+        if broken:
+            x.grad[2] = x.grad[2].isnan().any()  # which of its entries are NaN is nobody's business
+        found.append((value, *rows, x.grad, *([] if broken else [leaf.grad for leaf in own.values()])))
     for wanted, got in zip(*found, strict=True):
         torch.testing.assert_close(got, wanted, equal_nan=True, rtol=1e-12, atol=1e-13)
 
@@ -342,10 +347,10 @@ def test_nothing_is_written_for_an_upstream_of_one():
     x, y = torch.randn(4, 6), torch.arange(4)
     numbers = next(iter(_numbers_of_cross_entropy(x, y)))
     gradient = torch.full_like(x, 7.0)
-    divisors = torch.full((1, 2), 4.0, dtype=torch.float64)
-    launch.softmax_loss_refresh(torch.tensor(1.0), divisors, x, y, numbers, [], gradient)
+    factors = torch.full((1, 2), 0.25)
+    launch.softmax_loss_refresh(torch.tensor(1.0), factors, x, y, numbers, [], gradient)
     assert bool((gradient == 7.0).all())
-    launch.softmax_loss_refresh(torch.tensor(2.0), divisors, x, y, numbers, [], gradient)
+    launch.softmax_loss_refresh(torch.tensor(2.0), factors, x, y, numbers, [], gradient)
     z = x.clone().requires_grad_()
     (2 * torch.nn.functional.cross_entropy(z, y)).backward()
     torch.testing.assert_close(gradient, z.grad)
@@ -354,7 +359,7 @@ def test_nothing_is_written_for_an_upstream_of_one():
 def _numbers_of_cross_entropy(x, y):
     mlkernels.cross_entropy(x, y, backend="triton")
     spec_and_more = [key for key in door._calls if key[0] == mlkernels.spec.Spec().ids and key[1] == "mean"]
-    return [door._calls[key].numbers for key in spec_and_more if key[3:6] == (0.0, 0.0, None) and key[6:] == (1.0,)]
+    return [door._calls[key].numbers for key in spec_and_more if key[3:] == (0.0, 0.0, None, None, 1.0)]
 
 
 # ---- the host --------------------------------------------------------------------------------------------------------

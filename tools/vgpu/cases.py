@@ -43,7 +43,7 @@ class Case:
     kind: str = "random"
     upstream: float = 2.5
     labels: str = "int64"
-    options: tuple[str, ...] = ()  # weight, label_smoothing, z_loss, softcap, logit_adjustment
+    options: tuple[str, ...] = ()  # of OPTIONS
     seed: int = 0
     forced: tuple[tuple[str, Any], ...] = field(default=())  # launches of another shape, of the CUDA kernels only
 
@@ -127,8 +127,11 @@ def _tensors(case: Case, loss: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
         "z_loss": lambda: 0.01,
         "softcap": lambda: 6.0,
         "logit_adjustment": lambda: 0.3 * torch.randn(case.classes, generator=generator),
+        # An ignored row's is not read.
+        "row_weight": lambda: torch.where(target == -100, math.nan, torch.rand(outer, generator=generator) + 0.25),
+        "normalizer": lambda: torch.tensor(12.5) if case.seed % 2 else 12.5,
     }
-    options |= {name: known[name]() for name in case.options}
+    options |= {name: known[name]() for name in case.options if name != "normalizer" or case.reduction == "mean"}
     if loss.groups:
         options["group"] = loss.group(target)
     return input, target.to(getattr(torch, case.labels)), options
@@ -160,11 +163,11 @@ def _called(case: Case, loss: Any, backend: str, input: Tensor, target: Tensor, 
         )
     else:
         value = loss(input, target, params, **options, backend=backend)
-    if value.dim():
-        generator = torch.Generator().manual_seed(case.seed + 1)
-        value.backward(torch.randn(value.shape, generator=generator).to(value.dtype))
-    else:
-        value.backward(torch.tensor(case.upstream, dtype=value.dtype))
+    generator = torch.Generator().manual_seed(case.seed + 1)
+    upstream = torch.randn(value.shape, generator=generator) if value.dim() else torch.tensor(case.upstream)
+    outputs = [value, *stats[:3]]  # those that have a gradient
+    upstreams = [upstream, *(torch.randn(one.shape, generator=generator) for one in outputs[1:])]
+    torch.autograd.backward(outputs, [one.to(value.dtype) for one in upstreams])
     gradients = {f"gradient of {k}": v.grad for k, v in params.items() if isinstance(v, Tensor) and v.grad is not None}
     return {
         "loss": value.detach(),
@@ -223,6 +226,7 @@ def check(case: Case, backend: str) -> None:
 
 # ---- random calls ----------------------------------------------------------------------------------------------------
 
+OPTIONS = ("weight", "label_smoothing", "z_loss", "softcap", "logit_adjustment", "row_weight", "normalizer")
 SHORT = (1, 2, 3, 10, 16, 19, 24, 31, 33, 64, 100, 150, 256, 257, 1000, 1001, 1024)
 LONG = (1025, 2048, 2051, 4096, 4099, 8192, 16384, 20000)
 HUGE = (32768, 50257, 65537, 128256, 131073)
@@ -241,9 +245,7 @@ def random_case(rng: random.Random, sizes: str = "short") -> Case:
         inner = rng.choice(((2, 3), (4,), (3, 1, 2), (8, 2), (5, 7)))
         rows = max(1, rows // 8)
     layout = rng.choice(INNER_LAYOUTS if inner else LAYOUTS) if rng.random() < 0.5 else "rows"
-    options = tuple(
-        name for name in ("weight", "label_smoothing", "z_loss", "softcap", "logit_adjustment") if rng.random() < 0.2
-    )
+    options = tuple(name for name in OPTIONS if rng.random() < 0.2)
     kind = rng.choice(KINDS) if rng.random() < 0.4 else "random"
     if kind == "masked" and not loss.masked_target:
         kind = "random"

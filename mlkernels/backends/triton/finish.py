@@ -475,7 +475,7 @@ def locate(target, other_max, log_sum, s, t):
 
 @triton.jit
 def row_loss(classes, smoothing, z_loss, weight_sum, s, nll, others, lse, alone, phi, weight, weighted):
-    """The loss that "mean" divides by the sum of weights, and the one that it divides by the number of rows.
+    """The terms of a row's loss that class weights weigh, and those that they do not; each has a factor of its own.
 
     weighted: the sum over j != y of w_j (u_j - m); used with smoothing only.
     """
@@ -491,13 +491,23 @@ def row_loss(classes, smoothing, z_loss, weight_sum, s, nll, others, lse, alone,
 
 
 @triton.jit
-def row_gradient(
-    classes, smoothing, z_loss, weight_sum, share, s, slope, q, p, lse, alone, w, weight,
-    g_class, g_row, g_lse, g_log_prob,
-):  # fmt: skip
-    """dL/du_j = others * exp(s (u_j - m)) - spread * w_j for j != y; the target's own; pull, part, flat and dL/dz_y.
+def entropy(share, s, nll, q, p, others, alone, shift):
+    """H = -sum of p_j log p_j; a class of probability 0 adds 0. shift: as for by_scale."""
+    own = tl.where(p == 0, 0.0, p * nll)
+    rest = q * (others - s * (shift * share))
+    return tl.where(alone | (q == 0), own, own + rest)
 
-    pull is the coefficient of p_j - 1[j = y], flat that of p_j alone, part that of -w_j.
+
+@triton.jit
+def coefficients(
+    classes, smoothing, z_loss, weight_sum, share, s, slope, nll, q, p, others, lse, alone, w, weight, h,
+    g_class, g_row, g_lse, g_log_prob, g_entropy,
+):  # fmt: skip
+    """dL/du_j = exp(s (u_j - m)) (a + b (u_j - m)) - d w_j for j != y, and g at the target: a, b, d, g; and pull, part,
+    flat and dL/dz_y.
+
+    pull is the coefficient of p_j - 1[j = y], flat that of p_j alone, part that of -w_j. h: the entropy; b and h only
+    where g_entropy is given.
     """
     pull = g_class * (1.0 - smoothing) * weight * w - g_log_prob
     part = g_class * smoothing / classes
@@ -506,13 +516,24 @@ def row_gradient(
         flat += g_row * 2.0 * z_loss * lse
     dz_y = flat * p - pull * q - part * weight
     # The largest other class has exp(0) = 1, so log_sum >= 0 wherever there is one.
-    others = tl.where(alone, 0.0 * dz_y, s * (pull + flat) * (q * share))
-    return others, s * part, s * slope * dz_y, pull, part, flat, dz_y
+    a = tl.where(alone, 0.0 * dz_y, s * (pull + flat) * (q * share))
+    b = tl.zeros_like(a)
+    if g_entropy is not None:  # dH/dz_j = -p_j (log p_j + H)
+        each = s * g_entropy * (q * share)
+        absent = alone | (q == 0)
+        a = tl.where(absent, a, a - each * (h - others))
+        b = tl.where(absent, 0.0, -s * each)
+        dz_y = tl.where(p == 0, dz_y, dz_y - g_entropy * p * (h - nll))
+    return a, b, s * part, s * slope * dz_y, pull, part, flat, dz_y
 
 
 @triton.jit
-def by_scale(classes, alone, other_max, share, t, p, q, pull, part, flat, weight, weight_sum, shift, weighted):
-    """The derivative of a row's loss by s. shift: the sum over j != y of exp(s (u_j - m)) (u_j - m)."""
+def by_scale(
+    classes, alone, other_max, share, s, t, nll, p, q, others, pull, part, flat, weight, weight_sum, weighted, shift,
+    second, h, g_entropy,
+):  # fmt: skip
+    """The derivative of a row's loss by s. shift: the sum over j != y of exp(s (u_j - m)) (u_j - m); second: that of
+    exp(s (u_j - m)) (u_j - m)^2, where g_entropy is given."""
     expected = tl.where(p > 0, p * t, 0.0)  # p_y t: 0 where p is, also when t is -inf
     smooth = part != 0
     absent = tl.where(classes > 1, INF, 0.0)  # smoothing counts classes that have no chance
@@ -520,4 +541,8 @@ def by_scale(classes, alone, other_max, share, t, p, q, pull, part, flat, weight
     mean = other_max + shift * share  # of u_j for j != y, under p
     full = pull * q * (mean - t) + flat * (q * mean + expected)
     full -= tl.where(smooth, part * (weighted + other_max * (weight_sum - weight) + weight * t), 0.0)
+    if g_entropy is not None:  # the sum of dH/dz_j is 0: m may be taken from every u_j
+        own = tl.where(p == 0, 0.0, p * (h - nll) * (t - other_max))
+        rest = tl.where(q == 0, 0.0, q * share * (s * second + (h - others) * shift))
+        full -= g_entropy * (own + rest)
     return tl.where(alone, bare, full)

@@ -202,7 +202,7 @@ class _Call:
         target: Tensor,
         numbers: Sequence[float],
         params: Sequence[Tensor],
-        divisors: tuple[Tensor, int] | None = None,  # where an earlier visit has found them
+        factors: Tensor | None = None,  # (2), of an earlier visit
     ):
         self.device = input.device
         self.accumulate = torch.float64 if input.dtype == torch.float64 else torch.float32
@@ -257,8 +257,12 @@ class _Call:
         group = self.by_slot.get(Slot.GROUP)
         self.group = None if group is None else group.reshape(-1).contiguous()
         self.weight_sum = self.weight.sum(dtype=self.accumulate) if self.smooth and self.weight is not None else None
+        row_weight = self.by_slot.get(Slot.ROW_WEIGHT)
+        self.row_weight = None if row_weight is None else row_weight.reshape(-1).contiguous()
+        self.normalizer = self._normalizer(consts[Slot.NORMALIZER])
         self.plain = not self.by_slot and not self.smooth and not self.capped
-        self._divisors = divisors
+        #: What "mean" makes of a row's terms: where a visit leaves it for the next.
+        self.factors = self.empty(int(self.reduction == Reduction.MEAN), 2) if factors is None else factors
 
     def is_table(self, slot: int) -> bool:
         return slot in self.structure.tables
@@ -267,27 +271,34 @@ class _Call:
         vector = self.by_slot.get(slot)
         return None if vector is None else vector.contiguous()
 
+    def _normalizer(self, number: float) -> float | Tensor | None:
+        """What "mean" divides by in place of sums of its own."""
+        given = self.by_slot.get(Slot.NORMALIZER)
+        if given is None and number and self.accumulate == torch.float64 and not _exact(number):
+            given = torch.full((), number, dtype=torch.float64, device=self.device)
+        if given is None:
+            return number or None
+        self.modes += Mode.SHARED * len(Mode) ** Slot.NORMALIZER
+        return given
+
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return replay.empty(shape, dtype or self.accumulate, self.device)
 
-    @functools.cached_property
-    def divided_by(self) -> Tensor:
-        """Where the sum leaves what it divided by, for "mean"."""
-        return self.empty(int(self.reduction == Reduction.MEAN), 2, dtype=torch.float64)
-
-    def divisors(self) -> tuple[Tensor, int]:
-        """What "mean" divides by, in parts."""
-        if self._divisors is None:
-            block = _COUNT["BLOCK"]
-            chunk = triton.cdiv(triton.cdiv(self.rows, _PARTS), block) * block or block
-            programs = max(1, triton.cdiv(self.rows, chunk))
-            parts = self.empty(programs, 2, dtype=torch.float64)
-            replay.launch(
-                kernels.count, (programs,), self.target, self.weight, parts, self.rows, self.classes,
-                self.ignore_index, chunk, **_COUNT,
-            )  # fmt: skip
-            self._divisors = parts, programs
-        return self._divisors
+    def divisors(self, programs: int) -> tuple[Tensor | None, int]:
+        """What "mean" divides by, in parts; none where the labels are few enough for each of so many programs to count
+        them."""
+        bytes_ = programs * self.rows * self.target.element_size()
+        if self.normalizer is not None or (self.rows <= _FEW and bytes_ <= _COUNTED_BYTES):
+            return None, 1
+        block = _COUNT["BLOCK"]
+        chunk = triton.cdiv(triton.cdiv(self.rows, _PARTS), block) * block
+        count = triton.cdiv(self.rows, chunk)
+        parts = self.empty(count, 2, dtype=torch.float64)
+        replay.launch(
+            kernels.count, (count,), self.target, self.weight, parts, self.rows, self.classes, self.ignore_index, chunk,
+            **_COUNT,
+        )  # fmt: skip
+        return parts, count
 
     def run(
         self,
@@ -298,7 +309,7 @@ class _Call:
         stats: tuple[Tensor, ...] | None = None,
         gradient: Tensor | None = None,
         needs: int = 0,
-        upstream: Sequence[Tensor | None] = (None, None, None),
+        upstream: Sequence[Tensor | None] = (None, None, None, None),
         conditional: bool = False,
     ) -> tuple[Tensor | None, dict[int, Tensor]]:
         """One visit of all rows: the loss, and the gradients of the parameters in needs by slot."""
@@ -312,11 +323,12 @@ class _Call:
         sizes, in_strides, out_strides = layout
         side_by_side = self.classes > 1 and 0 < input.stride(-1 if input.dim() > 2 else 0) < in_strides[0]
         wanted = [slot for slot in ops.needed(needs) if slot != ops.INPUT]
-        plain = self.plain and not wanted and stats is None and upstream[1] is upstream[2] is None
+        plain = self.plain and not wanted and stats is None and not any(up is not None for up in upstream[1:])
         unit = _unit(self.classes, layout, input, out)
         architecture = _architecture(self.device)
         shape = tile(architecture, self.classes, side_by_side, input.element_size(), unit, plain)
-        programs = triton.cdiv(rows, shape.rows)
+        reduced = losses and self.reduction != Reduction.NONE
+        programs = max(triton.cdiv(rows, shape.rows), int(reduced))  # no rows have a sum, too
         # Where nothing may be left to do, few programs find that out. Never 1 then, which Triton would compile apart.
         turns = max(2, triton.cdiv(programs, _CONDITIONAL_PROGRAMS)) if conditional else 1
 
@@ -324,18 +336,20 @@ class _Call:
         bins = self.empty(2, rows, dtype=torch.int32) if any(map(self.is_table, wanted)) else None
         row_losses = None
         if losses:
-            row_losses = self.empty(rows) if self.reduction == Reduction.NONE else self.empty(programs, 2)
+            row_losses = self.empty(programs if reduced else rows)
         ups, up_strides = _upstream(upstream, self.reduction)
         grid = triton.cdiv(programs, turns)
-        divisors, parts = None, 1
-        if self.reduction == Reduction.MEAN and (gradient is not None or wanted):
-            if self._divisors is not None or self._are_many(grid):
-                divisors, parts = self.divisors()
-        if rows > 0:
+        divisors, parts, factors = None, 1, None
+        if self.reduction == Reduction.MEAN:
+            if not conditional:
+                divisors, parts = self.divisors(grid)
+            if conditional or (losses and (gradient is not None or wanted)):
+                factors = self.factors
+        if programs > 0:
             arguments = (
                 input, self.target, self.values, *self.tables, self.group, self.weight, self.weight_sum,
-                self.adjustment, divisors, ups, saved, row_losses, save, stats,
-                None if gradient is None else out, by_parameter, bins,
+                self.adjustment, self.row_weight, self.normalizer, divisors, factors, ups, saved,
+                row_losses, save, stats, None if gradient is None else out, by_parameter, bins,
                 rows, self.classes, *sizes, *in_strides, *out_strides, *up_strides, *self.bins, self.groups, parts,
                 self.structure.packed, self.ignore_index, turns,
             )  # fmt: skip
@@ -376,26 +390,14 @@ class _Call:
             gradient.copy_(out)
         loss = None
         if row_losses is not None:
-            loss = (
-                row_losses.view(self.shape) if self.reduction == Reduction.NONE else self._total(row_losses, programs)
-            )
+            loss = self._total(row_losses) if reduced else row_losses.view(self.shape)
         return loss, {slot: self._parameter(slot, by_parameter[slot], bins) for slot in wanted}  # type: ignore[index]
 
-    def _are_many(self, programs: int) -> bool:
-        """Whether the labels are too many for each of so many programs to count them."""
-        return self.rows > _FEW or programs * self.rows * self.target.element_size() > _COUNTED_BYTES
-
-    def _total(self, terms: Tensor, count: int) -> Tensor:
+    def _total(self, terms: Tensor) -> Tensor:
         """The reduced loss."""
         loss = self.empty()
-        divisors, parts = None, 1
-        if self.reduction == Reduction.MEAN and (self._divisors is not None or self._are_many(1)):
-            divisors, parts = self.divisors()
-        options = _TOTAL if count > _TOTAL["BLOCK"] else {"BLOCK": _SUM_BLOCK}
-        replay.launch(
-            kernels.total, (1,), terms, loss, self.divided_by, divisors, parts, self.target, self.weight, self.rows,
-            self.classes, self.ignore_index, count, REDUCTION=self.reduction, **options,
-        )  # fmt: skip
+        options = _TOTAL if len(terms) > _TOTAL["BLOCK"] else {"BLOCK": _SUM_BLOCK}
+        replay.launch(kernels.total, (1,), terms, loss, len(terms), **options)
         return loss
 
     def _parameter(self, slot: int, values: Tensor, bins: Tensor | None) -> Tensor:
@@ -431,10 +433,13 @@ def _chunks(count: int) -> tuple[int, int]:
     return chunk, max(1, triton.cdiv(count, chunk))
 
 
-def _upstream(grads: Sequence[Tensor | None], reduction: int) -> tuple[tuple[Tensor | None, ...], tuple[int, ...]]:
-    """Upstream gradients as they lie, an expanded one (stride 0) too."""
+def _upstream(
+    grads: Sequence[Tensor | None], reduction: int
+) -> tuple[tuple[Tensor | None, ...], tuple[int | None, ...]]:
+    """Upstream gradients as they lie, an expanded one (stride 0) too. The entropy's is rare: without it no kernel has
+    its stride."""
     found: list[Tensor | None] = []
-    strides = []
+    strides: list[int | None] = []
     for index, grad in enumerate(grads):
         stride = 0
         if grad is not None and not (index == 0 and reduction != Reduction.NONE):
@@ -442,7 +447,7 @@ def _upstream(grads: Sequence[Tensor | None], reduction: int) -> tuple[tuple[Ten
                 grad = grad.reshape(-1)
                 stride = grad.stride(0)
         found.append(grad)
-        strides.append(stride)
+        strides.append(None if grad is None and index == 3 else stride)
     return tuple(found), tuple(strides)
 
 
@@ -466,7 +471,7 @@ def softmax_loss_with_gradient(
     gradient = replay.empty_like(input)
     loss, _ = call.run(losses=True, gradient=gradient)
     assert loss is not None
-    return loss, gradient, call.divided_by
+    return loss, gradient, call.factors
 
 
 def softmax_loss_with_gradients(
@@ -476,26 +481,26 @@ def softmax_loss_with_gradients(
     gradient = replay.empty_like(input) if needs >> ops.INPUT & 1 else None
     loss, found = call.run(losses=True, gradient=gradient, needs=needs)
     assert loss is not None
-    return loss, [*found.values(), *([] if gradient is None else [gradient])], call.divided_by
+    return loss, [*found.values(), *([] if gradient is None else [gradient])], call.factors
 
 
 def softmax_loss_refresh(
-    grad_loss: Tensor, divisors: Tensor, input: Tensor, target: Tensor, numbers: Sequence[float],
+    grad_loss: Tensor, factors: Tensor, input: Tensor, target: Tensor, numbers: Sequence[float],
     params: Sequence[Tensor], gradient: Tensor,
 ) -> None:  # fmt: skip
     """Writes a gradient that was made for an upstream gradient of 1 anew, unless the device finds that it is 1."""
-    call = _Call(input, target, numbers, params, (divisors, 1))
-    call.run(gradient=gradient, upstream=(grad_loss, None, None), conditional=True)
+    call = _Call(input, target, numbers, params, factors)
+    call.run(gradient=gradient, upstream=(grad_loss, None, None, None), conditional=True)
 
 
 def softmax_stats(
     input: Tensor, target: Tensor, numbers: Sequence[float], params: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     call = _Call(input, target, numbers, params)
     saved = call.empty(call.rows, 2)
-    real = [call.empty(*target.shape) for _ in range(3)]
+    real = [call.empty(*target.shape) for _ in range(4)]
     whole = [call.empty(*target.shape, dtype=torch.int64) for _ in range(2)]
-    rows = (real[0], real[1], whole[0], real[2], whole[1])
+    rows = (*real[:3], whole[0], real[3], whole[1])
     loss, _ = call.run(losses=True, save=saved, stats=rows)
     assert loss is not None
     return loss, saved, *rows
@@ -505,6 +510,7 @@ def softmax_loss_backward(
     grad_loss: Tensor | None,
     grad_logsumexp: Tensor | None,
     grad_log_prob: Tensor | None,
+    grad_entropy: Tensor | None,
     input: Tensor,
     target: Tensor,
     numbers: Sequence[float],
@@ -518,12 +524,12 @@ def softmax_loss_backward(
         saved=saved if saved.numel() else None,
         gradient=gradient,
         needs=needs,
-        upstream=(grad_loss, grad_logsumexp, grad_log_prob),
+        upstream=(grad_loss, grad_logsumexp, grad_log_prob, grad_entropy),
     )
     return [*found.values(), *([] if gradient is None else [gradient])]
 
 
-_LEADING = {softmax_loss_refresh: 4, softmax_loss_backward: 5}
+_LEADING = {softmax_loss_refresh: 4, softmax_loss_backward: 6}
 _FUNCTIONS = (
     softmax_loss,
     softmax_loss_with_gradient,

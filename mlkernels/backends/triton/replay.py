@@ -23,11 +23,12 @@ import torch
 import triton
 from torch import Tensor
 
-from ...numbering import CONSTS, Slot
+from ...numbering import CONSTS, SLOTS, Slot
 
 _VALUES = int(Slot.SOFTCAP) + 1
 #: From here on numbers decide what is launched, by being positive.
 _SWITCHES = CONSTS + int(Slot.SMOOTHING)
+_NORMALIZER = CONSTS + int(Slot.NORMALIZER)
 _MOST = 1024
 #: Of every launch. Products are fused into additions unless the kernels say otherwise; Triton's own default changes
 #: with its version, and 3.9 warns of that.
@@ -115,6 +116,7 @@ class _Launch(NamedTuple):
     tuples: list[tuple[int, list[tuple[int, int] | None]]]  # argument, its tensors and offsets
     values: int  # the argument that holds the numbers of the loss, or 0
     in_values: list[tuple[int, int, int]]  # slot, tensor, offset
+    normalizer: int  # the argument that is this number, or 0
 
 
 class _Result(NamedTuple):
@@ -140,7 +142,7 @@ class _Tape(NamedTuple):
             scratch = torch.empty(self.scratch, dtype=torch.uint8, device=self.device)
             pointers.append(scratch.data_ptr())
         stream = self.driver.get_current_stream(self.number)
-        for run, given, singles, tuples, values, in_values in self.launches:
+        for run, given, singles, tuples, values, in_values, normalizer in self.launches:
             arguments = given.copy()
             arguments[_STREAM] = stream
             for at, tensor, offset in singles:
@@ -153,6 +155,8 @@ class _Tape(NamedTuple):
                 for slot, tensor, offset in in_values:
                     found[slot] = pointers[tensor] + offset
                 arguments[values] = tuple(found)
+            if normalizer:
+                arguments[normalizer] = numbers[_NORMALIZER]
             run(*arguments)
         return self.shape(made)
 
@@ -209,12 +213,16 @@ def _launched(
     if len(given) != _OWN + len(names) or given[_FUNCTION] != compiled.function:
         raise _Foreign
     given[_OWN - 3 : _OWN] = None, None, None  # nobody is told
-    constants = [*numbers[CONSTS:], *[0.0] * _VALUES]
-    singles, tuples, values, in_values = [], [], 0, []
+    constants = [*numbers[CONSTS:], *[0.0] * SLOTS]
+    singles, tuples, values, in_values, normalizer = [], [], 0, [], 0
     for at, argument in enumerate(given[_OWN:], _OWN):
         if isinstance(argument, Tensor):
             singles.append((at, *source(argument)))
             given[at] = None  # else the tape would keep this call's tensors for good
+        elif names[at - _OWN] == "normalizer" and argument is not None:
+            if argument != constants[Slot.NORMALIZER]:
+                raise _Foreign
+            normalizer = at
         elif names[at - _OWN] == "values":
             values = at
             for slot, part in enumerate(argument):
@@ -228,7 +236,7 @@ def _launched(
                 raise _Foreign
             tuples.append((at, [None if part is None else source(part) for part in argument]))
             given[at] = None
-    return _Launch(compiled.run, given, singles, tuples, values, in_values)
+    return _Launch(compiled.run, given, singles, tuples, values, in_values, normalizer)
 
 
 def _shape_of(result: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]:

@@ -30,9 +30,11 @@ from .finish import (
     TRANSFORM_A,
     TWO_SCALE,
     by_scale,
+    coefficients,
+    entropy,
     head_loss,
+    legal,
     locate,
-    row_gradient,
     row_loss,
     row_scale,
     tanh,
@@ -63,6 +65,7 @@ CLAMP = tl.constexpr(int(numbering.Field.CLAMP))
 SMOOTHING = tl.constexpr(int(numbering.Slot.SMOOTHING))
 Z_LOSS = tl.constexpr(int(numbering.Slot.Z_LOSS))
 SOFTCAP = tl.constexpr(int(numbering.Slot.SOFTCAP))
+NORMALIZER = tl.constexpr(int(numbering.Slot.NORMALIZER))
 #: How many partial sums of weights there are at most; every program adds them up for itself.
 PARTS = tl.constexpr(128)
 #: So few labels may every program count for itself.
@@ -180,11 +183,19 @@ def tally(label, weight, inside, classes, ignore_index):
 
 
 @triton.jit
-def divisors_of(parts, count, target, weight, rows, classes, ignore_index):
-    """What "mean" divides by, per class weight and per row: from the parts that there are, or of FEW labels. Of both a
-    sum for each lane of a warp: to add those up takes no shared memory, so that it can wait until it is needed."""
+def divisors_of(normalizer, parts, count, target, weight, rows, classes, ignore_index, MODES: tl.constexpr):
+    """What "mean" divides by, per class weight and per row: the normalizer, or from the parts that there are, or of FEW
+    labels. Of both a sum for each lane of a warp: to add those up takes no shared memory, so that it can wait until it
+    is needed."""
     lane = tl.arange(0, 32)
-    if parts is not None:
+    if normalizer is not None:
+        if MODES // MODE_BASE**NORMALIZER % MODE_BASE == SHARED:
+            divisor = tl.load(normalizer).to(tl.float64)
+        else:
+            divisor = tl.full((), normalizer, tl.float64)
+        weights = tl.where(lane == 0, legal(divisor > 0, divisor), 0.0)
+        kept = weights
+    elif parts is not None:
         weights, kept = tl.zeros((32,), tl.float64), tl.zeros((32,), tl.float64)
         for start in tl.static_range(0, PARTS, 32):
             part = start + lane
@@ -200,56 +211,58 @@ def divisors_of(parts, count, target, weight, rows, classes, ignore_index):
 
 
 @triton.jit
-def upstream_of(pointers, strides, per_class, per_row, z_loss, row, kept, T: tl.constexpr):
-    """The upstream gradients of a row's loss (per class weight, per row), logsumexp and log_prob."""
+def factors_of(weights, kept, T: tl.constexpr):
+    """What "mean" multiplies a row's terms by, per class weight and per row. Smoothing has a loss where the weights sum
+    to 0: that is no mean either."""
+    by_weight = tl.sum(weights, 0)
+    return legal(by_weight != 0, 1.0 / by_weight).to(T), (1.0 / tl.sum(kept, 0)).to(T)
+
+
+@triton.jit
+def upstream_of(pointers, strides, f_class, f_row, row, kept, T: tl.constexpr):
+    """The upstream gradients of a row's loss (per class weight, per row), logsumexp, log_prob and entropy."""
     zero = tl.zeros(row.shape, T)
     g_loss = zero + 1.0
     if pointers[0] is not None:
         g_loss = tl.load(pointers[0] + row.to(tl.int64) * strides[0], kept, 0.0).to(T)
-    elif pointers[1] is not None or pointers[2] is not None:
+    elif pointers[1] is not None or pointers[2] is not None or pointers[3] is not None:
         g_loss = zero
-    g_class, g_row = g_loss, g_loss
-    if per_class is not None:
-        g_class = g_loss * (1.0 / tl.sum(per_class, 0)).to(T)
-        if z_loss > 0:
-            g_row = g_loss * (1.0 / tl.sum(per_row, 0)).to(T)
-    g_lse, g_log_prob = zero, zero
+    g_lse, g_log_prob, g_entropy = zero, zero, zero
     if pointers[1] is not None:
         g_lse = tl.load(pointers[1] + row.to(tl.int64) * strides[1], kept, 0.0).to(T)
     if pointers[2] is not None:
         g_log_prob = tl.load(pointers[2] + row.to(tl.int64) * strides[2], kept, 0.0).to(T)
-    return g_class, g_row, g_lse, g_log_prob
+    if pointers[3] is not None:
+        g_entropy = tl.load(pointers[3] + row.to(tl.int64) * strides[3], kept, 0.0).to(T)
+    return g_loss * f_class, g_loss * f_row, g_lse, g_log_prob, g_entropy
 
 
 # ---- what a row leaves -----------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def leave_loss(losses, tile, row, rows, kept, by_class, by_row, z_loss, REDUCTION: tl.constexpr):
-    """Row losses, or their sum over the tile's rows."""
+def leave_loss(losses, tile, row, rows, kept, by_class, by_row, nothing, REDUCTION: tl.constexpr):
+    """Row losses, or their sum over the tile's rows. nothing: what no rows sum up to, 0 or NaN."""
     by_class = tl.where(kept, by_class, 0.0)
     by_row = tl.where(kept, by_row, 0.0)
     if REDUCTION == NONE:
         tl.store(losses + row, by_class + by_row, row < rows)
     else:
-        at = losses + 2 * tile.to(tl.int64)
-        tl.store(at, tl.sum(by_class, 0))
-        if z_loss > 0:
-            tl.store(at + 1, tl.sum(by_row, 0))
-        else:
-            tl.store(at + 1, tl.zeros((), by_row.dtype))
+        loss = tl.sum(by_class + by_row, 0)
+        tl.store(losses + tile.to(tl.int64), loss + nothing if REDUCTION == MEAN else loss)
 
 
 @triton.jit
-def leave_stats(stats, row, rows, kept, exists, lse, nll, confidence, first, above, doubtful):
-    """RowStats: logsumexp, log_prob, prediction, confidence, rank."""
+def leave_stats(stats, row, rows, kept, exists, lse, nll, h, confidence, first, above, doubtful):
+    """RowStats: logsumexp, log_prob, entropy, prediction, confidence, rank."""
     inside = row < rows
     tl.store(stats[0] + row, tl.where(kept, lse, 0.0), inside)
     tl.store(stats[1] + row, tl.where(kept, -nll, 0.0), inside)
-    tl.store(stats[2] + row, tl.where(kept & (doubtful == 0), first, -1).to(tl.int64), inside)
+    tl.store(stats[2] + row, tl.where(kept, h, 0.0), inside)
+    tl.store(stats[3] + row, tl.where(kept & (doubtful == 0), first, -1).to(tl.int64), inside)
     confidence = tl.where(doubtful | (exists == 0), float("nan"), confidence)
-    tl.store(stats[3] + row, tl.where(kept, confidence, 0.0), inside)
-    tl.store(stats[4] + row, tl.where(kept, above, 0).to(tl.int64), inside)
+    tl.store(stats[4] + row, tl.where(kept, confidence, 0.0), inside)
+    tl.store(stats[5] + row, tl.where(kept, above, 0).to(tl.int64), inside)
 
 
 @triton.jit
@@ -310,6 +323,20 @@ def product(x, y):
     """x y, rounded. A product that is added up is fused into the addition; where threads exchange it, by each of them
     its own, so that they end with different last bits. Which elements they exchange is the compiler's choice."""
     return tl.fma(x, y, 0.0)
+
+
+@triton.jit
+def tilted_sum(d, sharpness):
+    """Of a thread's own classes, exp2(sharpness d) d; one of probability 0 adds 0, also when its logit is -inf."""
+    e = tl.exp2(d * of_thread(sharpness))
+    return thread_sum(tl.where(e == 0, 0.0, e * d))
+
+
+@triton.jit
+def moved(shift, total, fall, sharpness):
+    """A thread's tilted sum, where what it is relative to rises by -fall."""
+    fade = tl.exp2(fall * sharpness)
+    return tl.where(fade == 0, 0.0, product(fade, shift + fall * total))
 
 
 @triton.jit
@@ -378,14 +405,19 @@ def read_logits(
 
 @triton.jit
 def leave_gradient(
-    gradient, base, first, inside, kept, y, raw, e, factor, spread, own_gradient, weight, smoothing, cap, col, valid,
-    strides,
-    T: tl.constexpr, CAPPED: tl.constexpr, WIDE: tl.constexpr, ACROSS: tl.constexpr,
+    gradient, base, first, inside, kept, y, raw, e, d, row_coefficients, weight, smoothing, cap, col, valid, strides,
+    T: tl.constexpr, TILTED: tl.constexpr, CAPPED: tl.constexpr, WIDE: tl.constexpr, ACROSS: tl.constexpr,
     CHUNKS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the classes from the first on, of which e are the exponentials. Ignored rows get zeros."""
+    """The gradient of the classes from the first on, of which e are the exponentials and d the logits less the largest.
+    Ignored rows get zeros. TILTED: the entropy has a part in it."""
+    factor, tilt, spread, own_gradient = row_coefficients
     # They were read as -inf: their exponentials are 0, and so is all that they are multiplied by.
-    g = e * of_row(tl.where(kept, factor, 0.0))
+    factor = of_row(tl.where(kept, factor, 0.0))
+    if TILTED:
+        g = tl.where(e == 0, 0.0, e * (factor + d * of_row(tl.where(kept, tilt, 0.0))))
+    else:
+        g = e * factor
     if smoothing > 0:
         apart = of_row(tl.where(kept, spread, 0.0))
         if weight is not None:
@@ -404,8 +436,8 @@ def leave_gradient(
 #: What are numbers to visit, not structure: no value of theirs compiles another kernel. Of the strides of logits a 1
 #: does: it says what lies side by side.
 DATA = [
-    "rows", "classes", "d1", "d2", "up_loss", "up_lse", "up_log_prob", "t_bins", "tau_bins", "groups", "parts",
-    "structure", "ignore_index",
+    "rows", "classes", "d1", "d2", "up_loss", "up_lse", "up_log_prob", "up_entropy", "t_bins", "tau_bins", "groups",
+    "parts", "structure", "ignore_index",
 ]  # fmt: skip
 UNALIGNED = [
     "in_class", "in_outer", "in_middle", "in_inner", "out_class", "out_outer", "out_middle", "out_inner", "turns",
@@ -423,11 +455,14 @@ def visit(
     weight,  # (classes) or None
     weight_sum,  # its sum; or None
     adjustment,  # (classes) or None
+    row_weight,  # (rows) or None
+    normalizer,  # what MEAN divides by, by value or a pointer; or None
     divisors,  # (parts, 2): sums of weights and of rows; for MEAN, where there are not FEW rows
-    upstream,  # the upstream gradients of loss, logsumexp and log_prob, each or None
+    factors,  # (2): what MEAN makes of a row's terms, left here, or CONDITIONAL: of an earlier visit; or None
+    upstream,  # the upstream gradients of loss, logsumexp, log_prob and entropy, each or None
     saved,  # (rows, 2): m and log_sum of an earlier visit, or None
     # results, each or None
-    losses,  # (rows), or (tiles, 2) where it is reduced
+    losses,  # (rows), or (tiles) where it is reduced
     save,  # (rows, 2)
     stats,  # RowStats, (rows) each
     gradient,  # as input, by the out_ strides
@@ -437,7 +472,7 @@ def visit(
     rows, classes, d1, d2,
     # strides: of the classes, and of N, d1 and d2
     in_class, in_outer, in_middle, in_inner, out_class, out_outer, out_middle, out_inner,
-    up_loss, up_lse, up_log_prob,
+    up_loss, up_lse, up_log_prob, up_entropy,
     # of the tables and of divisors
     t_bins, tau_bins, groups, parts,
     # the loss: see kind()
@@ -464,7 +499,7 @@ def visit(
     sizes = (d1, d2)
     in_strides = (multiple(in_class, ACROSS), in_outer, in_middle, in_inner)
     out_strides = (multiple(out_class, ACROSS), out_outer, out_middle, out_inner)
-    upstream_strides = (up_loss, up_lse, up_log_prob)
+    upstream_strides = (up_loss, up_lse, up_log_prob, up_entropy)
     if t_tables is not None:
         t_tables = (t_tables[0], t_tables[1], t_bins, groups)
     if tau_tables is not None:
@@ -482,10 +517,14 @@ def visit(
     every_weight = tl.full((), classes, T)
     if weight_sum is not None:
         every_weight = tl.load(weight_sum).to(T)
-    per_class, per_row = None, None
-    if REDUCTION == MEAN and (gradient is not None or by_parameter is not None):
-        any_rows = tl.where(turns == 0, 0, rows)
-        per_class, per_row = divisors_of(divisors, parts, target, weight, any_rows, classes, ignore_index)
+    TILTED: tl.constexpr = upstream[3] is not None
+    if REDUCTION == MEAN:
+        if CONDITIONAL:
+            earlier = (tl.load(factors), tl.load(factors + 1))
+        else:
+            all_weights, all_kept = divisors_of(
+                normalizer, divisors, parts, target, weight, rows, classes, ignore_index, MODES
+            )
 
     for turn in range(turns):
         tile = tl.program_id(0) * turns + turn
@@ -507,7 +546,7 @@ def visit(
 
         # ---- statistics of the classes that are not the label's
         zero = tl.zeros(row.shape, T)
-        weighted = zero
+        weighted, shift, second, h = zero, zero, zero, zero
         if saved is not None:
             m = tl.load(saved + 2 * row, kept, 0.0)
             log_sum = tl.load(saved + 2 * row + 1, kept, 0.0)
@@ -533,6 +572,8 @@ def visit(
             e = tl.exp2(d * of_row(tl.where(kept, s, 1.0) * LOG2_E))
             if saved is None:
                 total = row_sum(e)
+            if stats is not None or TILTED:
+                shift = row_sum(tl.where(e == 0, 0.0, e * d))
             if stats is not None:
                 again = is_label(afresh(y, s), 0, CHUNKS, LANES, VECTOR)
                 doubts = row_sum((u != u).to(tl.int32))
@@ -548,6 +589,7 @@ def visit(
             none = tl.zeros((ROWS, LANES), T)
             top = none - INF
             low_total, high_total, counted, seen = none, none, none, none
+            low_shift, high_shift = none, none
             best = none - INF
             above_here = tl.zeros((ROWS, LANES), tl.int32)
             first_here, doubts_here = above_here, above_here
@@ -563,6 +605,10 @@ def visit(
                 floor_here = tl.where(higher == -INF, 0.0, higher)
                 rise = tl.where(top == -INF, 0.0, top - floor_here)  # <= 0
                 d = u - of_thread(floor_here)
+                if stats is not None or TILTED:
+                    low_shift = moved(low_shift, low_total, rise, low_scale) + tilted_sum(d, low_scale)
+                    if TWO:
+                        high_shift = moved(high_shift, high_total, rise, high_scale) + tilted_sum(d, high_scale)
                 low_total = low_total * tl.exp2(rise * low_scale) + thread_sum(tl.exp2(d * of_thread(low_scale)))
                 if TWO:
                     high_total = high_total * tl.exp2(rise * high_scale)
@@ -592,12 +638,28 @@ def visit(
             if TWO:
                 total = tl.where(high, tl.sum(product(high_total, tl.exp2(fall * high_scale)), 1), total)
             weighted = tl.sum(counted + fall * seen, 1)
+            if stats is not None or TILTED:
+                shift = tl.sum(moved(low_shift, low_total, fall, low_scale), 1)
+                if TWO:
+                    shift = tl.where(high, tl.sum(moved(high_shift, high_total, fall, high_scale), 1), shift)
             if stats is not None:
                 doubts, above = tl.sum(doubts_here, 1), tl.sum(above_here, 1)
                 peak = tl.max(best, 1)
                 first = tl.min(tl.where(best == peak[:, None], first_here, classes), 1)
         else:
             floor = tl.where(m == -INF, 0.0, m)
+            sharpness = tl.where(kept, s, 1.0) * LOG2_E
+            if TILTED:
+                shift_here = tl.zeros((ROWS, LANES), T)
+                for block in range(blocks):
+                    start = block * BLOCK
+                    raw, u, col, valid = read_logits(
+                        input, base, start, read, classes, cap, adjustment, in_strides,
+                        T, CAPPED, WIDE, ACROSS, CHUNKS, LANES, VECTOR,
+                    )  # fmt: skip
+                    u = tl.where(is_label(y, start, CHUNKS, LANES, VECTOR), -INF, u)
+                    shift_here += tilted_sum(u - of_row(floor), sharpness[:, None])
+                shift = tl.sum(shift_here, 1)
             if by_parameter is not None:
                 if smoothing > 0:
                     for block in range(blocks):
@@ -625,42 +687,63 @@ def visit(
         nll, q, p, others, lse, alone = locate(at_target, m, log_sum, s, t)
         head, clamp = kind(structure, HEAD), kind(structure, CLAMP)
         phi, w, ha, hb, hc, hd, tau_bin = head_loss(head, clamp, nll, v, own_group, tau_tables, T, TAU)
+        f_class, f_row, nothing = 1.0, 1.0, 0.0
+        if REDUCTION == MEAN:
+            if CONDITIONAL:
+                f_class, f_row = earlier
+            else:
+                f_class, f_row = factors_of(all_weights, all_kept, T)
+                nothing = 0.0 * f_class
+                if factors is not None:
+                    if tile == 0:
+                        tl.store(factors, f_class)
+                        tl.store(factors + 1, f_row)
+        if row_weight is not None:
+            own_weight = tl.load(row_weight + row, kept, 0.0).to(T)
+            f_class, f_row = own_weight * f_class, own_weight * f_row
         if losses is not None:
             by_class, by_row = row_loss(
                 classes, smoothing, z_loss, every_weight, s, nll, others, lse, alone, phi, w_y, weighted
             )
-            leave_loss(losses, tile, row, rows, kept, by_class, by_row, z_loss, REDUCTION)
+            leave_loss(losses, tile, row, rows, kept, by_class * f_class, by_row * f_row, nothing, REDUCTION)
         if save is not None:
             tl.store(save + 2 * row, tl.where(kept, m, 0.0), inside)
             tl.store(save + 2 * row + 1, tl.where(kept, log_sum, 0.0), inside)
+        if stats is not None or TILTED:
+            h = entropy(share, s, nll, q, p, others, alone, shift)
         if stats is not None:
             doubtful = exists & ((doubts > 0) | (at_target != at_target))
-            leave_stats(stats, row, rows, kept, exists, lse, nll, at_target - m, first, above, doubtful)
+            leave_stats(stats, row, rows, kept, exists, lse, nll, h, at_target - m, first, above, doubtful)
 
         # ---- the gradients
         if gradient is not None or by_parameter is not None:
-            g_class, g_row, g_lse, g_log_prob = upstream_of(
-                upstream, upstream_strides, per_class, per_row, z_loss, row, kept, T
+            g_class, g_row, g_lse, g_log_prob, g_h = upstream_of(
+                upstream, upstream_strides, f_class, f_row, row, kept, T
             )
-            factor, spread, own_gradient, pull, part, flat, dz_y = row_gradient(
-                classes, smoothing, z_loss, every_weight, share, s, slope, q, p, lse, alone, w, w_y,
-                g_class, g_row, g_lse, g_log_prob,
+            if not TILTED:
+                g_h = None
+            a, b, spread, own_gradient, pull, part, flat, dz_y = coefficients(
+                classes, smoothing, z_loss, every_weight, share, s, slope, nll, q, p, others, lse, alone, w, w_y, h,
+                g_class, g_row, g_lse, g_log_prob, g_h,
             )  # fmt: skip
-            shift = zero
+            row_coefficients = (a, b, spread, own_gradient)
             if gradient is not None:
                 out = row_offset(row, sizes, out_strides, UNIT, DIMS, ACROSS)
             if ON_CHIP:
                 if NEED_SHIFT & WANT:
                     # A class of probability 0 contributes 0, also when its logit is -inf.
-                    shift = row_sum(tl.where(e == 0, 0.0, e * d))
+                    if TILTED:
+                        second = row_sum(tl.where(e == 0, 0.0, e * d * d))
+                    else:
+                        shift = row_sum(tl.where(e == 0, 0.0, e * d))
                 if gradient is not None:
                     leave_gradient(
-                        gradient, out, 0, inside, kept, afresh(y, share), raw, e, factor, spread, own_gradient, weight,
-                        smoothing, cap, col, valid, out_strides, T, CAPPED, WIDE, ACROSS, CHUNKS, LANES, VECTOR,
+                        gradient, out, 0, inside, kept, afresh(y, share), raw, e, d, row_coefficients, weight,
+                        smoothing, cap, col, valid, out_strides, T, TILTED, CAPPED, WIDE, ACROSS, CHUNKS, LANES, VECTOR,
                     )  # fmt: skip
             elif gradient is not None or NEED_SHIFT & WANT:
                 sharpness = of_row(tl.where(kept, s, 1.0) * LOG2_E)
-                shift_here = tl.zeros((ROWS, LANES), T)
+                sum_here = tl.zeros((ROWS, LANES), T)
                 for back in range(blocks):
                     start = (blocks - 1 - back) * BLOCK
                     raw, u, col, valid = read_logits(
@@ -671,15 +754,21 @@ def visit(
                     d = u - of_row(floor)
                     e = tl.exp2(d * sharpness)
                     if NEED_SHIFT & WANT:
-                        shift_here += thread_sum(tl.where(e == 0, 0.0, e * d))
+                        sum_here += thread_sum(tl.where(e == 0, 0.0, e * d * d if TILTED else e * d))
                     if gradient is not None:
                         leave_gradient(
-                            gradient, out, start, inside, kept, y, raw, e, factor, spread, own_gradient, weight,
-                            smoothing, cap, col, valid, out_strides, T, CAPPED, WIDE, ACROSS, CHUNKS, LANES, VECTOR,
+                            gradient, out, start, inside, kept, y, raw, e, d, row_coefficients, weight, smoothing, cap,
+                            col, valid, out_strides, T, TILTED, CAPPED, WIDE, ACROSS, CHUNKS, LANES, VECTOR,
                         )  # fmt: skip
-                shift = tl.sum(shift_here, 1)
+                if TILTED:
+                    second = tl.sum(sum_here, 1)
+                else:
+                    shift = tl.sum(sum_here, 1)
             if by_parameter is not None:
-                by_s = by_scale(classes, alone, m, share, t, p, q, pull, part, flat, w_y, every_weight, shift, weighted)
+                by_s = by_scale(
+                    classes, alone, m, share, s, t, nll, p, q, others, pull, part, flat, w_y, every_weight, weighted,
+                    shift, second, h, g_h,
+                )  # fmt: skip
                 by_head = g_class * (1.0 - smoothing) * w_y
                 leave_parameters(
                     by_parameter, bins, row, rows, kept, by_s, s, high, v[LOGIT_NORM], s * dz_y, (ta, tb, tc, tn),
@@ -716,29 +805,16 @@ def count(target, weight, parts, rows, classes, ignore_index: tl.int64, chunk, B
     tl.store(parts + 2 * pid + 1, number)
 
 
-@triton.jit(do_not_specialize=["parts", "rows", "classes", "count"])
-def total(
-    terms, loss, divided_by, divisors, parts, target, weight, rows, classes, ignore_index: tl.int64, count,
-    REDUCTION: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The loss: the two columns of terms, (count, 2), added up in float64 by one program; for MEAN each divided by its
-    divisor, as in visit, which is left in divided_by."""
-    at = tl.arange(0, 2 * BLOCK)
-    sums = tl.zeros((2 * BLOCK,), tl.float64)
+@triton.jit(do_not_specialize=["count"])
+def total(terms, loss, count, BLOCK: tl.constexpr):
+    """The loss: the terms, (count), added up in float64 by one program."""
+    at = tl.arange(0, BLOCK)
+    sums = tl.zeros((BLOCK,), tl.float64)
     whole = count // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
-        sums += tl.load(terms + 2 * start + at).to(tl.float64)
-    rest = at < 2 * (count - whole)
-    sums += tl.load(terms + 2 * whole + at, rest, 0.0).to(tl.float64)
-    first, second = tl.sum(tl.where(at % 2 == 0, sums, 0.0), 0), tl.sum(tl.where(at % 2 == 1, sums, 0.0), 0)
-    if REDUCTION == MEAN:
-        weights, number = divisors_of(divisors, parts, target, weight, rows, classes, ignore_index)
-        by_weight, by_number = tl.sum(weights, 0), tl.sum(number, 0)
-        tl.store(divided_by, by_weight)
-        tl.store(divided_by + 1, by_number)
-        first = tl.where(by_weight == 0, float("nan"), first / by_weight)  # smoothing has a loss there still
-        second = tl.where(second == 0, 0.0, second / by_number)
-    tl.store(loss, (first + second).to(loss.dtype.element_ty))
+        sums += tl.load(terms + start + at).to(tl.float64)
+    sums += tl.load(terms + whole + at, at < count - whole, 0.0).to(tl.float64)
+    tl.store(loss, tl.sum(sums, 0).to(loss.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["rows", "per_group"])
