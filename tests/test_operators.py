@@ -112,7 +112,7 @@ def test_ignored_rows_stay_zero(kernels, upstream, reduction, classes):
             gradient_of = (1 << Slot.SCALE) | (1 << ops.INPUT)
             up = torch.full((4,) if reduction == 0 else (), upstream)
             by_scale, by_input = kernels.softmax_loss_backward(
-                up, None, None, x, target, numbers, [scale], x.new_empty(0, 2), gradient_of
+                up, None, None, None, x, target, numbers, [scale], x.new_empty(0, 2), gradient_of
             )
             ignored = [row for row in range(4) if row not in kept]
             assert not by_input[ignored].any()
