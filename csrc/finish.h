@@ -3,6 +3,7 @@
 //
 // With u the logits (after softcap and adjustment) and everything relative to m = max over j != y of u_j:
 //   z_j = s u_j, z_y = s t(u_y), delta = s m + log_sum - z_y, -log p = softplus(delta), 1 - p = sigmoid(delta).
+// Loops over elements leave Statistics, finish makes a row's loss of them, coefficients what its gradient is made of.
 #pragma once
 
 #include <cmath>
@@ -139,13 +140,16 @@ struct Values {
   Pieces<T> t, tau;  // this row's group
 };
 
-// What the statistics pass knows of a row.
+// What a pass over a row's classes knows of it; sums are over j != y, e_j = exp(s (u_j - m)).
 template <class T>
-struct Row {
-  T target;     // u_y
-  T other_max;  // m; -inf where there is no other class
-  T log_sum;    // log of S, the sum over j != y of exp(s (u_j - m)); -inf where there is no other class
-  T share;      // 1 / S; 0 where there is no other class
+struct Statistics {
+  T target;          // u_y
+  T other_max;       // m; -inf where there is no other class
+  T log_sum;         // log of S, the sum of e_j; -inf where there is no other class
+  T share;           // 1 / S; 0 where there is no other class
+  T shift = 0;       // the sum of e_j (u_j - m), for derivatives by s and the entropy
+  T square = 0;      // the sum of e_j (u_j - m)^2, for the entropy's derivative by s
+  T weighted = 0;    // the sum of w_j (u_j - m), for smoothing
 };
 
 // ---- transforms: t(u_y) --------------------------------------------------------------------------------------------
@@ -413,7 +417,7 @@ MLK_FN HeadLoss<T> head_loss(const Spec& spec, const Values<T>& values, T nll, b
   return out;
 }
 
-// ---- a row, whole --------------------------------------------------------------------------------------------------
+// ---- finish: from statistics to the loss ------------------------------------------------------------------------------
 
 // Where the row stands: its scale, its target and its log p.
 template <class T>
@@ -431,7 +435,7 @@ struct Position {
 // delta, whose sign says whether the row is right: from here on exp(-|delta|) and log1p of that are all it takes, and a
 // backend may compute them for many rows at once.
 template <class T>
-MLK_FN T approach(const Spec& spec, const Values<T>& values, const Row<T>& row, const RowScale<T>& scale, bool derive,
+MLK_FN T approach(const Spec& spec, const Values<T>& values, const Statistics<T>& row, const RowScale<T>& scale, bool derive,
                   Position<T>& at) {
   at.scale = scale;
   at.target = transform_target(spec, values, row.target, derive);
@@ -447,7 +451,7 @@ MLK_FN T approach(const Spec& spec, const Values<T>& values, const Row<T>& row, 
 
 // e = exp(-|delta|), tail = log1p(e).
 template <class T>
-MLK_FN void locate(const Row<T>& row, T delta, T e, T tail, Position<T>& at) {
+MLK_FN void locate(const Statistics<T>& row, T delta, T e, T tail, Position<T>& at) {
   const bool wrong = delta > 0;
   const T near = m_inverse(1 + e), far = e * near;
   at.nll = wrong ? delta + tail : tail;
@@ -467,78 +471,98 @@ struct Batch {
   int64_t classes;
 };
 
+// What a row's terms are multiplied by: its part in a mean, and its weight.
 template <class T>
-struct RowLoss {
-  T by_class;  // divided by the sum of weights under "mean"
-  T by_row;    // divided by the number of rows
+struct Factors {
+  T by_class, by_row;
 };
 
-// weighted_shift: the sum over j != y of w_j (u_j - m); used with smoothing only.
 template <class T>
-MLK_FN RowLoss<T> row_loss(const Batch<T>& batch, const Position<T>& at, const HeadLoss<T>& head, T weight,
-                           T weighted_shift) {
-  RowLoss<T> out{weight * head.value, 0};
+MLK_FN T row_loss(const Batch<T>& batch, const Factors<T>& factors, const Statistics<T>& row, const Position<T>& at,
+                  const HeadLoss<T>& head, T weight) {
+  T by_class = weight * head.value;
   if (batch.smoothing > 0) {
     T spread = weight * at.nll;
     if (batch.classes > 1) {
       spread += at.alone ? infinity<T>()
-                         : (batch.weight_sum - weight) * at.others - at.scale.value * weighted_shift;
+                         : (batch.weight_sum - weight) * at.others - at.scale.value * row.weighted;
     }
-    out.by_class = (1 - batch.smoothing) * out.by_class + batch.smoothing_part * spread;
+    by_class = (1 - batch.smoothing) * by_class + batch.smoothing_part * spread;
   }
-  if (batch.z_loss > 0) out.by_row = batch.z_loss * at.lse * at.lse;
-  return out;
+  const T loss = by_class * factors.by_class;
+  return batch.z_loss > 0 ? loss + batch.z_loss * at.lse * at.lse * factors.by_row : loss;
 }
 
-// Upstream gradients of a row, each with its part of the reduction.
+// H = -sum of p_j log p_j. A class of probability 0 adds 0.
+template <class T>
+MLK_FN T entropy(const Statistics<T>& row, const Position<T>& at) {
+  const T own = at.p == 0 ? T(0) : at.p * at.nll;
+  return at.alone || at.q == 0 ? own : own + at.q * (at.others - at.scale.value * (row.shift * row.share));
+}
+
+// ---- coefficients: from the upstream gradients to what the gradient is made of ----------------------------------------
+
+// Upstream gradients of a row, the loss's with its factors.
 template <class T>
 struct Upstream {
-  T by_class, by_row, lse, log_prob;
+  T by_class, by_row, lse, log_prob, entropy;
 };
 
-// dL/du_j = others * exp(s (u_j - m)) - spread * w_j for j != y, and the target's own.
+// dL/du_j = e_j (a + b (u_j - m)) - d w_j for j != y, and g at the target.
 template <class T>
-struct RowGradient {
-  T others, spread, target;
+struct Coefficients {
+  T a, b, d, g;
   T dz_y;
   T by_probability;  // the coefficient of p_j alone: what smoothing and z-loss add to every class
 };
 
 template <class T>
-MLK_FN RowGradient<T> row_gradient(const Batch<T>& batch, const Row<T>& row, const Position<T>& at,
-                                   const HeadLoss<T>& head, const Upstream<T>& g, T weight) {
-  RowGradient<T> out;
-  const T pull = g.by_class * (1 - batch.smoothing) * weight * head.slope - g.log_prob;  // of (p_j - 1[j = y])
-  const T part = g.by_class * batch.smoothing_part;
-  const T flat = part * batch.weight_sum + (batch.z_loss > 0 ? g.by_row * 2 * batch.z_loss * at.lse : T(0)) + g.lse;
+MLK_FN Coefficients<T> coefficients(const Batch<T>& batch, const Statistics<T>& row, const Position<T>& at,
+                                    const HeadLoss<T>& head, const Upstream<T>& up, T weight) {
+  Coefficients<T> out;
+  const T pull = up.by_class * (1 - batch.smoothing) * weight * head.slope - up.log_prob;  // of (p_j - 1[j = y])
+  const T part = up.by_class * batch.smoothing_part;
+  const T flat = part * batch.weight_sum + (batch.z_loss > 0 ? up.by_row * 2 * batch.z_loss * at.lse : T(0)) + up.lse;
   const T s = at.scale.value;
   out.by_probability = flat;
   out.dz_y = flat * at.p - pull * at.q - part * weight;
-  out.target = s * at.target.slope * out.dz_y;
-  out.spread = s * part;
+  out.d = s * part;
   // The largest other class has exp(0) = 1, so log_sum >= 0 wherever there is one.
-  out.others = at.alone ? 0 * out.dz_y : s * (pull + flat) * (at.q * row.share);
+  out.a = at.alone ? 0 * out.dz_y : s * (pull + flat) * (at.q * row.share);
+  out.b = 0;
+  if (up.entropy != 0) {  // dH/dz_j = -p_j (log p_j + H)
+    const T h = entropy(row, at), each = s * up.entropy * (at.q * row.share);
+    if (!(at.alone || at.q == 0)) out.a -= each * (h - at.others), out.b = -s * each;
+    if (at.p != 0) out.dz_y -= up.entropy * at.p * (h - at.nll);
+  }
+  out.g = s * at.target.slope * out.dz_y;
   return out;
 }
 
 // The derivatives of a row's loss by its parameters, one per trainable slot; tables: by the entry of the row's bin.
-// shift: the sum over j != y of exp(s (u_j - m)) (u_j - m); weighted_shift as above.
 template <class T>
-MLK_FN void row_parameters(const Spec& spec, const Values<T>& values, const Batch<T>& batch, const Row<T>& row,
-                           const Position<T>& at, const HeadLoss<T>& head, const RowGradient<T>& gradient,
-                           const Upstream<T>& g, T weight, T shift, T weighted_shift, T* out /* TRAINABLE_SLOTS */) {
+MLK_FN void row_parameters(const Spec& spec, const Values<T>& values, const Batch<T>& batch, const Statistics<T>& row,
+                           const Position<T>& at, const HeadLoss<T>& head, const Coefficients<T>& gradient,
+                           const Upstream<T>& up, T weight, T* out /* TRAINABLE_SLOTS */) {
   for (int slot = 0; slot < TRAINABLE_SLOTS; ++slot) out[slot] = 0;
   const T t = at.target.value;
   const T flat = gradient.by_probability;
-  const T pull = g.by_class * (1 - batch.smoothing) * weight * head.slope - g.log_prob;
-  const T part = g.by_class * batch.smoothing_part;
+  const T pull = up.by_class * (1 - batch.smoothing) * weight * head.slope - up.log_prob;
+  const T part = up.by_class * batch.smoothing_part;
   const T expected = at.p > 0 ? at.p * t : T(0);  // p_y t: 0 where p is, also when t is -inf
   const T absent = batch.classes > 1 ? infinity<T>() : T(0);  // smoothing counts classes that have no chance
   T by_scale = flat * expected - (part != 0 ? part * (weight * t - absent) : T(0));
   if (!at.alone) {
-    const T mean = row.other_max + shift * row.share;  // of u_j for j != y, under p
-    by_scale = pull * at.q * (mean - t) + flat * (at.q * mean + expected);
-    if (part != 0) by_scale -= part * (weighted_shift + row.other_max * (batch.weight_sum - weight) + weight * t);
+    const T mean = row.other_max + row.shift * row.share;  // of u_j for j != y, under p
+    by_scale = flat * (at.q * mean + expected);
+    if (pull != 0) by_scale += pull * at.q * (mean - t);  // t may be -inf
+    if (part != 0) by_scale -= part * (row.weighted + row.other_max * (batch.weight_sum - weight) + weight * t);
+    if (up.entropy != 0) {  // the sum of dH/dz_j is 0: m may be taken from every u_j
+      const T h = entropy(row, at), s = at.scale.value;
+      const T own = at.p == 0 ? T(0) : at.p * (h - at.nll) * (t - row.other_max);
+      const T rest = at.q == 0 ? T(0) : at.q * row.share * (s * row.square + (h - at.others) * row.shift);
+      by_scale -= up.entropy * (own + rest);
+    }
   }
   if (spec.scale == Scale::TWO_SCALE) {
     const T norm = values.at[LOGIT_NORM];
@@ -554,7 +578,7 @@ MLK_FN void row_parameters(const Spec& spec, const Values<T>& values, const Batc
   out[TRANSFORM_B] = by_target * at.target.db;
   out[TRANSFORM_C] = by_target * at.target.dc;
   out[NORM] = by_target * at.target.dnorm;
-  const T by_head = g.by_class * (1 - batch.smoothing) * weight;
+  const T by_head = up.by_class * (1 - batch.smoothing) * weight;
   out[HEAD_A] = by_head * head.da;
   out[HEAD_B] = by_head * head.db;
   out[HEAD_C] = by_head * head.dc;

@@ -287,6 +287,8 @@ struct Call {
     p.z_loss = consts[Z_LOSS];
     p.weight = vector_of_classes(WEIGHT);
     p.adjustment = vector_of_classes(ADJUSTMENT);
+    p.row_weight = arrays[ROW_WEIGHT].data;
+    p.row_weight_stride = arrays[ROW_WEIGHT].stride;
     p.weight_sum = T(p.classes);
     if (p.weight) {
       double sum = 0;
@@ -294,6 +296,7 @@ struct Call {
       p.weight_sum = T(sum);
     }
     read_labels(target);
+    set_factors();
     if (p.spec.transform == Transform::PIECEWISE) p.t = tables(TRANSFORM_A, TRANSFORM_B);
     if (p.spec.head == Head::TAU) p.tau = tables(HEAD_A, HEAD_B);
     if (tensors[GROUP]) read_groups();
@@ -369,12 +372,16 @@ struct Call {
                             std::to_string(count) + ")");
   }
 
-  // The share of each row in the result.
-  void reduce_upstream() {
+  // One over what "mean" divides by; NaN where that is nothing.
+  void set_factors() {
     p.by_class_factor = p.by_row_factor = 1;
-    if (reduction == Reduction::MEAN) {
-      p.by_class_factor = T(1 / weight_total);
-      p.by_row_factor = T(1 / kept);
+    if (reduction != Reduction::MEAN) return;
+    const T* given = arrays[NORMALIZER].data ? arrays[NORMALIZER].data : &consts[NORMALIZER];
+    if (tensors[NORMALIZER] || *given != 0) {
+      p.by_class_factor = p.by_row_factor = 1 / MLKERNELS_ISA::legal(*given > 0, *given);
+    } else {
+      p.by_class_factor = T(1 / MLKERNELS_ISA::legal(weight_total != 0, weight_total));
+      p.by_row_factor = T(1 / MLKERNELS_ISA::legal(kept != 0, kept));
     }
   }
 
@@ -406,13 +413,14 @@ std::vector<Tensor> run_with_gradients(Call<T>& call, const Tensor& input, int64
     by_row[slot].reset(new T[rows + 1]);
     p.by_parameter[slot] = by_row[slot].get();
     p.want_parameters = true;
-    if (OF_SCALE >> slot & 1) p.want_shift = true;
+    if (OF_SCALE >> slot & 1) p.want_shift = true, p.want_square = p.up_entropy;
     if (!call.is_table(slot)) continue;
     const bool of_t = is_table_of_t(p.spec, slot);
     std::unique_ptr<int[]>& bin = of_t ? t_bin : tau_bin;
     bin.reset(new int[rows + 1]);
     (of_t ? p.t_bin : p.tau_bin) = bin.get();
   }
+  if (p.up_entropy) p.want_shift = true;
   Tensor grad;
   if (needs >> INPUT & 1) {
     grad = gradient_like(input);
@@ -422,7 +430,6 @@ std::vector<Tensor> run_with_gradients(Call<T>& call, const Tensor& input, int64
     constexpr int64_t STREAM_FROM = int64_t(8) << 20;
     p.streamed = grad.numel() * int64_t(grad.element_size()) >= STREAM_FROM;
   }
-  if (needs) call.reduce_upstream();
   call.run();
 
   // In row order and in double: the same bits on every run, whatever the number of threads.
@@ -456,45 +463,28 @@ std::vector<Tensor> run_with_gradients(Call<T>& call, const Tensor& input, int64
   return gradients;
 }
 
-// Row losses and their reduction.
+// Row losses and their sum.
 template <class T>
 struct Losses {
   Tensor result;
-  std::unique_ptr<T[]> by_class, by_row;
+  std::unique_ptr<T[]> by_row;
 
   Losses(Call<T>& call, const Tensor& target) {
-    const size_t rows = size_t(call.p.rows);
     if (call.reduction == Reduction::NONE) {
       result = empty_of(target, type_of<T>());
-      call.p.loss_by_class = static_cast<T*>(result.data_ptr());
+      call.p.losses = static_cast<T*>(result.data_ptr());
     } else {
       result = empty({}, type_of<T>());
-      by_class.reset(new T[rows + 1]);
-      call.p.loss_by_class = by_class.get();
-    }
-    if (call.p.z_loss > 0) {
-      by_row.reset(new T[rows + 1]);
-      call.p.loss_by_row = by_row.get();
+      by_row.reset(new T[size_t(call.p.rows) + 1]);
+      call.p.losses = by_row.get();
     }
   }
 
-  void reduce(const Call<T>& call) {
-    const int64_t rows = call.p.rows;
-    T* out = static_cast<T*>(result.data_ptr());
-    if (call.reduction == Reduction::NONE) {
-      if (by_row)
-        for (int64_t i = 0; i < rows; ++i) out[i] += by_row[i];
-      return;
-    }
-    double by_class_sum = 0, by_row_sum = 0;
-    for (int64_t i = 0; i < rows; ++i) by_class_sum += double(by_class[i]);
-    if (by_row)
-      for (int64_t i = 0; i < rows; ++i) by_row_sum += double(by_row[i]);
-    if (call.reduction == Reduction::MEAN) {
-      by_class_sum /= call.weight_total != 0 ? call.weight_total : std::numeric_limits<double>::quiet_NaN();  // smoothing has a loss there still
-      if (by_row) by_row_sum /= call.kept;
-    }
-    *out = T(by_class_sum + by_row_sum);
+  void add_up(const Call<T>& call) {
+    if (call.reduction == Reduction::NONE) return;
+    double sum = 0 * double(call.p.by_class_factor);  // the mean of no rows is NaN
+    for (int64_t i = 0; i < call.p.rows; ++i) sum += double(by_row[i]);
+    *static_cast<T*>(result.data_ptr()) = T(sum);
   }
 };
 
@@ -507,7 +497,7 @@ std::tuple<Tensor, std::vector<Tensor>> visit(const Tensor& input, const Tensor&
   Losses<T> losses(call, target);
   call.p.up_value = 1;
   std::vector<Tensor> gradients = run_with_gradients(call, input, needs);
-  losses.reduce(call);
+  losses.add_up(call);
   return {std::move(losses.result), std::move(gradients)};
 }
 
@@ -533,7 +523,7 @@ std::tuple<Tensor, Tensor> loss_of(const Tensor& input, const Tensor& target, co
   Tensor saved = empty({save ? call.p.rows : 0, 2}, type_of<T>());
   if (save) call.p.save = static_cast<T*>(saved.data_ptr());
   call.run();
-  losses.reduce(call);
+  losses.add_up(call);
   return {std::move(losses.result), std::move(saved)};
 }
 
@@ -543,7 +533,7 @@ std::tuple<Tensor, Tensor> softmax_loss(const Tensor& input, const Tensor& targe
                                                    : loss_of<float>(input, target, numbers, params, save);
 }
 
-using Stats = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Stats = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class T>
 Stats stats_of(const Tensor& input, const Tensor& target, const std::vector<double>& numbers,
@@ -552,17 +542,19 @@ Stats stats_of(const Tensor& input, const Tensor& target, const std::vector<doub
   Losses<T> losses(call, target);
   Tensor saved = empty({call.p.rows, 2}, type_of<T>());
   Tensor logsumexp = empty_of(target, type_of<T>()), log_prob = empty_of(target, type_of<T>());
-  Tensor confidence = empty_of(target, type_of<T>());
+  Tensor entropy = empty_of(target, type_of<T>()), confidence = empty_of(target, type_of<T>());
   Tensor prediction = empty_of(target, ScalarType::Long), rank = empty_of(target, ScalarType::Long);
   call.p.save = static_cast<T*>(saved.data_ptr());
   call.p.logsumexp = static_cast<T*>(logsumexp.data_ptr());
   call.p.log_prob = static_cast<T*>(log_prob.data_ptr());
+  call.p.entropy = static_cast<T*>(entropy.data_ptr());
+  call.p.want_shift = true;
   call.p.confidence = static_cast<T*>(confidence.data_ptr());
   call.p.prediction = static_cast<int64_t*>(prediction.data_ptr());
   call.p.rank = static_cast<int64_t*>(rank.data_ptr());
   call.run();
-  losses.reduce(call);
-  return {losses.result, saved, logsumexp, log_prob, prediction, confidence, rank};
+  losses.add_up(call);
+  return {losses.result, saved, logsumexp, log_prob, entropy, prediction, confidence, rank};
 }
 
 Stats softmax_stats(const Tensor& input, const Tensor& target, std::vector<double> numbers,
@@ -571,34 +563,39 @@ Stats softmax_stats(const Tensor& input, const Tensor& target, std::vector<doubl
                                                    : stats_of<float>(input, target, numbers, params);
 }
 
+// Of the loss, logsumexp, log_prob and the entropy.
+using Upstreams = std::array<std::optional<Tensor>, 4>;
+
 template <class T>
-std::vector<Tensor> backward_of(const std::optional<Tensor>& grad_loss, const std::optional<Tensor>& grad_logsumexp,
-                                const std::optional<Tensor>& grad_log_prob, const Tensor& input, const Tensor& target,
-                                const std::vector<double>& numbers, const std::vector<Tensor>& params, const Tensor& saved, int64_t needs) {
+std::vector<Tensor> backward_of(const Upstreams& up, const Tensor& input, const Tensor& target,
+                                const std::vector<double>& numbers, const std::vector<Tensor>& params, const Tensor& saved,
+                                int64_t needs) {
   Call<T> call(input, target, numbers, params);
-  Array<T> loss, logsumexp, log_prob;
-  const auto take = [](const std::optional<Tensor>& tensor, Array<T>& array, const T*& data, int64_t& stride) {
-    if (!tensor) return;
-    array = array_of<T>(*tensor);
-    data = array.data;
-    stride = array.stride;
+  CpuProblem<T>& p = call.p;
+  std::array<Array<T>, 4> arrays;
+  const auto take = [&](size_t which, const T*& data, int64_t& stride) {
+    if (!up[which]) return;
+    arrays[which] = array_of<T>(*up[which]);
+    data = arrays[which].data;
+    stride = arrays[which].stride;
   };
-  take(grad_loss, loss, call.p.up_loss, call.p.up_loss_stride);
-  take(grad_logsumexp, logsumexp, call.p.up_logsumexp, call.p.up_logsumexp_stride);
-  take(grad_log_prob, log_prob, call.p.up_log_prob, call.p.up_log_prob_stride);
-  if (call.reduction != Reduction::NONE) call.p.up_loss_stride = 0;
-  if (saved.numel() > 0) call.p.saved = static_cast<const T*>(saved.data_ptr());
+  take(0, p.up_loss, p.up_loss_stride);
+  take(1, p.up_logsumexp, p.up_logsumexp_stride);
+  take(2, p.up_log_prob, p.up_log_prob_stride);
+  take(3, p.up_entropy, p.up_entropy_stride);
+  if (call.reduction != Reduction::NONE) p.up_loss_stride = 0;
+  if (saved.numel() > 0) p.saved = static_cast<const T*>(saved.data_ptr());
   return run_with_gradients(call, input, needs);
 }
 
 std::vector<Tensor> softmax_loss_backward(std::optional<Tensor> grad_loss, std::optional<Tensor> grad_logsumexp,
-                                          std::optional<Tensor> grad_log_prob, const Tensor& input,
-                                          const Tensor& target, std::vector<double> numbers, std::vector<Tensor> params, const Tensor& saved, int64_t needs) {
+                                          std::optional<Tensor> grad_log_prob, std::optional<Tensor> grad_entropy,
+                                          const Tensor& input, const Tensor& target, std::vector<double> numbers,
+                                          std::vector<Tensor> params, const Tensor& saved, int64_t needs) {
+  const Upstreams up{std::move(grad_loss), std::move(grad_logsumexp), std::move(grad_log_prob), std::move(grad_entropy)};
   return input.scalar_type() == ScalarType::Double
-             ? backward_of<double>(grad_loss, grad_logsumexp, grad_log_prob, input, target, numbers, params, saved,
-                                   needs)
-             : backward_of<float>(grad_loss, grad_logsumexp, grad_log_prob, input, target, numbers, params, saved,
-                                  needs);
+             ? backward_of<double>(up, input, target, numbers, params, saved, needs)
+             : backward_of<float>(up, input, target, numbers, params, saved, needs);
 }
 
 }  // namespace

@@ -174,6 +174,10 @@ struct Call {
     v.z_loss = T(consts[Z_LOSS]);
     v.weight = vector_of(WEIGHT);
     v.adjustment = vector_of(ADJUSTMENT);
+    if (const Tensor* weight = tensors[ROW_WEIGHT]) take(*weight, v.row_weight, v.row_weight_stride);
+    v.normalizer = {consts[NORMALIZER], nullptr, Mode::BY_VALUE, Storage::DOUBLE};
+    if (const Tensor* given = tensors[NORMALIZER])
+      v.normalizer = {0, given->data_ptr(), Mode::SHARED, storage_of(given->scalar_type())};
     v.weight_sum = T(v.classes);
     if (v.spec.transform == Transform::PIECEWISE) v.t = tables(TRANSFORM_A, TRANSFORM_B);
     if (v.spec.head == Head::TAU) v.tau = tables(HEAD_A, HEAD_B);
@@ -210,8 +214,6 @@ struct Call {
     return {vector_of(slope), vector_of(bias), int(table.size(table.dim() - 1)), groups};
   }
 
-  bool mean() const { return v.spec.reduction == Reduction::MEAN; }
-
   // An upstream gradient as T, where it lies if it can be read there.
   void take(const std::optional<Tensor>& tensor, const T*& data, int64_t& stride) {
     if (!tensor) return;
@@ -232,16 +234,17 @@ struct Call {
     const RowKernels<T>& kernels = kernels_of<T>(v.storage);
     if (v.rows == 0) {
       if (!reduced) return;
-      v.parts = mean() ? -1 : 0;
+      v.parts = is_counted(v) ? -1 : 0;
       Sums::total(v, place.device, 0);
       return;
     }
     v.simple = is_simple(v);
     const Choice choice = kernels.choose(v, place.device);
     const bool alone = choice.way == Way::SHORT && choice.tiles.alone;
-    if (mean() && (v.losses || v.grad || v.want_parameters) && !alone && v.rows <= FEW_ROWS) {
+    const bool counts = is_counted(v) && (v.losses || v.grad || v.want_parameters) && !alone;
+    if (counts && v.rows <= FEW_ROWS) {
       v.parts = -1;
-    } else if (mean() && (v.losses || v.grad || v.want_parameters) && !alone) {
+    } else if (counts) {
       v.parts = int(std::min<int64_t>(MLKERNELS_ISA::MOST_PARTS, (v.rows + 1023) / 1024));
       double* parts = numbers_of(2 * v.parts);
       v.divisors = parts;
@@ -252,7 +255,7 @@ struct Call {
     if (reduced && !alone) {
       const bool by_warp = choice.way == Way::SHORT || choice.way == Way::APART;
       partials = by_warp ? int64_t(blocks) * choice.warps : blocks / choice.cluster;
-      v.partials = numbers_of(2 * partials);
+      v.partials = numbers_of(partials);
     }
     kernels.run(v, place.device, choice, blocks);
     if (partials > 0) Sums::total(v, place.device, partials);
@@ -271,7 +274,7 @@ struct Call {
     for (int slot = 0; slot < TRAINABLE_SLOTS; ++slot) {
       if (!(needs >> slot & 1)) continue;
       v.want_parameters = true;
-      if (OF_SCALE >> slot & 1) v.want_shift = true;
+      if (OF_SCALE >> slot & 1) v.want_shift = true, v.want_square = v.up_entropy;
       values[size_t(slot)] = static_cast<T*>(keep(place.empty({rows}, type_of<T>())).data_ptr());
       v.by_parameter[slot] = values[size_t(slot)];
       if (!is_table(slot) || bins) continue;
@@ -279,6 +282,7 @@ struct Call {
       v.t_bin = bins;
       v.tau_bin = bins + rows;
     }
+    if (v.up_entropy) v.want_shift = true;
     std::vector<Tensor> grad;
     if (needs >> INPUT & 1) {
       grad.push_back(torch::stable::empty_like(input));
@@ -382,7 +386,7 @@ std::tuple<Tensor, Tensor> softmax_loss_with_gradient(const Tensor& input, const
   return {std::move(loss), std::move(gradients[0])};
 }
 
-using Stats = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Stats = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Stats softmax_stats(const Tensor& input, const Tensor& target, std::vector<double> numbers, std::vector<Tensor> params) {
   const DeviceGuard guard(input);
@@ -392,27 +396,37 @@ Stats softmax_stats(const Tensor& input, const Tensor& target, std::vector<doubl
     Tensor loss = call.loss_like(target);
     Tensor saved = call.place.empty({call.v.rows, 2}, type_of<T>());
     const auto of = [&](ScalarType type) { return call.place.empty_of(target, type); };
-    Tensor logsumexp = of(type_of<T>()), log_prob = of(type_of<T>()), confidence = of(type_of<T>());
+    Tensor logsumexp = of(type_of<T>()), log_prob = of(type_of<T>()), entropy = of(type_of<T>());
+    Tensor confidence = of(type_of<T>());
     Tensor prediction = of(ScalarType::Long), rank = of(ScalarType::Long);
     call.v.save = static_cast<T*>(saved.data_ptr());
     call.v.logsumexp = static_cast<T*>(logsumexp.data_ptr());
     call.v.log_prob = static_cast<T*>(log_prob.data_ptr());
+    call.v.entropy = static_cast<T*>(entropy.data_ptr());
+    call.v.want_shift = true;
     call.v.confidence = static_cast<T*>(confidence.data_ptr());
     call.v.prediction = static_cast<int64_t*>(prediction.data_ptr());
     call.v.rank = static_cast<int64_t*>(rank.data_ptr());
     call.run(&loss);
-    return Stats{loss, saved, logsumexp, log_prob, prediction, confidence, rank};
+    return Stats{loss, saved, logsumexp, log_prob, entropy, prediction, confidence, rank};
   });
 }
 
 std::vector<Tensor> softmax_loss_backward(std::optional<Tensor> grad_loss, std::optional<Tensor> grad_logsumexp,
-                                          std::optional<Tensor> grad_log_prob, const Tensor& input, const Tensor& target,
-                                          std::vector<double> numbers, std::vector<Tensor> params, const Tensor& saved,
-                                          int64_t needs) {
+                                          std::optional<Tensor> grad_log_prob, std::optional<Tensor> grad_entropy,
+                                          const Tensor& input, const Tensor& target, std::vector<double> numbers,
+                                          std::vector<Tensor> params, Tensor saved, int64_t needs) {
   const DeviceGuard guard(input);
   return by_type(input, [&](auto zero) {
     using T = decltype(zero);
     Call<T> call(input, target, numbers, params);
+    if (grad_entropy && saved.numel() == 0) {  // its derivative by s adds up what needs the maximum first
+      saved = call.keep(call.place.empty({call.v.rows, 2}, type_of<T>()));
+      call.v.save = static_cast<T*>(saved.data_ptr());
+      call.run(nullptr);
+      call.v.save = nullptr;
+    }
+    call.take(grad_entropy, call.v.up_entropy, call.v.up_entropy_stride);
     call.take(grad_loss, call.v.up_loss, call.v.up_loss_stride);
     call.take(grad_logsumexp, call.v.up_logsumexp, call.v.up_logsumexp_stride);
     call.take(grad_log_prob, call.v.up_log_prob, call.v.up_log_prob_stride);

@@ -59,22 +59,23 @@ struct Problem {
   Parameter<T> values[LOSS_SLOTS];
   Tables<T> t, tau;
   const T* weight;        // (classes) or null
+  const T* row_weight;    // (rows), each row_weight_stride after the one before, or null
+  int64_t row_weight_stride;
   const T* adjustment;    // (classes) or null
   T weight_sum, smoothing, z_loss, softcap;
 
   const T* saved;         // (rows, 2): m and log_sum of an earlier visit, or null
   T* save;                // (rows, 2)
-  T* loss_by_class;       // (rows)
-  T* loss_by_row;         // (rows), only with z_loss
-  T *logsumexp, *log_prob, *confidence;  // (rows)
+  T* losses;              // (rows), or on a GPU the reduced loss; or null
+  T *logsumexp, *log_prob, *entropy, *confidence;  // (rows)
   int64_t *prediction, *rank;            // (rows)
 
   // Upstream gradients; each is a pointer with a stride of 0 or 1 rows, or null: the loss's is up_value then.
   T up_value;
-  const T *up_loss, *up_logsumexp, *up_log_prob;
-  int64_t up_loss_stride, up_logsumexp_stride, up_log_prob_stride;
+  const T *up_loss, *up_logsumexp, *up_log_prob, *up_entropy;
+  int64_t up_loss_stride, up_logsumexp_stride, up_log_prob_stride, up_entropy_stride;
   T* by_parameter[TRAINABLE_SLOTS];  // (rows) each, where that parameter's gradient is wanted
-  bool want_parameters, want_shift;  // any of them; one that needs the mean logit
+  bool want_parameters, want_shift, want_square;  // any of them; sums of Statistics
   int *t_bin, *tau_bin;              // (rows), with the tables' gradients
 };
 
@@ -149,48 +150,47 @@ MLK_FN Batch<T> batch_of(const Problem<T>& p) {
   return {p.smoothing, p.smoothing / T(p.classes), p.z_loss, p.weight_sum, p.classes};
 }
 
-// What each upstream gradient of a loss is multiplied by: the row's share in the result.
-template <class T>
-struct Share {
-  T by_class, by_row;
-};
+// A row's factors, from those that all rows share.
+template <bool BARE = false, class T>
+MLK_FN Factors<T> factors_of(const Problem<T>& p, const Factors<T>& shared, int64_t row) {
+  if (BARE || !p.row_weight) return shared;
+  const T weight = p.row_weight[row * p.row_weight_stride];
+  return {shared.by_class * weight, shared.by_row * weight};
+}
 
-// What is left of a row where it stands: its loss, and how its gradient is made:
-//   dL/du_j = factor exp(s (u_j - m)) - spread w_j for j != y, and at_target.
 template <class T>
-struct Conclusion {
-  RowLoss<T> loss;
-  T factor, spread, at_target;
+struct Outcome {
+  T loss;
+  Coefficients<T> gradient;
 };
 
 // Finishes a row that stands at `at`, and leaves its results but for loss and gradient; leaves: this thread is the one to.
-// PARAMETERS: whether gradients of parameters may be wanted at all. BARE: nothing is saved, and no upstream gradient but
-// up_value. spec: the problem's, of which the caller may know more than that.
+// PARAMETERS: whether gradients of parameters or of the entropy may be wanted at all. BARE: nothing is saved, and no
+// upstream gradient but up_value. spec: the problem's, of which the caller may know more than that.
 template <bool PARAMETERS, bool BARE = false, class T>
-MLK_FN Conclusion<T> conclude_row(const Problem<T>& p, const Spec& spec, const Batch<T>& batch, const Share<T>& share,
-                                  int64_t row, const Values<T>& values, const Row<T>& r, const Position<T>& at, T weight,
-                                  T shift, T weighted, bool leaves) {
-  Conclusion<T> out{};
+MLK_FN Outcome<T> outcome_of(const Problem<T>& p, const Spec& spec, const Batch<T>& batch, const Factors<T>& shared,
+                             int64_t row, const Values<T>& values, const Statistics<T>& r, const Position<T>& at, T weight,
+                             bool leaves) {
+  Outcome<T> out{};
   const HeadLoss<T> head = head_loss(spec, values, at.nll, PARAMETERS && p.want_parameters);
-  out.loss = row_loss(batch, at, head, weight, weighted);
+  const Factors<T> factors = factors_of<BARE>(p, shared, row);
+  out.loss = row_loss(batch, factors, r, at, head, weight);
   if (!BARE && p.save && leaves) {
     p.save[2 * row] = r.other_max;
     p.save[2 * row + 1] = r.log_sum;
   }
   if (!p.grad && !(PARAMETERS && p.want_parameters)) return out;
-  Upstream<T> up{0, 0, 0, 0};
+  Upstream<T> up{0, 0, 0, 0, 0};
   const T g_loss = !BARE && p.up_loss ? p.up_loss[row * p.up_loss_stride] : p.up_value;
-  up.by_class = g_loss * share.by_class;
-  up.by_row = g_loss * share.by_row;
+  up.by_class = g_loss * factors.by_class;
+  up.by_row = g_loss * factors.by_row;
   if (!BARE && p.up_logsumexp) up.lse = p.up_logsumexp[row * p.up_logsumexp_stride];
   if (!BARE && p.up_log_prob) up.log_prob = p.up_log_prob[row * p.up_log_prob_stride];
-  const RowGradient<T> gradient = row_gradient(batch, r, at, head, up, weight);
-  out.factor = gradient.others;
-  out.spread = gradient.spread;
-  out.at_target = gradient.target;
+  if (PARAMETERS && p.up_entropy) up.entropy = p.up_entropy[row * p.up_entropy_stride];
+  out.gradient = coefficients(batch, r, at, head, up, weight);
   if (PARAMETERS && p.want_parameters && leaves) {
     T by[TRAINABLE_SLOTS];
-    row_parameters(spec, values, batch, r, at, head, gradient, up, weight, shift, weighted, by);
+    row_parameters(spec, values, batch, r, at, head, out.gradient, up, weight, by);
     MLK_UNROLL
     for (int slot = 0; slot < TRAINABLE_SLOTS; ++slot)
       if (p.by_parameter[slot]) p.by_parameter[slot][row] = by[slot];
@@ -205,7 +205,7 @@ template <class T>
 MLK_FN void leave_unread(const Problem<T>& p, int64_t row, T value) {
   if (p.save) p.save[2 * row] = p.save[2 * row + 1] = 0;
   if (p.logsumexp) {
-    p.logsumexp[row] = p.log_prob[row] = p.confidence[row] = value;
+    p.logsumexp[row] = p.log_prob[row] = p.entropy[row] = p.confidence[row] = value;
     p.prediction[row] = -1;
     p.rank[row] = 0;
   }

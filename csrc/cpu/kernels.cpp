@@ -82,6 +82,25 @@ Sums<T> sweep_exp(const T* u, T* out, int64_t n, T m, T s, T factor, Ahead ahead
   return {sum_of<T>(sum0 + sum1), SHIFT ? sum_of<T>(shift0) : T(0)};
 }
 
+// The sum of exp(s (u_j - m)) (u_j - m)^2.
+template <class T>
+T sweep_square(const T* u, int64_t n, T m, T s) {
+  constexpr int W = WIDTH<T>;
+  Vec<T> sum{};
+  for (int64_t j = 0; j < n; j += W) {
+    const Vec<T> d = (j + W <= n ? load(u + j) : load_first(u + j, int(n - j), -infinity<T>())) - m;
+    const Vec<T> e = exp_nonpositive(d * s);
+    sum += e == Vec<T>{} ? Vec<T>{} : e * d * d;
+  }
+  return sum_of<T>(sum);
+}
+
+// g_j = a g_j + b g_j (u_j - m), where g_j = exp(s (u_j - m)).
+template <class T>
+void sweep_tilt(T* g, const T* u, int64_t n, T m, T a, T b) {
+  for (int64_t j = 0; j < n; ++j) g[j] = a * g[j] + (g[j] == 0 ? T(0) : b * g[j] * (u[j] - m));
+}
+
 // The sum of w_j (u_j - m); w null: ones.
 template <class T>
 T sweep_weighted(const T* u, const T* w, int64_t n, T m) {
@@ -213,13 +232,13 @@ struct Work {
   T* g;         // the exponentials, which become the gradient; or null
   Ahead ahead;
   T m;          // other_max, or 0 where there is no other class
-  T sum, shift, weighted;
+  T sum;
   const Values<T>* values;
   Values<T> own;
-  Row<T> r;
+  Statistics<T> r;
   RowScale<T> scale;
   Position<T> at;
-  T factor, spread, at_target;  // the gradient is factor g_j - spread w_j, and at_target at the label
+  T a, d, at_target;  // what is left to do: the gradient is a g_j - d w_j, and at_target at the label
 };
 
 // Calls body(begin, length) for the columns other than y: all of a padded row, else the two pieces.
@@ -247,7 +266,7 @@ inline void exponentials(const CpuProblem<T>& p, Work<T>& w, T factor) {
                              : (p.want_shift ? sweep_exp<T, false, true>(u, nullptr, n, w.m, s, factor, next)
                                              : sweep_exp<T, false, false>(u, nullptr, n, w.m, s, factor, next));
     w.sum += sums.e;
-    w.shift += sums.shift;
+    w.r.shift += sums.shift;
   });
 }
 
@@ -257,9 +276,8 @@ template <bool PADDED, class T>
 inline void measure(const CpuProblem<T>& p, const Values<T>* shared, T target, Work<T>& w, const T* top = nullptr) {
   if (!shared) fetch(p, w.row, w.y, p.group ? p.group[w.row] : 0, w.own);
   w.values = shared ? shared : &w.own;
-  w.sum = w.shift = w.weighted = 0;
-  w.r.target = target;
-  w.r.other_max = -infinity<T>();
+  w.sum = 0;
+  w.r = {target, -infinity<T>(), 0, 0};
   if (p.saved)
     w.r.other_max = p.saved[2 * w.row];
   else if (top)
@@ -273,9 +291,13 @@ inline void measure(const CpuProblem<T>& p, const Values<T>* shared, T target, W
   if (!p.saved || p.want_shift) exponentials<PADDED>(p, w, T(1));
   if (p.smoothing > 0 && (p.want_shift || !p.saved)) {
     const T* weight = p.weight;
-    w.weighted = sweep_weighted(w.u, weight, w.y, w.m);
-    w.weighted += sweep_weighted(w.u + w.y + 1, weight ? weight + w.y + 1 : nullptr, p.classes - w.y - 1, w.m);
+    w.r.weighted = sweep_weighted(w.u, weight, w.y, w.m);
+    w.r.weighted += sweep_weighted(w.u + w.y + 1, weight ? weight + w.y + 1 : nullptr, p.classes - w.y - 1, w.m);
   }
+  if (p.want_square)
+    each_piece<PADDED>(p, w.y, [&](int64_t begin, int64_t n) {
+      w.r.square += sweep_square(w.u + begin, n, w.m, w.scale.value);
+    });
 }
 
 constexpr int MAX_TILE = 16;
@@ -289,7 +311,7 @@ inline void stand(const CpuProblem<T>& p, Work<T>* tile, int count) {
   for (int b = count; b < (count + W - 1) / W * W; ++b) a[b] = 1;
   for (int b = 0; b < count; b += W) store(e + b, p.saved ? exp_nonpositive(-load(a + b)) : log_of_sum<T>(load(a + b)));
   for (int b = 0; b < count; ++b) {
-    Row<T>& r = tile[b].r;
+    Statistics<T>& r = tile[b].r;
     const bool alone = p.saved ? a[b] == -infinity<T>() : a[b] == 0;
     r.log_sum = alone ? -infinity<T>() : p.saved ? a[b] : e[b];
     r.share = alone ? T(0) : p.saved ? e[b] : 1 / a[b];
@@ -322,45 +344,48 @@ void describe(const CpuProblem<T>& p, const Work<T>& w) {
     if ((j == w.y ? target : w.u[j]) == highest) first = j;
   p.logsumexp[w.row] = w.at.lse;
   p.log_prob[w.row] = -w.at.nll;
+  p.entropy[w.row] = entropy(w.r, w.at);
   p.confidence[w.row] = has_nan ? nan<T>() : target - w.r.other_max;
   p.rank[w.row] = above;
   p.prediction[w.row] = has_nan ? -1 : first;
 }
 
-// The loss and, where wanted, the gradients.
+// The loss and, where wanted, what the gradient is made of.
 template <bool PADDED, class T>
-inline void conclude(const CpuProblem<T>& p, const Batch<T>& batch, Work<T>& w) {
+inline void finish(const CpuProblem<T>& p, const Batch<T>& batch, Work<T>& w) {
   const T weight = p.weight ? p.weight[w.y] : T(1);
-  const Share<T> share{p.by_class_factor, p.by_row_factor};
-  const Conclusion<T> row =
-      conclude_row<true>(static_cast<const Problem<T>&>(p), p.spec, batch, share, w.row, *w.values, w.r, w.at, weight, w.shift, w.weighted, true);
-  if (p.loss_by_class) {
-    p.loss_by_class[w.row] = row.loss.by_class;
-    if (p.loss_by_row) p.loss_by_row[w.row] = row.loss.by_row;
-  }
+  const Factors<T> factors{p.by_class_factor, p.by_row_factor};
+  const Outcome<T> row =
+      outcome_of<true>(static_cast<const Problem<T>&>(p), p.spec, batch, factors, w.row, *w.values, w.r, w.at, weight, true);
+  if (p.losses) p.losses[w.row] = row.loss;
   if (p.logsumexp) describe(p, w);
-  w.factor = row.factor;
-  w.spread = row.spread;
-  w.at_target = row.at_target;
+  w.a = row.gradient.a;
+  w.d = row.gradient.d;
+  w.at_target = row.gradient.g;
   if (p.saved && w.g && !p.want_shift) {
-    exponentials<PADDED>(p, w, w.factor);
-    w.factor = 1;
+    exponentials<PADDED>(p, w, w.a);
+    w.a = 1;
+  }
+  if (p.up_entropy && w.g) {
+    each_piece<PADDED>(p, w.y, [&](int64_t begin, int64_t n) {
+      sweep_tilt(w.g + begin, w.u + begin, n, w.m, row.gradient.a, row.gradient.b);
+    });
+    w.a = 1;
   }
 }
 
 // Leaves nothing of a row's gradient to do but the target and, unless there was smoothing, the factor.
 template <class T>
 void spread_out(const CpuProblem<T>& p, Work<T>& w) {
-  if (w.spread == 0) return;
-  sweep_multiply(w.g, p.classes, w.factor);  // what lies at the label is overwritten later
-  sweep_spread(w.g, p.weight, p.classes, w.spread);
-  w.factor = 1;
+  if (w.d == 0) return;
+  sweep_multiply(w.g, p.classes, w.a);  // what lies at the label is overwritten later
+  sweep_spread(w.g, p.weight, p.classes, w.d);
+  w.a = 1;
 }
 
 template <class T>
 void ignore_row(const CpuProblem<T>& p, int64_t row) {
-  if (p.loss_by_class) p.loss_by_class[row] = 0;
-  if (p.loss_by_row) p.loss_by_row[row] = 0;
+  if (p.losses) p.losses[row] = 0;
   leave_unread(p, row, T(0));
 }
 
@@ -424,13 +449,13 @@ void run_in_place(const CpuProblem<T>& p, int64_t begin, int64_t end) {
     w.ahead = {static_cast<const char*>(p.input) + p.in.offset(next) * int64_t(sizeof(S)), fetch_ahead ? int(sizeof(S)) : 0};
     measure<false>(p, p.uniform ? &values : nullptr, w.u[w.y], w);
     stand(p, &w, 1);
-    conclude<false>(p, batch, w);
+    finish<false>(p, batch, w);
     if (g) spread_out(p, w);
     if (streamed) {
-      sweep_out(g, w.g, p.classes, w.factor, w.y, w.at_target, true);
+      sweep_out(g, w.g, p.classes, w.a, w.y, w.at_target, true);
     } else if (g) {
-      if (w.factor != 1)
-        each_piece<false>(p, w.y, [&](int64_t from, int64_t n) { sweep_multiply(g + from, n, w.factor); });
+      if (w.a != 1)
+        each_piece<false>(p, w.y, [&](int64_t from, int64_t n) { sweep_multiply(g + from, n, w.a); });
       g[w.y] = w.at_target;
     }
   }
@@ -454,7 +479,7 @@ void run_through_scratch(const CpuProblem<T>& p, int64_t begin, int64_t end) {
   const bool capped = p.softcap > 0;
   const bool searched = p.in.class_stride == 1 && !capped && !p.adjustment;  // the maximum is found while widening
   const bool direct = output && !capped && p.out.class_stride == 1;
-  const bool overwrite = !capped && p.smoothing <= 0;  // nothing reads the logits after their exponentials
+  const bool overwrite = !capped && p.smoothing <= 0 && !p.up_entropy;  // nothing reads the logits after their exponentials
   // Long rows come one at a time: the next one is then the row after this one.
   const bool fits = size == 1 && p.in.class_stride == 1 && p.classes * int64_t(sizeof(T)) <= ROW_IN_CACHE;
   const int lookahead = fits ? int(sizeof(S)) : 0;
@@ -500,12 +525,12 @@ void run_through_scratch(const CpuProblem<T>& p, int64_t begin, int64_t end) {
     stand(p, tile, count);
     for (int b = 0; b < count; ++b) {
       Work<T>& w = tile[b];
-      conclude<true>(p, batch, w);
+      finish<true>(p, batch, w);
       if (output) spread_out(p, w);
       if (direct) {
-        sweep_out(to[b], w.g, p.classes, w.factor, w.y, w.at_target, p.streamed && size == 1);
+        sweep_out(to[b], w.g, p.classes, w.a, w.y, w.at_target, p.streamed && size == 1);
       } else if (output) {
-        sweep_multiply(w.g, p.classes, w.factor);
+        sweep_multiply(w.g, p.classes, w.a);
         w.g[w.y] = w.at_target;
         if (capped) {
           T* u = logits + b * pitch;
@@ -603,15 +628,15 @@ void run_lanes(const CpuProblem<T>& given, int64_t begin, int64_t end) {
       w.u = nullptr;
       w.g = output ? e : nullptr;
       w.sum = sum[b];
-      w.shift = shift[b];
-      w.weighted = weighted[b];
+      w.r.shift = shift[b];
+      w.r.weighted = weighted[b];
     }
     stand(p, tile, count);
     Vec<T> factor{}, spread{};
     for (int b = 0; b < count; ++b) {
-      conclude<true>(p, batch, tile[b]);
-      factor[b] = tile[b].factor;
-      spread[b] = tile[b].spread;
+      finish<true>(p, batch, tile[b]);
+      factor[b] = tile[b].a;
+      spread[b] = tile[b].d;
     }
     if (!output) continue;
     for (int64_t j = 0; j < classes; ++j) {
@@ -635,7 +660,7 @@ constexpr int64_t LANES_IN_CACHE = 1 << 18;  // bytes of a tile of rows whose cl
 
 template <class T, class S>
 void run_as(const CpuProblem<T>& p, int64_t begin, int64_t end) {
-  const bool plain = p.softcap <= 0 && !p.adjustment && !p.logsumexp;
+  const bool plain = p.softcap <= 0 && !p.adjustment && !p.logsumexp && !p.up_entropy;
   const bool apart = p.in.class_stride != 1 || (p.grad && p.out.class_stride != 1);
   const bool fits = p.classes * BYTES <= LANES_IN_CACHE;
   if (plain && (p.classes < LONG_ROW || (apart && fits))) return run_lanes<T, S>(p, begin, end);

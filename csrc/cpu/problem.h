@@ -12,7 +12,7 @@ struct CpuProblem : Problem<T> {
   const int64_t* label;  // (rows), legal or ignore_index
   const int64_t* group;  // (rows) or null
   bool uniform;          // every row has the same values
-  T by_class_factor, by_row_factor;
+  T by_class_factor, by_row_factor;  // of every row, but for its own weight
 };
 
 // One set of row loops per instruction set.

@@ -27,37 +27,32 @@ struct RowsApart {
   static MLK_DEVICE void run(const Simt& simt, const Visit<T>& v, const ApartPlan& plan) {
     if (v.unless_one && *v.unless_one == T(1)) return;
     const Batch<T> batch = batch_on_device(v);
-    const Share<T> share = share_of(simt, v);
-    double by_class = 0, by_row = 0;
+    const Factors<T> shared = shared_factors(simt, v);
+    double loss = 0;
     const int64_t every = int64_t(simt.blocks()) * simt.threads();
     const int64_t first = int64_t(simt.block()) * simt.threads() + simt.thread();
     if (CLASSES > 0 && plan.pairs) {
-      for (int64_t pair = first; pair < v.rows / 2; pair += every) visit_pair(v, batch, share, 2 * pair, by_class, by_row);
+      for (int64_t pair = first; pair < v.rows / 2; pair += every) visit_pair(v, batch, shared, 2 * pair, loss);
     } else {
-      for (int64_t row = first; row < v.rows; row += every) visit(v, batch, share, row, by_class, by_row);
+      for (int64_t row = first; row < v.rows; row += every) visit(v, batch, shared, row, loss);
     }
     if (!v.partials) return;
-    by_class = sum_over(simt, by_class);
-    by_row = sum_over(simt, by_row);
-    if (simt.lane() == 0) {
-      const int64_t warp = int64_t(simt.block()) * simt.warps() + simt.warp();
-      v.partials[2 * warp] = by_class;
-      v.partials[2 * warp + 1] = by_row;
-    }
+    loss = sum_over(simt, loss);
+    if (simt.lane() == 0) v.partials[int64_t(simt.block()) * simt.warps() + simt.warp()] = loss;
   }
 
   static constexpr int MOST = CLASSES > 0 ? int(CLASSES) : 1, GROUP = 4;  // classes are worked on or left out together
 
   // One of a pair, of which u holds the logits and then what its factor makes the gradient of.
-  static MLK_DEVICE Conclusion<T> visit_held(const Visit<T>& v, const Batch<T>& batch, const Share<T>& share, int64_t row,
-                                             const Label& label, T (&u)[MOST], double& by_class, double& by_row) {
+  static MLK_DEVICE Outcome<T> visit_held(const Visit<T>& v, const Batch<T>& batch, const Factors<T>& shared, int64_t row,
+                                             const Label& label, T (&u)[MOST], double& loss) {
     const int classes = int(v.classes), y = int(label.y);
     if (label.fate != Fate::KEPT) {
       const T value = label.fate == Fate::BAD ? nan<T>() : T(0);
-      leave_fate(v, row, label.fate, by_class, by_row);
+      leave_fate(v, shared, row, label.fate, loss);
       MLK_UNROLL
       for (int j = 0; j < MOST; ++j) u[j] = value;
-      return {{value, 0}, 1, 0, value};
+      return {0, {1, 0, 0, value, 0, 0}};
     }
     Standing<T> stands;
     numbers_of<true>(v, row, label, stands.values);
@@ -74,21 +69,21 @@ struct RowsApart {
     }
     stand<true>(v, stands);
     const T m = stands.floor(), scale2 = stands.scale2();
-    T sum = 0;
+    RowSums<T> sums;
     MLK_UNROLL
     for (int j = 0; j < MOST; ++j) {
       if (j % GROUP == 0 && j >= classes) break;
       u[j] = exp2_of((u[j] - m) * scale2);
-      sum += u[j];
+      sums.e += u[j];
     }
-    const Conclusion<T> c =
-        finish_row<false, true>(v, batch, share, row, label.y, stands, sum, T(0), T(0), Counts{-1, 0}, true);
-    leave_loss<true>(v, row, c.loss, by_class, by_row);
+    const Outcome<T> c =
+        finish_row<false, true>(v, batch, shared, row, label.y, stands, sums, Counts{-1, 0}, true);
+    leave_loss<true>(v, row, c.loss, loss);
     return c;
   }
 
-  static MLK_DEVICE void visit_pair(const Visit<T>& v, const Batch<T>& batch, const Share<T>& share, int64_t row,
-                                    double& by_class, double& by_row) {
+  static MLK_DEVICE void visit_pair(const Visit<T>& v, const Batch<T>& batch, const Factors<T>& shared, int64_t row,
+                                    double& loss) {
     using Pair = PieceOf<sizeof(S) == 2 ? 4 : 8>;
     const int classes = int(v.classes);
     const S* x = static_cast<const S*>(v.input) + v.in.offset(row);
@@ -106,28 +101,28 @@ struct RowsApart {
       }
       x += v.in.class_stride;
     }
-    const Conclusion<T> first = visit_held(v, batch, share, row, label[0], u[0], by_class, by_row);
-    const Conclusion<T> second = visit_held(v, batch, share, row + 1, label[1], u[1], by_class, by_row);
+    const Outcome<T> first = visit_held(v, batch, shared, row, label[0], u[0], loss);
+    const Outcome<T> second = visit_held(v, batch, shared, row + 1, label[1], u[1], loss);
     if (!v.grad) return;
     S* g = static_cast<S*>(v.grad) + v.out.offset(row);
     MLK_UNROLL
     for (int j = 0; j < MOST; ++j) {
       if (j >= classes) break;
-      const T both[2] = {j == label[0].y ? first.at_target : first.factor * u[0][j],
-                         j == label[1].y ? second.at_target : second.factor * u[1][j]};
+      const T both[2] = {j == label[0].y ? first.gradient.g : first.gradient.a * u[0][j],
+                         j == label[1].y ? second.gradient.g : second.gradient.a * u[1][j]};
       *reinterpret_cast<Pair*>(g) = piece_from<S, Pair>(both);
       g += v.out.class_stride;
     }
   }
 
-  static MLK_DEVICE void visit(const Visit<T>& v, const Batch<T>& batch, const Share<T>& share, int64_t row,
-                               double& by_class, double& by_row) {
+  static MLK_DEVICE void visit(const Visit<T>& v, const Batch<T>& batch, const Factors<T>& shared, int64_t row,
+                               double& loss) {
     const S* x = static_cast<const S*>(v.input) + v.in.offset(row);
     S* g = v.grad ? static_cast<S*>(v.grad) + v.out.offset(row) : nullptr;
     const int64_t in_step = v.in.class_stride, out_step = v.out.class_stride;
     const Label label = label_of(v, row);
     if (label.fate != Fate::KEPT) {
-      leave_fate(v, row, label.fate, by_class, by_row);
+      leave_fate(v, shared, row, label.fate, loss);
       S value;
       narrow(label.fate == Fate::BAD ? nan<T>() : T(0), value);
       if (g)
@@ -162,33 +157,36 @@ struct RowsApart {
     }
     stand(v, stands);
     const T m = stands.floor(), scale2 = stands.scale2();
-    T sum = 0, shift = 0, weighted = 0;
+    RowSums<T> sums;
     if (!v.saved || v.want_shift) {
       // Sums of sums: an error that grows with the square root of the classes at most.
       constexpr int64_t TOGETHER = 64;
       for (int64_t from = 0; from < v.classes; from += TOGETHER) {
-        T some = 0, some_shift = 0, some_weighted = 0;
+        RowSums<T> some;
         for (int64_t at = from; at < from + TOGETHER && at < v.classes; at += BATCH)
           batch_from(at, [&](int64_t j, T u) {
             if (j == y) return;
             const T d = u - m, e = exp2_of(d * scale2);
-            some += e;
-            if (v.want_shift) some_shift += e == 0 ? T(0) : e * d;
-            if (v.smoothing > 0) some_weighted += v.weight ? d * v.weight[j] : d;
+            some.e += e;
+            if (v.want_shift) some.shift += e == 0 ? T(0) : e * d;
+            if (v.want_square) some.square += e == 0 ? T(0) : e * d * d;
+            if (v.smoothing > 0) some.weighted += v.weight ? d * v.weight[j] : d;
             counts.above += u > stands.target;
           });
-        sum += some;
-        shift += some_shift;
-        weighted += some_weighted;
+        sums.e += some.e;
+        sums.shift += some.shift;
+        sums.square += some.square;
+        sums.weighted += some.weighted;
       }
     }
-    const Conclusion<T> c = finish_row<true>(v, batch, share, row, y, stands, sum, shift, weighted, counts, true);
-    leave_loss(v, row, c.loss, by_class, by_row);
+    const Outcome<T> c = finish_row<true>(v, batch, shared, row, y, stands, sums, counts, true);
+    leave_loss(v, row, c.loss, loss);
     if (!g) return;
     for (int64_t from = (v.classes - 1) / BATCH * BATCH; from >= 0; from -= BATCH)  // what was read last is still near
       batch_from(from, [&](int64_t j, T u) {
-        T out = c.factor * exp2_of((u - m) * scale2) - (v.weight && v.smoothing > 0 ? c.spread * v.weight[j] : c.spread);
-        if (j == y) out = c.at_target;
+        const T d = u - m;
+        T out = gradient_at(v, c.gradient, c.gradient.a, exp2_of(d * scale2), d, j);
+        if (j == y) out = c.gradient.g;
         S value;
         narrow(unprepare(v, out, u, j), value);
         g[j * out_step] = value;

@@ -11,7 +11,7 @@
 // a row's results are the same bits wherever it lies; the vectors that two chunks share come twice.
 //
 // Bytes: one reading (STREAMED: two, with a gradient) and one writing of the logits. T: the accumulation type; S: storage.
-// GENERAL: softcap, adjustment, smoothing, RowStats, gradients of parameters.
+// GENERAL: softcap, adjustment, smoothing, RowStats, gradients of parameters and of the entropy.
 #pragma once
 
 #include "visit.h"
@@ -363,26 +363,24 @@ struct RowsLong {
       max_all(stands.m, counts.first);
     }
 
-    struct Sums {
-      T e = 0, shift = 0, weighted = 0;
-      int above = 0;
-    };
-    // The same before a lane's are one.
+    // A lane's sums before they are one.
     struct Lanes {
-      T e[V] = {}, shift[V] = {}, weighted[V] = {};
+      T e[V] = {}, shift[V] = {}, square[V] = {}, weighted[V] = {};
     };
 
     // The sums, on chip, once the scale is known.
-    MLK_DEVICE void add_up(const Span& span, int64_t y, const Standing<T>& stands, bool releases, Sums& sums) {
+    MLK_DEVICE void add_up(const Span& span, int64_t y, const Standing<T>& stands, bool releases, RowSums<T>& sums,
+                           int& above) {
       const Exponent exponent(stands);
       Lanes lanes;
       if (exponent.fused)
-        add_chunks<sizeof(T) == 4>(span, y, stands, exponent, releases, lanes, sums.above);
+        add_chunks<sizeof(T) == 4>(span, y, stands, exponent, releases, lanes, above);
       else
-        add_chunks<false>(span, y, stands, exponent, releases, lanes, sums.above);
+        add_chunks<false>(span, y, stands, exponent, releases, lanes, above);
       sums.e = in_order(lanes.e, span.phase) * exponent.slip();
       if (!GENERAL) return;
       sums.shift = in_order(lanes.shift, span.phase) * exponent.slip();
+      if (v.want_square) sums.square = in_order(lanes.square, span.phase) * exponent.slip();
       sums.weighted = in_order(lanes.weighted, span.phase);
     }
     template <bool FUSED>
@@ -401,6 +399,7 @@ struct RowsLong {
             if (!GENERAL) continue;
             const T d = u[e] - exponent.m;
             if (v.want_shift) sums.shift[e] += power == 0 ? T(0) : power * d;  // a class of probability 0 adds 0, also at -inf
+            if (v.want_square) sums.square[e] += power == 0 ? T(0) : power * d * d;
             const int64_t j = chunk.first() + i * V + e;
             if (!chunk.holds(i * V + e) || j == y) continue;
             if (v.smoothing > 0) sums.weighted[e] += v.weight ? d * v.weight[j] : d;
@@ -435,17 +434,23 @@ struct RowsLong {
     // Sums of (u - target), because the maximum is not known yet.
     static MLK_DEVICE T origin(const Standing<T>& stands) { return stands.target - stands.target == 0 ? stands.target : T(0); }
 
-    MLK_DEVICE void run_through(const Span& span, int64_t y, Standing<T>& stands, Counts& counts, Sums& sums) {
-      const int scales = v.spec.scale == Scale::TWO_SCALE ? 2 : 1;
+    MLK_DEVICE void run_through(const Span& span, int64_t y, Standing<T>& stands, Counts& counts, RowSums<T>& sums,
+                                int& above) {
+      const int scales = v.spec.scale == Scale::TWO_SCALE && !v.saved ? 2 : 1;
       T scale2[2];
-      // On either side of the threshold, by the rule itself.
-      stands.scale = row_scale(v.spec, stands.values, -INF);
-      scale2[0] = stands.scale2();
-      stands.scale = row_scale(v.spec, stands.values, INF);
-      scale2[1] = stands.scale2();
       Running r;
-      if (v.saved) r.m = stands.m;
-      T mine = -INF, weighted[V] = {};
+      if (v.saved) {
+        r.m = stands.m;
+        stand(v, stands);
+        scale2[0] = scale2[1] = stands.scale2();
+      } else {
+        // On either side of the threshold, by the rule itself.
+        stands.scale = row_scale(v.spec, stands.values, -INF);
+        scale2[0] = stands.scale2();
+        stands.scale = row_scale(v.spec, stands.values, INF);
+        scale2[1] = stands.scale2();
+      }
+      T mine = -INF, square[V] = {}, weighted[V] = {};
       for (int k = 0; k < plan.chunks; ++k, place.next(plan)) {
         arrived(place);
         const Chunk chunk = chunk_of(span, place, k);
@@ -465,11 +470,12 @@ struct RowsLong {
               const T power = exp2_of(d * scale2[s]);
               r.e[s][e] += power;
               if (GENERAL && v.want_shift) r.shift[s][e] += power == 0 ? T(0) : power * d;
+              if (GENERAL && v.want_square) square[e] += power == 0 ? T(0) : power * d * d;  // its scale is known
             }
             const int64_t j = chunk.first() + i * V + e;
             if (!GENERAL || !chunk.holds(i * V + e) || j == y) continue;
             if (v.smoothing > 0) weighted[e] += (v.weight ? v.weight[j] : T(1)) * (u[e] - origin(stands));
-            sums.above += u[e] > stands.target;
+            above += u[e] > stands.target;
           }
         });
         release();
@@ -478,8 +484,8 @@ struct RowsLong {
         stands.m = mine;
         max_all(stands.m, counts.first);
         lift(r, stands.m, scale2, scales);
+        stand(v, stands);
       }
-      stand(v, stands);
       // With a single scale there is one sum; with two, the first belongs to the lower side of the threshold.
       const bool high = scales == 2 && stands.scale.selected == SCALE_HIGH;
       T e[V], shift[V];
@@ -491,12 +497,13 @@ struct RowsLong {
       sums.e = in_order(e, span.phase);
       if (!GENERAL) return;
       sums.shift = in_order(shift, span.phase);
+      if (v.want_square) sums.square = in_order(square, span.phase);
       sums.weighted = in_order(weighted, span.phase);
     }
 
     // The gradient; the ring's places are given back one by one.
     MLK_DEVICE void write_gradient(const Span& span, int64_t row, int64_t y, const Standing<T>& stands,
-                                   const Conclusion<T>& c) {
+                                   const Coefficients<T>& c) {
       const Exponent exponent(stands);
       if (exponent.fused)
         write_chunks<sizeof(T) == 4>(span, row, y, stands, c, exponent);
@@ -505,11 +512,11 @@ struct RowsLong {
     }
     template <bool FUSED>
     MLK_DEVICE void write_chunks(const Span& span, int64_t row, int64_t y, const Standing<T>& stands,
-                                 const Conclusion<T>& c, const Exponent& exponent) {
+                                 const Coefficients<T>& c, const Exponent& exponent) {
       S* const g = static_cast<S*>(v.grad) + v.out.offset(row);
       const bool together = phase_of(g) == span.phase, blanks = STREAMED || (v.saved && !v.want_shift);
-      const T factor = c.factor * exponent.slip();
-      const T at_target = GENERAL ? unprepare(v, c.at_target, stands.target, y) : c.at_target;
+      const T factor = c.a * exponent.slip();
+      const T at_target = GENERAL ? unprepare(v, c.g, stands.target, y) : c.g;
       for (int k = 0; k < plan.chunks; ++k, place.next(plan)) {
         arrived(place);
         const Chunk chunk = chunk_of(span, place, STREAMED ? forwards + k : k);
@@ -520,10 +527,11 @@ struct RowsLong {
         each(chunk, y, [&](int at, int i, T(&u)[V]) {
           MLK_UNROLL
           for (int e = 0; e < V; ++e) {
-            T x = factor * exponent.template of<FUSED>(u[e]);
+            const T power = exponent.template of<FUSED>(u[e]);
+            T x = factor * power;
             const int64_t j = chunk.first() + i * V + e;
             if (GENERAL && chunk.holds(i * V + e))
-              x = unprepare(v, x - (v.weight && v.smoothing > 0 ? c.spread * v.weight[j] : c.spread), u[e], j);
+              x = unprepare(v, gradient_at(v, c, factor, power, u[e] - exponent.m, j), u[e], j);
             u[e] = x;
           }
           if (!together) {
@@ -556,13 +564,14 @@ struct RowsLong {
 
     // ---- a row ---------------------------------------------------------------------------------------------------------
 
-    MLK_DEVICE void visit(int64_t row, const Label& label, const Batch<T>& batch, const Share<T>& share, bool leaves,
-                          double& by_class, double& by_row) {
+    MLK_DEVICE void visit(int64_t row, const Label& label, const Batch<T>& batch, const Factors<T>& shared, bool leaves,
+                          double& loss) {
       const S* x = row_at(row);
       const Span span = span_of(x, v.classes, plan, part);
       Standing<T> stands;
       Counts counts{-1, 0};
-      Sums sums;
+      RowSums<T> sums;
+      int above = 0;
       const bool simple = !GENERAL && v.simple;
       if (simple)
         numbers_of<true>(v, row, label, stands.values);
@@ -574,23 +583,28 @@ struct RowsLong {
       const bool adds = !v.saved || v.want_shift;
       if (STREAMED) {
         if (adds)
-          run_through(span, label.y, stands, counts, sums);
+          run_through(span, label.y, stands, counts, sums, above);
         else
           stand(v, stands);
       } else {
         if (!v.saved) find_max(span, label.y, stands, counts);
         stand(v, stands);
-        if (adds) add_up(span, label.y, stands, !v.grad, sums);
+        if (adds) add_up(span, label.y, stands, !v.grad, sums, above);
       }
       if (adds && GENERAL) {
         // Also a count in two numbers.
         T x[3] = {sums.e, sums.shift, sums.weighted};
-        T n[2] = {T(sums.above & 0xffff), T(sums.above >> 16)};
+        T n[2] = {T(above & 0xffff), T(above >> 16)};
         sum_all(x);
         if (v.logsumexp) sum_all(n);
         sums.e = x[0];
         sums.shift = x[1];
         sums.weighted = x[2];
+        if (v.want_square) {
+          T square[1] = {sums.square};
+          sum_all(square);
+          sums.square = square[0];
+        }
         counts.above = int64_t(n[0]) + (int64_t(n[1]) << 16);
         if (STREAMED && v.smoothing > 0)
           sums.weighted += (batch.weight_sum - (v.weight ? v.weight[label.y] : T(1))) * (origin(stands) - stands.floor());
@@ -600,13 +614,12 @@ struct RowsLong {
         sums.e = x[0];
       }
       const auto finished = [&](auto known) {
-        return finish_row<GENERAL, decltype(known)::value>(v, batch, share, row, label.y, stands, sums.e, sums.shift,
-                                                           sums.weighted, counts, leaves);
+        return finish_row<GENERAL, decltype(known)::value>(v, batch, shared, row, label.y, stands, sums, counts, leaves);
       };
-      const Conclusion<T> c = simple ? finished(std::integral_constant<bool, !GENERAL>()) : finished(std::false_type());
-      if (leaves) leave_loss(v, row, c.loss, by_class, by_row);
+      const Outcome<T> out = simple ? finished(std::integral_constant<bool, !GENERAL>()) : finished(std::false_type());
+      if (leaves) leave_loss(v, row, out.loss, loss);
       if (v.grad)
-        write_gradient(span, row, label.y, stands, c);
+        write_gradient(span, row, label.y, stands, out.gradient);
       else if (!STREAMED && adds)
         for (int k = 0; k < plan.chunks; ++k) place.next(plan);
     }
@@ -629,26 +642,23 @@ struct RowsLong {
     for (int k = 0; k < plan.slots; ++k) team.ask();
 
     const Batch<T> batch = batch_on_device(v);
-    const Share<T> share = share_of(simt, v);
+    const Factors<T> shared = shared_factors(simt, v);
     const bool leaves = team.part == 0 && simt.lane() == 0;
-    double by_class = 0, by_row = 0;
+    double loss = 0;
     Label next = team.label_before(first);
     for (int64_t row = first; row < v.rows; row += team.teams) {
       const Label label = next;
       next = team.label_before(row + team.teams);  // here by the time that it is looked at
       if (label.fate == Fate::KEPT) {
-        team.visit(row, label, batch, share, leaves, by_class, by_row);
+        team.visit(row, label, batch, shared, leaves, loss);
         continue;
       }
-      if (leaves) leave_fate(v, row, label.fate, by_class, by_row);
+      if (leaves) leave_fate(v, shared, row, label.fate, loss);
       if (v.grad)
         fill(static_cast<S*>(v.grad) + v.out.offset(row), v.classes, label.fate == Fate::BAD ? nan<T>() : T(0),
              team.part * LANES + simt.lane(), team.parts * LANES);
     }
-    if (leaves && v.partials) {
-      v.partials[2 * first] = by_class;
-      v.partials[2 * first + 1] = by_row;
-    }
+    if (leaves && v.partials) v.partials[first] = loss;
   }
 };
 

@@ -107,19 +107,19 @@ struct RowsShort {
     };
     for (int slot = 0; slot < plan.slots; ++slot) ask(mine + slot * every, slot);
 
-    Share<T> share{1, 1};
-    double weights = 0, kept = 0;
-    if (!plan.alone) {
-      share = share_of(simt, v);
-    } else if (v.spec.reduction == Reduction::MEAN) {
+    Factors<T> shared{1, 1};
+    if (plan.alone && is_counted(v)) {
+      double weights = 0, kept = 0;
       count_rows(v, int64_t(simt.block()) * simt.threads() + simt.thread(), int64_t(simt.blocks()) * simt.threads(), weights, kept);
       over_all(simt, at.told, weights, kept);
-      share = {T(1 / weights), T(1 / kept)};
+      shared = factors_of<T>(weights, kept);
+    } else {
+      shared = shared_factors(simt, v);
     }
     const Batch<T> batch = batch_on_device(v);
     const int shift = ONE ? 0 : plan.shift, together = LANES >> shift, own = simt.lane() >> shift;
     const Deal deal = deal_of(v, shift, own);
-    double by_class = 0, by_row = 0;
+    double loss = 0;
     int slot = 0, parity = 0;
     const auto label_at = [&](int64_t row) { return row < v.rows ? read_index(v.label, v.label_type, row) : int64_t(0); };
     int64_t next = label_at(mine * plan.rows + own);
@@ -139,8 +139,8 @@ struct RowsShort {
           // Read now, looked at after this row.
           const bool last = r - own + together >= int(rows);
           next = label_at(last ? after : first + r + together);
-          visit<SIMPLE>(simt, v, deal, batch, share, first + r, exists, label, begin + r * int(v.classes) * int(sizeof(S)),
-                        by_class, by_row);
+          visit<SIMPLE>(simt, v, deal, batch, shared, first + r, exists, label, begin + r * int(v.classes) * int(sizeof(S)),
+                        loss);
         }
       };
       if (!GENERAL && v.simple)
@@ -159,19 +159,12 @@ struct RowsShort {
     }
     if (v.spec.reduction == Reduction::NONE || !v.losses) return;
     if (plan.alone) {
-      over_all(simt, at.told + 16 * simt.warps() * simt.ranks(), by_class, by_row);
-      if (v.spec.reduction == Reduction::MEAN) {
-        by_class = mean_of(by_class, weights);
-        by_row = by_row == 0 ? 0.0 : by_row / kept;
-      }
-      if (simt.block() == 0 && simt.thread() == 0) *v.losses = T(by_class + by_row);
+      double none = 0;
+      over_all(simt, at.told + 16 * simt.warps() * simt.ranks(), loss, none);
+      if (simt.block() == 0 && simt.thread() == 0) *v.losses = T(loss);
     } else {
-      by_class = sum_over(simt, by_class);
-      by_row = sum_over(simt, by_row);
-      if (simt.lane() == 0) {
-        v.partials[2 * mine] = by_class;
-        v.partials[2 * mine + 1] = by_row;
-      }
+      loss = sum_over(simt, loss);
+      if (simt.lane() == 0) v.partials[mine] = loss;
     }
   }
 
@@ -248,8 +241,7 @@ struct RowsShort {
   // A row by its lanes; all lanes of the warp come here, also those that have no row.
   template <bool SIMPLE, class Simt>
   static MLK_DEVICE void visit(const Simt& simt, const Visit<T>& v, const Deal& deal, const Batch<T>& batch,
-                               const Share<T>& share, int64_t row, bool exists, const Label& label, int at, double& by_class,
-                               double& by_row) {
+                               const Factors<T>& shared, int64_t row, bool exists, const Label& label, int at, double& loss) {
     const int shift = ONE ? 0 : deal.shift, lanes = 1 << shift, sub = simt.lane() & (lanes - 1);
     const bool kept = exists && label.fate == Fate::KEPT;
     const int y = kept ? int(label.y) : 0, target_at = at + y * int(sizeof(S));
@@ -324,18 +316,18 @@ struct RowsShort {
     }
     counts.first = first;
     if (!SIMPLE && v.saved && kept) stands.m = v.saved[2 * row];
-    T sum = 0, shifted = 0, weighted = 0;
+    RowSums<T> all;
     int above = 0;
     if (kept) {
       stand<SIMPLE>(v, stands);
       const T m = stands.floor(), scale2 = stands.scale2();
       const int count = pieces_of(1);
-      Tree<ELEMENTS / GROUP, T> sums, shifts, weights;
+      Tree<ELEMENTS / GROUP, T> sums, shifts, squares, weights;
       MLK_UNROLL
       for (int group = 0; group < ELEMENTS / GROUP; ++group) {
-        T of_group = 0, shift_of_group = 0, weight_of_group = 0;
+        RowSums<T> some;
         if (group * GROUP < deal.most) {
-          Tree<GROUP, T> powers, shift_by, weight_by;
+          Tree<GROUP, T> powers, shift_by, square_by, weight_by;
           MLK_UNROLL
           for (int k = 0; k < GROUP; ++k) {
             const int i = group * GROUP + k;
@@ -347,38 +339,41 @@ struct RowsShort {
               const bool other = i < count && j != y;
               above += other && u[i] > stands.target;
               shift_by.add(k, v.want_shift && power != 0 ? power * d : T(0));
+              square_by.add(k, v.want_square && power != 0 ? power * d * d : T(0));
               weight_by.add(k, other && v.smoothing > 0 ? (v.weight ? d * v.weight[j] : d) : T(0));
             } else {
               u[i] = power;  // what the gradient needs
             }
           }
-          of_group = powers.sum();
+          some.e = powers.sum();
           if (GENERAL) {
-            shift_of_group = shift_by.sum();
-            weight_of_group = weight_by.sum();
+            some.shift = shift_by.sum();
+            some.square = square_by.sum();
+            some.weighted = weight_by.sum();
           }
         }
-        sums.add(group, of_group);
-        shifts.add(group, shift_of_group);
-        weights.add(group, weight_of_group);
+        sums.add(group, some.e);
+        shifts.add(group, some.shift);
+        squares.add(group, some.square);
+        weights.add(group, some.weighted);
       }
-      sum = sums.sum();
-      shifted = shifts.sum();
-      weighted = weights.sum();
+      all = {sums.sum(), shifts.sum(), squares.sum(), weights.sum()};
     }
-    sum = sum_over(simt, sum, lanes);
-    if (GENERAL && v.want_shift) shifted = sum_over(simt, shifted, lanes);
+    all.e = sum_over(simt, all.e, lanes);
+    if (GENERAL && v.want_shift) all.shift = sum_over(simt, all.shift, lanes);
+    if (GENERAL && v.want_square) all.square = sum_over(simt, all.square, lanes);
     if (GENERAL) {
-      weighted = sum_over(simt, weighted, lanes);
+      all.weighted = sum_over(simt, all.weighted, lanes);
       above = sum_over(simt, above, lanes);
       counts.above = above;
     }
-    Conclusion<T> c{};
+    Coefficients<T> c{};
     if (kept) {
-      c = finish_row<GENERAL, SIMPLE>(v, batch, share, row, y, stands, sum, shifted, weighted, counts, sub == 0);
-      if (sub == 0) leave_loss<SIMPLE>(v, row, c.loss, by_class, by_row);
+      const Outcome<T> out = finish_row<GENERAL, SIMPLE>(v, batch, shared, row, y, stands, all, counts, sub == 0);
+      if (sub == 0) leave_loss<SIMPLE>(v, row, out.loss, loss);
+      c = out.gradient;
     } else if (exists && sub == 0) {
-      leave_fate(v, row, label.fate, by_class, by_row);
+      leave_fate(v, shared, row, label.fate, loss);
     }
     if (!v.grad) return;
     if (GENERAL) simt.warp_sync();  // the target's logit was read by another lane than its own
@@ -399,10 +394,9 @@ struct RowsShort {
             if (GENERAL) {
               // The exponential again, rather than kept: the registers are worth more.
               const int j = class_of(i);
-              g[e] = c.factor * exp2_of((x - m) * scale2) - (v.weight && v.smoothing > 0 ? c.spread * v.weight[j] : c.spread);
-              g[e] = unprepare(v, g[e], x, j);
+              g[e] = unprepare(v, gradient_at(v, c, c.a, exp2_of((x - m) * scale2), x - m, j), x, j);
             } else {
-              g[e] = c.factor * x;
+              g[e] = c.a * x;
             }
           }
           store_piece(simt, place_of(i, int(sizeof(Piece))), piece_from<S, Piece>(g), deal.aligned);
@@ -416,7 +410,7 @@ struct RowsShort {
     if (lanes > 1) simt.warp_sync();  // the target's place is another lane's
     if (kept && sub == 0) {
       S narrowed;
-      narrow(GENERAL ? unprepare(v, c.at_target, stands.target, y) : c.at_target, narrowed);
+      narrow(GENERAL ? unprepare(v, c.g, stands.target, y) : c.g, narrowed);
       simt.store(target_at, narrowed);
     }
   }

@@ -56,27 +56,16 @@ struct TotalLoss {
   };
   template <class Simt>
   static MLK_DEVICE void run(const Simt& simt, const Visit<T>& v, const Plan& plan) {
-    double by_class = 0, by_row = 0;
-    for (int64_t i = simt.thread(); i < plan.partials; i += AT_ONCE * simt.threads()) {
-      struct alignas(16) Both {
-        double by_class, by_row;
-      } both[AT_ONCE];
-      read_ahead(reinterpret_cast<const Both*>(v.partials), i, simt.threads(), plan.partials, both);
-      MLK_UNROLL
-      for (const Both& each : both) {
-        by_class += each.by_class;
-        by_row += each.by_row;
-      }
+    double sum = 0, none = 0;
+    for (int64_t i = simt.thread(); i < plan.partials; i += 2 * AT_ONCE * simt.threads()) {
+      double some[2 * AT_ONCE];
+      read_ahead(v.partials, i, simt.threads(), plan.partials, some);
+      sum += sum_of(some);
     }
-    over_block(simt, by_class, by_row);
+    over_block(simt, sum, none);
     if (simt.warp() != 0) return;
-    if (v.parts != 0) {
-      double weights, rows;
-      divisors_of(simt, v, weights, rows);
-      by_class = mean_of(by_class, weights);
-      by_row = by_row == 0 ? 0.0 : by_row / rows;
-    }
-    if (simt.lane() == 0) *v.losses = T(by_class + by_row);
+    if (v.rows == 0) sum = 0 * double(shared_factors(simt, v).by_class);  // the mean of none is NaN
+    if (simt.lane() == 0) *v.losses = T(sum);
   }
 };
 

@@ -21,26 +21,32 @@ struct Visit : Problem<T> {
   Index group_type;
   const char *begin, *end;     // the memory of the logits: nothing outside is read
   const double* weight_total;  // the sum of all class weights, or null
-  // The sums of the kept rows' weights and of the kept rows, in parts: what "mean" divides by. parts = 0: not needed;
-  // parts < 0: few rows, whoever needs the sums looks at the labels.
+  // What "mean" divides by where it is given (value 0 and no data: it is not), else the sums of the kept rows' weights and
+  // of the kept rows, in parts. parts = 0: not needed; parts < 0: few rows, whoever needs the sums looks at the labels.
+  Parameter<double> normalizer;
   const double* divisors;
   int parts;
   const T* unless_one;  // nothing is done where this upstream gradient is 1; or null
-  T* losses;            // (rows), or the reduced loss; or null
   bool simple;          // as is_simple says
-  double* partials;     // (teams, 2) where the loss is reduced
+  double* partials;     // (teams) where the loss is reduced
 };
 
+// Whether what "mean" divides by has to be counted.
+template <class T>
+MLK_FN bool is_counted(const Visit<T>& v) {
+  return v.spec.reduction == Reduction::MEAN && !v.normalizer.data && v.normalizer.value == 0;
+}
+
 // A loss that is reduced, or its single visit: no transform, one scale, a head without tables, all numbers from the host, no
-// class weights, smoothing or z-loss; nothing saved, and no upstream gradient but a number. Kernels have a path of their
+// weights of classes or rows, smoothing or z-loss; nothing saved, and no upstream gradient but a number. Kernels have a path of their
 // own for it, in which all that takes no instructions.
 template <class T>
 bool is_simple(const Visit<T>& v) {
   for (const Parameter<T>& number : v.values)
     if (number.data) return false;
   return v.spec.transform == Transform::IDENTITY && v.spec.scale == Scale::SINGLE && v.spec.head != Head::TAU &&
-         v.spec.reduction != Reduction::NONE && !v.weight && !(v.smoothing > 0) && !(v.z_loss > 0) && !v.group && !v.saved && !v.save && !v.up_loss &&
-         !v.up_logsumexp && !v.up_log_prob;
+         v.spec.reduction != Reduction::NONE && !v.weight && !v.row_weight && !(v.smoothing > 0) && !(v.z_loss > 0) &&
+         !v.group && !v.saved && !v.save && !v.up_loss && !v.up_logsumexp && !v.up_log_prob && !v.up_entropy;
 }
 
 namespace MLKERNELS_ISA {
@@ -299,10 +305,22 @@ MLK_DEVICE void count_rows(const Visit<T>& v, int64_t at, int64_t every, double&
   }
 }
 
-// What "mean" divides by; by a whole warp, where it is needed.
+// One over what "mean" divides by; NaN where that is nothing.
+template <class T>
+MLK_DEVICE Factors<T> factors_of(double weights, double rows) {
+  return {T(1 / legal(weights != 0, weights)), T(1 / legal(rows != 0, rows))};
+}
+
+// The factors of every row but for its own weight; by a whole warp.
 template <class Simt, class T>
-MLK_DEVICE void divisors_of(const Simt& simt, const Visit<T>& v, double& weights, double& rows) {
-  weights = rows = 0;
+MLK_DEVICE Factors<T> shared_factors(const Simt& simt, const Visit<T>& v) {
+  if (v.parts == 0) {
+    double by = v.spec.reduction == Reduction::MEAN ? v.normalizer.value : 1.0;
+    if (v.normalizer.data) by = read_number<double>(v.normalizer.data, v.normalizer.storage, 0);
+    by = legal(by > 0, by);
+    return factors_of<T>(by, by);
+  }
+  double weights = 0, rows = 0;
   if (v.parts < 0) {
     count_rows(v, simt.lane(), LANES, weights, rows);
   } else {
@@ -311,20 +329,7 @@ MLK_DEVICE void divisors_of(const Simt& simt, const Visit<T>& v, double& weights
       rows += v.divisors[2 * i + 1];
     }
   }
-  weights = sum_over(simt, weights);
-  rows = sum_over(simt, rows);
-}
-
-// The mean of rows that weigh nothing is NaN: smoothing has a loss there still.
-MLK_DEVICE double mean_of(double sum, double weights) { return weights != 0 ? sum / weights : nan<double>(); }
-
-// What each row's upstream gradient is multiplied by; by a whole warp.
-template <class Simt, class T>
-MLK_DEVICE Share<T> share_of(const Simt& simt, const Visit<T>& v) {
-  if (v.parts == 0) return {1, 1};
-  double weights, rows;
-  divisors_of(simt, v, weights, rows);
-  return {T(1 / weights), T(1 / rows)};
+  return factors_of<T>(sum_over(simt, weights), sum_over(simt, rows));
 }
 
 template <class T>
@@ -371,37 +376,40 @@ MLK_DEVICE void stand(const Visit<T>& v, Standing<T>& at) {
   at.scale = row_scale(spec_of<SIMPLE>(v), at.values, at.target - at.m);
 }
 
+// Over the other classes, as Statistics has them.
+template <class T>
+struct RowSums {
+  T e = 0, shift = 0, square = 0, weighted = 0;
+};
 struct Counts {  // for RowStats
   int64_t first;  // the first of the largest other logits, -1: there is none
   int64_t above;
 };
 
-// sum, shift, weighted: over the other classes, as finish.h has them. With saved statistics, sum is not used.
-// GENERAL: RowStats and gradients of parameters may be wanted.
+// With saved statistics, the sum of exponentials is not used. GENERAL: RowStats, gradients of parameters and of the entropy
+// may be wanted.
 template <bool GENERAL, bool SIMPLE = false, class T>
-MLK_DEVICE Conclusion<T> finish_row(const Visit<T>& v, const Batch<T>& any, const Share<T>& share, int64_t row, int64_t y,
-                                    const Standing<T>& stands, T sum, T shift, T weighted, const Counts& counts,
-                                    bool leaves) {
+MLK_DEVICE Outcome<T> finish_row(const Visit<T>& v, const Batch<T>& any, const Factors<T>& shared, int64_t row, int64_t y,
+                                 const Standing<T>& stands, const RowSums<T>& sums, const Counts& counts, bool leaves) {
   const Spec spec = spec_of<SIMPLE>(v);
   const Batch<T> batch = SIMPLE ? Batch<T>{0, 0, 0, any.weight_sum, any.classes} : any;
-  Row<T> r;
-  r.target = stands.target;
-  r.other_max = stands.m;
+  Statistics<T> r{stands.target, stands.m, 0, 0, sums.shift, sums.square, sums.weighted};
   if (!SIMPLE && v.saved) {
     r.log_sum = v.saved[2 * row + 1];
     r.share = r.log_sum == -infinity<T>() ? T(0) : m_exp(-r.log_sum);
   } else {
-    r.log_sum = sum == 0 ? -infinity<T>() : m_log(sum);
-    r.share = sum == 0 ? T(0) : m_inverse(sum);
+    r.log_sum = sums.e == 0 ? -infinity<T>() : m_log(sums.e);
+    r.share = sums.e == 0 ? T(0) : m_inverse(sums.e);
   }
   Position<T> at;
   const T delta = approach(spec, stands.values, r, stands.scale, GENERAL && v.want_parameters, at);
   const T e = m_exp(-m_abs(delta));
   locate(r, delta, e, m_log1p_of_part(e), at);
   if (GENERAL && v.logsumexp && leaves) {
-    const bool doubtful = sum != sum || r.target != r.target;
+    const bool doubtful = sums.e != sums.e || r.target != r.target;
     v.logsumexp[row] = at.lse;
     v.log_prob[row] = -at.nll;
+    v.entropy[row] = entropy(r, at);
     v.confidence[row] = doubtful ? nan<T>() : r.target - r.other_max;
     v.rank[row] = counts.above;
     int64_t best = counts.first;
@@ -409,27 +417,35 @@ MLK_DEVICE Conclusion<T> finish_row(const Visit<T>& v, const Batch<T>& any, cons
     v.prediction[row] = doubtful ? -1 : best;
   }
   const T weight = !SIMPLE && v.weight ? v.weight[y] : T(1);
-  return conclude_row<GENERAL, SIMPLE>(static_cast<const Problem<T>&>(v), spec, batch, share, row, stands.values, r, at,
-                                        weight, shift, weighted, leaves);
+  return outcome_of<GENERAL, SIMPLE>(static_cast<const Problem<T>&>(v), spec, batch, shared, row, stands.values, r, at, weight,
+                                     leaves);
 }
 
-// A row's loss to where it goes: its place, or the sums of whoever has this row.
+// One element of the gradient, but the target's, and but for the way back through softcap: power is exp(s (u - m)).
+// factor: a, also where it has been multiplied by something else.
+template <class T>
+MLK_DEVICE T gradient_at(const Visit<T>& v, const Coefficients<T>& c, T factor, T power, T from_max, int64_t j) {
+  T x = factor * power;
+  if (v.up_entropy) x += power == 0 ? T(0) : c.b * power * from_max;
+  return x - (v.weight && v.smoothing > 0 ? c.d * v.weight[j] : c.d);
+}
+
+// A row's loss to where it goes: its place, or the sum of whoever has this row.
 template <bool SIMPLE = false, class T>
-MLK_DEVICE void leave_loss(const Visit<T>& v, int64_t row, const RowLoss<T>& loss, double& by_class, double& by_row) {
+MLK_DEVICE void leave_loss(const Visit<T>& v, int64_t row, T loss, double& total) {
   if (!SIMPLE && v.spec.reduction == Reduction::NONE) {
-    if (v.losses) v.losses[row] = loss.by_class + loss.by_row;
+    if (v.losses) v.losses[row] = loss;
   } else {
-    by_class += double(loss.by_class);
-    if (!SIMPLE && v.z_loss > 0) by_row += double(loss.by_row);
+    total += double(loss);
   }
 }
 
-// What a row that is not looked at leaves, but for its gradient.
+// What a row that is not looked at leaves, but for its gradient. The mean of no other rows is NaN.
 template <class T>
-MLK_DEVICE void leave_fate(const Visit<T>& v, int64_t row, Fate fate, double& by_class, double& by_row) {
+MLK_DEVICE void leave_fate(const Visit<T>& v, const Factors<T>& shared, int64_t row, Fate fate, double& total) {
   const T value = fate == Fate::BAD ? nan<T>() : T(0);
   leave_unread(static_cast<const Problem<T>&>(v), row, value);
-  leave_loss(v, row, RowLoss<T>{value, T(0)}, by_class, by_row);
+  leave_loss(v, row, value * shared.by_class, total);
 }
 
 // ---- copies between shared and global memory -------------------------------------------------------------------------
