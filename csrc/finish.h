@@ -477,9 +477,17 @@ struct Factors {
   T by_class, by_row;
 };
 
+// A row's loss, and what its derivative is made of.
 template <class T>
-MLK_FN T row_loss(const Batch<T>& batch, const Factors<T>& factors, const Statistics<T>& row, const Position<T>& at,
-                  const HeadLoss<T>& head, T weight) {
+struct Finished {
+  T loss;
+  HeadLoss<T> head;
+};
+
+template <class T>
+MLK_FN Finished<T> finish(const Spec& spec, const Values<T>& values, const Batch<T>& batch, const Factors<T>& factors,
+                          const Statistics<T>& row, const Position<T>& at, T weight, bool derive) {
+  const HeadLoss<T> head = head_loss(spec, values, at.nll, derive);
   T by_class = weight * head.value;
   if (batch.smoothing > 0) {
     T spread = weight * at.nll;
@@ -490,7 +498,7 @@ MLK_FN T row_loss(const Batch<T>& batch, const Factors<T>& factors, const Statis
     by_class = (1 - batch.smoothing) * by_class + batch.smoothing_part * spread;
   }
   const T loss = by_class * factors.by_class;
-  return batch.z_loss > 0 ? loss + batch.z_loss * at.lse * at.lse * factors.by_row : loss;
+  return {batch.z_loss > 0 ? loss + batch.z_loss * at.lse * at.lse * factors.by_row : loss, head};
 }
 
 // H = -sum of p_j log p_j. A class of probability 0 adds 0.
@@ -508,10 +516,10 @@ struct Upstream {
   T by_class, by_row, lse, log_prob, entropy;
 };
 
-// dL/du_j = e_j (a + b (u_j - m)) - d w_j for j != y, and g at the target.
+// dL/du_j = e_j (factor + slope (u_j - m)) - spread w_j for j != y, and target for the target's own.
 template <class T>
 struct Coefficients {
-  T a, b, d, g;
+  T factor, slope, spread, target;
   T dz_y;
   T by_probability;  // the coefficient of p_j alone: what smoothing and z-loss add to every class
 };
@@ -526,16 +534,19 @@ MLK_FN Coefficients<T> coefficients(const Batch<T>& batch, const Statistics<T>& 
   const T s = at.scale.value;
   out.by_probability = flat;
   out.dz_y = flat * at.p - pull * at.q - part * weight;
-  out.d = s * part;
+  out.spread = s * part;
   // The largest other class has exp(0) = 1, so log_sum >= 0 wherever there is one.
-  out.a = at.alone ? 0 * out.dz_y : s * (pull + flat) * (at.q * row.share);
-  out.b = 0;
+  out.factor = at.alone ? 0 * out.dz_y : s * (pull + flat) * (at.q * row.share);
+  out.slope = 0;
   if (up.entropy != 0) {  // dH/dz_j = -p_j (log p_j + H)
     const T h = entropy(row, at), each = s * up.entropy * (at.q * row.share);
-    if (!(at.alone || at.q == 0)) out.a -= each * (h - at.others), out.b = -s * each;
+    if (!(at.alone || at.q == 0)) {
+      out.factor -= each * (h - at.others);
+      out.slope = -s * each;
+    }
     if (at.p != 0) out.dz_y -= up.entropy * at.p * (h - at.nll);
   }
-  out.g = s * at.target.slope * out.dz_y;
+  out.target = s * at.target.slope * out.dz_y;
   return out;
 }
 

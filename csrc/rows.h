@@ -172,9 +172,9 @@ MLK_FN Outcome<T> outcome_of(const Problem<T>& p, const Spec& spec, const Batch<
                              int64_t row, const Values<T>& values, const Statistics<T>& r, const Position<T>& at, T weight,
                              bool leaves) {
   Outcome<T> out{};
-  const HeadLoss<T> head = head_loss(spec, values, at.nll, PARAMETERS && p.want_parameters);
   const Factors<T> factors = factors_of<BARE>(p, shared, row);
-  out.loss = row_loss(batch, factors, r, at, head, weight);
+  const Finished<T> finished = finish(spec, values, batch, factors, r, at, weight, PARAMETERS && p.want_parameters);
+  out.loss = finished.loss;
   if (!BARE && p.save && leaves) {
     p.save[2 * row] = r.other_max;
     p.save[2 * row + 1] = r.log_sum;
@@ -187,15 +187,15 @@ MLK_FN Outcome<T> outcome_of(const Problem<T>& p, const Spec& spec, const Batch<
   if (!BARE && p.up_logsumexp) up.lse = p.up_logsumexp[row * p.up_logsumexp_stride];
   if (!BARE && p.up_log_prob) up.log_prob = p.up_log_prob[row * p.up_log_prob_stride];
   if (PARAMETERS && p.up_entropy) up.entropy = p.up_entropy[row * p.up_entropy_stride];
-  out.gradient = coefficients(batch, r, at, head, up, weight);
+  out.gradient = coefficients(batch, r, at, finished.head, up, weight);
   if (PARAMETERS && p.want_parameters && leaves) {
     T by[TRAINABLE_SLOTS];
-    row_parameters(spec, values, batch, r, at, head, out.gradient, up, weight, by);
+    row_parameters(spec, values, batch, r, at, finished.head, out.gradient, up, weight, by);
     MLK_UNROLL
     for (int slot = 0; slot < TRAINABLE_SLOTS; ++slot)
       if (p.by_parameter[slot]) p.by_parameter[slot][row] = by[slot];
     if (p.t_bin) p.t_bin[row] = at.target.bin;
-    if (p.tau_bin) p.tau_bin[row] = head.bin;
+    if (p.tau_bin) p.tau_bin[row] = finished.head.bin;
   }
   return out;
 }

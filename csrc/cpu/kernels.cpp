@@ -95,10 +95,10 @@ T sweep_square(const T* u, int64_t n, T m, T s) {
   return sum_of<T>(sum);
 }
 
-// g_j = a g_j + b g_j (u_j - m), where g_j = exp(s (u_j - m)).
+// g_j = (factor + slope (u_j - m)) g_j, where g_j = exp(s (u_j - m)).
 template <class T>
-void sweep_tilt(T* g, const T* u, int64_t n, T m, T a, T b) {
-  for (int64_t j = 0; j < n; ++j) g[j] = a * g[j] + (g[j] == 0 ? T(0) : b * g[j] * (u[j] - m));
+void sweep_slope(T* g, const T* u, int64_t n, T m, T factor, T slope) {
+  for (int64_t j = 0; j < n; ++j) g[j] = factor * g[j] + (g[j] == 0 ? T(0) : slope * g[j] * (u[j] - m));
 }
 
 // The sum of w_j (u_j - m); w null: ones.
@@ -238,7 +238,7 @@ struct Work {
   Statistics<T> r;
   RowScale<T> scale;
   Position<T> at;
-  T a, d, at_target;  // what is left to do: the gradient is a g_j - d w_j, and at_target at the label
+  T factor, spread, at_target;  // what is left to do: the gradient is factor g_j - spread w_j, and at_target at the label
 };
 
 // Calls body(begin, length) for the columns other than y: all of a padded row, else the two pieces.
@@ -359,28 +359,28 @@ inline void finish(const CpuProblem<T>& p, const Batch<T>& batch, Work<T>& w) {
       outcome_of<true>(static_cast<const Problem<T>&>(p), p.spec, batch, factors, w.row, *w.values, w.r, w.at, weight, true);
   if (p.losses) p.losses[w.row] = row.loss;
   if (p.logsumexp) describe(p, w);
-  w.a = row.gradient.a;
-  w.d = row.gradient.d;
-  w.at_target = row.gradient.g;
+  w.factor = row.gradient.factor;
+  w.spread = row.gradient.spread;
+  w.at_target = row.gradient.target;
   if (p.saved && w.g && !p.want_shift) {
-    exponentials<PADDED>(p, w, w.a);
-    w.a = 1;
+    exponentials<PADDED>(p, w, w.factor);
+    w.factor = 1;
   }
   if (p.up_entropy && w.g) {
     each_piece<PADDED>(p, w.y, [&](int64_t begin, int64_t n) {
-      sweep_tilt(w.g + begin, w.u + begin, n, w.m, row.gradient.a, row.gradient.b);
+      sweep_slope(w.g + begin, w.u + begin, n, w.m, row.gradient.factor, row.gradient.slope);
     });
-    w.a = 1;
+    w.factor = 1;
   }
 }
 
 // Leaves nothing of a row's gradient to do but the target and, unless there was smoothing, the factor.
 template <class T>
 void spread_out(const CpuProblem<T>& p, Work<T>& w) {
-  if (w.d == 0) return;
-  sweep_multiply(w.g, p.classes, w.a);  // what lies at the label is overwritten later
-  sweep_spread(w.g, p.weight, p.classes, w.d);
-  w.a = 1;
+  if (w.spread == 0) return;
+  sweep_multiply(w.g, p.classes, w.factor);  // what lies at the label is overwritten later
+  sweep_spread(w.g, p.weight, p.classes, w.spread);
+  w.factor = 1;
 }
 
 template <class T>
@@ -452,10 +452,10 @@ void run_in_place(const CpuProblem<T>& p, int64_t begin, int64_t end) {
     finish<false>(p, batch, w);
     if (g) spread_out(p, w);
     if (streamed) {
-      sweep_out(g, w.g, p.classes, w.a, w.y, w.at_target, true);
+      sweep_out(g, w.g, p.classes, w.factor, w.y, w.at_target, true);
     } else if (g) {
-      if (w.a != 1)
-        each_piece<false>(p, w.y, [&](int64_t from, int64_t n) { sweep_multiply(g + from, n, w.a); });
+      if (w.factor != 1)
+        each_piece<false>(p, w.y, [&](int64_t from, int64_t n) { sweep_multiply(g + from, n, w.factor); });
       g[w.y] = w.at_target;
     }
   }
@@ -528,9 +528,9 @@ void run_through_scratch(const CpuProblem<T>& p, int64_t begin, int64_t end) {
       finish<true>(p, batch, w);
       if (output) spread_out(p, w);
       if (direct) {
-        sweep_out(to[b], w.g, p.classes, w.a, w.y, w.at_target, p.streamed && size == 1);
+        sweep_out(to[b], w.g, p.classes, w.factor, w.y, w.at_target, p.streamed && size == 1);
       } else if (output) {
-        sweep_multiply(w.g, p.classes, w.a);
+        sweep_multiply(w.g, p.classes, w.factor);
         w.g[w.y] = w.at_target;
         if (capped) {
           T* u = logits + b * pitch;
@@ -635,8 +635,8 @@ void run_lanes(const CpuProblem<T>& given, int64_t begin, int64_t end) {
     Vec<T> factor{}, spread{};
     for (int b = 0; b < count; ++b) {
       finish<true>(p, batch, tile[b]);
-      factor[b] = tile[b].a;
-      spread[b] = tile[b].d;
+      factor[b] = tile[b].factor;
+      spread[b] = tile[b].spread;
     }
     if (!output) continue;
     for (int64_t j = 0; j < classes; ++j) {

@@ -108,8 +108,8 @@ struct RowsApart {
     MLK_UNROLL
     for (int j = 0; j < MOST; ++j) {
       if (j >= classes) break;
-      const T both[2] = {j == label[0].y ? first.gradient.g : first.gradient.a * u[0][j],
-                         j == label[1].y ? second.gradient.g : second.gradient.a * u[1][j]};
+      const T both[2] = {j == label[0].y ? first.gradient.target : first.gradient.factor * u[0][j],
+                         j == label[1].y ? second.gradient.target : second.gradient.factor * u[1][j]};
       *reinterpret_cast<Pair*>(g) = piece_from<S, Pair>(both);
       g += v.out.class_stride;
     }
@@ -185,8 +185,8 @@ struct RowsApart {
     for (int64_t from = (v.classes - 1) / BATCH * BATCH; from >= 0; from -= BATCH)  // what was read last is still near
       batch_from(from, [&](int64_t j, T u) {
         const T d = u - m;
-        T out = gradient_at(v, c.gradient, c.gradient.a, exp2_of(d * scale2), d, j);
-        if (j == y) out = c.gradient.g;
+        T out = gradient_at(v, c.gradient, c.gradient.factor, exp2_of(d * scale2), d, j);
+        if (j == y) out = c.gradient.target;
         S value;
         narrow(unprepare(v, out, u, j), value);
         g[j * out_step] = value;

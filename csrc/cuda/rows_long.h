@@ -515,8 +515,8 @@ struct RowsLong {
                                  const Coefficients<T>& c, const Exponent& exponent) {
       S* const g = static_cast<S*>(v.grad) + v.out.offset(row);
       const bool together = phase_of(g) == span.phase, blanks = STREAMED || (v.saved && !v.want_shift);
-      const T factor = c.a * exponent.slip();
-      const T at_target = GENERAL ? unprepare(v, c.g, stands.target, y) : c.g;
+      const T factor = c.factor * exponent.slip();
+      const T at_target = GENERAL ? unprepare(v, c.target, stands.target, y) : c.target;
       for (int k = 0; k < plan.chunks; ++k, place.next(plan)) {
         arrived(place);
         const Chunk chunk = chunk_of(span, place, STREAMED ? forwards + k : k);

@@ -394,9 +394,9 @@ struct RowsShort {
             if (GENERAL) {
               // The exponential again, rather than kept: the registers are worth more.
               const int j = class_of(i);
-              g[e] = unprepare(v, gradient_at(v, c, c.a, exp2_of((x - m) * scale2), x - m, j), x, j);
+              g[e] = unprepare(v, gradient_at(v, c, c.factor, exp2_of((x - m) * scale2), x - m, j), x, j);
             } else {
-              g[e] = c.a * x;
+              g[e] = c.factor * x;
             }
           }
           store_piece(simt, place_of(i, int(sizeof(Piece))), piece_from<S, Piece>(g), deal.aligned);
@@ -410,7 +410,7 @@ struct RowsShort {
     if (lanes > 1) simt.warp_sync();  // the target's place is another lane's
     if (kept && sub == 0) {
       S narrowed;
-      narrow(GENERAL ? unprepare(v, c.g, stands.target, y) : c.g, narrowed);
+      narrow(GENERAL ? unprepare(v, c.target, stands.target, y) : c.target, narrowed);
       simt.store(target_at, narrowed);
     }
   }

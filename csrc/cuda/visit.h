@@ -422,12 +422,12 @@ MLK_DEVICE Outcome<T> finish_row(const Visit<T>& v, const Batch<T>& any, const F
 }
 
 // One element of the gradient, but the target's, and but for the way back through softcap: power is exp(s (u - m)).
-// factor: a, also where it has been multiplied by something else.
+// factor: its own, perhaps multiplied by what power lacks.
 template <class T>
 MLK_DEVICE T gradient_at(const Visit<T>& v, const Coefficients<T>& c, T factor, T power, T from_max, int64_t j) {
   T x = factor * power;
-  if (v.up_entropy) x += power == 0 ? T(0) : c.b * power * from_max;
-  return x - (v.weight && v.smoothing > 0 ? c.d * v.weight[j] : c.d);
+  if (v.up_entropy) x += power == 0 ? T(0) : c.slope * power * from_max;
+  return x - (v.weight && v.smoothing > 0 ? c.spread * v.weight[j] : c.spread);
 }
 
 // A row's loss to where it goes: its place, or the sum of whoever has this row.
