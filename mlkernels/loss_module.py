@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from .checks import unknown_keywords
 from .named import Composition
-from .softmax import COMMON, Common, check_loss
+from .softmax import COMMON, Options, PerCall, check_loss
 
 _PLAIN: frozenset[type] = frozenset({int, float, bool})
 
@@ -78,9 +79,12 @@ class Loss(nn.Module):
             for name in names
         }
 
+    def _arguments(self) -> dict[str, Any]:
+        return self._kept(self._own + self._common)
+
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of the kept arguments."""
-        return type(self)._function(input, target, **self._kept(self._own + self._common))
+        return type(self)._function(input, target, **self._arguments())
 
     def extra_repr(self) -> str:
         """The loss's own arguments, and the common ones that are not at their defaults; tensors by their shapes."""
@@ -103,9 +107,17 @@ class FamilyLoss(Loss):
     _composed: ClassVar[Callable[..., Composition]]
     """Of :mod:`mlkernels.named`, by the own arguments."""
 
-    def __init__(self, own: dict[str, Any], common: Common) -> None:
-        unknown = {name: value for name, value in common.items() if name not in COMMON}
+    def __init__(self, own: dict[str, Any], common: Options) -> None:
+        options = {name: COMMON[name] for name in Options.__annotations__}
+        unknown = {name: value for name, value in common.items() if name not in options}
+        for name in PerCall.__annotations__.keys() & unknown.keys():
+            what = f"{type(self).__name__}() takes no {name}"
+            raise TypeError(f"{what}, which belongs to a batch: give it to the call, loss(input, target, {name}=...)")
         if unknown:
-            raise unknown_keywords(type(self), unknown, COMMON)
+            raise unknown_keywords(type(self), unknown, options)
         check_loss(*type(self)._composed(**own), **common)
-        super().__init__(own, COMMON | common)
+        super().__init__(own, options | common)
+
+    def forward(self, input: Tensor, target: Tensor, **batch: Unpack[PerCall]) -> Tensor:
+        """The loss of the kept arguments; ``row_weight`` and ``normalizer`` belong to the batch."""
+        return type(self)._function(input, target, **self._arguments(), **batch)

@@ -22,7 +22,7 @@ from .lgm import LGMLoss
 from .loss_module import FamilyLoss
 from .multi_margin import MultiMarginLoss
 from .signatures import family
-from .softmax import Common
+from .softmax import Options, PerCall
 from .spec import BeyondPiName, ClampName, GradientName, Number
 from .two_scale import TwoScaleLoss
 
@@ -62,7 +62,7 @@ class CrossEntropyLoss(FamilyLoss):
     _function = staticmethod(F.cross_entropy)
     _composed = staticmethod(named.cross_entropy)
 
-    def __init__(self, *, scale: Number = 1.0, **common: Unpack[Common]) -> None:
+    def __init__(self, *, scale: Number = 1.0, **common: Unpack[Options]) -> None:
         super().__init__({"scale": scale}, common)
 
 
@@ -83,7 +83,7 @@ class FocalLoss(FamilyLoss):
     _function = staticmethod(F.focal_loss)
     _composed = staticmethod(named.focal_loss)
 
-    def __init__(self, *, gamma: Number = 2.0, **common: Unpack[Common]) -> None:
+    def __init__(self, *, gamma: Number = 2.0, **common: Unpack[Options]) -> None:
         super().__init__({"gamma": gamma}, common)
 
 
@@ -111,7 +111,7 @@ class ModulatedCrossEntropyLoss(FamilyLoss):
         gamma: Number = 5.0,
         alpha: Number = 1.0,
         kappa: Number = 1.0,
-        **common: Unpack[Common],
+        **common: Unpack[Options],
     ) -> None:
         super().__init__({"beta": beta, "gamma": gamma, "alpha": alpha, "kappa": kappa}, common)
 
@@ -147,15 +147,14 @@ class MarginLoss(FamilyLoss):
         scale: Number = 64.0,
         beyond_pi: BeyondPiName | None = None,
         gradient: GradientName = "exact",
-        **common: Unpack[Common],
+        **common: Unpack[Options],
     ) -> None:
         own = {"m1": m1, "m2": m2, "m3": m3, "scale": scale, "beyond_pi": beyond_pi, "gradient": gradient}
         super().__init__(own, common)
 
-    def forward(self, input: Tensor, target: Tensor, norm: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, target: Tensor, norm: Tensor | None = None, **batch: Unpack[PerCall]) -> Tensor:
         """The loss. ``norm`` (N, 1) belongs to the batch: the logits are then raw, not cosines (L-Softmax)."""
-        own, common = self._kept(self._own), self._kept(self._common)
-        return F.margin_cross_entropy(input, target, norm=norm, **own, **common)
+        return F.margin_cross_entropy(input, target, norm=norm, **self._arguments(), **batch)
 
 
 @family
@@ -185,7 +184,7 @@ class ArcFaceLoss(FamilyLoss):
         scale: Number = 64.0,
         beyond_pi: BeyondPiName | None = None,
         gradient: GradientName = "exact",
-        **common: Unpack[Common],
+        **common: Unpack[Options],
     ) -> None:
         super().__init__({"margin": margin, "scale": scale, "beyond_pi": beyond_pi, "gradient": gradient}, common)
 
@@ -217,7 +216,7 @@ class CosFaceLoss(FamilyLoss):
         scale: Number = 64.0,
         beyond_pi: BeyondPiName | None = None,
         gradient: GradientName = "exact",
-        **common: Unpack[Common],
+        **common: Unpack[Options],
     ) -> None:
         super().__init__({"margin": margin, "scale": scale, "beyond_pi": beyond_pi, "gradient": gradient}, common)
 
@@ -249,7 +248,7 @@ class SphereFaceLoss(FamilyLoss):
         scale: Number = 64.0,
         beyond_pi: BeyondPiName | None = None,
         gradient: GradientName = "exact",
-        **common: Unpack[Common],
+        **common: Unpack[Options],
     ) -> None:
         super().__init__({"margin": margin, "scale": scale, "beyond_pi": beyond_pi, "gradient": gradient}, common)
 
@@ -285,12 +284,18 @@ class PiecewiseLoss(FamilyLoss):
         scale: Number = 1.0,
         tau_min: float = 1e-6,
         clamp: ClampName = "min",
-        **common: Unpack[Common],
+        **common: Unpack[Options],
     ) -> None:
         tables = {"t_slope": t_slope, "t_bias": t_bias, "tau_slope": tau_slope, "tau_bias": tau_bias}
         super().__init__({**tables, "scale": scale, "tau_min": tau_min, "clamp": clamp}, common)
 
-    def forward(self, input: Tensor, target: Tensor, group: Tensor | None = None, norm: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        group: Tensor | None = None,
+        norm: Tensor | None = None,
+        **batch: Unpack[PerCall],
+    ) -> Tensor:
         """The loss. ``group`` (of target's shape) and ``norm`` (N, 1) belong to the batch."""
-        own, common = self._kept(self._own), self._kept(self._common)
-        return F.piecewise_cross_entropy(input, target, group=group, norm=norm, **own, **common)
+        return F.piecewise_cross_entropy(input, target, group=group, norm=norm, **self._arguments(), **batch)

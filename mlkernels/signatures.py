@@ -5,40 +5,46 @@ from __future__ import annotations
 import inspect
 import re
 import textwrap
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar, cast
 
-from .softmax import COMMON, Common, functions
+from .softmax import COMMON, Common, Options, PerCall, functions
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-_PARAMETERS = [
-    inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=COMMON[name], annotation=getattr(kind, "__forward_arg__", kind)
-    )
-    for name, kind in Common.__annotations__.items()
-]
 
 
-def filled(doc: str | None) -> str:
-    """A docstring with the meaning of every shared argument in the place of its line ``**common: ...``."""
-    shared = inspect.getdoc(Common)
-    if doc is None or shared is None:  # python -OO
-        return ""
-    meanings = textwrap.dedent(shared.split("Args:\n")[1])
-    return re.sub(r"^( *)\*\*common:.*$", lambda line: textwrap.indent(meanings, line[1]), doc, flags=re.MULTILINE)
+def _meanings(*shared: type) -> str:
+    docs = [inspect.getdoc(one) or "" for one in shared]
+    return "\n".join(textwrap.dedent(doc.partition("Args:\n")[2]).strip() for doc in docs)
 
 
-def _shown(of: Callable[..., Any]) -> inspect.Signature:
+def filled(doc: str | None, *shared: type) -> str:
+    """A docstring with the meanings of all shared arguments in the place of its line ``**common: ...``."""
+    meanings = _meanings(*(shared or (Options, PerCall)))
+
+    def here(line: re.Match[str]) -> str:
+        return textwrap.indent(meanings, line[1])
+
+    return re.sub(r"^( *)\*\*common:.*$", here, doc or "", flags=re.MULTILINE)
+
+
+def _shown(of: Callable[..., Any], shared: Iterable[str]) -> inspect.Signature:
     found = inspect.signature(of)
     own = [one for one in found.parameters.values() if one.kind is not one.VAR_KEYWORD]
-    return found.replace(parameters=[*own, *_PARAMETERS])
+    for name in shared:
+        kind = Common.__annotations__[name]
+        kind = getattr(kind, "__forward_arg__", kind)
+        own.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=COMMON[name], annotation=kind))
+    return found.replace(parameters=own)
 
 
 def family(of: _F) -> _F:
-    """Of a function or a module with ``**common: Unpack[Common]``: the same object, which says what that is."""
-    initializer: Any = of.__init__ if isinstance(of, type) else of  # type: ignore[misc]
-    initializer.__signature__ = _shown(initializer)
-    of.__doc__ = filled(of.__doc__)
-    if not isinstance(of, type):
+    """Of a function with ``**common: Unpack[Common]`` or a module with those of Options: itself, which says so."""
+    if isinstance(of, type):
+        of.__init__.__signature__ = _shown(of.__init__, Options.__annotations__)  # type: ignore[misc]
+        of.__doc__ = filled(of.__doc__, Options)
+    else:
+        cast(Any, of).__signature__ = _shown(of, Common.__annotations__)
+        of.__doc__ = filled(of.__doc__)
         functions[of.__name__] = of
     return of

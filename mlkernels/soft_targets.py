@@ -8,18 +8,19 @@ import torch
 from torch import Tensor
 from typing_extensions import Never
 
+from . import named
 from .backends.reference import full_precision
 from .checks import (
     check_class_vector,
     check_index,
     check_input,
-    check_number,
+    check_normalizer,
     check_range,
-    check_reduction,
+    check_row_weight,
     traced,
     unknown_keywords,
 )
-from .softmax import COMMON
+from .softmax import COMMON, check_loss
 from .spec import BackendName, Number, ReductionName
 
 
@@ -35,10 +36,16 @@ def soft_cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
     logit_adjustment: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    normalizer: Number | None = None,
     backend: BackendName | None = None,
     **unknown: Never,
 ) -> Tensor:
-    """Class probabilities as target, in plain torch."""
+    """The loss of logits and class probabilities of their shape; "mean" divides by the number of rows, as torch's does.
+
+    Args:
+        of: the function that was called, for errors.
+    """
     if unknown:
         raise unknown_keywords(of, unknown, COMMON)
     check_input(input)
@@ -57,35 +64,42 @@ def soft_cross_entropy(
         )
     if target.device != input.device:
         raise ValueError(f"target must be on input's device {input.device}, got {target.device}")
-    check_reduction(reduction)
+    check_loss(
+        *named.cross_entropy(scale), weight=weight, reduction=reduction, label_smoothing=label_smoothing, z_loss=z_loss,
+        softcap=softcap, logit_adjustment=logit_adjustment, normalizer=normalizer,
+    )  # fmt: skip
     classes = 1 if input.dim() > 1 else 0
     for name, vector in (("weight", weight), ("logit_adjustment", logit_adjustment)):
         if vector is not None:
             check_class_vector(name, vector, input, input.shape[classes])
-    if not isinstance(scale, Tensor):
-        scale = check_number("scale", scale)
-    elif scale.shape not in ((), (1,)):
+    if isinstance(scale, Tensor) and scale.shape not in ((), (1,)):
         raise ValueError(f"scale must be a number, 0-d or (1,) with class probabilities, got {tuple(scale.shape)}")
-    elif scale.device.type == "cpu" and not traced(scale):
-        check_range("scale", scale)
-    label_smoothing = check_number("label_smoothing", label_smoothing)
-    z_loss = check_number("z_loss", z_loss)
+    if isinstance(normalizer, Tensor):
+        normalizer = check_normalizer(normalizer, input)
+        if normalizer.device.type == "cpu" and not traced(normalizer):
+            check_range("normalizer", normalizer)
+    if row_weight is not None:
+        check_row_weight(row_weight, input, input.select(classes, 0))
     with full_precision(input.device):
         logits = input if input.dtype == torch.float64 else input.float()
         if softcap is not None:
-            softcap = check_number("softcap", softcap)
             logits = softcap * torch.tanh(logits / softcap)
         if logit_adjustment is not None:
             logits = logits + logit_adjustment.to(logits.dtype).reshape(-1, *[1] * (logits.dim() - 1 - classes))
         logits = logits * scale
-        loss = torch.nn.functional.cross_entropy(
+        rows = torch.nn.functional.cross_entropy(
             logits,
             target.to(logits.dtype),
             None if weight is None else weight.to(logits.dtype),
-            reduction=str(reduction),
+            reduction="none",
             label_smoothing=label_smoothing,
         )
         if z_loss > 0:
-            penalty = z_loss * logits.logsumexp(classes).square()
-            loss = loss + (penalty if reduction == "none" else penalty.sum() if reduction == "sum" else penalty.mean())
-    return loss
+            rows = rows + z_loss * logits.logsumexp(classes).square()
+        if row_weight is not None:
+            rows = rows * row_weight.to(rows.dtype)
+    if reduction == "none":
+        return rows
+    if reduction == "sum":
+        return rows.sum()
+    return rows.mean() if normalizer is None else rows.sum() / normalizer

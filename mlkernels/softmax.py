@@ -100,8 +100,8 @@ _calls: dict[tuple[object, ...], Call] = {}
 # ---- the door --------------------------------------------------------------------------------------------------------
 
 
-class Common(TypedDict, total=False):
-    r"""The keyword arguments that the losses of the family share.
+class Options(TypedDict, total=False):
+    r"""The keyword arguments that the losses of the family share, and that their modules keep.
 
     Args:
         weight: (C,) weight of each class, any floating dtype, not differentiated.
@@ -123,9 +123,25 @@ class Common(TypedDict, total=False):
     z_loss: float
     softcap: float | None
     logit_adjustment: Tensor | None
+    backend: BackendName | None
+
+
+class PerCall(TypedDict, total=False):
+    """Those that belong to a batch, which modules take in their calls.
+
+    Args:
+        row_weight: of target's shape, floating: a factor of each row's whole loss, under every reduction, not
+            differentiated. What "mean" divides by stays what it is.
+        normalizer: > 0, a number or a 0-d tensor (floating or integer), not differentiated: what "mean" divides by in
+            the place of its own divisors: the tokens of all micro-batches, say, or of all ranks.
+    """
+
     row_weight: Tensor | None
     normalizer: Number | None
-    backend: BackendName | None
+
+
+class Common(Options, PerCall, total=False):
+    """All of them, which functions take."""
 
 
 def apply(
@@ -163,8 +179,8 @@ def apply(
         return _single_row(
             spec, values, input, target, group, return_stats,
             weight=weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
-            z_loss=z_loss, softcap=softcap, logit_adjustment=logit_adjustment, row_weight=row_weight, normalizer=normalizer,
-            backend=backend,
+            z_loss=z_loss, softcap=softcap, logit_adjustment=logit_adjustment, row_weight=row_weight,
+            normalizer=normalizer, backend=backend,
         )  # fmt: skip
     compiling = _is_compiling()
     key = (spec.ids, reduction, ignore_index, label_smoothing, z_loss, softcap, normalizer, *values)
@@ -364,7 +380,7 @@ COMMON = {
 def check_loss(spec: Spec, values: Sequence[Number | None], **common: Unpack[Common]) -> None:
     """All of a loss that can be checked without a batch: numbers, options, and tensors but for how they fit one."""
     options: dict[str, Any] = {**COMMON, **common}
-    names = ("ignore_index", "reduction", "label_smoothing", "z_loss", "softcap")
+    names = ("ignore_index", "reduction", "label_smoothing", "z_loss", "softcap", "normalizer")
     _, tensors = _numbers(spec, values, *(options[name] for name in names))
     check_backend(options["backend"])
     for name in ("weight", "logit_adjustment"):

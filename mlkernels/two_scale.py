@@ -21,7 +21,7 @@ from . import named
 from .checks import check_number, check_scalar, traced
 from .loss_module import FamilyLoss
 from .signatures import family
-from .softmax import Common
+from .softmax import Options, PerCall
 
 __all__ = ["TwoScaleLoss", "cached_weight_norm", "weight_norm_product"]
 
@@ -87,7 +87,7 @@ class TwoScaleLoss(FamilyLoss):
         variant: Literal["trainable", "fixed", "separation"] = "trainable",
         parametrization: Literal["absolute", "relative"] = "absolute",
         detach_norm: bool = True,
-        **common: Unpack[Common],
+        **common: Unpack[Options],
     ) -> None:
         if variant not in ("trainable", "fixed", "separation"):
             raise ValueError(f"variant must be 'trainable', 'fixed' or 'separation', got {variant!r}")
@@ -139,6 +139,7 @@ class TwoScaleLoss(FamilyLoss):
         logit_norm: float | Tensor | nn.Module | None = None,
         *,
         log_norm: float | Tensor | None = None,
+        **batch: Unpack[PerCall],
     ) -> Tensor:
         """The loss.
 
@@ -148,9 +149,10 @@ class TwoScaleLoss(FamilyLoss):
                 product itself, a number or 0-d.
             log_norm: log R instead, where R is beyond float64: ``weight_norm_product(model, log=True)``, which is what
                 is used of a model.
+            **batch: ``row_weight`` and ``normalizer``.
         """
         low, high = self._scales(input, logit_norm, log_norm)
-        return F.two_scale_cross_entropy(input, target, low, high, eta=self.eta, **self._kept(self._common))
+        return F.two_scale_cross_entropy(input, target, low, high, **self._arguments(), **batch)
 
     def probabilities(
         self,

@@ -15,6 +15,7 @@ from mlkernels.softmax import COMMON as COMMON_DEFAULTS
 
 F64 = torch.float64
 N, C = 6, 4
+PER_CALL = ("row_weight", "normalizer")
 TABLE = torch.tensor([0.9, 1.1]), torch.tensor([0.1, -0.05])
 
 # module, its own arguments, functional
@@ -92,8 +93,43 @@ def test_twins_have_the_same_arguments_and_defaults(module, own, function):
         return {p.name: p.default for p in named if p.default is not inspect.Parameter.empty}
 
     # What belongs to the batch is given to forward.
-    wanted = {name: default for name, default in arguments(function).items() if name not in ("norm", "group")}
+    batch = ("norm", "group", *PER_CALL)
+    wanted = {name: default for name, default in arguments(function).items() if name not in batch}
     assert arguments(module.__init__) == wanted
+
+
+@pytest.mark.parametrize(("module", "own", "function"), [twin for twin in TWINS if twin[2] is not F.multi_margin_loss])
+def test_what_belongs_to_a_batch(module, own, function):
+    """Weights of rows and a divisor are given to the call, and not kept."""
+    input, target = draw()
+    batch = {"row_weight": torch.rand(N), "normalizer": 2.5}
+    loss = module(**own, backend="reference")
+    wanted = function(input, target, **own, **batch, backend="reference")
+    assert torch.equal(loss(input, target, **batch), wanted)
+    assert not torch.equal(loss(input, target), wanted)
+    for name, value in batch.items():
+        with pytest.raises(TypeError, match=rf"{name}, which belongs to a batch: give it to the call, loss\("):
+            module(**own, **{name: value})
+
+
+def test_class_probabilities_with_weights_of_rows_and_a_divisor():
+    input, weight = draw(F64)[0], torch.rand(N, dtype=F64)
+    target, options = torch.rand(N, C, dtype=F64).softmax(1), {"weight": COMMON["weight"], "z_loss": 0.1}
+    rows = F.cross_entropy(input, target, **options, reduction="none") * weight
+    for reduction, wanted in (("none", rows), ("sum", rows.sum()), ("mean", rows.mean())):
+        found = F.cross_entropy(input, target, **options, row_weight=weight, reduction=reduction)
+        torch.testing.assert_close(found, wanted)
+    for divisor in (3, torch.tensor(3)):
+        found = F.cross_entropy(input, target, **options, row_weight=weight, normalizer=divisor)
+        torch.testing.assert_close(found, rows.sum() / 3)
+    for words, error, bad in [
+        ("normalizer must be > 0", ValueError, {"normalizer": 0.0}),
+        ("normalizer must be > 0", ValueError, {"normalizer": torch.tensor(-1.0)}),
+        ("normalizer is what reduction='mean' divides by", ValueError, {"normalizer": 2.0, "reduction": "sum"}),
+        ("row_weight must have target's shape", ValueError, {"row_weight": torch.ones(N, C)}),
+    ]:
+        with pytest.raises(error, match=words):
+            F.cross_entropy(input, target, **bad)
 
 
 @pytest.mark.parametrize(("module", "own", "function"), TWINS)
@@ -101,9 +137,10 @@ def test_shared_arguments_are_shown(module, own, function):
     """Every one of them in the signature, with its default, and with its meaning in help()."""
     for of in (module, function) if function is not F.multi_margin_loss else ():
         taken = inspect.signature(of).parameters
-        assert {name: taken[name].default for name in COMMON_DEFAULTS} == COMMON_DEFAULTS
+        shared = {name: value for name, value in COMMON_DEFAULTS.items() if of is function or name not in PER_CALL}
+        assert {name: taken[name].default for name in shared} == shared
         assert not any(one.kind is one.VAR_KEYWORD for one in taken.values())
-        for name in COMMON_DEFAULTS:
+        for name in shared:
             assert len(re.findall(rf"^        {name}: \S", of.__doc__, re.MULTILINE)) == 1, name
         assert "**common" not in of.__doc__
     assert "\n    label_smoothing: " in F.__doc__

@@ -17,7 +17,7 @@ from typing_extensions import Unpack
 
 from ..checks import check_function, check_generator, check_number, check_size
 from ..modules import PiecewiseLoss
-from ..softmax import Common
+from ..softmax import Options
 from .population import PopulationLoss, check_population
 from .ranks import Ranks
 from .record import ROWS, SETTINGS, Record, Round, identity
@@ -103,7 +103,7 @@ class LossSearch:
         scale: float | Tensor = 1.0,
         tau_min: float = 1e-6,
         clamp: str = "min",
-        **common: Unpack[Common],
+        **common: Unpack[Options],
     ) -> None:
         pieces, candidates = check_size("pieces", pieces), check_size("candidates", candidates, 2)
         sigma, lr, tau_min = check_number("sigma", sigma), check_number("lr", lr), check_number("tau_min", tau_min)
