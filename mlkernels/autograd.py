@@ -17,8 +17,8 @@ from torch.autograd import forward_ad
 
 from . import ops
 from .backends import reference
-from .checks import functorch_level, is_dual, modes, observed
 from .spec import MASK
+from .tracing import functorch_level, is_dual, modes, observed
 
 ONLY_INPUT = 1 << ops.INPUT
 
@@ -120,7 +120,7 @@ def _placed(call: Call, gradients: Sequence[Tensor]) -> tuple[Tensor | None, ...
     return tuple([None if index is None else gradients[index] for index in order])
 
 
-class _SingleVisit(torch.autograd.Function):
+class _LossWithGradients(torch.autograd.Function):
     """A reduced loss whose gradients are made with it, for the upstream gradient that it nearly always gets: 1."""
 
     @staticmethod
@@ -194,8 +194,8 @@ def _refreshed(call: Call, saved: Sequence[Tensor], grad_loss: Tensor) -> list[T
     return gradients
 
 
-# What Function.apply itself calls once it has found no torch.func transform, which the door has asked already.
-single_visit: Callable[..., Tensor] = super(torch.autograd.Function, _SingleVisit).apply
+# What Function.apply itself calls once it has found no torch.func transform, which softmax.apply has asked for already.
+loss_with_gradients: Callable[..., Tensor] = super(torch.autograd.Function, _LossWithGradients).apply
 
 
 class _SoftmaxLoss(torch.autograd.Function):

@@ -17,12 +17,12 @@ from .checks import (
     check_reduction,
     check_size,
     check_tensors,
-    traced,
     unknown_keywords,
     wrong_type,
 )
 from .loss_module import Loss
 from .spec import ReductionName
+from .tracing import traced
 
 
 def center_loss(

@@ -10,15 +10,15 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from . import tracing
 from .spec import HeadKind, Number, Reduction, Slot, Spec, TransformKind
 
 _REDUCTIONS = {"none": int(Reduction.NONE), "mean": int(Reduction.MEAN), "sum": int(Reduction.SUM)}
 HALF = frozenset({torch.float16, torch.bfloat16})
 _FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 _INTEGER = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
-#: Those that no backend reads: they are widened at the door.
+#: Those that no backend reads: they are widened before.
 _UNSIGNED = frozenset({torch.uint16, torch.uint32, torch.uint64})
 _STRIDED = torch.strided
 
@@ -37,40 +37,6 @@ def check_labels(enabled: bool = True) -> None:
     """
     global _check_labels
     _check_labels = bool(enabled)
-
-
-# The level of the torch.func transform (grad, vmap, jvp, ...) that is running, or None; kernels are opaque to those.
-functorch_level = torch._C._functorch.maybe_current_level
-modes = torch._C._len_torch_dispatch_stack
-PLAIN_TENSORS = frozenset({Tensor, torch.nn.Parameter})
-
-
-def observed(*tensors: Tensor) -> bool:
-    """Whether somebody wants to see operators: torch.compile, a dispatch mode (fake, make_fx, ...), a subclass."""
-    return torch.compiler.is_compiling() or modes() > 0 or not PLAIN_TENSORS.issuperset(map(type, tensors))
-
-
-def traced(*tensors: Tensor) -> bool:
-    """Whether values cannot be looked at: torch.compile, torch.func, make_fx, fake tensors, the meta device."""
-    if torch.compiler.is_compiling() or functorch_level() is not None:
-        return True
-    if not observed(*tensors):
-        return False
-    from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
-    from torch.fx.experimental.proxy_tensor import get_proxy_mode
-    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-
-    stack = _get_current_dispatch_mode_stack()
-    return (
-        get_proxy_mode() is not None
-        or any(isinstance(mode, FakeTensorMode) for mode in stack)
-        or any(map(is_fake, tensors))
-    )
-
-
-def is_dual(tensor: Tensor) -> bool:
-    """Whether it carries a tangent of forward-mode AD, which is no level of torch.func; asked inside one of its own."""
-    return forward_ad.unpack_dual(tensor).tangent is not None
 
 
 # ---- numbers --------------------------------------------------------------------------------------------------------
@@ -189,7 +155,7 @@ def check_scalar(word: str, value: Number, rule: str | None = None) -> Number:
         return check_number(word, value, rule, takes)
     if value.shape not in ((), (1,)) or not value.is_floating_point():
         raise ValueError(f"{word} must be {takes}, got {tuple(value.shape)} {value.dtype}")
-    if value.device.type == "cpu" and not traced(value):
+    if value.device.type == "cpu" and not tracing.traced(value):
         check_range(word, value, rule)
     return value
 
@@ -252,7 +218,7 @@ def check_input(input: Tensor) -> None:
     if input.layout != _STRIDED:
         kind = "nested" if input.is_nested else str(input.layout).removeprefix("torch.")
         raise TypeError(f"input takes a dense tensor, got a {kind} one")
-    if type(input) not in PLAIN_TENSORS and type(input).__name__ == "DTensor":
+    if type(input) not in tracing.PLAIN_TENSORS and type(input).__name__ == "DTensor":
         raise TypeError(
             f"input takes a plain tensor, got a DTensor {input.placements}: where ranks have rows of their own pass "  # type: ignore[attr-defined]
             "to_local() of input and target, which gives each rank the loss of its rows; else input.full_tensor()"
@@ -309,7 +275,7 @@ def widened(name: str, index: Tensor, count: int, ignore_index: int | None = Non
         return index.long()
     signed = index.view(torch.int64)
     beyond = signed < 0
-    if index.device.type == "cpu" and not traced(index) and bool(beyond.any()):
+    if index.device.type == "cpu" and not tracing.traced(index) and bool(beyond.any()):
         row = int(beyond.reshape(-1).nonzero()[0])
         raise index_error(name, row, int(signed.reshape(-1)[row]) + 2**64, count)
     return torch.where(beyond, -1 if ignore_index != -1 else -2, signed)
@@ -318,7 +284,7 @@ def widened(name: str, index: Tensor, count: int, ignore_index: int | None = Non
 def check_indices(name: str, index: Tensor, count: int, ignore_index: int | None = None) -> None:
     """An IndexError naming the first row whose index is outside [0, count); on a GPU only under check_labels."""
     looked_at = index.device.type == "cpu" or (_check_labels and index.device.type != "meta")
-    if not looked_at or traced(index):
+    if not looked_at or tracing.traced(index):
         return
     index = index.long()  # a narrow dtype holds neither count nor ignore_index
     bad = (index < 0) | (index >= count)

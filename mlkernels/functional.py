@@ -69,8 +69,8 @@ def cross_entropy(input: Tensor, target: Tensor, *, scale: Number = 1.0, **commo
         scale: s > 0, a number or a tensor (0-d, (C,) or (N, 1)).
         **common: as in :mod:`mlkernels.functional`.
 
-    The result and the errors are those of :mod:`mlkernels.functional`. A floating ``target`` of
-    input's shape (class probabilities) is served by the reference backend.
+    Result and errors: see :mod:`mlkernels.functional`. A floating ``target`` of input's shape (class probabilities) is
+    served by the reference backend.
 
     Example:
         >>> import torch, mlkernels
@@ -306,13 +306,11 @@ def two_scale_cross_entropy(
     that no row selected is exactly 0.
 
     Args:
-        scale_low: R1 > 0, a number or a 0-d tensor. scale_high: R2 > 0.
-        eta: the threshold.
+        scale_low: R1 > 0, a number or a 0-d tensor. scale_high: R2 > 0. eta: the threshold.
         logit_norm: R > 0, 0-d; None: 1. Differentiated where it requires a gradient.
         **common: as in :mod:`mlkernels.functional`.
 
-    The separation variant (17) is ``scale_low=1, scale_high=R_s``. The result and the errors are
-    those of :mod:`mlkernels.functional`.
+    The separation variant (17) is ``scale_low=1, scale_high=R_s``. Result and errors: see :mod:`mlkernels.functional`.
 
     Example:
         >>> import torch, mlkernels
@@ -355,8 +353,7 @@ def piecewise_cross_entropy(
             (slope 1, bias 0). Tensors may require a gradient.
         group: of target's shape, which of the G losses each row has; required exactly when tables are (G, M).
         norm: (N, 1), n > 0: the target's logit is :math:`n\,t(f_y/n)`.
-        scale: s > 0.
-        tau_min: where :math:`\tau \le` tau_min the loss is clamped.
+        scale: s > 0. tau_min: where :math:`\tau \le` tau_min the loss is clamped.
         clamp: ``"min"`` or ``"cross_entropy"``; see :class:`mlkernels.Tau`.
         **common: as in :mod:`mlkernels.functional`.
 

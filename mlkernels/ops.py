@@ -35,7 +35,7 @@ _UPSTREAM = "Tensor? grad_loss, Tensor? grad_logsumexp, Tensor? grad_log_prob, T
 _SCHEMAS = (
     # loss; (m, log S) per row where save.
     f"softmax_loss({_COMMON}, bool save) -> (Tensor, Tensor)",
-    # loss; the gradient of the logits for an upstream gradient of 1, in the same visit of each row.
+    # loss; the gradient of the logits for an upstream gradient of 1, in the same pass over each row.
     f"softmax_loss_with_gradient({_COMMON}) -> (Tensor, Tensor)",
     # The same, for whatever `needs` asks.
     f"softmax_loss_with_gradients({_COMMON}, int needs) -> (Tensor, Tensor[])",
@@ -48,7 +48,7 @@ _SCHEMAS = (
 _REFRESH = f"softmax_loss_refresh(Tensor grad_loss, {_COMMON}, Tensor(a!) gradient) -> ()"
 for _schema in (*_SCHEMAS, _REFRESH):
     _libraries[0].define(_schema, tags=_tags)
-    # What "mean" makes of a row's terms comes last of what a visit with gradients returns, and refresh takes it.
+    # What "mean" makes of a row's terms comes last of what a loss with gradients returns, and refresh takes it.
     if "_with_gradient" in _schema:
         _schema = _schema[:-1] + ", Tensor)"
     _schema = _schema.replace("refresh(Tensor grad_loss,", "refresh(Tensor grad_loss, Tensor factors,")
@@ -127,9 +127,10 @@ def _softmax_stats(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = _accumulate(input.dtype)
     saved = input.new_empty((target.numel(), 2), dtype=dtype)
-    real = [input.new_empty(target.shape, dtype=dtype) for _ in range(4)]
-    whole = [input.new_empty(target.shape, dtype=torch.int64) for _ in range(2)]
-    return _loss_like(input, target, numbers), saved, *real[:3], whole[0], real[3], whole[1]
+    logsumexp, log_prob, entropy, confidence = (input.new_empty(target.shape, dtype=dtype) for _ in range(4))
+    prediction, rank = (input.new_empty(target.shape, dtype=torch.int64) for _ in range(2))
+    loss = _loss_like(input, target, numbers)
+    return loss, saved, logsumexp, log_prob, entropy, prediction, confidence, rank
 
 
 def _softmax_loss_backward(
@@ -266,7 +267,7 @@ class Kernels(NamedTuple):
     #: Writes a gradient made for an upstream gradient of 1 anew unless the device finds that it is 1; None where the
     #: host may look for itself.
     refresh: Callable[..., None] | None = None
-    #: How many tensors a visit with gradients returns behind these, for refresh: Triton's factors.
+    #: How many tensors a loss with gradients returns behind these, for refresh: Triton's factors.
     kept: int = 0
     #: The same by way of the dispatcher, where these are not.
     dispatched: Kernels | None = None
@@ -274,7 +275,7 @@ class Kernels(NamedTuple):
 
 _native: dict[str, Any] = {name: getattr(torch.ops.mlkernels, name).default for name in _FAKES}
 NATIVE = Kernels(**_native)
-#: The same for the CPU. A single visit is never traced: it takes what an OpOverload itself calls, without its Python.
+#: The same for the CPU. Gradients made with the loss are never traced: without the Python of an OpOverload.
 CPU = NATIVE._replace(
     softmax_loss_with_gradient=_native["softmax_loss_with_gradient"]._op,
     softmax_loss_with_gradients=_native["softmax_loss_with_gradients"]._op,

@@ -17,11 +17,12 @@ from .checks import (
     check_normalizer,
     check_range,
     check_row_weight,
-    traced,
+    check_scalar,
     unknown_keywords,
 )
 from .softmax import COMMON, check_loss
 from .spec import BackendName, Number, ReductionName
+from .tracing import traced
 
 
 def soft_cross_entropy(
@@ -72,8 +73,7 @@ def soft_cross_entropy(
     for name, vector in (("weight", weight), ("logit_adjustment", logit_adjustment)):
         if vector is not None:
             check_class_vector(name, vector, input, input.shape[classes])
-    if isinstance(scale, Tensor) and scale.shape not in ((), (1,)):
-        raise ValueError(f"scale must be a number, 0-d or (1,) with class probabilities, got {tuple(scale.shape)}")
+    scale = check_scalar("scale", scale)  # not per class, of which a row has no one
     if isinstance(normalizer, Tensor):
         normalizer = check_normalizer(normalizer, input)
         if normalizer.device.type == "cpu" and not traced(normalizer):

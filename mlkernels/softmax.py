@@ -1,4 +1,4 @@
-"""The one door to the family: check the tensors, choose the backend, autograd, reduce."""
+"""Any loss of the family: check the arguments, choose the backend, apply it with autograd."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from typing_extensions import Never, Unpack
 
-from . import autograd, checks, ops
+from . import autograd, ops, tracing
 from .autograd import ONLY_INPUT, Call
 from .backends import check_backend, choose, reference
 from .checks import (
     HALF,
-    PLAIN_TENSORS,
     check_class_vector,
     check_floating,
     check_index,
@@ -29,9 +28,6 @@ from .checks import (
     check_row_weight,
     check_tables,
     check_tensors,
-    functorch_level,
-    is_dual,
-    modes,
     table_groups,
     unknown_keywords,
     wrong_type,
@@ -49,6 +45,7 @@ from .spec import (
     Spec,
     TransformKind,
 )
+from .tracing import PLAIN_TENSORS, functorch_level, is_dual, modes
 
 
 class RowStats(NamedTuple):
@@ -96,8 +93,6 @@ _saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 functions: dict[str, Callable[..., object]] = {}
 
 _calls: dict[tuple[object, ...], Call] = {}
-
-# ---- the door --------------------------------------------------------------------------------------------------------
 
 
 class Options(TypedDict, total=False):
@@ -241,8 +236,9 @@ def apply(
         return loss, RowStats(*rows) if return_stats else None
     if compiling:  # Dynamo refuses a Function that takes a tensor twice, as tables or scales that are alike may be
         params = [p.view_as(p) if any(p is other for other in params[:i]) else p for i, p in enumerate(params)]
-    # One visit where it pays. An fp16 gradient is written only when the upstream is known: a GradScaler's 65536 would
-    # rescale what has already underflowed. Hooks on saved tensors (checkpointing, offloading) would meet a gradient.
+    # Gradients in the loss's own pass where it pays. An fp16 gradient is written only when the upstream is known: a
+    # GradScaler's 65536 would rescale what has already underflowed. Hooks on saved tensors (checkpointing, offloading)
+    # would meet a gradient.
     observed = compiling or modes() > 0 or type(input) not in PLAIN_TENSORS
     split = reduction == "none" or dtype == _FLOAT16 or observed or _saved_tensors_hooks(False) is not None
     if chosen != "cpu":
@@ -262,7 +258,7 @@ def apply(
         return call.kernels.softmax_loss(input, target, call.numbers, params, False)[0], None
     if split:
         return autograd.softmax_loss(call, input, target, *params), None
-    return autograd.single_visit(call, input, target, *params), None
+    return autograd.loss_with_gradients(call, input, target, *params), None
 
 
 def _numbers(
@@ -318,7 +314,7 @@ def _check_values(
     """Checks the tensors among the values; returns the group as every backend reads it."""
     if spec.tables or group is not None:
         group = check_tables(spec, tensors, group, input, target)
-    on_host = input.device.type == "cpu" and not checks.traced(input)
+    on_host = input.device.type == "cpu" and not tracing.traced(input)
     normalizer = tensors.get(_NORMALIZER)
     if normalizer is not None:
         tensors[_NORMALIZER] = check_normalizer(normalizer, input)
@@ -392,4 +388,4 @@ def check_loss(spec: Spec, values: Sequence[Number | None], **common: Unpack[Com
         tensor = tensors.get(slot)
         if tensor is not None and slot not in spec.tables:
             check_floating(word, tensor)
-            _check_value(slot, name, word, tensor, tensor.device.type == "cpu" and not checks.traced(tensor))
+            _check_value(slot, name, word, tensor, tensor.device.type == "cpu" and not tracing.traced(tensor))

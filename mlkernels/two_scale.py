@@ -18,10 +18,11 @@ from typing_extensions import Unpack
 
 from . import functional as F
 from . import named
-from .checks import check_number, check_scalar, traced
+from .checks import check_number, check_scalar
 from .loss_module import FamilyLoss
 from .signatures import family
 from .softmax import Options, PerCall
+from .tracing import traced
 
 __all__ = ["TwoScaleLoss", "cached_weight_norm", "weight_norm_product"]
 

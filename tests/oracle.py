@@ -512,9 +512,7 @@ def batch(
 
     per_row = lambda get, by: np.array([0.0 if r is None else by[i] * float(get(r)) for i, r in enumerate(rows)])
     losses, penalties = per_row(lambda r: r.loss, factor), per_row(lambda r: r.penalty, factor)
-    loss_units, penalty_units = (
-        per_row(get, abs(factor)) for get in (lambda r: r.loss_unit, lambda r: r.penalty_unit)
-    )
+    loss_units, penalty_units = (per_row(get, abs(factor)) for get in (lambda r: r.loss_unit, lambda r: r.penalty_unit))
     if reduction != "none":
         losses, penalties, loss_units, penalty_units = (
             np.asarray(v.sum()) for v in (losses, penalties, loss_units, penalty_units)

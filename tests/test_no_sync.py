@@ -11,7 +11,7 @@ from table import BY_NAME, FEW, LOSSES, draw, leaves
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mlkernels
-from mlkernels import checks
+from mlkernels import checks, tracing
 
 META = torch.device("meta")
 
@@ -65,7 +65,7 @@ def test_the_mode_forbids():
 @pytest.mark.parametrize("loss", FEW, ids=str)
 def test_the_reference_never_looks(loss, return_stats, monkeypatch):
     """As on a GPU with label checks off: ranges are left to the kernel, which answers NaN."""
-    monkeypatch.setattr(checks, "traced", lambda *tensors: True)  # "values cannot be looked at"
+    monkeypatch.setattr(tracing, "traced", lambda *tensors: True)  # "values cannot be looked at"
     input, target, params = draw(loss, rows=6, form="shared")
     own = leaves(params)
     options = {"group": loss.group(target)} if loss.groups else {}

@@ -10,7 +10,7 @@ from test_search import F64, adam, data, network, reward, same, seeded, state_of
 from torch import nn
 
 import mlkernels
-from mlkernels import checks
+from mlkernels import tracing
 from mlkernels.search import Population, PopulationLoss
 
 ELEMENTWISE = [
@@ -229,7 +229,7 @@ def test_options_of_groups():
 
 def test_no_synchronisation(monkeypatch):
     """A training step waits for the device nowhere (SGD: on the CPU others count their steps by the host)."""
-    monkeypatch.setattr(checks, "traced", lambda *tensors: True)
+    monkeypatch.setattr(tracing, "traced", lambda *tensors: True)
     model = network(torch.float32)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     search = the_search(backend="reference", clamp="cross_entropy")
