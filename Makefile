@@ -43,6 +43,7 @@ lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(PY) tools/lengths.py
 
 format: $(READY)
 	$(PY) -m ruff check --fix .

@@ -25,7 +25,7 @@ from .spec import BackendName, Number, ReductionName
 from .tracing import traced
 
 
-def soft_cross_entropy(
+def soft_cross_entropy(  # noqa: C901 - checks, one after the other
     of: Callable[..., Tensor],
     input: Tensor,
     target: Tensor,

@@ -139,7 +139,7 @@ class Common(Options, PerCall, total=False):
     """All of them, which functions take."""
 
 
-def apply(
+def apply(  # noqa: C901 - one visit to every argument, and each may be refused
     spec: Spec,
     values: Sequence[Number | None],
     input: Tensor,
