@@ -79,7 +79,7 @@ def cross_entropy(input: Tensor, target: Tensor, *, scale: Number = 1.0, **commo
     """
     if isinstance(target, Tensor) and target.is_floating_point():
         return soft_cross_entropy(cross_entropy, input, target, scale, **common)
-    return softmax.apply(*named.cross_entropy(scale), input, target, **common)[0]
+    return softmax.apply(named.CROSS_ENTROPY, (scale,), input, target, **common)[0]
 
 
 @family

@@ -29,6 +29,7 @@ class Loss(nn.Module):
     def __init__(self, own: dict[str, Any], common: dict[str, Any]) -> None:
         super().__init__()
         self._own, self._common = tuple(own), tuple(common)
+        self._names = self._own + self._common
         self._initial: dict[str, Tensor] = {}
         for name, value in (own | common).items():
             self._keep(name, value)
@@ -80,7 +81,7 @@ class Loss(nn.Module):
         }
 
     def _arguments(self) -> dict[str, Any]:
-        return self._kept(self._own + self._common)
+        return self._kept(self._names)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of the kept arguments."""
@@ -120,4 +121,7 @@ class FamilyLoss(Loss):
 
     def forward(self, input: Tensor, target: Tensor, **batch: Unpack[PerCall]) -> Tensor:
         """The loss of the kept arguments; ``row_weight`` and ``normalizer`` belong to the batch."""
-        return type(self)._function(input, target, **self._arguments(), **batch)
+        arguments = self._kept(self._names)
+        if batch:  # two mappings are merged first, which takes as long as the rest
+            return self._function(input, target, **arguments, **batch)
+        return self._function(input, target, **arguments)

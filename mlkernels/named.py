@@ -27,14 +27,14 @@ Composition: TypeAlias = tuple[Spec, tuple[Number | None, ...]]
 """The structure of a loss, and its values in the order of ``Spec.slots``."""
 
 _MARGIN = TransformKind.MARGIN
-_CROSS_ENTROPY = spec(function="cross_entropy")
+CROSS_ENTROPY = spec(function="cross_entropy")
 _FOCAL = spec(head=HeadKind.MODULATED, function="focal_loss")
 _MODULATED = spec(head=HeadKind.MODULATED, function="modulated_cross_entropy")
 _TWO_SCALE = spec(scale=ScaleKind.TWO_SCALE, function="two_scale_cross_entropy")
 
 
 def cross_entropy(scale: Number) -> Composition:
-    return _CROSS_ENTROPY, (scale,)
+    return CROSS_ENTROPY, (scale,)
 
 
 def focal_loss(gamma: Number) -> Composition:
