@@ -122,7 +122,7 @@ def launched(name: str, input: Tensor) -> tuple[aot.Launch, dict[str, Tensor]]:
         name, lambda: mlkernels.cross_entropy(input.detach().requires_grad_(), target, backend="triton")
     )
     (visit,) = (one for one in visits if one.kernel.__name__ == "visit")
-    return visit, {name: visit.arguments[name] for name in ("input", "gradient")}
+    return visit, {name: visit.arguments[name] for name in ("input", "grad")}
 
 
 def ptx(one: aot.Launch) -> str:
@@ -155,7 +155,7 @@ def parameters(one: aot.Launch) -> dict[int, str]:
             for part in signature:
                 leaf(name, part)
         elif signature != "constexpr":
-            if name in ("input", "gradient"):
+            if name in ("input", "grad"):
                 found[count] = name
             count += 1
 

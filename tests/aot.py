@@ -312,7 +312,7 @@ class Launch:
         words = [
             name
             for name in (
-                "losses", "save", "stats", "gradient", "by_parameter", "bins", "saved", "group", "weight", "weight_sum",
+                "losses", "save", "stats", "grad", "by_parameter", "bins", "saved", "group", "weight", "weight_sum",
                 "adjustment", "row_weight", "normalizer", "divisors", "factors", "t_tables", "tau_tables",
             )
             if given.get(name) is not None
@@ -551,7 +551,7 @@ def compiled(one: Launch) -> dict[str, Any]:
         "dtype": next((n for n, d in DTYPES.items() if d == dtype), ""),
         "does": one.does,
         "wide_loads": one.wide("input", "in") if "input" in given else 0,
-        "wide_stores": one.wide("gradient", "out") if "gradient" in given else 0,
+        "wide_stores": one.wide("grad", "out") if "grad" in given else 0,
     }
     others = ("weight", "row_weight", "adjustment", "group", "t_tables", "tau_tables")
     if row["wide_loads"] and not given["MODES"] and all(given[name] is None for name in others):

@@ -51,5 +51,5 @@ def test_ordinary_tensors_are_accessed_as_widely_as_there_is(rows):
         ("images of 14", "float32"): 4,
         ("channels last", "bfloat16"): 16,
     }
-    found = {(row["layout"], row["dtype"]): row["found"][-1] for row in rows if row["tensor"] == "gradient"}
+    found = {(row["layout"], row["dtype"]): row["found"][-1] for row in rows if row["tensor"] == "grad"}
     assert {key: found[key] for key in ordinary} == ordinary

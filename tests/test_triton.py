@@ -267,7 +267,7 @@ def test_sums_in_many_parts(few, reduction, upstream, monkeypatch):
     launched = launch.replay.launch
 
     def listen(kernel, grid, *arguments, **options):
-        if kernel is launch.kernels.count:
+        if kernel is launch.sums.count:
             counted.append(grid)
         launched(kernel, grid, *arguments, **options)
 

@@ -3,6 +3,7 @@
 The same functions in the same order as ``reference.py`` and ``csrc/finish.h``, over a block of rows. With u the logits
 (after softcap and adjustment) and everything relative to m = max over j != y of u_j:
 
+    e_j = exp(s (u_j - m)),  log_sum: the logarithm of their sum,
     z_j = s u_j,  z_y = s t(u_y),  delta = s m + log_sum - z_y,  -log p = softplus(delta),  1 - p = sigmoid(delta).
 
 Kinds and options are run-time numbers, the same for a whole launch: one branch per block, no kernel per loss. What a
@@ -18,43 +19,47 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ... import numbering
-
-# Triton reads globals only as constants of its own.
-IDENTITY = tl.constexpr(int(numbering.TransformKind.IDENTITY))
-MARGIN = tl.constexpr(int(numbering.TransformKind.MARGIN))
-AFFINE = tl.constexpr(int(numbering.TransformKind.AFFINE))
-GIVEN = tl.constexpr(int(numbering.TransformKind.GIVEN))
-TWO_SCALE = tl.constexpr(int(numbering.ScaleKind.TWO_SCALE))
-MODULATED = tl.constexpr(int(numbering.HeadKind.MODULATED))
-TRUNCATED = tl.constexpr(int(numbering.HeadKind.TRUNCATED))
-AUTO = tl.constexpr(int(numbering.BeyondPi.AUTO))
-LINEAR = tl.constexpr(int(numbering.BeyondPi.LINEAR))
-MONOTONE = tl.constexpr(int(numbering.BeyondPi.MONOTONE))
-EASY = tl.constexpr(int(numbering.BeyondPi.EASY))
-STRAIGHT_THROUGH = tl.constexpr(int(numbering.MarginGradient.STRAIGHT_THROUGH))
-CLAMP_CROSS_ENTROPY = tl.constexpr(int(numbering.Clamp.CROSS_ENTROPY))
-# The places of the numbers v of a row.
-SCALE = tl.constexpr(int(numbering.Slot.SCALE))
-SCALE_HIGH = tl.constexpr(int(numbering.Slot.SCALE_HIGH))
-ETA = tl.constexpr(int(numbering.Slot.ETA))
-LOGIT_NORM = tl.constexpr(int(numbering.Slot.LOGIT_NORM))
-TRANSFORM_A = tl.constexpr(int(numbering.Slot.TRANSFORM_A))
-TRANSFORM_B = tl.constexpr(int(numbering.Slot.TRANSFORM_B))
-TRANSFORM_C = tl.constexpr(int(numbering.Slot.TRANSFORM_C))
-NORM = tl.constexpr(int(numbering.Slot.NORM))
-HEAD_A = tl.constexpr(int(numbering.Slot.HEAD_A))
-HEAD_B = tl.constexpr(int(numbering.Slot.HEAD_B))
-HEAD_C = tl.constexpr(int(numbering.Slot.HEAD_C))
-HEAD_D = tl.constexpr(int(numbering.Slot.HEAD_D))
-DOMAIN_LOW = tl.constexpr(int(numbering.Slot.DOMAIN_LOW))
-DOMAIN_HIGH = tl.constexpr(int(numbering.Slot.DOMAIN_HIGH))
-TAU_MIN = tl.constexpr(int(numbering.Slot.TAU_MIN))
+from .constants import (
+    AFFINE,
+    AUTO,
+    BEYOND_PI,
+    CLAMP,
+    CLAMP_CROSS_ENTROPY,
+    DOMAIN_HIGH,
+    DOMAIN_LOW,
+    EASY,
+    ETA,
+    GIVEN,
+    HEAD,
+    HEAD_A,
+    HEAD_B,
+    HEAD_C,
+    HEAD_D,
+    INF,
+    KIND_BITS,
+    KIND_MASK,
+    LINEAR,
+    LOGIT_NORM,
+    MARGIN,
+    MARGIN_GRADIENT,
+    MODULATED,
+    MONOTONE,
+    NORM,
+    SCALE,
+    SCALE_HIGH,
+    STRAIGHT_THROUGH,
+    TAU_MIN,
+    TRANSFORM,
+    TRANSFORM_A,
+    TRANSFORM_B,
+    TRANSFORM_C,
+    TRUNCATED,
+    TWO_SCALE,
+)
 
 #: The floor of sqrt(1 - x^2) where it divides: derivatives of angles stay finite, and within fp16 at s = 64.
 ROOT_FLOOR = tl.constexpr(2.0**-10)
 PI = tl.constexpr(3.14159265358979323846)
-INF = tl.constexpr(float("inf"))
 
 
 # ---- elementary functions --------------------------------------------------------------------------------------------
@@ -448,7 +453,7 @@ def head_loss(head, clamp, nll, v, group, tables, T: tl.constexpr, TAU: tl.const
     return value, w, da, db, dc, dd, bin
 
 
-# ---- a row, whole ----------------------------------------------------------------------------------------------------
+# ---- finish: from statistics to the loss -----------------------------------------------------------------------------
 
 
 @triton.jit
@@ -474,11 +479,32 @@ def locate(target, other_max, log_sum, s, t):
 
 
 @triton.jit
-def row_loss(classes, smoothing, z_loss, weight_sum, s, nll, others, lse, alone, phi, weight, weighted):
+def kind(structure, FIELD: tl.constexpr):
+    """A kind or an option of a packed structure. Of a tuple Triton would make a kernel for each that holds a 1."""
+    return (structure >> (KIND_BITS * FIELD)) & KIND_MASK
+
+
+@triton.jit
+def finish(
+    structure, target, m, log_sum, s, v, group, t_tables, tau_tables, T: tl.constexpr, PIECEWISE: tl.constexpr,
+    TAU: tl.constexpr,
+):  # fmt: skip
+    """From a row's statistics to its loss: what transform_target, locate and head_loss return."""
+    transform, beyond_pi = kind(structure, TRANSFORM), kind(structure, BEYOND_PI)
+    gradient = kind(structure, MARGIN_GRADIENT)
+    own = transform_target(transform, beyond_pi, gradient, target, v, group, t_tables, T, PIECEWISE)
+    at = locate(target, m, log_sum, s, own[0])
+    head, clamp = kind(structure, HEAD), kind(structure, CLAMP)
+    return own, at, head_loss(head, clamp, at[0], v, group, tau_tables, T, TAU)
+
+
+@triton.jit
+def row_loss(classes, smoothing, z_loss, weight_sum, s, at, phi, weight, weighted):
     """The terms of a row's loss that class weights weigh, and those that they do not; each has a factor of its own.
 
     weighted: the sum over j != y of w_j (u_j - m); used with smoothing only.
     """
+    nll, _q, _p, others, lse, alone = at
     by_class = weight * phi
     if smoothing > 0:
         spread = tl.where(alone, INF, (weight_sum - weight) * others - s * weighted)
@@ -491,24 +517,28 @@ def row_loss(classes, smoothing, z_loss, weight_sum, s, nll, others, lse, alone,
 
 
 @triton.jit
-def entropy(share, s, nll, q, p, others, alone, shift):
-    """H = -sum of p_j log p_j; a class of probability 0 adds 0. shift: as for by_scale."""
+def entropy(share, s, at, shift):
+    """H = -sum of p_j log p_j; a class of probability 0 adds 0. shift: the sum over j != y of e_j (u_j - m)."""
+    nll, q, p, others, _lse, alone = at
     own = tl.where(p == 0, 0.0, p * nll)
     rest = q * (others - s * (shift * share))
     return tl.where(alone | (q == 0), own, own + rest)
 
 
-@triton.jit
-def coefficients(
-    classes, smoothing, z_loss, weight_sum, share, s, slope, nll, q, p, others, lse, alone, w, weight, h,
-    g_class, g_row, g_lse, g_log_prob, g_entropy,
-):  # fmt: skip
-    """dL/du_j = exp(s (u_j - m)) (a + b (u_j - m)) - d w_j for j != y, and g at the target: a, b, d, g; and pull, part,
-    flat and dL/dz_y.
+# ---- coefficients: from upstream gradients to what the gradient is made of -------------------------------------------
 
-    pull is the coefficient of p_j - 1[j = y], flat that of p_j alone, part that of -w_j. h: the entropy; b and h only
-    where g_entropy is given.
+
+@triton.jit
+def coefficients(classes, smoothing, z_loss, weight_sum, share, s, slope, at, h, w, weight, up):
+    """dL/du_j = e_j (a + b (u_j - m)) - d w_j for j != y, and g at the target: (a, b, d, g). And what that and the
+    derivative by s are made of: (pull, part, flat, dL/dz_y), where pull is the coefficient of p_j - 1[j = y], part that
+    of -w_j, flat that of p_j alone.
+
+    up: the upstream gradients of the loss's two terms, logsumexp, log_prob and, or None, the entropy: without it there
+    are no b and h, the entropy itself.
     """
+    nll, q, p, others, lse, alone = at
+    g_class, g_row, g_lse, g_log_prob, g_entropy = up
     pull = g_class * (1.0 - smoothing) * weight * w - g_log_prob
     part = g_class * smoothing / classes
     flat = part * weight_sum + g_lse
@@ -524,25 +554,25 @@ def coefficients(
         a = tl.where(absent, a, a - each * (h - others))
         b = tl.where(absent, 0.0, -s * each)
         dz_y = tl.where(p == 0, dz_y, dz_y - g_entropy * p * (h - nll))
-    return a, b, s * part, s * slope * dz_y, pull, part, flat, dz_y
+    return (a, b, s * part, s * slope * dz_y), (pull, part, flat, dz_y)
 
 
 @triton.jit
-def by_scale(
-    classes, alone, other_max, share, s, t, nll, p, q, others, pull, part, flat, weight, weight_sum, weighted, shift,
-    second, h, g_entropy,
-):  # fmt: skip
-    """The derivative of a row's loss by s. shift: the sum over j != y of exp(s (u_j - m)) (u_j - m); second: that of
-    exp(s (u_j - m)) (u_j - m)^2, where g_entropy is given."""
+def by_scale(classes, weight_sum, share, m, s, t, at, h, weight, weighted, shift, second, up, z):
+    """The derivative of a row's loss by s. shift and second: the sums over j != y of e_j (u_j - m) and e_j (u_j - m)^2,
+    this where the entropy's upstream gradient is given; z: the second of what coefficients returns."""
+    nll, q, p, others, _lse, alone = at
+    pull, part, flat, _dz_y = z
+    g_entropy = up[4]
     expected = tl.where(p > 0, p * t, 0.0)  # p_y t: 0 where p is, also when t is -inf
     smooth = part != 0
     absent = tl.where(classes > 1, INF, 0.0)  # smoothing counts classes that have no chance
     bare = flat * expected - tl.where(smooth, part * (weight * t - absent), 0.0)
-    mean = other_max + shift * share  # of u_j for j != y, under p
+    mean = m + shift * share  # of u_j for j != y, under p
     full = pull * q * (mean - t) + flat * (q * mean + expected)
-    full -= tl.where(smooth, part * (weighted + other_max * (weight_sum - weight) + weight * t), 0.0)
+    full -= tl.where(smooth, part * (weighted + m * (weight_sum - weight) + weight * t), 0.0)
     if g_entropy is not None:  # the sum of dH/dz_j is 0: m may be taken from every u_j
-        own = tl.where(p == 0, 0.0, p * (h - nll) * (t - other_max))
+        own = tl.where(p == 0, 0.0, p * (h - nll) * (t - m))
         rest = tl.where(q == 0, 0.0, q * share * (s * second + (h - others) * shift))
         full -= g_entropy * (own + rest)
     return tl.where(alone, bare, full)

@@ -35,13 +35,13 @@ from ...numbering import (
     structure_of,
 )
 from .. import architecture as _architecture
-from . import replay
+from . import replay, sums
 from . import rows as kernels
 
 _NUMBERS = int(Slot.SOFTCAP) + 1
-_PARTS = int(kernels.PARTS.value)
+_PARTS = int(sums.PARTS.value)
 _INT32 = 2**31
-_FEW = int(kernels.FEW.value)
+_FEW = int(sums.FEW.value)
 #: Labels that all programs together may read to count them, in bytes: a microsecond of the cache.
 _COUNTED_BYTES = 2**22
 #: What a program of a sum holds at once: a thread 16 labels or partial losses, of few ones 8.
@@ -295,7 +295,7 @@ class _Call:
         count = triton.cdiv(self.rows, chunk)
         parts = self.empty(count, 2, dtype=torch.float64)
         replay.launch(
-            kernels.count, (count,), self.target, self.weight, parts, self.rows, self.classes, self.ignore_index, chunk,
+            sums.count, (count,), self.target, self.weight, parts, self.rows, self.classes, self.ignore_index, chunk,
             **_COUNT,
         )  # fmt: skip
         return parts, count
@@ -397,7 +397,7 @@ class _Call:
         """The reduced loss."""
         loss = self.empty()
         options = _TOTAL if len(terms) > _TOTAL["BLOCK"] else {"BLOCK": _SUM_BLOCK}
-        replay.launch(kernels.total, (1,), terms, loss, len(terms), **options)
+        replay.launch(sums.total, (1,), terms, loss, len(terms), **options)
         return loss
 
     def _parameter(self, slot: int, values: Tensor, bins: Tensor | None) -> Tensor:
@@ -408,12 +408,12 @@ class _Call:
             tau = int(slot in HEAD_TABLES[self.structure.head])
             count, groups = self.bins[tau], self.groups
             chunk, programs = _chunks(self.rows)
-            sums = self.empty(count * groups, programs, dtype=torch.float64)
+            parts = self.empty(count * groups, programs, dtype=torch.float64)
             replay.launch(
-                kernels.bucket, (count * groups, programs), values, bins[tau], self.group, sums, self.rows, chunk,
+                sums.bucket, (count * groups, programs), values, bins[tau], self.group, parts, self.rows, chunk,
                 count, BLOCK=_SUM_BLOCK,
             )  # fmt: skip
-            found = sums.sum(1)
+            found = parts.sum(1)
         elif param.dim() == 0:
             found = values.sum(dtype=torch.float64)
         elif param.dim() == 1:
