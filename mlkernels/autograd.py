@@ -17,10 +17,10 @@ from torch.autograd import forward_ad
 
 from . import ops
 from .backends import reference
-from .spec import MASK
+from .numbering import INPUT, MASK, needed, slots_of
 from .tracing import functorch_level, is_dual, modes, observed
 
-ONLY_INPUT = 1 << ops.INPUT
+ONLY_INPUT = 1 << INPUT
 
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
@@ -75,10 +75,10 @@ def _unusual(
         loss, rows = reference.softmax_loss(input, target, call.numbers, params)
         outputs = [loss, rows.logsumexp, rows.log_prob, rows.entropy] if stats else [loss]
         pairs = [(o, g) for o, g in zip(outputs, upstream, strict=True) if g is not None]
-        by_slot = dict(zip(ops.slots_of(call.numbers), params, strict=True))
+        by_slot = dict(zip(slots_of(call.numbers), params, strict=True))
         found = torch.autograd.grad(
             [o for o, _ in pairs],
-            [input if bit == ops.INPUT else by_slot[bit] for bit in ops.needed(call.needs)],
+            [input if bit == INPUT else by_slot[bit] for bit in needed(call.needs)],
             [g for _, g in pairs],
             create_graph=True,
             materialize_grads=True,
@@ -106,8 +106,8 @@ def _by_kernels(
 
 def _order(needs: int, mask: int) -> tuple[int | None, ...]:
     """Where the gradient of each argument of a Function lies among those by bit: call, input, target, *params."""
-    by_bit = {bit: index for index, bit in enumerate(ops.needed(needs))}
-    return (None, by_bit.get(ops.INPUT), None, *(by_bit.get(bit) for bit in ops.needed(mask)))
+    by_bit = {bit: index for index, bit in enumerate(needed(needs))}
+    return (None, by_bit.get(INPUT), None, *(by_bit.get(bit) for bit in needed(mask)))
 
 
 _known_order = functools.cache(_order)

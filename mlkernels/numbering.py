@@ -219,6 +219,21 @@ class Field(IntEnum):
 
 REDUCTION, IGNORE_INDEX = int(Field.REDUCTION), int(Field.IGNORE_INDEX)
 MASK, CONSTS = int(Field.MASK), int(Field.CONSTS)
+#: What is asked of an operator, as a number: bit s stands for the gradient of slot s, this one for that of the logits.
+INPUT = SLOTS
+
+
+def needed(needs: int) -> list[int]:
+    """The bits that are set, lowest first; the logits come last."""
+    return [bit for bit in range(SLOTS + 1) if needs >> bit & 1]
+
+
+def slots_of(numbers: Sequence[float]) -> list[int]:
+    """The slots that hold tensors, in the order in which these come."""
+    mask = int(numbers[MASK])
+    return [slot for slot in range(SLOTS) if mask >> slot & 1]
+
+
 #: The kind or option whose number each field is, with the word for it.
 KINDS: dict[Field, tuple[type[IntEnum], str]] = {
     Field.TRANSFORM: (TransformKind, "transform"),

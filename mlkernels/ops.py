@@ -22,10 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .spec import MASK, REDUCTION, SLOTS, Reduction
-
-#: The bit of ``needs`` that stands for the logits.
-INPUT = SLOTS
+from .numbering import INPUT, REDUCTION, Reduction, needed, slots_of
 
 _libraries = [torch.library.Library(name, "DEF") for name in ("mlkernels", "mlkernels_triton")]
 _tags = (torch.Tag.pt2_compliant_tag,)
@@ -55,17 +52,6 @@ for _schema in (*_SCHEMAS, _REFRESH):
     _libraries[1].define(_schema, tags=_tags)
 # Each dst from the src at its place, bit for bit; with a flag (one boolean) only where the device finds it true.
 _libraries[0].define("multi_copy_(Tensor(a!)[] dst, Tensor[] src, Tensor? flag=None) -> ()", tags=_tags)
-
-
-def needed(needs: int) -> list[int]:
-    """The bits that are set, lowest first; the logits come last."""
-    return [bit for bit in range(SLOTS + 1) if needs >> bit & 1]
-
-
-def slots_of(numbers: Sequence[float]) -> list[int]:
-    """The slots that hold tensors, in the order of params."""
-    mask = int(numbers[MASK])
-    return [slot for slot in range(SLOTS) if mask >> slot & 1]
 
 
 def _accumulate(dtype: torch.dtype) -> torch.dtype:

@@ -36,7 +36,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import mlkernels
 from mlkernels import ops
-from mlkernels.backends.triton import launch
+from mlkernels.backends.triton import launch, tiles
 
 # By name: the package exports functions that are called like its modules.
 softmax = importlib.import_module("mlkernels.softmax")
@@ -81,7 +81,7 @@ class Case:
     smoothing: float = 0.0
     adjustment: bool = False
     softcap: float | None = None
-    tile: launch.Tile | None = None  # another than the package's
+    tile: tiles.Tile | None = None  # another than the package's
 
     def run(self) -> None:
         shape: tuple[int, ...] = (self.rows, self.classes)
@@ -136,12 +136,12 @@ def sizes(architecture: str, side_by_side: bool, itemsize: int, every: bool) -> 
     found: dict[Any, int] = {}
     for exponent in range(19):
         unit = 1 if side_by_side else min(16, 2**exponent)
-        tile = launch.tile(architecture, 2**exponent, side_by_side, itemsize, unit, True)
+        tile = tiles.tile(architecture, 2**exponent, side_by_side, itemsize, unit, True)
         found[tile if every else (tile.rows * tile.cols, tile.warps, tile.on_chip)] = 2**exponent
     return list(found.values())
 
 
-def tiles(architecture: str, full: bool) -> Iterator[Case]:
+def every_tile(architecture: str, full: bool) -> Iterator[Case]:
     """Every tile: plain cross entropy, and in the full set also with everything that takes registers."""
     for dtype, layout in itertools.product(DTYPES if full else ("bf16", "fp32"), ("rows", "strided")):
         for classes in sizes(architecture, layout == "strided", DTYPES[dtype].itemsize, full):
@@ -165,7 +165,7 @@ def heaviest(case: Case) -> Case:
 def widest(architecture: str, plain: bool = True) -> int:
     """The longest rows that are held on chip."""
     classes = sizes(architecture, False, 2, True)
-    return max(c for c in classes if launch.tile(architecture, c, False, 2, 16, plain).on_chip)
+    return max(c for c in classes if tiles.tile(architecture, c, False, 2, 16, plain).on_chip)
 
 
 def essentials(architecture: str) -> Iterator[Case]:
@@ -267,7 +267,7 @@ def paired(architecture: str, axes: dict[str, list[Any]]) -> Iterator[Case]:
 def cases(name: str, full: bool) -> Iterator[Case]:
     if full:
         yield from essentials(name)
-        yield from tiles(name, True)
+        yield from every_tile(name, True)
         yield from paired(name, AXES)
         yield Case(16, 2**21, mode="eval", reduction="sum")  # more parts than one program adds up
         for loss in LOSSES:
@@ -275,7 +275,7 @@ def cases(name: str, full: bool) -> Iterator[Case]:
                 yield Case(1024, loss=loss.name, form=form, mode=mode)
     elif name == "sm_90":
         yield from essentials(name)
-        yield from tiles(name, False)
+        yield from every_tile(name, False)
         yield from paired(name, FEWER)
     else:
         yield from fewest(name)
@@ -394,14 +394,14 @@ def launches(name: str, calls: Callable[[], None]) -> list[Launch]:
     # The operators as they are: nothing is replayed, and meta tensors are no reason to ask a dispatcher.
     operators = {function.__name__: function for function in launch._FUNCTIONS}
     kernels = ops.Kernels(*(operators[name] for name in ops._FAKES), refresh=operators["softmax_loss_refresh"], kept=1)
-    kept = JITFunction.__getitem__, launch._architecture, softmax.choose, ops.triton
+    kept = JITFunction.__getitem__, tiles.architecture, softmax.choose, ops.triton
     JITFunction.__getitem__ = launcher  # type: ignore[method-assign]
-    launch._architecture, softmax.choose = lambda device: name, lambda *arguments: "triton"
+    tiles.architecture, softmax.choose = lambda device: name, lambda *arguments: "triton"
     ops.triton = lambda: kernels  # type: ignore[assignment]
     try:
         calls()
     finally:
-        JITFunction.__getitem__, launch._architecture, softmax.choose, ops.triton = kept
+        JITFunction.__getitem__, tiles.architecture, softmax.choose, ops.triton = kept
     assert found, "nothing was launched"
     return found
 
@@ -409,11 +409,11 @@ def launches(name: str, calls: Callable[[], None]) -> list[Launch]:
 def of_case(name: str, case: Case) -> list[Launch]:
     if case.tile is None:
         return launches(name, case.run)
-    kept, launch.tile = launch.tile, lambda *_: case.tile  # type: ignore[assignment]
+    kept, tiles.tile = tiles.tile, lambda *_: case.tile  # type: ignore[assignment]
     try:
         return launches(name, case.run)
     finally:
-        launch.tile = kept
+        tiles.tile = kept
 
 
 # ---- compiling -------------------------------------------------------------------------------------------------------
@@ -622,7 +622,7 @@ def main() -> None:
                     _work.append((one, {"case": repr(case)}))
         if name == "sm_90":
             # Rows that do not fit: the checks must see it.
-            spilling = Case(32768, 256, mode="train", tile=launch.Tile(4, 1, 1024, 8, 32, True))
+            spilling = Case(32768, 256, mode="train", tile=tiles.Tile(4, 1, 1024, 8, 32, True))
             _work.extend((one, {"bad": True}) for one in of_case(name, spilling)[-1:])
     if arguments.list:
         for one, more in _work:

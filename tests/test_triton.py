@@ -26,7 +26,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 import triton
 import triton.language as tl
 
-from mlkernels.backends.triton import finish, launch
+from mlkernels.backends.triton import arguments, finish, launch, replay, sums, tiles
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the interpreter: log(0) and the like
 
@@ -138,7 +138,7 @@ def test_tiles_cover_every_row(itemsize, plain, side_by_side):
     for classes in (1, 2, 3, 10, 100, 1000, 4096, 4097, 16384, 16385, 50257, 1 << 20, (1 << 20) + 1):
         unit = 1 if side_by_side else math.gcd(16, classes)
         for architecture, warp in (("default", 32), ("gfx942", 64)):
-            tile = launch.tile(architecture, classes, side_by_side, itemsize, unit, plain)
+            tile = tiles.tile(architecture, classes, side_by_side, itemsize, unit, plain)
             assert all(size & (size - 1) == 0 for size in tile[:4])
             assert not tile.on_chip or tile.cols >= classes
             assert tile.vector <= unit and tile.vector * itemsize <= 16
@@ -151,7 +151,7 @@ def test_tiles_cover_every_row(itemsize, plain, side_by_side):
 
 
 def test_an_architecture_that_was_not_measured_has_the_default():
-    assert launch.tile("sm_999", 1000, False, 2, 8, True) == launch.tile("default", 1000, False, 2, 8, True)
+    assert tiles.tile("sm_999", 1000, False, 2, 8, True) == tiles.tile("default", 1000, False, 2, 8, True)
 
 
 # ---- longer rows -----------------------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ def test_an_architecture_that_was_not_measured_has_the_default():
 @pytest.fixture
 def streamed(monkeypatch):
     """Rows of 6 classes in blocks of 4; the last program is not full."""
-    monkeypatch.setattr(launch, "tile", lambda *arguments: launch.Tile(2, 8, 2, 1, 1, False))
+    monkeypatch.setattr(tiles, "tile", lambda *arguments: tiles.Tile(2, 8, 2, 1, 1, False))
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
@@ -239,8 +239,8 @@ def test_long_rows_in_real_blocks():
 @pytest.mark.parametrize("upstream", [1.0, 1.5])
 def test_a_gradient_is_refreshed_by_few_programs(upstream, programs, monkeypatch):
     """Each takes tiles in turn; the last one has fewer."""
-    monkeypatch.setattr(launch, "_CONDITIONAL_PROGRAMS", programs)
-    monkeypatch.setattr(launch, "tile", lambda *arguments: launch.Tile(2, 4, 2, 2, 1, True))
+    monkeypatch.setattr(arguments, "_CONDITIONAL_PROGRAMS", programs)
+    monkeypatch.setattr(tiles, "tile", lambda *arguments: tiles.Tile(2, 4, 2, 2, 1, True))
     loss = BY_NAME["modulated"]
     input, target, params = draw(loss, rows=29, kinds=("random", "confident5"))
     found = run(loss, input.float(), target, params, upstream, backend="triton")
@@ -257,21 +257,21 @@ def test_a_gradient_is_refreshed_by_few_programs(upstream, programs, monkeypatch
 def test_sums_in_many_parts(few, reduction, upstream, monkeypatch):
     """As with millions of rows: labels counted in parts, of several blocks and a rest each, and losses and tables added
     up in blocks. Or few rows, whose labels are counted by whoever needs their number."""
-    monkeypatch.setattr(launch, "_SUM_BLOCK", 1)
-    monkeypatch.setattr(launch, "_TOTAL", {"BLOCK": 8})
-    monkeypatch.setattr(launch, "tile", lambda *arguments: launch.Tile(2, 1, 2, 2, 1, True))
+    monkeypatch.setattr(arguments, "_SUM_BLOCK", 1)
+    monkeypatch.setattr(arguments, "_TOTAL", {"BLOCK": 8})
+    monkeypatch.setattr(tiles, "tile", lambda *arguments: tiles.Tile(2, 1, 2, 2, 1, True))
     if not few:
         for name, value in (("_FEW", 0), ("_PARTS", 4), ("_COUNT", {"BLOCK": 8})):
-            monkeypatch.setattr(launch, name, value)
+            monkeypatch.setattr(arguments, name, value)
     counted = []
-    launched = launch.replay.launch
+    launched = replay.launch
 
     def listen(kernel, grid, *arguments, **options):
-        if kernel is launch.sums.count:
+        if kernel is sums.count:
             counted.append(grid)
         launched(kernel, grid, *arguments, **options)
 
-    monkeypatch.setattr(launch.replay, "launch", listen)
+    monkeypatch.setattr(replay, "launch", listen)
     loss = BY_NAME["piecewise_groups"]
     input, target, params = draw(loss, rows=70, kinds=("random", "confident5"))
     target[::7] = -100
@@ -326,9 +326,11 @@ def test_the_device_looks_at_the_upstream_gradient(dtype, monkeypatch):
     x = torch.randn(5, 7).to(dtype).requires_grad_()
     y = torch.arange(5)
     conditional = []
-    execute = launch._Call.run
+    execute = arguments.Arguments.run
     monkeypatch.setattr(
-        launch._Call, "run", lambda self, **o: conditional.append(o.get("conditional", False)) or execute(self, **o)
+        arguments.Arguments,
+        "run",
+        lambda self, **o: conditional.append(o.get("conditional", False)) or execute(self, **o),
     )
     mlkernels.focal_loss(x, y, backend="triton").backward()
     assert conditional == [False, True]

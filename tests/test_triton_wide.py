@@ -20,7 +20,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from triton.runtime.interpreter import interpreter_builder
 
-from mlkernels.backends.triton import launch
+from mlkernels.backends.triton import arguments, launch, tiles
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the interpreter: log(0) and the like
 
@@ -64,8 +64,8 @@ def visited(input, target, numbers, params, needs, gradient, upstream, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(launch.replay, "launch", run_last)
         patch.setattr(launch.replay, "empty", reserved)
-        patch.setattr(launch._Call, "_parameter", lambda self, slot, values, bins: left.extend([values, bins]))
-        call = launch._Call(input, target, numbers, params)
+        patch.setattr(arguments.Arguments, "_parameter", lambda self, slot, values, bins: left.extend([values, bins]))
+        call = arguments.Arguments(input, target, numbers, params)
         loss, saved, *stats = launch.softmax_stats(input, target, numbers, params)
         left += [loss, saved, *stats]
         for kept in (None, saved):
@@ -88,23 +88,25 @@ def visited(input, target, numbers, params, needs, gradient, upstream, monkeypat
 )
 def test_the_last_of_many_rows(name, form, layout, rows, on_chip, monkeypatch):
     """Where they lie side by side or apart, or are all one row, of which the upstream gradients then lie apart."""
-    monkeypatch.setattr(launch, "tile", lambda *arguments: launch.Tile(1 + on_chip, 4, 2, 2, 1, on_chip))
+    monkeypatch.setattr(tiles, "tile", lambda *arguments: tiles.Tile(1 + on_chip, 4, 2, 2, 1, on_chip))
     loss = BY_NAME[name]
     input, target, params = draw(loss, rows=LAST, classes=CLASSES, form=form)
     group = {"group": loss.group(target)} if loss.groups else {}
     given = []
-    execute = launch._Call.__init__, launch._Call.run
+    execute = arguments.Arguments.__init__, arguments.Arguments.run
     with monkeypatch.context() as patch:
-        patch.setattr(launch._Call, "__init__", lambda self, *a: given.append(a) or execute[0](self, *a))
-        patch.setattr(launch._Call, "run", lambda self, **o: given.append(o.get("needs", 0)) or execute[1](self, **o))
+        patch.setattr(arguments.Arguments, "__init__", lambda self, *a: given.append(a) or execute[0](self, *a))
+        patch.setattr(
+            arguments.Arguments, "run", lambda self, **o: given.append(o.get("needs", 0)) or execute[1](self, **o)
+        )
         run(loss, input.float(), target, params, 1.5, backend="triton", reduction="sum", **group)
     numbers, few = next(a[2:] for a in given if isinstance(a, tuple))
     needs = max(a for a in given if isinstance(a, int))
     numbers = [*numbers]
-    numbers[launch.REDUCTION] = launch.Reduction.NONE
+    numbers[arguments.REDUCTION] = arguments.Reduction.NONE
 
     input = input.float()
-    upstream = torch.linspace(-1, 2, 12 * LAST).view(3, LAST, 4)
+    upstream = torch.linspace(-1, 2, 12 * LAST).view(4, LAST, 3)
     if layout == "one":
         input, large = input[:1].expand(LAST, -1), input[:1].expand(rows, -1)
         gradient = gradient_large = None

@@ -130,14 +130,14 @@ def served(architecture: str = "sm_90") -> Iterator[None]:
     """Meanwhile ``backend="triton"`` takes CPU tensors as it takes a GPU's, whose labels nobody looks at."""
     softmax = importlib.import_module("mlkernels.softmax")  # the package exports a function of that name
     backends = importlib.import_module("mlkernels.backends")
-    launch = importlib.import_module("mlkernels.backends.triton.launch")
-    kept = backends.interpreted, softmax.check_indices, launch._architecture
+    tiles = importlib.import_module("mlkernels.backends.triton.tiles")
+    kept = backends.interpreted, softmax.check_indices, tiles.architecture
     backends.interpreted = lambda: True
     softmax.check_indices = lambda *arguments: None
-    launch._architecture = lambda device: architecture
+    tiles.architecture = lambda device: architecture
     backends._why_not.cache_clear()
     try:
         yield
     finally:
-        backends.interpreted, softmax.check_indices, launch._architecture = kept
+        backends.interpreted, softmax.check_indices, tiles.architecture = kept
         backends._why_not.cache_clear()

@@ -142,14 +142,14 @@ def _to_ptx_only(*arguments: Any) -> Any:
 def install(target: str = "sm_90") -> None:
     """Backend "triton" for CPU tensors, compiled for this target, until the process ends or another target comes."""
     from mlkernels import backends
-    from mlkernels.backends.triton import launch
+    from mlkernels.backends.triton import rows, tiles
 
-    if isinstance(launch.kernels.visit, InterpretedFunction):
+    if isinstance(rows.visit, InterpretedFunction):
         raise Unavailable("Triton was imported under TRITON_INTERPRET=1")
     if not hasattr(knobs.runtime, "add_stages_inspection_hook"):
         raise Unavailable(f"Triton {triton.__version__} has no hook for the stages of a compilation")
     knobs.runtime.add_stages_inspection_hook = _to_ptx_only
     triton.runtime.driver.set_active(Driver(int(target.removeprefix("sm_"))))
-    launch._architecture = lambda device: target
+    tiles.architecture = lambda device: target
     backends.interpreted = lambda: True  # what lets Triton have CPU tensors
     backends._why_not.cache_clear()

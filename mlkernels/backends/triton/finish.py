@@ -529,16 +529,16 @@ def entropy(share, s, at, shift):
 
 
 @triton.jit
-def coefficients(classes, smoothing, z_loss, weight_sum, share, s, slope, at, h, w, weight, up):
+def coefficients(classes, smoothing, z_loss, weight_sum, share, s, slope, at, h, w, weight, up, g_entropy):
     """dL/du_j = e_j (a + b (u_j - m)) - d w_j for j != y, and g at the target: (a, b, d, g). And what that and the
     derivative by s are made of: (pull, part, flat, dL/dz_y), where pull is the coefficient of p_j - 1[j = y], part that
     of -w_j, flat that of p_j alone.
 
-    up: the upstream gradients of the loss's two terms, logsumexp, log_prob and, or None, the entropy: without it there
-    are no b and h, the entropy itself.
+    up, g_entropy: the upstream gradients of the loss's two terms, logsumexp and log_prob, and, or None, of the entropy:
+    without it there are no b and h, the entropy itself.
     """
     nll, q, p, others, lse, alone = at
-    g_class, g_row, g_lse, g_log_prob, g_entropy = up
+    g_class, g_row, g_lse, g_log_prob = up
     pull = g_class * (1.0 - smoothing) * weight * w - g_log_prob
     part = g_class * smoothing / classes
     flat = part * weight_sum + g_lse
@@ -558,12 +558,11 @@ def coefficients(classes, smoothing, z_loss, weight_sum, share, s, slope, at, h,
 
 
 @triton.jit
-def by_scale(classes, weight_sum, share, m, s, t, at, h, weight, weighted, shift, second, up, z):
+def by_scale(classes, weight_sum, share, m, s, t, at, h, weight, weighted, shift, second, g_entropy, z):
     """The derivative of a row's loss by s. shift and second: the sums over j != y of e_j (u_j - m) and e_j (u_j - m)^2,
     this where the entropy's upstream gradient is given; z: the second of what coefficients returns."""
     nll, q, p, others, _lse, alone = at
     pull, part, flat, _dz_y = z
-    g_entropy = up[4]
     expected = tl.where(p > 0, p * t, 0.0)  # p_y t: 0 where p is, also when t is -inf
     smooth = part != 0
     absent = tl.where(classes > 1, INF, 0.0)  # smoothing counts classes that have no chance

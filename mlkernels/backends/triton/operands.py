@@ -81,22 +81,13 @@ def numbers(values, MODES: tl.constexpr, y, row, kept, T: tl.constexpr, PIECEWIS
 
 
 @triton.jit
-def upstream_of(pointers, strides, f_class, f_row, row, kept, T: tl.constexpr):
-    """The upstream gradients of a row's loss (per class weight, per row), logsumexp, log_prob and, or None, entropy."""
-    zero = tl.zeros(row.shape, T)
-    g_loss = zero + 1.0
-    if pointers[0] is not None:
-        g_loss = tl.load(pointers[0] + row.to(tl.int64) * strides[0], kept, 0.0).to(T)
-    elif pointers[1] is not None or pointers[2] is not None or pointers[3] is not None:
-        g_loss = zero
-    g_lse, g_log_prob, g_entropy = zero, zero, None
-    if pointers[1] is not None:
-        g_lse = tl.load(pointers[1] + row.to(tl.int64) * strides[1], kept, 0.0).to(T)
-    if pointers[2] is not None:
-        g_log_prob = tl.load(pointers[2] + row.to(tl.int64) * strides[2], kept, 0.0).to(T)
-    if pointers[3] is not None:
-        g_entropy = tl.load(pointers[3] + row.to(tl.int64) * strides[3], kept, 0.0).to(T)
-    return g_loss * f_class, g_loss * f_row, g_lse, g_log_prob, g_entropy
+def upstream_of(pointer, stride, row, kept, T: tl.constexpr):
+    """An upstream gradient of each row; 0 where there is none."""
+    if pointer is None:
+        found = tl.zeros(row.shape, T)
+    else:
+        found = tl.load(pointer + row.to(tl.int64) * stride, kept, 0.0).to(T)
+    return found
 
 
 # ---- what it leaves --------------------------------------------------------------------------------------------------

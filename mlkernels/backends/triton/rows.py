@@ -169,7 +169,6 @@ def visit(
     sizes = (d1, d2)
     in_strides = (multiple(in_class, ACROSS), in_outer, in_middle, in_inner)
     out_strides = (multiple(out_class, ACROSS), out_outer, out_middle, out_inner)
-    upstream_strides = (up_loss, up_lse, up_log_prob, up_entropy)
     if t_tables is not None:
         t_tables = (t_tables[0], t_tables[1], t_bins, groups)
     if tau_tables is not None:
@@ -282,9 +281,17 @@ def visit(
 
         # ---- coefficients, gradient
         if grad is not None or by_parameter is not None:
-            up = upstream_of(upstream, upstream_strides, f_class, f_row, row, kept, T)
+            g_loss = upstream_of(upstream[0], up_loss, row, kept, T)
+            if upstream[0] is None and upstream[1] is None and upstream[2] is None and upstream[3] is None:
+                g_loss += 1.0
+            g_lse = upstream_of(upstream[1], up_lse, row, kept, T)
+            g_log_prob = upstream_of(upstream[2], up_log_prob, row, kept, T)
+            g_h = None
+            if TILTED:
+                g_h = upstream_of(upstream[3], up_entropy, row, kept, T)
+            up = (g_loss * f_class, g_loss * f_row, g_lse, g_log_prob)
             row_coefficients, z = coefficients(
-                classes, smoothing, z_loss, every_weight, share, s, own[1], at, h, head[1], w_y, up
+                classes, smoothing, z_loss, every_weight, share, s, own[1], at, h, head[1], w_y, up, g_h
             )
             out = base
             if grad is not None:
@@ -311,7 +318,7 @@ def visit(
                 else:
                     shift = found
             if by_parameter is not None:
-                by_s = by_scale(classes, every_weight, share, m, s, own[0], at, h, w_y, weighted, shift, second, up, z)
+                by_s = by_scale(classes, every_weight, share, m, s, own[0], at, h, w_y, weighted, shift, second, g_h, z)
                 by_head = up[0] * (1.0 - smoothing) * w_y
                 leave_parameters(
                     by_parameter, bins, row, rows, kept, by_s, s, high, v[LOGIT_NORM], s * z[3], own, by_head, head,
