@@ -25,11 +25,11 @@ def few_rows(problem: Problem) -> Problem:
     Few labels are counted where they are needed, more of them before. Should that rule change, kernels are compiled
     later, one by one: slower, but not timed either.
     """
-    from mlkernels.backends.triton import launch
+    from mlkernels.backends.triton import arguments
 
     if len(problem.shape) > 2:
         return problem
-    return problem._replace(shape=(min(4 * launch._FEW, problem.rows), problem.classes))
+    return problem._replace(shape=(min(4 * arguments._FEW, problem.rows), problem.classes))
 
 
 def visit(problem: Problem, names: Iterable[str], kind: str, by: str, modes: Sequence[str]) -> None:

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from mlkernels.backends import CHOICE, LAYOUTS, check_choice
-from mlkernels.backends.triton import launch
+from mlkernels.backends.triton import replay, tiles
+from mlkernels.backends.triton import rows as kernels
 
 from .ahead import compile_ahead, few_rows, visit
 from .cases import Problem, floor_bytes, make_inputs, with_classes
@@ -38,7 +39,7 @@ from .report import describe
 MODES = ["forward", "step", "split"]
 Table = dict[str, list[list[int]]]
 
-PATH = Path(launch.__file__).parent / "sizes.json"
+PATH = Path(tiles.__file__).parent / "sizes.json"
 LISTS = ["classes_side_by_side", "rows_side_by_side"]
 ELEMENTS, COPIED = 2**28, 2**30  # of a problem's logits; bytes of the copy
 LONGEST = 32768  # classes that may fit on chip; whether they do is measured
@@ -102,9 +103,9 @@ def with_row(table: Table, candidate: Candidate) -> Table:
 
 def use(table: Table) -> None:
     """Launches go by this table from now on, on every architecture."""
-    launch._sizes = lambda architecture: table  # type: ignore[assignment]
-    launch.tile.cache_clear()
-    launch.replay.forget()
+    tiles._sizes = lambda architecture: table  # type: ignore[assignment]
+    tiles.tile.cache_clear()
+    replay.forget()
 
 
 def problem_of(candidate: Candidate, classes: int, elements: int) -> Problem:
@@ -144,7 +145,6 @@ def rate(table: Table, candidate: Candidate, copied: tuple[Tensor, Tensor], elem
     """The fraction of the copy bandwidth, a mean over problems and modes; 0 where the kernels spill."""
     device = copied[0].device
     use(with_row(table, candidate))
-    kernels = launch.kernels
     original = kernels.visit
     kernels.visit = recorder = Recorder(original)
     fractions = []
@@ -291,7 +291,7 @@ def text_of(sizes: dict[str, Any]) -> str:
 def tune_sizes(architecture: str, device: torch.device, started: float, say: Callable[[str], None]) -> int:
     """Measures Triton's launch sizes and writes them; the exit status."""
     sizes = json.loads(PATH.read_text())
-    table = {name: rows for name, rows in launch._sizes(architecture).items() if name in LISTS}
+    table = {name: rows for name, rows in tiles._sizes(architecture).items() if name in LISTS}
     every = [candidate for group in candidates(table) for candidate in group]
     say(f"compiling for {len(every)} candidates")
     compile_ahead(
@@ -359,7 +359,7 @@ def main(given: list[str] | None = None) -> int:
     def say(what: str) -> None:
         print(f"[{time.perf_counter() - started:5.0f} s] {what}", flush=True)
 
-    architecture = launch._architecture(device)
+    architecture = tiles.architecture(device)
     status = 0
     if options.only != "choice":
         status |= tune_sizes(architecture, device, started, say)

@@ -25,7 +25,7 @@ from bench.cases import LOSSES, MODES, Problem, floor_bytes, make_inputs
 from bench.measure import Key, Plan, Run, Timing
 from bench.report import Outcome, Report, check, text
 from mlkernels import backends, softmax
-from mlkernels.backends.triton import launch
+from mlkernels.backends.triton import arguments, rows, tiles
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -74,7 +74,7 @@ def test_few_rows_are_specialised_like_many(classes):
     many = cases.with_classes(classes, "bfloat16", 2**30)
     few = ahead.few_rows(many)
     assert few.rows <= many.rows and few.rows <= 2**14
-    assert (few.rows > launch._FEW) == (many.rows > launch._FEW)
+    assert (few.rows > arguments._FEW) == (many.rows > arguments._FEW)
     assert few.rows % 16 == many.rows % 16 == 0
 
 
@@ -262,19 +262,19 @@ def test_runs_on_the_kernels_themselves(monkeypatch):
     monkeypatch.setattr(cases, "SMALL", 0)
     run, _ = measured(plan(backends=there, names=["piecewise"], problems=[Problem((16, 20), "bfloat16")], peers=[]))
     assert run.failures == [] and sum(key.by in there for key in run.timings) == 3 * len(there)
-    monkeypatch.setattr(launch, "_sizes", launch._sizes)
+    monkeypatch.setattr(tiles, "_sizes", tiles._sizes)
     table = {"classes_side_by_side": [[2048, 2048, 4], [0, 256, 8]], "rows_side_by_side": [[0, 256, 4]]}
     copied = torch.zeros(64), torch.zeros(64)
-    kernel = launch.kernels.visit
+    kernel = rows.visit
     try:
         row = tune.Candidate("classes_side_by_side", 2048, (1024, 4), (40,))
         tune.prepare(table, row, "cpu", 640)
-        assert launch.tile("sm_90", 40, False, 2, 8, True)[:5] == (1, 16, 8, 8, 4)
+        assert tiles.tile("sm_90", 40, False, 2, 8, True)[:5] == (1, 16, 8, 8, 4)
         images = tune.Candidate("rows_side_by_side", 0, (128, 4), (5,))
         assert tune.rate(table, images, copied, 80) > 0
-        assert launch.kernels.visit is kernel
+        assert rows.visit is kernel
     finally:
-        launch.tile.cache_clear()
+        tiles.tile.cache_clear()
 
 
 def test_fresh_processes(tmp_path, capsys):
@@ -946,8 +946,8 @@ def test_tune_writes_what_launch_reads(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tune, "COPIED", 64)
     monkeypatch.setattr(tune, "compile_ahead", lambda work, seconds, say: None)
     monkeypatch.setattr(tune, "rate", lambda table, one, copied, elements: 0.9 if one.row == (4096, 8) else 0.5)
-    monkeypatch.setattr(launch, "_architecture", lambda device: "sm_90")
-    monkeypatch.setattr(launch, "_sizes", launch._sizes)
+    monkeypatch.setattr(tiles, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(tiles, "_sizes", tiles._sizes)
     monkeypatch.setattr(tune, "usable", lambda device: ["triton"])  # and so no choice to measure
     assert tune.main([]) == 0
     sizes = json.loads(path.read_text())
@@ -955,15 +955,15 @@ def test_tune_writes_what_launch_reads(tmp_path, monkeypatch, capsys):
     assert [4096, 8] in [row[1:] for row in sizes["sm_90"]["rows_side_by_side"]]
     assert sizes["sm_90"]["measured"]["device"] and len(sizes["sm_90"]["measured"]["rows"]) > 4
     assert max(map(len, path.read_text().splitlines())) < 200
-    # As launch.py merges them.
+    # As tiles.py merges them.
     merged = {**sizes["default"], **sizes["sm_90"]}
-    monkeypatch.setattr(launch, "_sizes", lambda architecture: merged)
-    launch.tile.cache_clear()
+    monkeypatch.setattr(tiles, "_sizes", lambda architecture: merged)
+    tiles.tile.cache_clear()
     try:
-        assert launch.tile("sm_90", 1000, False, 2, 8, True).on_chip
-        assert not launch.tile("sm_90", 10**6, False, 2, 8, True).on_chip
+        assert tiles.tile("sm_90", 1000, False, 2, 8, True).on_chip
+        assert not tiles.tile("sm_90", 10**6, False, 2, 8, True).on_chip
     finally:
-        launch.tile.cache_clear()
+        tiles.tile.cache_clear()
     said = capsys.readouterr().out
     assert "wrote sm_90" in said and "choice.json is left as it was: of triton and cuda only ['triton']" in said
     before = path.read_text()
@@ -1039,7 +1039,7 @@ def test_tune_writes_what_the_choice_reads(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tune, "gpu", lambda: CPU)
     monkeypatch.setattr(tune, "usable", lambda device: ["triton", "cuda"])
     monkeypatch.setattr(tune, "compile_ahead", lambda work, seconds, say: None)
-    monkeypatch.setattr(launch, "_architecture", lambda device: "sm_90")
+    monkeypatch.setattr(tiles, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(tune, "ratio_at", lambda layout, classes, device, elements: 2.0 if classes > 100 else 0.5)
     default = json.loads(path.read_text())["default"]
     assert tune.main(["--only", "choice"]) == 0
@@ -1066,7 +1066,7 @@ def test_tune_writes_what_the_choice_reads(tmp_path, monkeypatch, capsys):
 def test_tune_without_the_cuda_kernels_leaves_the_choice(monkeypatch, capsys):
     monkeypatch.setattr(tune, "gpu", lambda: CPU)
     monkeypatch.setattr(tune, "usable", lambda device: ["triton"])
-    monkeypatch.setattr(launch, "_architecture", lambda device: "sm_90")
+    monkeypatch.setattr(tiles, "architecture", lambda device: "sm_90")
     before = backends.CHOICE.read_text()
     assert tune.main(["--only", "choice"]) == 0
     assert "only ['triton'] can be used" in capsys.readouterr().out and backends.CHOICE.read_text() == before

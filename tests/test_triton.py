@@ -26,7 +26,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 import triton
 import triton.language as tl
 
-from mlkernels.backends.triton import arguments, finish, launch, replay, sums, tiles
+from mlkernels.backends.triton import arguments, elementary, launch, replay, sums, tiles
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the interpreter: log(0) and the like
 
@@ -39,24 +39,24 @@ def _unary(x, out, WHICH: tl.constexpr, N: tl.constexpr):
     at = tl.arange(0, N)
     v = tl.load(x + at)
     if WHICH == "log1p":
-        r = finish.log1p(v)
+        r = elementary.log1p(v)
     elif WHICH == "expm1":
-        r = finish.expm1(v)
+        r = elementary.expm1(v)
     elif WHICH == "tanh":
-        r = finish.tanh(v)
+        r = elementary.tanh(v)
     elif WHICH == "acos":
-        r = finish.acos(v)
+        r = elementary.acos(v)
     elif WHICH == "sin":
-        r, _ = finish.sincos(v)
+        r, _ = elementary.sincos(v)
     else:
-        _, r = finish.sincos(v)
+        _, r = elementary.sincos(v)
     tl.store(out + at, r)
 
 
 @triton.jit
 def _power(x, y, out, N: tl.constexpr):
     at = tl.arange(0, N)
-    tl.store(out + at, finish.power(tl.load(x + at), tl.load(y + at)))
+    tl.store(out + at, elementary.power(tl.load(x + at), tl.load(y + at)))
 
 
 def ulps(found: torch.Tensor, wanted: list) -> float:

@@ -16,7 +16,7 @@ import numpy as np
 from mpmath import mpf
 
 ROOT = Path(__file__).resolve().parent.parent
-TRITON, FINISH, VEC = "mlkernels/backends/triton/finish.py", "csrc/finish.h", "csrc/cpu/vec.h"
+TRITON, FINISH, VEC = "mlkernels/backends/triton/elementary.py", "csrc/finish.h", "csrc/cpu/vec.h"
 Function = Callable[[mpf], mpf]
 DIGITS = 50
 

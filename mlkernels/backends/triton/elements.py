@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .constants import INF
-from .finish import tanh
+from .elementary import tanh
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # exp is the hardware's exp2 of that, which a row's scale can take in
 
@@ -130,7 +130,7 @@ def places(
     place = tensor + of_row(base) + (col.to(tl.int64) if WIDE else col) * stride
     # Triton deals to threads what it thinks is most contiguous, and a tie by its version. So it is told an order:
     # vectors, then lanes, then rows; a thread keeps all chunks. How much is accessed at once is for the alignment to
-    # say, which is believed whatever it is: so it is what launch.py found in sizes, strides and pointers.
+    # say, which is believed whatever it is: so it is what arguments.py found in sizes, strides and pointers.
     BYTES: tl.constexpr = tensor.dtype.element_ty.primitive_bitwidth // 8
     if ACROSS:
         # A thread has 4 bytes of neighbours. Where these are not all rows but two lanes, Triton 3.9 would believe that

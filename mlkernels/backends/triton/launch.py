@@ -57,9 +57,9 @@ def softmax_stats(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     call = Arguments(input, target, numbers, params)
     saved = call.empty(call.rows, 2)
-    real = [call.empty(*target.shape) for _ in range(4)]
-    whole = [call.empty(*target.shape, dtype=torch.int64) for _ in range(2)]
-    rows = (*real[:3], whole[0], real[3], whole[1])
+    logsumexp, log_prob, entropy, confidence = [call.empty(*target.shape) for _ in range(4)]
+    prediction, rank = [call.empty(*target.shape, dtype=torch.int64) for _ in range(2)]
+    rows = (logsumexp, log_prob, entropy, prediction, confidence, rank)
     loss, _ = call.run(losses=True, save=saved, stats=rows)
     assert loss is not None
     return loss, saved, *rows

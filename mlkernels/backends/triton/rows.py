@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from .constants import INF, LOGIT_NORM, MEAN, NEED_SHIFT, ROW_SCALE, SMOOTHING, SOFTCAP, TWO_SCALE, Z_LOSS
+from .elementary import tanh
 from .elements import (
     LOG2_E,
     afresh,
@@ -28,7 +29,7 @@ from .elements import (
     row_sum,
     thread_sum,
 )
-from .finish import by_scale, coefficients, entropy, finish, kind, row_loss, row_scale, tanh
+from .finish import by_scale, coefficients, entropy, finish, kind, row_loss, row_scale
 from .operands import (
     label_of,
     leave_loss,
