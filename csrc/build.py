@@ -54,7 +54,7 @@ FLAGS = [
     # Nothing includes Python.h; should something ever do, it must keep to what every Python since 3.10 has.
     "-DPy_LIMITED_API=0x030A0000",
 ]
-# csrc/cpu/kernels.cpp is compiled once for each; library_cpu.cpp chooses among them at run time.
+# csrc/cpu/kernels.cpp and pieces.cpp are compiled once for each; library_cpu.cpp chooses among them at run time.
 ISAS: dict[str, list[str]] = {"baseline": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISAS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
@@ -201,11 +201,14 @@ def make_cpu() -> Path:
     torch, compiler = find_torch(), find_compiler()
     command, here = compiling(torch, compiler), OBJECTS / "cpu"
     units = [
-        compiled(here / f"kernels_{isa}.o", CSRC / "cpu" / "kernels.cpp", [*command, *flags, f"-DMLKERNELS_ISA={isa}"])
+        compiled(here / f"{name}_{isa}.o", CSRC / "cpu" / f"{name}.cpp", [*command, *flags, f"-DMLKERNELS_ISA={isa}"])
+        for name in ("kernels", "pieces")
         for isa, flags in ISAS.items()
     ]
     units.append(compiled(here / "buffers.o", CSRC / "cpu" / "buffers.cpp", command))
-    units.append(compiled(here / "library_cpu.o", CSRC / "library_cpu.cpp", compiling_library(torch, compiler)))
+    library = compiling_library(torch, compiler)
+    names = ("library_cpu", "library_pieces")
+    units += [compiled(here / f"{name}.o", CSRC / f"{name}.cpp", library) for name in names]
     options = [f"-L{torch / 'lib'}", "-ltorch_cpu"]
     if sys.platform == "linux":
         options += ["-Wl,-z,defs"]  # a symbol of ours that no library has fails now and not at import

@@ -20,6 +20,7 @@ from .functional import (
     two_scale_cross_entropy,
 )
 from .joint import Alternating
+from .linear import LinearLoss, linear_cross_entropy, linear_softmax_loss
 from .modules import (
     ArcFaceLoss,
     CenterLoss,
@@ -51,6 +52,7 @@ __all__ = [
     "FocalLoss",
     "JointLoss",
     "LGMLoss",
+    "LinearLoss",
     "Margin",
     "MarginLoss",
     "Modulated",
@@ -76,6 +78,8 @@ __all__ = [
     "focal_loss",
     "functional",
     "lgm_loss",
+    "linear_cross_entropy",
+    "linear_softmax_loss",
     "margin_cross_entropy",
     "metrics",
     "modulated_cross_entropy",

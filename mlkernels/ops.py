@@ -50,6 +50,20 @@ for _schema in (*_SCHEMAS, _REFRESH):
         _schema = _schema[:-1] + ", Tensor)"
     _schema = _schema.replace("refresh(Tensor grad_loss,", "refresh(Tensor grad_loss, Tensor factors,")
     _libraries[1].define(_schema, tags=_tags)
+# Of heads (mlkernels/linear): what a tile of classes adds to what is known of its rows, and its gradient, in place. The
+# arguments are those of backends/reference.py's functions of these names.
+_TILE = "Tensor(a!) tile, {}Tensor label, int start, {}Tensor? weight, Tensor? adjustment, float softcap"
+_libraries[0].define(
+    f"piece_statistics({_TILE.format('Tensor target_logit, ', 'Tensor scales, ')}, Tensor(b!) top, Tensor(c!) total, "
+    "Tensor(d!) shift, Tensor(e!)? second, Tensor(f!)? weighted, Tensor(g!)? weights, Tensor(h!) first, "
+    "Tensor(i!) above) -> ()",
+    tags=_tags,
+)
+_libraries[0].define(
+    f"piece_gradient({_TILE.format('', 'bool seen, ')}, Tensor factor, Tensor? slope, Tensor? spread, Tensor scale, "
+    "Tensor top) -> ()",
+    tags=_tags,
+)
 # Each dst from the src at its place, bit for bit; with a flag (one boolean) only where the device finds it true.
 _libraries[0].define("multi_copy_(Tensor(a!)[] dst, Tensor[] src, Tensor? flag=None) -> ()", tags=_tags)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypedDict
 
@@ -139,10 +140,30 @@ class Common(Options, PerCall, total=False):
     """All of them, which functions take."""
 
 
+class ProductLogits(ABC):
+    """What stands for logits that are a product and never whole; see :mod:`mlkernels.linear`."""
+
+    @abstractmethod
+    def shaped(self) -> Tensor:
+        """A tensor of their shape, dtype and device that takes no memory: arguments are checked by it."""
+
+    @abstractmethod
+    def loss(
+        self,
+        target: Tensor,
+        numbers: Sequence[float],
+        params: Sequence[Tensor],
+        tables: frozenset[int],
+        return_stats: bool,
+        backend: BackendName | None,
+    ) -> tuple[Tensor, RowStats | None]:
+        """The loss whose arguments were checked, with the numbers and tensors that operators take."""
+
+
 def apply(  # noqa: C901 - one visit to every argument, and each may be refused
     spec: Spec,
     values: Sequence[Number | None],
-    input: Tensor,
+    input: Tensor | ProductLogits,
     target: Tensor,
     group: Tensor | None = None,
     return_stats: bool = False,
@@ -168,6 +189,9 @@ def apply(  # noqa: C901 - one visit to every argument, and each may be refused
         raise unknown_keywords(functions[spec.function], unknown, COMMON)
     if type(ignore_index) is not int:
         ignore_index = check_index("ignore_index", ignore_index)
+    product = None
+    if isinstance(input, ProductLogits):
+        product, input = input, input.shaped()
     target = check_tensors(input, target, ignore_index)
     dim = input.dim()
     if dim == 1:
@@ -222,6 +246,11 @@ def apply(  # noqa: C901 - one visit to every argument, and each may be refused
     elif half or needs != ONLY_INPUT:
         call = Call(call.numbers, needs, half, ops.CPU)
 
+    if product is not None:
+        check_indices("target", target, input.shape[1], ignore_index)
+        if group is not None:
+            check_indices("group", group, _groups(tensors))
+        return product.loss(target, call.numbers, params, spec.tables, return_stats, backend)
     chosen = choose(input.device, backend, input.shape[1], dim > 2 and input.stride(1) != 1)
     by_reference = chosen == "reference" or functorch_level() is not None
     if forward_ad._current_level >= 0:  # kernels would lose a tangent
@@ -229,8 +258,7 @@ def apply(  # noqa: C901 - one visit to every argument, and each may be refused
     if by_reference or chosen != "cpu":  # the CPU's kernels look at the indices while they read them
         check_indices("target", target, input.shape[1], ignore_index)
         if group is not None:
-            count = next(t.shape[0] for slot, t in tensors.items() if slot in _TABLES and t.dim() == 2)
-            check_indices("group", group, count)
+            check_indices("group", group, _groups(tensors))
     if by_reference:
         loss, rows = reference.softmax_loss(input, target, call.numbers, params)
         return loss, RowStats(*rows) if return_stats else None
@@ -259,6 +287,11 @@ def apply(  # noqa: C901 - one visit to every argument, and each may be refused
     if split:
         return autograd.softmax_loss(call, input, target, *params), None
     return autograd.loss_with_gradients(call, input, target, *params), None
+
+
+def _groups(tensors: dict[int, Tensor]) -> int:
+    """How many losses the tables hold."""
+    return next(tensor.shape[0] for slot, tensor in tensors.items() if slot in _TABLES and tensor.dim() == 2)
 
 
 def _numbers(

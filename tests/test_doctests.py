@@ -33,7 +33,9 @@ def test_there_are_examples():
     assert sum(doctest.testmod(importlib.import_module(name)).attempted for name in module_names()) > 60
 
 
-@pytest.mark.parametrize("page, fewest", [("losses.md", 11), ("schedules.md", 7), ("distributed.md", 5)])
+@pytest.mark.parametrize(
+    "page, fewest", [("losses.md", 11), ("schedules.md", 7), ("distributed.md", 5), ("heads.md", 3)]
+)
 def test_pages(page, fewest):
     """The blocks of one page build on each other, from top to bottom."""
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / page).read_text(), re.MULTILINE | re.DOTALL)

@@ -5,156 +5,13 @@
 // lie apart, go a vector of rows at a time. All others (half types, softcap, adjustment, medium length) are widened into
 // a scratch row first and narrowed from one at the end.
 #include "problem.h"
-#include "vec.h"
+#include "sweeps.h"
 
 #include <cstdlib>
 
 namespace mlkernels {
 namespace MLKERNELS_ISA {
 namespace {
-
-// ---- sweeps: one direction over n contiguous elements ----------------------------------------------------------------
-
-template <class T>
-T sweep_max(const T* u, int64_t n, T start) {
-  constexpr int W = WIDTH<T>;
-  Vec<T> a = splat(start), b = a, c = a, d = a;
-  int64_t j = 0;
-  for (; j + 4 * W <= n; j += 4 * W) {
-    a = larger(a, load(u + j));
-    b = larger(b, load(u + j + W));
-    c = larger(c, load(u + j + 2 * W));
-    d = larger(d, load(u + j + 3 * W));
-  }
-  for (; j + W <= n; j += W) a = larger(a, load(u + j));
-  if (j < n) b = larger(b, load_first(u + j, int(n - j), start));
-  return max_of<T>(larger(larger(a, b), larger(c, d)));
-}
-
-template <class T>
-struct Sums {
-  T e;      // of exp(s (u_j - m))
-  T shift;  // of exp(s (u_j - m)) (u_j - m)
-};
-
-// What to fetch while a sweep is busy with arithmetic: the next row, at the same columns. bytes: per column; 0: nothing.
-struct Ahead {
-  const char* row;
-  int bytes;
-};
-
-// e_j = factor exp(s (u_j - m)) to out (which may be u), their sum without the factor, and on demand the shifted sum.
-template <class T, bool STORE, bool SHIFT>
-Sums<T> sweep_exp(const T* u, T* out, int64_t n, T m, T s, T factor, Ahead ahead) {
-  constexpr int W = WIDTH<T>;
-  Vec<T> sum0{}, sum1{}, shift0{};
-  const Vec<T> vm = splat(m), vs = splat(s);
-  auto one = [&](Vec<T> x, Vec<T>& sum) {
-    const Vec<T> d = x - vm;
-    const Vec<T> e = exp_nonpositive(d * vs);
-    sum += e;
-    // A class of probability 0 contributes 0, also when its logit is -inf.
-    if (SHIFT) shift0 += e == Vec<T>{} ? Vec<T>{} : e * d;
-    return e;
-  };
-  int64_t j = 0;
-  for (; j + 2 * W <= n; j += 2 * W) {
-    if (ahead.bytes) {
-      __builtin_prefetch(ahead.row + j * ahead.bytes, 0, 2);
-      __builtin_prefetch(ahead.row + (j + W) * ahead.bytes, 0, 2);
-    }
-    const Vec<T> e0 = one(load(u + j), sum0), e1 = one(load(u + j + W), sum1);
-    if (STORE) {
-      store(out + j, e0 * factor);
-      store(out + j + W, e1 * factor);
-    }
-  }
-  for (; j < n; j += W) {
-    const bool whole = j + W <= n;
-    const Vec<T> e = one(whole ? load(u + j) : load_first(u + j, int(n - j), -infinity<T>()), sum0);
-    if (STORE) {
-      if (whole)
-        store(out + j, e * factor);
-      else
-        store_first(out + j, int(n - j), e * factor);
-    }
-  }
-  return {sum_of<T>(sum0 + sum1), SHIFT ? sum_of<T>(shift0) : T(0)};
-}
-
-// The sum of exp(s (u_j - m)) (u_j - m)^2.
-template <class T>
-T sweep_square(const T* u, int64_t n, T m, T s) {
-  constexpr int W = WIDTH<T>;
-  Vec<T> sum{};
-  for (int64_t j = 0; j < n; j += W) {
-    const Vec<T> d = (j + W <= n ? load(u + j) : load_first(u + j, int(n - j), -infinity<T>())) - m;
-    const Vec<T> e = exp_nonpositive(d * s);
-    sum += e == Vec<T>{} ? Vec<T>{} : e * d * d;
-  }
-  return sum_of<T>(sum);
-}
-
-// g_j = (factor + slope (u_j - m)) g_j, where g_j = exp(s (u_j - m)).
-template <class T>
-void sweep_slope(T* g, const T* u, int64_t n, T m, T factor, T slope) {
-  for (int64_t j = 0; j < n; ++j) g[j] = factor * g[j] + (g[j] == 0 ? T(0) : slope * g[j] * (u[j] - m));
-}
-
-// The sum of w_j (u_j - m); w null: ones.
-template <class T>
-T sweep_weighted(const T* u, const T* w, int64_t n, T m) {
-  constexpr int W = WIDTH<T>;
-  Vec<T> sum{};
-  int64_t j = 0;
-  for (; j + W <= n; j += W) {
-    const Vec<T> d = load(u + j) - m;
-    sum += w ? d * load(w + j) : d;
-  }
-  T total = sum_of<T>(sum);
-  for (; j < n; ++j) total += w ? (u[j] - m) * w[j] : u[j] - m;
-  return total;
-}
-
-template <class T>
-void sweep_multiply(T* g, int64_t n, T factor) {
-  constexpr int W = WIDTH<T>;
-  int64_t j = 0;
-  for (; j + W <= n; j += W) store(g + j, load(g + j) * factor);
-  if (j < n) store_first(g + j, int(n - j), load_first(g + j, int(n - j), T(0)) * factor);
-}
-
-// out_j = factor e_j, and the target at y; streamed: past the caches.
-template <class T, class S>
-void sweep_out(S* out, const T* e, int64_t n, T factor, int64_t y, T target, bool streamed) {
-  constexpr int W = WIDTH<T>;
-  const auto plain = [&](int64_t from, int64_t to) {
-    int64_t j = from;
-    for (; j + W <= to; j += W) put(out + j, load(e + j) * factor, false);
-    for (; j < to; ++j) narrow(e[j] * factor, out[j]);
-  };
-  if (!streamed) {
-    plain(0, n);
-    return narrow(target, out[y]);
-  }
-  // A streamed vector goes to its own alignment, and the one that holds the label is left to plain stores.
-  const int64_t past = int64_t(reinterpret_cast<uintptr_t>(out) % (W * sizeof(S)) / sizeof(S));
-  const int64_t first = past ? W - past : 0;
-  const int64_t head = first < n ? first : n, tail = head + (n - head) / W * W;
-  const int64_t label = y < head || y >= tail ? tail : head + (y - head) / W * W;
-  plain(0, head);
-  for (int64_t j = head; j < label; j += W) put(out + j, load(e + j) * factor, true);
-  if (label < tail) plain(label, label + W);
-  for (int64_t j = label + W; j < tail; j += W) put(out + j, load(e + j) * factor, true);
-  plain(tail, n);
-  narrow(target, out[y]);
-}
-
-// g_j -= spread w_j; w null: ones.
-template <class T>
-void sweep_spread(T* g, const T* w, int64_t n, T spread) {
-  for (int64_t j = 0; j < n; ++j) g[j] -= w ? spread * w[j] : spread;
-}
 
 // ---- between storage and scratch -------------------------------------------------------------------------------------
 
@@ -206,19 +63,6 @@ void scatter_rows(S* const* rows, int count, int64_t stride, int64_t classes, co
   }
   for (int64_t j = 0; j < classes; ++j)
     for (int b = 0; b < count; ++b) narrow(from[b * pitch + j], rows[b][j * stride]);
-}
-
-// softcap and adjustment, in place; afterwards the gradient's chain rule back through softcap.
-template <class T>
-void cap_row(T* u, int64_t n, T c, const T* adjustment) {
-  if (c > 0)
-    for (int64_t j = 0; j < n; ++j) u[j] = cap(u[j], c);
-  if (adjustment)
-    for (int64_t j = 0; j < n; ++j) u[j] += adjustment[j];
-}
-template <class T>
-void uncap_row(T* g, const T* u, int64_t n, T c, const T* adjustment) {
-  for (int64_t j = 0; j < n; ++j) g[j] *= cap_slope(adjustment ? u[j] - adjustment[j] : u[j], c);
 }
 
 // ---- a row -----------------------------------------------------------------------------------------------------------

@@ -318,12 +318,35 @@ class Rows(NamedTuple):
     above: Tensor
 
 
-def final_logits(f: Tensor, values: Values, start: int = 0) -> Tensor:
-    """u: the logits of a piece that starts at a class, softcapped and adjusted; an overflow stays one."""
-    cap, adjustment = values.consts[int(Slot.SOFTCAP)], values.vector(Slot.ADJUSTMENT)
+def capped(f: Tensor, values: Values) -> Tensor:
+    """Softcapped: c tanh(f / c), and an overflow stays one."""
+    cap = values.consts[int(Slot.SOFTCAP)]
     if cap > 0:
         f = cap * torch.tanh(f / cap) * torch.where(f == math.inf, math.nan, 1.0).to(f.dtype)
+    return f
+
+
+def through_cap(gradient: Tensor, f: Tensor, values: Values) -> Tensor:
+    """dL/df from dL/du."""
+    cap = values.consts[int(Slot.SOFTCAP)]
+    if cap > 0:
+        t = torch.tanh(f / cap)
+        gradient = gradient * ((1 - t) * (1 + t))
+    return gradient
+
+
+def final_logits(f: Tensor, values: Values, start: int = 0) -> Tensor:
+    """u: the logits of a piece that starts at a class, softcapped and adjusted."""
+    adjustment = values.vector(Slot.ADJUSTMENT)
+    f = capped(f, values)
     return f if adjustment is None else f + adjustment[start : start + f.shape[1]]
+
+
+def final_target(f_y: Tensor, values: Values) -> Tensor:
+    """u_y, (rows,)."""
+    adjustment = values.vector(Slot.ADJUSTMENT)
+    f_y = capped(f_y, values)
+    return f_y if adjustment is None else f_y + adjustment[values.label]
 
 
 def statistics(

@@ -1,0 +1,131 @@
+// The loops over a tile of classes, compiled once per instruction set: backends/reference.py's statistics and combine in
+// one, and its gradient. A tile is read where its product has just left it, in the cache, and written in place.
+#include "pieces.h"
+
+#include <vector>
+
+#include "sweeps.h"
+
+namespace mlkernels {
+namespace MLKERNELS_ISA {
+namespace {
+
+// Calls body(begin, length) for the columns other than y, which may lie outside.
+template <class Body>
+inline void each_part(int64_t y, int64_t classes, Body body) {
+  if (y < 0 || y >= classes) return body(0, classes);
+  if (y > 0) body(0, y);
+  if (y + 1 < classes) body(y + 1, classes - y - 1);
+}
+
+// A class of weight 0 does not count, whatever its logit.
+template <class T>
+T weighted_sum(const T* u, const T* w, int64_t n, T m, T& weights) {
+  T total = 0;
+  for (int64_t j = 0; j < n; ++j) {
+    if (w[j] != 0) total += w[j] * (u[j] - m);
+    weights += w[j];
+  }
+  return total;
+}
+
+template <class T>
+int64_t count_above(const T* u, int64_t n, T limit) {
+  int64_t above = 0;
+  for (int64_t j = 0; j < n; ++j) above += u[j] > limit;
+  return above;
+}
+
+template <class T>
+void statistics(const PieceStatistics<T>& p, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    T* u = p.tile + row * p.classes;
+    if (p.softcap > 0 || p.adjustment) cap_row(u, p.classes, p.softcap, p.adjustment);
+    const int64_t y = p.label[row] - p.start;
+    const T before = p.top[row];
+    T top = -infinity<T>();
+    each_part(y, p.classes, [&](int64_t from, int64_t n) { top = sweep_max(u + from, n, top); });
+    if (top > before) {
+      int64_t j = 0;
+      while (j == y || u[j] != top) ++j;
+      p.first[row] = p.start + j;
+      for (int64_t k = 0; k < p.count; ++k) {
+        const int64_t at = k * p.rows + row;
+        const T move = before - top, share = m_exp(p.scales[at] * move);
+        // What nothing is left of, or nothing was there of, is 0 and not 0 times infinity.
+        const T total = p.total[at], shift = p.shift[at];
+        p.total[at] = share == 0 ? T(0) : share * total;
+        p.shift[at] = share == 0 ? T(0) : share * (shift + move * total);
+        if (p.square) p.square[at] = share == 0 ? T(0) : share * (p.square[at] + move * (2 * shift + move * total));
+      }
+      if (p.weighted && p.weights[row] != 0) p.weighted[row] += (before - top) * p.weights[row];
+      p.top[row] = top;
+    } else if (before == -infinity<T>() && p.first[row] > p.start) {
+      // Only classes of probability 0 so far: the lowest of them.
+      const int64_t lowest = p.start + (y == 0 ? 1 : 0);
+      if (lowest < p.start + p.classes && lowest < p.first[row]) p.first[row] = lowest;
+    }
+    if (p.above[row] >= 0) {
+      each_part(y, p.classes, [&](int64_t from, int64_t n) {
+        p.above[row] += count_above(u + from, n, p.target_logit[row]);
+      });
+    }
+    const T m = p.top[row] == -infinity<T>() ? T(0) : p.top[row];
+    each_part(y, p.classes, [&](int64_t from, int64_t n) {
+      for (int64_t k = 0; k < p.count; ++k) {
+        const int64_t at = k * p.rows + row;
+        const Sums<T> sums = sweep_exp<T, false, true>(u + from, nullptr, n, m, p.scales[at], T(1), Ahead{nullptr, 0});
+        p.total[at] += sums.e;
+        p.shift[at] += sums.shift;
+        if (p.square) p.square[at] += sweep_square(u + from, n, m, p.scales[at]);
+      }
+      if (p.weighted) {
+        if (p.weight) {
+          p.weighted[row] += weighted_sum(u + from, p.weight + from, n, m, p.weights[row]);
+        } else {
+          p.weighted[row] += sweep_weighted<T>(u + from, nullptr, n, m);
+          p.weights[row] += T(n);
+        }
+      }
+    });
+    // A NaN, which maxima pass over and sums carry.
+    const bool bad = p.total[row] != p.total[row] && p.scales[row] == p.scales[row] && p.top[row] < infinity<T>();
+    if (bad) {
+      p.top[row] = nan<T>();
+      p.first[row] = INT64_MAX;
+    }
+  }
+}
+
+template <class T>
+void gradient(const PieceGradient<T>& p, int64_t begin, int64_t end) {
+  std::vector<T> scratch(p.softcap > 0 || p.slope ? size_t(p.classes) : 0);
+  for (int64_t row = begin; row < end; ++row) {
+    T* g = p.tile + row * p.classes;
+    if (!p.seen && (p.softcap > 0 || p.adjustment)) cap_row(g, p.classes, p.softcap, p.adjustment);
+    const T* u = g;
+    if (!scratch.empty()) {
+      for (int64_t j = 0; j < p.classes; ++j) scratch[size_t(j)] = g[j];
+      u = scratch.data();
+    }
+    const int64_t y = p.label[row] - p.start;
+    if (y >= 0 && y < p.classes) g[y] = -infinity<T>();
+    const T m = p.top[row] == -infinity<T>() ? T(0) : p.top[row], s = p.scale[row], factor = p.factor[row];
+    if (p.slope) {
+      sweep_exp<T, true, false>(g, g, p.classes, m, s, T(1), Ahead{nullptr, 0});
+      sweep_slope(g, u, p.classes, m, factor, p.slope[row]);
+    } else {
+      sweep_exp<T, true, false>(g, g, p.classes, m, s, factor, Ahead{nullptr, 0});
+    }
+    if (p.spread) sweep_spread(g, p.weight, p.classes, p.spread[row]);
+    if (p.softcap > 0) uncap_row(g, u, p.classes, p.softcap, p.adjustment);
+    if (y >= 0 && y < p.classes) g[y] = 0;
+  }
+}
+
+}  // namespace
+
+const PieceKernels piece_kernels{statistics<float>, statistics<double>, gradient<float>, gradient<double>};
+
+}  // namespace MLKERNELS_ISA
+}  // namespace mlkernels

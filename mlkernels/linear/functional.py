@@ -1,0 +1,235 @@
+"""Classifier and loss in one, as functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias, overload
+
+import torch
+from torch import Tensor
+
+from .. import functional
+from ..checks import check_input
+from ..softmax import COMMON, RowStats
+from .logits import LinearLogits
+from .plan import STRATEGIES
+
+Strategy: TypeAlias = Literal["stored", "tiles"]
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    strategy: Strategy | None = None,
+    memory: int | None = None,
+    **common: Any,
+) -> Tensor:
+    r"""Cross entropy of a classifier's output that is never whole: :math:`-\log\operatorname{softmax}(xW^\top+b)_y`.
+
+    Args:
+        input: (..., D) features x. linear_weight: (C, D), as in ``nn.Linear``. target: (...) class indices.
+        linear_bias: (C,).
+        strategy, memory: see :func:`linear_softmax_loss`.
+        scale: s > 0, of all logits; a number or a tensor (0-d, (C,) or target.shape + (1,)).
+
+    The other arguments are those of :mod:`mlkernels.functional`, the result and the errors those of
+    :func:`linear_softmax_loss`. It has the name and the order of arguments of torch's own.
+
+    Example:
+        >>> import torch, mlkernels
+        >>> x, weight = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+        >>> mlkernels.linear_cross_entropy(x, weight, torch.tensor([2]))
+        tensor(0.4076)
+    """
+    if "options" in common:
+        raise TypeError(
+            "linear_cross_entropy() takes no options, by which torch's own cuts its chunks: memory= bounds the bytes "
+            "of the buffers, strategy= forces how rows and classes are cut"
+        )
+    if isinstance(target, Tensor) and target.is_floating_point():
+        raise TypeError(
+            f"target must hold integer class indices, got {target.dtype}: class probabilities are for cross_entropy"
+        )
+    logits = _logits(input, linear_weight, target, linear_bias, False, False, strategy, memory)
+    return _shaped(functional.cross_entropy(logits, _flat(target), **common), target)  # type: ignore[arg-type]
+
+
+@overload
+def linear_softmax_loss(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    normalize: bool = False,
+    loss: Callable[..., Tensor] | None = None,
+    return_stats: Literal[False] = False,
+    strategy: Strategy | None = None,
+    memory: int | None = None,
+    **arguments: Any,
+) -> Tensor: ...
+
+
+@overload
+def linear_softmax_loss(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    normalize: bool = False,
+    loss: Callable[..., Tensor] | None = None,
+    return_stats: Literal[True],
+    strategy: Strategy | None = None,
+    memory: int | None = None,
+    **arguments: Any,
+) -> tuple[Tensor, RowStats]: ...
+
+
+def linear_softmax_loss(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    normalize: bool = False,
+    loss: Callable[..., Tensor] | None = None,
+    return_stats: bool = False,
+    strategy: Strategy | None = None,
+    memory: int | None = None,
+    **arguments: Any,
+) -> Tensor | tuple[Tensor, RowStats]:
+    r"""Any loss of the family on a classifier's output, :math:`f = xW^\top + b` or cosines, which is never whole.
+
+    The (N, C) logits exist a part at a time: products, statistics, gradient in place, products. Nothing is rounded to
+    half precision between them: products and sums are in float32 (float64 for float64), also for half operands, and
+    the gradients of x and W are rounded once, at the end.
+
+    Args:
+        input: (..., D) features x, half, bfloat16, float or double.
+        linear_weight: (C, D), as in ``nn.Linear``; of input's dtype.
+        target: (...) class indices of any integer dtype. Ignored rows cost nothing.
+        linear_bias: (C,), or None.
+        normalize: the logits are the cosines of x and the rows of W, which margins take: :math:`f = \hat x\cdot\hat w`.
+            A zero row is NaN. There is no bias then.
+        loss: what is called with (logits, target): a module of the family (``mlkernels.ArcFaceLoss()``,
+            ``TwoScaleLoss``...) or a function of it; further arguments are passed on to its call (``logit_norm``,
+            ``norm``, ``group``). None: those of :func:`mlkernels.softmax_loss`, ``transform``, ``scale``, ``head``,
+            ``target_logit``, ``group``, and what :mod:`mlkernels.functional` shares.
+        return_stats: return ``(loss, RowStats)``, whose ``logsumexp``, ``log_prob`` and ``entropy`` have gradients.
+        strategy: ``"stored"`` keeps the logits of a chunk of rows from the statistics to the gradient, ``"tiles"``
+            makes the product again for the gradient; None picks by size.
+        memory: a bound in bytes of the call's own buffers, without input, gradients and their float32 sums.
+
+    Returns:
+        The loss: 0-d, or of target's shape under ``"none"``; float32 for half inputs, else of input's dtype. What
+        ``"none"`` and the statistics return has right gradients under every upstream gradient.
+
+    Raises:
+        TypeError, ValueError: a bad argument, by name, before anything is computed.
+        IndexError: on the CPU, a label out of range, with its row.
+        RuntimeError: second-order gradients, torch.func transforms and forward-mode AD.
+
+    Example:
+        >>> import torch, mlkernels
+        >>> features, weight = torch.randn(4, 8, requires_grad=True), torch.randn(1000, 8, requires_grad=True)
+        >>> target = torch.tensor([1, 999, 3, 7])
+        >>> arcface = mlkernels.ArcFaceLoss(scale=16.0)
+        >>> mlkernels.linear_softmax_loss(features, weight, target, normalize=True, loss=arcface).backward()
+        >>> loss, rows = mlkernels.linear_softmax_loss(
+        ...     features, weight, target, scale=1 / 0.7, reduction="none", return_stats=True  # temperature 0.7
+        ... )
+        >>> rows.entropy.shape
+        torch.Size([4])
+    """
+    logits = _logits(input, linear_weight, target, linear_bias, normalize, return_stats, strategy, memory)
+    if loss is None:
+        value = functional.softmax_loss(logits, _flat(target), **arguments)  # type: ignore[call-overload]
+    else:
+        given = sorted({"transform", "scale", "head", "target_logit", *COMMON} & arguments.keys())
+        if given:
+            raise TypeError(f"loss has its own {given[0]}: give the loss another one, or leave loss=None")
+        if not callable(loss):
+            raise TypeError(f"loss takes a loss module or function of the softmax family, got {type(loss).__name__}")
+        value = loss(logits, _flat(target), **arguments)
+    if not return_stats:
+        return _shaped(value, target)
+    if logits.stats is None or logits.visits > 1:
+        raise ValueError(
+            f"return_stats needs a loss that looks at the logits once, got one that does so {logits.visits} times"
+        )
+    return _shaped(value, target), RowStats(*(row.reshape(target.shape) for row in logits.stats))
+
+
+def _flat(target: Tensor) -> Tensor:
+    return target.unsqueeze(0) if target.dim() == 0 else target
+
+
+def _shaped(value: Tensor, target: Tensor) -> Tensor:
+    return value.reshape(()) if target.dim() == 0 else value
+
+
+def _logits(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    normalize: bool,
+    return_stats: bool,
+    strategy: str | None,
+    memory: int | None,
+) -> LinearLogits:
+    """Checks what a head adds to a loss's arguments."""
+    check_input(input)
+    check_classifier(input, weight, bias, normalize)
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target takes an integer tensor, got {type(target).__name__}: write torch.as_tensor(target)")
+    if target.shape != input.shape[:-1]:
+        raise ValueError(
+            f"target must be {tuple(input.shape[:-1])}, a label for each row of an input of {tuple(input.shape)}, got "
+            f"{tuple(target.shape)}"
+        )
+    if strategy is not None and strategy not in STRATEGIES:
+        raise ValueError(f"strategy must be one of {', '.join(map(repr, STRATEGIES))} or None, got {strategy!r}")
+    if memory is not None and (type(memory) is not int or memory <= 0):
+        raise ValueError(f"memory must be a number of bytes > 0 or None, got {memory!r}")
+    if input.dim() == 1:
+        input = input.unsqueeze(0)
+    return LinearLogits(
+        input, weight, bias, normalize=normalize, return_stats=return_stats, strategy=strategy, memory=memory
+    )
+
+
+def check_classifier(input: Tensor, weight: Tensor, bias: Tensor | None, normalize: bool) -> None:
+    """Types, shapes and devices of a classifier and its input."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"linear_weight takes a floating tensor (C, D), got {type(weight).__name__}")
+    if input.dim() == 0:
+        raise ValueError("input must be (..., D), got a 0-d tensor")
+    width = input.shape[-1]
+    if weight.dim() != 2 or weight.shape[1] != width:
+        raise ValueError(
+            f"linear_weight must be (C, {width}) for an input of {tuple(input.shape)}, got {tuple(weight.shape)}"
+        )
+    if weight.shape[0] == 0:
+        raise ValueError(f"linear_weight must have at least one class, got {tuple(weight.shape)}")
+    if bias is not None:
+        if normalize:
+            raise ValueError("linear_bias has no meaning beside normalize=True: cosines have none")
+        if not isinstance(bias, Tensor):
+            raise TypeError(f"linear_bias takes a floating tensor (C,), got {type(bias).__name__}")
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"linear_bias must be ({weight.shape[0]},), one per class, got {tuple(bias.shape)}")
+    for name, tensor in (("linear_weight", weight), ("linear_bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.device != input.device:
+            raise ValueError(f"{name} must be on input's device {input.device}, got {tensor.device}")
+        # Under autocast the features are in half precision and the weight is not: each is read as it is.
+        if tensor.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
+            raise TypeError(f"{name} must have input's dtype {input.dtype}, got {tensor.dtype}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be floating, got {tensor.dtype}")

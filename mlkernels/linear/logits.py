@@ -1,0 +1,101 @@
+"""Logits that are a product: what a loss of the family is called with in their place, so that any of them can be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ..backends import reference
+from ..checks import HALF
+from ..softmax import ProductLogits, RowStats
+from ..spec import MASK, BackendName, Slot
+from ..tracing import functorch_level, is_dual
+from .loop import Call, linear_loss
+from .pieces import pieces_for
+from .plan import plan
+
+
+class LinearLogits(ProductLogits):
+    """The logits x W^T + b, or the cosines of x and W, of which there is never more than a part.
+
+    Args:
+        input: (N, ..., D). weight: (C, D). bias: (C,) or None. normalize: cosines.
+        strategy, memory: see :func:`mlkernels.linear_softmax_loss`.
+    """
+
+    def __init__(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        normalize: bool = False,
+        return_stats: bool = False,
+        strategy: str | None = None,
+        memory: int | None = None,
+    ):
+        self.input, self.weight, self.bias, self.normalize = input, weight, bias, normalize
+        self.return_stats, self.strategy, self.memory = return_stats, strategy, memory
+        #: The row statistics of the loss that was taken, where they were asked for.
+        self.stats: RowStats | None = None
+        self.visits = 0
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"loss reads input.{name}, which logits that are never whole do not have: a head takes losses of the "
+            "softmax family; a function of reduction='none' and return_stats=True gives what else is wanted of rows"
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.input.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.input.device
+
+    def shaped(self) -> Tensor:
+        """Of the shape (N, C, ...) that these logits would have, in no memory: for checks."""
+        leading, classes = self.input.shape[:-1], self.weight.shape[0]
+        return self.input.detach().new_empty(()).expand(leading[0], classes, *leading[1:])
+
+    def loss(
+        self,
+        target: Tensor,
+        numbers: Sequence[float],
+        params: Sequence[Tensor],
+        tables: frozenset[int],
+        return_stats: bool,
+        backend: BackendName | None,
+    ) -> tuple[Tensor, RowStats | None]:
+        """The loss and its row statistics, in the shape of target."""
+        pieces = pieces_for(target.device, backend)
+        x, weight, bias = self.input, self.weight, self.bias
+        given = [t for t in (x, weight, bias, *params) if t is not None]
+        if functorch_level() is not None or (forward_ad._current_level >= 0 and any(map(is_dual, given))):
+            raise RuntimeError("heads know no torch.func transforms and no forward-mode AD: take the logits' functions")
+        self.visits += 1
+        with_stats = return_stats or self.return_stats
+        accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
+        by_slot = reference.unpack(int(numbers[MASK]), params)
+        per_row = {
+            slot
+            for slot, tensor in by_slot.items()
+            if slot in (Slot.GROUP, Slot.ROW_WEIGHT) or (slot not in tables and tensor.dim() > 1)
+        }
+        flat = {slot: t.reshape(-1, 1) if slot in per_row else t for slot, t in by_slot.items()}
+        copies = x.dtype in HALF or weight.dtype in HALF or weight.dtype != accumulate or self.normalize
+        rows, classes, width = target.numel(), weight.shape[0], weight.shape[1]
+        made = plan(rows, classes, width, accumulate.itemsize, copies, pieces.temporaries, self.strategy, self.memory)
+        call = Call(
+            list(numbers), tuple(flat), frozenset(per_row), self.normalize, with_stats, made, pieces, accumulate
+        )
+        loss, *stats = linear_loss(call, x.reshape(-1, width), weight, bias, target.reshape(-1), *flat.values())
+        loss = loss if loss.dim() == 0 else loss.reshape(target.shape)
+        if with_stats:
+            self.stats = RowStats(*(row.reshape(target.shape) for row in stats))
+        return loss, self.stats if return_stats else None

@@ -1,0 +1,399 @@
+"""The loop of a head: for chunks of rows and tiles of classes, products, statistics, finish, gradients, products.
+
+    for a chunk of rows:
+        for a tile of classes: product, statistics        (kept under "stored")
+        combine, finish, coefficients
+        for a tile of classes: product unless it was kept, gradient, products for dX and dW
+
+The target stands apart, twice: its logit is a product of its own, and its gradient is added at the end, so that neither
+rounds with the tile that it lies in. Products and sums are in float32 (float64 for float64), whatever the operands are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends import reference
+from ..backends.reference import Coefficients, Finished, Rows, Values
+from ..spec import IGNORE_INDEX, REDUCTION, TRAINABLE, Reduction, Slot
+from .pieces import Pieces
+from .plan import Plan
+
+_SCALES = frozenset({Slot.SCALE, Slot.SCALE_HIGH, Slot.LOGIT_NORM})
+_saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+
+
+class Call(NamedTuple):
+    """What of a call is not a tensor; see :class:`mlkernels.backends.reference.Values` for the numbers."""
+
+    numbers: list[float]
+    slots: tuple[int, ...]
+    per_row: frozenset[int]  # the slots whose tensors have a row each
+    normalize: bool
+    return_stats: bool
+    plan: Plan
+    pieces: Pieces
+    dtype: torch.dtype
+
+
+class Wanted(NamedTuple):
+    """Which gradients are: of the features, the weight, the bias, and the parameters in these slots."""
+
+    input: bool
+    weight: bool
+    bias: bool
+    slots: tuple[int, ...]
+
+    def __bool__(self) -> bool:
+        return self.input or self.weight or self.bias or bool(self.slots)
+
+
+class Known(NamedTuple):
+    """What the statistics of all classes leave of each row."""
+
+    rows: Rows
+    f_y: Tensor  # the target's product
+    u_y: Tensor  # softcapped and adjusted
+
+
+class _Head:
+    """A call's tensors as the loop reads them: ignored rows compacted away on the CPU, masked elsewhere."""
+
+    def __init__(
+        self,
+        call: Call,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        params: Sequence[Tensor],
+    ):
+        self.call, self.weight = call, weight.detach()
+        self.bias = None if bias is None else bias.detach().to(call.dtype)
+        self.classes = weight.shape[0]
+        by_slot = {slot: p.detach() for slot, p in zip(call.slots, params, strict=True)}
+        by_slot = {s: p if s == Slot.GROUP else p.to(call.dtype).contiguous() for s, p in by_slot.items()}
+        x = x.detach()
+        kept = target.long() != int(call.numbers[IGNORE_INDEX])
+        #: Where the rows that are left were, if not all are.
+        self.index: Tensor | None = None
+        self.count = target.numel()
+        if x.device.type == "cpu":
+            if not bool(kept.all()):
+                self.index = kept.nonzero().squeeze(1)
+                x, target = x[self.index], target[self.index]
+                by_slot = {s: p[self.index] if s in call.per_row else p for s, p in by_slot.items()}
+        else:
+            x = torch.where(kept.unsqueeze(1), x, 0)
+        x = x.to(call.dtype)
+        self.inverse = self.length = None
+        if call.normalize:
+            self.length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+            if x.device.type != "cpu":
+                self.length = torch.where(kept.unsqueeze(1), self.length, 1)
+            x = x / self.length
+            self.inverse = torch.linalg.vector_norm(self.weight, dim=1, keepdim=True, dtype=call.dtype).reciprocal()
+        self.x, self.target, self.params = x, target, by_slot
+        plan = call.plan
+        # Once for all: fresh memory costs more than what is done in it.
+        self.room = x.new_empty(plan.rows * (self.classes if plan.stored else plan.classes))
+        self.values = self.of(slice(None))
+
+    def of(self, part: slice) -> Values:
+        """The loss as a chunk of the rows sees it."""
+        params = [p[part] if s in self.call.per_row else p for s, p in self.params.items()]
+        return Values(self.call.numbers, params, self.target[part], self.classes, self.call.dtype)
+
+    def chunks(self) -> Iterator[slice]:
+        """The rows, cut."""
+        rows, size = self.target.numel(), self.call.plan.rows
+        for start in range(0, rows, size):
+            yield slice(start, min(start + size, rows))
+
+    def tiles(self) -> Iterator[tuple[int, Tensor]]:
+        """The classes, cut: where each tile starts, and its part of the weight."""
+        for start in range(0, self.classes, self.call.plan.classes):
+            yield start, self.part(slice(start, start + self.call.plan.classes))
+
+    def part(self, classes: slice | Tensor) -> Tensor:
+        """Rows of the weight, in the accumulation dtype, of length 1 where so asked."""
+        part = self.weight[classes].to(self.call.dtype)
+        return part if self.inverse is None else part * self.inverse[classes]
+
+    def product(self, part: slice, start: int, weight: Tensor) -> Tensor:
+        """The logits of a chunk and a tile, where there is room for them: kept, or in place of the last ones."""
+        x, classes = self.x[part], weight.shape[0]
+        begin = start * x.shape[0] if self.call.plan.stored else 0
+        out = self.room[begin : begin + x.shape[0] * classes].view(x.shape[0], classes)
+        if self.bias is None:
+            return torch.mm(x, weight.T, out=out)
+        return torch.addmm(self.bias[start : start + classes], x, weight.T, out=out)
+
+    def of_target(self, part: slice, values: Values) -> Tensor:
+        """The target's logit of each row, never taken from a tile."""
+        f_y = (self.x[part] * self.part(values.label)).sum(1)
+        return f_y if self.bias is None else f_y + self.bias[values.label]
+
+    def scattered(self, rows: Tensor, fill: float = 0) -> Tensor:
+        """Results of the rows that were left at the places of all."""
+        if self.index is None:
+            return rows
+        return rows.new_full((self.count, *rows.shape[1:]), fill).index_copy_(0, self.index, rows)
+
+    def gathered(self, upstream: Tensor | None) -> Tensor | None:
+        """An upstream gradient (N,) of the rows that are left."""
+        return upstream if upstream is None or self.index is None else upstream[self.index]
+
+
+class _Sums:
+    """The gradients, as they are summed up."""
+
+    def __init__(self, head: _Head, wanted: Wanted):
+        dtype = head.call.dtype
+        self.head, self.wanted = head, wanted
+        self.input = torch.zeros_like(head.x) if wanted.input else None
+        self.weight = torch.zeros_like(head.weight, dtype=dtype) if wanted.weight else None
+        self.bias = head.x.new_zeros(head.classes) if wanted.bias else None
+        self.slots = {slot: torch.zeros_like(head.params[slot]) for slot in wanted.slots}
+
+    def add_tile(self, part: slice, start: int, weight: Tensor, gradient: Tensor) -> None:
+        """What a tile's gradient contributes."""
+        classes = slice(start, start + weight.shape[0])
+        if self.input is not None:
+            self.input[part].addmm_(gradient, weight)
+        if self.weight is not None:
+            self.weight[classes].addmm_(gradient.T, self.head.x[part])
+        if self.bias is not None:
+            self.bias[classes] += gradient.sum(0)
+
+    def add_target(self, part: slice, label: Tensor, gradient: Tensor) -> None:
+        """What the targets' own gradients contribute."""
+        column = gradient.unsqueeze(1)
+        if self.input is not None:
+            self.input[part] += column * self.head.part(label)
+        if self.weight is not None:
+            self.weight.index_add_(0, label, column * self.head.x[part])
+        if self.bias is not None:
+            self.bias.index_add_(0, label, gradient)
+
+    def finished(self) -> tuple[Tensor | None, ...]:
+        """Of features, weight, bias and parameters: those of lengths follow from those of directions."""
+        head = self.head
+        if head.inverse is not None and head.length is not None:
+            if self.input is not None:
+                along = (self.input * head.x).sum(1, keepdim=True)
+                self.input = (self.input - along * head.x) / head.length
+            if self.weight is not None:
+                for start, direction in head.tiles():
+                    part = self.weight[start : start + direction.shape[0]]
+                    along = (part * direction).sum(1, keepdim=True)
+                    part.sub_(along * direction).mul_(head.inverse[start : start + direction.shape[0]])
+        if self.input is not None:
+            self.input = head.scattered(self.input)
+        slots = [head.scattered(g) if s in head.call.per_row else g for s, g in self.slots.items()]
+        return (self.input, self.weight, self.bias, *slots)
+
+
+def _known(head: _Head, part: slice, values: Values, second: bool) -> tuple[Known, list[Tensor]]:
+    """The statistics of a chunk over all classes, and its logits by tile where they are kept."""
+    f_y = head.of_target(part, values)
+    u_y = reference.final_target(f_y, values)
+    scales, pieces = reference.scales(values), head.call.pieces
+    rows = pieces.begin(u_y, values, second, head.call.return_stats)
+    kept = []
+    for start, weight in head.tiles():
+        f = head.product(part, start, weight)
+        rows = pieces.statistics(f, u_y, values, start, rows, scales)
+        kept.append(f)
+    return Known(rows, f_y, u_y), kept if head.call.plan.stored else []
+
+
+def _add(
+    sums: _Sums, head: _Head, part: slice, values: Values, known: Known, kept: list[Tensor], upstream: Finished
+) -> None:
+    """A chunk's gradients."""
+    row, by_slot = reference.coefficients(known.rows, known.u_y, values, upstream, sums.wanted.slots)
+    for slot, gradient in by_slot.items():
+        if slot in head.call.per_row:
+            sums.slots[slot][part] = gradient
+        else:
+            sums.slots[slot] += gradient
+    if not (sums.wanted.input or sums.wanted.weight or sums.wanted.bias):
+        return
+    spread, slope = (None if n is None else n.contiguous() for n in (row.spread, row.slope))
+    apart = Coefficients(
+        row.factor.contiguous(),
+        slope,
+        spread,
+        torch.zeros_like(row.target),
+        row.scale.contiguous(),
+        row.top.contiguous(),
+    )
+    for index, (start, weight) in enumerate(head.tiles()):
+        f = kept[index] if kept else head.product(part, start, weight)
+        sums.add_tile(part, start, weight, head.call.pieces.gradient(f, apart, values, start, bool(kept)))
+    sums.add_target(part, values.label, reference.through_cap(row.target, known.f_y, values))
+
+
+def _upstream(head: _Head, part: slice, loss: Tensor | None, rows: Sequence[Tensor | None]) -> Finished:
+    """The upstream gradients of what finish returns, of a chunk: those of the loss with the reduction's factors."""
+    by_class = by_row = None
+    if loss is not None:
+        of_class, of_row = (factor[part] for factor in reference.factors(head.values))
+        g = loss if loss.dim() == 0 else loss[part]
+        by_class, by_row = g * of_class, g * of_row
+    return Finished(by_class, by_row, *(None if g is None else g[part] for g in rows))
+
+
+def _joined(parts: list[Any]) -> Any:
+    """Chunks of rows together again: of tensors (..., rows) or None."""
+    kind = type(parts[0])
+    return kind(*(None if each[0] is None else torch.cat(each, -1) for each in zip(*parts, strict=True)))
+
+
+def _forward(
+    head: _Head, wanted: Wanted | None
+) -> tuple[tuple[Tensor, ...], Known | None, tuple[Tensor | None, ...] | None]:
+    """The results; what is known of each row; and where they are wanted at once, the gradients at an upstream of 1."""
+    call = head.call
+    second = call.return_stats and not _SCALES.isdisjoint(call.slots)
+    sums = None if wanted is None else _Sums(head, wanted)
+    one = torch.ones((), dtype=call.dtype, device=head.x.device)
+    finished: list[Finished] = []
+    every: list[Known] = []
+    for part in head.chunks():
+        values = head.of(part)
+        known, kept = _known(head, part, values, second)
+        high = reference.well_classified(known.u_y - known.rows.top, values)
+        scale = reference.row_scale(values, high)
+        finished.append(reference.finish(reference.chosen(known.rows, high), known.u_y, scale, values))
+        every.append(known)
+        if sums is not None:
+            _add(sums, head, part, values, known, kept, _upstream(head, part, one, (None, None, None)))
+    if not every:
+        return _of_no_rows(head), None, None if sums is None else sums.finished()
+    known = Known(
+        _joined([k.rows for k in every]), torch.cat([k.f_y for k in every]), torch.cat([k.u_y for k in every])
+    )
+    whole = _joined(finished)
+    loss = reference.reduced(whole, head.values)
+    results: tuple[Tensor, ...] = (head.scattered(loss) if loss.dim() else loss,)
+    if call.return_stats:
+        stats = reference.row_stats(known.rows, known.u_y, whole, head.values)
+        results += tuple(head.scattered(row, -1 if row is stats.prediction else 0) for row in stats)
+    return results, known, None if sums is None else sums.finished()
+
+
+def _of_no_rows(head: _Head) -> tuple[Tensor, ...]:
+    """The results where every row is ignored, or there is none."""
+    nothing = head.x.new_zeros(0)
+    loss = reference.reduced(Finished(nothing, nothing), head.values)
+    results: tuple[Tensor, ...] = (head.scattered(loss) if loss.dim() else loss,)
+    if head.call.return_stats:
+        whole = nothing.long()
+        stats = (nothing, nothing, nothing, whole - 1, nothing, whole)
+        results += tuple(head.scattered(row, -1 if i == 3 else 0) for i, row in enumerate(stats))
+    return results
+
+
+class _LinearLoss(torch.autograd.Function):
+    """A reduced loss makes its gradients at once, for the upstream gradient that it nearly always gets."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: Call,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        *params: Tensor,
+    ) -> tuple[Tensor, ...]:
+        needs = ctx.needs_input_grad
+        slots = tuple(slot for slot, need in zip(call.slots, needs[5:], strict=True) if need and slot in TRAINABLE)
+        wanted = Wanted(needs[1], needs[2], bias is not None and needs[3], slots)
+        at_once = (
+            call.numbers[REDUCTION] != Reduction.NONE
+            and not call.return_stats
+            and bool(wanted)
+            and _saved_tensors_hooks(False) is None
+        )
+        with reference.full_precision(x.device):
+            head = _Head(call, x, weight, bias, target, params)
+            results, known, gradients = _forward(head, wanted if at_once else None)
+        ctx.call, ctx.wanted, ctx.at_once = call, wanted, at_once
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*results[4:])
+        if at_once and gradients is not None:
+            ctx.dtypes = [t.dtype for t in (x, weight, weight if bias is None else bias, *params)]
+            ctx.present = [g is not None for g in gradients]
+            ctx.save_for_backward(*(g for g in gradients if g is not None))
+        elif wanted:
+            numbers = [] if known is None else [*known.rows, known.f_y, known.u_y]
+            ctx.present = [n is not None for n in numbers]
+            ctx.save_for_backward(x, weight, bias, target, *params, *(n for n in numbers if n is not None))
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "heads have no second-order gradients: take the logits' function of x @ W.T, or create_graph=False"
+            )
+        call: Call = ctx.call
+        wanted: Wanted = ctx.wanted
+        if ctx.at_once:
+            grad_loss = upstream[0]
+            assert grad_loss is not None
+            saved = iter(ctx.saved_tensors)
+            gradients = [_scaled(next(saved), grad_loss) if there else None for there in ctx.present]
+            dtypes = ctx.dtypes
+        else:
+            x, weight, bias, target, *rest = ctx.saved_tensors
+            params, numbers = rest[: len(call.slots)], iter(rest[len(call.slots) :])
+            each = [next(numbers) if there else None for there in ctx.present]
+            with reference.full_precision(x.device):
+                head = _Head(call, x, weight, bias, target, params)
+                sums = _Sums(head, wanted)
+                if each:
+                    _later(sums, head, Known(Rows(*each[:-2]), *each[-2:]), upstream)  # type: ignore[arg-type]
+                gradients = list(sums.finished())
+            dtypes = [t.dtype for t in (x, weight, weight if bias is None else bias, *params)]
+        by_slot = dict(zip(wanted.slots, gradients[3:], strict=True))
+        ordered = [*gradients[:3], None, *(by_slot.get(slot) for slot in call.slots)]
+        dtypes = [*dtypes[:3], torch.int64, *dtypes[3:]]
+        return (None, *(g if g is None else g.to(dtype) for g, dtype in zip(ordered, dtypes, strict=True)))
+
+
+def _later(sums: _Sums, head: _Head, known: Known, upstream: Sequence[Tensor | None]) -> None:
+    """The gradients once the upstream ones are known."""
+    loss, *rows = (upstream[i] if i < len(upstream) else None for i in range(4))
+    dtype = head.call.dtype
+    loss = loss if loss is None else loss.to(dtype) if loss.dim() == 0 else head.gathered(loss.to(dtype))
+    rows = [head.gathered(g if g is None else g.to(dtype)) for g in rows]
+    for part in head.chunks():
+        of_part = Known(
+            Rows(*(None if n is None else n[..., part] for n in known.rows)),  # type: ignore[arg-type]
+            known.f_y[part],
+            known.u_y[part],
+        )
+        _add(sums, head, part, head.of(part), of_part, [], _upstream(head, part, loss, rows))
+
+
+def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
+    """A gradient made for an upstream of 1, for another; rows that are not read keep their 0 whatever comes."""
+    if upstream.device.type == "cpu":
+        factor = upstream.item()
+        if factor == 1:
+            return gradient
+        if math.isfinite(factor):
+            return gradient * factor
+    return torch.where(gradient == 0, 0, gradient * upstream)
+
+
+linear_loss: Callable[..., tuple[Tensor, ...]] = _LinearLoss.apply

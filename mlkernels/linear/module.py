@@ -1,0 +1,170 @@
+"""Classifier and loss in one, as a module."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from ..backends.reference import full_precision
+from ..checks import check_input
+from ..softmax import RowStats
+from .functional import Strategy, check_classifier, linear_softmax_loss
+from .plan import TILE
+
+
+class LinearLoss(nn.Module):
+    r"""A classifier and a loss of the family on its output, which is never whole; see :func:`linear_softmax_loss`.
+
+    Args:
+        loss: a module of the family, or a function of (logits, target): ``mlkernels.ArcFaceLoss()``. Its parameters are
+            among this module's.
+        in_features: D. num_classes: C.
+        bias: whether there is one, (C,).
+        normalize: the logits are the cosines of features and rows of the weight, which margins take.
+        weight: a Parameter (C, D) that somebody else has, an embedding's for instance: it is shared, not copied.
+        strategy, memory: see :func:`linear_softmax_loss`.
+        device, dtype: of a weight of its own.
+
+    ``weight`` (C, D) and ``bias`` start as those of ``nn.Linear``.
+
+    Example:
+        >>> import torch, mlkernels
+        >>> head = mlkernels.LinearLoss(mlkernels.CosFaceLoss(scale=16.0), 8, 1000, normalize=True)
+        >>> features = torch.randn(4, 8, requires_grad=True)
+        >>> head(features, torch.tensor([1, 2, 3, 999])).backward()
+        >>> head.weight.grad.shape
+        torch.Size([1000, 8])
+        >>> values, classes = head.topk(features, 5)  # the best classes, without (N, C) logits
+        >>> classes.shape
+        torch.Size([4, 5])
+        >>> embedding = torch.nn.Embedding(1000, 8)
+        >>> tied = mlkernels.LinearLoss(mlkernels.CrossEntropyLoss(), 8, 1000, weight=embedding.weight)
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        loss: Callable[..., Tensor],
+        in_features: int,
+        num_classes: int,
+        *,
+        bias: bool = False,
+        normalize: bool = False,
+        weight: nn.Parameter | None = None,
+        strategy: Strategy | None = None,
+        memory: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not callable(loss):
+            raise TypeError(f"loss takes a loss module or function of the softmax family, got {type(loss).__name__}")
+        if bias and normalize:
+            raise ValueError("bias has no meaning beside normalize=True: cosines have none")
+        self.loss = loss
+        self.in_features, self.num_classes = in_features, num_classes
+        self.normalize, self.strategy, self.memory = normalize, strategy, memory
+        if weight is None:
+            self.weight = nn.Parameter(torch.empty(num_classes, in_features, device=device, dtype=dtype))
+        elif not isinstance(weight, nn.Parameter):
+            raise TypeError(f"weight takes the nn.Parameter that is shared, got {type(weight).__name__}")
+        elif weight.shape != (num_classes, in_features):
+            raise ValueError(f"weight must be ({num_classes}, {in_features}), got {tuple(weight.shape)}")
+        else:
+            self.weight = weight
+        own = nn.Parameter(self.weight.new_empty(num_classes).detach()) if bias else None
+        self.register_parameter("bias", own)
+        self._tied = weight is not None
+        self.reset_parameters()
+
+    @classmethod
+    def from_linear(cls, loss: Callable[..., Tensor], linear: nn.Linear, **options: Any) -> Self:
+        """A head on the weight and the bias of a layer, shared with it.
+
+        Example:
+            >>> import torch, mlkernels
+            >>> layer = torch.nn.Linear(8, 100)
+            >>> head = mlkernels.LinearLoss.from_linear(mlkernels.FocalLoss(), layer)
+            >>> head.weight is layer.weight and head.bias is layer.bias
+            True
+        """
+        weight = cast(nn.Parameter, linear.weight)
+        head = cls(loss, linear.in_features, linear.out_features, weight=weight, **options)
+        if linear.bias is not None:
+            if head.normalize:
+                raise ValueError("linear has a bias, which has no meaning beside normalize=True")
+            head.bias = linear.bias
+        return head
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws weight and bias as ``nn.Linear`` does; a weight that is shared is left to whom it belongs."""
+        bound = 1 / math.sqrt(self.in_features) if self.in_features else 0.0
+        if not self._tied:
+            nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, input: Tensor, target: Tensor, **per_call: Any) -> Tensor | tuple[Tensor, RowStats]:
+        """The loss of (..., D) features; ``per_call`` goes to the loss (``logit_norm``, ``norm``, ``group``), but for
+        ``return_stats``."""
+        result: Tensor | tuple[Tensor, RowStats] = linear_softmax_loss(
+            input, self.weight, target, linear_bias=self.bias, normalize=self.normalize, loss=self.loss,
+            strategy=self.strategy, memory=self.memory, **per_call,
+        )  # fmt: skip
+        return result
+
+    def logits(self, input: Tensor) -> Tensor:
+        """The whole logits, (..., D) to (..., C), as ``nn.Linear`` or cosines: for few rows or few classes."""
+        check_input(input)
+        check_classifier(input, self.weight, self.bias, self.normalize)
+        if not self.normalize:
+            return nn.functional.linear(input, self.weight, self.bias)
+        return nn.functional.linear(_direction(input), _direction(self.weight))
+
+    @torch.no_grad()
+    def topk(self, input: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k largest logits of each row and their classes, (..., k) each, largest first; they take no N x C memory.
+
+        They are in float32, float64 for float64; no loss has a part in them.
+        """
+        check_input(input)
+        check_classifier(input, self.weight, self.bias, self.normalize)
+        if not 1 <= k <= self.num_classes:
+            raise ValueError(f"k must be in [1, {self.num_classes}], got {k}")
+        accumulate = torch.float64 if input.dtype == torch.float64 else torch.float32
+        with full_precision(input.device):
+            x = input.reshape(-1, self.in_features).to(accumulate)
+            x = _direction(x) if self.normalize else x
+            values = x.new_empty(x.shape[0], 0)
+            classes = torch.empty(x.shape[0], 0, dtype=torch.int64, device=x.device)
+            tile = max(k, TILE // max(x.shape[0], 1))
+            for start in range(0, self.num_classes, tile):
+                weight = self.weight[start : start + tile].to(accumulate)
+                f = x @ (_direction(weight) if self.normalize else weight).T
+                if self.bias is not None:
+                    f += self.bias[start : start + tile].to(accumulate)
+                best, at = f.topk(min(k, f.shape[1]), 1)
+                values, classes = torch.cat((values, best), 1), torch.cat((classes, at + start), 1)
+                values, at = values.topk(min(k, values.shape[1]), 1)
+                classes = classes.gather(1, at)
+        shape = (*input.shape[:-1], k)
+        return values.reshape(shape), classes.reshape(shape)
+
+    def extra_repr(self) -> str:
+        """Sizes and options."""
+        return (
+            f"in_features={self.in_features}, num_classes={self.num_classes}, bias={self.bias is not None}, "
+            f"normalize={self.normalize}"
+        )
+
+
+def _direction(rows: Tensor) -> Tensor:
+    length: Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    return rows / length

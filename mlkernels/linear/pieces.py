@@ -1,0 +1,95 @@
+"""Statistics and gradients of tiles: by the CPU's operators where they are, which work in place, else in torch."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..backends import native, reference
+from ..backends.reference import Coefficients, Rows, Values
+from ..spec import Slot
+
+
+class Pieces(Protocol):
+    """What the loop needs of a tile (rows, classes) of products, which is its to overwrite."""
+
+    #: How many temporaries of a tile's size there are.
+    temporaries: int
+
+    def begin(self, u_y: Tensor, values: Values, second: bool, ranks: bool) -> Rows:
+        """What is known of rows of which no class has been seen; second, ranks: whether these are wanted."""
+
+    def statistics(self, f: Tensor, u_y: Tensor, values: Values, start: int, known: Rows, scales: Tensor) -> Rows:
+        """What is known with the classes of this tile."""
+
+    def gradient(self, f: Tensor, row: Coefficients, values: Values, start: int, seen: bool) -> Tensor:
+        """dL/df of the tile, 0 at the target; seen: whether ``statistics`` has had it."""
+
+
+class TorchPieces:
+    """By the reference's functions, on any device."""
+
+    temporaries = 12
+
+    def begin(self, u_y: Tensor, values: Values, second: bool, ranks: bool) -> Rows:
+        nothing = u_y.new_empty(u_y.shape[0], 0)
+        return reference.statistics(nothing, u_y, reference.scales(values), values, second=second)
+
+    def statistics(self, f: Tensor, u_y: Tensor, values: Values, start: int, known: Rows, scales: Tensor) -> Rows:
+        u = reference.final_logits(f, values, start)
+        piece = reference.statistics(u, u_y, scales, values, start=start, second=known.second is not None)
+        return reference.combine(known, piece, scales)
+
+    def gradient(self, f: Tensor, row: Coefficients, values: Values, start: int, seen: bool) -> Tensor:
+        gradient = reference.gradient(reference.final_logits(f, values, start), row, values, start=start)
+        return reference.through_cap(gradient, f, values)
+
+
+class CpuPieces:
+    """By the CPU's operators, which leave u in a tile that they have seen, and the gradient in the end."""
+
+    temporaries = 0
+
+    def begin(self, u_y: Tensor, values: Values, second: bool, ranks: bool) -> Rows:
+        scales, rows = reference.scales(values).shape
+        reals = u_y.new_zeros(3 + 3 * scales, rows)
+        reals[0] = -torch.inf
+        whole = torch.full((2, rows), values.classes)
+        whole[1] = 0 if ranks else -1
+        smoothed = values.smoothing > 0
+        total, shift, squares = reals[3:].unflatten(0, (3, scales))
+        return Rows(
+            reals[0], total, shift, squares if second else None,
+            reals[1] if smoothed else None, reals[2] if smoothed else None, whole[0], whole[1],
+        )  # fmt: skip
+
+    def statistics(self, f: Tensor, u_y: Tensor, values: Values, start: int, known: Rows, scales: Tensor) -> Rows:
+        torch.ops.mlkernels.piece_statistics(
+            f, u_y, values.label, start, scales, values.params.get(Slot.WEIGHT), values.params.get(Slot.ADJUSTMENT),
+            values.consts[Slot.SOFTCAP], *known,
+        )  # fmt: skip
+        return known
+
+    def gradient(self, f: Tensor, row: Coefficients, values: Values, start: int, seen: bool) -> Tensor:
+        torch.ops.mlkernels.piece_gradient(
+            f, values.label, start, seen, values.params.get(Slot.WEIGHT), values.params.get(Slot.ADJUSTMENT),
+            values.consts[Slot.SOFTCAP], row.factor, row.slope, row.spread, row.scale, row.top,
+        )  # fmt: skip
+        return f
+
+
+TORCH, CPU = TorchPieces(), CpuPieces()
+
+
+def pieces_for(device: torch.device, backend: str | None) -> Pieces:
+    """Whose pieces serve a device's tiles."""
+    if backend not in (None, "reference", "cpu"):
+        raise ValueError(f"heads take backend=None, 'reference' or 'cpu', got {backend!r}")
+    if backend == "cpu" and device.type != "cpu":
+        raise ValueError(f"backend 'cpu' does not serve tensors on {device.type!r}")
+    missing = native.cpu_missing
+    if backend == "cpu" and missing is not None:
+        raise ValueError(f"backend 'cpu' is not available: {missing}")
+    return CPU if backend != "reference" and device.type == "cpu" and missing is None else TORCH

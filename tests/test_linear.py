@@ -1,0 +1,407 @@
+"""Heads: a loss of the family on a classifier's output that is never whole, against the unfused chain in float64."""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from table import BY_NAME, F64, LOSSES, TABLES
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mlkernels
+from mlkernels import linear_cross_entropy, linear_softmax_loss
+from mlkernels.linear.plan import plan
+
+ROWS, CLASSES, WIDTH = 10, 23, 5
+VECTOR = torch.linspace(0.0, 2.0, CLASSES, dtype=F64)
+OPTIONS = {
+    "plain": {"reduction": "none"},
+    "smoothed": {"weight": VECTOR, "label_smoothing": 0.1, "z_loss": 0.01, "reduction": "mean"},
+    "capped": {"softcap": 3.0, "logit_adjustment": VECTOR - 1, "label_smoothing": 0.2, "reduction": "sum"},
+    "weighted": {
+        "row_weight": torch.linspace(-1, 2, ROWS, dtype=F64), "normalizer": 3.5, "z_loss": 0.1, "reduction": "mean",
+    },
+}  # fmt: skip
+#: (strategy, bytes where pieces work in place, bytes where they have temporaries): all at once; a few rows and classes.
+PLANS = {"whole": (None, None, None), "stored": ("stored", 600, 1600), "tiles": ("tiles", 400, 4000)}
+PIECES = [name for name in ("cpu", "reference") if mlkernels.available_backends("cpu")[name] is None]
+
+
+@pytest.fixture(params=PIECES)
+def plans(request, monkeypatch):
+    """(backend, [(strategy, memory)])."""
+    monkeypatch.setattr("mlkernels.linear.plan.FEW_CLASSES", 4)
+    at = 2 if request.param == "reference" else 1
+    return request.param, [(plan[0], plan[at]) for plan in PLANS.values()]
+
+
+def problem(seed=0, dtype=F64, rows=ROWS, classes=CLASSES, width=WIDTH, bias=True, ignored=True):
+    """Leaves x, W, b and labels of which one is ignored, whose row holds NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(shape, generator=generator, dtype=F64).to(dtype)
+    x, weight = draw(rows, width), draw(classes, width)
+    target = torch.randint(classes, (rows,), generator=generator)
+    if ignored:
+        target[2], x[2] = -100, float("nan")
+    return x.requires_grad_(), weight.requires_grad_(), draw(classes).requires_grad_() if bias else None, target
+
+
+def unfused(x, weight, bias, normalize=False):
+    """The logits as people write them; 0 * NaN of an ignored row would be in every gradient."""
+    x = torch.where(x.isnan(), 0.5, x)
+    if normalize:
+        return F.linear(x / x.norm(dim=1, keepdim=True), weight / weight.norm(dim=1, keepdim=True))
+    return F.linear(x, weight, bias)
+
+
+def leaves_of(loss, form, target):
+    found = loss.values(form, target, CLASSES)
+    found = {k: torch.as_tensor(v, dtype=F64) if k != "eta" else v for k, v in found.items()}
+    return {k: v.clone().requires_grad_() for k, v in found.items()}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("loss", LOSSES, ids=str)
+def test_as_the_unfused_chain(loss, options, plans):
+    """Value, gradients of features, weight, bias and every parameter of the loss, under every plan."""
+    options = OPTIONS[options]
+    normalize = loss.draws == "cosines"
+    x, weight, bias, target = problem(bias=not normalize)
+    params = leaves_of(loss, "number" if loss.structure.scale == "two_scale" else loss.forms[-1], target)
+    options = options | ({"group": loss.group(target)} if loss.groups else {})
+    leaves = [x, weight, *([] if normalize else [bias]), *params.values()]
+    wanted = loss(unfused(x, weight, bias, normalize), target, params, backend="reference", **options)
+    upstream = torch.randn(wanted.shape, dtype=F64, generator=torch.Generator().manual_seed(1))
+    wanted_grads = torch.autograd.grad(wanted, leaves, upstream)
+    whole = lambda logits, target: loss(logits, target, params, backend=plans[0], **options)
+    for strategy, memory in plans[1]:
+        found = linear_softmax_loss(
+            x, weight, target, linear_bias=bias, normalize=normalize, loss=whole, strategy=strategy, memory=memory
+        )
+        torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-12)
+        for ours, theirs in zip(torch.autograd.grad(found, leaves, upstream), wanted_grads, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "two_scale_norm", "two_scale_margin_modulated", "piecewise_groups"])
+def test_statistics_and_their_gradients(name, plans):
+    """logsumexp, log_prob and entropy of one call have gradients, by the scale too."""
+    loss = BY_NAME[name]
+    normalize = loss.draws == "cosines"
+    x, weight, _, target = problem(bias=False)
+    params = leaves_of(loss, "number", target)
+    options = {"group": loss.group(target)} if loss.groups else {}
+    leaves = [x, weight, *params.values()]
+    upstream = None
+    for strategy, memory in plans[1]:
+        value, rows = linear_softmax_loss(
+            x, weight, target, normalize=normalize, return_stats=True, strategy=strategy, memory=memory,
+            backend=plans[0], **loss.compose(params), **options,
+        )  # fmt: skip
+        wanted, whole = mlkernels.softmax_loss(
+            unfused(x, weight, None, normalize), target, return_stats=True, backend="reference",
+            **loss.compose(params), **options,
+        )  # fmt: skip
+        for ours, theirs in zip((value, *rows), (wanted, *whole), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+        if upstream is None:
+            generator = torch.Generator().manual_seed(2)
+            upstream = [torch.randn(t.shape, dtype=F64, generator=generator) for t in (value, *rows[:3])]
+        results = [
+            torch.autograd.grad([v, *r[:3]], leaves, upstream, allow_unused=True)
+            for v, r in ((value, rows), (wanted, whole))
+        ]
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+# ---- which gradients, of how much memory -----------------------------------------------------------------------------
+
+
+class Watched(TorchDispatchMode):
+    """Counts products, and the largest number of bytes that new tensors held at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.products, self.peak, self.live = 0, 0, {}
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        self.products += any(name in str(function) for name in ("aten.mm", "aten.addmm"))
+        old = {t.untyped_storage()._cdata for t in arguments if isinstance(t, torch.Tensor)}
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in old:
+                storage = tensor.untyped_storage()
+                self.live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.live = {k: (ref, size) for k, (ref, size) in self.live.items() if not ref.expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
+        return result
+
+
+@pytest.mark.parametrize("strategy, products", [("stored", (1, 3, 2, 2)), ("tiles", (1, 4, 3, 3))])
+def test_gradients_that_nobody_wants_are_not_made(strategy, products):
+    """no_grad: one pass of products; features and weight: two more; one of them: one more."""
+    x, weight, _, target = problem(bias=False, dtype=torch.float32)
+    calls = [(x.detach(), weight.detach()), (x, weight), (x.detach(), weight), (x, weight.detach())]
+    for (features, classifier), wanted in zip(calls, products, strict=True):
+        with Watched() as watched:
+            loss = linear_cross_entropy(features, classifier, target, strategy=strategy)
+            if loss.requires_grad:
+                loss.backward()
+        assert watched.products == wanted
+        assert loss.requires_grad == (wanted > 1)
+
+
+@pytest.mark.parametrize("strategy", ["stored", "tiles", None])
+@pytest.mark.parametrize("memory", [60_000, 400_000])
+@pytest.mark.parametrize("backend", PIECES)
+def test_memory_is_a_bound(strategy, memory, backend):
+    """Of all that a call makes but the gradients and their sums; the whole logits would be 800 kB."""
+    x, weight, _, target = problem(rows=50, classes=4000, width=4, dtype=torch.float32, bias=False)
+    weight.requires_grad_(False)
+    with Watched() as watched:
+        linear_cross_entropy(x, weight, target, strategy=strategy, memory=memory, backend=backend).backward()
+    # A handful of numbers per row and class besides.
+    assert watched.peak <= memory + 50 * 4 * 100
+
+
+def test_what_a_plan_takes():
+    assert plan(1024, 200_000, 64, 4, False, 0) == (True, 114, 2299)
+    assert not plan(1024, 10_000_000, 512, 4, True, 0).stored
+    with pytest.raises(ValueError, match=r"memory=1000 is too small for one row of 5000 logits .* takes 20000 bytes"):
+        plan(8, 5000, 16, 4, False, 0, "stored", 1000)
+    with pytest.raises(ValueError, match=r"memory=10 is too small for one logit of one row: that takes 68 bytes"):
+        plan(8, 5000, 16, 4, True, 0, None, 10)
+
+
+# ---- precision -------------------------------------------------------------------------------------------------------
+
+
+def of_float64(x, weight, target, **options):
+    x, weight = (t.detach().double().requires_grad_() for t in (x, weight))
+    loss = F.cross_entropy(x @ weight.T, target, **options)
+    return loss.detach(), *torch.autograd.grad(loss, [x, weight])
+
+
+def rows_of(confident, dtype):
+    """Random rows, or rows with p = 1 - 1e-6 or so: each a multiple of its class's weight."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(500, 32, generator=generator).to(dtype)
+    target = torch.randint(500, (64,), generator=generator)
+    x = weight[target].double() * 0.75 if confident else torch.randn(64, 32, generator=generator)
+    return x.to(dtype).requires_grad_(), weight.requires_grad_(), target
+
+
+@pytest.mark.parametrize("confident", [False, True], ids=["random", "confident"])
+@pytest.mark.parametrize("strategy", ["stored", "tiles"])
+def test_no_worse_than_the_unfused_chain_in_float32(strategy, confident):
+    x, weight, target = rows_of(confident, torch.float32)
+    exact = of_float64(x, weight, target)
+    errors = []
+    for value in (linear_cross_entropy(x, weight, target, strategy=strategy), F.cross_entropy(x @ weight.T, target)):
+        found = (value.detach(), *torch.autograd.grad(value, [x, weight]))
+        errors.append([float((f - e).norm() / e.norm()) for f, e in zip(found, exact, strict=True)])
+    for ours, theirs in zip(*errors, strict=True):
+        assert ours <= 1.1 * theirs + 1e-7
+
+
+@pytest.mark.parametrize("confident", [False, True], ids=["random", "confident"])
+@pytest.mark.parametrize("strategy", ["stored", "tiles"])
+def test_bfloat16_rounds_once(strategy, confident):
+    """Gradients are the exact ones, rounded; eager bfloat16 is 100 % off on confident rows."""
+    x, weight, target = rows_of(confident, torch.bfloat16)
+    exact = of_float64(x, weight, target)
+    value = linear_cross_entropy(x, weight, target, strategy=strategy)
+    assert value.dtype == torch.float32
+    found = torch.autograd.grad(value, [x, weight])
+    assert abs(float(value.detach()) / float(exact[0]) - 1) < 1e-5
+    for ours, theirs in zip(found, exact[1:], strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert float((ours.double() - theirs).norm() / theirs.norm()) < 2e-3
+    # Under autocast features are half and the weight is not.
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = linear_cross_entropy(x, weight.detach().float(), target, strategy=strategy)
+    torch.testing.assert_close(mixed, value)
+
+
+def test_small_half_gradients_survive_a_scaler():
+    """An upstream of 65536 is multiplied before what was made is rounded."""
+    x, weight, target = rows_of(True, torch.float16)
+    exact = of_float64(x, weight, target)
+    found = torch.autograd.grad(65536 * linear_cross_entropy(x, weight, target), [x, weight])
+    for ours, theirs in zip(found, exact[1:], strict=True):
+        assert float((ours.double() / 65536 - theirs).norm() / theirs.norm()) < 1e-3
+
+
+# ---- rows that do not count ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("rows", [0, 3])
+def test_nothing_but_ignored_rows(rows, reduction):
+    x, weight, bias, target = problem(rows=max(rows, 3), ignored=False)
+    x, target = x[:rows].detach().fill_(float("nan")).requires_grad_(), torch.full((rows,), -100)
+    loss, stats = linear_softmax_loss(
+        x, weight, target, linear_bias=bias, reduction=reduction, return_stats=True, scale=2.0
+    )
+    alone = linear_softmax_loss(x, weight, target, linear_bias=bias, reduction=reduction, scale=2.0)
+    assert torch.equal(loss.nan_to_num(7.0), alone.nan_to_num(7.0))
+    wanted = F.cross_entropy(torch.zeros(rows, CLASSES, dtype=F64), target, reduction=reduction)
+    assert torch.equal(loss.nan_to_num(7.0), wanted.nan_to_num(7.0))
+    assert stats.prediction.tolist() == [-1] * rows and stats.entropy.tolist() == [0.0] * rows
+    for value in (loss, alone):
+        for grad in torch.autograd.grad(value.sum(), [x, weight, bias]):
+            assert not grad.any()
+
+
+def test_an_infinite_upstream_leaves_ignored_rows_alone():
+    x, weight, _, target = problem(bias=False)
+    for reduction in ("mean", "none"):
+        loss = linear_cross_entropy(x, weight, target, reduction=reduction)
+        (grad,) = torch.autograd.grad(loss, x, torch.full_like(loss, float("inf")))
+        assert not grad[2].any() and not grad[3].isfinite().all()
+
+
+# ---- autograd --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_graph_that_is_kept_gives_the_same_twice(reduction):
+    x, weight, _, target = problem(bias=False)
+    loss = linear_cross_entropy(x, weight, target, reduction=reduction).sum()
+    loss.backward(retain_graph=True)
+    once = x.grad.clone(), weight.grad.clone()
+    loss.backward(torch.tensor(2.0, dtype=F64))
+    for grad, first in zip((x.grad, weight.grad), once, strict=True):
+        torch.testing.assert_close(grad, 3 * first)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_what_heads_cannot_do_they_refuse(reduction):
+    x, weight, _, target = problem(bias=False)
+    loss = linear_cross_entropy(x, weight, target, reduction=reduction)
+    with pytest.raises(RuntimeError, match="no second-order gradients"):
+        torch.autograd.grad(loss.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"no torch\.func transforms"):
+        torch.func.grad(lambda x: linear_cross_entropy(x, weight, target))(x)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode"):
+        linear_cross_entropy(torch.autograd.forward_ad.make_dual(x.detach(), x.detach()), weight, target)
+
+
+def test_checkpointing_and_shapes():
+    """(B, T, D) with (B, T), per-row numbers of that shape, under checkpoint, as row by row."""
+    x, weight, _, target = problem(rows=12, bias=False, ignored=False)
+    scale = torch.linspace(0.5, 2, 12, dtype=F64, requires_grad=True)
+    run = lambda x, target, scale: linear_softmax_loss(
+        x, weight, target, scale=scale, reduction="none", return_stats=True
+    )
+    boxed = torch.utils.checkpoint.checkpoint(
+        run, x.reshape(3, 4, -1), target.reshape(3, 4), scale.reshape(3, 4, 1), use_reentrant=False
+    )
+    flat = run(x, target, scale.reshape(12, 1))
+    for ours, theirs in zip((boxed[0], *boxed[1]), (flat[0], *flat[1]), strict=True):
+        assert ours.shape == (3, 4)
+        torch.testing.assert_close(ours.reshape(-1), theirs)
+    leaves = [x, weight, scale]
+    grads = [torch.autograd.grad(v.sum() + r.entropy.sum(), leaves) for v, r in (boxed, flat)]
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    one = linear_cross_entropy(x[0], weight, target[0], reduction="none")
+    assert one.shape == () and one == linear_cross_entropy(x[:1], weight, target[:1])
+
+
+# ---- modules ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_head_ties_and_takes_over():
+    embedding = torch.nn.Embedding(CLASSES, WIDTH)
+    tied = mlkernels.LinearLoss(mlkernels.CrossEntropyLoss(), WIDTH, CLASSES, weight=embedding.weight)
+    assert tied.weight is embedding.weight
+    layer = torch.nn.Linear(WIDTH, CLASSES)
+    before = layer.weight.detach().clone()
+    head = mlkernels.LinearLoss.from_linear(mlkernels.FocalLoss(), layer)
+    assert head.weight is layer.weight and head.bias is layer.bias and torch.equal(before, layer.weight)
+    x, _, _, target = problem(dtype=torch.float32, ignored=False)
+    torch.testing.assert_close(head(x, target), mlkernels.FocalLoss()(layer(x), target))
+    torch.testing.assert_close(head.logits(x), layer(x))
+    other = mlkernels.LinearLoss(mlkernels.FocalLoss(), WIDTH, CLASSES, bias=True)
+    other.load_state_dict(head.state_dict())
+    torch.testing.assert_close(other(x, target), head(x, target))
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_the_best_classes_without_logits(normalize, monkeypatch):
+    monkeypatch.setattr(mlkernels.linear.module, "TILE", 50)
+    head = mlkernels.LinearLoss(mlkernels.ArcFaceLoss(), WIDTH, 101, normalize=normalize, dtype=F64)
+    x = torch.randn(3, 4, WIDTH, dtype=F64)
+    for k in (1, 7, 101):
+        values, classes = head.topk(x, k)
+        wanted, at = head.logits(x).topk(k)
+        torch.testing.assert_close(values, wanted.detach())
+        assert torch.equal(classes, at)
+
+
+def test_losses_take_what_belongs_to_the_batch():
+    """A model's norm, groups and norms of rows pass through; trained scales of a loss get their gradients."""
+    x, _, _, target = problem(dtype=F64, ignored=False)
+    two = mlkernels.TwoScaleLoss(3.0)
+    head = mlkernels.LinearLoss(two, WIDTH, CLASSES, dtype=F64)
+    head(x, target, logit_norm=torch.tensor(2.5)).backward()
+    ours = two.scale_low.grad.clone(), head.weight.grad.clone()
+    two.zero_grad(), head.zero_grad()
+    two(F.linear(x, head.weight), target, torch.tensor(2.5)).backward()
+    torch.testing.assert_close(ours, (two.scale_low.grad, head.weight.grad))
+    tables = {k: torch.tensor(v, dtype=F64) for k, v in BY_NAME["piecewise_groups"].params.items() if k in TABLES}
+    piecewise = mlkernels.PiecewiseLoss(**tables)
+    head, group = mlkernels.LinearLoss(piecewise, WIDTH, CLASSES, dtype=F64), torch.arange(ROWS) % 2
+    torch.testing.assert_close(head(x, target, group=group), piecewise(F.linear(x, head.weight), target, group))
+    norm = torch.full((ROWS, 1), 9.0, dtype=F64)
+    head = mlkernels.LinearLoss(mlkernels.MarginLoss(m2=0.2, scale=1.0), WIDTH, CLASSES, dtype=F64)
+    torch.testing.assert_close(head(x, target, norm=norm), head.loss(F.linear(x, head.weight), target, norm))
+    loss, rows = head(x, target, norm=norm, return_stats=True)
+    assert rows.rank.shape == (ROWS,) and loss.shape == ()
+
+
+# ---- bad arguments ---------------------------------------------------------------------------------------------------
+
+X, W, B, Y, _META = *problem(ignored=False), torch.device("meta")
+stored = functools.partial(linear_cross_entropy, strategy="stored")
+head = functools.partial(mlkernels.LinearLoss, mlkernels.FocalLoss())
+BAD = [
+    (TypeError, "input takes a floating tensor, got list", lambda: linear_cross_entropy([1.0], W, Y)),
+    (TypeError, r"linear_weight takes a floating tensor \(C, D\), got list", lambda: linear_cross_entropy(X, [1], Y)),
+    (ValueError, r"linear_weight must be \(C, 5\) .*, got \(23, 4\)", lambda: linear_cross_entropy(X, W[:, :4], Y)),
+    (ValueError, "at least one class", lambda: linear_cross_entropy(X, W[:0], Y)),
+    (ValueError, r"linear_bias must be \(23,\)", lambda: linear_cross_entropy(X, W, Y, linear_bias=B[:4])),
+    (ValueError, "beside normalize", lambda: linear_softmax_loss(X, W, Y, linear_bias=B, normalize=True)),
+    (TypeError, "linear_weight must have input's dtype", lambda: linear_cross_entropy(X, W.float(), Y)),
+    (ValueError, "linear_weight must be on input's device cpu", lambda: linear_cross_entropy(X, W.to(_META), Y)),
+    (ValueError, r"target must be \(10,\), .* got \(4,\)", lambda: linear_cross_entropy(X, W, Y[:4])),
+    (TypeError, "target must hold integer class indices", lambda: linear_cross_entropy(X, W, Y.double())),
+    (IndexError, "target 23 at row 0 is out of range", lambda: linear_cross_entropy(X, W, torch.full_like(Y, 23))),
+    (ValueError, "strategy must be one of 'stored', 'tiles'", lambda: linear_cross_entropy(X, W, Y, strategy="fast")),
+    (ValueError, "memory must be a number of bytes > 0", lambda: linear_cross_entropy(X, W, Y, memory=-1)),
+    (ValueError, "memory=7 is too small for one row", lambda: stored(X, W, Y, memory=7)),
+    (ValueError, "memory=7 is too small for one logit", lambda: linear_cross_entropy(X, W, Y, memory=7)),
+    (ValueError, "backend=None, 'reference' or 'cpu'", lambda: linear_cross_entropy(X, W, Y, backend="cuda")),
+    (TypeError, "takes no options", lambda: linear_cross_entropy(X, W, Y, options=None)),
+    (TypeError, "takes no 'gamma'", lambda: linear_cross_entropy(X, W, Y, gamma=2.0)),
+    (ValueError, "weight must have one entry per class", lambda: linear_cross_entropy(X, W, Y, weight=VECTOR[:3])),
+    (TypeError, "loss has its own scale", lambda: linear_softmax_loss(X, W, Y, loss=mlkernels.FocalLoss(), scale=2.0)),
+    (TypeError, "loss takes a loss module or function", lambda: linear_softmax_loss(X, W, Y, loss=3)),
+    (TypeError, "LinearLogits", lambda: linear_softmax_loss(X, W, Y, loss=mlkernels.MultiMarginLoss())),
+    (ValueError, "looks at the logits once", lambda: linear_softmax_loss(
+        X, W, Y, loss=lambda f, y: mlkernels.cross_entropy(f, y) + mlkernels.focal_loss(f, y), return_stats=True)),
+    (AttributeError, "a head takes losses of the softmax family", lambda: linear_softmax_loss(
+        X, W, Y, loss=lambda f, y: f.logsumexp(1))),
+    (ValueError, "normalize=True", lambda: head(5, 23, bias=True, normalize=True)),
+    (TypeError, r"weight takes the nn\.Parameter", lambda: head(5, 23, weight=X)),
+    (ValueError, r"k must be in \[1, 23\]", lambda: head(5, 23).topk(X.float(), 24)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("error, words, call", BAD, ids=[words for _, words, _ in BAD])
+def test_bad_arguments(error, words, call):
+    with pytest.raises(error, match=words):
+        call()
