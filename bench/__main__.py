@@ -14,9 +14,10 @@ from . import ahead, cases, report
 from .cases import DTYPES, LOSSES, MODES, Problem
 from .measure import STATE_WIDTHS, Plan, Run, announce, attempt, in_fresh_processes, measure
 from .options import backends_of, device_of, is_gpu, names_of, parser_of
-from .peers import HEADLINE, PEERS
+from .peers import HEADLINE
+from .report import PEERS
 
-SUITES = ["losses", "state"]
+SUITES = ["losses", "state", "heads"]
 BUDGET = 172.0  # seconds for a GPU, which is paid by the minute
 
 
@@ -32,9 +33,11 @@ def _shapes(text: str) -> list[tuple[int, ...]]:
 
 def _options(given: list[str] | None) -> Namespace:
     parser = parser_of("bench", "Times each loss's forward and backward() beside its peers and a copy.")
-    parser.add_argument("--suites", type=names_of(SUITES), help=f"of {','.join(SUITES)}; default: losses, on a GPU all")
+    parser.add_argument(
+        "--suites", type=names_of(SUITES), help=f"{','.join(SUITES)}; default: losses, on a GPU also state"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer problems and losses, no torch.compile")
-    parser.add_argument("--shapes", type=_shapes, help="for instance 256x1000,8x19x512x512")
+    parser.add_argument("--shapes", type=_shapes, help="for instance 256x1000,8x19x512x512; of heads NxDxC")
     parser.add_argument("--dtype", type=names_of(DTYPES), help=",".join(DTYPES))
     parser.add_argument("--peers", type=names_of(PEERS), help=",".join(PEERS))
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes half of the time")
@@ -49,11 +52,16 @@ def _options(given: list[str] | None) -> Namespace:
 def plan_of(options: Namespace, device: torch.device, backends: list[str]) -> Plan:
     """What the options ask for."""
     gpu = is_gpu(device)
-    suites = options.suites or (SUITES if gpu and options.shapes is None else ["losses"])
+    suites = options.suites or (SUITES[:2] if gpu and options.shapes is None else ["losses"])
     problems = cases.problems(gpu, options.quick) if "losses" in suites else []
+    problems += cases.heads(gpu, options.quick) if "heads" in suites else []
     if options.shapes or options.dtype:
-        shapes = options.shapes or list(dict.fromkeys(one.shape for one in problems))
+        shapes = options.shapes or list(dict.fromkeys(one.sizes for one in problems))
         problems = [Problem(shape, dtype) for dtype in options.dtype or ["float32"] for shape in shapes]
+        if suites == ["heads"]:
+            problems = [
+                Problem((rows, classes), one.dtype, size) for one in problems for rows, size, classes in [one.shape]
+            ]
     peers = options.peers or PEERS
     if options.no_compile or (options.quick and not gpu):
         peers = [peer for peer in peers if peer != "compile"]

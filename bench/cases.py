@@ -27,8 +27,12 @@ class Problem(NamedTuple):
     features: int = 0
 
     def __str__(self) -> str:
-        shape = (self.shape[0], self.features, self.classes) if self.features else self.shape
-        return f"{'x'.join(map(str, shape))} {self.dtype}"
+        return f"{'x'.join(map(str, self.sizes))} {self.dtype}"
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The shape; of a head N, D and C."""
+        return (self.shape[0], self.features, self.classes) if self.features else self.shape
 
     @property
     def classes(self) -> int:

@@ -4,6 +4,7 @@
 #   bench/gpu.sh first       at most 210 s: builds and stops if there is no library; every loss on tiny problems against
 #                            float64; the most valuable measurements; the kernel tests in the time that is left
 #   bench/gpu.sh second      at most 420 s: all measurements, most valuable first; Triton's tests; memcheck of CUDA
+#   bench/gpu.sh heads       at most 300 s: classifiers and losses in one, beside their peers and the three products
 #   bench/gpu.sh racecheck   at most 200 s: races on shared memory
 #   bench/gpu.sh tune        at most 300 s: launch sizes and the choice of the backend, into sizes.json and choice.json
 #   bench/gpu.sh CALL --dry-run    says what it would run and why, and runs nothing
@@ -22,12 +23,13 @@ dry_run=
 case $call in
     first) limit=210 ;;
     second) limit=420 ;;
+    heads) limit=300 ;;
     racecheck) limit=200 ;;
     tune) limit=300 ;;
     *) call= ;;
 esac
 if [ -z "$call" ] || [ $# -gt $((1 + ${dry_run:-0})) ]; then
-    echo "usage: bench/gpu.sh first|second|racecheck|tune [--dry-run]" >&2
+    echo "usage: bench/gpu.sh first|second|heads|racecheck|tune [--dry-run]" >&2
     exit 2
 fi
 
@@ -162,6 +164,11 @@ case $call in
         step tests-triton 80 "the property table on Triton, as far as the time goes" \
             "${tests[@]}" --seconds "$(seconds_of 72)" -k triton
         sanitized memcheck 45 memcheck
+        ;;
+    heads)
+        build
+        step measure-heads 205 "time and memory beside the unfused chain, torch's chunks and the products; JSON as it goes" \
+            "$python" -m bench $on --suites heads --seconds 180 --out "$out"
         ;;
     racecheck)
         build

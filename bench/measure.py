@@ -29,7 +29,7 @@ from torch import Tensor
 
 from mlkernels.ops import multi_copy_
 
-from . import peers
+from . import heads, peers
 from .cases import FIRST, Inputs, Problem, input_sets, make_inputs
 
 Step = Callable[[], object]
@@ -131,8 +131,9 @@ def take_turns(steps: dict[Name, Step], seconds: float, device: torch.device) ->
     cuda = device.type == "cuda"
     counts, warm_up = {}, {}
     for name, step in steps.items():
-        _block(step, 1, cuda)
         once = _block(step, 1, cuda)
+        if once < WARM_UP_BELOW:
+            once = _block(step, 1, cuda)
         counts[name] = max(1, min(1000, round(BLOCK / once)))
         warm_up[name] = once < WARM_UP_BELOW
     taken: dict[Name, list[float]] = {name: [] for name in steps}
@@ -225,7 +226,7 @@ class Run:
 
     timings: dict[Key, Timing] = field(default_factory=dict)
     bandwidth: dict[Problem, float] = field(default_factory=dict)  # of a copy, bytes per second, in the same turns
-    memory: dict[Key, int] = field(default_factory=dict)
+    memory: dict[Key, int] = field(default_factory=dict)  # at most, beyond inputs and gradients
     apart: dict[Key, float] = field(default_factory=dict)  # from the reference
     failures: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
@@ -281,7 +282,8 @@ def _checked(candidate: peers.Candidate, problem: Problem, inputs: Inputs, wante
     key = Key(problem, candidate.loss, "step", candidate.by)
 
     def check() -> None:
-        run.apart[key] = peers.disagreement(candidate.function, inputs, wanted)
+        own = inputs.clone() if candidate.destroys else inputs
+        run.apart[key] = peers.disagreement(candidate.function, own, wanted)
         if not run.apart[key] <= peers.TOLERANCE[problem.dtype]:
             raise ValueError(f"another loss than the reference's, {run.apart[key]:.1e} apart: not timed")
 
@@ -294,28 +296,46 @@ def _modes(problem: Problem, ours: bool, plan: Plan) -> list[str]:
     return [mode for mode in wanted if mode in plan.modes]
 
 
+class Field(NamedTuple):
+    """Who takes part in a problem, and what they are held against."""
+
+    candidates: Sequence[peers.Candidate]
+    reference: dict[str, peers.Function]
+    cosines: dict[str, bool]
+
+
+def field_of(problem: Problem, plan: Plan) -> Field:
+    """A loss's, or a head's."""
+    device = plan.device
+    if problem.features:
+        names = [name for name in plan.names if name in heads.LOSSES]
+        reference = {name: heads.whole(name, device)["reference"] for name in names}
+        return Field(heads.candidates(device, names, plan.peers), reference, dict.fromkeys(names, False))
+    cosines = {name: loss.cosines for name, loss in peers.losses(device).items()}
+    everybody = peers.candidates(problem, device, plan.backends, plan.names, plan.peers)
+    return Field(everybody, dict(peers.ours(device, "reference")), cosines)
+
+
 def measure_problem(problem: Problem, plan: Plan, copied: tuple[Tensor, Tensor] | None, run: Run) -> None:
-    """Everybody's steps of a problem, in turns with a copy."""
+    """Everybody's steps of a problem, in turns with a copy; of a head also the memory that they take."""
     device, cuda = plan.device, plan.device.type == "cuda"
     # Logits that are small come from the cache, as they do in training.
     cache = torch.cuda.get_device_properties(device).L2_cache_size if cuda and not problem.small else 0
-    catalogue = peers.losses(device)
     sets: dict[bool, list[Inputs]] = {}
     wanted: dict[str, peers.Expected] = {}
     steps: dict[Key, Step] = {}
-    reference = peers.ours(device, "reference")
-    everybody = peers.candidates(problem, device, plan.backends, plan.names, plan.peers)
-    if any(candidate.by == "compile" for candidate in everybody):
+    taking_part = field_of(problem, plan)
+    if any(candidate.by == "compile" for candidate in taking_part.candidates):
         torch._dynamo.reset()
-    for candidate in everybody:
-        name, kind = candidate.loss, catalogue[candidate.loss].cosines
+    for candidate in taking_part.candidates:
+        name, kind = candidate.loss, taking_part.cosines[candidate.loss]
         if kind not in sets:
             sets[kind] = [make_inputs(problem, kind, device) for _ in range(input_sets(problem, cache))]
         if plan.right is not None:
             if Key(problem, name, "step", candidate.by) not in plan.right:
                 continue
         elif name not in wanted:
-            wanted[name] = peers.expected(reference[name], sets[kind][0], problem.classes)
+            wanted[name] = peers.expected(taking_part.reference[name], sets[kind][0], problem.classes)
         if name in wanted and not _checked(candidate, problem, sets[kind][0], wanted[name], run):
             continue
         for mode in _modes(problem, candidate.by in plan.backends, plan):
@@ -329,11 +349,21 @@ def measure_problem(problem: Problem, plan: Plan, copied: tuple[Tensor, Tensor] 
                 else:
                     attempt(what, lambda key=key, step=step: steps.update({key: captured(step)}), run)
     wanted.clear()
-    if sets:
-        logits = next(iter(sets.values()))[0].leaves[0].detach()
-        if not cuda:
-            steps[Key(problem, "-", "step", "clone")] = logits.clone  # into fresh memory, which a gradient is
-        take_turns_with_copy(problem, steps, plan, copied or (torch.zeros_like(logits), logits), run)
+    if not sets:
+        return
+    inputs = next(iter(sets.values()))[0]
+    largest = inputs.leaves[-1].detach()
+    floors: dict[Key, Step] = {}
+    if problem.features:
+        floors[Key(problem, "-", "step", "products")] = functools.partial(heads.products, inputs)
+    elif not cuda:
+        floors[Key(problem, "-", "step", "clone")] = largest.clone  # into fresh memory, which a gradient is
+    take_turns_with_copy(problem, {**steps, **floors}, plan, copied or (torch.zeros_like(largest), largest), run)
+    for key, step in steps.items() if problem.features else ():
+        for leaf in inputs.leaves:
+            leaf.grad = None
+        if (peak := peak_memory(step, device)) is not None:
+            run.memory[key] = max(0, peak - sum(leaf.nbytes for leaf in inputs.leaves))
 
 
 def take_turns_with_copy(

@@ -21,12 +21,15 @@ import torch
 import mlkernels
 from mlkernels.backends import native
 
+from . import heads
 from .cases import LOSSES, MODES, Problem, floor_bytes
 from .measure import Key, Run
 from .options import ON_GPU
-from .peers import HEADLINE, PEERS
+from .peers import HEADLINE
+from .peers import PEERS as LOSS_PEERS
 
 OF_COPY = ": of copy"
+PEERS = [*dict.fromkeys([*LOSS_PEERS, *heads.PEERS])]
 
 
 # ---- where ---------------------------------------------------------------------------------------------------------
@@ -124,7 +127,9 @@ class Report:
         return statistics.median(found) if (found := self.ratios(key, other)) else None
 
     def fractions(self, key: Key) -> list[float]:
-        """Of the bandwidth of the copy beside it, bytes at the floor; in each process."""
+        """Of the floor, in each process: a copy's time for the bytes of a step, or the products of a head."""
+        if key.problem.features:
+            return self.ratios(key, Key(key.problem, "-", "step", "products"))
         need = floor_bytes(key.problem, key.mode)
         runs = (run for run in self.runs if key in run.timings and key.problem in run.bandwidth)
         return [need / run.timings[key].median / run.bandwidth[key.problem] for run in runs]
@@ -221,6 +226,35 @@ def _cpu_outcomes(report: Report) -> Iterator[Outcome]:
                 yield Outcome(f"{problem}, {loss}: cpu / {floor[0]}", 1 / found, floor[1], False)
 
 
+#: A head's rows, features, classes and dtype; the loss; who; at most how many times another's time, or bytes in MB.
+HEAD_TARGETS: list[tuple[str, str, str, str, float]] = [
+    ("1024x64x200000 float32", "cross_entropy", "head", "eager", 0.40),
+    ("1024x64x200000 float32", "cross_entropy", "head", "chunked64", 1.0),
+    ("1024x64x200000 float32", "cross_entropy", "head", "chunked256", 1.0),
+    ("1024x64x200000 float32", "cross_entropy", "head", "MB", 110),
+    ("1024x64x200000 float32", "cross_entropy", "tiles", "eager", 0.5),
+    ("1024x64x200000 float32", "cross_entropy", "tiles", "MB", 20),
+    ("1024x64x200000 float32", "arcface", "head", "eager", 0.18),
+    ("512x512x50000 float32", "cross_entropy", "head", "eager", 0.82),
+    ("8192x4096x128256 bfloat16", "cross_entropy", "head", "products", 1.1),
+    ("8192x4096x151936 bfloat16", "cross_entropy", "head", "products", 1.6),
+    ("8192x4096x151936 bfloat16", "cross_entropy", "head", "MB", 6442),
+]
+
+
+def _head_outcomes(report: Report) -> Iterator[Outcome]:
+    problems = {str(problem): problem for problem in report.problems()}
+    for problem, loss, by, other, bound in HEAD_TARGETS:
+        if problem not in problems:
+            continue
+        key = Key(problems[problem], loss, "step", by)
+        beside = key._replace(by=other, loss="-" if other == "products" else loss)
+        sizes = [run.memory[key] / 1e6 for run in report.runs if key in run.memory]
+        found = (max(sizes) if sizes else None) if other == "MB" else report.ratio(beside, key)
+        if found is not None:
+            yield Outcome(f"{problem}, {loss}: {by} {'in' if other == 'MB' else '/'} {other}", found, bound, False)
+
+
 def wanted_fraction(problem: Problem, mode: str, by: str) -> float | None:
     """On a GPU, of the copy bandwidth; None where nothing was asked for."""
     if by not in ON_GPU or mode == "graph" or problem.small:
@@ -236,7 +270,7 @@ def wanted_fraction(problem: Problem, mode: str, by: str) -> float | None:
 
 def wanted_ratio(key: Key) -> float | None:
     """On a GPU, how many times as long as the faster of ours a peer was to take."""
-    if key.problem.small:
+    if key.problem.small or key.problem.features:
         return None
     if key.by == "eager":
         return 3.0 if key.loss == "cross_entropy" else 8.0
@@ -271,7 +305,8 @@ def _gpu_outcomes(report: Report) -> Iterator[Outcome]:
 
 def check(report: Report) -> list[Outcome]:
     """What was asked for and this run measured."""
-    return list((_gpu_outcomes if report.header["device_type"] == "cuda" else _cpu_outcomes)(report))
+    on_device = _gpu_outcomes if report.header["device_type"] == "cuda" else _cpu_outcomes
+    return [*on_device(report), *_head_outcomes(report)]
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------
@@ -299,11 +334,11 @@ def _columns(report: Report) -> dict[str, Callable[[Key], str]]:
         if mode == "graph":
             columns["graph"] = lambda key: time_text(report.median(key._replace(mode="graph")))
         else:
-            title = "of copy" if modes == ["step"] else f"{mode} %"
+            title = "of floor" if modes == ["step"] else f"{mode} %"
             columns[title] = lambda key, mode=mode: _number(report.fraction(key._replace(mode=mode)), ".0%")
     if any(run.memory for run in report.runs):
-        columns["memory"] = lambda key: _number(
-            max((run.memory[key] / 1e6 for run in report.runs if key in run.memory), default=None), ",.0f MB"
+        columns["MB"] = lambda key: _number(
+            max((run.memory[key] / 1e6 for run in report.runs if key in run.memory), default=None), ",.0f"
         )
     columns["F.ce/ours"] = lambda key: _number(report.ratio(key, key._replace(loss="cross_entropy", by="eager")), ".2f")
     for by in dict.fromkeys(key.by for key in keys if key.by in PEERS):
@@ -325,18 +360,19 @@ def text(report: Report) -> str:
     where = f"{header['device']}, {header['threads']} threads, {' and '.join(header['backends']) or 'no backend'}{isa}"
     stolen = max((run.stolen for run in report.runs), default=0.0)
     lines = [f"{where}; {versions}; {commit}; {header['date']}"]
-    lines.append("A step is a loss and its backward(); the copy has two passes over the logits.")
+    lines.append(
+        "A step is a loss and its backward(). Its floor is a copy of as many bytes, or a head's three products."
+    )
     lines.append(f"Medians of {report.processes} processes; {stolen:.2f} CPUs went to other machines.")
     lines += [f"WARNING: {caveat}" for caveat in report.caveats()]
     for problem in report.problems():
-        clone = report.median(Key(problem, "-", "step", "clone"))
-        floors = f"copy {time_text(2 * problem.nbytes / report.bandwidth(problem))}" + (
-            f", clone {time_text(clone)}" if clone else ""
-        )
-        lines += [
-            "",
-            f"{problem}  ({problem.nbytes / 1e6:.2f} MB; {floors}; copy {report.bandwidth(problem) / 1e9:.1f} GB/s)",
-        ]
+        floors = {by: report.median(Key(problem, "-", "step", by)) for by in ("clone", "products")}
+        floors = {"copy": 2 * problem.nbytes / report.bandwidth(problem), **floors}
+        if problem.features:
+            floors.pop("copy")  # nobody copies the logits
+        said = ", ".join(f"{by} {time_text(time)}" for by, time in floors.items() if time)
+        rate = f"copy {report.bandwidth(problem) / 1e9:.1f} GB/s"
+        lines += ["", f"{problem}  (logits {problem.nbytes / 1e6:.2f} MB; {said}; {rate})"]
         lines.append(f"  {'loss':<14}{'by':<14}" + "".join(f"{title:>{widths[title]}}" for title in columns))
         for loss, by in report.own(problem):
             key = Key(problem, loss, "step", by)

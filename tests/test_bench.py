@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import mlkernels
-from bench import ahead, cases, measure, options, peers, report, schedule, smoke, tune
+from bench import ahead, cases, heads, measure, options, peers, report, schedule, smoke, tune
 from bench.__main__ import BUDGET, main, plan_of
 from bench.__main__ import _options as parse
 from bench.cases import LOSSES, MODES, Problem, floor_bytes, make_inputs
@@ -251,6 +251,43 @@ def test_what_fails_or_is_another_loss_is_said_and_the_rest_measured(stand_in, m
     assert "FAILED: 16x20" in text(Report(report.describe(CPU, ["cuda"]), [run]))
     late, _ = measured(everything._replace(until=-math.inf, widths=[4]))
     assert late.skipped == ["training state", "16x20 float32"] and not late.timings
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_heads(dtype, monkeypatch):
+    """Everybody's head is held against the whole chain; time, memory and the products stand together."""
+    monkeypatch.setattr(Plan, "seconds", lambda plan, problem: 0.0)
+    monkeypatch.setattr(peers, "CHUNK", 1000)
+    problem = Problem((64, 300), dtype, 16)
+    run, _ = measured(plan(backends=["cpu"], names=LOSSES, problems=[problem], peers=["eager", "chunked64"]))
+    assert run.failures == [] and all(apart < peers.TOLERANCE[dtype] for apart in run.apart.values())
+    asked = {(key.loss, key.by) for key in run.timings}
+    ours = {(loss, by) for loss in heads.LOSSES for by in heads.STRATEGIES}
+    others = {("cross_entropy", "eager"), ("arcface", "eager"), ("cross_entropy", "chunked64")}
+    assert asked == ours | others | {("-", "products")}
+    assert (
+        set(run.memory) == {key for key in run.timings if key.loss != "-"} or not Path("/proc/self/clear_refs").exists()
+    )
+    found = Report(report.describe(CPU, ["cpu"]), [run])
+    key = Key(problem, "cross_entropy", "step", "head")
+    products = run.timings[Key(problem, "-", "step", "products")].median
+    assert found.fraction(key) == pytest.approx(products / run.timings[key].median)
+    assert re.search(r"arcface +tiles ", text(found)) and "products" in text(found)
+
+
+def test_targets_of_a_head():
+    problem = Problem((1024, 200000), "float32", 64)
+    ours, tiles, eager = (Key(problem, "cross_entropy", "step", by) for by in ("head", "tiles", "eager"))
+    products = Key(problem, "-", "step", "products")
+    run = Run({ours: timing(1.0), tiles: timing(4.0), eager: timing(5.0), products: timing(0.9)}, {problem: 1e9})
+    run.memory = {ours: 200_000_000, tiles: 10_000_000}
+    wanted = {one.what.split(": ")[1]: (one.value, one.reached) for one in check(Report(ON_CPU, [run]))}
+    assert wanted == {
+        "head / eager": (0.2, True),
+        "head in MB": (200.0, False),
+        "tiles / eager": (0.8, False),
+        "tiles in MB": (10.0, True),
+    }
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
@@ -643,7 +680,7 @@ def test_without_a_gpu_it_says_so(module, capsys):
 
 
 SCRIPT = str(ROOT / "bench/gpu.sh")
-LIMITS = {"first": 210, "second": 420, "racecheck": 200, "tune": 300}
+LIMITS = {"first": 210, "second": 420, "heads": 300, "racecheck": 200, "tune": 300}
 
 
 def dry_run(call, **more):
@@ -666,6 +703,7 @@ def test_dry_run_of_the_script(tmp_path):
         "compute-sanitizer --tool racecheck",
         "a-python -m bench.schedule",
         "a-python -m bench.tune",
+        "a-python -m bench --device cuda --suites heads",
         f"a-python -m bench --device cuda --seconds 172 --out {tmp_path / 'out'}",
     ):
         assert what in said, what
@@ -728,6 +766,7 @@ case "$*" in {fails}) exit 3 ;; csrc/build.py) {built} ;; *--out*) touch "$OUT/a
         ("first", "nothing", None),
         ("second", "*--compile*", "compile"),  # beside the build, and waited for
         ("second", "nothing", None),
+        ("heads", "nothing", None),
         ("tune", "*bench.tune*", "tune"),
         ("racecheck", "nothing", None),
     ],
@@ -742,6 +781,7 @@ def test_a_failing_step_does_not_stop_the_script(tmp_path, call, fails, failed):
     order = {
         "first": ["build", "compile", "machine", "smoke-cuda", "smoke-triton", "measure-quick", "tests"],
         "second": ["build", "compile", "measure", "schedule", "tests-triton", "memcheck"],
+        "heads": ["build", "measure-heads"],
         "racecheck": ["build", "racecheck"],
         "tune": ["build", "tune"],
     }[call]
@@ -749,7 +789,7 @@ def test_a_failing_step_does_not_stop_the_script(tmp_path, call, fails, failed):
     assert places == sorted(places) and places[0] > 0
     # At most eight come back from a machine.
     assert len(files) <= 4 and f"{call}.log" in files
-    assert ("a.json" in files) == (call in ("first", "second")) and ("sizes.json" in files) == (call == "tune")
+    assert ("a.json" in files) == (call in ("first", "second", "heads")) and ("sizes.json" in files) == (call == "tune")
     assert ("sanitizer: --tool" in done.stdout) == (call in ("second", "racecheck"))
 
 
