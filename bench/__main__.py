@@ -42,7 +42,9 @@ def _options(given: list[str] | None) -> Namespace:
     parser.add_argument("--peers", type=names_of(PEERS), help=",".join(PEERS))
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes half of the time")
     parser.add_argument(
-        "--processes", type=int, help="fresh ones, whose best and worst are reported; default: 4, on a GPU 1"
+        "--processes",
+        type=int,
+        help="fresh ones, whose best and worst are reported; default: 4, on a GPU and for heads 1",
     )
     parser.add_argument("--seconds", type=float, help="for the whole run; default: as it comes, on a GPU 172")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out", help="where JSON and picture go")
@@ -102,7 +104,7 @@ def main(given: list[str] | None = None) -> int:
     def save(runs: list[Run]) -> Path:
         return report.write_json(report.Report(header, runs), options.out)
 
-    count = options.processes or (1 if is_gpu(device) else 4)
+    count = options.processes or (1 if is_gpu(device) or any(one.features for one in plan.problems) else 4)
     if count == 1:
         runs = [measure(plan, first, lambda run: save([run]), say)]
     else:

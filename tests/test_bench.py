@@ -324,6 +324,7 @@ def test_fresh_processes(tmp_path, capsys):
     (data,) = tmp_path.glob("*.json")
     found = json.loads(data.read_text())
     assert found["threads"] == torch.get_num_threads() and found["versions"]["torch"] == torch.__version__
+    assert len(found["apart"]) == 2 * 2 * 4  # the first process checks for all
     rows = {(tuple(one["shape"]), one["dtype"], one["loss"], one["by"]): one["processes"] for one in found["timings"]}
     for shape, dtype in itertools.product([(8, 5), (6, 40)], ["float32", "bfloat16"]):
         for loss, by in (("cross_entropy", "cpu"), ("poly1", "cpu"), ("poly1", "eager"), ("-", "clone")):
@@ -336,7 +337,7 @@ def test_what_the_options_ask_for():
     assert few.modes == ["step"] and few.names == peers.HEADLINE and "compile" not in few.peers
     assert few.patience == 1 / 3 and few.widths == () and few.until == math.inf
     whole = plan_of(parse([]), torch.device("cuda"), ["triton"])
-    assert whole.modes == MODES and whole.names == LOSSES[:6] and whole.peers == peers.PEERS
+    assert whole.modes == MODES and whole.names == LOSSES[:6] and whole.peers == report.PEERS
     assert whole.problems == cases.problems(True) and len(whole.widths) == 125 and whole.until < math.inf
     own = plan_of(parse(["--shapes", "4x5x6,7x8", "--dtype", "float16", "--modes", "split"]), CPU, ["cpu"])
     assert own.problems == [Problem((4, 5, 6), "float16"), Problem((7, 8), "float16")] and own.modes == ["split"]
