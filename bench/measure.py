@@ -316,6 +316,31 @@ def field_of(problem: Problem, plan: Plan) -> Field:
     return Field(everybody, dict(peers.ours(device, "reference")), cosines)
 
 
+def _steps(candidate: peers.Candidate, problem: Problem, sets: list[Inputs], plan: Plan, run: Run) -> dict[Key, Step]:
+    """A candidate's that run, by mode."""
+    steps: dict[Key, Step] = {}
+    for mode in _modes(problem, candidate.by in plan.backends, plan):
+        key = Key(problem, candidate.loss, mode, candidate.by)
+        what = f"{problem}, {candidate.loss} of {candidate.by}, {mode}"
+        own = [one.clone() for one in sets] if candidate.destroys or mode == "graph" else sets
+        step = step_of(candidate.function, own, "step" if mode == "graph" else mode, candidate.destroys)
+        if not attempt(what, step, run):
+            continue
+        if mode == "graph":
+            attempt(what, lambda key=key, step=step: steps.update({key: captured(step)}), run)
+        else:
+            steps[key] = step
+    return steps
+
+
+def _floors(problem: Problem, inputs: Inputs) -> dict[Key, Step]:
+    """A head's three products; of logits on a CPU, their copy into fresh memory, which a gradient is."""
+    if problem.features:
+        return {Key(problem, "-", "step", "products"): functools.partial(heads.products, inputs)}
+    (logits,) = inputs.leaves
+    return {} if logits.is_cuda else {Key(problem, "-", "step", "clone"): logits.detach().clone}
+
+
 def measure_problem(problem: Problem, plan: Plan, copied: tuple[Tensor, Tensor] | None, run: Run) -> None:
     """Everybody's steps of a problem, in turns with a copy; of a head also the memory that they take."""
     device, cuda = plan.device, plan.device.type == "cuda"
@@ -331,34 +356,21 @@ def measure_problem(problem: Problem, plan: Plan, copied: tuple[Tensor, Tensor] 
         name, kind = candidate.loss, taking_part.cosines[candidate.loss]
         if kind not in sets:
             sets[kind] = [make_inputs(problem, kind, device) for _ in range(input_sets(problem, cache))]
-        if plan.right is not None:
-            if Key(problem, name, "step", candidate.by) not in plan.right:
-                continue
-        elif name not in wanted:
-            wanted[name] = peers.expected(taking_part.reference[name], sets[kind][0], problem.classes)
-        if name in wanted and not _checked(candidate, problem, sets[kind][0], wanted[name], run):
-            continue
-        for mode in _modes(problem, candidate.by in plan.backends, plan):
-            own = [one.clone() for one in sets[kind]] if candidate.destroys or mode == "graph" else sets[kind]
-            what = f"{problem}, {name} of {candidate.by}, {mode}"
-            step = step_of(candidate.function, own, "step" if mode == "graph" else mode, candidate.destroys)
-            if attempt(what, step, run):
-                key = Key(problem, name, mode, candidate.by)
-                if mode != "graph":
-                    steps[key] = step
-                else:
-                    attempt(what, lambda key=key, step=step: steps.update({key: captured(step)}), run)
+        if plan.right is None:
+            if name not in wanted:
+                wanted[name] = peers.expected(taking_part.reference[name], sets[kind][0], problem.classes)
+            right = _checked(candidate, problem, sets[kind][0], wanted[name], run)
+        else:
+            right = Key(problem, name, "step", candidate.by) in plan.right
+        if right:
+            steps.update(_steps(candidate, problem, sets[kind], plan, run))
     wanted.clear()
     if not sets:
         return
     inputs = next(iter(sets.values()))[0]
     largest = inputs.leaves[-1].detach()
-    floors: dict[Key, Step] = {}
-    if problem.features:
-        floors[Key(problem, "-", "step", "products")] = functools.partial(heads.products, inputs)
-    elif not cuda:
-        floors[Key(problem, "-", "step", "clone")] = largest.clone  # into fresh memory, which a gradient is
-    take_turns_with_copy(problem, {**steps, **floors}, plan, copied or (torch.zeros_like(largest), largest), run)
+    turns = {**steps, **_floors(problem, inputs)}
+    take_turns_with_copy(problem, turns, plan, copied or (torch.zeros_like(largest), largest), run)
     for key, step in steps.items() if problem.features else ():
         for leaf in inputs.leaves:
             leaf.grad = None
