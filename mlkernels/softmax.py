@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypedDict
 
@@ -140,14 +139,13 @@ class Common(Options, PerCall, total=False):
     """All of them, which functions take."""
 
 
-class ProductLogits(ABC):
+class ProductLogits:  # no ABC: every call asks whether its input is one, and an ABC answers slowly
     """What stands for logits that are a product and never whole; see :mod:`mlkernels.linear`."""
 
-    @abstractmethod
     def shaped(self) -> Tensor:
         """A tensor of their shape, dtype and device that takes no memory: arguments are checked by it."""
+        raise NotImplementedError
 
-    @abstractmethod
     def loss(
         self,
         target: Tensor,
@@ -158,6 +156,7 @@ class ProductLogits(ABC):
         backend: BackendName | None,
     ) -> tuple[Tensor, RowStats | None]:
         """The loss whose arguments were checked, with the numbers and tensors that operators take."""
+        raise NotImplementedError
 
 
 def apply(  # noqa: C901 - one visit to every argument, and each may be refused
