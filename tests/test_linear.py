@@ -289,6 +289,17 @@ def test_what_heads_cannot_do_they_refuse(reduction):
         linear_cross_entropy(torch.autograd.forward_ad.make_dual(x.detach(), x.detach()), weight, target)
 
 
+def test_compiled_around_a_head():
+    """The loop is no graph: what stands around it is compiled, and results are the same."""
+    x, weight, _, target = problem(bias=False)
+    results = []
+    for run in (torch.compile(lambda x: linear_cross_entropy(2 * x, weight, target), backend="eager"), None):
+        loss = run(x) if run else linear_cross_entropy(2 * x, weight, target)
+        results.append((loss.detach(), *torch.autograd.grad(loss, [x, weight])))
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_checkpointing_and_shapes():
     """(B, T, D) with (B, T), per-row numbers of that shape, under checkpoint, as row by row."""
     x, weight, _, target = problem(rows=12, bias=False, ignored=False)
