@@ -257,7 +257,8 @@ def test_a_gradient_is_refreshed_by_few_programs(upstream, programs, monkeypatch
 def test_sums_in_many_parts(few, reduction, upstream, monkeypatch):
     """As with millions of rows: labels counted in parts, of several blocks and a rest each, and losses and tables added
     up in blocks. Or few rows, whose labels are counted by whoever needs their number."""
-    monkeypatch.setattr(arguments, "_SUM_BLOCK", 1)
+    monkeypatch.setattr(arguments, "_SUM_BLOCK", 4)
+    monkeypatch.setattr(arguments, "_SUM_CHUNK", 8)
     monkeypatch.setattr(arguments, "_TOTAL", {"BLOCK": 8})
     monkeypatch.setattr(tiles, "tile", lambda *arguments: tiles.Tile(2, 1, 2, 2, 1, True))
     if not few:

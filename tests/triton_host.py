@@ -41,7 +41,10 @@ def setting() -> tuple[Tensor, Tensor]:
 def step_of(name: str, input: Tensor, target: Tensor, **options: Any) -> Callable[[], tuple[Tensor, Tensor]]:
     """A training step of a loss of the table."""
     loss = BY_NAME[name]
-    params = loss.values("number", target, input.shape[1], dtype=torch.float32)
+    trained = options.pop("trained", False)
+    params = loss.values("shared" if trained else "number", target, input.shape[1], dtype=torch.float32)
+    if trained:
+        params = {name: value.requires_grad_() for name, value in params.items()}
     if loss.groups:
         options["group"] = loss.group(target)
 
@@ -180,6 +183,8 @@ def plainly() -> Iterator[None]:
         replay._enabled = True
 
 
+#: Whose numbers and tables are trained.
+TRAINED = ("arcface", "two_scale", "piecewise", "piecewise_groups")
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"reduction": "sum", "label_smoothing": 0.1, "z_loss": 0.01, "softcap": 20.0},
@@ -201,7 +206,11 @@ def both_ways(name: str, rows: int = N, **options: Any) -> tuple[list[list[Any]]
 def replays() -> list[dict[str, Any]]:
     """Each loss, plainly and from a tape, on other tensors than those that it was taped with."""
     found = []
-    for loss, options in [(loss, {}) for loss in LOSSES] + [(BY_NAME["modulated"], o) for o in OPTIONS]:
+    for loss, options in [
+        *((loss, {}) for loss in LOSSES),
+        *((BY_NAME["modulated"], options) for options in OPTIONS),
+        *((BY_NAME[name], {"trained": True}) for name in TRAINED),
+    ]:
         replay.forget()
         for _ in range(3):
             step_of(loss.name, *setting(), **options)()

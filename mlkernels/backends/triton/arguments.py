@@ -43,6 +43,8 @@ _FEW = int(sums.FEW.value)
 _COUNTED_BYTES = 2**22
 #: What a program of a sum holds at once: a thread 16 labels or partial losses, of few ones 8.
 _SUM_BLOCK = 1024
+#: So many values one program adds up alone, rather than leave them to a second launch.
+_SUM_CHUNK = 4096
 _COUNT = {"BLOCK": 4096, "num_warps": 8}
 _TOTAL = {"BLOCK": 8192, "num_warps": 16}
 _CONDITIONAL_PROGRAMS = 4096
@@ -315,17 +317,10 @@ class Arguments:
         if self.is_table(slot):
             assert bins is not None
             tau = int(slot in HEAD_TABLES[self.structure.head])
-            count, groups = self.bins[tau], self.groups
-            chunk, programs = _chunks(self.rows)
-            parts = self.empty(count * groups, programs, dtype=torch.float64)
-            replay.launch(
-                sums.bucket, (count * groups, programs), values, bins[tau], self.group, parts, self.rows, chunk,
-                count, BLOCK=_SUM_BLOCK,
-            )  # fmt: skip
-            found = parts.sum(1)
-        elif param.dim() == 0:
-            found = values.sum(dtype=torch.float64)
-        elif param.dim() == 1:
+            return self._buckets(param, values, bins[tau], self.group, self.bins[tau])
+        if param.dim() == 0:
+            return self._buckets(param, values)
+        if param.dim() == 1:
             # An ignored row adds 0 to class 0. Accumulating index_put sorts: the same bits on every run.
             label = self.target.long()
             label = torch.where((label >= 0) & (label < self.classes), label, 0)
@@ -335,11 +330,24 @@ class Arguments:
             found = values.clone()  # not a view of what holds every parameter's
         return found.reshape(param.shape).to(param.dtype)
 
-
-def _chunks(count: int) -> tuple[int, int]:
-    """How many terms a program adds up, and how many programs that takes."""
-    chunk = max(_SUM_BLOCK, triton.cdiv(triton.cdiv(count, 512), _SUM_BLOCK) * _SUM_BLOCK)
-    return chunk, max(1, triton.cdiv(count, chunk))
+    def _buckets(
+        self, param: Tensor, values: Tensor, keys: Tensor | None = None, group: Tensor | None = None, per_group: int = 1
+    ) -> Tensor:
+        """The sums that are a parameter's gradient: by no function of torch's, whose calls could not be replayed."""
+        found = self.empty(*param.shape, dtype=param.dtype)
+        chunk = max(_SUM_CHUNK, triton.cdiv(triton.cdiv(self.rows, 512), _SUM_BLOCK) * _SUM_BLOCK)
+        programs = max(1, triton.cdiv(self.rows, chunk))
+        count = param.numel()
+        parts = found if programs == 1 else self.empty(count, programs, dtype=torch.float64)
+        replay.launch(
+            sums.bucket, (count, programs), values, keys, group, parts, self.rows, chunk, per_group, 0,
+            BLOCK=_SUM_BLOCK,
+        )  # fmt: skip
+        if programs > 1:
+            replay.launch(
+                sums.bucket, (count, 1), parts, None, None, found, programs, programs, 1, programs, BLOCK=_SUM_BLOCK
+            )
+        return found
 
 
 def _upstream(

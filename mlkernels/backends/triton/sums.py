@@ -109,11 +109,12 @@ def total(terms, loss, count, BLOCK: tl.constexpr):
     tl.store(loss, tl.sum(sums, 0).to(loss.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["rows", "per_group"])
-def bucket(values, keys, group, sums, rows, chunk, per_group, BLOCK: tl.constexpr):
-    """sums[bucket, program]: of the values whose key (their bin, of their group's bins) is the program's bucket.
+@triton.jit(do_not_specialize=["rows", "chunk", "per_group", "apart"])
+def bucket(values, keys, group, out, rows, chunk, per_group, apart, BLOCK: tl.constexpr):
+    """out[bucket, program]: the sum, in float64, of a chunk of the bucket's values, rounded to what out holds.
 
-    keys and group None: one bucket for all.
+    Those are the values whose key (their bin, of their group's bins) is the bucket, of those that begin apart times
+    the bucket after the first. keys and group None: all.
     """
     mine = tl.program_id(0)
     pid = tl.program_id(1)
@@ -123,11 +124,14 @@ def bucket(values, keys, group, sums, rows, chunk, per_group, BLOCK: tl.constexp
     for start in range(0, here, BLOCK):
         row = start + tl.arange(0, BLOCK)
         inside = row < here
-        value = tl.load(values + begin + row, inside, 0.0)
+        value = tl.load(values + mine.to(tl.int64) * apart + begin + row, inside, 0.0)
         if keys is not None:
             own = tl.load(keys + begin + row, inside, -1) == mine % per_group
             if group is not None:
                 own = own & (tl.load(group + begin + row, inside, 0).to(tl.int64) == mine // per_group)
             value = tl.where(own, value, 0.0)
         found += value.to(tl.float64)
-    tl.store(sums + mine * tl.num_programs(1) + pid, tl.sum(found, 0))
+    whole = tl.sum(found, 0)
+    if out.dtype.element_ty != tl.float64:  # by way of float32: the interpreter cannot round float64 to halves
+        whole = whole.to(tl.float32)
+    tl.store(out + mine * tl.num_programs(1) + pid, whole.to(out.dtype.element_ty))
