@@ -107,9 +107,10 @@ def streamed_statistics(
             high_total += thread_sum(tl.exp2(d * of_thread(high_scale)))
         if smoothing > 0:
             skipped = mine | (valid == 0)
-            weights = tl.where(skipped, 0.0, tl.full((CHUNKS, ROWS, LANES, VECTOR), 1.0, T))
+            weights = tl.full((CHUNKS, ROWS, LANES, VECTOR), 1.0, T)
             if weight is not None:
-                weights = weights * tl.load(weight + col, valid, 0.0).to(T)
+                weights = tl.load(weight + col, valid, 0.0).to(T)
+            weights = tl.where(skipped, 0.0, weights)
             counted += rise * seen + thread_sum(product(tl.where(skipped, 0.0, d), weights))
             seen += thread_sum(weights)
         if DESCRIBED:
