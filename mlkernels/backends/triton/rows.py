@@ -258,7 +258,7 @@ def visit(
             if CONDITIONAL:
                 f_class, f_row = earlier
             else:
-                f_class, f_row = factors_of(all_weights, all_kept, T)
+                f_class, f_row = factors_of(all_weights, all_kept, z_loss, T)
                 nothing = 0.0 * f_class
                 if factors is not None:
                     if tile == 0:

@@ -61,11 +61,15 @@ def divisors_of(normalizer, parts, count, target, weight, rows, classes, ignore_
 
 
 @triton.jit
-def factors_of(weights, kept, T: tl.constexpr):
-    """What "mean" multiplies a row's terms by, per class weight and per row. Smoothing has a loss where the weights sum
-    to 0: that is no mean either."""
+def factors_of(weights, kept, z_loss, T: tl.constexpr):
+    """What "mean" multiplies a row's terms by, per class weight and, where there are any, per row. Smoothing has a loss
+    where the weights sum to 0: that is no mean either."""
     by_weight = tl.sum(weights, 0)
-    return legal(by_weight != 0, 1.0 / by_weight).to(T), (1.0 / tl.sum(kept, 0)).to(T)
+    f_class = legal(by_weight != 0, 1.0 / by_weight).to(T)
+    f_row = f_class
+    if z_loss > 0:
+        f_row = (1.0 / tl.sum(kept, 0)).to(T)
+    return f_class, f_row
 
 
 @triton.jit(do_not_specialize=["rows", "classes", "ignore_index"])
