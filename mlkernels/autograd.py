@@ -9,32 +9,21 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import ops
 from .backends import reference
+from .call import ONLY_INPUT, Call
 from .numbering import INPUT, MASK, needed, slots_of
 from .tracing import functorch_level, is_dual, modes, observed
-
-ONLY_INPUT = 1 << INPUT
 
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
-
-
-class Call(NamedTuple):
-    """What of a call is not a tensor."""
-
-    numbers: list[float]
-    needs: int
-    half: bool  # a gradient is stored in half precision: it is never rescaled, which would round it twice
-    kernels: ops.Kernels
 
 
 def _usual(upstream: Tensor) -> bool:
@@ -234,10 +223,13 @@ class _SoftmaxStats(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
         call: Call = ctx.call
         saved, *tensors = ctx.saved_tensors
-        first = next(g for g in upstream[:4] if g is not None)
-        if not _usual(first) or any(g is not None and _is_batched(g) for g in upstream[:4]):
-            return _unusual(call, True, tensors, saved, upstream[:4])
-        return _by_kernels(call, tensors, saved, upstream[:4])
+        upstream = upstream[:4]
+        given = [g for g in upstream if g is not None]
+        if not given:
+            return (None,) * (1 + len(tensors))
+        if not _usual(given[0]) or any(map(_is_batched, given)):
+            return _unusual(call, True, tensors, saved, upstream)
+        return _by_kernels(call, tensors, saved, upstream)
 
 
 softmax_loss: Callable[..., Tensor] = _SoftmaxLoss.apply

@@ -228,6 +228,11 @@ def check_input(input: Tensor) -> None:
 def check_tensors(input: Tensor, target: Tensor, ignore_index: int | None = None) -> Tensor:
     """Types, shapes and devices of the logits and the labels; returns the labels as every backend reads them."""
     check_input(input)
+    return check_target(input, input.shape, target, ignore_index)
+
+
+def check_target(input: Tensor, shape: torch.Size, target: Tensor, ignore_index: int | None = None) -> Tensor:
+    """The labels of logits of that shape, returned as every backend reads them."""
     if not isinstance(target, Tensor):
         raise wrong_type("target", "an integer tensor", target)
     unread = target.dtype not in _INTEGER
@@ -240,7 +245,7 @@ def check_tensors(input: Tensor, target: Tensor, ignore_index: int | None = None
                 else ""
             )
         )
-    shape, labels = input.shape, target.shape
+    labels = target.shape
     # (N, C) with (N) is nearly every call; the general rule costs microseconds.
     if len(shape) == 2 and len(labels) == 1 and shape[0] == labels[0]:
         classes = shape[1]
@@ -358,34 +363,40 @@ def check_class_vector(name: str, value: Tensor, input: Tensor | None = None, cl
         raise ValueError(f"{name} is not differentiated: it must not require a gradient; pass {name}.detach()")
 
 
-def check_row_weight(value: Tensor, input: Tensor, target: Tensor) -> None:
+def check_row_weight(value: Tensor, input: Tensor, rows: torch.Size) -> None:
     """A floating tensor of target's shape on input's device that is not to be differentiated."""
+    wanted = tuple(rows)
     if not isinstance(value, Tensor):
-        raise wrong_type("row_weight", f"a floating tensor of target's shape {tuple(target.shape)}", value)
+        raise wrong_type("row_weight", f"a floating tensor of target's shape {wanted}", value)
     check_floating("row_weight", value)
     if value.device != input.device:
         raise ValueError(f"row_weight must be on input's device {input.device}, got {value.device}")
-    if value.shape != target.shape:
-        raise ValueError(f"row_weight must have target's shape {tuple(target.shape)}, got {tuple(value.shape)}")
+    if value.shape != rows:
+        raise ValueError(f"row_weight must have target's shape {wanted}, got {tuple(value.shape)}")
     if value.requires_grad:
         raise ValueError(
-            'row_weight is not differentiated: pass row_weight.detach(), or multiply the losses of reduction="none"'
+            "row_weight is not differentiated: pass row_weight.detach(), or multiply the losses of reduction='none'"
         )
 
 
-def check_normalizer(value: Tensor, input: Tensor) -> Tensor:
-    """A 0-d tensor of numbers on input's device that is not to be differentiated; returned floating."""
+def check_normalizer(value: float | Tensor, input: Tensor, reduction: str) -> Number:
+    """What "mean" divides by: a number > 0, or one in a tensor on input's device, returned 0-d and floating."""
+    check_reduction(reduction)
+    if reduction != "mean":
+        raise ValueError(f"normalizer is what reduction='mean' divides by: it has no meaning under {reduction!r}")
+    if not isinstance(value, Tensor):
+        return check_number("normalizer", value, takes="a number, or one in a tensor")
     if value.dtype not in _FLOATING and value.dtype not in _INTEGER:
-        raise TypeError(f"normalizer must hold a floating number or an integer, got {value.dtype}")
+        raise TypeError(f"normalizer must be floating or an integer, got {value.dtype}")
     if value.device != input.device:
         raise ValueError(f"normalizer must be on input's device {input.device}, got {value.device}")
     if value.shape not in ((), (1,)):
-        raise ValueError(f"normalizer must be a number, 0-d or (1,), got {tuple(value.shape)}")
+        raise ValueError(f"normalizer must be a number or a tensor that is 0-d or (1,), got {tuple(value.shape)}")
     if value.requires_grad:
         raise ValueError(
-            'normalizer is not differentiated: pass normalizer.detach(), or divide the loss of reduction="sum"'
+            "normalizer is not differentiated: pass normalizer.detach(), or divide the loss of reduction='sum'"
         )
-    value = value.reshape(()) if value.dim() else value
+    value = value.reshape(())
     return value if value.dtype in _FLOATING else value.double()
 
 
@@ -421,13 +432,9 @@ def table_groups(spec: Spec, params: Mapping[int, Tensor]) -> int | None:
     return counts[0] if counts else None
 
 
-def check_tables(
-    spec: Spec, params: dict[int, Tensor], group: Tensor | None, input: Tensor, target: Tensor
-) -> Tensor | None:
-    """The tables, and their group exactly when one is (G, M), returned as read.
-
-    Where the other pair is (M,), every group has it.
-    """
+def check_tables(spec: Spec, params: dict[int, Tensor], input: Tensor, target: Tensor) -> None:
+    """The tables, and their group exactly when one is (G, M), as read. A pair that is (M,) is every group's."""
+    group = params.get(Slot.GROUP)
     count = table_groups(spec, params)
     for (slot, _), word in zip(spec.slots, spec.words, strict=True):
         if slot in spec.tables and params[slot].device != input.device:
@@ -435,7 +442,7 @@ def check_tables(
     if group is None:
         if count is not None:
             raise ValueError(f"group is required where tables are (G, M): one index in [0, {count}) per row")
-        return None
+        return
     if count is None:
         raise ValueError("group is only for tables of shape (G, M)")
     check_index_dtype("group", group)
@@ -446,4 +453,5 @@ def check_tables(
     for slot in spec.tables:
         if params[slot].dim() == 1:  # one table for all groups
             params[slot] = params[slot].expand(count, -1)
-    return widened("group", group, count) if group.dtype in _UNSIGNED else group
+    if group.dtype in _UNSIGNED:
+        params[Slot.GROUP] = widened("group", group, count)

@@ -9,7 +9,7 @@ which follow :func:`torch.nn.functional.cross_entropy`:
 Args:
     input: (N, C), (N, C, d1, ...) or (C,) logits, half, bfloat16, float or double; read in place, of any stride.
     target: (N,), (N, d1, ...) or 0-d class indices of any integer dtype.
-    **common: those of :class:`mlkernels.softmax.Common`.
+    **common: those of :class:`mlkernels.call.Common`.
 
 Returns:
     The loss: 0-d, or of target's shape under ``"none"``; float32 for half inputs, else of input's dtype.
@@ -32,12 +32,13 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from . import named, softmax
+from .call import Common
 from .center import center_loss
 from .lgm import lgm_loss
 from .multi_margin import multi_margin_loss
 from .signatures import family, filled
 from .soft_targets import soft_cross_entropy
-from .softmax import Common, RowStats
+from .softmax import RowStats
 from .spec import BeyondPiName, ClampName, GradientName, Head, Number, Transform, TwoScale, compose
 
 __all__ = [

@@ -11,6 +11,7 @@ from typing_extensions import Never
 
 from . import softmax
 from .backends.reference import full_precision
+from .call import Options, check_loss
 from .checks import (
     check_floating,
     check_index,
@@ -22,7 +23,6 @@ from .checks import (
     wrong_type,
 )
 from .loss_module import Loss
-from .softmax import Common
 from .spec import BackendName, Number, ReductionName, TransformKind, spec
 
 _GIVEN = spec(TransformKind.GIVEN)
@@ -218,14 +218,14 @@ class LGMLoss(Loss):
         num_classes = check_size("num_classes", num_classes)
         check_scalar("alpha", alpha)
         check_number("lambda_", lambda_)
-        common: Common = {
+        common: Options = {
             "weight": weight,
             "ignore_index": ignore_index,
             "reduction": reduction,
             "label_smoothing": label_smoothing,
             "backend": backend,
         }
-        softmax.check_loss(spec(), (1.0,), **common)
+        check_loss(spec(), (1.0,), **common)
         means = nn.Parameter(torch.empty(num_classes, num_features, device=device, dtype=dtype))
         log_variance = nn.Parameter(torch.empty_like(means)) if diagonal else None
         super().__init__(

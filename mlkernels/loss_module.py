@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from .call import COMMON, Options, PerCall, check_loss
 from .checks import unknown_keywords
 from .named import Composition
-from .softmax import COMMON, Options, PerCall, check_loss
 
 _PLAIN: frozenset[type] = frozenset({int, float, bool})
 

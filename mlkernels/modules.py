@@ -16,13 +16,13 @@ from typing_extensions import Unpack
 
 from . import functional as F
 from . import named
+from .call import Options, PerCall
 from .center import CenterLoss
 from .joint import JointLoss
 from .lgm import LGMLoss
 from .loss_module import FamilyLoss
 from .multi_margin import MultiMarginLoss
 from .signatures import family
-from .softmax import Options, PerCall
 from .spec import BeyondPiName, ClampName, GradientName, Number
 from .two_scale import TwoScaleLoss
 

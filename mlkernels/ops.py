@@ -124,7 +124,7 @@ def _softmax_loss_with_gradients_and_factors(
 
 def _softmax_stats(
     input: Tensor, target: Tensor, numbers: Sequence[float], params: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     dtype = _accumulate(input.dtype)
     saved = input.new_empty((target.numel(), 2), dtype=dtype)
     logsumexp, log_prob, entropy, confidence = (input.new_empty(target.shape, dtype=dtype) for _ in range(4))
@@ -294,3 +294,15 @@ def triton() -> Kernels:
     operators: Any = launch.EAGER
     refresh = operators["softmax_loss_refresh"]
     return Kernels(*(operators[name] for name in _FAKES))._replace(refresh=refresh, kept=1, dispatched=TRITON)
+
+
+_nowhere: dict[str, Any] = dict.fromkeys(_FAKES, _nothing)
+#: The reference has no operators: it is plain torch.
+REFERENCE = Kernels(**_nowhere)
+
+
+def kernels(backend: str, observed: bool) -> Kernels:
+    """A backend's operators; observed ones go by way of the dispatcher."""
+    if backend == "triton":
+        return TRITON if observed else triton()
+    return {"cpu": CPU, "cuda": CUDA, "reference": REFERENCE}[backend]

@@ -8,7 +8,8 @@ import textwrap
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, cast
 
-from .softmax import COMMON, Common, Options, PerCall, functions
+from .call import COMMON, Common, Options, PerCall
+from .softmax import functions
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 

@@ -10,6 +10,7 @@ from typing_extensions import Never
 
 from . import named
 from .backends.reference import full_precision
+from .call import COMMON, check_loss
 from .checks import (
     check_class_vector,
     check_index,
@@ -20,7 +21,6 @@ from .checks import (
     check_scalar,
     unknown_keywords,
 )
-from .softmax import COMMON, check_loss
 from .spec import BackendName, Number, ReductionName
 from .tracing import traced
 
@@ -67,19 +67,19 @@ def soft_cross_entropy(  # noqa: C901 - checks, one after the other
         raise ValueError(f"target must be on input's device {input.device}, got {target.device}")
     check_loss(
         *named.cross_entropy(scale), weight=weight, reduction=reduction, label_smoothing=label_smoothing, z_loss=z_loss,
-        softcap=softcap, logit_adjustment=logit_adjustment, normalizer=normalizer,
+        softcap=softcap, logit_adjustment=logit_adjustment,
     )  # fmt: skip
     classes = 1 if input.dim() > 1 else 0
     for name, vector in (("weight", weight), ("logit_adjustment", logit_adjustment)):
         if vector is not None:
             check_class_vector(name, vector, input, input.shape[classes])
     scale = check_scalar("scale", scale)  # not per class, of which a row has no one
-    if isinstance(normalizer, Tensor):
-        normalizer = check_normalizer(normalizer, input)
-        if normalizer.device.type == "cpu" and not traced(normalizer):
+    if normalizer is not None:
+        normalizer = check_normalizer(normalizer, input, reduction)
+        if isinstance(normalizer, Tensor) and normalizer.device.type == "cpu" and not traced(normalizer):
             check_range("normalizer", normalizer)
     if row_weight is not None:
-        check_row_weight(row_weight, input, input.select(classes, 0))
+        check_row_weight(row_weight, input, input.select(classes, 0).shape)
     with full_precision(input.device):
         logits = input if input.dtype == torch.float64 else input.float()
         if softcap is not None:

@@ -18,10 +18,10 @@ from typing_extensions import Unpack
 
 from . import functional as F
 from . import named
+from .call import Options, PerCall
 from .checks import check_number, check_scalar
 from .loss_module import FamilyLoss
 from .signatures import family
-from .softmax import Options, PerCall
 from .tracing import traced
 
 __all__ = ["TwoScaleLoss", "cached_weight_norm", "weight_norm_product"]

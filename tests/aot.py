@@ -39,7 +39,7 @@ from mlkernels import ops
 from mlkernels.backends.triton import launch, tiles
 
 # By name: the package exports functions that are called like its modules.
-softmax = importlib.import_module("mlkernels.softmax")
+call = importlib.import_module("mlkernels.call")
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -394,14 +394,16 @@ def launches(name: str, calls: Callable[[], None]) -> list[Launch]:
     # The operators as they are: nothing is replayed, and meta tensors are no reason to ask a dispatcher.
     operators = {function.__name__: function for function in launch._FUNCTIONS}
     kernels = ops.Kernels(*(operators[name] for name in ops._FAKES), refresh=operators["softmax_loss_refresh"], kept=1)
-    kept = JITFunction.__getitem__, tiles.architecture, softmax.choose, ops.triton
+    kept = JITFunction.__getitem__, tiles.architecture, call.choose, ops.triton
     JITFunction.__getitem__ = launcher  # type: ignore[method-assign]
-    tiles.architecture, softmax.choose = lambda device: name, lambda *arguments: "triton"
+    tiles.architecture, call.choose = lambda device: name, lambda *arguments: "triton"
     ops.triton = lambda: kernels  # type: ignore[assignment]
+    call._calls.clear()  # they hold kernels
     try:
         calls()
     finally:
-        JITFunction.__getitem__, tiles.architecture, softmax.choose, ops.triton = kept
+        JITFunction.__getitem__, tiles.architecture, call.choose, ops.triton = kept
+        call._calls.clear()
     assert found, "nothing was launched"
     return found
 

@@ -252,12 +252,16 @@ def test_double_backward_is_the_same_on_every_backend(loss, backend):
 
 def test_double_backward_through_statistics(backend):
     input, target, _, _ = prepared(BY_NAME["cross_entropy"])
+    weight = torch.linspace(-1, 2, len(target))
 
     def function(x):
-        loss, rows = mlkernels.softmax_loss(x, target, reduction="none", return_stats=True, backend=backend)
-        return loss, rows.logsumexp, rows.log_prob
+        loss, rows = mlkernels.softmax_loss(
+            x, target, normalizer=5, row_weight=weight, return_stats=True, backend=backend
+        )
+        return loss, rows.logsumexp, rows.log_prob, rows.entropy
 
-    assert torch.autograd.gradgradcheck(function, (input.requires_grad_(),), fast_mode=True)
+    assert torch.autograd.gradcheck(function, (input.requires_grad_(),), check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(function, (input,), fast_mode=True)
 
 
 def test_create_graph_then_a_plain_backward(backend):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import mlkernels
-from mlkernels import backends, softmax
+from mlkernels import backends, call
 from mlkernels.backends import native
 
 GPU = torch.device("cuda", 0)
@@ -139,7 +139,7 @@ def test_a_call_asks_by_its_classes_and_layout(monkeypatch):
         asked.append((backend, classes, rows_side_by_side))
         return "reference"
 
-    monkeypatch.setattr(softmax, "choose", choose)
+    monkeypatch.setattr(call, "choose", choose)
     images = torch.randn(2, 5, 3, 4)
     labels = torch.zeros(2, 3, 4, dtype=torch.long)
     mlkernels.cross_entropy(torch.randn(3, 7), torch.arange(3))

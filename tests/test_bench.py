@@ -24,7 +24,7 @@ from bench.__main__ import _options as parse
 from bench.cases import LOSSES, MODES, Problem, floor_bytes, make_inputs
 from bench.measure import Key, Plan, Run, Timing
 from bench.report import Outcome, Report, check, text
-from mlkernels import backends, softmax
+from mlkernels import backends, call
 from mlkernels.backends.triton import arguments, rows, tiles
 
 ROOT = Path(__file__).parent.parent
@@ -143,7 +143,7 @@ def test_a_backend_is_measured_by_its_name(by, monkeypatch):
         asked.append(backend)
         return "reference"
 
-    monkeypatch.setattr(softmax, "choose", choose)
+    monkeypatch.setattr(call, "choose", choose)
     for name, function in peers.ours(CPU, by).items():
         one = make_inputs(Problem((4, 5), "float32"), peers.losses(CPU)[name].cosines, CPU)
         function(*one.leaves, one.target)

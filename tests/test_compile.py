@@ -86,13 +86,15 @@ def test_changing_tensors_do_not_recompile(backend, loss):
     input, target, params = draw(loss, rows=6, form="shared", kinds=("random",))
     options = options_of(loss, target) | {"backend": backend}
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(lambda x, y, own: loss(x, y, own, **options), fullgraph=True, backend=counter)
+    call = lambda x, y, own, normalizer: loss(x, y, own, normalizer=normalizer, **options)
+    compiled = torch.compile(call, fullgraph=True, backend=counter)
     for step in range(12):  # more than the limit at which recompiling fails
         own = leaves({k: v * (1 + 0.01 * step) if isinstance(v, torch.Tensor) else v for k, v in params.items()})
         x = input.float().requires_grad_()
-        value = compiled(x, target, own)
+        normalizer = torch.tensor(5 + step)  # of the tokens of a step
+        value = compiled(x, target, own, normalizer)
         value.backward()
-        wanted = run(loss, input.float(), target, own, **options)
+        wanted = run(loss, input.float(), target, own, normalizer=normalizer, **options)
         same((value.detach(), x.grad, {k: v.grad for k, v in own.items() if isinstance(v, torch.Tensor)}), wanted)
     assert programs(counter) == 1
 
@@ -169,7 +171,7 @@ def test_statistics_and_ignored_rows(best):
 
     def function(x, y):
         loss, rows = mlkernels.softmax_loss(x, y, head=mlkernels.Modulated(), return_stats=True, backend=best)
-        return loss + rows.logsumexp.sum(), rows
+        return loss + rows.logsumexp.sum() + rows.entropy.sum(), rows
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     x, z = input.float().requires_grad_(), input.float().requires_grad_()

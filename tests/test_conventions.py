@@ -462,7 +462,7 @@ def test_statistics_are_of_the_untransformed_logits(backend):
 def test_out_of_range_numbers_in_tensors_are_nan_not_clamped():
     """What a GPU would meet unchecked: NaN rows. The reference is asked below the checks."""
     from mlkernels.backends import reference
-    from mlkernels.softmax import _DEFAULTS
+    from mlkernels.call import DEFAULTS
     from mlkernels.spec import HeadKind, Slot, spec
 
     input, target = logits(3)
@@ -472,7 +472,7 @@ def test_out_of_range_numbers_in_tensors_are_nan_not_clamped():
         (Slot.HEAD_C, spec(head=HeadKind.MODULATED), -0.5),
         (Slot.HEAD_A, spec(head=HeadKind.TRUNCATED), 1.5),
     ):
-        consts = _DEFAULTS.copy()
+        consts = DEFAULTS.copy()
         consts[Slot.SCALE] = consts[Slot.HEAD_A] = consts[Slot.HEAD_B] = consts[Slot.HEAD_D] = 1.0
         value = torch.tensor(bad, dtype=F64)
         loss, _ = reference.softmax_loss(input, target, numbers_of(structure, consts, 1 << slot), [value])

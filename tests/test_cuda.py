@@ -251,12 +251,12 @@ def test_unread_rows(way):
     input[2] = NAN
     x = input.clone().requires_grad_()
     with simt.forced(**way):
-        saved = mlkernels.softmax.check_indices
-        mlkernels.softmax.check_indices = lambda *_: None  # on a GPU nobody looks
+        saved = mlkernels.call.check_indices
+        mlkernels.call.check_indices = lambda *_: None  # on a GPU nobody looks
         try:
             loss = mlkernels.cross_entropy(x, target, reduction="none", backend="cuda")
         finally:
-            mlkernels.softmax.check_indices = saved
+            mlkernels.call.check_indices = saved
         loss.backward(torch.linspace(1, 2, 6))
     assert loss[2] == 0 and not bool(x.grad[2].any())
     assert bool(loss[4].isnan()) and bool(x.grad[4].isnan().all())
@@ -267,7 +267,7 @@ def test_unread_rows(way):
 @pytest.mark.parametrize("shape", [(8, 10), (8, 150), (8, 2000), (2, 19, 4), (2, 19, 2, 2), (2, 30, 4)])
 def test_unread_rows_of_a_loss_that_is_reduced(shape, monkeypatch):
     """Also where the loss is simple, and where rows go by pairs: an ignored one and none beside each other."""
-    monkeypatch.setattr(mlkernels.softmax, "check_indices", lambda *_: None)
+    monkeypatch.setattr(mlkernels.call, "check_indices", lambda *_: None)
     target = (torch.arange(8) % 3).view(shape[0], *shape[2:])
     flat = target.view(-1)
     flat[2], flat[5], flat[7] = -100, 5000, -100
@@ -330,7 +330,7 @@ def test_refresh_looks_at_the_upstream_gradient_itself(upstream):
     input, target = rows(4, 50, torch.float32)
     x = input.clone().requires_grad_()
     mlkernels.cross_entropy(x, target, backend="cuda").backward()
-    consts = mlkernels.softmax._DEFAULTS.copy()
+    consts = mlkernels.call.DEFAULTS.copy()
     consts[0] = 1.0
     numbers = numbers_of(mlkernels.spec.compose(None, 1.0, None, None)[0], consts, 0, 1)
     gradient = torch.full_like(x, 7.0)

@@ -27,6 +27,7 @@ OPTIONS = [
     {"reduction": "none", "label_smoothing": 0.1},
     {"z_loss": 0.01, "ignore_index": 3},
     {"softcap": 5.0, "logit_adjustment": torch.linspace(-0.1, 0.1, C)},
+    {"row_weight": torch.linspace(-0.5, 2, 5), "normalizer": torch.tensor(7)},
 ]
 SLOPE, BIAS = torch.tensor([0.9, 1.1]), torch.tensor([0.1, -0.05])
 
@@ -105,7 +106,7 @@ MODULES = {
 def statistics():
     def function(x, y):
         loss, rows = M.softmax_loss(x, y, transform=M.Margin(m2=0.3), head=M.Truncated(0.1), return_stats=True)
-        return loss + rows.logsumexp.sum() + rows.confidence.mean()
+        return loss + rows.logsumexp.sum() + rows.entropy.sum() + rows.confidence.mean()
 
     return function, *logits()
 

@@ -8,7 +8,7 @@ import torch
 from table import FEW, INF, LOSSES, NAN, draw, run, usable_backends
 
 import mlkernels
-import mlkernels.softmax as door
+import mlkernels.call as door
 from mlkernels import Affine, Margin, Modulated, PiecewiseLinear, Tau, Truncated, TwoScale
 
 N, C = 4, 3
@@ -130,6 +130,31 @@ CASES = [
     *plain_number("label_smoothing", "[0, 1]", -0.1, 1.5, NAN),
     *plain_number("z_loss", ">= 0", -0.1, INF, NAN),
     *plain_number("softcap", "> 0", 0.0, -1.0, INF, NAN),
+    *[
+        case(words, error, lambda x, y, v=value, **o: ce(x, y, row_weight=v, **o))
+        for words, error, value in [
+            ("row_weight|target's shape (4,)|list|torch.as_tensor", TypeError, [1.0] * N),
+            ("row_weight|floating|int64", TypeError, torch.ones(N, dtype=torch.long)),
+            ("row_weight|target's shape (4,)|(4, 1)", ValueError, torch.ones(N, 1)),
+            ("row_weight|cpu|meta", ValueError, torch.ones(N, device="meta")),
+            ("row_weight|reduction='none'|detach", ValueError, torch.ones(N, requires_grad=True)),
+        ]
+    ],
+    case("row_weight|()|(1,)", ValueError, lambda x, y, **o: ce(x[0], y[0], row_weight=torch.ones(1), **o)),
+    *[
+        case(words, error, lambda x, y, v=value, **o: ce(x, y, normalizer=v, **o))
+        for words, error, value in [
+            ("normalizer|> 0|0", ValueError, 0),
+            ("normalizer|> 0|nan", ValueError, NAN),
+            ("normalizer|> 0|holding -2", ValueError, T(-2)),
+            ("normalizer|a number|str", TypeError, "4"),
+            ("normalizer|floating|integer|bool", TypeError, T(True)),
+            ("normalizer|0-d|(4,)", ValueError, torch.ones(N)),
+            ("normalizer|cpu|meta", ValueError, torch.ones((), device="meta")),
+            ("normalizer|reduction='sum'|detach", ValueError, torch.ones((), requires_grad=True)),
+        ]
+    ],
+    case("normalizer|'mean'|'sum'", ValueError, lambda x, y, **o: ce(x, y, normalizer=4, reduction="sum", **o)),
     case("backend|'reference'|'cpu'|'gpu'", ValueError, lambda x, y, **o: ce(x, y, backend="gpu")),
     # the parameters
     *wrong_number("scale", ce, "> 0", 0.0, -1, NAN, INF),

@@ -11,7 +11,7 @@ from torch import nn
 
 import mlkernels
 from mlkernels import functional as F
-from mlkernels.softmax import COMMON as COMMON_DEFAULTS
+from mlkernels.call import COMMON as COMMON_DEFAULTS
 
 F64 = torch.float64
 N, C = 6, 4

@@ -28,6 +28,7 @@ def test_a_device_without_numbers(loss):
     options = {"group": to_meta(loss.group(target))} if loss.groups else {}
     options |= {"weight": torch.ones(6, device=META), "logit_adjustment": torch.ones(6, device=META)}
     x = input.float().to(META).requires_grad_()
+    options |= {"row_weight": torch.ones(4, device=META), "normalizer": torch.ones((), device=META)}
     value = loss(x, to_meta(target), own, label_smoothing=0.1, z_loss=0.1, softcap=5.0, **options)
     assert value.device == META
     value.backward(torch.ones_like(value))
@@ -70,12 +71,13 @@ def test_the_reference_never_looks(loss, return_stats, monkeypatch):
     own = leaves(params)
     options = {"group": loss.group(target)} if loss.groups else {}
     x, weight, up = input.float().requires_grad_(), torch.ones(6), torch.tensor(1.5)
+    count = torch.tensor(5)
     with Forbid():
         value = mlkernels.softmax_loss(
             x, target, **loss.compose(own), **options, weight=weight, label_smoothing=0.1, backend="reference",
-            return_stats=return_stats,
+            return_stats=return_stats, row_weight=weight, normalizer=count,
         )  # fmt: skip
-        (value[0] if return_stats else value).backward(up)
+        (value[0] + value[1].entropy.sum() if return_stats else value).backward(up)
     assert bool(x.grad.isfinite().all())
 
 

@@ -5,7 +5,7 @@ import torch
 from table import FEW, draw, numbers_of, usable_backends
 
 from mlkernels import ops
-from mlkernels.softmax import _DEFAULTS
+from mlkernels.call import DEFAULTS
 from mlkernels.spec import TRAINABLE, Reduction, Slot, compose
 
 #: Autograd lives in softmax.py's Functions: the operators themselves have none to test.
@@ -32,7 +32,7 @@ def flattened(loss, form="shared", reduction=1, dtype=torch.float32, shape=None)
         }
     parts = {"transform": None, "scale": 1.0, "head": None, "target_logit": None} | loss.compose(params)
     structure, values = compose(parts["transform"], parts["scale"], parts["head"], parts["target_logit"])
-    consts, tensors = _DEFAULTS.copy(), {}
+    consts, tensors = DEFAULTS.copy(), {}
     for (slot, _), value in zip(structure.slots, values, strict=True):
         if isinstance(value, torch.Tensor):
             tensors[slot] = value

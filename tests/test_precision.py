@@ -164,10 +164,10 @@ def test_nothing_but_the_logits_is_kept_in_low_precision(loss, backend, dtype):
 def test_the_op_saves_in_the_accumulation_dtype(backend, dtype):
     if choose(torch.device("cpu"), backend) == "reference":
         pytest.skip("the reference saves nothing of its own")
-    from mlkernels.softmax import _DEFAULTS
+    from mlkernels.call import DEFAULTS
     from mlkernels.spec import Slot, spec
 
-    consts = _DEFAULTS.copy()
+    consts = DEFAULTS.copy()
     consts[Slot.SCALE] = 1.0
     x, y = torch.randn(5, 7).to(dtype), torch.tensor([0, 1, 2, 3, 4])
     kernels = {"cpu": ops.NATIVE, "triton": ops.TRITON, "cuda": ops.CUDA}[backend]

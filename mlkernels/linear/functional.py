@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import functional
+from ..call import COMMON
 from ..checks import check_input
-from ..softmax import COMMON, RowStats
+from ..softmax import RowStats
 from .logits import LinearLogits
 from .plan import STRATEGIES
 

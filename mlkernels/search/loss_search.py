@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import Unpack
 
+from ..call import Options
 from ..checks import check_function, check_generator, check_number, check_size
 from ..modules import PiecewiseLoss
-from ..softmax import Options
 from .population import PopulationLoss, check_population
 from .ranks import Ranks
 from .record import ROWS, SETTINGS, Record, Round, identity

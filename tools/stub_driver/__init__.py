@@ -128,16 +128,16 @@ def install(capability: int = 90, folder: Path | None = None) -> Stub:
 @contextlib.contextmanager
 def served(architecture: str = "sm_90") -> Iterator[None]:
     """Meanwhile ``backend="triton"`` takes CPU tensors as it takes a GPU's, whose labels nobody looks at."""
-    softmax = importlib.import_module("mlkernels.softmax")  # the package exports a function of that name
+    call = importlib.import_module("mlkernels.call")
     backends = importlib.import_module("mlkernels.backends")
     tiles = importlib.import_module("mlkernels.backends.triton.tiles")
-    kept = backends.interpreted, softmax.check_indices, tiles.architecture
+    kept = backends.interpreted, call.check_indices, tiles.architecture
     backends.interpreted = lambda: True
-    softmax.check_indices = lambda *arguments: None
+    call.check_indices = lambda *arguments: None
     tiles.architecture = lambda device: architecture
     backends._why_not.cache_clear()
     try:
         yield
     finally:
-        backends.interpreted, softmax.check_indices, tiles.architecture = kept
+        backends.interpreted, call.check_indices, tiles.architecture = kept
         backends._why_not.cache_clear()
