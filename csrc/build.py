@@ -301,7 +301,7 @@ def make_cuda() -> Path:
 
 
 def make_simt() -> Path:
-    """The CUDA kernels over fibers of the host (csrc/simt_host.h): for the tests, not for the package."""
+    """The CUDA kernels over fibers of the host (csrc/simt/machine.h): for the tests, not for the package."""
     torch, compiler = find_torch(), find_compiler()
     here = OBJECTS / "simt"
     command = [flag for flag in compiling(torch, compiler) if flag not in ("-O3", "-fno-trapping-math")]

@@ -1,13 +1,78 @@
 // What both libraries make of the arguments that their operators share; see mlkernels/ops.py. For the host alone.
 #pragma once
 
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <array>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "spec.h"
+#include "rows.h"
 
 namespace mlkernels {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class T>
+constexpr ScalarType type_of() {
+  return std::is_same<T, int64_t>::value ? ScalarType::Long : sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
+}
+
+inline Storage storage_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return Storage::FLOAT;
+    case ScalarType::Double: return Storage::DOUBLE;
+    case ScalarType::BFloat16: return Storage::BFLOAT16;
+    case ScalarType::Half: return Storage::FLOAT16;
+    default: throw std::invalid_argument("a tensor must be float16, bfloat16, float32 or float64");
+  }
+}
+
+// A new tensor, contiguous.
+template <class Sizes>
+Tensor empty_on(int32_t device_type, int32_t index, const Sizes& sizes, ScalarType dtype) {
+  STD_TORCH_CHECK(int(sizes.size()) <= Layout::MAX_DIMS, "a tensor has more than ", Layout::MAX_DIMS, " dimensions");
+  std::array<int64_t, Layout::MAX_DIMS> shape{}, strides{};
+  int64_t step = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    shape[d] = sizes.begin()[d];
+    strides[d] = step;
+    step *= shape[d];
+  }
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), shape.data(), strides.data(), int32_t(dtype),
+                                                  device_type, index, &handle));
+  return Tensor(handle);
+}
+
+// Rows of an (N, C, d...) tensor, or with classes = false of an (N, d...) one.
+inline Layout layout_of(const Tensor& tensor, bool classes = true) {
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  STD_TORCH_CHECK(int(sizes.size()) <= Layout::MAX_DIMS, "a tensor has more than ", Layout::MAX_DIMS, " dimensions");
+  Layout layout{};
+  layout.class_stride = classes ? strides[1] : 0;
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if ((classes && d == 1) || (sizes[d] == 1 && layout.dims > 0)) continue;
+    int64_t& size = layout.sizes[layout.dims > 0 ? layout.dims - 1 : 0];
+    int64_t& stride = layout.strides[layout.dims > 0 ? layout.dims - 1 : 0];
+    // A dimension that continues the one before it is one dimension with it: fewer divisions per row.
+    if (layout.dims > 0 && (stride == sizes[d] * strides[d] || size == 1)) {
+      size *= sizes[d];
+      stride = strides[d];
+    } else {
+      layout.sizes[layout.dims] = sizes[d];
+      layout.strides[layout.dims++] = strides[d];
+    }
+  }
+  if (layout.dims == 0) {
+    layout.dims = 1;
+    layout.sizes[0] = 1;
+  }
+  return layout;
+}
 
 // A number as the enumerator that it stands for; an unknown one is never another loss.
 template <class Kind>
@@ -33,6 +98,58 @@ inline Spec read_spec(const std::vector<double>& numbers) {
 inline bool is_table_of_t(const Spec& spec, int slot) { return TRANSFORM_TABLES[int(spec.transform)] >> slot & 1; }
 inline bool is_table(const Spec& spec, int slot) {
   return (TRANSFORM_TABLES[int(spec.transform)] | HEAD_TABLES[int(spec.head)]) >> slot & 1;
+}
+
+constexpr int INPUT = SLOTS;  // the bit of `needs` that stands for the logits
+
+// The numbers and tensors of a call, by slot.
+struct Arguments {
+  Spec spec;
+  std::array<double, SLOTS> numbers{};
+  std::array<const Tensor*, SLOTS> tensors{};
+
+  Arguments(const std::vector<double>& given, const std::vector<Tensor>& params) {
+    STD_TORCH_CHECK(given.size() >= CONSTS && given.size() <= CONSTS + SLOTS, "numbers has the wrong length");
+    spec = read_spec(given);
+    for (size_t at = CONSTS; at < given.size(); ++at) numbers[at - CONSTS] = given[at];
+    const uint64_t mask = uint64_t(given[MASK]);
+    size_t next = 0;
+    for (int slot = 0; slot < SLOTS; ++slot) {
+      if (!(mask >> slot & 1)) continue;
+      STD_TORCH_CHECK(next < params.size(), "params holds fewer tensors than the mask says");
+      tensors[size_t(slot)] = &params[next++];
+    }
+  }
+
+  // Whether a slot holds a number of the loss in a tensor.
+  bool is_tensor_number(int slot) const { return slot < LOSS_SLOTS && tensors[size_t(slot)] && !is_table(spec, slot); }
+};
+
+inline Mode mode_of(const Tensor& number) {
+  return number.dim() == 0 ? Mode::SHARED : number.dim() == 1 ? Mode::PER_CLASS : Mode::PER_ROW;
+}
+
+// What of a problem is said by shapes and numbers.
+template <class T>
+void lay_out(Problem<T>& p, const Arguments& call, const Tensor& input, const Tensor& target) {
+  p.spec = call.spec;
+  p.rows = target.numel();
+  p.classes = input.size(1);
+  p.storage = storage_of(input.scalar_type());
+  p.input = input.data_ptr();
+  p.in = layout_of(input);
+  for (int slot = 0; slot < LOSS_SLOTS; ++slot)
+    p.values[slot] = {T(call.numbers[size_t(slot)]), nullptr, Mode::BY_VALUE, Storage::DOUBLE};
+  p.softcap = T(call.numbers[SOFTCAP]);
+  p.smoothing = T(call.numbers[SMOOTHING]);
+  p.z_loss = T(call.numbers[Z_LOSS]);
+  p.weight_sum = T(p.classes);
+}
+
+// Calls with(T{}) for the accumulation type.
+template <class With>
+auto by_type(const Tensor& input, With with) {
+  return input.scalar_type() == ScalarType::Double ? with(double()) : with(float());
 }
 
 }  // namespace mlkernels

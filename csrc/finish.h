@@ -6,124 +6,10 @@
 // Loops over elements leave Statistics, finish makes a row's loss of them, coefficients what its gradient is made of.
 #pragma once
 
-#include <cmath>
-#include <limits>
-
-#include "spec.h"
+#include "elementary.h"
 
 namespace mlkernels {
 namespace MLKERNELS_ISA {
-
-// The C library's functions by overload; std:: ones are inline with external linkage, which see spec.h. Where there are
-// polynomials instead, tools/polynomials.py computes them.
-MLK_FN float m_exp(float x) { return ::expf(x); }
-MLK_FN double m_exp(double x) { return ::exp(x); }
-MLK_FN float m_expm1(float x) { return ::expm1f(x); }
-MLK_FN double m_expm1(double x) { return ::expm1(x); }
-MLK_FN float m_log(float x) { return ::logf(x); }
-MLK_FN double m_log(double x) { return ::log(x); }
-MLK_FN float m_log1p(float x) { return ::log1pf(x); }
-MLK_FN double m_log1p(double x) { return ::log1p(x); }
-MLK_FN float c_pow(float x, float y) { return ::powf(x, y); }
-MLK_FN double c_pow(double x, double y) { return ::pow(x, y); }
-MLK_FN float m_sqrt(float x) { return ::sqrtf(x); }
-MLK_FN double m_sqrt(double x) { return ::sqrt(x); }
-// 1 / x for 1 <= x < 2^100; NaN stays. On a device without the cases that do not occur, to half a unit in the last place.
-MLK_FN float m_inverse(float x) {
-#ifdef __CUDA_ARCH__
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return ::fmaf(::fmaf(-x, y, 1.0f), y, y);
-#else
-  return 1 / x;
-#endif
-}
-MLK_FN double m_inverse(double x) { return 1 / x; }
-// log1p(x) for 0 <= x <= 1; NaN stays.
-#ifdef MLK_SIMT
-MLK_FN float m_log1p_of_part(float x) {
-  // 2 atanh(s), s = x / (2 + x) <= 1/3: half of the instructions of CUDA's own, to two units in the last place.
-  const float s = x * m_inverse(2 + x), z = s * s;
-  float p = 0.12144832f;
-  p = p * z + 0.107153565f;
-  p = p * z + 0.14308299f;
-  p = p * z + 0.19999444f;
-  p = p * z + 0.33333337f;
-  return 2 * s + 2 * s * z * p;
-}
-#else
-MLK_FN float m_log1p_of_part(float x) { return m_log1p(x); }
-#endif
-MLK_FN double m_log1p_of_part(double x) { return m_log1p(x); }
-MLK_FN float m_floor(float x) { return ::floorf(x); }
-MLK_FN double m_floor(double x) { return ::floor(x); }
-#ifdef MLK_SIMT
-// sin(x + quarters pi / 2) for |x| < 10^4. CUDA's own keeps an array in local memory, for angles that no margin has.
-template <class T>
-MLK_FN T sine(T x, int quarters) {
-  const T turns = m_floor(x * T(0.6366197723675814) + T(0.5));  // of pi / 2, which comes in three parts
-  T r;
-  if (sizeof(T) == 8)
-    r = ((x - turns * T(1.57079625129699707031)) - turns * T(7.54978941586159635335e-8)) - turns * T(5.39030285815811905e-15);
-  else
-    r = ((x - turns * T(1.5703125)) - turns * T(4.837512969970703125e-4)) - turns * T(7.549789948768648e-8);
-  const T z = r * r;
-  T p = T(-2.5050747767528846e-08) + T(1.5896230510929358e-10) * z;
-  p = p * z + T(2.755731362139936e-06);
-  p = p * z - T(0.000198412698295895);
-  p = p * z + T(0.008333333333322118);
-  p = p * z - T(0.1666666666666663);
-  const T sin_r = r + r * z * p;
-  p = T(2.087570084131778e-09) - T(1.1358536467989107e-11) * z;
-  p = p * z - T(2.755731417929712e-07);
-  p = p * z + T(2.4801587288851738e-05);
-  p = p * z - T(0.0013888888888873056);
-  p = p * z + T(0.041666666666666595);
-  const T cos_r = 1 - T(0.5) * z + z * z * p;
-  const int quarter = (int(turns == turns ? turns : T(0)) + quarters) & 3;
-  const T value = quarter & 1 ? cos_r : sin_r;
-  return quarter & 2 ? -value : value;
-}
-MLK_FN float m_sin(float x) { return sine(x, 0); }
-MLK_FN double m_sin(double x) { return sine(x, 0); }
-MLK_FN float m_cos(float x) { return sine(x, 1); }
-MLK_FN double m_cos(double x) { return sine(x, 1); }
-#else
-MLK_FN float m_sin(float x) { return ::sinf(x); }
-MLK_FN double m_sin(double x) { return ::sin(x); }
-MLK_FN float m_cos(float x) { return ::cosf(x); }
-MLK_FN double m_cos(double x) { return ::cos(x); }
-#endif
-MLK_FN float m_acos(float x) { return ::acosf(x); }
-MLK_FN double m_acos(double x) { return ::acos(x); }
-MLK_FN float m_abs(float x) { return ::fabsf(x); }
-MLK_FN double m_abs(double x) { return ::fabs(x); }
-
-template <class T>
-MLK_FN T infinity() {
-  return std::numeric_limits<T>::infinity();
-}
-template <class T>
-MLK_FN T nan() {
-  return std::numeric_limits<T>::quiet_NaN();
-}
-// NaN, unless the parameter is in its range.
-template <class T>
-MLK_FN T legal(bool in_range, T value) {
-  return in_range ? value : nan<T>();
-}
-
-// x^y for x >= 0. Exponents are nearly always small integers: four multiplications instead of a call.
-template <class T>
-MLK_FN T m_pow(T x, T y) {
-  if (!(y >= 0 && y <= 15) || y != T(int(y))) return c_pow(x, y);
-  T out = 1;
-  for (int n = int(y); n > 0; n >>= 1) {
-    if (n & 1) out *= x;
-    x *= x;
-  }
-  return out;
-}
 
 // A piecewise-linear function: slope and bias of `bins` equal pieces.
 template <class T>
@@ -477,17 +363,9 @@ struct Factors {
   T by_class, by_row;
 };
 
-// A row's loss, and what its derivative is made of.
 template <class T>
-struct Finished {
-  T loss;
-  HeadLoss<T> head;
-};
-
-template <class T>
-MLK_FN Finished<T> finish(const Spec& spec, const Values<T>& values, const Batch<T>& batch, const Factors<T>& factors,
-                          const Statistics<T>& row, const Position<T>& at, T weight, bool derive) {
-  const HeadLoss<T> head = head_loss(spec, values, at.nll, derive);
+MLK_FN T finish(const Batch<T>& batch, const Factors<T>& factors, const Statistics<T>& row, const Position<T>& at,
+                const HeadLoss<T>& head, T weight) {
   T by_class = weight * head.value;
   if (batch.smoothing > 0) {
     T spread = weight * at.nll;
@@ -498,12 +376,12 @@ MLK_FN Finished<T> finish(const Spec& spec, const Values<T>& values, const Batch
     by_class = (1 - batch.smoothing) * by_class + batch.smoothing_part * spread;
   }
   const T loss = by_class * factors.by_class;
-  return {batch.z_loss > 0 ? loss + batch.z_loss * at.lse * at.lse * factors.by_row : loss, head};
+  return batch.z_loss > 0 ? loss + batch.z_loss * at.lse * at.lse * factors.by_row : loss;
 }
 
 // H = -sum of p_j log p_j. A class of probability 0 adds 0.
 template <class T>
-MLK_FN T entropy(const Statistics<T>& row, const Position<T>& at) {
+MLK_SELDOM T entropy(const Statistics<T>& row, const Position<T>& at) {
   const T own = at.p == 0 ? T(0) : at.p * at.nll;
   return at.alone || at.q == 0 ? own : own + at.q * (at.others - at.scale.value * (row.shift * row.share));
 }
@@ -513,7 +391,7 @@ MLK_FN T entropy(const Statistics<T>& row, const Position<T>& at) {
 // Upstream gradients of a row, the loss's with its factors.
 template <class T>
 struct Upstream {
-  T by_class, by_row, lse, log_prob, entropy;
+  T by_class, by_row, lse, log_prob;
 };
 
 // dL/du_j = e_j (factor + slope (u_j - m)) - spread w_j for j != y, and target for the target's own.
@@ -538,23 +416,38 @@ MLK_FN Coefficients<T> coefficients(const Batch<T>& batch, const Statistics<T>& 
   // The largest other class has exp(0) = 1, so log_sum >= 0 wherever there is one.
   out.factor = at.alone ? 0 * out.dz_y : s * (pull + flat) * (at.q * row.share);
   out.slope = 0;
-  if (up.entropy != 0) {  // dH/dz_j = -p_j (log p_j + H)
-    const T h = entropy(row, at), each = s * up.entropy * (at.q * row.share);
-    if (!(at.alone || at.q == 0)) {
-      out.factor -= each * (h - at.others);
-      out.slope = -s * each;
-    }
-    if (at.p != 0) out.dz_y -= up.entropy * at.p * (h - at.nll);
-  }
   out.target = s * at.target.slope * out.dz_y;
   return out;
 }
 
+// The same for an upstream gradient of the entropy, added: dH/dz_j = -p_j (log p_j + H).
+template <class T>
+MLK_SELDOM void add_entropy(const Statistics<T>& row, const Position<T>& at, T up, Coefficients<T>& out) {
+  const T s = at.scale.value, h = entropy(row, at), each = s * up * (at.q * row.share);
+  if (!(at.alone || at.q == 0)) {
+    out.factor -= each * (h - at.others);
+    out.slope = -s * each;
+  }
+  if (at.p != 0) out.dz_y -= up * at.p * (h - at.nll);
+  out.target = s * at.target.slope * out.dz_y;
+}
+
+// dH/ds. The sum of dH/dz_j is 0: m may be taken from every u_j.
+template <class T>
+MLK_SELDOM T entropy_by_scale(const Statistics<T>& row, const Position<T>& at) {
+  if (at.alone) return 0;
+  const T s = at.scale.value, h = entropy(row, at);
+  const T own = at.p == 0 ? T(0) : at.p * (h - at.nll) * (at.target.value - row.other_max);
+  const T rest = at.q == 0 ? T(0) : at.q * row.share * (s * row.square + (h - at.others) * row.shift);
+  return -(own + rest);
+}
+
 // The derivatives of a row's loss by its parameters, one per trainable slot; tables: by the entry of the row's bin.
+// of_entropy: what the entropy's upstream gradient adds to that by s.
 template <class T>
 MLK_FN void row_parameters(const Spec& spec, const Values<T>& values, const Batch<T>& batch, const Statistics<T>& row,
                            const Position<T>& at, const HeadLoss<T>& head, const Coefficients<T>& gradient,
-                           const Upstream<T>& up, T weight, T* out /* TRAINABLE_SLOTS */) {
+                           const Upstream<T>& up, T weight, T of_entropy, T* out /* TRAINABLE_SLOTS */) {
   for (int slot = 0; slot < TRAINABLE_SLOTS; ++slot) out[slot] = 0;
   const T t = at.target.value;
   const T flat = gradient.by_probability;
@@ -568,13 +461,8 @@ MLK_FN void row_parameters(const Spec& spec, const Values<T>& values, const Batc
     by_scale = flat * (at.q * mean + expected);
     if (pull != 0) by_scale += pull * at.q * (mean - t);  // t may be -inf
     if (part != 0) by_scale -= part * (row.weighted + row.other_max * (batch.weight_sum - weight) + weight * t);
-    if (up.entropy != 0) {  // the sum of dH/dz_j is 0: m may be taken from every u_j
-      const T h = entropy(row, at), s = at.scale.value;
-      const T own = at.p == 0 ? T(0) : at.p * (h - at.nll) * (t - row.other_max);
-      const T rest = at.q == 0 ? T(0) : at.q * row.share * (s * row.square + (h - at.others) * row.shift);
-      by_scale -= up.entropy * (own + rest);
-    }
   }
+  by_scale += of_entropy;
   if (spec.scale == Scale::TWO_SCALE) {
     const T norm = values.at[LOGIT_NORM];
     const bool high = at.scale.selected == SCALE_HIGH;  // no index that only the row knows: out stays in registers

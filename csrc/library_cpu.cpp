@@ -19,9 +19,6 @@
 #include "cpu/buffers.h"
 #include "cpu/problem.h"
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 namespace mlkernels {
 namespace {
 
@@ -71,27 +68,12 @@ struct Run<double> {
 // ---- tensors to plain arrays -----------------------------------------------------------------------------------------
 
 Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  std::array<int64_t, 2> strides{1, 1};
-  if (sizes.size() == 2) strides[0] = sizes.begin()[1];
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides.data(),
-                                                         int32_t(dtype), aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  return empty_on(aoti_torch_device_type_cpu(), 0, sizes, dtype);
 }
 
 // Contiguous, of another's sizes.
 Tensor empty_of(const Tensor& like, ScalarType dtype) {
-  const auto sizes = like.sizes();
-  std::array<int64_t, Layout::MAX_DIMS> strides{};
-  int64_t step = 1;
-  for (size_t d = sizes.size(); d-- > 0;) {
-    strides[d] = step;
-    step *= sizes[d];
-  }
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
-                                                         int32_t(dtype), aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  return empty_on(aoti_torch_device_type_cpu(), 0, like.sizes(), dtype);
 }
 
 // As torch.empty_like; a large one in memory that an earlier one has left.
@@ -111,31 +93,6 @@ Tensor gradient_like(const Tensor& input) {
   return Tensor(handle);
 }
 
-// Rows of an (N, C, d...) tensor, or with classes = false of an (N, d...) one.
-Layout layout_of(const Tensor& tensor, bool classes) {
-  const auto sizes = tensor.sizes();
-  const auto strides = tensor.strides();
-  STD_TORCH_CHECK(int(sizes.size()) <= Layout::MAX_DIMS, "a tensor has more than ", Layout::MAX_DIMS, " dimensions");
-  Layout layout{};
-  layout.class_stride = classes ? strides[1] : 0;
-  for (size_t d = 0; d < sizes.size(); ++d) {
-    if (classes && d == 1) continue;
-    // A dimension that continues the one before it is one dimension with it: fewer divisions per row.
-    if (layout.dims > 0 && layout.strides[layout.dims - 1] == sizes[d] * strides[d]) {
-      layout.sizes[layout.dims - 1] *= sizes[d];
-      layout.strides[layout.dims - 1] = strides[d];
-    } else {
-      layout.sizes[layout.dims] = sizes[d];
-      layout.strides[layout.dims++] = strides[d];
-    }
-  }
-  if (layout.dims == 0) {
-    layout.dims = 1;
-    layout.sizes[0] = 1;
-  }
-  return layout;
-}
-
 // A tensor's elements in row order as U: borrowed where they lie so already, else converted.
 template <class U>
 struct Array {
@@ -148,21 +105,6 @@ template <class U, class S>
 void convert(const void* from, const Layout& layout, int64_t count, U* to) {
   const S* in = static_cast<const S*>(from);
   for (int64_t i = 0; i < count; ++i) to[i] = static_cast<U>(in[layout.offset(i)]);
-}
-
-template <class U>
-constexpr ScalarType type_of();
-template <>
-constexpr ScalarType type_of<float>() {
-  return ScalarType::Float;
-}
-template <>
-constexpr ScalarType type_of<double>() {
-  return ScalarType::Double;
-}
-template <>
-constexpr ScalarType type_of<int64_t>() {
-  return ScalarType::Long;
 }
 
 template <class U>
@@ -230,66 +172,34 @@ void write(const Tensor& to, const double* from) {
 
 // ---- a call ----------------------------------------------------------------------------------------------------------
 
-Storage storage_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float: return Storage::FLOAT;
-    case ScalarType::Double: return Storage::DOUBLE;
-    case ScalarType::BFloat16: return Storage::BFLOAT16;
-    case ScalarType::Half: return Storage::FLOAT16;
-    default: throw std::invalid_argument("input must be float16, bfloat16, float32 or float64");
-  }
-}
-
 // The arguments that the operators share, checked and laid out. The order of the numbers is that of ops.py.
 template <class T>
 struct Call {
   CpuProblem<T> p{};
   Array<int64_t> label, group;
   std::array<Array<T>, SLOTS> arrays;
-  std::array<const Tensor*, SLOTS> tensors{};
-  std::array<T, SLOTS> consts;
+  const Arguments arguments;
+  const std::array<const Tensor*, SLOTS>& tensors;
   int64_t groups = 0;
   double weight_total = 0, kept = 0;  // over the rows that are not ignored
   Reduction reduction;
 
-  Call(const Tensor& input, const Tensor& target, const std::vector<double>& numbers,
-       const std::vector<Tensor>& params) {
-    STD_TORCH_CHECK(numbers.size() >= CONSTS && numbers.size() <= CONSTS + SLOTS, "numbers has the wrong length");
-    p.spec = read_spec(numbers);
-    reduction = p.spec.reduction;
-    const uint64_t mask = uint64_t(numbers[MASK]);
-    p.rows = target.numel();
-    p.classes = input.size(1);
-    p.storage = storage_of(input.scalar_type());
-    p.input = input.data_ptr();
-    p.in = layout_of(input, true);
-    size_t next = 0;
-    p.uniform = !(mask >> GROUP & 1);
+  Call(const Tensor& input, const Tensor& target, const std::vector<double>& numbers, const std::vector<Tensor>& params)
+      : arguments(numbers, params), tensors(arguments.tensors), reduction(arguments.spec.reduction) {
+    lay_out(p, arguments, input, target);
+    p.uniform = !tensors[GROUP];
     for (int slot = 0; slot < SLOTS; ++slot) {
-      consts[slot] = size_t(CONSTS + slot) < numbers.size() ? T(numbers[CONSTS + slot]) : T(0);
-      if (slot < LOSS_SLOTS) p.values[slot] = {consts[slot], nullptr, Mode::BY_VALUE, Storage::DOUBLE};
-      if (!(mask >> slot & 1)) continue;
-      STD_TORCH_CHECK(next < params.size(), "params holds fewer tensors than the mask says");
-      const Tensor& tensor = params[next++];
-      tensors[slot] = &tensor;
-      if (slot == GROUP) continue;
-      arrays[slot] = array_of<T>(tensor);
-      if (slot >= LOSS_SLOTS || is_table(slot)) continue;
-      const int64_t dims = tensor.dim();
-      const Mode mode = dims == 0 || arrays[slot].stride == 0 ? Mode::SHARED
-                        : dims == 1                           ? Mode::PER_CLASS
-                                                              : Mode::PER_ROW;
+      if (!tensors[slot] || slot == GROUP) continue;
+      arrays[slot] = array_of<T>(*tensors[slot]);
+      if (!arguments.is_tensor_number(slot)) continue;
+      const Mode mode = arrays[slot].stride == 0 ? Mode::SHARED : mode_of(*tensors[slot]);
       p.values[slot] = {T(0), arrays[slot].data, mode, sizeof(T) == 8 ? Storage::DOUBLE : Storage::FLOAT};
       if (mode != Mode::SHARED) p.uniform = false;
     }
-    p.softcap = consts[SOFTCAP];
-    p.smoothing = consts[SMOOTHING];
-    p.z_loss = consts[Z_LOSS];
     p.weight = vector_of_classes(WEIGHT);
     p.adjustment = vector_of_classes(ADJUSTMENT);
     p.row_weight = arrays[ROW_WEIGHT].data;
     p.row_weight_stride = arrays[ROW_WEIGHT].stride;
-    p.weight_sum = T(p.classes);
     if (p.weight) {
       double sum = 0;
       for (int64_t j = 0; j < p.classes; ++j) sum += double(p.weight[j]);
@@ -376,9 +286,9 @@ struct Call {
   void set_factors() {
     p.by_class_factor = p.by_row_factor = 1;
     if (reduction != Reduction::MEAN) return;
-    const T* given = arrays[NORMALIZER].data ? arrays[NORMALIZER].data : &consts[NORMALIZER];
-    if (tensors[NORMALIZER] || *given != 0) {
-      p.by_class_factor = p.by_row_factor = 1 / MLKERNELS_ISA::legal(*given > 0, *given);
+    const double given = tensors[NORMALIZER] ? double(*arrays[NORMALIZER].data) : arguments.numbers[NORMALIZER];
+    if (tensors[NORMALIZER] || given != 0) {
+      p.by_class_factor = p.by_row_factor = T(1 / MLKERNELS_ISA::legal(given > 0, given));
     } else {
       p.by_class_factor = T(1 / MLKERNELS_ISA::legal(weight_total != 0, weight_total));
       p.by_row_factor = T(1 / MLKERNELS_ISA::legal(kept != 0, kept));
@@ -397,8 +307,6 @@ struct Call {
                                 [this](int64_t begin, int64_t end) { Run<T>::rows(p, begin, end); });
   }
 };
-
-constexpr int INPUT = SLOTS;  // the bit of `needs` that stands for the logits
 
 // Runs the rows and collects the gradients that are needed, in the order of their bits.
 template <class T>
@@ -489,24 +397,20 @@ struct Losses {
   }
 };
 
-// Loss and gradients in one visit of each row.
-template <class T>
-std::tuple<Tensor, std::vector<Tensor>> visit(const Tensor& input, const Tensor& target,
-                                              const std::vector<double>& numbers, const std::vector<Tensor>& params,
-                                              int64_t needs) {
-  Call<T> call(input, target, numbers, params);
-  Losses<T> losses(call, target);
-  call.p.up_value = 1;
-  std::vector<Tensor> gradients = run_with_gradients(call, input, needs);
-  losses.add_up(call);
-  return {std::move(losses.result), std::move(gradients)};
-}
+// ---- the operators; see ops.py ---------------------------------------------------------------------------------------
 
+// Loss and gradients in one visit of each row.
 std::tuple<Tensor, std::vector<Tensor>> softmax_loss_with_gradients(const Tensor& input, const Tensor& target,
                                                                     std::vector<double> numbers,
                                                                     std::vector<Tensor> params, int64_t needs) {
-  return input.scalar_type() == ScalarType::Double ? visit<double>(input, target, numbers, params, needs)
-                                                   : visit<float>(input, target, numbers, params, needs);
+  return by_type(input, [&](auto zero) {
+    Call<decltype(zero)> call(input, target, numbers, params);
+    Losses<decltype(zero)> losses(call, target);
+    call.p.up_value = 1;
+    std::vector<Tensor> gradients = run_with_gradients(call, input, needs);
+    losses.add_up(call);
+    return std::tuple<Tensor, std::vector<Tensor>>{std::move(losses.result), std::move(gradients)};
+  });
 }
 
 std::tuple<Tensor, Tensor> softmax_loss_with_gradient(const Tensor& input, const Tensor& target,
@@ -516,87 +420,66 @@ std::tuple<Tensor, Tensor> softmax_loss_with_gradient(const Tensor& input, const
   return {std::move(loss), std::move(gradients[0])};
 }
 
-template <class T>
-std::tuple<Tensor, Tensor> loss_of(const Tensor& input, const Tensor& target, const std::vector<double>& numbers,
-                                   const std::vector<Tensor>& params, bool save) {
-  Call<T> call(input, target, numbers, params);
-  Losses<T> losses(call, target);
-  Tensor saved = empty({save ? call.p.rows : 0, 2}, type_of<T>());
-  if (save) call.p.save = static_cast<T*>(saved.data_ptr());
-  call.run();
-  losses.add_up(call);
-  return {std::move(losses.result), std::move(saved)};
-}
-
 std::tuple<Tensor, Tensor> softmax_loss(const Tensor& input, const Tensor& target, std::vector<double> numbers,
                                         std::vector<Tensor> params, bool save) {
-  return input.scalar_type() == ScalarType::Double ? loss_of<double>(input, target, numbers, params, save)
-                                                   : loss_of<float>(input, target, numbers, params, save);
+  return by_type(input, [&](auto zero) {
+    using T = decltype(zero);
+    Call<T> call(input, target, numbers, params);
+    Losses<T> losses(call, target);
+    Tensor saved = empty({save ? call.p.rows : 0, 2}, type_of<T>());
+    if (save) call.p.save = static_cast<T*>(saved.data_ptr());
+    call.run();
+    losses.add_up(call);
+    return std::tuple<Tensor, Tensor>{std::move(losses.result), std::move(saved)};
+  });
 }
 
 using Stats = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-template <class T>
-Stats stats_of(const Tensor& input, const Tensor& target, const std::vector<double>& numbers,
-               const std::vector<Tensor>& params) {
-  Call<T> call(input, target, numbers, params);
-  Losses<T> losses(call, target);
-  Tensor saved = empty({call.p.rows, 2}, type_of<T>());
-  Tensor logsumexp = empty_of(target, type_of<T>()), log_prob = empty_of(target, type_of<T>());
-  Tensor entropy = empty_of(target, type_of<T>()), confidence = empty_of(target, type_of<T>());
-  Tensor prediction = empty_of(target, ScalarType::Long), rank = empty_of(target, ScalarType::Long);
-  call.p.save = static_cast<T*>(saved.data_ptr());
-  call.p.logsumexp = static_cast<T*>(logsumexp.data_ptr());
-  call.p.log_prob = static_cast<T*>(log_prob.data_ptr());
-  call.p.entropy = static_cast<T*>(entropy.data_ptr());
-  call.p.want_shift = true;
-  call.p.confidence = static_cast<T*>(confidence.data_ptr());
-  call.p.prediction = static_cast<int64_t*>(prediction.data_ptr());
-  call.p.rank = static_cast<int64_t*>(rank.data_ptr());
-  call.run();
-  losses.add_up(call);
-  return {losses.result, saved, logsumexp, log_prob, entropy, prediction, confidence, rank};
-}
-
-Stats softmax_stats(const Tensor& input, const Tensor& target, std::vector<double> numbers,
-                    std::vector<Tensor> params) {
-  return input.scalar_type() == ScalarType::Double ? stats_of<double>(input, target, numbers, params)
-                                                   : stats_of<float>(input, target, numbers, params);
-}
-
-// Of the loss, logsumexp, log_prob and the entropy.
-using Upstreams = std::array<std::optional<Tensor>, 4>;
-
-template <class T>
-std::vector<Tensor> backward_of(const Upstreams& up, const Tensor& input, const Tensor& target,
-                                const std::vector<double>& numbers, const std::vector<Tensor>& params, const Tensor& saved,
-                                int64_t needs) {
-  Call<T> call(input, target, numbers, params);
-  CpuProblem<T>& p = call.p;
-  std::array<Array<T>, 4> arrays;
-  const auto take = [&](size_t which, const T*& data, int64_t& stride) {
-    if (!up[which]) return;
-    arrays[which] = array_of<T>(*up[which]);
-    data = arrays[which].data;
-    stride = arrays[which].stride;
-  };
-  take(0, p.up_loss, p.up_loss_stride);
-  take(1, p.up_logsumexp, p.up_logsumexp_stride);
-  take(2, p.up_log_prob, p.up_log_prob_stride);
-  take(3, p.up_entropy, p.up_entropy_stride);
-  if (call.reduction != Reduction::NONE) p.up_loss_stride = 0;
-  if (saved.numel() > 0) p.saved = static_cast<const T*>(saved.data_ptr());
-  return run_with_gradients(call, input, needs);
+Stats softmax_stats(const Tensor& input, const Tensor& target, std::vector<double> numbers, std::vector<Tensor> params) {
+  return by_type(input, [&](auto zero) {
+    using T = decltype(zero);
+    Call<T> call(input, target, numbers, params);
+    Losses<T> losses(call, target);
+    Tensor saved = empty({call.p.rows, 2}, type_of<T>());
+    call.p.save = static_cast<T*>(saved.data_ptr());
+    const auto of = [&](auto*& data) {
+      Tensor made = empty_of(target, type_of<std::decay_t<decltype(*data)>>());
+      data = static_cast<std::decay_t<decltype(data)>>(made.data_ptr());
+      return made;
+    };
+    const Tensor logsumexp = of(call.p.logsumexp), log_prob = of(call.p.log_prob), entropy = of(call.p.entropy);
+    const Tensor prediction = of(call.p.prediction), confidence = of(call.p.confidence), rank = of(call.p.rank);
+    call.p.want_shift = true;
+    call.run();
+    losses.add_up(call);
+    return Stats{losses.result, saved, logsumexp, log_prob, entropy, prediction, confidence, rank};
+  });
 }
 
 std::vector<Tensor> softmax_loss_backward(std::optional<Tensor> grad_loss, std::optional<Tensor> grad_logsumexp,
                                           std::optional<Tensor> grad_log_prob, std::optional<Tensor> grad_entropy,
                                           const Tensor& input, const Tensor& target, std::vector<double> numbers,
                                           std::vector<Tensor> params, const Tensor& saved, int64_t needs) {
-  const Upstreams up{std::move(grad_loss), std::move(grad_logsumexp), std::move(grad_log_prob), std::move(grad_entropy)};
-  return input.scalar_type() == ScalarType::Double
-             ? backward_of<double>(up, input, target, numbers, params, saved, needs)
-             : backward_of<float>(up, input, target, numbers, params, saved, needs);
+  return by_type(input, [&](auto zero) {
+    using T = decltype(zero);
+    Call<T> call(input, target, numbers, params);
+    CpuProblem<T>& p = call.p;
+    std::array<Array<T>, 4> arrays;
+    const auto take = [&](const std::optional<Tensor>& tensor, Array<T>& array, const T*& data, int64_t& stride) {
+      if (!tensor) return;
+      array = array_of<T>(*tensor);
+      data = array.data;
+      stride = array.stride;
+    };
+    take(grad_loss, arrays[0], p.up_loss, p.up_loss_stride);
+    take(grad_logsumexp, arrays[1], p.up_logsumexp, p.up_logsumexp_stride);
+    take(grad_log_prob, arrays[2], p.up_log_prob, p.up_log_prob_stride);
+    take(grad_entropy, arrays[3], p.up_entropy, p.up_entropy_stride);
+    if (call.reduction != Reduction::NONE) p.up_loss_stride = 0;
+    if (saved.numel() > 0) p.saved = static_cast<const T*>(saved.data_ptr());
+    return run_with_gradients(call, input, needs);
+  });
 }
 
 }  // namespace

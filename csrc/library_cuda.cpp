@@ -1,7 +1,7 @@
 // The CUDA implementations of mlkernels/ops.py: tensors to a Visit, a visit to launches, row results to tensors. Nothing
 // here looks at a number in a tensor, so nothing waits for the device, and all of it can be captured in a CUDA graph.
 //
-// Compiled without CUDA (MLK_HOST) it runs the same kernels on the CPU's memory by simt_host.h, for the tests.
+// Compiled without CUDA (MLK_HOST) it runs the same kernels on the CPU's memory by simt/host.h, for the tests.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -21,9 +21,6 @@
 #include "cuda/device.h"
 #include "cuda/kernels.h"
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 namespace mlkernels {
 
 Forced forced;
@@ -31,21 +28,6 @@ Forced forced;
 namespace {
 
 // ---- tensors -----------------------------------------------------------------------------------------------------------
-
-template <class T>
-constexpr ScalarType type_of() {
-  return sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
-}
-
-Storage storage_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float: return Storage::FLOAT;
-    case ScalarType::Double: return Storage::DOUBLE;
-    case ScalarType::BFloat16: return Storage::BFLOAT16;
-    case ScalarType::Half: return Storage::FLOAT16;
-    default: throw std::invalid_argument("a tensor must be float16, bfloat16, float32 or float64");
-  }
-}
 
 Index index_of(ScalarType type) {
   switch (type) {
@@ -68,42 +50,13 @@ struct Place {
   explicit Place(const Tensor& like) : device(device_of(like.get_device_index())) {}
 
   Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) const {
-    std::vector<int64_t> strides(sizes.size());
-    int64_t step = 1;
-    for (size_t d = sizes.size(); d-- > 0;) {
-      strides[d] = step;
-      step *= sizes[d];
-    }
-    AtenTensorHandle handle;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), int32_t(dtype),
-                                                    device_type(), device.index, &handle));
-    return Tensor(handle);
+    return empty_on(device_type(), device.index, sizes, dtype);
   }
   Tensor empty_of(const Tensor& like, ScalarType dtype) const {
     const auto sizes = like.sizes();
     return empty({sizes.begin(), sizes.end()}, dtype);
   }
 };
-
-Layout layout_of(const Tensor& tensor) {
-  const auto sizes = tensor.sizes();
-  const auto strides = tensor.strides();
-  STD_TORCH_CHECK(int(sizes.size()) <= Layout::MAX_DIMS, "a tensor has more than ", Layout::MAX_DIMS, " dimensions");
-  Layout layout{};
-  layout.class_stride = strides[1];
-  for (size_t d = 0; d < sizes.size(); ++d) {
-    if (d == 1 || (sizes[d] == 1 && layout.dims > 0)) continue;
-    // A dimension that continues the one before it is one dimension with it.
-    if (layout.dims > 0 && (layout.strides[layout.dims - 1] == sizes[d] * strides[d] || layout.sizes[layout.dims - 1] == 1)) {
-      layout.sizes[layout.dims - 1] *= sizes[d];
-      layout.strides[layout.dims - 1] = strides[d];
-    } else {
-      layout.sizes[layout.dims] = sizes[d];
-      layout.strides[layout.dims++] = strides[d];
-    }
-  }
-  return layout;
-}
 
 // The tensor as it is, or a contiguous copy in another dtype; kept alive by the call.
 Tensor plain(const Tensor& tensor, ScalarType dtype, const Place& place) {
@@ -128,26 +81,18 @@ const RowKernels<double>& kernels_of<double>(Storage) {
 // A launch costs more than a look at so many labels.
 constexpr int64_t FEW_ROWS = 512;
 
-constexpr int INPUT = SLOTS;  // the bit of `needs` that stands for the logits
-
 // The arguments that the operators share, laid out. The order of the numbers is that of ops.py.
 template <class T>
 struct Call {
   Place place;
   Visit<T> v{};
-  std::array<const Tensor*, SLOTS> tensors{};
+  const Arguments arguments;
+  const std::array<const Tensor*, SLOTS>& tensors;
   std::vector<Tensor> kept;  // what the launches still read
 
   Call(const Tensor& input, const Tensor& target, const std::vector<double>& numbers, const std::vector<Tensor>& params)
-      : place(input) {
-    STD_TORCH_CHECK(numbers.size() >= CONSTS && numbers.size() <= CONSTS + SLOTS, "numbers has the wrong length");
-    v.spec = read_spec(numbers);
-    const uint64_t mask = uint64_t(numbers[MASK]);
-    v.rows = target.numel();
-    v.classes = input.size(1);
-    v.storage = storage_of(input.scalar_type());
-    v.input = input.data_ptr();
-    v.in = layout_of(input);
+      : place(input), arguments(numbers, params), tensors(arguments.tensors) {
+    lay_out(v, arguments, input, target);
     int64_t reach = 0;
     for (int64_t d = 0; d < input.dim(); ++d) reach += (input.size(d) - 1) * input.stride(d);
     v.begin = static_cast<const char*>(v.input);
@@ -155,30 +100,18 @@ struct Call {
     v.label = keep(plain(target, target.scalar_type(), place)).data_ptr();
     v.label_type = index_of(target.scalar_type());
 
-    size_t next = 0;
-    std::array<double, SLOTS> consts{};
-    for (int slot = 0; slot < SLOTS; ++slot) {
-      if (size_t(CONSTS + slot) < numbers.size()) consts[slot] = numbers[size_t(CONSTS + slot)];
-      if (slot < LOSS_SLOTS) v.values[slot] = {T(consts[slot]), nullptr, Mode::BY_VALUE, Storage::DOUBLE};
-      if (!(mask >> slot & 1)) continue;
-      STD_TORCH_CHECK(next < params.size(), "params holds fewer tensors than the mask says");
-      const Tensor& tensor = params[next++];
-      tensors[slot] = &tensor;
-      if (slot >= LOSS_SLOTS || is_table(slot)) continue;
+    for (int slot = 0; slot < LOSS_SLOTS; ++slot) {
+      if (!arguments.is_tensor_number(slot)) continue;
+      const Tensor& tensor = *tensors[slot];
       const Tensor& number = keep(plain(tensor, tensor.scalar_type(), place));
-      const Mode mode = tensor.dim() == 0 ? Mode::SHARED : tensor.dim() == 1 ? Mode::PER_CLASS : Mode::PER_ROW;
-      v.values[slot] = {T(0), number.data_ptr(), mode, storage_of(tensor.scalar_type())};
+      v.values[slot] = {T(0), number.data_ptr(), mode_of(tensor), storage_of(tensor.scalar_type())};
     }
-    v.softcap = T(consts[SOFTCAP]);
-    v.smoothing = T(consts[SMOOTHING]);
-    v.z_loss = T(consts[Z_LOSS]);
     v.weight = vector_of(WEIGHT);
     v.adjustment = vector_of(ADJUSTMENT);
     if (const Tensor* weight = tensors[ROW_WEIGHT]) take(*weight, v.row_weight, v.row_weight_stride);
-    v.normalizer = {consts[NORMALIZER], nullptr, Mode::BY_VALUE, Storage::DOUBLE};
+    v.normalizer = {arguments.numbers[NORMALIZER], nullptr, Mode::BY_VALUE, Storage::DOUBLE};
     if (const Tensor* given = tensors[NORMALIZER])
       v.normalizer = {0, given->data_ptr(), Mode::SHARED, storage_of(given->scalar_type())};
-    v.weight_sum = T(v.classes);
     if (v.spec.transform == Transform::PIECEWISE) v.t = tables(TRANSFORM_A, TRANSFORM_B);
     if (v.spec.head == Head::TAU) v.tau = tables(HEAD_A, HEAD_B);
     if (tensors[GROUP]) {
@@ -343,12 +276,6 @@ struct Call {
   }
 };
 
-// Calls with(T{}) for the accumulation type.
-template <class With>
-auto by_type(const Tensor& input, With with) {
-  return input.scalar_type() == ScalarType::Double ? with(double()) : with(float());
-}
-
 // ---- the operators; see ops.py ---------------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor> softmax_loss(const Tensor& input, const Tensor& target, std::vector<double> numbers,
@@ -395,18 +322,15 @@ Stats softmax_stats(const Tensor& input, const Tensor& target, std::vector<doubl
     Call<T> call(input, target, numbers, params);
     Tensor loss = call.loss_like(target);
     Tensor saved = call.place.empty({call.v.rows, 2}, type_of<T>());
-    const auto of = [&](ScalarType type) { return call.place.empty_of(target, type); };
-    Tensor logsumexp = of(type_of<T>()), log_prob = of(type_of<T>()), entropy = of(type_of<T>());
-    Tensor confidence = of(type_of<T>());
-    Tensor prediction = of(ScalarType::Long), rank = of(ScalarType::Long);
     call.v.save = static_cast<T*>(saved.data_ptr());
-    call.v.logsumexp = static_cast<T*>(logsumexp.data_ptr());
-    call.v.log_prob = static_cast<T*>(log_prob.data_ptr());
-    call.v.entropy = static_cast<T*>(entropy.data_ptr());
+    const auto of = [&](auto*& data) {
+      Tensor made = call.place.empty_of(target, type_of<std::decay_t<decltype(*data)>>());
+      data = static_cast<std::decay_t<decltype(data)>>(made.data_ptr());
+      return made;
+    };
+    const Tensor logsumexp = of(call.v.logsumexp), log_prob = of(call.v.log_prob), entropy = of(call.v.entropy);
+    const Tensor prediction = of(call.v.prediction), confidence = of(call.v.confidence), rank = of(call.v.rank);
     call.v.want_shift = true;
-    call.v.confidence = static_cast<T*>(confidence.data_ptr());
-    call.v.prediction = static_cast<int64_t*>(prediction.data_ptr());
-    call.v.rank = static_cast<int64_t*>(rank.data_ptr());
     call.run(&loss);
     return Stats{loss, saved, logsumexp, log_prob, entropy, prediction, confidence, rank};
   });

@@ -2,9 +2,8 @@
 // types; which elements are read and written when is each loop's own business.
 #pragma once
 
-#include <cstring>
-
 #include "finish.h"
+#include "half.h"
 
 namespace mlkernels {
 
@@ -87,43 +86,13 @@ namespace MLKERNELS_ISA {
 #define MLK_UNROLL
 #endif
 
-// The bits of a half as a number.
-MLK_FN float from_bfloat16(uint16_t bits) {
-  const uint32_t wide = uint32_t(bits) << 16;
-  float out;
-  memcpy(&out, &wide, 4);
-  return out;
-}
-MLK_FN float from_float16(uint16_t bits) {
-#ifdef __CUDA_ARCH__
-  float out;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"(bits));
-  return out;
-#else
-  const uint32_t sign = uint32_t(bits & 0x8000) << 16;
-  uint32_t rest = uint32_t(bits & 0x7fff) << 13;
-  float out;
-  if ((bits & 0x7c00) == 0x7c00) {
-    rest |= 0x7f800000;
-  } else {
-    // Exponents are 112 apart; a multiplication moves them and makes subnormals normal.
-    memcpy(&out, &rest, 4);
-    out *= 5.192296858534828e33f;  // 2^112
-    memcpy(&rest, &out, 4);
-  }
-  rest |= sign;
-  memcpy(&out, &rest, 4);
-  return out;
-#endif
-}
-
 template <class T>
 MLK_FN T read_number(const void* data, Storage storage, int64_t index) {
   switch (storage) {
     case Storage::FLOAT: return T(static_cast<const float*>(data)[index]);
     case Storage::DOUBLE: return T(static_cast<const double*>(data)[index]);
-    case Storage::BFLOAT16: return T(from_bfloat16(static_cast<const uint16_t*>(data)[index]));
-    default: return T(from_float16(static_cast<const uint16_t*>(data)[index]));
+    case Storage::BFLOAT16: return T(widen(static_cast<const bfloat16*>(data)[index]));
+    default: return T(widen(static_cast<const float16*>(data)[index]));
   }
 }
 
@@ -158,46 +127,45 @@ MLK_FN Factors<T> factors_of(const Problem<T>& p, const Factors<T>& shared, int6
   return {shared.by_class * weight, shared.by_row * weight};
 }
 
-template <class T>
-struct Outcome {
-  T loss;
-  Coefficients<T> gradient;
-};
-
-// Finishes a row that stands at `at`, and leaves its results but for loss and gradient; leaves: this thread is the one to.
+// A row that stands at `at`: its loss, and where one is wanted what its gradient is made of; all other results are left
+// where they belong. leaves: this thread is the one to.
 // PARAMETERS: whether gradients of parameters or of the entropy may be wanted at all. BARE: nothing is saved, and no
 // upstream gradient but up_value. spec: the problem's, of which the caller may know more than that.
 template <bool PARAMETERS, bool BARE = false, class T>
-MLK_FN Outcome<T> outcome_of(const Problem<T>& p, const Spec& spec, const Batch<T>& batch, const Factors<T>& shared,
-                             int64_t row, const Values<T>& values, const Statistics<T>& r, const Position<T>& at, T weight,
-                             bool leaves) {
-  Outcome<T> out{};
+MLK_FN T finish_row(const Problem<T>& p, const Spec& spec, const Batch<T>& batch, const Factors<T>& shared, int64_t row,
+                    const Values<T>& values, const Statistics<T>& r, const Position<T>& at, T weight, bool leaves,
+                    Coefficients<T>& gradient) {
   const Factors<T> factors = factors_of<BARE>(p, shared, row);
-  const Finished<T> finished = finish(spec, values, batch, factors, r, at, weight, PARAMETERS && p.want_parameters);
-  out.loss = finished.loss;
+  const HeadLoss<T> head = head_loss(spec, values, at.nll, PARAMETERS && p.want_parameters);
+  const T loss = finish(batch, factors, r, at, head, weight);
   if (!BARE && p.save && leaves) {
     p.save[2 * row] = r.other_max;
     p.save[2 * row + 1] = r.log_sum;
   }
-  if (!p.grad && !(PARAMETERS && p.want_parameters)) return out;
-  Upstream<T> up{0, 0, 0, 0, 0};
+  if (!p.grad && !(PARAMETERS && p.want_parameters)) return loss;
+  Upstream<T> up{0, 0, 0, 0};
   const T g_loss = !BARE && p.up_loss ? p.up_loss[row * p.up_loss_stride] : p.up_value;
   up.by_class = g_loss * factors.by_class;
   up.by_row = g_loss * factors.by_row;
   if (!BARE && p.up_logsumexp) up.lse = p.up_logsumexp[row * p.up_logsumexp_stride];
   if (!BARE && p.up_log_prob) up.log_prob = p.up_log_prob[row * p.up_log_prob_stride];
-  if (PARAMETERS && p.up_entropy) up.entropy = p.up_entropy[row * p.up_entropy_stride];
-  out.gradient = coefficients(batch, r, at, finished.head, up, weight);
+  gradient = coefficients(batch, r, at, head, up, weight);
+  T of_entropy = 0;
+  if (PARAMETERS && p.up_entropy) {
+    const T g = p.up_entropy[row * p.up_entropy_stride];
+    add_entropy(r, at, g, gradient);
+    if (p.want_square) of_entropy = g * entropy_by_scale(r, at);
+  }
   if (PARAMETERS && p.want_parameters && leaves) {
     T by[TRAINABLE_SLOTS];
-    row_parameters(spec, values, batch, r, at, finished.head, out.gradient, up, weight, by);
+    row_parameters(spec, values, batch, r, at, head, gradient, up, weight, of_entropy, by);
     MLK_UNROLL
     for (int slot = 0; slot < TRAINABLE_SLOTS; ++slot)
       if (p.by_parameter[slot]) p.by_parameter[slot][row] = by[slot];
     if (p.t_bin) p.t_bin[row] = at.target.bin;
-    if (p.tau_bin) p.tau_bin[row] = finished.head.bin;
+    if (p.tau_bin) p.tau_bin[row] = head.bin;
   }
-  return out;
+  return loss;
 }
 
 // The results, but for the loss, of a row that is not looked at: 0 where its label is ignored, NaN where it is no label.

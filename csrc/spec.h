@@ -17,6 +17,13 @@
 #define MLK_FN inline
 #endif
 
+// What a host seldom does, out of the way of what it always does.
+#ifdef __CUDACC__
+#define MLK_SELDOM __host__ __device__ inline
+#else
+#define MLK_SELDOM __attribute__((noinline)) inline
+#endif
+
 namespace mlkernels {
 
 struct Spec {

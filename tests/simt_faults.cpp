@@ -1,6 +1,6 @@
 // Kernels with one mistake each, for test_simt.py: the host must find them all, and find nothing in those without.
 #define MLKERNELS_ISA host_simt
-#include "simt.h"
+#include "simt/simt.h"
 
 #include <cstdio>
 

@@ -1,4 +1,4 @@
-"""The host that runs the CUDA kernels (csrc/simt_host.h) finds mistakes, also in the kernels themselves."""
+"""The host that runs the CUDA kernels (csrc/simt/machine.h) finds mistakes, also in the kernels themselves."""
 
 import importlib.util
 import os

@@ -12,10 +12,6 @@ GENERATED = {"csrc/numbering.h"}
 #: Files that may be longer, by so much: each waits for a second room of its own.
 EXCEPTIONS = {
     "mlkernels/backends/reference.py": 670,
-    "csrc/cuda/rows_long.h": 670,
-    "csrc/library_cpu.cpp": 630,
-    "csrc/library_cuda.cpp": 620,
-    "csrc/simt_host.h": 710,  # for the tests alone
 }
 
 

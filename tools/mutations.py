@@ -63,7 +63,7 @@ SUBJECTS: dict[str, Subject] = {
     ),
     "gradients": Subject((_reference,), _of("gradients", *_REFERENCE), f"{_LOSSES}|_root|_angle|_softmax_loss"),
     "gradients_cpu": _cpu(
-        ("csrc/finish.h",), _of("gradients", *_CPU), "row_gradient|row_parameters|margin|tau|modulated"
+        ("csrc/finish.h",), _of("gradients", *_CPU), "coefficients|row_parameters|margin|tau|modulated"
     ),
     "gradients_oracle": Subject(("tests/oracle.py",), _of("gradients", "-k", "closed_derivatives or reference")),
     "hypothesis": Subject((_reference,), _of("hypothesis"), _WHOLE),
@@ -99,7 +99,7 @@ SUBJECTS: dict[str, Subject] = {
     "search_state": Subject(
         ("mlkernels/search/state.py",), (*_of("search_population"), *_of("search"), *_of("search_ranks"))
     ),
-    "simt": Subject(("csrc/simt_host.h",), _of("simt")),
+    "simt": Subject(("csrc/simt/machine.h", "csrc/simt/host.h"), _of("simt")),
     "torch_samples": Subject(
         ("mlkernels/*.py", _reference, "mlkernels/schedule/snapshot.py"),
         _of("torch_samples", *_REFERENCE),
@@ -123,7 +123,7 @@ SUBJECTS: dict[str, Subject] = {
     ),
     "values": Subject((_reference,), _of("values", *_REFERENCE), _WHOLE),
     "values_cpu": _cpu(
-        ("csrc/finish.h",), _of("values", *_CPU), f"{_LOSSES}|head_loss|row_loss|row_gradient|row_parameters"
+        ("csrc/finish.h",), _of("values", *_CPU), f"{_LOSSES}|head_loss|finish|coefficients|row_parameters"
     ),
     "values_triton": Subject(
         (_triton,), _of("values", *_TRITON), f"{_LOSSES}|head_loss|row_loss|row_gradient|by_scale"

@@ -16,7 +16,7 @@ import numpy as np
 from mpmath import mpf
 
 ROOT = Path(__file__).resolve().parent.parent
-TRITON, FINISH, VEC = "mlkernels/backends/triton/elementary.py", "csrc/finish.h", "csrc/cpu/vec.h"
+TRITON, ELEMENTARY, VEC = "mlkernels/backends/triton/elementary.py", "csrc/elementary.h", "csrc/cpu/vec.h"
 Function = Callable[[mpf], mpf]
 DIGITS = 50
 
@@ -67,7 +67,7 @@ with mpmath.workdps(DIGITS):
 POLYNOMIALS = (
     Polynomial(TRITON, "def log1p(", 0, LOG1P, NONE, THIRD, 11, 2e-18),  # y in [-1/2, 1]
     Polynomial(TRITON, "def log1p(", 1, LOG1P, NONE, THIRD, 4, 3e-10),
-    Polynomial(FINISH, "m_log1p_of_part(float x) {\n  // 2 atanh", 0, LOG1P, NONE, THIRD, 4, 2e-9, single=True),
+    Polynomial(ELEMENTARY, "m_log1p_of_part(float x) {\n  // 2 atanh", 0, LOG1P, NONE, THIRD, 4, 2e-9, single=True),
     Polynomial(TRITON, "def expm1(", 0, EXPM1, mpf(-1), NONE, 12, 8e-18),
     Polynomial(TRITON, "def expm1(", 1, EXPM1, mpf(-1), NONE, 6, 2e-10),
     Polynomial(TRITON, "def tanh(", 0, TANH, NONE, TANH_END, 11, 6e-18),
@@ -75,8 +75,8 @@ POLYNOMIALS = (
     Polynomial(TRITON, "def acos(", 0, ASIN, NONE, HALF, 11, 3e-17),
     Polynomial(TRITON, "def sincos(", 0, SIN, NONE, EIGHTH, 5, 2e-17),
     Polynomial(TRITON, "def sincos(", 1, COS, NONE, EIGHTH, 5, 2e-18),
-    Polynomial(FINISH, "T sine(T x, int quarters) {", 0, SIN, NONE, EIGHTH, 5, 2e-17),
-    Polynomial(FINISH, "T sine(T x, int quarters) {", 1, COS, NONE, EIGHTH, 5, 2e-18),
+    Polynomial(ELEMENTARY, "T sine(T x, int quarters) {", 0, SIN, NONE, EIGHTH, 5, 2e-17),
+    Polynomial(ELEMENTARY, "T sine(T x, int quarters) {", 1, COS, NONE, EIGHTH, 5, 2e-18),
     Polynomial(VEC, "vfloat exp_nonpositive(vfloat x) {", 0, EXP, -HALF_LN2, HALF_LN2, 4, 4e-9, single=True),
     Polynomial(VEC, "vdouble exp_nonpositive(vdouble x) {", 0, EXP, -HALF_LN2, HALF_LN2, 11, 6e-18, taylor=True),
 )

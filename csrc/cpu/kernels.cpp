@@ -82,7 +82,8 @@ struct Work {
   Statistics<T> r;
   RowScale<T> scale;
   Position<T> at;
-  T factor, spread, at_target;  // what is left to do: the gradient is factor g_j - spread w_j, and at_target at the label
+  // What is left to do: the gradient is factor g_j - spread w_j, and target at the label. Nothing is where none is wanted.
+  Coefficients<T> gradient{};
 };
 
 // Calls body(begin, length) for the columns other than y: all of a padded row, else the two pieces.
@@ -194,37 +195,38 @@ void describe(const CpuProblem<T>& p, const Work<T>& w) {
   p.prediction[w.row] = has_nan ? -1 : first;
 }
 
+// Exponentials to a gradient that has a slope.
+template <bool PADDED, class T>
+__attribute__((noinline)) void slope_out(const CpuProblem<T>& p, Work<T>& w) {
+  each_piece<PADDED>(p, w.y, [&](int64_t begin, int64_t n) {
+    sweep_slope(w.g + begin, w.u + begin, n, w.m, w.gradient.factor, w.gradient.slope);
+  });
+  w.gradient.factor = 1;
+}
+
 // The loss and, where wanted, what the gradient is made of.
 template <bool PADDED, class T>
 inline void finish(const CpuProblem<T>& p, const Batch<T>& batch, Work<T>& w) {
   const T weight = p.weight ? p.weight[w.y] : T(1);
   const Factors<T> factors{p.by_class_factor, p.by_row_factor};
-  const Outcome<T> row =
-      outcome_of<true>(static_cast<const Problem<T>&>(p), p.spec, batch, factors, w.row, *w.values, w.r, w.at, weight, true);
-  if (p.losses) p.losses[w.row] = row.loss;
+  const T loss = finish_row<true>(static_cast<const Problem<T>&>(p), p.spec, batch, factors, w.row, *w.values, w.r, w.at, weight,
+                                  true, w.gradient);
+  if (p.losses) p.losses[w.row] = loss;
   if (p.logsumexp) describe(p, w);
-  w.factor = row.gradient.factor;
-  w.spread = row.gradient.spread;
-  w.at_target = row.gradient.target;
   if (p.saved && w.g && !p.want_shift) {
-    exponentials<PADDED>(p, w, w.factor);
-    w.factor = 1;
+    exponentials<PADDED>(p, w, w.gradient.factor);
+    w.gradient.factor = 1;
   }
-  if (p.up_entropy && w.g) {
-    each_piece<PADDED>(p, w.y, [&](int64_t begin, int64_t n) {
-      sweep_slope(w.g + begin, w.u + begin, n, w.m, row.gradient.factor, row.gradient.slope);
-    });
-    w.factor = 1;
-  }
+  if (p.up_entropy && w.g) slope_out<PADDED>(p, w);
 }
 
 // Leaves nothing of a row's gradient to do but the target and, unless there was smoothing, the factor.
 template <class T>
 void spread_out(const CpuProblem<T>& p, Work<T>& w) {
-  if (w.spread == 0) return;
-  sweep_multiply(w.g, p.classes, w.factor);  // what lies at the label is overwritten later
-  sweep_spread(w.g, p.weight, p.classes, w.spread);
-  w.factor = 1;
+  if (w.gradient.spread == 0) return;
+  sweep_multiply(w.g, p.classes, w.gradient.factor);  // what lies at the label is overwritten later
+  sweep_spread(w.g, p.weight, p.classes, w.gradient.spread);
+  w.gradient.factor = 1;
 }
 
 template <class T>
@@ -296,11 +298,11 @@ void run_in_place(const CpuProblem<T>& p, int64_t begin, int64_t end) {
     finish<false>(p, batch, w);
     if (g) spread_out(p, w);
     if (streamed) {
-      sweep_out(g, w.g, p.classes, w.factor, w.y, w.at_target, true);
+      sweep_out(g, w.g, p.classes, w.gradient.factor, w.y, w.gradient.target, true);
     } else if (g) {
-      if (w.factor != 1)
-        each_piece<false>(p, w.y, [&](int64_t from, int64_t n) { sweep_multiply(g + from, n, w.factor); });
-      g[w.y] = w.at_target;
+      if (w.gradient.factor != 1)
+        each_piece<false>(p, w.y, [&](int64_t from, int64_t n) { sweep_multiply(g + from, n, w.gradient.factor); });
+      g[w.y] = w.gradient.target;
     }
   }
   if (streamed) fence();
@@ -372,10 +374,10 @@ void run_through_scratch(const CpuProblem<T>& p, int64_t begin, int64_t end) {
       finish<true>(p, batch, w);
       if (output) spread_out(p, w);
       if (direct) {
-        sweep_out(to[b], w.g, p.classes, w.factor, w.y, w.at_target, p.streamed && size == 1);
+        sweep_out(to[b], w.g, p.classes, w.gradient.factor, w.y, w.gradient.target, p.streamed && size == 1);
       } else if (output) {
-        sweep_multiply(w.g, p.classes, w.factor);
-        w.g[w.y] = w.at_target;
+        sweep_multiply(w.g, p.classes, w.gradient.factor);
+        w.g[w.y] = w.gradient.target;
         if (capped) {
           T* u = logits + b * pitch;
           u[w.y] = target[b];
@@ -479,8 +481,8 @@ void run_lanes(const CpuProblem<T>& given, int64_t begin, int64_t end) {
     Vec<T> factor{}, spread{};
     for (int b = 0; b < count; ++b) {
       finish<true>(p, batch, tile[b]);
-      factor[b] = tile[b].factor;
-      spread[b] = tile[b].spread;
+      factor[b] = tile[b].gradient.factor;
+      spread[b] = tile[b].gradient.spread;
     }
     if (!output) continue;
     for (int64_t j = 0; j < classes; ++j) {
@@ -488,7 +490,7 @@ void run_lanes(const CpuProblem<T>& given, int64_t begin, int64_t end) {
       if (p.smoothing > 0) g -= p.weight ? spread * p.weight[j] : spread;
       store(e + j * W, g);
     }
-    for (int b = 0; b < count; ++b) e[tile[b].y * W + b] = tile[b].at_target;
+    for (int b = 0; b < count; ++b) e[tile[b].y * W + b] = tile[b].gradient.target;
     if (side_by_side) {
       for (int64_t j = 0; j < classes; ++j) put(to[0] + j * out_stride, load(e + j * W), false);
     } else {

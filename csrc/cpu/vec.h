@@ -8,7 +8,7 @@
 #include <immintrin.h>
 #endif
 
-#include "../spec.h"
+#include "../half.h"
 
 namespace mlkernels {
 namespace MLKERNELS_ISA {
@@ -265,62 +265,7 @@ static inline Vec<T> log_of_sum(Vec<T> x) {
   return x == x ? result : x;
 }
 
-// ---- storage types -------------------------------------------------------------------------------------------------
-
-struct bfloat16 {
-  uint16_t bits;
-};
-struct float16 {
-  uint16_t bits;
-};
-
-static inline float widen(float x) { return x; }
-static inline double widen(double x) { return x; }
-static inline float widen(bfloat16 x) {
-  const uint32_t bits = uint32_t(x.bits) << 16;
-  float out;
-  __builtin_memcpy(&out, &bits, sizeof out);
-  return out;
-}
-// Branch-free, exact: the exponent is rebased by a multiplication, which normalises subnormals too.
-static inline float widen(float16 x) {
-  const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13, sign = uint32_t(x.bits & 0x8000) << 16;
-  float value;
-  __builtin_memcpy(&value, &magnitude, sizeof value);
-  value *= 5.192296858534828e33f;  // 2^112
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, sizeof bits);
-  bits |= sign | (magnitude >= 0x0f800000u ? 0x7f800000u : 0u);  // inf and NaN
-  __builtin_memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-static inline void narrow(float x, float& out) { out = x; }
-static inline void narrow(double x, double& out) { out = x; }
-// Round to nearest, ties to even; NaN stays NaN.
-static inline void narrow(float x, bfloat16& out) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &x, sizeof bits);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  out.bits = uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
-}
-static inline void narrow(float x, float16& out) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &x, sizeof bits);
-  const uint32_t sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
-  // Normal results: rebase the exponent and round the 13 lost bits. Subnormal ones: adding 1/2 aligns and rounds.
-  const uint32_t normal = (magnitude - 0x38000000u + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-  float aligned;
-  __builtin_memcpy(&aligned, &magnitude, sizeof aligned);
-  aligned += 0.5f;
-  uint32_t small;
-  __builtin_memcpy(&small, &aligned, sizeof small);
-  small -= 0x3f000000u;
-  uint32_t out_bits = magnitude < 0x38800000u ? small : normal;
-  out_bits = magnitude >= 0x47800000u ? 0x7c00u : out_bits;  // 2^16 and above: inf (65520 rounds there by itself)
-  out_bits = magnitude > 0x7f800000u ? 0x7e00u : out_bits;
-  out.bits = uint16_t(sign | out_bits);
-}
+// ---- storage ------------------------------------------------------------------------------------------------------
 
 // A whole vector from storage.
 static inline vfloat get(const float* p) { return load(p); }

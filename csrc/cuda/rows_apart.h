@@ -44,7 +44,7 @@ struct RowsApart {
   static constexpr int MOST = CLASSES > 0 ? int(CLASSES) : 1, GROUP = 4;  // classes are worked on or left out together
 
   // One of a pair, of which u holds the logits and then what its factor makes the gradient of.
-  static MLK_DEVICE Outcome<T> visit_held(const Visit<T>& v, const Batch<T>& batch, const Factors<T>& shared, int64_t row,
+  static MLK_DEVICE Coefficients<T> visit_held(const Visit<T>& v, const Batch<T>& batch, const Factors<T>& shared, int64_t row,
                                              const Label& label, T (&u)[MOST], double& loss) {
     const int classes = int(v.classes), y = int(label.y);
     if (label.fate != Fate::KEPT) {
@@ -52,7 +52,7 @@ struct RowsApart {
       leave_fate(v, shared, row, label.fate, loss);
       MLK_UNROLL
       for (int j = 0; j < MOST; ++j) u[j] = value;
-      return {0, {1, 0, 0, value, 0, 0}};
+      return {1, 0, 0, value, 0, 0};
     }
     Standing<T> stands;
     numbers_of<true>(v, row, label, stands.values);
@@ -76,9 +76,9 @@ struct RowsApart {
       u[j] = exp2_of((u[j] - m) * scale2);
       sums.e += u[j];
     }
-    const Outcome<T> c =
-        finish_row<false, true>(v, batch, shared, row, label.y, stands, sums, Counts{-1, 0}, true);
-    leave_loss<true>(v, row, c.loss, loss);
+    Coefficients<T> c{};
+    const T own = finish_visit<false, true>(v, batch, shared, row, label.y, stands, sums, Counts{-1, 0}, true, c);
+    leave_loss<true>(v, row, own, loss);
     return c;
   }
 
@@ -101,15 +101,15 @@ struct RowsApart {
       }
       x += v.in.class_stride;
     }
-    const Outcome<T> first = visit_held(v, batch, shared, row, label[0], u[0], loss);
-    const Outcome<T> second = visit_held(v, batch, shared, row + 1, label[1], u[1], loss);
+    const Coefficients<T> first = visit_held(v, batch, shared, row, label[0], u[0], loss);
+    const Coefficients<T> second = visit_held(v, batch, shared, row + 1, label[1], u[1], loss);
     if (!v.grad) return;
     S* g = static_cast<S*>(v.grad) + v.out.offset(row);
     MLK_UNROLL
     for (int j = 0; j < MOST; ++j) {
       if (j >= classes) break;
-      const T both[2] = {j == label[0].y ? first.gradient.target : first.gradient.factor * u[0][j],
-                         j == label[1].y ? second.gradient.target : second.gradient.factor * u[1][j]};
+      const T both[2] = {j == label[0].y ? first.target : first.factor * u[0][j],
+                         j == label[1].y ? second.target : second.factor * u[1][j]};
       *reinterpret_cast<Pair*>(g) = piece_from<S, Pair>(both);
       g += v.out.class_stride;
     }
@@ -179,14 +179,15 @@ struct RowsApart {
         sums.weighted += some.weighted;
       }
     }
-    const Outcome<T> c = finish_row<true>(v, batch, shared, row, y, stands, sums, counts, true);
-    leave_loss(v, row, c.loss, loss);
+    Coefficients<T> c{};
+    const T own = finish_visit<true>(v, batch, shared, row, y, stands, sums, counts, true, c);
+    leave_loss(v, row, own, loss);
     if (!g) return;
     for (int64_t from = (v.classes - 1) / BATCH * BATCH; from >= 0; from -= BATCH)  // what was read last is still near
       batch_from(from, [&](int64_t j, T u) {
         const T d = u - m;
-        T out = gradient_at(v, c.gradient, c.gradient.factor, exp2_of(d * scale2), d, j);
-        if (j == y) out = c.gradient.target;
+        T out = gradient_at(v, c, c.factor, exp2_of(d * scale2), d, j);
+        if (j == y) out = c.target;
         S value;
         narrow(unprepare(v, out, u, j), value);
         g[j * out_step] = value;

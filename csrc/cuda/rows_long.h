@@ -14,36 +14,10 @@
 // GENERAL: softcap, adjustment, smoothing, RowStats, gradients of parameters and of the entropy.
 #pragma once
 
-#include "visit.h"
+#include "shares.h"
 
 namespace mlkernels {
-
-// How a long row is shared out.
-struct RowPlan {
-  int chunk;   // vectors of 16 bytes that come together; one more where the row does not begin with one
-  int slots;   // places of a warp's ring
-  int each;    // vectors of a warp's share of a row
-  int chunks;  // chunks of those, the last one perhaps shorter
-  MLK_FN int slot_bytes() const { return (chunk + 1) * 16; }
-};
-
 namespace MLKERNELS_ISA {
-
-constexpr int SUMS = 4;  // numbers that a warp tells the others, of 8 bytes at most
-
-// Where things lie in shared memory.
-struct LongPlaces {
-  int barriers, told, ring;  // and at 0 the barriers of what a cluster's blocks tell each other
-  MLK_FN LongPlaces(const RowPlan& plan, int warp, int warps, int ranks) {
-    barriers = 16 + warp * plan.slots * 8;
-    told = (16 + warps * plan.slots * 8 + 127) / 128 * 128;
-    const int rings = told + (2 * warps * ranks * SUMS * 8 + 127) / 128 * 128;
-    ring = rings + warp * plan.slots * plan.slot_bytes();
-  }
-};
-inline int long_shared_bytes(const RowPlan& plan, int warps, int ranks) {
-  return LongPlaces(plan, warps, warps, ranks).ring;
-}
 
 template <class T_, class S_, bool GENERAL, bool STREAMED>
 struct RowsLong {
@@ -53,47 +27,6 @@ struct RowsLong {
   static constexpr int THREADS = GENERAL || STREAMED || sizeof(T) == 8 ? 256 : 512, BLOCKS = 1;  // registers: 255, or 128
   static constexpr T INF = std::numeric_limits<T>::infinity();
 
-  // The warp's share of a row that lies in memory at x.
-  struct Span {
-    const char* base;    // the 16-byte boundary before the row
-    int phase;           // elements between the two
-    int64_t begin, end;  // classes
-  };
-  static MLK_DEVICE Span span_of(const S* x, int64_t classes, const RowPlan& plan, int part) {
-    Span out;
-    out.phase = phase_of(x);
-    out.base = reinterpret_cast<const char*>(x - out.phase);
-    const int64_t share = int64_t(plan.each) * V, begin = part * share;
-    out.begin = begin < classes ? begin : classes;
-    out.end = out.begin + share < classes ? out.begin + share : classes;
-    return out;
-  }
-
-  // A chunk of that: the classes [from, from + size), of which the first is element `lead` of the first of `count` vectors.
-  struct Chunk {
-    int64_t from;
-    int size, lead, count;
-    int ring;  // where it lies in shared memory
-    MLK_DEVICE int64_t first() const { return from - lead; }
-    // Whether an element of its vectors belongs to it.
-    MLK_DEVICE bool holds(int element) const { return uint32_t(element - lead) < uint32_t(size); }
-  };
-  static MLK_DEVICE Chunk chunk_at(const Span& span, const RowPlan& plan, int64_t which, int ring) {
-    const int64_t from = span.begin + which * (plan.chunk * V), left = span.end - from;
-    const int size = int(left < 0 ? 0 : left < plan.chunk * V ? left : plan.chunk * V);
-    return {from, size, span.phase, size > 0 ? (span.phase + size + V - 1) / V : 0, ring};
-  }
-
-  // A place of the ring, and how often it has been filled.
-  struct Place {
-    int slot = 0, parity = 0;
-    MLK_DEVICE void next(const RowPlan& plan) {
-      if (++slot < plan.slots) return;
-      slot = 0;
-      parity ^= 1;
-    }
-  };
-
   // What the warp asks for next.
   struct Loader {
     int64_t row;
@@ -101,7 +34,7 @@ struct RowsLong {
     Span span;
     bool edge;   // whether its vectors may reach beyond the logits' memory
     int order = 0;
-    Place place;
+    RingSlot place;
   };
 
   template <class Simt>
@@ -116,7 +49,7 @@ struct RowsLong {
     int forwards;   // of those
     int exchanges = 0;  // so far
     Loader ahead;
-    Place place;
+    RingSlot place;
 
     MLK_DEVICE Team(const Simt& simt, const Visit<T>& v, const RowPlan& plan)
         : simt(simt),
@@ -134,9 +67,9 @@ struct RowsLong {
     MLK_DEVICE const S* row_at(int64_t row) const { return static_cast<const S*>(v.input) + v.in.offset(row); }
 
     // The chunk that comes `order`-th of a row, in its place of the ring.
-    MLK_DEVICE Chunk chunk_of(const Span& span, const Place& p, int order) const {
+    MLK_DEVICE Chunk chunk_of(const Span& span, const RingSlot& p, int order) const {
       const int which = order < forwards ? order : plan.chunks - 1 - (order - forwards);
-      return chunk_at(span, plan, which, at.ring + p.slot * plan.slot_bytes());
+      return chunk_at<V>(span, plan, which, at.ring + p.slot * plan.slot_bytes());
     }
 
     MLK_DEVICE Label label_before(int64_t row) const { return row < v.rows ? label_of(v, row) : Label{0, 0, Fate::IGNORED}; }
@@ -174,7 +107,7 @@ struct RowsLong {
       ask();
     }
 
-    MLK_DEVICE void arrived(const Place& p) const { simt.copy_wait(at.barriers + 8 * p.slot, p.parity); }
+    MLK_DEVICE void arrived(const RingSlot& p) const { simt.copy_wait(at.barriers + 8 * p.slot, p.parity); }
 
     // Calls body(at, i, u) for this lane's vectors of a chunk: u the logits of the other classes, -inf where there is none.
     template <class Body>
@@ -353,7 +286,7 @@ struct RowsLong {
     // The largest other logit, on chip.
     MLK_DEVICE void find_max(const Span& span, int64_t y, Standing<T>& stands, Counts& counts) {
       stands.m = -INF;
-      Place p = place;
+      RingSlot p = place;
       for (int k = 0; k < plan.chunks; ++k, p.next(plan)) {
         arrived(p);
         const Chunk chunk = chunk_of(span, p, k);
@@ -386,7 +319,7 @@ struct RowsLong {
     template <bool FUSED>
     MLK_DEVICE void add_chunks(const Span& span, int64_t y, const Standing<T>& stands, const Exponent& exponent,
                                bool releases, Lanes& sums, int& above) {
-      Place p = place;
+      RingSlot p = place;
       for (int k = 0; k < plan.chunks; ++k, p.next(plan)) {
         arrived(p);
         const Chunk chunk = chunk_of(span, p, k);
@@ -613,13 +546,14 @@ struct RowsLong {
         sum_all(x);
         sums.e = x[0];
       }
+      Coefficients<T> c{};
       const auto finished = [&](auto known) {
-        return finish_row<GENERAL, decltype(known)::value>(v, batch, shared, row, label.y, stands, sums, counts, leaves);
+        return finish_visit<GENERAL, decltype(known)::value>(v, batch, shared, row, label.y, stands, sums, counts, leaves, c);
       };
-      const Outcome<T> out = simple ? finished(std::integral_constant<bool, !GENERAL>()) : finished(std::false_type());
-      if (leaves) leave_loss(v, row, out.loss, loss);
+      const T own = simple ? finished(std::integral_constant<bool, !GENERAL>()) : finished(std::false_type());
+      if (leaves) leave_loss(v, row, own, loss);
       if (v.grad)
-        write_gradient(span, row, label.y, stands, out.gradient);
+        write_gradient(span, row, label.y, stands, c);
       else if (!STREAMED && adds)
         for (int k = 0; k < plan.chunks; ++k) place.next(plan);
     }

@@ -369,9 +369,8 @@ struct RowsShort {
     }
     Coefficients<T> c{};
     if (kept) {
-      const Outcome<T> out = finish_row<GENERAL, SIMPLE>(v, batch, shared, row, y, stands, all, counts, sub == 0);
-      if (sub == 0) leave_loss<SIMPLE>(v, row, out.loss, loss);
-      c = out.gradient;
+      const T own = finish_visit<GENERAL, SIMPLE>(v, batch, shared, row, y, stands, all, counts, sub == 0, c);
+      if (sub == 0) leave_loss<SIMPLE>(v, row, own, loss);
     } else if (exists && sub == 0) {
       leave_fate(v, shared, row, label.fate, loss);
     }

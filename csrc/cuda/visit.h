@@ -4,7 +4,7 @@
 
 #include <type_traits>
 
-#include "../simt.h"
+#include "../simt/simt.h"
 
 #include "../rows.h"
 
@@ -119,16 +119,12 @@ MLK_DEVICE Label label_of(const Visit<T>& v, int64_t row) {
 
 // ---- elements --------------------------------------------------------------------------------------------------------
 
-MLK_DEVICE float widen(float x) { return x; }
-MLK_DEVICE double widen(double x) { return x; }
-MLK_DEVICE float widen(bfloat16 x) { return from_bfloat16(x.bits); }
-MLK_DEVICE float widen(float16 x) { return from_float16(x.bits); }
-MLK_DEVICE void narrow(float x, float& out) { out = x; }
-MLK_DEVICE void narrow(double x, double& out) { out = x; }
+#ifdef __CUDACC__
 template <class S>
 MLK_DEVICE void narrow(float x, S& out) {
   out.bits = uint16_t(narrow_pair(x, 0.0f, S()));
 }
+#endif
 
 template <class S>
 constexpr int PER_VECTOR = 16 / int(sizeof(S));
@@ -389,8 +385,9 @@ struct Counts {  // for RowStats
 // With saved statistics, the sum of exponentials is not used. GENERAL: RowStats, gradients of parameters and of the entropy
 // may be wanted.
 template <bool GENERAL, bool SIMPLE = false, class T>
-MLK_DEVICE Outcome<T> finish_row(const Visit<T>& v, const Batch<T>& any, const Factors<T>& shared, int64_t row, int64_t y,
-                                 const Standing<T>& stands, const RowSums<T>& sums, const Counts& counts, bool leaves) {
+MLK_DEVICE T finish_visit(const Visit<T>& v, const Batch<T>& any, const Factors<T>& shared, int64_t row, int64_t y,
+                          const Standing<T>& stands, const RowSums<T>& sums, const Counts& counts, bool leaves,
+                          Coefficients<T>& gradient) {
   const Spec spec = spec_of<SIMPLE>(v);
   const Batch<T> batch = SIMPLE ? Batch<T>{0, 0, 0, any.weight_sum, any.classes} : any;
   Statistics<T> r{stands.target, stands.m, 0, 0, sums.shift, sums.square, sums.weighted};
@@ -417,8 +414,8 @@ MLK_DEVICE Outcome<T> finish_row(const Visit<T>& v, const Batch<T>& any, const F
     v.prediction[row] = doubtful ? -1 : best;
   }
   const T weight = !SIMPLE && v.weight ? v.weight[y] : T(1);
-  return outcome_of<GENERAL, SIMPLE>(static_cast<const Problem<T>&>(v), spec, batch, shared, row, stands.values, r, at, weight,
-                                     leaves);
+  return finish_row<GENERAL, SIMPLE>(static_cast<const Problem<T>&>(v), spec, batch, shared, row, stands.values, r, at, weight,
+                                     leaves, gradient);
 }
 
 // One element of the gradient, but the target's, and but for the way back through softcap: power is exp(s (u - m)).

@@ -1,5 +1,5 @@
 // The few primitives that the CUDA kernels are written over: lane exchange, barriers of warp, block and cluster, shared
-// memory, asynchronous copies into it, 16-byte accesses. On a device they are intrinsics; without one (simt_host.h) a
+// memory, asynchronous copies into it, 16-byte accesses. On a device they are intrinsics; without one (host.h) a
 // thread is a fiber, and every access to shared memory is checked.
 //
 // The rules, which the host holds every kernel to:
@@ -17,7 +17,7 @@
 #include <cstring>
 
 #define MLK_SIMT 1
-#include "spec.h"
+#include "../half.h"
 
 namespace mlkernels {
 
@@ -26,19 +26,12 @@ struct alignas(16) Vec16 {
   uint32_t word[4];
 };
 
-struct bfloat16 {
-  uint16_t bits;
-};
-struct float16 {
-  uint16_t bits;
-};
-
 constexpr int LANES = 32;
 
 }  // namespace mlkernels
 
 #ifndef __CUDACC__
-#include "simt_host.h"
+#include "host.h"
 #else
 
 #include <cuda_runtime.h>

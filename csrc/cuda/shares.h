@@ -1,0 +1,80 @@
+// How the long rows of rows_long.h are shared out over warps, and what lies where in shared memory.
+#pragma once
+
+#include "visit.h"
+
+namespace mlkernels {
+
+// How a long row is shared out.
+struct RowPlan {
+  int chunk;   // vectors of 16 bytes that come together; one more where the row does not begin with one
+  int slots;   // places of a warp's ring
+  int each;    // vectors of a warp's share of a row
+  int chunks;  // chunks of those, the last one perhaps shorter
+  MLK_FN int slot_bytes() const { return (chunk + 1) * 16; }
+};
+
+namespace MLKERNELS_ISA {
+
+constexpr int SUMS = 4;  // numbers that a warp tells the others, of 8 bytes at most
+
+// Where things lie in shared memory.
+struct LongPlaces {
+  int barriers, told, ring;  // and at 0 the barriers of what a cluster's blocks tell each other
+  MLK_FN LongPlaces(const RowPlan& plan, int warp, int warps, int ranks) {
+    barriers = 16 + warp * plan.slots * 8;
+    told = (16 + warps * plan.slots * 8 + 127) / 128 * 128;
+    const int rings = told + (2 * warps * ranks * SUMS * 8 + 127) / 128 * 128;
+    ring = rings + warp * plan.slots * plan.slot_bytes();
+  }
+};
+inline int long_shared_bytes(const RowPlan& plan, int warps, int ranks) {
+  return LongPlaces(plan, warps, warps, ranks).ring;
+}
+
+// A warp's share of a row that lies in memory at x.
+struct Span {
+  const char* base;    // the 16-byte boundary before the row
+  int phase;           // elements between the two
+  int64_t begin, end;  // classes
+};
+template <class S>
+MLK_DEVICE Span span_of(const S* x, int64_t classes, const RowPlan& plan, int part) {
+  Span out;
+  out.phase = phase_of(x);
+  out.base = reinterpret_cast<const char*>(x - out.phase);
+  const int64_t share = int64_t(plan.each) * PER_VECTOR<S>, begin = part * share;
+  out.begin = begin < classes ? begin : classes;
+  out.end = out.begin + share < classes ? out.begin + share : classes;
+  return out;
+}
+
+// A chunk of that: the classes [from, from + size), of which the first is element `lead` of the first of `count` vectors.
+struct Chunk {
+  int64_t from;
+  int size, lead, count;
+  int ring;  // where it lies in shared memory
+  MLK_DEVICE int64_t first() const { return from - lead; }
+  // Whether an element of its vectors belongs to it.
+  MLK_DEVICE bool holds(int element) const { return uint32_t(element - lead) < uint32_t(size); }
+};
+// V: elements of a vector.
+template <int V>
+MLK_DEVICE Chunk chunk_at(const Span& span, const RowPlan& plan, int64_t which, int ring) {
+  const int64_t from = span.begin + which * (plan.chunk * V), left = span.end - from;
+  const int size = int(left < 0 ? 0 : left < plan.chunk * V ? left : plan.chunk * V);
+  return {from, size, span.phase, size > 0 ? (span.phase + size + V - 1) / V : 0, ring};
+}
+
+// A place of a ring, and how often it has been filled.
+struct RingSlot {
+  int slot = 0, parity = 0;
+  MLK_DEVICE void next(const RowPlan& plan) {
+    if (++slot < plan.slots) return;
+    slot = 0;
+    parity ^= 1;
+  }
+};
+
+}  // namespace MLKERNELS_ISA
+}  // namespace mlkernels
