@@ -80,7 +80,7 @@ void run(const Piece& p) {
 template <class T>
 void statistics_of(const Tensor& tile, const Tensor& target_logit, const Tensor& label, int64_t start, const Tensor& scales,
                    const std::optional<Tensor>& weight, const std::optional<Tensor>& adjustment, double softcap,
-                   const Tensor& top, const Tensor& total, const Tensor& shift, const std::optional<Tensor>& second,
+                   const Tensor& top, const Tensor& total, const std::optional<Tensor>& shift, const std::optional<Tensor>& second,
                    const std::optional<Tensor>& weighted, const std::optional<Tensor>& weights, const Tensor& first,
                    const Tensor& above) {
   auto p = piece_of<T, PieceStatistics>(tile, label, start, weight, adjustment, softcap);
@@ -102,7 +102,7 @@ void statistics_of(const Tensor& tile, const Tensor& target_logit, const Tensor&
 
 void piece_statistics(const Tensor& tile, const Tensor& target_logit, const Tensor& label, int64_t start,
                       const Tensor& scales, std::optional<Tensor> weight, std::optional<Tensor> adjustment, double softcap,
-                      const Tensor& top, const Tensor& total, const Tensor& shift, std::optional<Tensor> second,
+                      const Tensor& top, const Tensor& total, std::optional<Tensor> shift, std::optional<Tensor> second,
                       std::optional<Tensor> weighted, std::optional<Tensor> weights, const Tensor& first,
                       const Tensor& above) {
   (tile.scalar_type() == ScalarType::Double ? statistics_of<double> : statistics_of<float>)(

@@ -55,7 +55,7 @@ for _schema in (*_SCHEMAS, _REFRESH):
 _TILE = "Tensor(a!) tile, {}Tensor label, int start, {}Tensor? weight, Tensor? adjustment, float softcap"
 _libraries[0].define(
     f"piece_statistics({_TILE.format('Tensor target_logit, ', 'Tensor scales, ')}, Tensor(b!) top, Tensor(c!) total, "
-    "Tensor(d!) shift, Tensor(e!)? second, Tensor(f!)? weighted, Tensor(g!)? weights, Tensor(h!) first, "
+    "Tensor(d!)? shift, Tensor(e!)? second, Tensor(f!)? weighted, Tensor(g!)? weights, Tensor(h!) first, "
     "Tensor(i!) above) -> ()",
     tags=_tags,
 )

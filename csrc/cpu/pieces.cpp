@@ -53,9 +53,9 @@ void statistics(const PieceStatistics<T>& p, int64_t begin, int64_t end) {
         const int64_t at = k * p.rows + row;
         const T move = before - top, share = m_exp(p.scales[at] * move);
         // What nothing is left of, or nothing was there of, is 0 and not 0 times infinity.
-        const T total = p.total[at], shift = p.shift[at];
+        const T total = p.total[at], shift = p.shift ? p.shift[at] : T(0);
         p.total[at] = share == 0 ? T(0) : share * total;
-        p.shift[at] = share == 0 ? T(0) : share * (shift + move * total);
+        if (p.shift) p.shift[at] = share == 0 ? T(0) : share * (shift + move * total);
         if (p.square) p.square[at] = share == 0 ? T(0) : share * (p.square[at] + move * (2 * shift + move * total));
       }
       if (p.weighted && p.weights[row] != 0) p.weighted[row] += (before - top) * p.weights[row];
@@ -74,9 +74,12 @@ void statistics(const PieceStatistics<T>& p, int64_t begin, int64_t end) {
     each_part(y, p.classes, [&](int64_t from, int64_t n) {
       for (int64_t k = 0; k < p.count; ++k) {
         const int64_t at = k * p.rows + row;
-        const Sums<T> sums = sweep_exp<T, false, true>(u + from, nullptr, n, m, p.scales[at], T(1), Ahead{nullptr, 0});
+        const T s = p.scales[at];
+        const Ahead nothing{nullptr, 0};
+        const Sums<T> sums = p.shift ? sweep_exp<T, false, true>(u + from, nullptr, n, m, s, T(1), nothing)
+                                     : sweep_exp<T, false, false>(u + from, nullptr, n, m, s, T(1), nothing);
         p.total[at] += sums.e;
-        p.shift[at] += sums.shift;
+        if (p.shift) p.shift[at] += sums.shift;
         if (p.square) p.square[at] += sweep_square(u + from, n, m, p.scales[at]);
       }
       if (p.weighted) {

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..backends import reference
 from ..backends.reference import Coefficients, Finished, Rows, Values
 from ..spec import IGNORE_INDEX, REDUCTION, TRAINABLE, Reduction, Slot
-from .pieces import Pieces
+from .pieces import Pieces, Want
 from .plan import Plan
 
 _SCALES = frozenset({Slot.SCALE, Slot.SCALE_HIGH, Slot.LOGIT_NORM})
@@ -157,7 +157,9 @@ class _Sums:
         dtype = head.call.dtype
         self.head, self.wanted = head, wanted
         self.input = torch.zeros_like(head.x) if wanted.input else None
-        self.weight = torch.zeros_like(head.weight, dtype=dtype) if wanted.weight else None
+        # The first chunk of rows writes it.
+        new = torch.empty_like if head.x.shape[0] else torch.zeros_like
+        self.weight = new(head.weight, dtype=dtype, memory_format=torch.contiguous_format) if wanted.weight else None
         self.bias = head.x.new_zeros(head.classes) if wanted.bias else None
         self.slots = {slot: torch.zeros_like(head.params[slot]) for slot in wanted.slots}
 
@@ -167,7 +169,11 @@ class _Sums:
         if self.input is not None:
             self.input[part].addmm_(gradient, weight)
         if self.weight is not None:
-            self.weight[classes].addmm_(gradient.T, self.head.x[part])
+            of_tile = self.weight[classes]
+            if part.start == 0:
+                torch.mm(gradient.T, self.head.x[part], out=of_tile)
+            else:
+                of_tile.addmm_(gradient.T, self.head.x[part])
         if self.bias is not None:
             self.bias[classes] += gradient.sum(0)
 
@@ -199,16 +205,16 @@ class _Sums:
         return (self.input, self.weight, self.bias, *slots)
 
 
-def _known(head: _Head, part: slice, values: Values, second: bool) -> tuple[Known, list[Tensor]]:
+def _known(head: _Head, part: slice, values: Values, want: Want) -> tuple[Known, list[Tensor]]:
     """The statistics of a chunk over all classes, and its logits by tile where they are kept."""
     f_y = head.of_target(part, values)
     u_y = reference.final_target(f_y, values)
     scales, pieces = reference.scales(values), head.call.pieces
-    rows = pieces.begin(u_y, values, second, head.call.return_stats)
+    rows = pieces.begin(u_y, values, want)
     kept = []
     for start, weight in head.tiles():
         f = head.product(part, start, weight)
-        rows = pieces.statistics(f, u_y, values, start, rows, scales)
+        rows = pieces.statistics(f, u_y, values, start, rows, scales, want)
         kept.append(f)
     return Known(rows, f_y, u_y), kept if head.call.plan.stored else []
 
@@ -261,14 +267,15 @@ def _forward(
 ) -> tuple[tuple[Tensor, ...], Known | None, tuple[Tensor | None, ...] | None]:
     """The results; what is known of each row; and where they are wanted at once, the gradients at an upstream of 1."""
     call = head.call
-    second = call.return_stats and not _SCALES.isdisjoint(call.slots)
+    scaled = not _SCALES.isdisjoint(call.slots)
+    want = Want(scaled or call.return_stats, scaled and call.return_stats, call.return_stats)
     sums = None if wanted is None else _Sums(head, wanted)
     one = torch.ones((), dtype=call.dtype, device=head.x.device)
     finished: list[Finished] = []
     every: list[Known] = []
     for part in head.chunks():
         values = head.of(part)
-        known, kept = _known(head, part, values, second)
+        known, kept = _known(head, part, values, want)
         high = reference.well_classified(known.u_y - known.rows.top, values)
         scale = reference.row_scale(values, high)
         finished.append(reference.finish(reference.chosen(known.rows, high), known.u_y, scale, values))

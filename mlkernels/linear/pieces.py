@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -12,16 +12,26 @@ from ..backends.reference import Coefficients, Rows, Values
 from ..spec import Slot
 
 
+class Want(NamedTuple):
+    """What is not always asked of the statistics: T, the second moment, and what only RowStats need."""
+
+    shift: bool
+    second: bool
+    ranks: bool
+
+
 class Pieces(Protocol):
     """What the loop needs of a tile (rows, classes) of products, which is its to overwrite."""
 
     #: How many temporaries of a tile's size there are.
     temporaries: int
 
-    def begin(self, u_y: Tensor, values: Values, second: bool, ranks: bool) -> Rows:
-        """What is known of rows of which no class has been seen; second, ranks: whether these are wanted."""
+    def begin(self, u_y: Tensor, values: Values, want: Want) -> Rows:
+        """What is known of rows of which no class has been seen."""
 
-    def statistics(self, f: Tensor, u_y: Tensor, values: Values, start: int, known: Rows, scales: Tensor) -> Rows:
+    def statistics(
+        self, f: Tensor, u_y: Tensor, values: Values, start: int, known: Rows, scales: Tensor, want: Want
+    ) -> Rows:
         """What is known with the classes of this tile."""
 
     def gradient(self, f: Tensor, row: Coefficients, values: Values, start: int, seen: bool) -> Tensor:
@@ -33,13 +43,15 @@ class TorchPieces:
 
     temporaries = 12
 
-    def begin(self, u_y: Tensor, values: Values, second: bool, ranks: bool) -> Rows:
+    def begin(self, u_y: Tensor, values: Values, want: Want) -> Rows:
         nothing = u_y.new_empty(u_y.shape[0], 0)
-        return reference.statistics(nothing, u_y, reference.scales(values), values, second=second)
+        return reference.statistics(nothing, u_y, reference.scales(values), values, second=want.second)
 
-    def statistics(self, f: Tensor, u_y: Tensor, values: Values, start: int, known: Rows, scales: Tensor) -> Rows:
+    def statistics(
+        self, f: Tensor, u_y: Tensor, values: Values, start: int, known: Rows, scales: Tensor, want: Want
+    ) -> Rows:
         u = reference.final_logits(f, values, start)
-        piece = reference.statistics(u, u_y, scales, values, start=start, second=known.second is not None)
+        piece = reference.statistics(u, u_y, scales, values, start=start, second=want.second)
         return reference.combine(known, piece, scales)
 
     def gradient(self, f: Tensor, row: Coefficients, values: Values, start: int, seen: bool) -> Tensor:
@@ -52,23 +64,26 @@ class CpuPieces:
 
     temporaries = 0
 
-    def begin(self, u_y: Tensor, values: Values, second: bool, ranks: bool) -> Rows:
+    def begin(self, u_y: Tensor, values: Values, want: Want) -> Rows:
         scales, rows = reference.scales(values).shape
         reals = u_y.new_zeros(3 + 3 * scales, rows)
         reals[0] = -torch.inf
         whole = torch.full((2, rows), values.classes)
-        whole[1] = 0 if ranks else -1
+        whole[1] = 0 if want.ranks else -1
         smoothed = values.smoothing > 0
         total, shift, squares = reals[3:].unflatten(0, (3, scales))
         return Rows(
-            reals[0], total, shift, squares if second else None,
+            reals[0], total, shift, squares if want.second else None,
             reals[1] if smoothed else None, reals[2] if smoothed else None, whole[0], whole[1],
         )  # fmt: skip
 
-    def statistics(self, f: Tensor, u_y: Tensor, values: Values, start: int, known: Rows, scales: Tensor) -> Rows:
+    def statistics(
+        self, f: Tensor, u_y: Tensor, values: Values, start: int, known: Rows, scales: Tensor, want: Want
+    ) -> Rows:
+        top, total, shift, *others = known
         torch.ops.mlkernels.piece_statistics(
             f, u_y, values.label, start, scales, values.params.get(Slot.WEIGHT), values.params.get(Slot.ADJUSTMENT),
-            values.consts[Slot.SOFTCAP], *known,
+            values.consts[Slot.SOFTCAP], top, total, shift if want.shift else None, *others,
         )  # fmt: skip
         return known
 

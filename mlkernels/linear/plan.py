@@ -9,6 +9,10 @@ STRATEGIES = ("stored", "tiles")
 DEFAULT_MEMORY = 96 << 20
 #: Elements of a tile: it stays in a core's second-level cache from the product to the sums, and is worth a product.
 TILE = 1 << 18
+#: From so many features on a fourth product costs more than W's and dW's way through memory once for each chunk. One
+#: thread of an EPYC, float32, of the unfused chain's time, stored and tiles: D = 64 (C = 100,000) .57 and .45, D = 256
+#: (50,000) .62 and .79, D = 512 (20,000, one chunk) .88 and 1.05.
+CHEAP_WIDTH = 128
 #: A chunk of fewer rows, or a tile of fewer classes, is not worth a product.
 FEW_ROWS, FEW_CLASSES = 32, 64
 
@@ -58,7 +62,8 @@ def plan(
         most = min(rows, max(1, (allowed * 3 // 4 if of_class(1, temporaries) else allowed) // a_row))
         chunk = -(-rows // -(-rows // most))  # as many chunks, of one size
         tile = tile_of(chunk, allowed - chunk * a_row, temporaries)
-        if tile > 0 and (strategy == "stored" or chunk >= min(rows, FEW_ROWS)):
+        worth = chunk == rows or (width >= CHEAP_WIDTH and chunk >= FEW_ROWS)
+        if tile > 0 and (strategy == "stored" or worth):
             return Plan(True, chunk, tile)
         if strategy == "stored":
             raise ValueError(
