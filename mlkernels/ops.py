@@ -217,6 +217,8 @@ def _nothing(*arguments: Any) -> None:
 
 for _library in _libraries:
     torch.library.register_fake(f"{_library.ns}::softmax_loss_refresh", _nothing, lib=_library)
+for _name in ("piece_statistics", "piece_gradient"):
+    torch.library.register_fake(f"mlkernels::{_name}", _nothing, lib=_libraries[0])
 _libraries[1].impl("softmax_loss_refresh", _by_triton("softmax_loss_refresh"), "CompositeExplicitAutograd")
 
 

@@ -67,7 +67,7 @@ def test_operators_exist_without_a_compiler(name):
 def test_every_operator_is_checked_here():
     """A new operator comes with its check."""
     for library, others in (
-        ("mlkernels", {"multi_copy_", "softmax_loss_refresh"}),
+        ("mlkernels", {"multi_copy_", "softmax_loss_refresh", "piece_statistics", "piece_gradient"}),
         ("mlkernels_triton", {"softmax_loss_refresh"}),
     ):
         defined = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith(f"{library}::")}
@@ -156,3 +156,23 @@ def test_few_rows(rows, kernels):
     torch.library.opcheck(kernels.softmax_loss, (*arguments, True), test_utils=CHECKS)
     torch.library.opcheck(kernels.softmax_loss_with_gradient, arguments, test_utils=CHECKS)
     torch.library.opcheck(kernels.softmax_stats, arguments, test_utils=CHECKS)
+
+
+@pytest.mark.skipif("cpu" not in usable_backends(), reason="no library")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_pieces(dtype):
+    """They write the tile and the numbers of the rows, and nothing else."""
+    rows = lambda *shape: torch.zeros(*shape, 3, dtype=dtype)
+    tile, label, weight = torch.randn(3, 4, dtype=dtype), torch.tensor([0, 2, 5]), torch.rand(6, dtype=dtype)
+    numbers = (rows() - torch.inf, rows(2), rows(2), rows(2), rows(), rows(), label * 0 + 6, label * 0)
+    torch.library.opcheck(
+        torch.ops.mlkernels.piece_statistics.default,
+        (tile, rows(), label, 2, rows(2) + 1, weight, weight, 5.0, *numbers),
+        test_utils=CHECKS,
+    )
+    for slope in (None, rows() + 1):
+        torch.library.opcheck(
+            torch.ops.mlkernels.piece_gradient.default,
+            (tile, label, 2, False, weight, weight, 5.0, rows() + 1, slope, rows() + 1, rows() + 1, rows() + 3),
+            test_utils=CHECKS,
+        )
