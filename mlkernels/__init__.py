@@ -92,3 +92,11 @@ __all__ = [
     "two_scale_cross_entropy",
     "weight_norm_product",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name == "distributed":  # imports DTensor, which takes as long as torch: for those who ask for it
+        import importlib
+
+        return importlib.import_module(".distributed", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -147,14 +147,25 @@ def linear_softmax_loss(
         torch.Size([4])
     """
     logits = _logits(input, linear_weight, target, linear_bias, normalize, return_stats, strategy, memory)
+    result: Tensor | tuple[Tensor, RowStats] = loss_of(logits, target, loss, return_stats, arguments)
+    return result
+
+
+def loss_of(
+    logits: LinearLogits,
+    target: Tensor,
+    loss: Callable[..., Tensor] | None,
+    return_stats: bool,
+    arguments: dict[str, Any],
+) -> Any:
+    """What a loss makes of logits that are a product."""
     if loss is None:
         value = functional.softmax_loss(logits, _flat(target), **arguments)  # type: ignore[call-overload]
     else:
         given = sorted({"transform", "scale", "head", "target_logit", *COMMON} & arguments.keys())
         if given:
             raise TypeError(f"loss has its own {given[0]}: give the loss another one, or leave loss=None")
-        if not callable(loss):
-            raise TypeError(f"loss takes a loss module or function of the softmax family, got {type(loss).__name__}")
+        check_callable(loss)
         value = loss(logits, _flat(target), **arguments)
     if not return_stats:
         return _shaped(value, target)
@@ -163,6 +174,12 @@ def linear_softmax_loss(
             f"return_stats needs a loss that looks at the logits once, got one that does so {logits.visits} times"
         )
     return _shaped(value, target), RowStats(*(row.reshape(target.shape) for row in logits.stats))
+
+
+def check_callable(loss: Any) -> None:
+    """A loss is called with (logits, target)."""
+    if not callable(loss):
+        raise TypeError(f"loss takes a loss module or function of the softmax family, got {type(loss).__name__}")
 
 
 def _flat(target: Tensor) -> Tensor:
@@ -186,6 +203,16 @@ def _logits(
     """Checks what a head adds to a loss's arguments."""
     check_input(input)
     check_classifier(input, weight, bias, normalize)
+    check_call(input, target, strategy, memory)
+    if input.dim() == 1:
+        input = input.unsqueeze(0)
+    return LinearLogits(
+        input, weight, bias, normalize=normalize, return_stats=return_stats, strategy=strategy, memory=memory
+    )
+
+
+def check_call(input: Tensor, target: Tensor, strategy: str | None, memory: int | None) -> None:
+    """What a head takes beside a classifier and a loss's own arguments."""
     if not isinstance(target, Tensor):
         raise TypeError(f"target takes an integer tensor, got {type(target).__name__}: write torch.as_tensor(target)")
     if target.shape != input.shape[:-1]:
@@ -197,14 +224,9 @@ def _logits(
         raise ValueError(f"strategy must be one of {', '.join(map(repr, STRATEGIES))} or None, got {strategy!r}")
     if memory is not None and (type(memory) is not int or memory <= 0):
         raise ValueError(f"memory must be a number of bytes > 0 or None, got {memory!r}")
-    if input.dim() == 1:
-        input = input.unsqueeze(0)
-    return LinearLogits(
-        input, weight, bias, normalize=normalize, return_stats=return_stats, strategy=strategy, memory=memory
-    )
 
 
-def check_classifier(input: Tensor, weight: Tensor, bias: Tensor | None, normalize: bool) -> None:
+def check_classifier(input: Tensor, weight: Tensor, bias: Tensor | None, normalize: bool, shard: bool = False) -> None:
     """Types, shapes and devices of a classifier and its input."""
     if not isinstance(weight, Tensor):
         raise TypeError(f"linear_weight takes a floating tensor (C, D), got {type(weight).__name__}")
@@ -215,7 +237,7 @@ def check_classifier(input: Tensor, weight: Tensor, bias: Tensor | None, normali
         raise ValueError(
             f"linear_weight must be (C, {width}) for an input of {tuple(input.shape)}, got {tuple(weight.shape)}"
         )
-    if weight.shape[0] == 0:
+    if weight.shape[0] == 0 and not shard:
         raise ValueError(f"linear_weight must have at least one class, got {tuple(weight.shape)}")
     if bias is not None:
         if normalize:

@@ -89,16 +89,27 @@ class LinearLogits(ProductLogits):
         }
         flat = {slot: t.reshape(-1, 1) if slot in per_row else t for slot, t in by_slot.items()}
         copies = x.dtype in HALF or weight.dtype in HALF or weight.dtype != accumulate or self.normalize
-        rows, classes, width = target.numel(), weight.shape[0], weight.shape[1]
+        rows, classes = self.most(target.numel(), numbers, flat, with_stats)
+        width = weight.shape[1]
         made = plan(rows, classes, width, accumulate.itemsize, copies, pieces.temporaries, self.strategy, self.memory)
         call = Call(
             list(numbers), tuple(flat), frozenset(per_row), self.normalize, with_stats, made, pieces, accumulate
         )
-        run = linear_loss
-        if torch.compiler.is_compiling():
-            run = torch.compiler.disable(run)  # a graph break: the loop is no graph
-        loss, *stats = run(call, x.reshape(-1, width), weight, bias, target.reshape(-1), *flat.values())
+        loss, *stats = self.run(call, x.reshape(-1, width), target.reshape(-1), list(flat.values()))
         loss = loss if loss.dim() == 0 else loss.reshape(target.shape)
         if with_stats:
             self.stats = RowStats(*(row.reshape(target.shape) for row in stats))
         return loss, self.stats if return_stats else None
+
+    def most(
+        self, rows: int, numbers: Sequence[float], params: dict[int, Tensor], return_stats: bool
+    ) -> tuple[int, int]:
+        """How many rows and classes the loop has."""
+        return rows, self.weight.shape[0]
+
+    def run(self, call: Call, x: Tensor, target: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The loss of each row or of all, and the row statistics."""
+        run = linear_loss
+        if torch.compiler.is_compiling():
+            run = torch.compiler.disable(run)  # a graph break: the loop is no graph
+        return run(call, x, self.weight, self.bias, target, *params)

@@ -24,7 +24,7 @@ from ..spec import IGNORE_INDEX, REDUCTION, TRAINABLE, Reduction, Slot
 from .pieces import Pieces, Want
 from .plan import Plan
 
-_SCALES = frozenset({Slot.SCALE, Slot.SCALE_HIGH, Slot.LOGIT_NORM})
+SCALES = frozenset({Slot.SCALE, Slot.SCALE_HIGH, Slot.LOGIT_NORM})
 _saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
@@ -61,8 +61,11 @@ class Known(NamedTuple):
     u_y: Tensor  # softcapped and adjusted
 
 
-class _Head:
+class Head:
     """A call's tensors as the loop reads them: ignored rows compacted away on the CPU, masked elsewhere."""
+
+    #: Where the classes of this head begin among those of the loss, of which there may be more.
+    offset = 0
 
     def __init__(
         self,
@@ -107,7 +110,20 @@ class _Head:
     def of(self, part: slice) -> Values:
         """The loss as a chunk of the rows sees it."""
         params = [p[part] if s in self.call.per_row else p for s, p in self.params.items()]
-        return Values(self.call.numbers, params, self.target[part], self.classes, self.call.dtype)
+        return Values(self.call.numbers, params, self.target[part], self.every_class, self.call.dtype)
+
+    @property
+    def every_class(self) -> int:
+        """How many classes the loss has."""
+        return self.classes
+
+    def sums(self, wanted: Wanted) -> Sums:
+        """Where its gradients are summed up."""
+        return Sums(self, wanted)
+
+    def combined(self, rows: Rows, f_y: Tensor, scales: Tensor) -> tuple[Rows, Tensor]:
+        """What is known of a chunk's rows over all classes, and their targets' products."""
+        return rows, f_y
 
     def chunks(self) -> Iterator[slice]:
         """The rows, cut."""
@@ -139,6 +155,10 @@ class _Head:
         f_y = (self.x[part] * self.part(values.label)).sum(1)
         return f_y if self.bias is None else f_y + self.bias[values.label]
 
+    def of_features(self, gradient: Tensor) -> Tensor:
+        """The gradient of all features from that of what the loop has seen of them."""
+        return self.scattered(along_length(gradient, self.x, self.length))
+
     def scattered(self, rows: Tensor, fill: float = 0) -> Tensor:
         """Results of the rows that were left at the places of all."""
         if self.index is None:
@@ -150,10 +170,17 @@ class _Head:
         return upstream if upstream is None or self.index is None else upstream[self.index]
 
 
-class _Sums:
+def along_length(gradient: Tensor, direction: Tensor, length: Tensor | None) -> Tensor:
+    """The gradient of features from that of their directions, where it is these that are multiplied."""
+    if length is None:
+        return gradient
+    return (gradient - (gradient * direction).sum(1, keepdim=True) * direction) / length
+
+
+class Sums:
     """The gradients, as they are summed up."""
 
-    def __init__(self, head: _Head, wanted: Wanted):
+    def __init__(self, head: Head, wanted: Wanted):
         dtype = head.call.dtype
         self.head, self.wanted = head, wanted
         self.input = torch.zeros_like(head.x) if wanted.input else None
@@ -190,22 +217,18 @@ class _Sums:
     def finished(self) -> tuple[Tensor | None, ...]:
         """Of features, weight, bias and parameters: those of lengths follow from those of directions."""
         head = self.head
-        if head.inverse is not None and head.length is not None:
-            if self.input is not None:
-                along = (self.input * head.x).sum(1, keepdim=True)
-                self.input = (self.input - along * head.x) / head.length
-            if self.weight is not None:
-                for start, direction in head.tiles():
-                    part = self.weight[start : start + direction.shape[0]]
-                    along = (part * direction).sum(1, keepdim=True)
-                    part.sub_(along * direction).mul_(head.inverse[start : start + direction.shape[0]])
+        if self.weight is not None and head.inverse is not None:
+            for start, direction in head.tiles():
+                part = self.weight[start : start + direction.shape[0]]
+                along = (part * direction).sum(1, keepdim=True)
+                part.sub_(along * direction).mul_(head.inverse[start : start + direction.shape[0]])
         if self.input is not None:
-            self.input = head.scattered(self.input)
+            self.input = head.of_features(self.input)
         slots = [head.scattered(g) if s in head.call.per_row else g for s, g in self.slots.items()]
         return (self.input, self.weight, self.bias, *slots)
 
 
-def _known(head: _Head, part: slice, values: Values, want: Want) -> tuple[Known, list[Tensor]]:
+def _known(head: Head, part: slice, values: Values, want: Want) -> tuple[Known, list[Tensor]]:
     """The statistics of a chunk over all classes, and its logits by tile where they are kept."""
     f_y = head.of_target(part, values)
     u_y = reference.final_target(f_y, values)
@@ -214,13 +237,14 @@ def _known(head: _Head, part: slice, values: Values, want: Want) -> tuple[Known,
     kept = []
     for start, weight in head.tiles():
         f = head.product(part, start, weight)
-        rows = pieces.statistics(f, u_y, values, start, rows, scales, want)
+        rows = pieces.statistics(f, u_y, values, head.offset + start, rows, scales, want)
         kept.append(f)
-    return Known(rows, f_y, u_y), kept if head.call.plan.stored else []
+    rows, f_y = head.combined(rows, f_y, scales)
+    return Known(rows, f_y, reference.final_target(f_y, values)), kept if head.call.plan.stored else []
 
 
 def _add(
-    sums: _Sums, head: _Head, part: slice, values: Values, known: Known, kept: list[Tensor], upstream: Finished
+    sums: Sums, head: Head, part: slice, values: Values, known: Known, kept: list[Tensor], upstream: Finished
 ) -> None:
     """A chunk's gradients."""
     row, by_slot = reference.coefficients(known.rows, known.u_y, values, upstream, sums.wanted.slots)
@@ -242,11 +266,11 @@ def _add(
     )
     for index, (start, weight) in enumerate(head.tiles()):
         f = kept[index] if kept else head.product(part, start, weight)
-        sums.add_tile(part, start, weight, head.call.pieces.gradient(f, apart, values, start, bool(kept)))
+        sums.add_tile(part, start, weight, head.call.pieces.gradient(f, apart, values, head.offset + start, bool(kept)))
     sums.add_target(part, values.label, reference.through_cap(row.target, known.f_y, values))
 
 
-def _upstream(head: _Head, part: slice, loss: Tensor | None, rows: Sequence[Tensor | None]) -> Finished:
+def _upstream(head: Head, part: slice, loss: Tensor | None, rows: Sequence[Tensor | None]) -> Finished:
     """The upstream gradients of what finish returns, of a chunk: those of the loss with the reduction's factors."""
     by_class = by_row = None
     if loss is not None:
@@ -262,14 +286,14 @@ def _joined(parts: list[Any]) -> Any:
     return kind(*(None if each[0] is None else torch.cat(each, -1) for each in zip(*parts, strict=True)))
 
 
-def _forward(
-    head: _Head, wanted: Wanted | None
+def forward(
+    head: Head, wanted: Wanted | None
 ) -> tuple[tuple[Tensor, ...], Known | None, tuple[Tensor | None, ...] | None]:
     """The results; what is known of each row; and where they are wanted at once, the gradients at an upstream of 1."""
     call = head.call
-    scaled = not _SCALES.isdisjoint(call.slots)
+    scaled = not SCALES.isdisjoint(call.slots)
     want = Want(scaled or call.return_stats, scaled and call.return_stats, call.return_stats)
-    sums = None if wanted is None else _Sums(head, wanted)
+    sums = None if wanted is None else head.sums(wanted)
     one = torch.ones((), dtype=call.dtype, device=head.x.device)
     finished: list[Finished] = []
     every: list[Known] = []
@@ -296,7 +320,7 @@ def _forward(
     return results, known, None if sums is None else sums.finished()
 
 
-def _of_no_rows(head: _Head) -> tuple[Tensor, ...]:
+def _of_no_rows(head: Head) -> tuple[Tensor, ...]:
     """The results where every row is ignored, or there is none."""
     nothing = head.x.new_zeros(0)
     loss = reference.reduced(Finished(nothing, nothing), head.values)
@@ -306,6 +330,12 @@ def _of_no_rows(head: _Head) -> tuple[Tensor, ...]:
         stats = (nothing, nothing, nothing, whole - 1, nothing, whole)
         results += tuple(head.scattered(row, -1 if i == 3 else 0) for i, row in enumerate(stats))
     return results
+
+
+def makes_at_once(call: Call, wanted: Wanted) -> bool:
+    """Whether gradients are made with the loss; hooks on saved tensors (checkpointing) would meet them."""
+    reduced = call.numbers[REDUCTION] != Reduction.NONE and not call.return_stats
+    return reduced and bool(wanted) and _saved_tensors_hooks(False) is None
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -324,15 +354,10 @@ class _LinearLoss(torch.autograd.Function):
         needs = ctx.needs_input_grad
         slots = tuple(slot for slot, need in zip(call.slots, needs[5:], strict=True) if need and slot in TRAINABLE)
         wanted = Wanted(needs[1], needs[2], bias is not None and needs[3], slots)
-        at_once = (
-            call.numbers[REDUCTION] != Reduction.NONE
-            and not call.return_stats
-            and bool(wanted)
-            and _saved_tensors_hooks(False) is None
-        )
+        at_once = makes_at_once(call, wanted)
         with reference.full_precision(x.device):
-            head = _Head(call, x, weight, bias, target, params)
-            results, known, gradients = _forward(head, wanted if at_once else None)
+            head = Head(call, x, weight, bias, target, params)
+            results, known, gradients = forward(head, wanted if at_once else None)
         ctx.call, ctx.wanted, ctx.at_once = call, wanted, at_once
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*results[4:])
@@ -358,17 +383,17 @@ class _LinearLoss(torch.autograd.Function):
             grad_loss = upstream[0]
             assert grad_loss is not None
             saved = iter(ctx.saved_tensors)
-            gradients = [_scaled(next(saved), grad_loss) if there else None for there in ctx.present]
+            gradients = [scaled(next(saved), grad_loss) if there else None for there in ctx.present]
             dtypes = ctx.dtypes
         else:
             x, weight, bias, target, *rest = ctx.saved_tensors
             params, numbers = rest[: len(call.slots)], iter(rest[len(call.slots) :])
             each = [next(numbers) if there else None for there in ctx.present]
             with reference.full_precision(x.device):
-                head = _Head(call, x, weight, bias, target, params)
-                sums = _Sums(head, wanted)
+                head = Head(call, x, weight, bias, target, params)
+                sums = head.sums(wanted)
                 if each:
-                    _later(sums, head, Known(Rows(*each[:-2]), *each[-2:]), upstream)  # type: ignore[arg-type]
+                    later(sums, head, Known(Rows(*each[:-2]), *each[-2:]), upstream)  # type: ignore[arg-type]
                 gradients = list(sums.finished())
             dtypes = [t.dtype for t in (x, weight, weight if bias is None else bias, *params)]
         by_slot = dict(zip(wanted.slots, gradients[3:], strict=True))
@@ -377,7 +402,7 @@ class _LinearLoss(torch.autograd.Function):
         return (None, *(g if g is None else g.to(dtype) for g, dtype in zip(ordered, dtypes, strict=True)))
 
 
-def _later(sums: _Sums, head: _Head, known: Known, upstream: Sequence[Tensor | None]) -> None:
+def later(sums: Sums, head: Head, known: Known, upstream: Sequence[Tensor | None]) -> None:
     """The gradients once the upstream ones are known."""
     loss, *rows = (upstream[i] if i < len(upstream) else None for i in range(4))
     dtype = head.call.dtype
@@ -392,7 +417,7 @@ def _later(sums: _Sums, head: _Head, known: Known, upstream: Sequence[Tensor | N
         _add(sums, head, part, head.of(part), of_part, [], _upstream(head, part, loss, rows))
 
 
-def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
+def scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
     """A gradient made for an upstream of 1, for another; rows that are not read keep their 0 whatever comes."""
     if upstream.device.type == "cpu":
         factor = upstream.item()

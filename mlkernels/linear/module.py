@@ -138,22 +138,7 @@ class LinearLoss(nn.Module):
         check_classifier(input, self.weight, self.bias, self.normalize)
         if not 1 <= k <= self.num_classes:
             raise ValueError(f"k must be in [1, {self.num_classes}], got {k}")
-        accumulate = torch.float64 if input.dtype == torch.float64 else torch.float32
-        with full_precision(input.device):
-            x = input.reshape(-1, self.in_features).to(accumulate)
-            x = _direction(x) if self.normalize else x
-            values = x.new_empty(x.shape[0], 0)
-            classes = torch.empty(x.shape[0], 0, dtype=torch.int64, device=x.device)
-            tile = max(k, TILE // max(x.shape[0], 1))
-            for start in range(0, self.num_classes, tile):
-                weight = self.weight[start : start + tile].to(accumulate)
-                f = x @ (_direction(weight) if self.normalize else weight).T
-                if self.bias is not None:
-                    f += self.bias[start : start + tile].to(accumulate)
-                best, at = f.topk(min(k, f.shape[1]), 1)
-                values, classes = torch.cat((values, best), 1), torch.cat((classes, at + start), 1)
-                values, at = values.topk(min(k, values.shape[1]), 1)
-                classes = classes.gather(1, at)
+        values, classes = streamed_topk(input.reshape(-1, self.in_features), self.weight, self.bias, k, self.normalize)
         shape = (*input.shape[:-1], k)
         return values.reshape(shape), classes.reshape(shape)
 
@@ -163,6 +148,27 @@ class LinearLoss(nn.Module):
             f"in_features={self.in_features}, num_classes={self.num_classes}, bias={self.bias is not None}, "
             f"normalize={self.normalize}"
         )
+
+
+def streamed_topk(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, normalize: bool) -> tuple[Tensor, Tensor]:
+    """The k largest logits of each row, or as many as there are, and their classes, by tiles of classes."""
+    accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
+    with full_precision(x.device):
+        x = x.to(accumulate)
+        x = _direction(x) if normalize else x
+        values = x.new_empty(x.shape[0], 0)
+        classes = torch.empty(x.shape[0], 0, dtype=torch.int64, device=x.device)
+        tile = max(k, TILE // max(x.shape[0], 1))
+        for start in range(0, weight.shape[0], tile):
+            part = weight[start : start + tile].to(accumulate)
+            f = x @ (_direction(part) if normalize else part).T
+            if bias is not None:
+                f += bias[start : start + tile].to(accumulate)
+            best, at = f.topk(min(k, f.shape[1]), 1)
+            values, classes = torch.cat((values, best), 1), torch.cat((classes, at + start), 1)
+            values, at = values.topk(min(k, values.shape[1]), 1)
+            classes = classes.gather(1, at)
+    return values, classes
 
 
 def _direction(rows: Tensor) -> Tensor:

@@ -1,0 +1,231 @@
+"""A classifier whose classes are spread over ranks, and a loss of the family on its output."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Shard as ShardPlacement
+
+from ..checks import check_input
+from ..linear.functional import Strategy, check_call, check_callable, check_classifier, loss_of
+from ..linear.module import streamed_topk
+from ..softmax import RowStats
+from . import weights
+from .group import Group, Traffic, offsets, padded
+from .logits import ShardedLogits
+
+
+class ClassParallelLoss(nn.Module):
+    r"""A classifier and a loss of the family on its output, the classes spread over ranks: no rank has all of the
+    weight, and nobody has the logits.
+
+    Of P ranks rank r has the rows :math:`[o_r, o_{r+1})` of W (C, D), as ``torch.chunk`` cuts them (the last shards may
+    be smaller, or empty), and its own batch. It is called as :class:`mlkernels.LinearLoss` is, on all ranks, and
+    gives what that would give for all batches together: a reduced loss is the same on every rank, and "mean" divides
+    by what counts on all of them; ``"none"`` and the row statistics are those of the rank's own rows.
+
+    Gradients: the ranks together minimise the average J of what they call ``backward`` on. ``weight.grad`` is
+    :math:`\partial J/\partial W`, of the rank's own rows of W; the features get :math:`P\,\partial J/\partial x`, so
+    that a backbone under DDP or FSDP over the same ranks, which average, has the gradient of J. The loss's own
+    parameters get :math:`\partial J/\partial\theta`, the same on all ranks to the bit.
+
+    Args:
+        loss, in_features, num_classes, bias, normalize, strategy, memory, device, dtype: as
+            :class:`mlkernels.LinearLoss`; num_classes is C of all ranks.
+        process_group: the ranks that share the classes; None: all. device_mesh: the same, as a mesh of one dimension.
+
+    ``weight`` is a DTensor, ``Shard(0)``: ``torch.distributed.checkpoint`` saves it, and loads it on any number of
+    ranks.
+
+    Raises:
+        TypeError, ValueError, IndexError: a bad argument, on every rank, with the rank it came from.
+        ValueError: ranks that disagree on sizes, dtype, loss or options, by name.
+
+    Example:
+        >>> import torch, mlkernels
+        >>> import torch.distributed as dist
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> head = mlkernels.distributed.ClassParallelLoss(mlkernels.ArcFaceLoss(), 8, 1000, normalize=True)
+        >>> features = torch.randn(4, 8, requires_grad=True)
+        >>> head(features, torch.tensor([1, 2, 3, 999])).backward()
+        >>> head.weight.grad.to_local().shape
+        torch.Size([1000, 8])
+        >>> dist.destroy_process_group()
+
+    Source: the classes spread over devices are Deng et al., "ArcFace" (2019), and An et al., "Partial FC" (2021).
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        loss: Callable[..., Tensor],
+        in_features: int,
+        num_classes: int,
+        *,
+        process_group: dist.ProcessGroup | None = None,
+        device_mesh: DeviceMesh | None = None,
+        bias: bool = False,
+        normalize: bool = False,
+        strategy: Strategy | None = None,
+        memory: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not dist.is_available() or not dist.is_initialized():
+            raise RuntimeError("ClassParallelLoss needs torch.distributed: call init_process_group() first")
+        check_callable(loss)
+        if bias and normalize:
+            raise ValueError("bias has no meaning beside normalize=True: cosines have none")
+        if device_mesh is not None:
+            if process_group is not None:
+                raise ValueError("device_mesh and process_group say the same: give one of them")
+            if device_mesh.ndim != 1:
+                raise ValueError(f"device_mesh must have one dimension, got {device_mesh.ndim}: take mesh['name']")
+            process_group = device_mesh.get_group()
+        self._group = Group(process_group)
+        self.loss = loss
+        self.in_features, self.num_classes = in_features, num_classes
+        self.normalize, self.strategy, self.memory = normalize, strategy, memory
+        at = torch.empty(0, device=device).device
+        if device_mesh is None:
+            device_mesh = DeviceMesh.from_group(self._group.process_group, at.type)  # type: ignore[arg-type]
+        self._mesh = device_mesh
+        starts = offsets(num_classes, self._group.size)
+        #: Where this rank's classes begin, and behind which they end.
+        self.first_class, self.last_class = starts[self._group.rank], starts[self._group.rank + 1]
+        self._group.meet(0, {"in_features": in_features, "num_classes": num_classes, "dtype": str(dtype), "bias": bias,
+                             "normalize": normalize, "loss": type(loss).__name__})  # fmt: skip
+        own = self.last_class - self.first_class
+        weight = torch.empty(own, in_features, device=device, dtype=dtype)
+        self.weight = nn.Parameter(self._sharded(weight))
+        vector = nn.Parameter(self._sharded(weight.new_empty(own))) if bias else None
+        self.register_parameter("bias", vector)
+        self.reset_parameters()
+
+    def _sharded(self, local: Tensor) -> DTensor:
+        shape = torch.Size((self.num_classes, *local.shape[1:]))
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(local, self._mesh, [ShardPlacement(0)], run_check=False, shape=shape, stride=stride)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws weight and bias as ``nn.Linear`` does: from rank 0's generator, other numbers on every rank."""
+        seed = torch.randint(2**62, (1,), device=self.weight.device)
+        seed = self._group.gathered(seed, "seed")[0]
+        generator = torch.Generator(self.weight.device).manual_seed(int(seed) + self._group.rank)
+        bound = 1 / math.sqrt(self.in_features) if self.in_features else 0.0
+        for parameter in (self.weight, self.bias):
+            if parameter is not None:
+                parameter.to_local().uniform_(-bound, bound, generator=generator)  # type: ignore[attr-defined]
+
+    def forward(self, input: Tensor, target: Tensor, **per_call: Any) -> Tensor | tuple[Tensor, RowStats]:
+        """The loss of this rank's (..., D) features and labels; ``per_call`` goes to the loss (``logit_norm``,
+        ``norm``, ``group``), but for ``return_stats``. To be called on all ranks, also by one that has no rows."""
+        return_stats = per_call.pop("return_stats", False)
+        logits = None
+        try:
+            check_input(input)
+            weight = self.weight.to_local()  # type: ignore[attr-defined]
+            bias = None if self.bias is None else self.bias.to_local()  # type: ignore[attr-defined]
+            check_classifier(input, weight, bias, self.normalize, shard=True)
+            check_call(input, target, self.strategy, self.memory)
+            input = input if input.dim() > 1 else input.unsqueeze(0)
+            logits = ShardedLogits(
+                self._group, self.num_classes, input, weight, bias, normalize=self.normalize,
+                return_stats=return_stats, strategy=self.strategy, memory=self.memory,
+            )  # fmt: skip
+            result: Tensor | tuple[Tensor, RowStats] = loss_of(logits, target, self.loss, return_stats, per_call)
+            return result
+        except Exception as error:
+            if logits is None or not logits.met:
+                self._group.meet(0, {}, error)
+            raise
+
+    @torch.no_grad()
+    def topk(self, input: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k largest logits of each of this rank's rows over the classes of all ranks, and these classes, (..., k)
+        each, largest first; on all ranks, k and the width alike."""
+        check_input(input)
+        if input.shape[-1:] != (self.in_features,):
+            raise ValueError(f"input must be (..., {self.in_features}), got {tuple(input.shape)}")
+        if not 1 <= k <= self.num_classes:
+            raise ValueError(f"k must be in [1, {self.num_classes}], got {k}")
+        group, rows = self._group, input.reshape(-1, self.in_features)
+        sizes = group.meet(rows.shape[0], {"topk": k, "dtype": str(input.dtype)})
+        every = group.gathered(padded(rows, max(sizes), 0), "features").flatten(0, 1)
+        bias = None if self.bias is None else self.bias.to_local()  # type: ignore[attr-defined]
+        values, classes = streamed_topk(every, self.weight.to_local(), bias, k, self.normalize)  # type: ignore[attr-defined]
+        best = values.new_full((every.shape[0], k), -math.inf)
+        best[:, : values.shape[1]] = values
+        which = classes.new_zeros(every.shape[0], k)
+        which[:, : values.shape[1]] = classes + self.first_class
+        split = (group.size, max(sizes))
+        best, which = (
+            group.exchanged(t.unflatten(0, split), "topk").movedim(0, 1).flatten(1)[: rows.shape[0]]
+            for t in (best, which)
+        )
+        values, at = best.topk(k, 1)
+        shape = (*input.shape[:-1], k)
+        return values.reshape(shape), which.gather(1, at).reshape(shape)
+
+    @torch.no_grad()
+    def export_weight(self, path: str | os.PathLike[str] | None = None) -> Tensor | None:
+        """The whole weight: without a path as a tensor (C, D), on every rank; with one as a safetensors file that all
+        ranks reach, into which each writes its own rows. On all ranks."""
+        if path is None:
+            return self.weight.full_tensor()  # type: ignore[attr-defined,no-any-return]
+        if self._group.rank == 0:
+            weights.write_header(path, (self.num_classes, self.in_features), self.weight.dtype)
+        dist.barrier(self._group.process_group)
+        weights.write_rows(path, self.first_class, self.weight.to_local())  # type: ignore[attr-defined]
+        dist.barrier(self._group.process_group)
+        return None
+
+    @torch.no_grad()
+    def load_weight(self, source: Tensor | str | os.PathLike[str] | Sequence[Tensor]) -> None:
+        """Takes over a weight of the same width: a tensor, a safetensors file with one, or shards in the order of their
+        classes. Where it has fewer classes than this head, the others stay as they are, as they were drawn."""
+        first, last = self.first_class, self.last_class
+        if isinstance(source, Tensor):
+            source = [source]
+        if isinstance(source, (str, os.PathLike)):
+            count, width = weights.shape_of(source)
+        else:
+            count, width = sum(len(shard) for shard in source), source[0].shape[-1] if len(source) else self.in_features
+            if any(shard.dim() != 2 or shard.shape[1] != width for shard in source):
+                raise ValueError(f"source must hold (C_r, D) alike, got {[tuple(shard.shape) for shard in source]}")
+        if width != self.in_features or count > self.num_classes:
+            raise ValueError(f"source must be at most ({self.num_classes}, {self.in_features}), got {(count, width)}")
+        own = self.weight.to_local()  # type: ignore[attr-defined]
+        if isinstance(source, (str, os.PathLike)):
+            rows = weights.read_rows(source, first, last)
+            own[: len(rows)].copy_(rows)
+            return
+        start = 0
+        for shard in source:
+            low, high = max(first, start), min(last, start + len(shard))
+            if low < high:
+                own[low - first : high - first].copy_(shard[low - start : high - start])
+            start += len(shard)
+
+    def communication(self) -> Traffic:
+        """How many collectives this rank has taken part in, and how many bytes it has sent, by what for, since the last
+        time that this was asked."""
+        return self._group.traffic()
+
+    def extra_repr(self) -> str:
+        """Sizes and options."""
+        return (
+            f"in_features={self.in_features}, num_classes={self.num_classes}, "
+            f"classes=[{self.first_class}, {self.last_class}), bias={self.bias is not None}, normalize={self.normalize}"
+        )

@@ -1,0 +1,348 @@
+"""Classes spread over ranks: any loss as the dense one in float64, whatever the number of ranks, rows and classes."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import tempfile
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from table import BY_NAME, F64, LOSSES
+from test_linear import OPTIONS, leaves_of, unfused
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import mlkernels
+from mlkernels.distributed import ClassParallelLoss, clip_grad_norm_
+
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo")
+
+RANKS = 4
+ROWS, CLASSES, WIDTH = 10, 23, 5
+SIZES = {2: (7, 3), 3: (4, 0, 6), 4: (1, 5, 0, 4)}  # rows of each rank
+
+
+def problem(seed: int = 0, classes: int = CLASSES) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    x, weight, bias = (
+        torch.randn(s, generator=generator, dtype=F64) for s in ((ROWS, WIDTH), (classes, WIDTH), classes)
+    )
+    target = torch.randint(classes, (ROWS,), generator=generator)
+    target[2], x[2] = -100, float("nan")
+    return x, weight, bias, target
+
+
+def head_of(
+    group: dist.ProcessGroup, loss: Any, weight: torch.Tensor, bias: torch.Tensor | None = None, **options: Any
+):
+    """A head with a given weight."""
+    head = ClassParallelLoss(
+        loss, weight.shape[1], len(weight), process_group=group, bias=bias is not None, dtype=weight.dtype, **options
+    )
+    head.load_weight(weight)
+    if bias is not None:
+        with torch.no_grad():
+            head.bias.to_local().copy_(bias[head.first_class : head.last_class])
+    return head
+
+
+def own_rows(group: dist.ProcessGroup) -> slice:
+    rank, sizes = dist.get_rank(group), SIZES[dist.get_world_size(group)]
+    return slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+
+
+def agrees(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11)
+
+
+def every_loss(group: dist.ProcessGroup) -> None:
+    """Values and gradients of features, weight, bias and parameters, under upstream gradients of each rank's own."""
+    rank, ranks, own = dist.get_rank(group), dist.get_world_size(group), own_rows(group)
+    for index, loss in enumerate(LOSSES):
+        options = [*OPTIONS.values()][index % len(OPTIONS)]
+        normalize = loss.draws == "cosines"
+        x, weight, bias, target = problem(index)
+        bias = None if normalize else bias
+        per_row = {"row_weight"} & options.keys()
+        params = leaves_of(loss, "number" if loss.structure.scale == "two_scale" else loss.forms[-1], target)
+        mine = {
+            k: v.detach()[own].requires_grad_() if v.dim() == 2 and len(v) == ROWS else v for k, v in params.items()
+        }
+        groups = {"group": loss.group(target)} if loss.groups else {}
+        local = {k: v[own] if k in per_row else v for k, v in options.items()} | {k: v[own] for k, v in groups.items()}
+        budget = (None, 3000, 900)[index % 3]
+        whole = lambda logits, y: loss(logits, y, mine, **local)
+        head = head_of(group, whole, weight, bias, normalize=normalize, memory=budget,
+                       strategy=(None, "stored", "tiles")[index % 3])  # fmt: skip
+        features = x[own].clone().requires_grad_()
+        found = head(features, target[own])
+
+        leaves = [t.clone().requires_grad_() for t in ((x, weight) if bias is None else (x, weight, bias))]
+        logits = unfused(leaves[0], leaves[1], None if bias is None else leaves[2], normalize)
+        wanted = loss(logits, target, params, backend="reference", **options, **groups)
+        upstream = torch.linspace(-1, 2, ranks, dtype=F64)
+        if found.dim():
+            rows = torch.linspace(-2, 3, ROWS, dtype=F64)
+            agrees(found, wanted[own])
+            found.backward(rows[own])
+            total = (wanted * rows).sum() / ranks
+        else:
+            agrees(found, wanted)
+            found.backward(upstream[rank])
+            total = wanted * upstream.mean()
+        grads = torch.autograd.grad(total, [*leaves, *params.values()])
+        shard = slice(head.first_class, head.last_class)
+        agrees(features.grad, ranks * grads[0][own])
+        agrees(head.weight.grad.to_local(), grads[1][shard])
+        if bias is not None:
+            agrees(head.bias.grad.to_local(), grads[2][shard])
+        for key, wanted_grad in zip(params, grads[len(leaves) :], strict=True):
+            agrees(mine[key].grad, wanted_grad if mine[key] is params[key] else ranks * wanted_grad[own])
+            params[key].grad = None
+
+
+def statistics(group: dist.ProcessGroup) -> None:
+    """logsumexp, log_prob and entropy with gradients, of which a rank may use some or none."""
+    rank, ranks, own = dist.get_rank(group), dist.get_world_size(group), own_rows(group)
+    for name in ("cross_entropy", "two_scale_norm"):
+        loss, (x, weight, _, target) = BY_NAME[name], problem()
+        params = leaves_of(loss, "number", target)
+        both = {"reduction": "mean", "return_stats": True, **loss.compose(params)}
+        plain = {**both, "return_stats": False}
+        head = head_of(group, lambda logits, y: mlkernels.softmax_loss(logits, y, **plain), weight, memory=3000)
+        features = x[own].clone().requires_grad_()
+        value, rows = head(features, target[own], return_stats=True)
+        leaf, w = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        wanted, whole = mlkernels.softmax_loss(unfused(leaf, w, None), target, backend="reference", **both)
+        agrees(value, wanted)
+        for ours, theirs in zip(rows, whole, strict=True):
+            agrees(ours, theirs[own])
+        g = torch.linspace(-1, 1, ROWS, dtype=F64)
+        entropies = rows.entropy @ g[own] if rank != 1 else 0.0  # this rank has no use for them
+        (value * 2 + rows.log_prob @ g[own] + entropies).backward()
+        used = torch.ones(ROWS, dtype=F64)
+        if ranks > 1:
+            used[sum(SIZES[ranks][:1]) : sum(SIZES[ranks][:2])] = 0
+        total = wanted * 2 + (whole.log_prob @ g + whole.entropy @ (g * used)) / ranks
+        of_x, of_w = torch.autograd.grad(total, [leaf, w])
+        agrees(features.grad, ranks * of_x[own])
+        agrees(head.weight.grad.to_local(), of_w[head.first_class : head.last_class])
+
+
+def batches_of_nothing(group: dist.ProcessGroup) -> None:
+    """No rows that count on any rank: the loss is NaN and the gradients are 0; fewer classes than ranks."""
+    x, weight, _, _ = problem(classes=3)
+    head = head_of(group, mlkernels.CrossEntropyLoss(), weight)
+    features = x[own_rows(group)].clone().requires_grad_()
+    loss = head(features, torch.full((len(features),), -100))
+    loss.backward()
+    assert loss.isnan()
+    assert not features.grad.any()
+    assert not head.weight.grad.to_local().any()
+    own = own_rows(group)
+    target = torch.arange(ROWS) % 3
+    x[2] = 1.0
+    agrees(head(x[own], target[own]), mlkernels.cross_entropy(x @ weight.T, target))
+
+
+def half_precision(group: dist.ProcessGroup) -> None:
+    x, weight, _, target = problem()
+    own = own_rows(group)
+    features = x[own].bfloat16().requires_grad_()
+    head = head_of(group, mlkernels.CosFaceLoss(scale=8.0), weight.bfloat16(), normalize=True)
+    loss = head(features, target[own])
+    loss.backward()
+    leaf, w = x.bfloat16().double().requires_grad_(), weight.bfloat16().double().requires_grad_()
+    wanted = mlkernels.cosface_loss(unfused(leaf, w, None, True), target, scale=8.0)
+    wanted.backward()
+    assert loss.dtype == torch.float32 and features.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(loss.double(), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        features.grad.double(), dist.get_world_size(group) * leaf.grad[own], rtol=1e-2, atol=1e-3
+    )
+
+
+def averaged_backbones(group: dist.ProcessGroup) -> None:
+    """The backbone under DDP: a step over two micro-batches is that of one process over all rows."""
+    x, weight, _, target = problem()
+    x[2] = 1.0
+    own = own_rows(group)
+
+    def network() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Linear(WIDTH, WIDTH).double()
+
+    model, alone = DistributedDataParallel(network(), process_group=group), network()
+    head = head_of(group, mlkernels.ArcFaceLoss(scale=4.0), weight, normalize=True)
+    w = weight.clone().requires_grad_()
+    for _ in range(2):
+        head(model(x[own]), target[own]).backward()
+        mlkernels.arcface_loss(unfused(alone(x), w, None, True), target, scale=4.0).backward()
+    shard = slice(head.first_class, head.last_class)
+    for mine, wanted in zip(model.parameters(), alone.parameters(), strict=True):
+        agrees(mine.grad, wanted.grad)
+    agrees(head.weight.grad.to_local(), w.grad[shard])
+    w = nn.Parameter(w.detach(), requires_grad=True)
+    w.grad = head.export_weight() * 0 + head.weight.grad.full_tensor()
+    for norm_type in (2.0, math.inf):
+        found = clip_grad_norm_([*model.parameters(), *head.parameters()], 0.1, norm_type)
+        agrees(found, nn.utils.clip_grad_norm_([*alone.parameters(), w], 0.1, norm_type))
+        agrees(head.weight.grad.to_local(), w.grad[shard])
+
+
+def recomputed(group: dist.ProcessGroup) -> None:
+    """Under checkpointing, and with a backward that comes twice."""
+    x, weight, _, target = problem()
+    own = own_rows(group)
+    grads = []
+    for checkpointed in (False, True):
+        head = head_of(group, mlkernels.CrossEntropyLoss(), weight)
+        features = x[own].clone().requires_grad_()
+        if checkpointed:
+            loss = torch.utils.checkpoint.checkpoint(head, features, target[own], use_reentrant=False)
+        else:
+            loss = head(features, target[own])
+            loss.backward(retain_graph=True)
+            features.grad = head.weight.grad = None
+        loss.backward()
+        grads.append((features.grad, head.weight.grad.to_local()))
+    for first, second in zip(*grads, strict=True):
+        agrees(first, second)
+
+
+def errors_everywhere(group: dist.ProcessGroup) -> None:
+    """What is wrong on one rank is said on all, and the next call works."""
+    rank, own = dist.get_rank(group), own_rows(group)
+    x, weight, _, target = problem()
+    head = head_of(group, mlkernels.CrossEntropyLoss(), weight)
+    prefix = "" if rank == 1 else "rank 1: "
+    features, labels = x[own], target[own]
+    if rank == 1:
+        features, labels = x[:2], torch.tensor([3, CLASSES])
+    with pytest.raises(IndexError, match=rf"^{prefix}target {CLASSES} at row 1 is out of range \[0, {CLASSES}\)"):
+        head(features, labels)
+    with pytest.raises(TypeError, match=rf"^{prefix}linear_weight must have input's dtype"):
+        head(features.float() if rank == 1 else features, target[: len(features)])
+    head.strategy = "tiles" if rank == 1 else None
+    with pytest.raises(ValueError, match=r"^strategy must be the same on all ranks: rank 0 has None, rank 1 tiles$"):
+        head(features, target[: len(features)])
+    head.strategy = None
+    with pytest.raises(ValueError, match=r"^num_classes must be the same on all ranks: rank 0 has 5, rank 1 6$"):
+        ClassParallelLoss(mlkernels.CrossEntropyLoss(), WIDTH, 6 if rank == 1 else 5, process_group=group)
+    agrees(head(x[own], target[own]), mlkernels.cross_entropy(unfused(x, weight, None), target))
+
+
+def best_classes(group: dist.ProcessGroup) -> None:
+    x, weight, bias, _ = problem()
+    x[2] = 1.0
+    head = head_of(group, mlkernels.CrossEntropyLoss(), weight, bias)
+    own = own_rows(group)
+    for k in (1, 8, CLASSES):
+        values, classes = head.topk(x[own], k)
+        wanted = (x @ weight.T + bias)[own].topk(k, 1)
+        agrees(values, wanted.values)
+        assert torch.equal(classes, wanted.indices)
+
+
+def bytes_as_promised(group: dist.ProcessGroup) -> None:
+    """One packed collective of statistics, features out, gradients home; docs/distributed.md says how many bytes."""
+    ranks, own = dist.get_world_size(group), own_rows(group)
+    x, weight, _, target = problem()
+    head = head_of(group, mlkernels.FocalLoss(), weight)
+    head.communication()
+    head(x[own].clone().requires_grad_(), target[own]).backward()
+    most, others = max(SIZES[ranks]), ranks - 1
+    kept = sum(label != -100 for label in target.tolist())
+    found = head.communication()
+    assert found.bytes == {
+        "sizes": 3 * 8 * others,
+        "labels": 8 * most * others,
+        "features": 8 * most * WIDTH * others,
+        "statistics": 8 * 3 * kept * others,  # M, S and u_y
+        "gradients": 8 * most * WIDTH * others,
+        "upstream": 8 * others,
+    }
+    assert set(found.collectives.values()) == {1}
+
+
+def weights_in_files(group: dist.ProcessGroup, folder: Path) -> None:
+    """One file that no rank holds whole, read by any number of ranks and by safetensors; shards; more classes."""
+    ranks = dist.get_world_size(group)
+    _, weight, _, _ = problem()
+    for dtype in (F64, torch.bfloat16):
+        path = folder / f"weight-{ranks}-{dtype}.safetensors"
+        head = head_of(group, mlkernels.CrossEntropyLoss(), weight.to(dtype))
+        assert head.export_weight(path) is None
+        assert torch.equal(head.export_weight(), weight.to(dtype))
+        other = ClassParallelLoss(mlkernels.CrossEntropyLoss(), WIDTH, CLASSES + 5, process_group=group, dtype=dtype)
+        drawn = other.export_weight()
+        other.load_weight(path)
+        assert torch.equal(other.export_weight(), torch.cat([weight.to(dtype), drawn[CLASSES:]]))
+        other.load_weight([weight[:9].to(dtype), weight[9:].to(dtype)])
+        assert torch.equal(other.export_weight()[:CLASSES], weight.to(dtype))
+        assert len(drawn.unique(dim=0)) == len(drawn), "ranks drew the same rows"
+
+
+def checkpoints(folder: Path) -> None:
+    """Saved by four ranks with the optimizer's state, loaded by three, two and one."""
+    import torch.distributed.checkpoint as dcp
+
+    x, weight, _, target = problem()
+    world = dist.group.WORLD
+    head = head_of(world, mlkernels.CrossEntropyLoss(), weight)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9)
+    head(x[own_rows(world)], target[own_rows(world)]).backward()
+    optimizer.step()
+    dcp.save({"weight": head.weight, "momentum": optimizer.state[head.weight]["momentum_buffer"]}, checkpoint_id=folder)
+    saved = head.export_weight()
+    assert not torch.equal(saved, weight)
+    for ranks in (3, 2, 1):
+        group = GROUPS[ranks]
+        if dist.get_rank() < ranks:
+            other = head_of(group, mlkernels.CrossEntropyLoss(), torch.zeros_like(weight))
+            state = {"weight": other.weight.detach(), "momentum": torch.zeros_like(other.weight.detach())}
+            dcp.load(state, checkpoint_id=folder, process_group=group)
+            agrees(other.export_weight(), saved)
+            assert state["momentum"].full_tensor().abs().sum() > 0
+        dist.barrier()
+
+
+GROUPS: dict[int, dist.ProcessGroup] = {}
+SCENES: list[Callable[[dist.ProcessGroup], None]] = [
+    every_loss, statistics, batches_of_nothing, half_precision, averaged_backbones, recomputed, errors_everywhere,
+    best_classes, bytes_as_promised,
+]  # fmt: skip
+
+
+def scenes(rank: int, port: int, folder: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    # Ranks that disagree wait for each other.
+    dist.init_process_group("gloo", rank=rank, world_size=RANKS, timeout=timedelta(seconds=90))
+    try:
+        for ranks in (1, 2, 3, RANKS):
+            GROUPS[ranks] = dist.new_group(list(range(ranks)))
+        for ranks in (2, 3, RANKS):
+            if rank < ranks:
+                for scene in SCENES:
+                    scene(GROUPS[ranks])
+                weights_in_files(GROUPS[ranks], Path(folder))
+        checkpoints(Path(folder) / "checkpoint")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_ranks() -> None:
+    """All scenes in one set of processes: starting them takes longer than they do."""
+    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        torch.multiprocessing.spawn(scenes, args=(port, folder), nprocs=RANKS)
