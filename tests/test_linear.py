@@ -291,6 +291,15 @@ def test_what_heads_cannot_do_they_refuse(reduction):
         linear_cross_entropy(torch.autograd.forward_ad.make_dual(x.detach(), x.detach()), weight, target)
 
 
+def test_hooks_on_saved_tensors_meet_no_gradient():
+    """Under checkpointing or offloading the gradients are made in the backward: of W's size there is W alone."""
+    x, weight, _, target = problem(bias=False)
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
+        linear_cross_entropy(x, weight, target).backward()
+    assert [t.data_ptr() for t in packed if t.shape == weight.shape] == [weight.data_ptr()]
+
+
 def test_compiled_around_a_head():
     """The loop is no graph: what stands around it is compiled, and results are the same."""
     x, weight, _, target = problem(bias=False)
