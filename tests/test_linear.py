@@ -167,9 +167,9 @@ def test_memory_is_a_bound(strategy, memory, backend):
 
 
 def test_what_a_plan_takes():
-    assert plan(1024, 200_000, 64, 4, False, 0) == (False, 1024, 256)
-    assert plan(1024, 200_000, 256, 4, False, 0) == (True, 114, 2299)
-    assert plan(100, 200_000, 64, 4, False, 0) == (True, 100, 2621)
+    assert plan(1024, 200_000, 64, 4, False, 0) == (False, 1024, 1024)
+    assert plan(1024, 200_000, 256, 4, False, 0) == (True, 114, 9198)
+    assert plan(100, 200_000, 64, 4, False, 0) == (True, 100, 10485)
     assert not plan(1024, 10_000_000, 512, 4, True, 0).stored
     with pytest.raises(ValueError, match=r"memory=1000 is too small for one row of 5000 logits .* takes 20000 bytes"):
         plan(8, 5000, 16, 4, False, 0, "stored", 1000)

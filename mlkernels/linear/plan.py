@@ -7,8 +7,10 @@ from typing import NamedTuple
 STRATEGIES = ("stored", "tiles")
 #: Bytes of a call's own buffers where nobody says: beyond it larger chunks gained nothing.
 DEFAULT_MEMORY = 96 << 20
-#: Elements of a tile: it stays in a core's second-level cache from the product to the sums, and is worth a product.
-TILE = 1 << 18
+#: Elements of a tile: it stays in the caches from the product to the sums, and each tile is a few barriers of the
+#: threads, which cost much where others use the cores too. With two threads (N = 1024, D = 64, C = 50,000), of the
+#: unfused chain's time, stored and tiles: 2^18 1.21 and .42, 2^20 .40 and .40, 2^22 .42 and .48, 2^24 .65 and 1.33.
+TILE = 1 << 20
 #: From so many features on a fourth product costs more than W's and dW's way through memory once for each chunk. One
 #: thread of an EPYC, float32, of the unfused chain's time, stored and tiles: D = 64 (C = 100,000) .57 and .45, D = 256
 #: (50,000) .62 and .79, D = 512 (20,000, one chunk) .88 and 1.05.
