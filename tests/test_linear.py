@@ -341,9 +341,11 @@ def test_a_head_ties_and_takes_over():
     tied = mlkernels.LinearLoss(mlkernels.CrossEntropyLoss(), WIDTH, CLASSES, weight=embedding.weight)
     assert tied.weight is embedding.weight
     layer = torch.nn.Linear(WIDTH, CLASSES)
-    before = layer.weight.detach().clone()
+    before, before_bias = layer.weight.detach().clone(), layer.bias.detach().clone()
     head = mlkernels.LinearLoss.from_linear(mlkernels.FocalLoss(), layer)
-    assert head.weight is layer.weight and head.bias is layer.bias and torch.equal(before, layer.weight)
+    assert head.weight is layer.weight and head.bias is layer.bias
+    head.reset_parameters()
+    assert torch.equal(before, layer.weight) and torch.equal(before_bias, layer.bias)
     x, _, _, target = problem(dtype=torch.float32, ignored=False)
     torch.testing.assert_close(head(x, target), mlkernels.FocalLoss()(layer(x), target))
     torch.testing.assert_close(head.logits(x), layer(x))
@@ -383,6 +385,27 @@ def test_losses_take_what_belongs_to_the_batch():
     torch.testing.assert_close(head(x, target, norm=norm), head.loss(F.linear(x, head.weight), target, norm))
     loss, rows = head(x, target, norm=norm, return_stats=True)
     assert rows.rank.shape == (ROWS,) and loss.shape == ()
+    weights = torch.linspace(-1, 2, ROWS, dtype=F64)
+    logits = F.linear(x, head.weight)
+    torch.testing.assert_close(
+        head(x, target, row_weight=weights, normalizer=3), head.loss(logits, target, row_weight=weights, normalizer=3)
+    )
+    one = linear_softmax_loss(x[0], head.weight, target[0], loss=mlkernels.FocalLoss(), row_weight=weights[0])
+    torch.testing.assert_close(one, mlkernels.focal_loss(logits[0], target[0], row_weight=weights[0]))
+    one = linear_cross_entropy(x[0], head.weight, target[0], row_weight=weights[0])
+    torch.testing.assert_close(one, mlkernels.cross_entropy(logits[0], target[0], row_weight=weights[0]))
+
+
+@pytest.mark.parametrize("strategy", ["stored", "tiles"])
+def test_no_features(strategy):
+    """Of width 0 the logits are the bias."""
+    x, weight, bias, target = problem(width=0, ignored=False)
+    loss = linear_cross_entropy(x, weight, target, linear_bias=bias, strategy=strategy)
+    wanted = F.cross_entropy(bias.expand(ROWS, CLASSES), target)
+    torch.testing.assert_close(loss, wanted)
+    torch.testing.assert_close(*(torch.autograd.grad(each, bias) for each in (loss, wanted)))
+    head = mlkernels.LinearLoss(mlkernels.CrossEntropyLoss(), 0, CLASSES, bias=True, dtype=F64)
+    torch.testing.assert_close(head.topk(x, 3), tuple(head.logits(x).topk(3)))
 
 
 # ---- bad arguments ---------------------------------------------------------------------------------------------------
@@ -399,6 +422,7 @@ BAD = [
     (ValueError, "beside normalize", lambda: linear_softmax_loss(X, W, Y, linear_bias=B, normalize=True)),
     (TypeError, "linear_weight must have input's dtype", lambda: linear_cross_entropy(X, W.float(), Y)),
     (ValueError, "linear_weight must be on input's device cpu", lambda: linear_cross_entropy(X, W.to(_META), Y)),
+    (TypeError, "linear_weight takes a dense tensor", lambda: linear_cross_entropy(X, W.detach().to_sparse(), Y)),
     (ValueError, r"target must be \(10,\), .* got \(4,\)", lambda: linear_cross_entropy(X, W, Y[:4])),
     (TypeError, "target must hold integer class indices", lambda: linear_cross_entropy(X, W, Y.double())),
     (IndexError, "target 23 at row 0 is out of range", lambda: linear_cross_entropy(X, W, torch.full_like(Y, 23))),
@@ -418,6 +442,8 @@ BAD = [
     (AttributeError, "a head takes losses of the softmax family", lambda: linear_softmax_loss(
         X, W, Y, loss=lambda f, y: f.logsumexp(1))),
     (ValueError, "normalize=True", lambda: head(5, 23, bias=True, normalize=True)),
+    (ValueError, "strategy must be one of", lambda: head(5, 23, strategy="tile")),
+    (ValueError, "memory must be a number of bytes", lambda: head(5, 23, memory=0)),
     (TypeError, r"weight takes the nn\.Parameter", lambda: head(5, 23, weight=X)),
     (ValueError, r"k must be in \[1, 23\]", lambda: head(5, 23).topk(X.float(), 24)),
 ]  # fmt: skip

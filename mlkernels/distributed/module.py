@@ -130,7 +130,8 @@ class ClassParallelLoss(nn.Module):
 
     def forward(self, input: Tensor, target: Tensor, **per_call: Any) -> Tensor | tuple[Tensor, RowStats]:
         """The loss of this rank's (..., D) features and labels; ``per_call`` goes to the loss (``logit_norm``,
-        ``norm``, ``group``), but for ``return_stats``. To be called on all ranks, also by one that has no rows."""
+        ``norm``, ``group``, ``row_weight``, ``normalizer``), but for ``return_stats``. To be called on all ranks, also
+        by one that has no rows."""
         return_stats = per_call.pop("return_stats", False)
         logits = None
         try:
@@ -160,7 +161,7 @@ class ClassParallelLoss(nn.Module):
             raise ValueError(f"input must be (..., {self.in_features}), got {tuple(input.shape)}")
         if not 1 <= k <= self.num_classes:
             raise ValueError(f"k must be in [1, {self.num_classes}], got {k}")
-        group, rows = self._group, input.reshape(-1, self.in_features)
+        group, rows = self._group, input.reshape(input.shape[:-1].numel(), self.in_features)
         sizes = group.meet(rows.shape[0], {"topk": k, "dtype": str(input.dtype)})
         every = group.gathered(padded(rows, max(sizes), 0), "features").flatten(0, 1)
         bias = None if self.bias is None else self.bias.to_local()  # type: ignore[attr-defined]

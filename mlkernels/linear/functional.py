@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import functional
-from ..call import COMMON
+from ..call import Options
 from ..checks import check_input
 from ..softmax import RowStats
 from .logits import LinearLogits
@@ -55,6 +55,7 @@ def linear_cross_entropy(
             f"target must hold integer class indices, got {target.dtype}: class probabilities are for cross_entropy"
         )
     logits = _logits(input, linear_weight, target, linear_bias, False, False, strategy, memory)
+    common = _flat_arguments(target, common)
     return _shaped(functional.cross_entropy(logits, _flat(target), **common), target)  # type: ignore[arg-type]
 
 
@@ -117,9 +118,9 @@ def linear_softmax_loss(
         normalize: the logits are the cosines of x and the rows of W, which margins take: :math:`f = \hat x\cdot\hat w`.
             A zero row is NaN. There is no bias then.
         loss: what is called with (logits, target): a module of the family (``mlkernels.ArcFaceLoss()``,
-            ``TwoScaleLoss``...) or a function of it; further arguments are passed on to its call (``logit_norm``,
-            ``norm``, ``group``). None: those of :func:`mlkernels.softmax_loss`, ``transform``, ``scale``, ``head``,
-            ``target_logit``, ``group``, and what :mod:`mlkernels.functional` shares.
+            ``TwoScaleLoss``...) or a function of it; further arguments are passed on to its call (``row_weight``,
+            ``normalizer``, ``logit_norm``, ``norm``, ``group``). None: those of :func:`mlkernels.softmax_loss`,
+            ``transform``, ``scale``, ``head``, ``target_logit``, ``group``, and what :mod:`mlkernels.functional` shares.
         return_stats: return ``(loss, RowStats)``, whose ``logsumexp``, ``log_prob`` and ``entropy`` have gradients.
         strategy: ``"stored"`` keeps the logits of a chunk of rows from the statistics to the gradient, ``"tiles"``
             makes the product again for the gradient; None picks by size.
@@ -159,10 +160,11 @@ def loss_of(
     arguments: dict[str, Any],
 ) -> Any:
     """What a loss makes of logits that are a product."""
+    arguments = _flat_arguments(target, arguments)
     if loss is None:
         value = functional.softmax_loss(logits, _flat(target), **arguments)  # type: ignore[call-overload]
     else:
-        given = sorted({"transform", "scale", "head", "target_logit", *COMMON} & arguments.keys())
+        given = sorted({"transform", "scale", "head", "target_logit", *Options.__annotations__} & arguments.keys())
         if given:
             raise TypeError(f"loss has its own {given[0]}: give the loss another one, or leave loss=None")
         check_callable(loss)
@@ -184,6 +186,14 @@ def check_callable(loss: Any) -> None:
 
 def _flat(target: Tensor) -> Tensor:
     return target.unsqueeze(0) if target.dim() == 0 else target
+
+
+def _flat_arguments(target: Tensor, arguments: dict[str, Any]) -> dict[str, Any]:
+    """What has target's shape, as a batch has it."""
+    if target.dim() > 0:
+        return arguments
+    rows = {name: arguments[name] for name in ("row_weight", "group") if isinstance(arguments.get(name), Tensor)}
+    return {**arguments, **{name: _flat(value) for name, value in rows.items()}}
 
 
 def _shaped(value: Tensor, target: Tensor) -> Tensor:
@@ -220,6 +230,11 @@ def check_call(input: Tensor, target: Tensor, strategy: str | None, memory: int 
             f"target must be {tuple(input.shape[:-1])}, a label for each row of an input of {tuple(input.shape)}, got "
             f"{tuple(target.shape)}"
         )
+    check_plan(strategy, memory)
+
+
+def check_plan(strategy: str | None, memory: int | None) -> None:
+    """How a head's work is to be cut."""
     if strategy is not None and strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {', '.join(map(repr, STRATEGIES))} or None, got {strategy!r}")
     if memory is not None and (type(memory) is not int or memory <= 0):
@@ -249,6 +264,8 @@ def check_classifier(input: Tensor, weight: Tensor, bias: Tensor | None, normali
     for name, tensor in (("linear_weight", weight), ("linear_bias", bias)):
         if tensor is None:
             continue
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{name} takes a dense tensor, got a {str(tensor.layout).removeprefix('torch.')} one")
         if tensor.device != input.device:
             raise ValueError(f"{name} must be on input's device {input.device}, got {tensor.device}")
         # Under autocast the features are in half precision and the weight is not: each is read as it is.

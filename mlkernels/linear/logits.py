@@ -95,7 +95,7 @@ class LinearLogits(ProductLogits):
         call = Call(
             list(numbers), tuple(flat), frozenset(per_row), self.normalize, with_stats, made, pieces, accumulate
         )
-        loss, *stats = self.run(call, x.reshape(-1, width), target.reshape(-1), list(flat.values()))
+        loss, *stats = self.run(call, x.reshape(target.numel(), width), target.reshape(-1), list(flat.values()))
         loss = loss if loss.dim() == 0 else loss.reshape(target.shape)
         if with_stats:
             self.stats = RowStats(*(row.reshape(target.shape) for row in stats))

@@ -13,7 +13,7 @@ from typing_extensions import Self
 from ..backends.reference import full_precision
 from ..checks import check_input
 from ..softmax import RowStats
-from .functional import Strategy, check_classifier, linear_softmax_loss
+from .functional import Strategy, check_classifier, check_plan, linear_softmax_loss
 from .plan import TILE
 
 
@@ -67,6 +67,7 @@ class LinearLoss(nn.Module):
             raise TypeError(f"loss takes a loss module or function of the softmax family, got {type(loss).__name__}")
         if bias and normalize:
             raise ValueError("bias has no meaning beside normalize=True: cosines have none")
+        check_plan(strategy, memory)
         self.loss = loss
         self.in_features, self.num_classes = in_features, num_classes
         self.normalize, self.strategy, self.memory = normalize, strategy, memory
@@ -80,7 +81,7 @@ class LinearLoss(nn.Module):
             self.weight = weight
         own = nn.Parameter(self.weight.new_empty(num_classes).detach()) if bias else None
         self.register_parameter("bias", own)
-        self._tied = weight is not None
+        self._shares_weight, self._shares_bias = weight is not None, False
         self.reset_parameters()
 
     @classmethod
@@ -99,21 +100,21 @@ class LinearLoss(nn.Module):
         if linear.bias is not None:
             if head.normalize:
                 raise ValueError("linear has a bias, which has no meaning beside normalize=True")
-            head.bias = linear.bias
+            head.bias, head._shares_bias = linear.bias, True
         return head
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws weight and bias as ``nn.Linear`` does; a weight that is shared is left to whom it belongs."""
+        """Draws weight and bias as ``nn.Linear`` does; what is shared is left to whom it belongs."""
         bound = 1 / math.sqrt(self.in_features) if self.in_features else 0.0
-        if not self._tied:
+        if not self._shares_weight:
             nn.init.uniform_(self.weight, -bound, bound)
-        if self.bias is not None:
+        if self.bias is not None and not self._shares_bias:
             nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, input: Tensor, target: Tensor, **per_call: Any) -> Tensor | tuple[Tensor, RowStats]:
-        """The loss of (..., D) features; ``per_call`` goes to the loss (``logit_norm``, ``norm``, ``group``), but for
-        ``return_stats``."""
+        """The loss of (..., D) features; ``per_call`` goes to the loss (``logit_norm``, ``norm``, ``group``,
+        ``row_weight``, ``normalizer``), but for ``return_stats``."""
         result: Tensor | tuple[Tensor, RowStats] = linear_softmax_loss(
             input, self.weight, target, linear_bias=self.bias, normalize=self.normalize, loss=self.loss,
             strategy=self.strategy, memory=self.memory, **per_call,
@@ -138,7 +139,8 @@ class LinearLoss(nn.Module):
         check_classifier(input, self.weight, self.bias, self.normalize)
         if not 1 <= k <= self.num_classes:
             raise ValueError(f"k must be in [1, {self.num_classes}], got {k}")
-        values, classes = streamed_topk(input.reshape(-1, self.in_features), self.weight, self.bias, k, self.normalize)
+        x = input.reshape(input.shape[:-1].numel(), self.in_features)
+        values, classes = streamed_topk(x, self.weight, self.bias, k, self.normalize)
         shape = (*input.shape[:-1], k)
         return values.reshape(shape), classes.reshape(shape)
 
