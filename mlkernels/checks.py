@@ -218,11 +218,17 @@ def check_input(input: Tensor) -> None:
     if input.layout != _STRIDED:
         kind = "nested" if input.is_nested else str(input.layout).removeprefix("torch.")
         raise TypeError(f"input takes a dense tensor, got a {kind} one")
-    if type(input) not in tracing.PLAIN_TENSORS and type(input).__name__ == "DTensor":
-        raise TypeError(
-            f"input takes a plain tensor, got a DTensor {input.placements}: where ranks have rows of their own pass "  # type: ignore[attr-defined]
-            "to_local() of input and target, which gives each rank the loss of its rows; else input.full_tensor()"
-        )
+    if type(input) not in tracing.PLAIN_TENSORS:
+        check_plain(
+            "input", input, "where ranks have rows of their own pass to_local() of input and target, which gives each "
+            "rank the loss of its rows; else input.full_tensor()",
+        )  # fmt: skip
+
+
+def check_plain(name: str, value: Tensor, instead: str) -> None:
+    """No tensor of which a rank has a part."""
+    if type(value).__name__ == "DTensor":
+        raise TypeError(f"{name} takes a plain tensor, got a DTensor {value.placements}: {instead}")  # type: ignore[attr-defined]
 
 
 def check_tensors(input: Tensor, target: Tensor, ignore_index: int | None = None) -> Tensor:
@@ -369,6 +375,7 @@ def check_row_weight(value: Tensor, input: Tensor, rows: torch.Size) -> None:
     if not isinstance(value, Tensor):
         raise wrong_type("row_weight", f"a floating tensor of target's shape {wanted}", value)
     check_floating("row_weight", value)
+    check_plain("row_weight", value, "pass row_weight.to_local()")
     if value.device != input.device:
         raise ValueError(f"row_weight must be on input's device {input.device}, got {value.device}")
     if value.shape != rows:
@@ -388,6 +395,7 @@ def check_normalizer(value: float | Tensor, input: Tensor, reduction: str) -> Nu
         return check_number("normalizer", value, takes="a number, or one in a tensor")
     if value.dtype not in _FLOATING and value.dtype not in _INTEGER:
         raise TypeError(f"normalizer must be floating or an integer, got {value.dtype}")
+    check_plain("normalizer", value, "pass normalizer.full_tensor()")
     if value.device != input.device:
         raise ValueError(f"normalizer must be on input's device {input.device}, got {value.device}")
     if value.shape not in ((), (1,)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import socket
@@ -17,6 +18,8 @@ import torch.distributed as dist
 from table import BY_NAME, F64, LOSSES
 from test_linear import OPTIONS, leaves_of, unfused
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 import mlkernels
@@ -217,6 +220,39 @@ def recomputed(group: dist.ProcessGroup) -> None:
         agrees(first, second)
 
 
+def copied_and_compiled(group: dist.ProcessGroup) -> None:
+    """A copy is of the same ranks; compiled, a head is left out of the graph."""
+    x, weight, _, target = problem()
+    own = own_rows(group)
+    head = head_of(group, mlkernels.CrossEntropyLoss(), weight)
+    loss = head(x[own], target[own])
+    agrees(copy.deepcopy(head)(x[own], target[own]), loss)
+    if dist.get_world_size(group) == 2:
+        agrees(torch.compile(head, backend="eager")(x[own], target[own]), loss)
+    with pytest.raises(RuntimeError, match=r"no torch\.func transforms"):
+        torch.func.grad(lambda features: head(features, target[own]))(x[own])
+
+
+def sharded_tensors(group: dist.ProcessGroup) -> None:
+    """No function takes one, and each says so."""
+    x, weight, bias, target = problem()
+    mesh = DeviceMesh.from_group(group, "cpu")
+    shard = lambda tensor: DTensor.from_local(tensor, mesh, [Shard(0)])
+    head, ones = mlkernels.linear_cross_entropy, torch.ones(ROWS)
+    for name, call in {
+        "input": lambda: head(shard(x), weight, target),
+        "linear_weight": lambda: head(x, shard(weight), target),
+        "linear_bias": lambda: head(x, weight, target, linear_bias=DTensor.from_local(bias, mesh, [Replicate()])),
+        "target": lambda: head(x, weight, shard(target)),
+        "row_weight": lambda: mlkernels.cross_entropy(x, target, row_weight=shard(ones)),
+        "normalizer": lambda: mlkernels.cross_entropy(
+            x, target, normalizer=DTensor.from_local(ones[0], mesh, [Replicate()])
+        ),
+    }.items():
+        with pytest.raises(TypeError, match=rf"^{name} takes a plain tensor, got a DTensor"):
+            call()
+
+
 def errors_everywhere(group: dist.ProcessGroup) -> None:
     """What is wrong on one rank is said on all, and the next call works."""
     rank, own = dist.get_rank(group), own_rows(group)
@@ -234,6 +270,8 @@ def errors_everywhere(group: dist.ProcessGroup) -> None:
     with pytest.raises(ValueError, match=r"^strategy must be the same on all ranks: rank 0 has None, rank 1 tiles$"):
         head(features, target[: len(features)])
     head.strategy = None
+    with pytest.raises(ValueError, match=r"^normalizer must be the same on all ranks: rank 0 has 3.0, rank 1 4.0$"):
+        head(features, target[: len(features)], normalizer=torch.tensor(4.0 if rank == 1 else 3.0))
     with pytest.raises(ValueError, match=r"^num_classes must be the same on all ranks: rank 0 has 5, rank 1 6$"):
         ClassParallelLoss(mlkernels.CrossEntropyLoss(), WIDTH, 6 if rank == 1 else 5, process_group=group)
     agrees(head(x[own], target[own]), mlkernels.cross_entropy(unfused(x, weight, None), target))
@@ -316,8 +354,8 @@ def checkpoints(folder: Path) -> None:
 
 GROUPS: dict[int, dist.ProcessGroup] = {}
 SCENES: list[Callable[[dist.ProcessGroup], None]] = [
-    every_loss, statistics, batches_of_nothing, half_precision, averaged_backbones, recomputed, errors_everywhere,
-    best_classes, bytes_as_promised,
+    every_loss, statistics, batches_of_nothing, half_precision, averaged_backbones, recomputed,
+    copied_and_compiled, sharded_tensors, errors_everywhere, best_classes, bytes_as_promised,
 ]  # fmt: skip
 
 

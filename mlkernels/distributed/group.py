@@ -39,6 +39,9 @@ class Group:
         self._collectives: Counter[str] = Counter()
         self._bytes: Counter[str] = Counter()
 
+    def __deepcopy__(self, memo: object) -> Group:
+        return Group(self.process_group)  # ranks are not copied
+
     def traffic(self) -> Traffic:
         """What this rank has sent since the last time that it was asked, by what for."""
         found = Traffic(dict(self._collectives), dict(self._bytes))

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..backends import native
 from ..linear.logits import LinearLogits
 from ..linear.loop import Call, Wanted
-from ..numbering import TRAINABLE
+from ..numbering import TRAINABLE, Slot
 from .group import Group, offsets
 from .loop import Shard, class_parallel_loss
 
@@ -39,6 +39,7 @@ class ShardedLogits(LinearLogits):
             "in_features": self.weight.shape[1],
             "num_classes": self.classes,
             "loss": list(numbers),
+            "normalizer": params[Slot.NORMALIZER].item() if Slot.NORMALIZER in params else None,
             "return_stats": return_stats,
             "strategy": self.strategy,
             "memory": self.memory,

@@ -18,6 +18,7 @@ from ..checks import check_input
 from ..linear.functional import Strategy, check_call, check_callable, check_classifier, loss_of
 from ..linear.module import streamed_topk
 from ..softmax import RowStats
+from ..tracing import functorch_level
 from . import weights
 from .group import Group, Traffic, offsets, padded
 from .logits import ShardedLogits
@@ -132,7 +133,16 @@ class ClassParallelLoss(nn.Module):
         """The loss of this rank's (..., D) features and labels; ``per_call`` goes to the loss (``logit_norm``,
         ``norm``, ``group``, ``row_weight``, ``normalizer``), but for ``return_stats``. To be called on all ranks, also
         by one that has no rows."""
-        return_stats = per_call.pop("return_stats", False)
+        if functorch_level() is not None:
+            raise RuntimeError("heads know no torch.func transforms: take the logits' functions")
+        meet = self._called
+        if torch.compiler.is_compiling():
+            meet = torch.compiler.disable(meet)  # a graph break: collectives and the loop are no graph
+        return meet(input, target, **per_call)
+
+    def _called(
+        self, input: Tensor, target: Tensor, return_stats: bool = False, **per_call: Any
+    ) -> Tensor | tuple[Tensor, RowStats]:
         logits = None
         try:
             check_input(input)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import functional
 from ..call import Options
-from ..checks import check_input
+from ..checks import check_input, check_plain
 from ..softmax import RowStats
 from .logits import LinearLogits
 from .plan import STRATEGIES
@@ -119,8 +119,8 @@ def linear_softmax_loss(
             A zero row is NaN. There is no bias then.
         loss: what is called with (logits, target): a module of the family (``mlkernels.ArcFaceLoss()``,
             ``TwoScaleLoss``...) or a function of it; further arguments are passed on to its call (``row_weight``,
-            ``normalizer``, ``logit_norm``, ``norm``, ``group``). None: those of :func:`mlkernels.softmax_loss`,
-            ``transform``, ``scale``, ``head``, ``target_logit``, ``group``, and what :mod:`mlkernels.functional` shares.
+            ``normalizer``, ``logit_norm``, ``norm``, ``group``). None: those of :func:`mlkernels.softmax_loss`, that is
+            ``transform``, ``scale``, ``head``, ``target_logit``, ``group`` and what :mod:`mlkernels.functional` shares.
         return_stats: return ``(loss, RowStats)``, whose ``logsumexp``, ``log_prob`` and ``entropy`` have gradients.
         strategy: ``"stored"`` keeps the logits of a chunk of rows from the statistics to the gradient, ``"tiles"``
             makes the product again for the gradient; None picks by size.
@@ -225,6 +225,7 @@ def check_call(input: Tensor, target: Tensor, strategy: str | None, memory: int 
     """What a head takes beside a classifier and a loss's own arguments."""
     if not isinstance(target, Tensor):
         raise TypeError(f"target takes an integer tensor, got {type(target).__name__}: write torch.as_tensor(target)")
+    check_plain("target", target, "pass target.to_local(), beside features of this rank's rows")
     if target.shape != input.shape[:-1]:
         raise ValueError(
             f"target must be {tuple(input.shape[:-1])}, a label for each row of an input of {tuple(input.shape)}, got "
@@ -266,6 +267,10 @@ def check_classifier(input: Tensor, weight: Tensor, bias: Tensor | None, normali
             continue
         if tensor.layout != torch.strided:
             raise TypeError(f"{name} takes a dense tensor, got a {str(tensor.layout).removeprefix('torch.')} one")
+        check_plain(
+            name, tensor, "fully_shard makes it one within forward() and after unshard(); ClassParallelLoss spreads "
+            f"the classes over ranks; else {name}.full_tensor()",
+        )  # fmt: skip
         if tensor.device != input.device:
             raise ValueError(f"{name} must be on input's device {input.device}, got {tensor.device}")
         # Under autocast the features are in half precision and the weight is not: each is read as it is.
