@@ -161,6 +161,9 @@ class MarginLoss(FamilyLoss):
 class ArcFaceLoss(FamilyLoss):
     r"""ArcFace on cosines; see :func:`mlkernels.arcface_loss`.
 
+    What it takes are cosines of features and class weights, which ``mlkernels.LinearLoss(loss, ..., normalize=True)``
+    and ``linear_softmax_loss(..., loss=loss, normalize=True)`` make on the way.
+
     Args:
         margin: the additive angle, in radians, a number or a tensor (0-d or (C,)).
         scale: s > 0, of all logits; a number or a tensor (0-d or (C,)).
@@ -193,6 +196,9 @@ class ArcFaceLoss(FamilyLoss):
 class CosFaceLoss(FamilyLoss):
     r"""CosFace on cosines; see :func:`mlkernels.cosface_loss`.
 
+    What it takes are cosines of features and class weights, which ``mlkernels.LinearLoss(loss, ..., normalize=True)``
+    and ``linear_softmax_loss(..., loss=loss, normalize=True)`` make on the way.
+
     Args:
         margin: the additive cosine, a number or a tensor (0-d or (C,)).
         scale: s > 0, of all logits; a number or a tensor (0-d or (C,)).
@@ -224,6 +230,9 @@ class CosFaceLoss(FamilyLoss):
 @family
 class SphereFaceLoss(FamilyLoss):
     r"""SphereFace (A-Softmax) on cosines; see :func:`mlkernels.sphereface_loss`.
+
+    What it takes are cosines of features and class weights, which ``mlkernels.LinearLoss(loss, ..., normalize=True)``
+    and ``linear_softmax_loss(..., loss=loss, normalize=True)`` make on the way.
 
     Args:
         margin: the multiplicative margin, > 0, a number or a tensor (0-d or (C,)).

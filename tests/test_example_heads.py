@@ -1,0 +1,39 @@
+"""The scripts that train through a head: a policy and a language model learn, with memory to spare."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from scripts import script
+
+pytestmark = pytest.mark.usefixtures("threads_put_back")
+
+
+def test_policy_gradient(capsys: pytest.CaptureFixture[str]) -> None:
+    """From clicks alone, among 1500 items; both ways of the gradient are one gradient."""
+    rates = script("policy_gradient").main(["--items", "1500", "--batch", "128", "--steps", "60"])
+    assert list(rates) == ["log_prob", "row_weight"]
+    for way, (chance, learned) in rates.items():
+        assert chance < 0.05, way
+        assert learned > 0.4, way
+    assert rates["log_prob"] == pytest.approx(rates["row_weight"], abs=0.02)
+    tables = capsys.readouterr().out.split("\nby ")[1:]
+    ranks, entropies = ([[float(line.split()[k]) for line in t.splitlines()[2:]] for t in tables] for k in (4, 3))
+    for rank, entropy in zip(ranks, entropies, strict=True):
+        assert rank[-1] < rank[0] / 10
+        assert entropy[-1] < entropy[0] - 2
+
+
+def test_language_model(capsys: pytest.CaptureFixture[str]) -> None:
+    """Better than the words' frequencies with every loss; a z-loss holds log Z; the head takes less memory."""
+    found = script("lm_head").main(["--words", "4096", "--width", "32", "--steps", "60"])
+    perplexity = {name: values[0] for name, values in found.items()}
+    losses = ("cross entropy", "focal", "z-loss")
+    for name in losses:
+        assert perplexity[name] < 0.7 * perplexity["frequencies"], name
+    assert len({perplexity[name] for name in losses}) == 3
+    assert found["z-loss"][1] < found["cross entropy"][1] - 1
+    assert "|log Z|" in capsys.readouterr().out
+    if sys.platform.startswith("linux"):
+        assert 0 < found["head"][1] < found["whole logits"][1] / 2  # the logits are 64 MB
