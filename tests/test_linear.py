@@ -171,6 +171,9 @@ def test_what_a_plan_takes():
     assert plan(1024, 200_000, 256, 4, False, 0) == (True, 114, 9198)
     assert plan(100, 200_000, 64, 4, False, 0) == (True, 100, 10485)
     assert not plan(1024, 10_000_000, 512, 4, True, 0).stored
+    # Beside twelve temporaries a chunk has fewer rows, where as many as fit alone would leave no room for a tile.
+    assert plan(40, 11, 4, 8, False, 12, "stored", 5000) == (True, 20, 1)
+    assert plan(10_000_000, 3, 16, 4, False, 12, "stored") == (True, 1_250_000, 1)
     with pytest.raises(ValueError, match=r"memory=1000 is too small for one row of 5000 logits .* takes 20000 bytes"):
         plan(8, 5000, 16, 4, False, 0, "stored", 1000)
     with pytest.raises(ValueError, match=r"memory=10 is too small for one logit of one row: that takes 68 bytes"):

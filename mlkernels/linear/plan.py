@@ -63,6 +63,9 @@ def plan(
         # A chunk reads all of W: most of the memory is for rows, and few of them are better made again.
         most = min(rows, max(1, (allowed * 3 // 4 if of_class(1, temporaries) else allowed) // a_row))
         chunk = -(-rows // -(-rows // most))  # as many chunks, of one size
+        if strategy == "stored":  # temporaries are of a chunk's rows, which may be many where classes are few
+            while chunk > 1 and chunk * a_row + of_class(chunk, temporaries) > allowed:
+                chunk = (chunk + 1) // 2
         tile = tile_of(chunk, allowed - chunk * a_row, temporaries)
         worth = chunk == rows or (width >= CHEAP_WIDTH and chunk >= FEW_ROWS)
         if tile > 0 and (strategy == "stored" or worth):
