@@ -25,13 +25,12 @@ from .checks import (
     check_range,
     check_reduction,
     check_row_weight,
-    check_tables,
     check_target,
-    table_groups,
     wrong_type,
 )
 from .numbering import INPUT
 from .spec import SLOTS, TRAINABLE, BackendName, BeyondPi, HeadKind, Number, ReductionName, Slot, Spec, TransformKind
+from .tables import check_tables, table_groups
 from .tracing import PLAIN_TENSORS, functorch_level, is_dual, modes
 
 ONLY_INPUT = 1 << INPUT

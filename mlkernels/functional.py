@@ -19,9 +19,8 @@ Raises:
     IndexError: on the CPU, a label outside [0, C) that is not ignore_index, with its row. On a GPU that row's loss and
         gradient are NaN; see :func:`mlkernels.check_labels`.
 
-A parameter of a loss (a scale, a margin, an exponent) is a real number (Python's, NumPy's) or a tensor: 0-d or (1,):
-shared; (C,): per class, indexed by the label; target.shape + (1,), that is (N, 1): per row. Tensors may require a
-gradient. Numbers are keyword-only.
+A parameter (a scale, a margin, an exponent) is a real number (Python's, NumPy's) or a tensor: 0-d, (1,): shared; (C,):
+per class, by the label; target.shape + (1,), that is (N, 1): per row; it may require a gradient, and is keyword-only.
 """
 
 from __future__ import annotations
