@@ -28,6 +28,10 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 export MLKERNELS_CUDA ?= $(if $(shell command -v nvcc),1)
 export MLKERNELS_CUDA_ARCHS ?= 90
 
+# Of one version, pinned in pyproject.toml: others format otherwise. numbering.h is written by csrc/build.py.
+CLANG_FORMAT = $(PY) -c "from clang_format import clang_format; clang_format()"
+CPP = $(filter-out csrc/numbering.h, $(wildcard $(foreach d, csrc csrc/* tools/*/ tools/*/*, $(d)/*.h $(d)/*.cpp $(d)/*.cu)))
+
 .PHONY: test bench demo lint format build clean
 
 test: build
@@ -43,11 +47,13 @@ lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(CLANG_FORMAT) --dry-run --Werror $(CPP)
 	$(PY) tools/lengths.py
 
 format: $(READY)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+	$(CLANG_FORMAT) -i $(CPP)
 
 # Always asked, and done in no time where nothing changed; where it cannot be done it says so and exits with 0.
 build: $(READY)

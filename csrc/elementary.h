@@ -59,7 +59,8 @@ MLK_FN T sine(T x, int quarters) {
   const T turns = m_floor(x * T(0.6366197723675814) + T(0.5));  // of pi / 2, which comes in three parts
   T r;
   if (sizeof(T) == 8)
-    r = ((x - turns * T(1.57079625129699707031)) - turns * T(7.54978941586159635335e-8)) - turns * T(5.39030285815811905e-15);
+    r = ((x - turns * T(1.57079625129699707031)) - turns * T(7.54978941586159635335e-8)) -
+        turns * T(5.39030285815811905e-15);
   else
     r = ((x - turns * T(1.5703125)) - turns * T(4.837512969970703125e-4)) - turns * T(7.549789948768648e-8);
   const T z = r * r;

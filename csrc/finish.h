@@ -29,23 +29,23 @@ struct Values {
 // What a pass over a row's classes knows of it; sums are over j != y, e_j = exp(s (u_j - m)).
 template <class T>
 struct Statistics {
-  T target;          // u_y
-  T other_max;       // m; -inf where there is no other class
-  T log_sum;         // log of S, the sum of e_j; -inf where there is no other class
-  T share;           // 1 / S; 0 where there is no other class
-  T shift = 0;       // the sum of e_j (u_j - m), for derivatives by s and the entropy
-  T square = 0;      // the sum of e_j (u_j - m)^2, for the entropy's derivative by s
-  T weighted = 0;    // the sum of w_j (u_j - m), for smoothing
+  T target;        // u_y
+  T other_max;     // m; -inf where there is no other class
+  T log_sum;       // log of S, the sum of e_j; -inf where there is no other class
+  T share;         // 1 / S; 0 where there is no other class
+  T shift = 0;     // the sum of e_j (u_j - m), for derivatives by s and the entropy
+  T square = 0;    // the sum of e_j (u_j - m)^2, for the entropy's derivative by s
+  T weighted = 0;  // the sum of w_j (u_j - m), for smoothing
 };
 
 // ---- transforms: t(u_y) --------------------------------------------------------------------------------------------
 
 template <class T>
 struct Target {
-  T value = 0, slope = 1;          // t and dt/du
-  T da = 0, db = 0, dc = 0;        // by the transform's parameters
+  T value = 0, slope = 1;    // t and dt/du
+  T da = 0, db = 0, dc = 0;  // by the transform's parameters
   T dnorm = 0;
-  int bin = 0;                     // of a piecewise t
+  int bin = 0;  // of a piecewise t
 };
 
 // The floor of sqrt(1 - x^2) where it divides: derivatives of angles stay finite, and within fp16 at s = 64.
@@ -131,9 +131,7 @@ MLK_FN Target<T> transform_target(const Spec& spec, const Values<T>& values, T x
   Target<T> out;
   const T a = values.at[TRANSFORM_A], b = values.at[TRANSFORM_B];
   switch (spec.transform) {
-    case Transform::IDENTITY:
-      out.value = x;
-      return out;
+    case Transform::IDENTITY: out.value = x; return out;
     case Transform::GIVEN:
       out.value = a;
       out.slope = 0;
@@ -199,9 +197,9 @@ MLK_FN RowScale<T> row_scale(const Spec& spec, const Values<T>& values, T confid
 
 template <class T>
 struct HeadLoss {
-  T value = 0, slope = 1;                // phi and w = -dphi/dlog p
-  T da = 0, db = 0, dc = 0, dd = 0;      // by the head's parameters
-  int bin = 0;                           // of tau
+  T value = 0, slope = 1;            // phi and w = -dphi/dlog p
+  T da = 0, db = 0, dc = 0, dd = 0;  // by the head's parameters
+  int bin = 0;                       // of tau
 };
 
 // alpha (1 - p^beta)^gamma (-log p)^kappa; (m/nll)^gamma nll^(gamma+kappa) near p = 1, where m = 1 - p^beta -> 0.
@@ -221,10 +219,10 @@ MLK_FN HeadLoss<T> modulated(T nll, T alpha, T beta, T gamma, T kappa, bool deri
     return out;
   }
   const T x = beta * nll;
-  const T power = m_exp(-x);                         // p^beta
-  const T m = x > 1 ? 1 - power : -m_expm1(-x);      // no cancellation where power < 1/2
+  const T power = m_exp(-x);                     // p^beta
+  const T m = x > 1 ? 1 - power : -m_expm1(-x);  // no cancellation where power < 1/2
   const T h = x > 0 ? x * power / m : T(1);
-  T bare;                         // m^gamma nll^(kappa-1)
+  T bare;  // m^gamma nll^(kappa-1)
   if (x < T(0.25)) {
     const T exponent = gamma + kappa - 1;
     bare = m_pow(nll > 0 ? m / nll : beta, gamma) * (exponent == 0 ? T(1) : m_pow(nll, exponent));
@@ -290,14 +288,11 @@ MLK_FN HeadLoss<T> head_loss(const Spec& spec, const Values<T>& values, T nll, b
   out.value = nll;
   if (spec.head == Head::LOG) return out;  // before any jump
   switch (spec.head) {
-    case Head::LOG:
-      return out;
+    case Head::LOG: return out;
     case Head::MODULATED:
       return modulated(nll, values.at[HEAD_A], values.at[HEAD_B], values.at[HEAD_C], values.at[HEAD_D], derive);
-    case Head::TAU:
-      return tau(spec, values, nll);
-    case Head::TRUNCATED:
-      return truncated(nll, values.at[HEAD_A]);
+    case Head::TAU: return tau(spec, values, nll);
+    case Head::TRUNCATED: return truncated(nll, values.at[HEAD_A]);
   }
   out.value = out.slope = nan<T>();  // no such head
   return out;
@@ -310,8 +305,8 @@ template <class T>
 struct Position {
   RowScale<T> scale;
   Target<T> target;
-  T nll;       // -log p
-  T q;         // 1 - p
+  T nll;  // -log p
+  T q;    // 1 - p
   T p;
   T others;    // logsumexp(z) - s m
   T lse;       // logsumexp(z)
@@ -321,8 +316,8 @@ struct Position {
 // delta, whose sign says whether the row is right: from here on exp(-|delta|) and log1p of that are all it takes, and a
 // backend may compute them for many rows at once.
 template <class T>
-MLK_FN T approach(const Spec& spec, const Values<T>& values, const Statistics<T>& row, const RowScale<T>& scale, bool derive,
-                  Position<T>& at) {
+MLK_FN T approach(const Spec& spec, const Values<T>& values, const Statistics<T>& row, const RowScale<T>& scale,
+                  bool derive, Position<T>& at) {
   at.scale = scale;
   at.target = transform_target(spec, values, row.target, derive);
   const T z_y = scale.value * at.target.value;
@@ -350,10 +345,10 @@ MLK_FN void locate(const Statistics<T>& row, T delta, T e, T tail, Position<T>& 
 // The parts of a batch that every row shares.
 template <class T>
 struct Batch {
-  T smoothing;      // epsilon
-  T smoothing_part; // epsilon / C
+  T smoothing;       // epsilon
+  T smoothing_part;  // epsilon / C
   T z_loss;
-  T weight_sum;     // sum of all class weights; C without weights
+  T weight_sum;  // sum of all class weights; C without weights
   int64_t classes;
 };
 
@@ -370,8 +365,7 @@ MLK_FN T finish(const Batch<T>& batch, const Factors<T>& factors, const Statisti
   if (batch.smoothing > 0) {
     T spread = weight * at.nll;
     if (batch.classes > 1) {
-      spread += at.alone ? infinity<T>()
-                         : (batch.weight_sum - weight) * at.others - at.scale.value * row.weighted;
+      spread += at.alone ? infinity<T>() : (batch.weight_sum - weight) * at.others - at.scale.value * row.weighted;
     }
     by_class = (1 - batch.smoothing) * by_class + batch.smoothing_part * spread;
   }
@@ -453,7 +447,7 @@ MLK_FN void row_parameters(const Spec& spec, const Values<T>& values, const Batc
   const T flat = gradient.by_probability;
   const T pull = up.by_class * (1 - batch.smoothing) * weight * head.slope - up.log_prob;
   const T part = up.by_class * batch.smoothing_part;
-  const T expected = at.p > 0 ? at.p * t : T(0);  // p_y t: 0 where p is, also when t is -inf
+  const T expected = at.p > 0 ? at.p * t : T(0);              // p_y t: 0 where p is, also when t is -inf
   const T absent = batch.classes > 1 ? infinity<T>() : T(0);  // smoothing counts classes that have no chance
   T by_scale = flat * expected - (part != 0 ? part * (weight * t - absent) : T(0));
   if (!at.alone) {

@@ -43,7 +43,6 @@ MLK_FN float widen(float16 x) {
 #endif
 }
 
-
 MLK_FN void narrow(float x, float& out) { out = x; }
 MLK_FN void narrow(double x, double& out) { out = x; }
 #ifndef __CUDACC__

@@ -87,8 +87,8 @@ Tensor gradient_like(const Tensor& input) {
   const auto sizes = like.sizes(), strides = like.strides();
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(torch_from_blob(
-      buffer->data, int64_t(sizes.size()), sizes.data(), strides.data(), 0, int32_t(dtype), aoti_torch_device_type_cpu(), -1,
-      &handle, aoti_torch_layout_strided(), nullptr, 0,
+      buffer->data, int64_t(sizes.size()), sizes.data(), strides.data(), 0, int32_t(dtype),
+      aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0,
       [](void*, void* context) { give_buffer(static_cast<Buffer*>(context)); }, buffer));
   return Tensor(handle);
 }
@@ -274,12 +274,13 @@ struct Call {
       if (p.group[i] < 0 || p.group[i] >= groups) out_of_range("group", *tensors[GROUP], p.group[i], i, groups);
   }
 
-  [[noreturn]] static void out_of_range(const char* name, const Tensor& labels, int64_t value, int64_t row, int64_t count) {
+  [[noreturn]] static void out_of_range(const char* name, const Tensor& labels, int64_t value, int64_t row,
+                                        int64_t count) {
     std::string said = std::to_string(value);
     if (labels.scalar_type() == ScalarType::UInt64)  // as it was given, which may be more than int64 holds
       said = std::to_string(static_cast<const uint64_t*>(labels.data_ptr())[layout_of(labels, false).offset(row)]);
-    throw std::out_of_range(std::string(name) + " " + said + " at row " + std::to_string(row) + " is out of range [0, " +
-                            std::to_string(count) + ")");
+    throw std::out_of_range(std::string(name) + " " + said + " at row " + std::to_string(row) +
+                            " is out of range [0, " + std::to_string(count) + ")");
   }
 
   // One over what "mean" divides by; NaN where that is nothing.
@@ -303,8 +304,7 @@ struct Call {
       if (p.rows > 0) Run<T>::rows(p, 0, p.rows);
       return;
     }
-    torch::stable::parallel_for(0, p.rows, grain,
-                                [this](int64_t begin, int64_t end) { Run<T>::rows(p, begin, end); });
+    torch::stable::parallel_for(0, p.rows, grain, [this](int64_t begin, int64_t end) { Run<T>::rows(p, begin, end); });
   }
 };
 
@@ -436,7 +436,8 @@ std::tuple<Tensor, Tensor> softmax_loss(const Tensor& input, const Tensor& targe
 
 using Stats = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Stats softmax_stats(const Tensor& input, const Tensor& target, std::vector<double> numbers, std::vector<Tensor> params) {
+Stats softmax_stats(const Tensor& input, const Tensor& target, std::vector<double> numbers,
+                    std::vector<Tensor> params) {
   return by_type(input, [&](auto zero) {
     using T = decltype(zero);
     Call<T> call(input, target, numbers, params);

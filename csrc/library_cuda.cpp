@@ -257,7 +257,8 @@ struct Call {
     const int* bins = !is_table(slot) ? nullptr : of_t ? v.t_bin : v.tau_bin;
     const int per_group = of_t ? v.t.bins : v.tau.bins;
     // Blocks are numbered by an int.
-    const int chunks = int(std::clamp<int64_t>((rows + 4095) / 4096, 1, std::clamp<int64_t>((1 << 20) / (count + 1), 1, 64)));
+    const int chunks =
+        int(std::clamp<int64_t>((rows + 4095) / 4096, 1, std::clamp<int64_t>((1 << 20) / (count + 1), 1, 64)));
     double* sums = numbers_of(count * chunks);
     Sums::buckets(v, device, values, bins, per_group, count, chunks, sums);
     Sums::store(sums, count, chunks, out.data_ptr(), storage, device);
@@ -315,7 +316,8 @@ std::tuple<Tensor, Tensor> softmax_loss_with_gradient(const Tensor& input, const
 
 using Stats = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Stats softmax_stats(const Tensor& input, const Tensor& target, std::vector<double> numbers, std::vector<Tensor> params) {
+Stats softmax_stats(const Tensor& input, const Tensor& target, std::vector<double> numbers,
+                    std::vector<Tensor> params) {
   const DeviceGuard guard(input);
   return by_type(input, [&](auto zero) {
     using T = decltype(zero);
@@ -360,8 +362,8 @@ std::vector<Tensor> softmax_loss_backward(std::optional<Tensor> grad_loss, std::
   });
 }
 
-void softmax_loss_refresh(const Tensor& grad_loss, const Tensor& input, const Tensor& target, std::vector<double> numbers,
-                          std::vector<Tensor> params, Tensor gradient) {
+void softmax_loss_refresh(const Tensor& grad_loss, const Tensor& input, const Tensor& target,
+                          std::vector<double> numbers, std::vector<Tensor> params, Tensor gradient) {
   const DeviceGuard guard(input);
   by_type(input, [&](auto zero) {
     using T = decltype(zero);
@@ -424,8 +426,8 @@ void check_pairs(const std::vector<Tensor>& dst, const std::vector<Tensor>& src,
   const auto require = [](bool good, const std::string& what) {
     if (!good) throw std::invalid_argument(what);
   };
-  require(dst.size() == src.size(), "src must hold one tensor per tensor of dst, " + std::to_string(dst.size()) + ", got " +
-                                        std::to_string(src.size()));
+  require(dst.size() == src.size(), "src must hold one tensor per tensor of dst, " + std::to_string(dst.size()) +
+                                        ", got " + std::to_string(src.size()));
   for (size_t i = 0; i < dst.size(); ++i) {
     const std::string names = "src[" + std::to_string(i) + "] must have the ";
     bool same = dst[i].dim() == src[i].dim();
@@ -434,7 +436,8 @@ void check_pairs(const std::vector<Tensor>& dst, const std::vector<Tensor>& src,
     require(dst[i].scalar_type() == src[i].scalar_type(), names + "dtype of dst[" + std::to_string(i) + "]");
     require(device_of_tensor(dst[i]) == device_of_tensor(src[i]), names + "device of dst[" + std::to_string(i) + "]");
     if (flag && !on_host(*flag))
-      require(device_of_tensor(dst[i]) == device_of_tensor(*flag), "dst[" + std::to_string(i) + "] must be on flag's device");
+      require(device_of_tensor(dst[i]) == device_of_tensor(*flag),
+              "dst[" + std::to_string(i) + "] must be on flag's device");
   }
   if (flag) require(flag->scalar_type() == ScalarType::Bool && flag->numel() == 1, "flag takes one boolean");
 }
@@ -518,7 +521,8 @@ extern "C" __attribute__((visibility("default"))) void mlkernels_simt_force(int 
   mlkernels::simt::Machine::get().seed = seed;
 }
 // Counts from now on how shared memory is accessed, or reports: the turns that it took, and those that it had to.
-extern "C" __attribute__((visibility("default"))) void mlkernels_simt_banks(int counts, uint64_t* turns, uint64_t* least) {
+extern "C" __attribute__((visibility("default"))) void mlkernels_simt_banks(int counts, uint64_t* turns,
+                                                                            uint64_t* least) {
   mlkernels::simt::Machine& machine = mlkernels::simt::Machine::get();
   *turns = machine.banks.turns;
   *least = machine.banks.least;

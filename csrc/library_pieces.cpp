@@ -40,7 +40,9 @@ struct Run<double> {
 
 template <class U>
 U* array(const Tensor& tensor, int64_t count, const char* name) {
-  const ScalarType wanted = sizeof(U) == 4 ? ScalarType::Float : std::is_integral<U>::value ? ScalarType::Long : ScalarType::Double;
+  const ScalarType wanted = sizeof(U) == 4               ? ScalarType::Float
+                            : std::is_integral<U>::value ? ScalarType::Long
+                                                         : ScalarType::Double;
   STD_TORCH_CHECK(tensor.scalar_type() == wanted && tensor.numel() == count && tensor.is_contiguous(), name,
                   " must be contiguous, of ", count, " elements, of the tile's dtype, or int64 where it is an index");
   return static_cast<U*>(tensor.data_ptr());
@@ -62,7 +64,8 @@ Kind<T> piece_of(const Tensor& tile, const Tensor& label, int64_t start, const s
   p.label = array<int64_t>(label, p.rows, "label");
   p.softcap = T(softcap);
   for (const auto& vector : {weight, adjustment})
-    STD_TORCH_CHECK(!vector || (start >= 0 && vector->numel() >= start + p.classes), "a tile must lie within the classes");
+    STD_TORCH_CHECK(!vector || (start >= 0 && vector->numel() >= start + p.classes),
+                    "a tile must lie within the classes");
   if (weight) p.weight = array<T>(*weight, weight->numel(), "weight") + start;
   if (adjustment) p.adjustment = array<T>(*adjustment, adjustment->numel(), "adjustment") + start;
   return p;
@@ -78,11 +81,11 @@ void run(const Piece& p) {
 }
 
 template <class T>
-void statistics_of(const Tensor& tile, const Tensor& target_logit, const Tensor& label, int64_t start, const Tensor& scales,
-                   const std::optional<Tensor>& weight, const std::optional<Tensor>& adjustment, double softcap,
-                   const Tensor& top, const Tensor& total, const std::optional<Tensor>& shift, const std::optional<Tensor>& second,
-                   const std::optional<Tensor>& weighted, const std::optional<Tensor>& weights, const Tensor& first,
-                   const Tensor& above) {
+void statistics_of(const Tensor& tile, const Tensor& target_logit, const Tensor& label, int64_t start,
+                   const Tensor& scales, const std::optional<Tensor>& weight, const std::optional<Tensor>& adjustment,
+                   double softcap, const Tensor& top, const Tensor& total, const std::optional<Tensor>& shift,
+                   const std::optional<Tensor>& second, const std::optional<Tensor>& weighted,
+                   const std::optional<Tensor>& weights, const Tensor& first, const Tensor& above) {
   auto p = piece_of<T, PieceStatistics>(tile, label, start, weight, adjustment, softcap);
   p.target_logit = array<T>(target_logit, p.rows, "target_logit");
   p.count = scales.size(0);
@@ -101,13 +104,14 @@ void statistics_of(const Tensor& tile, const Tensor& target_logit, const Tensor&
 }
 
 void piece_statistics(const Tensor& tile, const Tensor& target_logit, const Tensor& label, int64_t start,
-                      const Tensor& scales, std::optional<Tensor> weight, std::optional<Tensor> adjustment, double softcap,
-                      const Tensor& top, const Tensor& total, std::optional<Tensor> shift, std::optional<Tensor> second,
-                      std::optional<Tensor> weighted, std::optional<Tensor> weights, const Tensor& first,
-                      const Tensor& above) {
-  (tile.scalar_type() == ScalarType::Double ? statistics_of<double> : statistics_of<float>)(
-      tile, target_logit, label, start, scales, weight, adjustment, softcap, top, total, shift, second, weighted, weights,
-      first, above);
+                      const Tensor& scales, std::optional<Tensor> weight, std::optional<Tensor> adjustment,
+                      double softcap, const Tensor& top, const Tensor& total, std::optional<Tensor> shift,
+                      std::optional<Tensor> second, std::optional<Tensor> weighted, std::optional<Tensor> weights,
+                      const Tensor& first, const Tensor& above) {
+  (tile.scalar_type() == ScalarType::Double ? statistics_of<double>
+                                            : statistics_of<float>)(tile, target_logit, label, start, scales, weight,
+                                                                    adjustment, softcap, top, total, shift, second,
+                                                                    weighted, weights, first, above);
 }
 
 template <class T>
@@ -128,8 +132,9 @@ void gradient_of(const Tensor& tile, const Tensor& label, int64_t start, bool se
 void piece_gradient(const Tensor& tile, const Tensor& label, int64_t start, bool seen, std::optional<Tensor> weight,
                     std::optional<Tensor> adjustment, double softcap, const Tensor& factor, std::optional<Tensor> slope,
                     std::optional<Tensor> spread, const Tensor& scale, const Tensor& top) {
-  (tile.scalar_type() == ScalarType::Double ? gradient_of<double> : gradient_of<float>)(
-      tile, label, start, seen, weight, adjustment, softcap, factor, slope, spread, scale, top);
+  (tile.scalar_type() == ScalarType::Double
+       ? gradient_of<double>
+       : gradient_of<float>)(tile, label, start, seen, weight, adjustment, softcap, factor, slope, spread, scale, top);
 }
 
 }  // namespace

@@ -57,25 +57,25 @@ struct Problem {
   Layout out;
   Parameter<T> values[LOSS_SLOTS];
   Tables<T> t, tau;
-  const T* weight;        // (classes) or null
-  const T* row_weight;    // (rows), each row_weight_stride after the one before, or null
+  const T* weight;      // (classes) or null
+  const T* row_weight;  // (rows), each row_weight_stride after the one before, or null
   int64_t row_weight_stride;
-  const T* adjustment;    // (classes) or null
+  const T* adjustment;  // (classes) or null
   T weight_sum, smoothing, z_loss, softcap;
 
-  const T* saved;         // (rows, 2): m and log_sum of an earlier visit, or null
-  T* save;                // (rows, 2)
-  T* losses;              // (rows), or on a GPU the reduced loss; or null
+  const T* saved;                                  // (rows, 2): m and log_sum of an earlier visit, or null
+  T* save;                                         // (rows, 2)
+  T* losses;                                       // (rows), or on a GPU the reduced loss; or null
   T *logsumexp, *log_prob, *entropy, *confidence;  // (rows)
-  int64_t *prediction, *rank;            // (rows)
+  int64_t *prediction, *rank;                      // (rows)
 
   // Upstream gradients; each is a pointer with a stride of 0 or 1 rows, or null: the loss's is up_value then.
   T up_value;
   const T *up_loss, *up_logsumexp, *up_log_prob, *up_entropy;
   int64_t up_loss_stride, up_logsumexp_stride, up_log_prob_stride, up_entropy_stride;
-  T* by_parameter[TRAINABLE_SLOTS];  // (rows) each, where that parameter's gradient is wanted
+  T* by_parameter[TRAINABLE_SLOTS];               // (rows) each, where that parameter's gradient is wanted
   bool want_parameters, want_shift, want_square;  // any of them; sums of Statistics
-  int *t_bin, *tau_bin;              // (rows), with the tables' gradients
+  int *t_bin, *tau_bin;                           // (rows), with the tables' gradients
 };
 
 namespace MLKERNELS_ISA {
@@ -108,7 +108,10 @@ MLK_FN void fetch(const Problem<T>& p, int64_t row, int64_t y, int64_t group, Va
     const Parameter<T>& v = p.values[slot];
     values.at[slot] = v.value;
     if (v.data)
-      values.at[slot] = read_number<T>(v.data, v.storage, v.mode == Mode::SHARED ? 0 : v.mode == Mode::PER_CLASS ? y : row);
+      values.at[slot] = read_number<T>(v.data, v.storage,
+                                       v.mode == Mode::SHARED      ? 0
+                                       : v.mode == Mode::PER_CLASS ? y
+                                                                   : row);
   }
   values.t = {p.t.slope + group * p.t.bins, p.t.bias + group * p.t.bins, p.t.bins};
   values.tau = {p.tau.slope + group * p.tau.bins, p.tau.bias + group * p.tau.bins, p.tau.bins};

@@ -10,7 +10,7 @@ from test_no_sync import Forbid
 from torch import nn
 
 import mlkernels
-from mlkernels import checks
+from mlkernels import tracing
 
 N, D, C = 8, 5, 4
 
@@ -187,7 +187,7 @@ def test_never_waits_for_the_device():
     alternating = mlkernels.Alternating(lambda input: model(input), turns)
     data = batch(0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checks, "traced", lambda *tensors: True)
+        patch.setattr(tracing, "traced", lambda *tensors: True)
         with Forbid():
             for _ in range(4):
                 alternating.step(*data)

@@ -374,7 +374,7 @@ def test_labels_that_only_a_device_sees(dtype):
 
     highest = torch.tensor([-1]).view(torch.uint64) if dtype == torch.uint64 else torch.tensor([2**15]).to(dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mlkernels.checks, "traced", lambda *tensors: True)
+        patch.setattr(mlkernels.tracing, "traced", lambda *tensors: True)
         for ignore_index in (-1, -2, -100, None):
             found = int(widened("target", highest, 5, ignore_index))
             assert found != ignore_index

@@ -162,7 +162,8 @@ def main(backend, part, parts):
 
 def test_every_module_is_there():
     classes = {n for n in M.__all__ if inspect.isclass(getattr(M, n)) and issubclass(getattr(M, n), nn.Module)}
-    assert {name.split()[0] for name in MODULES} == classes
+    # A head breaks the graph, see test_linear.py.
+    assert {name.split()[0] for name in MODULES} == classes - {"LinearLoss"}
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

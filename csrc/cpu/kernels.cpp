@@ -4,10 +4,10 @@
 // same lines. Long float and double rows of class stride 1 are swept where they lie. Short rows, and rows whose classes
 // lie apart, go a vector of rows at a time. All others (half types, softcap, adjustment, medium length) are widened into
 // a scratch row first and narrowed from one at the end.
+#include <cstdlib>
+
 #include "problem.h"
 #include "sweeps.h"
-
-#include <cstdlib>
 
 namespace mlkernels {
 namespace MLKERNELS_ISA {
@@ -72,10 +72,10 @@ void scatter_rows(S* const* rows, int count, int64_t stride, int64_t classes, co
 template <class T>
 struct Work {
   int64_t row, y;
-  const T* u;   // the logits; PADDED: to whole vectors with -inf, and -inf at the label
-  T* g;         // the exponentials, which become the gradient; or null
+  const T* u;  // the logits; PADDED: to whole vectors with -inf, and -inf at the label
+  T* g;        // the exponentials, which become the gradient; or null
   Ahead ahead;
-  T m;          // other_max, or 0 where there is no other class
+  T m;  // other_max, or 0 where there is no other class
   T sum;
   const Values<T>* values;
   Values<T> own;
@@ -128,9 +128,8 @@ inline void measure(const CpuProblem<T>& p, const Values<T>* shared, T target, W
   else if (top)
     w.r.other_max = *top;
   else
-    each_piece<PADDED>(p, w.y, [&](int64_t begin, int64_t n) {
-      w.r.other_max = sweep_max(w.u + begin, n, w.r.other_max);
-    });
+    each_piece<PADDED>(p, w.y,
+                       [&](int64_t begin, int64_t n) { w.r.other_max = sweep_max(w.u + begin, n, w.r.other_max); });
   w.scale = row_scale(p.spec, *w.values, target - w.r.other_max);
   w.m = w.r.other_max == -infinity<T>() ? T(0) : w.r.other_max;
   if (!p.saved || p.want_shift) exponentials<PADDED>(p, w, T(1));
@@ -140,9 +139,8 @@ inline void measure(const CpuProblem<T>& p, const Values<T>* shared, T target, W
     w.r.weighted += sweep_weighted(w.u + w.y + 1, weight ? weight + w.y + 1 : nullptr, p.classes - w.y - 1, w.m);
   }
   if (p.want_square)
-    each_piece<PADDED>(p, w.y, [&](int64_t begin, int64_t n) {
-      w.r.square += sweep_square(w.u + begin, n, w.m, w.scale.value);
-    });
+    each_piece<PADDED>(
+        p, w.y, [&](int64_t begin, int64_t n) { w.r.square += sweep_square(w.u + begin, n, w.m, w.scale.value); });
 }
 
 constexpr int MAX_TILE = 16;
@@ -209,8 +207,8 @@ template <bool PADDED, class T>
 inline void finish(const CpuProblem<T>& p, const Batch<T>& batch, Work<T>& w) {
   const T weight = p.weight ? p.weight[w.y] : T(1);
   const Factors<T> factors{p.by_class_factor, p.by_row_factor};
-  const T loss = finish_row<true>(static_cast<const Problem<T>&>(p), p.spec, batch, factors, w.row, *w.values, w.r, w.at, weight,
-                                  true, w.gradient);
+  const T loss = finish_row<true>(static_cast<const Problem<T>&>(p), p.spec, batch, factors, w.row, *w.values, w.r,
+                                  w.at, weight, true, w.gradient);
   if (p.losses) p.losses[w.row] = loss;
   if (p.logsumexp) describe(p, w);
   if (p.saved && w.g && !p.want_shift) {
@@ -292,7 +290,8 @@ void run_in_place(const CpuProblem<T>& p, int64_t begin, int64_t end) {
     w.u = static_cast<const T*>(p.input) + p.in.offset(row);
     w.g = streamed ? row_scratch : g;
     const int64_t next = row + 1 < end ? row + 1 : row;
-    w.ahead = {static_cast<const char*>(p.input) + p.in.offset(next) * int64_t(sizeof(S)), fetch_ahead ? int(sizeof(S)) : 0};
+    w.ahead = {static_cast<const char*>(p.input) + p.in.offset(next) * int64_t(sizeof(S)),
+               fetch_ahead ? int(sizeof(S)) : 0};
     measure<false>(p, p.uniform ? &values : nullptr, w.u[w.y], w);
     stand(p, &w, 1);
     finish<false>(p, batch, w);
@@ -325,7 +324,8 @@ void run_through_scratch(const CpuProblem<T>& p, int64_t begin, int64_t end) {
   const bool capped = p.softcap > 0;
   const bool searched = p.in.class_stride == 1 && !capped && !p.adjustment;  // the maximum is found while widening
   const bool direct = output && !capped && p.out.class_stride == 1;
-  const bool overwrite = !capped && p.smoothing <= 0 && !p.up_entropy;  // nothing reads the logits after their exponentials
+  const bool overwrite =
+      !capped && p.smoothing <= 0 && !p.up_entropy;  // nothing reads the logits after their exponentials
   // Long rows come one at a time: the next one is then the row after this one.
   const bool fits = size == 1 && p.in.class_stride == 1 && p.classes * int64_t(sizeof(T)) <= ROW_IN_CACHE;
   const int lookahead = fits ? int(sizeof(S)) : 0;
@@ -459,7 +459,9 @@ void run_lanes(const CpuProblem<T>& given, int64_t begin, int64_t end) {
     if (p.smoothing > 0) {
       for (int64_t j = 0; j < classes; ++j) {
         const Vec<T> d = load(e + j * W) - m;
-        weighted += label == typename VecOf<T>::I{} + decltype(label[0] + 0)(j) ? Vec<T>{} : p.weight ? d * p.weight[j] : d;
+        weighted += label == typename VecOf<T>::I{} + decltype(label[0] + 0)(j) ? Vec<T>{}
+                    : p.weight                                                  ? d * p.weight[j]
+                                                                                : d;
       }
     }
     for (int64_t j = 0; j < classes; ++j) {

@@ -66,9 +66,8 @@ void statistics(const PieceStatistics<T>& p, int64_t begin, int64_t end) {
       if (lowest < p.start + p.classes && lowest < p.first[row]) p.first[row] = lowest;
     }
     if (p.above[row] >= 0) {
-      each_part(y, p.classes, [&](int64_t from, int64_t n) {
-        p.above[row] += count_above(u + from, n, p.target_logit[row]);
-      });
+      each_part(y, p.classes,
+                [&](int64_t from, int64_t n) { p.above[row] += count_above(u + from, n, p.target_logit[row]); });
     }
     const T m = p.top[row] == -infinity<T>() ? T(0) : p.top[row];
     each_part(y, p.classes, [&](int64_t from, int64_t n) {

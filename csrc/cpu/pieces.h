@@ -22,15 +22,15 @@ struct PieceStatistics : Piece<T> {
   const T* target_logit;  // (rows)
   const T* scales;        // (count, rows)
   int64_t count;
-  T *top, *weighted, *weights;   // (rows): M, V, W
-  T *total, *shift, *square;     // (count, rows): S, T, and the second moment
-  int64_t *first, *above;        // (rows): the lowest class at M; how many are larger than the target, -1: not wanted
+  T *top, *weighted, *weights;  // (rows): M, V, W
+  T *total, *shift, *square;    // (count, rows): S, T, and the second moment
+  int64_t *first, *above;       // (rows): the lowest class at M; how many are larger than the target, -1: not wanted
 };
 
 // dL/du_j = exp(s (u_j - M)) (factor + slope (u_j - M)) - spread w_j, and 0 at the target.
 template <class T>
 struct PieceGradient : Piece<T> {
-  bool seen;  // the tile holds u, not products
+  bool seen;                                       // the tile holds u, not products
   const T *factor, *slope, *spread, *scale, *top;  // (rows); slope and spread may be null
 };
 

@@ -8,10 +8,10 @@ namespace mlkernels {
 // The CPU reads labels and numbers before it starts: they are legal, contiguous and of the accumulation type.
 template <class T>
 struct CpuProblem : Problem<T> {
-  bool streamed;         // grad is too large for the caches: write past them
-  const int64_t* label;  // (rows), legal or ignore_index
-  const int64_t* group;  // (rows) or null
-  bool uniform;          // every row has the same values
+  bool streamed;                     // grad is too large for the caches: write past them
+  const int64_t* label;              // (rows), legal or ignore_index
+  const int64_t* group;              // (rows) or null
+  bool uniform;                      // every row has the same values
   T by_class_factor, by_row_factor;  // of every row, but for its own weight
 };
 

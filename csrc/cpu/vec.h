@@ -261,7 +261,8 @@ static inline Vec<T> log_of_sum(Vec<T> x) {
   Vec<T> f;
   __builtin_memcpy(&f, &bits, sizeof f);
   const Vec<T> exponent = __builtin_convertvector(k, Vec<T>);
-  const Vec<T> result = exponent * T(0.693147180559945309417) + twice_atanh<T, SINGLE_PRECISION ? 4 : 10>((f - T(1)) / (f + T(1)));
+  const Vec<T> result =
+      exponent * T(0.693147180559945309417) + twice_atanh<T, SINGLE_PRECISION ? 4 : 10>((f - T(1)) / (f + T(1)));
   return x == x ? result : x;
 }
 

@@ -29,7 +29,8 @@ inline std::string pretended_fault;
 inline const char* why_unusable(int) { return pretended_fault.empty() ? nullptr : pretended_fault.c_str(); }
 
 inline Device device_of(int) {
-  if (const char* why = why_unusable(0)) throw std::runtime_error(std::string("the CUDA kernels do not run here: ") + why);
+  if (const char* why = why_unusable(0))
+    throw std::runtime_error(std::string("the CUDA kernels do not run here: ") + why);
   return pretended;
 }
 
@@ -51,7 +52,8 @@ inline const char* why_unusable(int index) {
   std::call_once(once[index], [&] {
     const int status = probe(index);
     if (status != 0)
-      known[index] = std::string("built for " MLK_ARCHS "; CUDA says: ") + cudaGetErrorString(static_cast<cudaError_t>(status));
+      known[index] =
+          std::string("built for " MLK_ARCHS "; CUDA says: ") + cudaGetErrorString(static_cast<cudaError_t>(status));
   });
   return known[index].empty() ? nullptr : known[index].c_str();
 }

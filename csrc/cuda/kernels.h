@@ -29,9 +29,9 @@ struct Choice {
 
 // What the tests on a host ask for instead; 0: nothing.
 struct Forced {
-  int way = 0;      // Way + 1
+  int way = 0;  // Way + 1
   int warps = 0, cluster = 0, chunk = 0, slots = 0, tile_rows = 0;
-  int teams = 0;    // at most so many blocks or clusters
+  int teams = 0;  // at most so many blocks or clusters
 };
 extern Forced forced;
 

@@ -35,7 +35,8 @@ __global__ void __launch_bounds__(Body::THREADS, Body::BLOCKS) entry(const __gri
   Body::run(simt, arguments);
 }
 template <class Body, class A, class B>
-__global__ void __launch_bounds__(Body::THREADS, Body::BLOCKS) entry_of_two(const __grid_constant__ Both<A, B> arguments) {
+__global__ void __launch_bounds__(Body::THREADS, Body::BLOCKS)
+    entry_of_two(const __grid_constant__ Both<A, B> arguments) {
   const Simt simt;
   Body::run(simt, arguments.first, arguments.second);
 }
@@ -69,7 +70,8 @@ bool allow(const Device& device, int cluster) {
   check(cudaFuncSetAttribute(kernel_of<Body, A...>(), cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared),
         "shared memory");
   bool allowed = true;
-  if (large && cudaFuncSetAttribute(kernel_of<Body, A...>(), cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess) {
+  if (large &&
+      cudaFuncSetAttribute(kernel_of<Body, A...>(), cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess) {
     (void)cudaGetLastError();
     allowed = false;
   }
@@ -86,7 +88,8 @@ void carve(const Device& device, int warps, int shared) {
   const int percent = int(std::min<int64_t>(100, (100 * wanted + all - 1) / all));
   static std::atomic<int> given[MOST_DEVICES];
   if (given[device.index].exchange(percent, std::memory_order_relaxed) == percent) return;
-  check(cudaFuncSetAttribute(kernel_of<Body, A...>(), cudaFuncAttributePreferredSharedMemoryCarveout, percent), "a carve-out");
+  check(cudaFuncSetAttribute(kernel_of<Body, A...>(), cudaFuncAttributePreferredSharedMemoryCarveout, percent),
+        "a carve-out");
 }
 
 // The generation that the code which runs here was compiled for: on a newer device it may be an older one's.
@@ -140,7 +143,8 @@ int ask_at_once(const Device& device, int warps, int cluster, int shared) {
     }
     return count;
   }
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel_of<Body, A...>(), warps * LANES, size_t(shared)), "occupancy");
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel_of<Body, A...>(), warps * LANES, size_t(shared)),
+        "occupancy");
   return count * device.multiprocessors;
 }
 

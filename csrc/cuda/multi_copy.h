@@ -13,9 +13,9 @@ template <int MOST_>
 struct CopyTableOf {
   static constexpr int MOST = MOST_;
   static constexpr int64_t PIECE = int64_t(1) << 15;  // bytes
-  const bool* flag;   // or null: copy
+  const bool* flag;                                   // or null: copy
   int count;
-  int64_t pieces;     // of all tensors
+  int64_t pieces;  // of all tensors
   char* to[MOST];
   const char* from[MOST];
   int64_t bytes[MOST];

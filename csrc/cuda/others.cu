@@ -41,7 +41,8 @@ struct StoreSums {
 constexpr int WARPS = 8;
 
 inline int blocks_for(int64_t count, const Device& device) {
-  return int(std::max<int64_t>(1, std::min<int64_t>((count + WARPS * LANES - 1) / (WARPS * LANES), 4 * device.multiprocessors)));
+  return int(std::max<int64_t>(
+      1, std::min<int64_t>((count + WARPS * LANES - 1) / (WARPS * LANES), 4 * device.multiprocessors)));
 }
 
 }  // namespace MLKERNELS_ISA
@@ -61,8 +62,8 @@ void Sums::total_of(const T* in, int64_t count, double* out, const Device& devic
   launch<TotalOf<T>>(device, 1, WARPS, 1, over_block_bytes(WARPS), typename TotalOf<T>::Plan{in, count, out});
 }
 template <class T>
-void Sums::buckets(const Visit<T>& v, const Device& device, const T* values, const int* bins, int per_group, int64_t buckets,
-                   int chunks, double* out) {
+void Sums::buckets(const Visit<T>& v, const Device& device, const T* values, const int* bins, int per_group,
+                   int64_t buckets, int chunks, double* out) {
   launch<SumBuckets<T>>(device, int(buckets) * chunks, WARPS, 1, over_block_bytes(WARPS), v,
                         typename SumBuckets<T>::Plan{values, bins, per_group, chunks, out});
 }
@@ -82,13 +83,13 @@ void Sums::store(const T* in, int64_t count, int terms, void* out, Storage stora
                        typename StoreSums<T>::Plan{in, count, terms, out, storage});
 }
 
-#define MLK_INSTANTIATE(T)                                                                                            \
-  template void Sums::count<T>(const Visit<T>&, const Device&, double*, int);                                         \
-  template void Sums::total<T>(const Visit<T>&, const Device&, int64_t);                                              \
-  template void Sums::total_of<T>(const T*, int64_t, double*, const Device&);                                         \
-  template void Sums::buckets<T>(const Visit<T>&, const Device&, const T*, const int*, int, int64_t, int, double*);   \
-  template void Sums::keys<T>(const Visit<T>&, const Device&, int64_t*);                                              \
-  template void Sums::runs<T>(const Visit<T>&, const Device&, const T*, const int64_t*, const int64_t*, double*);     \
+#define MLK_INSTANTIATE(T)                                                                                          \
+  template void Sums::count<T>(const Visit<T>&, const Device&, double*, int);                                       \
+  template void Sums::total<T>(const Visit<T>&, const Device&, int64_t);                                            \
+  template void Sums::total_of<T>(const T*, int64_t, double*, const Device&);                                       \
+  template void Sums::buckets<T>(const Visit<T>&, const Device&, const T*, const int*, int, int64_t, int, double*); \
+  template void Sums::keys<T>(const Visit<T>&, const Device&, int64_t*);                                            \
+  template void Sums::runs<T>(const Visit<T>&, const Device&, const T*, const int64_t*, const int64_t*, double*);   \
   template void Sums::store<T>(const T*, int64_t, int, void*, Storage, const Device&);
 MLK_INSTANTIATE(float)
 MLK_INSTANTIATE(double)

@@ -38,12 +38,13 @@ int power_of_two_from(int64_t x) {
 // ---- sizes -----------------------------------------------------------------------------------------------------------
 // By calculation: none of these numbers has been measured yet.
 
-constexpr int FEW = sizeof(T) == 8 ? 8 : 16, MANY = sizeof(T) == 8 ? 8 : 32;  // columns that a lane holds; more doubles spill
-constexpr int64_t FEW_COLUMNS = FEW;  // up to here FEW of them, and a row has one lane
+constexpr int FEW = sizeof(T) == 8 ? 8 : 16,
+              MANY = sizeof(T) == 8 ? 8 : 32;  // columns that a lane holds; more doubles spill
+constexpr int64_t FEW_COLUMNS = FEW;           // up to here FEW of them, and a row has one lane
 constexpr int64_t SHORT_ROW = LANES * MANY;
 constexpr int64_t TILE_BYTES = 4096;
 constexpr int64_t BYTES_OF_A_WARP = 8192;  // of a long row
-constexpr int CHUNK = 256;                // vectors: 4 kB; every chunk costs a warp some 70 instructions a pass
+constexpr int CHUNK = 256;                 // vectors: 4 kB; every chunk costs a warp some 70 instructions a pass
 constexpr int64_t ALONE_ROWS = 4096, ALONE_ELEMENTS = 1 << 19;  // one cluster is quicker than three launches up to here
 
 bool plan_short(const Visit<T>& v, const Device& device, Choice& out) {
@@ -104,9 +105,12 @@ bool plan_long(const Visit<T>& v, const Device& device, int cluster, Choice& out
   out.way = Way::LONG;
   const int64_t vectors = vectors_of(v);
   out.cluster = cluster;
-  const int most_warps = (general(v) ? RowsLong<T, S, true, false>::THREADS : RowsLong<T, S, false, false>::THREADS) / LANES;
-  out.warps = forced.warps ? forced.warps
-                           : int(std::min<int64_t>(most_warps, power_of_two_from((vectors * 16 + BYTES_OF_A_WARP - 1) / BYTES_OF_A_WARP)));
+  const int most_warps =
+      (general(v) ? RowsLong<T, S, true, false>::THREADS : RowsLong<T, S, false, false>::THREADS) / LANES;
+  out.warps = forced.warps
+                  ? forced.warps
+                  : int(std::min<int64_t>(most_warps,
+                                          power_of_two_from((vectors * 16 + BYTES_OF_A_WARP - 1) / BYTES_OF_A_WARP)));
   share_out(out, v, cluster);
   const int64_t most = most_slots(out, device);
   out.rows.slots = int(std::min<int64_t>(most, 2 * out.rows.chunks));
@@ -145,7 +149,8 @@ auto dispatch(const Visit<T>& v, const Choice& c, With with) {
   const bool g = general(v);
   const int64_t row_bytes = v.classes * int64_t(sizeof(S));
   const int tile_bytes = c.way == Way::SHORT ? tile_shared_bytes(c.tiles, row_bytes, c.warps, c.cluster) : 0;
-  const int ring_bytes = c.way == Way::LONG || c.way == Way::STREAMED ? long_shared_bytes(c.rows, c.warps, c.cluster) : 0;
+  const int ring_bytes =
+      c.way == Way::LONG || c.way == Way::STREAMED ? long_shared_bytes(c.rows, c.warps, c.cluster) : 0;
   switch (c.way) {
     case Way::SHORT:
       if (v.classes <= FEW_COLUMNS)
@@ -157,8 +162,7 @@ auto dispatch(const Visit<T>& v, const Choice& c, With with) {
     case Way::STREAMED:
       return g ? with(RowsLong<T, S, true, true>(), c.rows, ring_bytes)
                : with(RowsLong<T, S, false, true>(), c.rows, ring_bytes);
-    default:
-      return with(RowsApart<T, S>(), apart_plan(v), 0);
+    default: return with(RowsApart<T, S>(), apart_plan(v), 0);
   }
 }
 
@@ -190,7 +194,8 @@ Choice choose(const Visit<T>& v, const Device& any) {
     way.cluster = 1;
     return way;
   };
-  const bool together = (v.in.class_stride == 1 || v.classes == 1) && (!grad || v.out.class_stride == 1 || v.classes == 1);
+  const bool together =
+      (v.in.class_stride == 1 || v.classes == 1) && (!grad || v.out.class_stride == 1 || v.classes == 1);
   if (!together || forced.way == int(Way::APART) + 1) return apart();
   const bool packed = one_after_another(v.in, v.classes) && (!grad || one_after_another(v.out, v.classes));
   const bool may_be_short = packed && v.classes <= SHORT_ROW;

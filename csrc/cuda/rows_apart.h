@@ -21,7 +21,7 @@ struct RowsApart {
   static constexpr int THREADS = 256, BLOCKS = 2;
   static constexpr T INF = std::numeric_limits<T>::infinity();
   static constexpr int64_t CLASSES = sizeof(T) == 8 ? 0 : 24;  // that a pair may have
-  static constexpr int BATCH = sizeof(T) == 8 ? 4 : 16;         // classes of a row that are read together
+  static constexpr int BATCH = sizeof(T) == 8 ? 4 : 16;        // classes of a row that are read together
 
   template <class Simt>
   static MLK_DEVICE void run(const Simt& simt, const Visit<T>& v, const ApartPlan& plan) {
@@ -44,8 +44,8 @@ struct RowsApart {
   static constexpr int MOST = CLASSES > 0 ? int(CLASSES) : 1, GROUP = 4;  // classes are worked on or left out together
 
   // One of a pair, of which u holds the logits and then what its factor makes the gradient of.
-  static MLK_DEVICE Coefficients<T> visit_held(const Visit<T>& v, const Batch<T>& batch, const Factors<T>& shared, int64_t row,
-                                             const Label& label, T (&u)[MOST], double& loss) {
+  static MLK_DEVICE Coefficients<T> visit_held(const Visit<T>& v, const Batch<T>& batch, const Factors<T>& shared,
+                                               int64_t row, const Label& label, T (&u)[MOST], double& loss) {
     const int classes = int(v.classes), y = int(label.y);
     if (label.fate != Fate::KEPT) {
       const T value = label.fate == Fate::BAD ? nan<T>() : T(0);

@@ -24,7 +24,8 @@ struct RowsLong {
   using T = T_;
   using S = S_;
   static constexpr int V = PER_VECTOR<S>;
-  static constexpr int THREADS = GENERAL || STREAMED || sizeof(T) == 8 ? 256 : 512, BLOCKS = 1;  // registers: 255, or 128
+  static constexpr int THREADS = GENERAL || STREAMED || sizeof(T) == 8 ? 256 : 512,
+                       BLOCKS = 1;  // registers: 255, or 128
   static constexpr T INF = std::numeric_limits<T>::infinity();
 
   // What the warp asks for next.
@@ -32,7 +33,7 @@ struct RowsLong {
     int64_t row;
     Label next;  // the label of the row after it, read long before it is looked at
     Span span;
-    bool edge;   // whether its vectors may reach beyond the logits' memory
+    bool edge;  // whether its vectors may reach beyond the logits' memory
     int order = 0;
     RingSlot place;
   };
@@ -45,8 +46,8 @@ struct RowsLong {
     const LongPlaces at;
     const int part, parts;
     int teams;
-    int per_row;    // chunks asked for per row: forwards, backwards
-    int forwards;   // of those
+    int per_row;        // chunks asked for per row: forwards, backwards
+    int forwards;       // of those
     int exchanges = 0;  // so far
     Loader ahead;
     RingSlot place;
@@ -72,7 +73,9 @@ struct RowsLong {
       return chunk_at<V>(span, plan, which, at.ring + p.slot * plan.slot_bytes());
     }
 
-    MLK_DEVICE Label label_before(int64_t row) const { return row < v.rows ? label_of(v, row) : Label{0, 0, Fate::IGNORED}; }
+    MLK_DEVICE Label label_before(int64_t row) const {
+      return row < v.rows ? label_of(v, row) : Label{0, 0, Fate::IGNORED};
+    }
 
     // The first row from here on that is kept.
     MLK_DEVICE void seek(int64_t row) {
@@ -92,8 +95,8 @@ struct RowsLong {
     MLK_DEVICE void ask() {
       if (ahead.row >= v.rows || per_row == 0) return;
       const Chunk chunk = chunk_of(ahead.span, ahead.place, ahead.order);
-      fetch_vectors<S>(simt, v, at.barriers + 8 * ahead.place.slot, chunk.ring, ahead.span.base, chunk.from / V, chunk.count,
-                       ahead.edge);
+      fetch_vectors<S>(simt, v, at.barriers + 8 * ahead.place.slot, chunk.ring, ahead.span.base, chunk.from / V,
+                       chunk.count, ahead.edge);
       ahead.place.next(plan);
       if (++ahead.order == per_row) {
         ahead.order = 0;
@@ -153,7 +156,8 @@ struct RowsLong {
     struct Exponent {
       T m, scale2, shifted;
       bool fused;  // large logits would make the slip large
-      MLK_DEVICE explicit Exponent(const Standing<T>& stands) : m(stands.floor()), scale2(stands.scale2()), shifted(m * scale2) {
+      MLK_DEVICE explicit Exponent(const Standing<T>& stands)
+          : m(stands.floor()), scale2(stands.scale2()), shifted(m * scale2) {
         fused = sizeof(T) == 4 && m_abs(shifted) < T(1 << 18);
       }
       MLK_DEVICE T slip() const { return fused ? exp2_of(-multiply_add(m, scale2, -shifted)) : T(1); }
@@ -268,7 +272,9 @@ struct RowsLong {
         int from = chunk.ring + 16 * simt.lane();
         for (int i = simt.lane(); i < chunk.count; i += LANES, from += 16 * LANES) {
           const Vec16 u = simt.template load<Vec16>(from);
-          pair = larger_pair(pair, larger_pair(larger_pair(u.word[0], u.word[1], S()), larger_pair(u.word[2], u.word[3], S()), S()), S());
+          pair = larger_pair(
+              pair, larger_pair(larger_pair(u.word[0], u.word[1], S()), larger_pair(u.word[2], u.word[3], S()), S()),
+              S());
         }
         m = larger(m, larger(widen(S{uint16_t(pair)}), widen(S{uint16_t(pair >> 16)})));
       } else {
@@ -331,7 +337,8 @@ struct RowsLong {
             sums.e[e] += power;
             if (!GENERAL) continue;
             const T d = u[e] - exponent.m;
-            if (v.want_shift) sums.shift[e] += power == 0 ? T(0) : power * d;  // a class of probability 0 adds 0, also at -inf
+            if (v.want_shift)
+              sums.shift[e] += power == 0 ? T(0) : power * d;  // a class of probability 0 adds 0, also at -inf
             if (v.want_square) sums.square[e] += power == 0 ? T(0) : power * d * d;
             const int64_t j = chunk.first() + i * V + e;
             if (!chunk.holds(i * V + e) || j == y) continue;
@@ -365,7 +372,9 @@ struct RowsLong {
       r.m = top;
     }
     // Sums of (u - target), because the maximum is not known yet.
-    static MLK_DEVICE T origin(const Standing<T>& stands) { return stands.target - stands.target == 0 ? stands.target : T(0); }
+    static MLK_DEVICE T origin(const Standing<T>& stands) {
+      return stands.target - stands.target == 0 ? stands.target : T(0);
+    }
 
     MLK_DEVICE void run_through(const Span& span, int64_t y, Standing<T>& stands, Counts& counts, RowSums<T>& sums,
                                 int& above) {
@@ -540,7 +549,8 @@ struct RowsLong {
         }
         counts.above = int64_t(n[0]) + (int64_t(n[1]) << 16);
         if (STREAMED && v.smoothing > 0)
-          sums.weighted += (batch.weight_sum - (v.weight ? v.weight[label.y] : T(1))) * (origin(stands) - stands.floor());
+          sums.weighted +=
+              (batch.weight_sum - (v.weight ? v.weight[label.y] : T(1))) * (origin(stands) - stands.floor());
       } else if (adds) {
         T x[1] = {sums.e};
         sum_all(x);
@@ -548,7 +558,8 @@ struct RowsLong {
       }
       Coefficients<T> c{};
       const auto finished = [&](auto known) {
-        return finish_visit<GENERAL, decltype(known)::value>(v, batch, shared, row, label.y, stands, sums, counts, leaves, c);
+        return finish_visit<GENERAL, decltype(known)::value>(v, batch, shared, row, label.y, stands, sums, counts,
+                                                             leaves, c);
       };
       const T own = simple ? finished(std::integral_constant<bool, !GENERAL>()) : finished(std::false_type());
       if (leaves) leave_loss(v, row, own, loss);

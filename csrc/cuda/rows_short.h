@@ -102,15 +102,16 @@ struct RowsShort {
       const S* x = static_cast<const S*>(v.input) + row * v.classes;
       const int phase = phase_of(x);
       const int count = int((phase + rows * v.classes + PER_VECTOR<S> - 1) / PER_VECTOR<S>);
-      fetch_vectors<S>(simt, v, at.barriers + 8 * slot, at.ring + slot * at.tile, reinterpret_cast<const char*>(x - phase), 0,
-                       count, true);
+      fetch_vectors<S>(simt, v, at.barriers + 8 * slot, at.ring + slot * at.tile,
+                       reinterpret_cast<const char*>(x - phase), 0, count, true);
     };
     for (int slot = 0; slot < plan.slots; ++slot) ask(mine + slot * every, slot);
 
     Factors<T> shared{1, 1};
     if (plan.alone && is_counted(v)) {
       double weights = 0, kept = 0;
-      count_rows(v, int64_t(simt.block()) * simt.threads() + simt.thread(), int64_t(simt.blocks()) * simt.threads(), weights, kept);
+      count_rows(v, int64_t(simt.block()) * simt.threads() + simt.thread(), int64_t(simt.blocks()) * simt.threads(),
+                 weights, kept);
       over_all(simt, at.told, weights, kept);
       shared = factors_of<T>(weights, kept);
     } else {
@@ -121,7 +122,9 @@ struct RowsShort {
     const Deal deal = deal_of(v, shift, own);
     double loss = 0;
     int slot = 0, parity = 0;
-    const auto label_at = [&](int64_t row) { return row < v.rows ? read_index(v.label, v.label_type, row) : int64_t(0); };
+    const auto label_at = [&](int64_t row) {
+      return row < v.rows ? read_index(v.label, v.label_type, row) : int64_t(0);
+    };
     int64_t next = label_at(mine * plan.rows + own);
     for (int64_t tile = mine; tile < tiles; tile += every) {
       simt.copy_wait(at.barriers + 8 * slot, parity);
@@ -139,8 +142,8 @@ struct RowsShort {
           // Read now, looked at after this row.
           const bool last = r - own + together >= int(rows);
           next = label_at(last ? after : first + r + together);
-          visit<SIMPLE>(simt, v, deal, batch, shared, first + r, exists, label, begin + r * int(v.classes) * int(sizeof(S)),
-                        loss);
+          visit<SIMPLE>(simt, v, deal, batch, shared, first + r, exists, label,
+                        begin + r * int(v.classes) * int(sizeof(S)), loss);
         }
       };
       if (!GENERAL && v.simple)
@@ -216,7 +219,8 @@ struct RowsShort {
       if (!aligned) {
         S each[sizeof(Piece) / sizeof(S)];
         MLK_UNROLL
-        for (int e = 0; e < int(sizeof(Piece) / sizeof(S)); ++e) each[e] = simt.template load<S>(at + e * int(sizeof(S)));
+        for (int e = 0; e < int(sizeof(Piece) / sizeof(S)); ++e)
+          each[e] = simt.template load<S>(at + e * int(sizeof(S)));
         Piece out;
         memcpy(&out, each, sizeof(Piece));
         return out;
@@ -241,7 +245,8 @@ struct RowsShort {
   // A row by its lanes; all lanes of the warp come here, also those that have no row.
   template <bool SIMPLE, class Simt>
   static MLK_DEVICE void visit(const Simt& simt, const Visit<T>& v, const Deal& deal, const Batch<T>& batch,
-                               const Factors<T>& shared, int64_t row, bool exists, const Label& label, int at, double& loss) {
+                               const Factors<T>& shared, int64_t row, bool exists, const Label& label, int at,
+                               double& loss) {
     const int shift = ONE ? 0 : deal.shift, lanes = 1 << shift, sub = simt.lane() & (lanes - 1);
     const bool kept = exists && label.fate == Fate::KEPT;
     const int y = kept ? int(label.y) : 0, target_at = at + y * int(sizeof(S));

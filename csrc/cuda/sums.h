@@ -39,7 +39,8 @@ struct CountRows {
   static MLK_DEVICE void run(const Simt& simt, const Visit<T>& v, const Plan& plan) {
     if (v.unless_one && *v.unless_one == T(1)) return;  // nobody will ask
     double weights = 0, rows = 0;
-    count_rows(v, int64_t(simt.block()) * simt.threads() + simt.thread(), int64_t(simt.blocks()) * simt.threads(), weights, rows);
+    count_rows(v, int64_t(simt.block()) * simt.threads() + simt.thread(), int64_t(simt.blocks()) * simt.threads(),
+               weights, rows);
     over_block(simt, weights, rows);
     if (simt.thread() != 0) return;
     plan.out[2 * simt.block()] = weights;
@@ -163,8 +164,8 @@ struct SumRuns {
   static constexpr int THREADS = 256, BLOCKS = 2;
   static constexpr int RUN_AT_ONCE = 4;  // most classes have a few rows
   struct Plan {
-    const T* values;      // (rows)
-    const int64_t* keys;  // (rows), sorted
+    const T* values;       // (rows)
+    const int64_t* keys;   // (rows), sorted
     const int64_t* order;  // (rows): which row each is
     double* out;           // (classes)
   };

@@ -4,9 +4,8 @@
 
 #include <type_traits>
 
-#include "../simt/simt.h"
-
 #include "../rows.h"
+#include "../simt/simt.h"
 
 namespace mlkernels {
 
@@ -73,7 +72,8 @@ MLK_DEVICE void read_ahead(const I* in, int64_t at, int64_t every, int64_t end, 
 }
 // Of labels or groups, of whatever type.
 template <int COUNT>
-MLK_DEVICE void read_indices(const void* data, Index type, int64_t at, int64_t every, int64_t end, int64_t (&out)[COUNT]) {
+MLK_DEVICE void read_indices(const void* data, Index type, int64_t at, int64_t every, int64_t end,
+                             int64_t (&out)[COUNT]) {
   const auto as = [&](auto kind) { read_ahead(static_cast<const decltype(kind)*>(data), at, every, end, out); };
   if (type == Index::INT64) return as(int64_t());  // nearly always: before any jump
   switch (type) {
@@ -170,9 +170,9 @@ MLK_DEVICE Vec16 pack(const T (&in)[PER_VECTOR<S>]) {
 
 // A piece of a row as it lies in memory: 16 bytes, two halves, or one element.
 template <int BYTES>
-using PieceOf = std::conditional_t<
-    BYTES == 16, Vec16,
-    std::conditional_t<BYTES == 8, uint64_t, std::conditional_t<BYTES == 4, uint32_t, uint16_t>>>;
+using PieceOf =
+    std::conditional_t<BYTES == 16, Vec16,
+                       std::conditional_t<BYTES == 8, uint64_t, std::conditional_t<BYTES == 4, uint32_t, uint16_t>>>;
 
 MLK_DEVICE uint32_t word_of(const Vec16& piece, int word) { return piece.word[word]; }
 template <class Piece>
@@ -292,7 +292,8 @@ MLK_DEVICE void count_rows(const Visit<T>& v, int64_t at, int64_t every, double&
     MLK_UNROLL
     for (int k = 0; k < AT_ONCE; ++k) {
       // A label that is none makes the loss NaN, whatever its weight.
-      const bool counts = at + k * every < v.rows && y[k] != v.spec.ignore_index, is_class = uint64_t(y[k]) < uint64_t(v.classes);
+      const bool counts = at + k * every < v.rows && y[k] != v.spec.ignore_index,
+                 is_class = uint64_t(y[k]) < uint64_t(v.classes);
       weight[k] = !counts ? T(0) : v.weight && is_class ? v.weight[y[k]] : T(1);
       rows += counts;
     }
@@ -377,7 +378,7 @@ template <class T>
 struct RowSums {
   T e = 0, shift = 0, square = 0, weighted = 0;
 };
-struct Counts {  // for RowStats
+struct Counts {   // for RowStats
   int64_t first;  // the first of the largest other logits, -1: there is none
   int64_t above;
 };
@@ -414,8 +415,8 @@ MLK_DEVICE T finish_visit(const Visit<T>& v, const Batch<T>& any, const Factors<
     v.prediction[row] = doubtful ? -1 : best;
   }
   const T weight = !SIMPLE && v.weight ? v.weight[y] : T(1);
-  return finish_row<GENERAL, SIMPLE>(static_cast<const Problem<T>&>(v), spec, batch, shared, row, stands.values, r, at, weight,
-                                     leaves, gradient);
+  return finish_row<GENERAL, SIMPLE>(static_cast<const Problem<T>&>(v), spec, batch, shared, row, stands.values, r, at,
+                                     weight, leaves, gradient);
 }
 
 // One element of the gradient, but the target's, and but for the way back through softcap: power is exp(s (u - m)).

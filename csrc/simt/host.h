@@ -58,7 +58,8 @@ struct Simt {
         if (cell.arriving || seen == f.seen.end() || seen->second < cell.phase)
           machine().fail("shared memory is read before its copy was waited for, at " + std::to_string(i));
       } else if (!ordered(cell.writer)) {
-        machine().fail("shared memory is read that another thread wrote without a barrier between, at " + std::to_string(i));
+        machine().fail("shared memory is read that another thread wrote without a barrier between, at " +
+                       std::to_string(i));
       }
       note_reader(cell);
     }
@@ -77,7 +78,8 @@ struct Simt {
     static_assert(sizeof(V) == 4 || sizeof(V) == 8, "4 or 8 bytes");
     check_place<V>(at);
     simt::Block& block = machine().neighbour(rank);
-    if (ranks() > 1 && self().cluster_epoch < 2) machine().fail("another block is reached before the first cluster_sync");
+    if (ranks() > 1 && self().cluster_epoch < 2)
+      machine().fail("another block is reached before the first cluster_sync");
     if (block.finished == machine().threads()) machine().fail("a block is reached that has ended");
     write(block, at, &value, sizeof(V));
   }
@@ -89,7 +91,8 @@ struct Simt {
   void barriers_ready() const {}
   void before_copy() const { self().fenced = self().accesses; }
   void copy_async(int barrier, int to, const void* from, int vectors) const {
-    if (self().accesses != self().fenced) machine().fail("a copy without before_copy after the accesses of this thread");
+    if (self().accesses != self().fenced)
+      machine().fail("a copy without before_copy after the accesses of this thread");
     collective(COPY, 0, 0);
     if (lane() != 0) return;
     simt::Fiber& f = self();
@@ -99,7 +102,8 @@ struct Simt {
     if (found->second.busy || (found->second.completed > 0 && f.seen[barrier] < found->second.completed))
       machine().fail("a copy is asked for before the barrier's earlier one was waited for");
     if (reinterpret_cast<uintptr_t>(from) % 16 || to % 16) machine().fail("a copy from or to a place not at 16 bytes");
-    if (to < 0 || to + 16 * vectors > machine().shared_bytes()) machine().fail("a copy beyond the end of shared memory");
+    if (to < 0 || to + 16 * vectors > machine().shared_bytes())
+      machine().fail("a copy beyond the end of shared memory");
     for (int at = to; at < to + 16 * vectors; at += 2) {
       simt::Cell& cell = cell_of(block, at);
       if (cell.launch == machine().launch()) {
@@ -157,7 +161,7 @@ struct Simt {
     simt::Fiber& f = self();
     simt::Warp& warp = f.block->warps[size_t(f.thread / LANES)];
     // Two sets of values in turn: a lane may be one call ahead of the slowest, never two.
-    unsigned char(&values)[LANES][16] = warp.value[f.collectives++ & 1];
+    unsigned char (&values)[LANES][16] = warp.value[f.collectives++ & 1];
     if (warp.waiting.empty())
       warp.kind = kind;
     else if (warp.kind != kind)

@@ -60,8 +60,8 @@ struct Fiber {
   // How many barriers this thread has passed: what lies before one is ordered before what lies after it.
   uint32_t block_epoch = 0, warp_epoch = 0, cluster_epoch = 0;
   uint32_t collectives = 0;
-  uint64_t accesses = 0, fenced = 0;  // of shared memory; before the last before_copy
-  uint64_t together = 0;              // accesses before the warp's last collective
+  uint64_t accesses = 0, fenced = 0;       // of shared memory; before the last before_copy
+  uint64_t together = 0;                   // accesses before the warp's last collective
   std::unordered_map<int, uint32_t> seen;  // by barrier: the phases that this thread has waited for
 };
 
@@ -350,13 +350,13 @@ class Machine {
   }
 
  private:
-
   void give_turn() {
     while (true) {
       if (!copies_.empty() && (ready_.empty() || random() % 16 == 0)) deliver();
       if (!ready_.empty()) break;
       if (!copies_.empty()) continue;
-      error_ = "simt: deadlock: " + std::to_string(unfinished_) + " threads wait for others that have finished or wait elsewhere";
+      error_ = "simt: deadlock: " + std::to_string(unfinished_) +
+               " threads wait for others that have finished or wait elsewhere";
       leave();
     }
     const size_t which = random() % ready_.size();

@@ -146,7 +146,8 @@ struct Simt {
   MLK_DEVICE void copy_async(int barrier, int to, const void* from, int vectors) const {
 #if __CUDA_ARCH__ >= 900
     if (lane() == 0) {
-      asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(local(barrier)), "r"(vectors * 16) : "memory");
+      asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(local(barrier)), "r"(vectors * 16)
+                   : "memory");
       if (vectors > 0)
         asm volatile(
             "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(local(to)),
@@ -156,7 +157,8 @@ struct Simt {
 #else
     const char* source = static_cast<const char*>(from);
     for (int i = lane(); i < vectors; i += LANES)
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(local(to + 16 * i)), "l"(source + 16 * i) : "memory");
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(local(to + 16 * i)), "l"(source + 16 * i)
+                   : "memory");
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(local(barrier)) : "memory");
 #endif
   }
@@ -171,15 +173,15 @@ struct Simt {
     if constexpr (sizeof(V) == 4) {
       uint32_t bits;
       memcpy(&bits, &value, 4);
-      asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(address), "r"(bits),
-                   "r"(counter)
+      asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(address),
+                   "r"(bits), "r"(counter)
                    : "memory");
     } else {
       static_assert(sizeof(V) == 8, "4 or 8 bytes");
       uint64_t bits;
       memcpy(&bits, &value, 8);
-      asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(address), "l"(bits),
-                   "r"(counter)
+      asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(address),
+                   "l"(bits), "r"(counter)
                    : "memory");
     }
 #endif

@@ -29,10 +29,10 @@ struct {
   int multiprocessors = 132, major = 9, shared = 227 << 10;
 } device;
 
-using Launch = int (*)(const char* name, void** arguments, const unsigned* grid, const unsigned* block, unsigned cluster,
-                       unsigned shared);
+using Launch = int (*)(const char* name, void** arguments, const unsigned* grid, const unsigned* block,
+                       unsigned cluster, unsigned shared);
 Launch launch_function;
-std::string why;  // the last failure
+std::string why;                        // the last failure
 std::map<uint64_t, uint64_t> storages;  // whose addresses were asked for, with their sizes
 cudaError_t last = cudaSuccess;
 
@@ -54,7 +54,8 @@ unsigned cluster_of(const cudaLaunchConfig_t& config, const Kernel& kernel) {
   if (!cluster || cluster > 16 || cluster & (cluster - 1)) return failed("a cluster of " + std::to_string(cluster)), 0;
   if (cluster > 8 && !kernel.large_clusters) return failed("a cluster above 8 that was not allowed"), 0;
   if (config.gridDim.x == 0 || config.gridDim.x % cluster) return failed("a grid that does not fill its clusters"), 0;
-  if (int(config.dynamicSmemBytes) > kernel.dynamic_shared) return failed("more dynamic shared memory than was allowed"), 0;
+  if (int(config.dynamicSmemBytes) > kernel.dynamic_shared)
+    return failed("more dynamic shared memory than was allowed"), 0;
   if (config.blockDim.x > 1024) return failed("a block of more than 1024 threads"), 0;
   return cluster;
 }
@@ -99,7 +100,8 @@ void** __cudaRegisterFatBinary(void*) {
 }
 void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}
-void __cudaRegisterFunction(void**, const char* host, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*, int*) {
+void __cudaRegisterFunction(void**, const char* host, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*,
+                            int*) {
   kernels()[host].name = name;
 }
 // The symbol that host code launches by is its own handle here.
@@ -108,7 +110,9 @@ cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* host) {
   return cudaSuccess;
 }
 cudaError_t __cudaPopCallConfiguration(dim3*, dim3*, size_t*, void*) { return failed("a launch by <<<>>>"); }
-cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStream_t) { return failed("a launch by <<<>>>"); }
+cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStream_t) {
+  return failed("a launch by <<<>>>");
+}
 
 cudaError_t cudaGetDevice(int* index) {
   *index = 0;
@@ -165,8 +169,8 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* count, const void* host, const c
   *count = cluster == 16 ? 4 : device.multiprocessors / int(cluster);
   return cudaSuccess;
 }
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* count, const void* host, int threads, size_t shared,
-                                                                   unsigned) {
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* count, const void* host, int threads,
+                                                                   size_t shared, unsigned) {
   constexpr int THREADS = 2048, BLOCKS = 3, RESERVED = 1024;
   const auto found = kernels().find(host);
   if (found == kernels().end()) return failed("an unknown kernel");
@@ -214,15 +218,17 @@ AOTITorchError __wrap_aoti_torch_get_data_ptr(AtenTensorHandle tensor, void** da
   aoti_torch_get_storage_size(tensor, &bytes);
   aoti_torch_get_dtype(tensor, &dtype);
   if (*data && bytes > 0)
-    storages[reinterpret_cast<uint64_t>(*data) - uint64_t(offset) * aoti_torch_dtype_element_size(dtype)] = uint64_t(bytes);
+    storages[reinterpret_cast<uint64_t>(*data) - uint64_t(offset) * aoti_torch_dtype_element_size(dtype)] =
+        uint64_t(bytes);
   return status;
 }
 
 // New memory holds NaN, or -1.
-AOTITorchError __real_aoti_torch_empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype,
-                                               int32_t device_type, int32_t device_index, AtenTensorHandle* tensor);
-AOTITorchError __wrap_aoti_torch_empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype,
-                                               int32_t device_type, int32_t, AtenTensorHandle* tensor) {
+AOTITorchError __real_aoti_torch_empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides,
+                                               int32_t dtype, int32_t device_type, int32_t device_index,
+                                               AtenTensorHandle* tensor);
+AOTITorchError __wrap_aoti_torch_empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides,
+                                               int32_t dtype, int32_t device_type, int32_t, AtenTensorHandle* tensor) {
   const AOTITorchError status = __real_aoti_torch_empty_strided(dims, sizes, strides, dtype, device_type, 0, tensor);
   int64_t bytes = 0;
   void* data = nullptr;

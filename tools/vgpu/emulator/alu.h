@@ -17,7 +17,8 @@ Handler unary(F) {
 template <class T, class F>
 Handler binary(F) {
   return [](Thread& t, const Instruction& i) {
-    set(t, i.out[0], to_bits(F{}(get<T>(t, i.in[0]), get<T>(t, i.in[1]))), (mask(t, i.in[0]) & mask(t, i.in[1])) == 0xff);
+    set(t, i.out[0], to_bits(F{}(get<T>(t, i.in[0]), get<T>(t, i.in[1]))),
+        (mask(t, i.in[0]) & mask(t, i.in[1])) == 0xff);
     return Next::STEP;
   };
 }

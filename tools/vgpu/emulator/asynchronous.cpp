@@ -19,7 +19,8 @@ Barrier& barrier_at(Thread& t, Block& block, u32 address, const char* what) {
   if (address % 8) fault(t, std::string("MISALIGNED mbarrier in ") + what);
   const auto found = block.barriers.find(address);
   if (found == block.barriers.end())
-    fault(t, std::string(what) + " on an mbarrier that is not initialised, at " + std::to_string(s64(address) - SHARED_BASE));
+    fault(t, std::string(what) + " on an mbarrier that is not initialised, at " +
+                 std::to_string(s64(address) - SHARED_BASE));
   Barrier& barrier = found->second;
   Touch made;
   made.thread = barrier.owner;
@@ -50,9 +51,11 @@ void mark(Thread& t, Block& block, u32 address, u32 bytes, s32 barrier, bool pro
         if (proxy && running[size_t(written.thread)]->fenced < written.access)
           race("an asynchronous copy over what " + who + " without fence.proxy.async");
       }
-      if (read.thread != Touch::NOBODY && !ordered(t, read, true)) race("an asynchronous copy overwrites what is being read");
+      if (read.thread != Touch::NOBODY && !ordered(t, read, true))
+        race("an asynchronous copy overwrites what is being read");
       if (proxy && read.thread >= 0 && running[size_t(read.thread)]->fenced < read.access)
-        race("an asynchronous copy over what thread " + std::to_string(read.thread) + " read without fence.proxy.async");
+        race("an asynchronous copy over what thread " + std::to_string(read.thread) +
+             " read without fence.proxy.async");
     }
     cell = Shadow();
     cell.in_flight = true;
@@ -171,7 +174,8 @@ Next bulk_copy(Thread& t, const Instruction& i) {  // [to], [from], bytes, [barr
   if (from % 16) fault(t, "MISALIGNED bulk copy source " + hex(from));
   check_shared(t, block, to, bytes, 16, "bulk copy");
   global_memory(t, from, bytes, false, 16);
-  if (!barrier_at(t, block, at, "bulk copy").fenced) fault(t, "a bulk copy on an mbarrier whose initialisation was not fenced");
+  if (!barrier_at(t, block, at, "bulk copy").fenced)
+    fault(t, "a bulk copy on an mbarrier whose initialisation was not fenced");
   mark(t, block, to, bytes, s32(at - SHARED_BASE), true);
   m.transfers.push_back({Transfer::BULK, &t, &block, to, at, reinterpret_cast<const u8*>(from), bytes, bytes, {}, 0});
   return Next::STEP;
@@ -187,7 +191,8 @@ Next async_store(Thread& t, const Instruction& i) {  // [to], value, [barrier]
   Block &block = block_of(t, to, true), &other = block_of(t, at, true);
   if (&block != &other) fault(t, "st.async: value and mbarrier in different blocks");
   check_shared(t, block, to, i.bytes, i.bytes, "st.async");
-  if (!barrier_at(t, block, at, "st.async").fenced) fault(t, "st.async on an mbarrier whose initialisation was not fenced");
+  if (!barrier_at(t, block, at, "st.async").fenced)
+    fault(t, "st.async on an mbarrier whose initialisation was not fenced");
   for (u32 byte = to - SHARED_BASE; byte < to - SHARED_BASE + i.bytes; ++byte) {
     Shadow& cell = block.shadows[byte];
     if (cell.is_barrier) fault(t, "st.async over an mbarrier");
@@ -225,7 +230,8 @@ Next async_copy(Thread& t, const Instruction& i) {  // cp.async [to], [from], by
   mark(t, block, to, bytes, Shadow::BY_THREAD, false);
   ++t.outstanding;
   t.copies.push_back({to, bytes});
-  m.transfers.push_back({Transfer::COPY, &t, &block, to, 0, reinterpret_cast<const u8*>(from), bytes, read, {}, t.committed});
+  m.transfers.push_back(
+      {Transfer::COPY, &t, &block, to, 0, reinterpret_cast<const u8*>(from), bytes, read, {}, t.committed});
   return Next::STEP;
 }
 
@@ -247,7 +253,9 @@ Next async_copy_arrive(Thread& t, const Instruction& i) {  // the copies of this
 // One of the operations under way arrives.
 void Machine::deliver() {
   size_t k = random() % transfers.size();
-  auto of_thread = [&](size_t j) { return transfers[j].kind == Transfer::COPY || transfers[j].kind == Transfer::ARRIVE; };
+  auto of_thread = [&](size_t j) {
+    return transfers[j].kind == Transfer::COPY || transfers[j].kind == Transfer::ARRIVE;
+  };
   if (of_thread(k)) {  // in the order of its thread
     const Thread* owner = transfers[k].thread;
     for (k = 0; transfers[k].thread != owner || !of_thread(k);) ++k;

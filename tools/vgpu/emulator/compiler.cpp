@@ -202,8 +202,8 @@ void Compiler::append(const std::string& text, int line) {
 
 void Compiler::decode(const std::string& opcode) {
   const Opcode op(opcode);
-  for (auto* decoder : {decode_memory, decode_control, decode_synchronize, decode_compare, decode_convert, decode_integer,
-                        decode_float})
+  for (auto* decoder : {decode_memory, decode_control, decode_synchronize, decode_compare, decode_convert,
+                        decode_integer, decode_float})
     if (decoder(*this, op)) {
       if (!instruction.run) op.unsupported();
       return;
@@ -267,7 +267,8 @@ void Compiler::call(const std::string& text, int line) {
     throw Fault("the arguments of a call do not match " + name);
   Call call;
   for (size_t k = 0; k < given.size(); ++k)
-    call.arguments.push_back({variable(given[k]).offset, signature.parameters[k].offset, signature.parameters[k].bytes});
+    call.arguments.push_back(
+        {variable(given[k]).offset, signature.parameters[k].offset, signature.parameters[k].bytes});
   for (size_t k = 0; k < taken.size(); ++k)
     call.results.push_back({signature.results[k].offset, variable(taken[k]).offset, signature.results[k].bytes});
   instruction.immediate = s64(function_.calls.size());
@@ -332,7 +333,8 @@ void Compiler::body(const Module::Declaration& declaration) {
   if (!kernel_) {
     const Signature& signature = signatures_[declaration.name];
     const auto parameters = parameters_of(declaration.parameters), results = parameters_of(declaration.results);
-    for (size_t k = 0; k < parameters.size(); ++k) scopes_.back().parameters[parameters[k].name] = signature.parameters[k];
+    for (size_t k = 0; k < parameters.size(); ++k)
+      scopes_.back().parameters[parameters[k].name] = signature.parameters[k];
     for (size_t k = 0; k < results.size(); ++k) scopes_.back().parameters[results[k].name] = signature.results[k];
   }
   for (size_t at = declaration.begin;;) {

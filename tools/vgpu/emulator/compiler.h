@@ -51,7 +51,7 @@ class Compiler {
   void address(const std::string& text, int& base, s64& offset);
   int address(const std::string& text);  // without an offset
   std::optional<u64> number(const std::string& text, Type type) const;
-  static std::vector<std::string> elements(const std::string& text);  // {a, b}, or a alone
+  static std::vector<std::string> elements(const std::string& text);              // {a, b}, or a alone
   std::optional<Place> parameter_variable(const std::string& text, s64& offset);  // [name+offset]
 
  private:
@@ -97,7 +97,7 @@ class Compiler {
   std::vector<Branch> branches_;
   std::map<std::string, int> entries_, locals_, shared_;
   std::map<std::string, Signature> signatures_;
-  std::vector<std::string> called_;  // functions, in the order of their bodies
+  std::vector<std::string> called_;   // functions, in the order of their bodies
   std::vector<std::string> callees_;  // by call
   std::unordered_map<u64, int> constants_;
 };

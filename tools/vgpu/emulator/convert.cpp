@@ -65,21 +65,25 @@ Handler float_to_float(const Opcode& op, Type to, Type from) {
   if (to == Type::F32 && from == Type::F32) {
     if (op.has("sat")) {
       if (rounding != Rounding::NONE) op.unsupported();
-      return flush ? unary<float>([](float a) { return flushed(saturated(flushed(a))); }) : unary<float>([](float a) { return saturated(a); });
+      return flush ? unary<float>([](float a) { return flushed(saturated(flushed(a))); })
+                   : unary<float>([](float a) { return saturated(a); });
     }
     return by_rounding(rounding, [&](auto r) {
       constexpr Rounding R = decltype(r)::value;
-      return flush ? unary<float>([](float a) { return rounded<R>(flushed(a)); }) : unary<float>([](float a) { return rounded<R>(a); });
+      return flush ? unary<float>([](float a) { return rounded<R>(flushed(a)); })
+                   : unary<float>([](float a) { return rounded<R>(a); });
     });
   }
   if (op.has("sat")) op.unsupported();
   if (to == Type::F64 && from == Type::F64)
-    return by_rounding(rounding, [](auto r) { return unary<double>([](double a) { return rounded<decltype(r)::value>(a); }); });
+    return by_rounding(rounding,
+                       [](auto r) { return unary<double>([](double a) { return rounded<decltype(r)::value>(a); }); });
   if (rounding != Rounding::NONE) op.unsupported();
   switch (to) {
     case Type::F64:
       if (from == Type::F32)
-        return flush ? unary<float>([](float a) { return double(flushed(a)); }) : unary<float>([](float a) { return double(a); });
+        return flush ? unary<float>([](float a) { return double(flushed(a)); })
+                     : unary<float>([](float a) { return double(a); });
       if (from == Type::F16) return unary<u16>([](u16 a) { return double(from_float16(a)); });
       if (from == Type::BF16) return unary<u16>([](u16 a) { return double(from_bfloat16(a)); });
       break;
@@ -87,7 +91,8 @@ Handler float_to_float(const Opcode& op, Type to, Type from) {
       if (from == Type::F16) return unary<u16>([](u16 a) { return from_float16(a); });
       if (from == Type::BF16) return unary<u16>([](u16 a) { return from_bfloat16(a); });
       if (from == Type::F64 && nearest)
-        return flush ? unary<double>([](double a) { return flushed(float(a)); }) : unary<double>([](double a) { return float(a); });
+        return flush ? unary<double>([](double a) { return flushed(float(a)); })
+                     : unary<double>([](double a) { return float(a); });
       break;
     case Type::F16:
       if (from == Type::F32 && nearest) return unary<float>([](float a) { return to_float16(a); });
@@ -160,7 +165,8 @@ bool decode_convert(Compiler& c, const Opcode& op) {
   if (to == Type::BF16X2 || to == Type::F16X2) {
     if (from != Type::F32 || !nearest) op.unsupported();
     c.operation(2, Type::B32, Type::F32, op);
-    i.run = to == Type::BF16X2 ? to_pair([](float x) { return to_bfloat16(x); }) : to_pair([](float x) { return to_float16(x); });
+    i.run = to == Type::BF16X2 ? to_pair([](float x) { return to_bfloat16(x); })
+                               : to_pair([](float x) { return to_float16(x); });
     return true;
   }
   c.operation(1, to, from, op);
@@ -168,10 +174,14 @@ bool decode_convert(Compiler& c, const Opcode& op) {
     i.run = float_to_float(op, to, from);
   } else if (is_float(from)) {
     if (rounding_of(op) == Rounding::NONE || op.has("sat")) op.unsupported();
-    i.run = from == Type::F32 ? float_to_integer<float>(op, to) : from == Type::F64 ? float_to_integer<double>(op, to) : nullptr;
+    i.run = from == Type::F32   ? float_to_integer<float>(op, to)
+            : from == Type::F64 ? float_to_integer<double>(op, to)
+                                : nullptr;
   } else if (is_float(to)) {
     if (!nearest) op.unsupported();
-    i.run = to == Type::F32 ? integer_to_float<float>(op, from) : to == Type::F64 ? integer_to_float<double>(op, from) : nullptr;
+    i.run = to == Type::F32   ? integer_to_float<float>(op, from)
+            : to == Type::F64 ? integer_to_float<double>(op, from)
+                              : nullptr;
   } else {
     if (op.has("sat")) op.unsupported();
     i.bytes = u8(bytes_of(from));

@@ -6,7 +6,9 @@ namespace vgpu {
 
 namespace {
 
-Type unsigned_of(int bytes) { return bytes == 8 ? Type::B64 : bytes == 4 ? Type::B32 : bytes == 2 ? Type::B16 : Type::B8; }
+Type unsigned_of(int bytes) {
+  return bytes == 8 ? Type::B64 : bytes == 4 ? Type::B32 : bytes == 2 ? Type::B16 : Type::B8;
+}
 
 int vector_of(const Opcode& op) { return op.has("v2") ? 2 : op.has("v4") ? 4 : 1; }
 
@@ -44,7 +46,8 @@ void decode_load(Compiler& c, const Opcode& op) {
   i.kind = space == Space::CLUSTER;
   switch (space) {
     case Space::GLOBAL: i.run = load_global; break;
-    case Space::SHARED: case Space::CLUSTER: i.run = load_shared; break;
+    case Space::SHARED:
+    case Space::CLUSTER: i.run = load_shared; break;
     case Space::LOCAL: i.run = load_local; break;
     case Space::PARAMETER: i.run = load_parameter; break;
     case Space::GENERIC: i.run = load_generic;
@@ -86,7 +89,8 @@ void decode_store(Compiler& c, const Opcode& op) {
   i.kind = space == Space::CLUSTER;
   switch (space) {
     case Space::GLOBAL: i.run = store_global; break;
-    case Space::SHARED: case Space::CLUSTER: i.run = store_shared; break;
+    case Space::SHARED:
+    case Space::CLUSTER: i.run = store_shared; break;
     case Space::LOCAL: i.run = store_local; break;
     default: i.run = store_generic;
   }
@@ -259,8 +263,12 @@ void decode_collective(Compiler& c, const Opcode& op, Collective kind) {
       if (real)
         i.variant = chosen(op, {{"min", nan ? MIN_NAN : MIN_F}, {"max", nan ? MAX_NAN : MAX_F}});
       else
-        i.variant = chosen(op, {{"add", ADD}, {"min", sign ? MIN_S : MIN_U}, {"max", sign ? MAX_S : MAX_U}, {"and", AND},
-                                {"or", OR}, {"xor", XOR}});
+        i.variant = chosen(op, {{"add", ADD},
+                                {"min", sign ? MIN_S : MIN_U},
+                                {"max", sign ? MAX_S : MAX_U},
+                                {"and", AND},
+                                {"or", OR},
+                                {"xor", XOR}});
       i.out[0] = c.operand(c.operands[0], Type::B32);
       i.in[0] = c.operand(c.operands[1], Type::B32);
       break;
@@ -311,8 +319,8 @@ void decode_barrier(Compiler& c, const Opcode& op) {
 }
 
 void decode_mbarrier(Compiler& c, const Opcode& op) {
-  op.allow({"init", "arrive", "expect_tx", "try_wait", "test_wait", "parity", "shared", "shared::cta", "shared::cluster",
-            "release", "acquire", "cta", "cluster"});
+  op.allow({"init", "arrive", "expect_tx", "try_wait", "test_wait", "parity", "shared", "shared::cta",
+            "shared::cluster", "release", "acquire", "cta", "cluster"});
   Instruction& i = c.instruction;
   i.kind = op.has("shared::cluster");
   if (op.has("init")) {
@@ -419,7 +427,9 @@ Next set_predicate(Thread& t, const Instruction& i, Read read) {
 }
 template <class T>
 Handler compare_as() {
-  return [](Thread& t, const Instruction& i) { return set_predicate<T>(t, i, [](Thread& t, int o) { return get<T>(t, o); }); };
+  return [](Thread& t, const Instruction& i) {
+    return set_predicate<T>(t, i, [](Thread& t, int o) { return get<T>(t, o); });
+  };
 }
 
 // Of pairs: one predicate for each.
@@ -428,17 +438,21 @@ Next compare_halves(Thread& t, const Instruction& i) {
   const u32 a = u32(value(t, i.in[0])), b = u32(value(t, i.in[1]));
   const u8 known = mask(t, i.in[0]) & mask(t, i.in[1]);
   for (int h = 0; h < 2; ++h)
-    set(t, i.out[size_t(h)], compare(i.kind, read(u16(a >> 16 * h)), read(u16(b >> 16 * h))), (known >> 2 * h & 3) == 3);
+    set(t, i.out[size_t(h)], compare(i.kind, read(u16(a >> 16 * h)), read(u16(b >> 16 * h))),
+        (known >> 2 * h & 3) == 3);
   return Next::STEP;
 }
 
 Handler comparison_of(const Opcode& op) {
   switch (op.type) {
-    case Type::U16: case Type::B16: return compare_as<u16>();
+    case Type::U16:
+    case Type::B16: return compare_as<u16>();
     case Type::S16: return compare_as<s16>();
-    case Type::U32: case Type::B32: return compare_as<u32>();
+    case Type::U32:
+    case Type::B32: return compare_as<u32>();
     case Type::S32: return compare_as<s32>();
-    case Type::U64: case Type::B64: return compare_as<u64>();
+    case Type::U64:
+    case Type::B64: return compare_as<u64>();
     case Type::S64: return compare_as<s64>();
     case Type::F64: return compare_as<double>();
     case Type::F32:
@@ -454,7 +468,8 @@ Handler comparison_of(const Opcode& op) {
       return [](Thread& t, const Instruction& i) {
         return set_predicate<float>(t, i, [](Thread& t, int o) { return from_float16(get<u16>(t, o)); });
       };
-    case Type::BF16X2: case Type::F16X2: return compare_halves;
+    case Type::BF16X2:
+    case Type::F16X2: return compare_halves;
     default: op.unsupported();
   }
 }
@@ -467,10 +482,24 @@ Next select(Thread& t, const Instruction& i) {
 
 void decode_set_predicate(Compiler& c, const Opcode& op) {
   static const std::map<std::string, int> HOW{
-      {"eq", EQ}, {"ne", NE}, {"lt", LT}, {"le", LE}, {"gt", GT}, {"ge", GE},
-      {"lo", LT}, {"ls", LE}, {"hi", GT}, {"hs", GE},
-      {"equ", EQ | UNORDERED}, {"neu", NE | UNORDERED}, {"ltu", LT | UNORDERED}, {"leu", LE | UNORDERED},
-      {"gtu", GT | UNORDERED}, {"geu", GE | UNORDERED}, {"num", NUM}, {"nan", IS_NAN},
+      {"eq", EQ},
+      {"ne", NE},
+      {"lt", LT},
+      {"le", LE},
+      {"gt", GT},
+      {"ge", GE},
+      {"lo", LT},
+      {"ls", LE},
+      {"hi", GT},
+      {"hs", GE},
+      {"equ", EQ | UNORDERED},
+      {"neu", NE | UNORDERED},
+      {"ltu", LT | UNORDERED},
+      {"leu", LE | UNORDERED},
+      {"gtu", GT | UNORDERED},
+      {"geu", GE | UNORDERED},
+      {"num", NUM},
+      {"nan", IS_NAN},
   };
   Instruction& i = c.instruction;
   const auto how = op.modifiers.empty() ? HOW.end() : HOW.find(op.modifiers[0]);

@@ -29,15 +29,21 @@ Handler binary_float(const Opcode& op, F f) {
 
 struct Add {
   template <class T>
-  T operator()(T a, T b) const { return a + b; }
+  T operator()(T a, T b) const {
+    return a + b;
+  }
 };
 struct Subtract {
   template <class T>
-  T operator()(T a, T b) const { return a - b; }
+  T operator()(T a, T b) const {
+    return a - b;
+  }
 };
 struct Multiply {
   template <class T>
-  T operator()(T a, T b) const { return a * b; }
+  T operator()(T a, T b) const {
+    return a * b;
+  }
 };
 struct FusedMultiplyAdd {
   float operator()(float a, float b, float c) const { return __builtin_fmaf(a, b, c); }
@@ -46,7 +52,8 @@ struct FusedMultiplyAdd {
 
 template <int MODE, class F>
 Handler binary_in_mode(F) {
-  return binary<float>([](float a, float b) { return in_mode<MODE>([](float x, float y, float) { return F{}(x, y); }, a, b); });
+  return binary<float>(
+      [](float a, float b) { return in_mode<MODE>([](float x, float y, float) { return F{}(x, y); }, a, b); });
 }
 template <int MODE>
 Handler fma_in_mode() {
@@ -66,8 +73,9 @@ void decode_binary(Compiler& c, const Opcode& op, F f) {
     if (!other_mode(op))
       run = binary_float(op, f);
     else if (!op.has("ftz"))
-      run = op.has("rz") ? binary_in_mode<FE_TOWARDZERO>(f)
-            : op.has("rm") ? binary_in_mode<FE_DOWNWARD>(f) : binary_in_mode<FE_UPWARD>(f);
+      run = op.has("rz")   ? binary_in_mode<FE_TOWARDZERO>(f)
+            : op.has("rm") ? binary_in_mode<FE_DOWNWARD>(f)
+                           : binary_in_mode<FE_UPWARD>(f);
   }
 }
 
@@ -84,7 +92,9 @@ void decode_fma(Compiler& c, const Opcode& op) {
       })
                           : ternary<float>(FusedMultiplyAdd());
     else if (!op.has("ftz"))
-      run = op.has("rz") ? fma_in_mode<FE_TOWARDZERO>() : op.has("rm") ? fma_in_mode<FE_DOWNWARD>() : fma_in_mode<FE_UPWARD>();
+      run = op.has("rz")   ? fma_in_mode<FE_TOWARDZERO>()
+            : op.has("rm") ? fma_in_mode<FE_DOWNWARD>()
+                           : fma_in_mode<FE_UPWARD>();
   }
 }
 
@@ -184,14 +194,17 @@ void decode_extreme(Compiler& c, const Opcode& op, F f) {
   const bool nan = op.has("NaN");
   if (op.type == Type::F32 && c.operands.size() == 4) {  // sm_100: of three
     c.operation(3, op.type, op);
-    i.run = nan ? ternary<float>([](float a, float b, float x) { return a != a || b != b || x != x ? NOT_A_NUMBER : F{}(F{}(a, b), x); })
+    i.run = nan ? ternary<float>([](float a, float b, float x) {
+      return a != a || b != b || x != x ? NOT_A_NUMBER : F{}(F{}(a, b), x);
+    })
                 : ternary<float>([](float a, float b, float x) { return F{}(F{}(a, b), x); });
     if (op.has("ftz")) op.unsupported();
     return;
   }
   c.operation(2, op.type, op);
   if (op.type == Type::F32)
-    i.run = nan ? binary_float(op, [](float a, float b) { return a != a || b != b ? NOT_A_NUMBER : F{}(a, b); }) : binary_float(op, f);
+    i.run = nan ? binary_float(op, [](float a, float b) { return a != a || b != b ? NOT_A_NUMBER : F{}(a, b); })
+                : binary_float(op, f);
   else if (op.type == Type::F64 && !nan)
     i.run = binary<double>(f);
   else if ((op.type == Type::BF16X2 || op.type == Type::F16X2) && !nan)
@@ -200,7 +213,8 @@ void decode_extreme(Compiler& c, const Opcode& op, F f) {
 
 // Divisions by what is beyond 2^126 are 0, or NaN of infinity.
 float approximate_quotient(float a, float b) {
-  if (std::fabs(b) > 0x1p126f && std::fabs(b) < INFINITY) return std::fabs(a) == INFINITY ? NOT_A_NUMBER : a != a ? a : 0.0f;
+  if (std::fabs(b) > 0x1p126f && std::fabs(b) < INFINITY)
+    return std::fabs(a) == INFINITY ? NOT_A_NUMBER : a != a ? a : 0.0f;
   return approximated(a / b, 2);
 }
 
@@ -249,9 +263,11 @@ bool decode_function(Compiler& c, const Opcode& op) {
   } else if (name == "rcp") {
     one();
     if (wide)
-      run = approx ? unary<double>([](double a) { return upper_half(1.0 / a); }) : unary<double>([](double a) { return 1.0 / a; });
+      run = approx ? unary<double>([](double a) { return upper_half(1.0 / a); })
+                   : unary<double>([](double a) { return 1.0 / a; });
     else
-      run = approx ? unary_float(op, [](float a) { return approximated(1.0f / a, 1); }) : unary_float(op, [](float a) { return 1.0f / a; });
+      run = approx ? unary_float(op, [](float a) { return approximated(1.0f / a, 1); })
+                   : unary_float(op, [](float a) { return 1.0f / a; });
   } else if (name == "sqrt") {
     one();
     if (wide)
@@ -281,14 +297,16 @@ void decode_sign(Compiler& c, const Opcode& op) {
     switch (op.type) {
       case Type::F64: run = unary<double>([](double a) { return -a; }); break;
       case Type::F32: run = unary_float(op, [](float a) { return -a; }); break;
-      case Type::F16: case Type::BF16: run = unary<u16>([](u16 a) { return u16(a ^ 0x8000); }); break;
+      case Type::F16:
+      case Type::BF16: run = unary<u16>([](u16 a) { return u16(a ^ 0x8000); }); break;
       default: run = unary<u32>([](u32 a) { return a ^ 0x80008000; });
     }
   } else {
     switch (op.type) {
       case Type::F64: run = unary<double>([](double a) { return std::fabs(a); }); break;
       case Type::F32: run = unary_float(op, [](float a) { return std::fabs(a); }); break;
-      case Type::F16: case Type::BF16: run = unary<u16>([](u16 a) { return u16(a & 0x7fff); }); break;
+      case Type::F16:
+      case Type::BF16: run = unary<u16>([](u16 a) { return u16(a & 0x7fff); }); break;
       default: run = unary<u32>([](u32 a) { return a & 0x7fff7fff; });
     }
   }

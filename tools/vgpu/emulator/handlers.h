@@ -17,7 +17,7 @@ Next store_generic(Thread&, const Instruction&);
 Next load_parameter(Thread&, const Instruction&);
 Next load_scratch(Thread&, const Instruction&);  // the .param space of a call
 Next store_scratch(Thread&, const Instruction&);
-Next map_address(Thread&, const Instruction&);   // mapa
+Next map_address(Thread&, const Instruction&);  // mapa
 
 Next jump(Thread&, const Instruction&);
 Next leave(Thread&, const Instruction&);

@@ -33,7 +33,8 @@ Next logic(Thread& t, const Instruction& i) {
   u8 known = a_known & b_known;
   if (known != 0xff && i.kind == LOGIC_AND)
     for (int k = 0; k < 8; ++k)
-      if (((a_known >> k & 1) && !(a >> 8 * k & 0xff)) || ((b_known >> k & 1) && !(b >> 8 * k & 0xff))) known |= u8(1 << k);
+      if (((a_known >> k & 1) && !(a >> 8 * k & 0xff)) || ((b_known >> k & 1) && !(b >> 8 * k & 0xff)))
+        known |= u8(1 << k);
   set_masked(t, i.out[0], combined(i.kind, a, b), known);
   return Next::STEP;
 }
@@ -68,7 +69,8 @@ Next shift(Thread& t, const Instruction& i) {
   else
     result = by >= BITS ? T(0) : left ? T(x << by) : T(x >> by);
   u8 known = defined(t, i.in[0]) && defined(t, i.in[1]) ? 0xff : 0;
-  if (!known && defined(t, i.in[1]) && by % 8 == 0 && !std::is_signed_v<T>) known = shifted_mask<T>(mask(t, i.in[0]), by, left);
+  if (!known && defined(t, i.in[1]) && by % 8 == 0 && !std::is_signed_v<T>)
+    known = shifted_mask<T>(mask(t, i.in[0]), by, left);
   set_masked(t, i.out[0], to_bits(result), known);
   return Next::STEP;
 }
@@ -147,19 +149,31 @@ T remainder(T a, T b) {
 template <class T>
 struct Wide;
 template <>
-struct Wide<u16> { using type = u32; };
+struct Wide<u16> {
+  using type = u32;
+};
 template <>
-struct Wide<s16> { using type = s32; };
+struct Wide<s16> {
+  using type = s32;
+};
 template <>
-struct Wide<u32> { using type = u64; };
+struct Wide<u32> {
+  using type = u64;
+};
 template <>
-struct Wide<s32> { using type = s64; };
+struct Wide<s32> {
+  using type = s64;
+};
 __extension__ typedef __int128 s128;
 __extension__ typedef unsigned __int128 u128;
 template <>
-struct Wide<u64> { using type = u128; };
+struct Wide<u64> {
+  using type = u128;
+};
 template <>
-struct Wide<s64> { using type = s128; };
+struct Wide<s64> {
+  using type = s128;
+};
 
 template <class T>
 T high_product(T a, T b) {
@@ -175,7 +189,8 @@ void decode_multiply(Compiler& c, const Opcode& op) {
   if (op.has("wide")) {
     c.operation(2, wide_of(op.type), op.type, op);
     run = by_sign(op, []<class T>(T) -> Handler {
-      if constexpr (sizeof(T) == 8) return nullptr;
+      if constexpr (sizeof(T) == 8)
+        return nullptr;
       else {
         using W = typename Wide<T>::type;
         return binary<T>([](T a, T b) { return W(W(a) * W(b)); });
@@ -198,7 +213,8 @@ void decode_multiply_add(Compiler& c, const Opcode& op) {
     c.operation(3, wide_of(op.type), op.type, op);
     c.instruction.in[2] = c.operand(c.operands[3], wide_of(op.type));
     run = by_sign(op, []<class T>(T) -> Handler {
-      if constexpr (sizeof(T) == 8) return nullptr;
+      if constexpr (sizeof(T) == 8)
+        return nullptr;
       else {
         using W = typename Wide<T>::type;
         using U = std::make_unsigned_t<W>;
@@ -251,7 +267,8 @@ void decode_field(Compiler& c, const Opcode& op) {
       auto extract = [](T x, u32 start, u32 length) { return extracted(x, start, length); };
       return [](Thread& t, const Instruction& i) {
         const bool known = (mask(t, i.in[0]) & mask(t, i.in[1]) & mask(t, i.in[2])) == 0xff;
-        set(t, i.out[0], to_bits(decltype(extract){}(get<T>(t, i.in[0]), get<u32>(t, i.in[1]), get<u32>(t, i.in[2]))), known);
+        set(t, i.out[0], to_bits(decltype(extract){}(get<T>(t, i.in[0]), get<u32>(t, i.in[1]), get<u32>(t, i.in[2]))),
+            known);
         return Next::STEP;
       };
     });
@@ -272,7 +289,8 @@ void decode_lookup(Compiler& c, const Opcode& op) {
   c.instruction.immediate = s64(*table);
   c.instruction.run = [](Thread& t, const Instruction& i) {
     const bool known = (mask(t, i.in[0]) & mask(t, i.in[1]) & mask(t, i.in[2])) == 0xff;
-    set(t, i.out[0], looked_up(get<u32>(t, i.in[0]), get<u32>(t, i.in[1]), get<u32>(t, i.in[2]), int(i.immediate)), known);
+    set(t, i.out[0], looked_up(get<u32>(t, i.in[0]), get<u32>(t, i.in[1]), get<u32>(t, i.in[2]), int(i.immediate)),
+        known);
     return Next::STEP;
   };
 }
@@ -351,9 +369,11 @@ bool decode_integer(Compiler& c, const Opcode& op) {
     c.operation(1, Type::B32, op.type, op);
     const bool wide = bytes_of(op.type) == 8;
     if (name == "popc")
-      i.run = wide ? unary<u64>([](u64 a) { return u32(std::popcount(a)); }) : unary<u32>([](u32 a) { return u32(std::popcount(a)); });
+      i.run = wide ? unary<u64>([](u64 a) { return u32(std::popcount(a)); })
+                   : unary<u32>([](u32 a) { return u32(std::popcount(a)); });
     else
-      i.run = wide ? unary<u64>([](u64 a) { return u32(std::countl_zero(a)); }) : unary<u32>([](u32 a) { return u32(std::countl_zero(a)); });
+      i.run = wide ? unary<u64>([](u64 a) { return u32(std::countl_zero(a)); })
+                   : unary<u32>([](u32 a) { return u32(std::countl_zero(a)); });
   } else {
     return false;
   }

@@ -21,7 +21,13 @@ struct Thread;
 struct Instruction;
 struct Machine;
 
-enum class Next { STEP, JUMPED, BLOCKED, EXIT, YIELD };  // BLOCKED: at this instruction still; YIELD: and let others go on
+enum class Next {
+  STEP,
+  JUMPED,
+  BLOCKED,
+  EXIT,
+  YIELD
+};  // BLOCKED: at this instruction still; YIELD: and let others go on
 
 using Handler = Next (*)(Thread&, const Instruction&);
 
@@ -190,15 +196,15 @@ struct Thread {
   int index, lane, id;  // in the block, in the warp, in the cluster
   u32 at[3];
   u32 block_epoch, warp_epoch, cluster_epoch;
-  u32 accesses, fenced;  // of shared memory; before the last proxy fence
+  u32 accesses, fenced;                                       // of shared memory; before the last proxy fence
   enum class Arrival : u8 { NO, ARRIVED, COMPLETE } arrival;  // at the cluster's barrier
   std::vector<int> returns;
   u8* scratch;
   std::vector<u8> local, local_defined;
-  std::unordered_map<u64, u32> seen;   // by barrier: the phase that this thread has waited for
-  std::vector<u32> initialised;        // mbarriers that are not fenced yet
-  u32 committed;                       // groups of cp.async
-  int outstanding;                     // copies of it
+  std::unordered_map<u64, u32> seen;        // by barrier: the phase that this thread has waited for
+  std::vector<u32> initialised;             // mbarriers that are not fenced yet
+  u32 committed;                            // groups of cp.async
+  int outstanding;                          // copies of it
   std::vector<std::pair<u32, u32>> copies;  // (address, bytes) since the last arrive of cp.async
 
   void restart();
@@ -307,7 +313,9 @@ inline void set_masked(Thread& t, int operand, u64 bits, u8 mask) {
   t.registers[operand] = bits;
   t.masks[operand] = mask;
 }
-inline void set(Thread& t, int operand, u64 bits, bool defined = true) { set_masked(t, operand, bits, defined ? 0xff : 0); }
+inline void set(Thread& t, int operand, u64 bits, bool defined = true) {
+  set_masked(t, operand, bits, defined ? 0xff : 0);
+}
 
 std::string hex(u64 x);
 std::string where(const Thread& t);

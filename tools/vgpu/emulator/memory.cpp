@@ -85,7 +85,8 @@ u8* global_memory(Thread& t, u64 address, u32 bytes, bool write, u32 align) {
   }
   auto after = std::upper_bound(m.allocations.begin(), m.allocations.end(), address,
                                 [](u64 x, const Allocation& a) { return x < a.base; });
-  std::string what = std::string("OUT OF BOUNDS global ") + kind + " of " + std::to_string(bytes) + " bytes at " + hex(address);
+  std::string what =
+      std::string("OUT OF BOUNDS global ") + kind + " of " + std::to_string(bytes) + " bytes at " + hex(address);
   if (after == m.allocations.begin()) fault(t, what);
   const Allocation& before = *--after;
   if (!inside(before, address, bytes)) {
@@ -190,7 +191,8 @@ Block& block_of(Thread& t, u32& address, bool in_cluster) {
   if (int(rank) > m.cluster_blocks) fault(t, "an address of a block outside the cluster");
   Block& block = *m.blocks[rank - 1];
   // Whether a block has started is known by a cluster barrier only.
-  if (&block != t.block && t.cluster_epoch < 2) fault(t, "another block's shared memory is reached before any cluster barrier");
+  if (&block != t.block && t.cluster_epoch < 2)
+    fault(t, "another block's shared memory is reached before any cluster barrier");
   return block;
 }
 
@@ -230,7 +232,8 @@ std::string at_byte(u32 byte) { return ", at " + std::to_string(byte); }
 
 void note_read(Thread& t, Block& block, Shadow& cell, u32 byte) {
   if (cell.is_barrier) fault(t, "ordinary read of an mbarrier object" + at_byte(byte));
-  if (cell.in_flight) fault(t, "RACE: shared memory is read while an asynchronous copy into it is in flight" + at_byte(byte));
+  if (cell.in_flight)
+    fault(t, "RACE: shared memory is read while an asynchronous copy into it is in flight" + at_byte(byte));
   if (cell.barrier != Shadow::NO_BARRIER) {
     if (!waited(t, block, cell))
       fault(t, "RACE: shared memory is read before this thread waited for its asynchronous copy" + at_byte(byte));
@@ -248,7 +251,8 @@ void note_read(Thread& t, Block& block, Shadow& cell, u32 byte) {
 
 void note_write(Thread& t, Block& block, Shadow& cell, u32 byte, bool same) {
   if (cell.is_barrier) fault(t, "ordinary write of an mbarrier object" + at_byte(byte));
-  if (cell.in_flight) fault(t, "RACE: shared memory is written while an asynchronous copy into it is in flight" + at_byte(byte));
+  if (cell.in_flight)
+    fault(t, "RACE: shared memory is written while an asynchronous copy into it is in flight" + at_byte(byte));
   const Touch& written = cell.written;
   if (cell.barrier != Shadow::NO_BARRIER) {
     if (&block != t.block || !waited(t, block, cell))
@@ -262,7 +266,8 @@ void note_write(Thread& t, Block& block, Shadow& cell, u32 byte, bool same) {
     t.machine->lane_conflict = true;
   }
   if (cell.read.thread != Touch::NOBODY && !ordered(t, cell.read, false))
-    fault(t, "RACE: shared memory is overwritten that thread " + std::to_string(cell.read.thread) + " reads" + at_byte(byte));
+    fault(t, "RACE: shared memory is overwritten that thread " + std::to_string(cell.read.thread) + " reads" +
+                 at_byte(byte));
   cell.barrier = Shadow::NO_BARRIER;
   cell.written = touch_of(t);
   cell.read = Touch();
@@ -324,7 +329,8 @@ Next store_shared(Thread& t, const Instruction& i) {
   m.lane_conflict = false;
   note_write(t, block, address, at.bytes, same);
   if (m.lane_conflict)
-    ++m.warnings["lanes of a warp store DIFFERENT values to one shared address: line " + std::to_string(i.line) + " " + m.text(i)];
+    ++m.warnings["lanes of a warp store DIFFERENT values to one shared address: line " + std::to_string(i.line) + " " +
+                 m.text(i)];
   store_elements(t, i, to, known);
   return Next::STEP;
 }

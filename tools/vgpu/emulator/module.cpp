@@ -9,11 +9,11 @@ namespace vgpu {
 
 Type type_of(const std::string& name) {
   static const std::map<std::string, Type> TYPES{
-      {"u8", Type::U8},       {"s8", Type::S8},         {"b8", Type::B8},       {"u16", Type::U16}, {"s16", Type::S16},
-      {"b16", Type::B16},     {"u32", Type::U32},       {"s32", Type::S32},     {"b32", Type::B32}, {"u64", Type::U64},
-      {"s64", Type::S64},     {"b64", Type::B64},       {"f16", Type::F16},     {"bf16", Type::BF16}, {"f32", Type::F32},
-      {"f64", Type::F64},     {"f16x2", Type::F16X2},   {"bf16x2", Type::BF16X2}, {"f32x2", Type::F32X2},
-      {"pred", Type::PRED},
+      {"u8", Type::U8},       {"s8", Type::S8},         {"b8", Type::B8},       {"u16", Type::U16},
+      {"s16", Type::S16},     {"b16", Type::B16},       {"u32", Type::U32},     {"s32", Type::S32},
+      {"b32", Type::B32},     {"u64", Type::U64},       {"s64", Type::S64},     {"b64", Type::B64},
+      {"f16", Type::F16},     {"bf16", Type::BF16},     {"f32", Type::F32},     {"f64", Type::F64},
+      {"f16x2", Type::F16X2}, {"bf16x2", Type::BF16X2}, {"f32x2", Type::F32X2}, {"pred", Type::PRED},
   };
   const auto found = TYPES.find(name);
   return found == TYPES.end() ? Type::NONE : found->second;
@@ -91,7 +91,8 @@ std::string stripped(const std::string& text) {
       while (k < text.size() && text[k] != '\n') ++k;
     } else if (text.compare(k, 2, "/*") == 0) {
       const size_t end = std::min(text.find("*/", k + 2), text.size());
-      plain.append(size_t(std::count(text.begin() + std::ptrdiff_t(k), text.begin() + std::ptrdiff_t(end), '\n')), '\n');
+      plain.append(size_t(std::count(text.begin() + std::ptrdiff_t(k), text.begin() + std::ptrdiff_t(end), '\n')),
+                   '\n');
       k = end + 2;
     } else {
       plain += text[k++];
@@ -104,7 +105,8 @@ std::string stripped(const std::string& text) {
     const std::string line = plain.substr(k, end - k), word = first_word(trimmed(line)).first;
     k = end + 1;
     if (word == ".section") break;  // debug information, to the end
-    if (std::none_of(std::begin(IGNORED), std::end(IGNORED), [&](const char* name) { return word == name; })) out += line;
+    if (std::none_of(std::begin(IGNORED), std::end(IGNORED), [&](const char* name) { return word == name; }))
+      out += line;
     out += '\n';
   }
   return out;
@@ -128,7 +130,8 @@ std::vector<Parameter> parameters_of(const std::string& list, int* bytes) {
 
 Variable variable_of(const std::string& declaration) {
   const size_t bracket = declaration.find('[');
-  if (bracket == std::string::npos || declaration.find(".b8") == std::string::npos) throw Fault("declaration " + declaration);
+  if (bracket == std::string::npos || declaration.find(".b8") == std::string::npos)
+    throw Fault("declaration " + declaration);
   const size_t name = declaration.find_last_of(" \t", bracket) + 1;
   const std::string bytes = trimmed(declaration.substr(bracket + 1, declaration.find(']', bracket) - bracket - 1));
   return {declaration.substr(name, bracket - name), bytes.empty() ? -1 : std::stoi(bytes), align_in(declaration, 8)};

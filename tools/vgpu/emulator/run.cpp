@@ -10,8 +10,8 @@ bool approximate = false;
 
 std::string where(const Thread& t) {
   const Machine& m = *t.machine;
-  std::string at = " [block " + std::to_string(t.block->index) + " (rank " + std::to_string(t.block->rank) + "), thread " +
-                   std::to_string(t.index);
+  std::string at = " [block " + std::to_string(t.block->index) + " (rank " + std::to_string(t.block->rank) +
+                   "), thread " + std::to_string(t.index);
   if (m.current) at += ", ptx line " + std::to_string(m.current->line) + ": " + m.text(*m.current);
   return at + "]";
 }
@@ -33,7 +33,8 @@ std::string origin(const Thread& t, int operand) {
     }
     if (!writer) return path + "\n      <- never written";
     path += "\n      <- line " + std::to_string(writer->line) + ": " + t.machine->text(*writer);
-    const auto next = std::find_if(writer->in.begin(), writer->in.end(), [&](int in) { return in >= 0 && !defined(t, in); });
+    const auto next =
+        std::find_if(writer->in.begin(), writer->in.end(), [&](int in) { return in >= 0 && !defined(t, in); });
     if (next == writer->in.end() || std::find(seen.begin(), seen.end(), *next) != seen.end()) return path;
     seen.push_back(operand = *next);
   }
@@ -221,11 +222,13 @@ void Machine::exit(Thread& t) {
       stuck(*named.inside[0], "bar.sync waits although thread " + std::to_string(t.index) + " has EXITED");
   if (t.block->live == 0) {
     for (const Transfer& transfer : transfers)
-      if (transfer.block == t.block) fault(t, "a block ends while an asynchronous operation into its shared memory is in flight");
+      if (transfer.block == t.block)
+        fault(t, "a block ends while an asynchronous operation into its shared memory is in flight");
     for (const auto& [address, barrier] : t.block->barriers)
       if (barrier.transactions != 0 || barrier.pending != barrier.expected)
         ++warnings["a block ends within a phase of an mbarrier (" + std::to_string(barrier.pending) + " of " +
-                   std::to_string(barrier.expected) + " arrivals, " + std::to_string(barrier.transactions) + " bytes pending)"];
+                   std::to_string(barrier.expected) + " arrivals, " + std::to_string(barrier.transactions) +
+                   " bytes pending)"];
   }
   if (cluster_blocks > 1) cluster_progress(*this);
 }
@@ -383,7 +386,8 @@ VGPU_EXPORT const char* vgpu_parameters(void* kernel) {
 VGPU_EXPORT const char* vgpu_hits(void* kernel) {
   const vgpu::Function& f = *static_cast<vgpu::Function*>(kernel);
   answer.clear();
-  for (size_t k = 0; k < f.code.size(); ++k) answer += std::to_string(f.code[k].line) + " " + std::to_string(f.hits[k]) + "\n";
+  for (size_t k = 0; k < f.code.size(); ++k)
+    answer += std::to_string(f.code[k].line) + " " + std::to_string(f.hits[k]) + "\n";
   return answer.c_str();
 }
 // By line: how often, and what.
@@ -409,8 +413,8 @@ VGPU_EXPORT int vgpu_run(void* kernel, const vgpu_Launch* launch, uint64_t* coun
   try {
     m.function = static_cast<vgpu::Function*>(kernel);
     if (launch->parameter_bytes != m.function->parameter_bytes)
-      throw vgpu::Fault("the launch gives " + std::to_string(launch->parameter_bytes) + " bytes of parameters, the kernel takes " +
-                        std::to_string(m.function->parameter_bytes));
+      throw vgpu::Fault("the launch gives " + std::to_string(launch->parameter_bytes) +
+                        " bytes of parameters, the kernel takes " + std::to_string(m.function->parameter_bytes));
     m.parameters = launch->parameters;
     std::copy(launch->grid, launch->grid + 3, m.grid);
     std::copy(launch->threads, launch->threads + 3, m.threads);

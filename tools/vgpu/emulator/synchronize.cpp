@@ -40,9 +40,18 @@ void shuffle(const Lanes& lanes, const Instruction& i) {
     int from = 0;
     bool inside = false;
     switch (i.variant) {
-      case BUTTERFLY: from = t->lane ^ by; inside = from <= last; break;
-      case INDEX: from = first | (by & int(~segment)); inside = from <= last; break;
-      case UP: from = t->lane - by; inside = from >= last; break;  // the clamp is the first lane of the segment here
+      case BUTTERFLY:
+        from = t->lane ^ by;
+        inside = from <= last;
+        break;
+      case INDEX:
+        from = first | (by & int(~segment));
+        inside = from <= last;
+        break;
+      case UP:
+        from = t->lane - by;
+        inside = from >= last;
+        break;  // the clamp is the first lane of the segment here
       default: from = t->lane + by; inside = from <= last;
     }
     if (!inside) from = t->lane;
@@ -87,7 +96,10 @@ void vote(const Lanes& lanes, const Instruction& i) {
     ballot |= u32(yes) << t->lane;
   }
   const bool all = ballot == lanes.members;
-  const u32 result = i.variant == BALLOT ? ballot : i.variant == ANY ? ballot != 0 : i.variant == ALL ? all : all || !ballot;
+  const u32 result = i.variant == BALLOT ? ballot
+                     : i.variant == ANY  ? ballot != 0
+                     : i.variant == ALL  ? all
+                                         : all || !ballot;
   for (Thread* t : lanes) set(*t, i.out[0], result, known);
 }
 
@@ -132,7 +144,8 @@ void matrix(Warp& warp, const Lanes& lanes, const Instruction& i) {
           known[2 * column + 1] = own >> 1 & 1;
         }
         const bool whole = std::all_of(known, known + 16, [](u8 b) { return b != 0; });
-        const bool same = whole && !memcmp(&t.block->shared[offset], bytes, 16) && !memcmp(&t.block->defined[offset], known, 16);
+        const bool same =
+            whole && !memcmp(&t.block->shared[offset], bytes, 16) && !memcmp(&t.block->defined[offset], known, 16);
         note_write(t, *t.block, address, 16, same);
         memcpy(&t.block->shared[offset], bytes, 16);
         memcpy(&t.block->defined[offset], known, 16);
@@ -164,7 +177,8 @@ void try_collective(Warp& warp, Thread& t) {
   const u32 members = u32(value(t, i.mask));
   if (!(members >> t.lane & 1)) fault(t, "the executing lane is not in the member mask " + hex(members));
   if (members & ~warp.all) fault(t, "member mask names lanes that do not exist: " + hex(members));
-  if (members & warp.exited) fault(t, "member mask " + hex(members) + " names lanes that have EXITED: " + hex(members & warp.exited));
+  if (members & warp.exited)
+    fault(t, "member mask " + hex(members) + " names lanes that have EXITED: " + hex(members & warp.exited));
   if ((warp.waiting & members) != members) return;
   Lanes lanes;
   lanes.members = members;
@@ -211,7 +225,8 @@ void release(Machine& m, Block::Named& named) {
     found->second.first |= 1u << t->lane;
   }
   for (const auto& [warp, lanes] : warps)
-    if (lanes.first != warp->all) fault(*warp->lanes[0], "bar.sync: not all lanes of a warp are there: " + hex(lanes.first));
+    if (lanes.first != warp->all)
+      fault(*warp->lanes[0], "bar.sync: not all lanes of a warp are there: " + hex(lanes.first));
   for (Thread* t : named.inside) {
     ++t->pc;
     ++t->block_epoch;

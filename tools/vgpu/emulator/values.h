@@ -26,12 +26,25 @@ struct Fault : std::runtime_error {
 
 enum class Type : u8 {
   NONE,
-  U8, S8, B8,
-  U16, S16, B16,
-  U32, S32, B32,
-  U64, S64, B64,
-  F16, BF16, F32, F64,
-  F16X2, BF16X2, F32X2,
+  U8,
+  S8,
+  B8,
+  U16,
+  S16,
+  B16,
+  U32,
+  S32,
+  B32,
+  U64,
+  S64,
+  B64,
+  F16,
+  BF16,
+  F32,
+  F64,
+  F16X2,
+  BF16X2,
+  F32X2,
   PRED,
 };
 
@@ -39,9 +52,20 @@ Type type_of(const std::string& name);  // "f32"; NONE where it is no type
 
 inline int bytes_of(Type type) {
   switch (type) {
-    case Type::U8: case Type::S8: case Type::B8: case Type::PRED: return 1;
-    case Type::U16: case Type::S16: case Type::B16: case Type::F16: case Type::BF16: return 2;
-    case Type::U64: case Type::S64: case Type::B64: case Type::F64: case Type::F32X2: return 8;
+    case Type::U8:
+    case Type::S8:
+    case Type::B8:
+    case Type::PRED: return 1;
+    case Type::U16:
+    case Type::S16:
+    case Type::B16:
+    case Type::F16:
+    case Type::BF16: return 2;
+    case Type::U64:
+    case Type::S64:
+    case Type::B64:
+    case Type::F64:
+    case Type::F32X2: return 8;
     default: return 4;
   }
 }
@@ -57,13 +81,21 @@ inline bool is_float(Type type) {
 template <int BYTES>
 struct Unsigned;
 template <>
-struct Unsigned<1> { using type = u8; };
+struct Unsigned<1> {
+  using type = u8;
+};
 template <>
-struct Unsigned<2> { using type = u16; };
+struct Unsigned<2> {
+  using type = u16;
+};
 template <>
-struct Unsigned<4> { using type = u32; };
+struct Unsigned<4> {
+  using type = u32;
+};
 template <>
-struct Unsigned<8> { using type = u64; };
+struct Unsigned<8> {
+  using type = u64;
+};
 
 template <class T>
 inline T from_bits(u64 bits) {
