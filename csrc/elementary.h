@@ -1,5 +1,6 @@
 // Elementary functions of float and double, on the host and on a device, as the scalar mathematics of a row uses them.
 #pragma once
+#define MLK_ELEMENTARY
 
 #include <cmath>
 #include <limits>

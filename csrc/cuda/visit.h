@@ -4,8 +4,9 @@
 
 #include <type_traits>
 
+#include "../simt/simt.h"  // first: elementary.h asks MLK_SIMT
+
 #include "../rows.h"
-#include "../simt/simt.h"
 
 namespace mlkernels {
 

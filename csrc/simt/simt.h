@@ -16,6 +16,9 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__CUDACC__) && defined(MLK_ELEMENTARY)
+#error "simt.h comes before elementary.h, which asks MLK_SIMT whether to use CUDA's own functions"
+#endif
 #define MLK_SIMT 1
 #include "../half.h"
 
