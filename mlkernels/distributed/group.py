@@ -19,10 +19,6 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _ERRORS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (IndexError, TypeError, ValueError)}
 
 
-class Elsewhere(Exception):
-    """Marks an error that another rank has reported: it is raised here too, and not reported again."""
-
-
 class Traffic(NamedTuple):
     """What one rank has sent."""
 
@@ -108,7 +104,7 @@ class Group:
                 raise error
             rank = failed.index(1)
             kind, message = said[rank]
-            raise _ERRORS.get(kind, RuntimeError)(f"rank {rank}: {message}") from Elsewhere()
+            raise _ERRORS.get(kind, RuntimeError)(f"rank {rank}: {message}")
         for name in signature:
             values = [each.get(name) for each in said]
             if any(value != values[0] for value in values):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..backends import reference
 from ..backends.reference import Rows, Values
-from ..linear.loop import SCALES, Call, Head, Known, Sums, Wanted, along_length, forward, later, makes_at_once
+from ..linear.loop import SCALES, Call, Head, Known, Sums, Wanted, along_length, forward, later, makes_at_once, scaled
 from ..numbering import IGNORE_INDEX, REDUCTION, Reduction, Slot
 from .group import Group, padded, slices
 
@@ -163,9 +163,7 @@ class _ClassParallelLoss(torch.autograd.Function):
             saved = iter(ctx.saved_tensors)
             assert upstream[0] is not None
             factor = shard.group.mean(upstream[0])
-            gradients = [next(saved) if there else None for there in ctx.present]
-            # Rows that are not read keep their 0 whatever comes.
-            gradients = [g if g is None else torch.where(g == 0, 0, g * factor) for g in gradients]
+            gradients = [scaled(next(saved), factor) if there else None for there in ctx.present]
         else:
             x, weight, bias, target, *rest = ctx.saved_tensors
             params, numbers = rest[: len(call.slots)], iter(rest[len(call.slots) :])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -125,9 +125,14 @@ class ClassParallelLoss(nn.Module):
         seed = self._group.gathered(seed, "seed")[0]
         generator = torch.Generator(self.weight.device).manual_seed(int(seed) + self._group.rank)
         bound = 1 / math.sqrt(self.in_features) if self.in_features else 0.0
-        for parameter in (self.weight, self.bias):
-            if parameter is not None:
-                parameter.to_local().uniform_(-bound, bound, generator=generator)  # type: ignore[attr-defined]
+        for own in self._own():
+            if own is not None:
+                own.uniform_(-bound, bound, generator=generator)
+
+    def _own(self) -> tuple[Tensor, Tensor | None]:
+        """This rank's part of weight and bias."""
+        bias = None if self.bias is None else cast(DTensor, self.bias).to_local()
+        return cast(DTensor, self.weight).to_local(), bias
 
     def forward(self, input: Tensor, target: Tensor, **per_call: Any) -> Tensor | tuple[Tensor, RowStats]:
         """The loss of this rank's (..., D) features and labels; ``per_call`` goes to the loss (``logit_norm``,
@@ -146,8 +151,7 @@ class ClassParallelLoss(nn.Module):
         logits = None
         try:
             check_input(input)
-            weight = self.weight.to_local()  # type: ignore[attr-defined]
-            bias = None if self.bias is None else self.bias.to_local()  # type: ignore[attr-defined]
+            weight, bias = self._own()
             check_classifier(input, weight, bias, self.normalize, shard=True)
             check_call(input, target, self.strategy, self.memory)
             input = input if input.dim() > 1 else input.unsqueeze(0)
@@ -174,8 +178,7 @@ class ClassParallelLoss(nn.Module):
         group, rows = self._group, input.reshape(input.shape[:-1].numel(), self.in_features)
         sizes = group.meet(rows.shape[0], {"topk": k, "dtype": str(input.dtype)})
         every = group.gathered(padded(rows, max(sizes), 0), "features").flatten(0, 1)
-        bias = None if self.bias is None else self.bias.to_local()  # type: ignore[attr-defined]
-        values, classes = streamed_topk(every, self.weight.to_local(), bias, k, self.normalize)  # type: ignore[attr-defined]
+        values, classes = streamed_topk(every, *self._own(), k, self.normalize)
         best = values.new_full((every.shape[0], k), -math.inf)
         best[:, : values.shape[1]] = values
         which = classes.new_zeros(every.shape[0], k)
@@ -194,11 +197,11 @@ class ClassParallelLoss(nn.Module):
         """The whole weight: without a path as a tensor (C, D), on every rank; with one as a safetensors file that all
         ranks reach, into which each writes its own rows. On all ranks."""
         if path is None:
-            return self.weight.full_tensor()  # type: ignore[attr-defined,no-any-return]
+            return cast(DTensor, self.weight).full_tensor()
         if self._group.rank == 0:
             weights.write_header(path, (self.num_classes, self.in_features), self.weight.dtype)
         dist.barrier(self._group.process_group)
-        weights.write_rows(path, self.first_class, self.weight.to_local())  # type: ignore[attr-defined]
+        weights.write_rows(path, self.first_class, self._own()[0])
         dist.barrier(self._group.process_group)
         return None
 
@@ -217,7 +220,7 @@ class ClassParallelLoss(nn.Module):
                 raise ValueError(f"source must hold (C_r, D) alike, got {[tuple(shard.shape) for shard in source]}")
         if width != self.in_features or count > self.num_classes:
             raise ValueError(f"source must be at most ({self.num_classes}, {self.in_features}), got {(count, width)}")
-        own = self.weight.to_local()  # type: ignore[attr-defined]
+        own, _ = self._own()
         if isinstance(source, (str, os.PathLike)):
             rows = weights.read_rows(source, first, last)
             own[: len(rows)].copy_(rows)
