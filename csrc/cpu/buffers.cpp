@@ -21,7 +21,7 @@ struct Store {
   std::mutex mutex;
   std::vector<Buffer*> idle;  // the one given last is last
   size_t in_use = 0, mapped = 0;
-  size_t most_in_use = 0;  // no more than that is ever mapped: the peak is that of an allocator that keeps nothing
+  size_t most_in_use = 0;  // since all was released; no more is ever mapped: the peak of an allocator that keeps none
 
   void unmap(size_t index) {
     Buffer* buffer = idle[index];
@@ -110,6 +110,7 @@ size_t release_buffers() {
   const std::lock_guard<std::mutex> lock(s.mutex);
   const size_t before = s.mapped;
   while (!s.idle.empty()) s.unmap(s.idle.size() - 1);
+  s.most_in_use = s.in_use;
   return before - s.mapped;
 }
 
