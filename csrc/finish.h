@@ -1,5 +1,5 @@
 // The scalar mathematics of a row: from its statistics to its loss, and to the coefficients of its gradient.
-// The same functions in the same order as backends/reference.py. No torch, no CUDA types; T is float or double.
+// The same functions in the same order as backends/finish.py. No torch, no CUDA types; T is float or double.
 //
 // With u the logits (after softcap and adjustment) and everything relative to m = max over j != y of u_j:
 //   z_j = s u_j, z_y = s t(u_y), delta = s m + log_sum - z_y, -log p = softplus(delta), 1 - p = sigmoid(delta).

@@ -1,11 +1,12 @@
 """tools/mutate.py: what it changes in a source, and that it knows where the sources are."""
 
 import itertools
+import re
 
 import pytest
 
 from tools.mutate import ROOT, edits_of
-from tools.mutations import SUBJECTS
+from tools.mutations import LOSSES, SUBJECTS
 
 
 def mutants(tmp_path, name, source, within=".*"):
@@ -34,3 +35,13 @@ def test_subjects_are_there(name):
     paths = (path for pattern in subject.sources for path in ROOT.glob(pattern))
     found = itertools.islice((edit for path in paths for edit in edits_of(path, subject.within)), 10)
     assert len(list(found)) == 10
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_names_of_functions_are_there(name):
+    """What is said of the mathematics goes for each language, which need not have all of it."""
+    subject = SUBJECTS[name]
+    text = "\n".join(path.read_text() for pattern in subject.sources for path in ROOT.glob(pattern))
+    for word in set(subject.within.split("|")) - set(LOSSES.split("|")):
+        if word.isidentifier():
+            assert re.search(rf"\b(def |class )?{word}\b[(:]", text), word

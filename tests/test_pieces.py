@@ -10,7 +10,7 @@ from table import F64, INF, LOSSES, NAN, draw
 from mlkernels import softmax
 from mlkernels.backends import reference
 from mlkernels.backends.reference import Finished, Values
-from mlkernels.spec import MASK, REDUCTION, TRAINABLE, Reduction, Slot
+from mlkernels.numbering import REDUCTION, TRAINABLE, Reduction, Slot, slots_of
 
 CLASSES, ROWS = 7, 12
 VECTOR = torch.tensor([0.5, 1.5, 0.0, 2.0, 0.75, 1.25, 1.0], dtype=F64)
@@ -110,7 +110,7 @@ def test_pieces_are_the_whole_row(loss, options, monkeypatch):
     numbers, tensors = as_called(loss, input, target, params, options, monkeypatch)
     if options["reduction"] == "none":
         target[9] = CLASSES  # as a device would meet it
-    x, own = input.clone().requires_grad_(), reference.unpack(int(numbers[MASK]), tensors)
+    x, own = input.clone().requires_grad_(), dict(zip(slots_of(numbers), tensors, strict=True))
     needs = [slot for slot in own if slot in TRAINABLE]
     own |= {slot: own[slot].clone().requires_grad_() for slot in needs}
     value, stats = reference.softmax_loss(x, target, numbers, list(own.values()))

@@ -32,9 +32,9 @@ def _cpu(sources: tuple[str, ...], tests: tuple[str, ...], within: str) -> Subje
     return Subject(sources, tests, within, f'python -c "{build}"', {"CXX": "none"})
 
 
-_LOSSES = "margin|_?bin(_of)?|table|piece|transform_target|row_scale|_damping|modulated|tau|truncated"
-_WHOLE = f"{_LOSSES}|_softmax_loss"
-_reference, _triton = "mlkernels/backends/reference.py", "mlkernels/backends/triton/*.py"
+LOSSES = "margin|_?bin(_of)?|table|piece|transform_target|row_scale|_damping|modulated|tau|truncated"
+_WHOLE = f"{LOSSES}|statistics|finish|factors|reduced|row_stats|softmax_loss"
+_reference, _triton = "mlkernels/backends/[fr]*.py", "mlkernels/backends/triton/*.py"
 _softmax, _autograd, _checks, _ops = (f"mlkernels/{name}.py" for name in ("softmax", "autograd", "checks", "ops"))
 
 SUBJECTS: dict[str, Subject] = {
@@ -48,20 +48,20 @@ SUBJECTS: dict[str, Subject] = {
         "apply|_[A-Z].*|_by_kernels|_placed|_order|_usual|_gradients|_loss_like|_softmax.*",
     ),
     "conventions": Subject(
-        (_reference, _softmax), _of("conventions", *_REFERENCE), "_softmax_loss|_Values|apply|_numbers"
+        (_reference, _softmax), _of("conventions", *_REFERENCE), "softmax_loss|factors|reduced|Values|apply"
     ),
     "conventions_cpu": _cpu(
         ("csrc/rows.h", "csrc/library_cpu.cpp"),
         _of("conventions", *_CPU),
-        "signed_label|batch_of|conclude_row|leave_unread|run_with_gradients|loss_of",
+        "signed_label|batch_of|factors_of|leave_unread|run_with_gradients",
     ),
     "cuda": Subject(("csrc/cuda/*",), _of("cuda"), build="python csrc/build.py --simt"),
     "failures": Subject(
         (_reference, _checks),
         _of("failures", *_REFERENCE),
-        f"{_LOSSES}|_root|_angle|_softmax_loss|check_ind.*|index_error",
+        f"{LOSSES}|_root|_angle|finish|softmax_loss|check_ind.*|index_error",
     ),
-    "gradients": Subject((_reference,), _of("gradients", *_REFERENCE), f"{_LOSSES}|_root|_angle|_softmax_loss"),
+    "gradients": Subject((_reference,), _of("gradients", *_REFERENCE), f"{LOSSES}|_root|_angle|finish|softmax_loss"),
     "gradients_cpu": _cpu(
         ("csrc/finish.h",), _of("gradients", *_CPU), "coefficients|row_parameters|margin|tau|modulated"
     ),
@@ -80,20 +80,20 @@ SUBJECTS: dict[str, Subject] = {
     "no_sync": Subject(
         (_softmax, _checks),
         _of("no_sync"),
-        "apply|_check_values|check_(indices|index_dtype|tables)|traced",
+        "apply|check_(indices|range)",
     ),
     "opcheck": Subject(
-        (_ops,), _of("opcheck"), "needed|slots_of|_accumulate|_gradients|_loss_like|_softmax.*|_divisors"
+        (_ops,), _of("opcheck"), "needed|slots_of|_accumulate|_gradients|_loss_like|_softmax.*|_factors"
     ),
     "operators": _cpu(
         ("csrc/rows.h", "csrc/call.h", "csrc/library_cpu.cpp"),
         _of("operators"),
-        "signed_label|batch_of|conclude_row|leave_unread|read_spec|kind_of|visit|run_with_gradients|backward_of",
+        "signed_label|batch_of|factors_of|leave_unread|read_spec|kind_of|run_with_gradients",
     ),
     "precision": Subject(
         (_reference, _softmax, _autograd, _ops),
         _of("precision", "-k", "not triton"),
-        "apply|_SingleVisit|_accumulate|softmax_loss|_softmax_loss|_Values|_divisors",
+        "apply|_LossWithGradients|_accumulate|softmax_loss|_softmax_loss|Values|factors",
     ),
     "schedule": Subject(("mlkernels/schedule/*.py",), (*_of("mils"), *_of("snapshot"))),
     "search_state": Subject(
@@ -103,18 +103,18 @@ SUBJECTS: dict[str, Subject] = {
     "torch_samples": Subject(
         ("mlkernels/*.py", _reference, "mlkernels/schedule/snapshot.py"),
         _of("torch_samples", *_REFERENCE),
-        "cross_entropy|_?soft_cross_entropy|multi_margin_loss|_softmax_loss|Snapshot",
+        "cross_entropy|_?soft_cross_entropy|multi_margin_loss|softmax_loss|Snapshot",
     ),
     "tracing": Subject(
         (_autograd, _checks, "mlkernels/lgm.py", "mlkernels/center.py"),
         _of("tracing"),
-        "_usual|_takes_reference|_unusual|_by_kernels|_SingleVisit|observed|traced|is_dual|check_indices|check_range|"
+        "_usual|_takes_reference|_unusual|_by_kernels|_LossWithGradients|observed|traced|is_dual|check_indices|check_range|"
         "lgm_loss|center_loss",
     ),
     "triton": Subject(
         (_triton,),
         _of("triton"),
-        "log1p|expm1|tanh|acos|sincos|power|visit|count|total|bucket|tile|_sizes|_are_many|_chunks|softmax_.*|"
+        "log1p|expm1|tanh|acos|sincos|power|visit|count|total|bucket|tile|_sizes|softmax_.*|"
         "_rows_at_once",
     ),
     "triton_host": Subject((_triton,), _of("triton_host"), "_[A-Z].*|_.*|softmax_.*|run|play|forget"),
@@ -123,10 +123,10 @@ SUBJECTS: dict[str, Subject] = {
     ),
     "values": Subject((_reference,), _of("values", *_REFERENCE), _WHOLE),
     "values_cpu": _cpu(
-        ("csrc/finish.h",), _of("values", *_CPU), f"{_LOSSES}|head_loss|finish|coefficients|row_parameters"
+        ("csrc/finish.h",), _of("values", *_CPU), f"{LOSSES}|head_loss|finish|coefficients|row_parameters"
     ),
     "values_triton": Subject(
-        (_triton,), _of("values", *_TRITON), f"{_LOSSES}|head_loss|row_loss|row_gradient|by_scale"
+        (_triton,), _of("values", *_TRITON), f"{LOSSES}|head_loss|row_loss|coefficients|by_scale"
     ),
     "vgpu": Subject(
         ("tools/vgpu/emulator/*.cpp",),

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..backends import reference
 from ..checks import HALF
+from ..numbering import slots_of
 from ..softmax import ProductLogits, RowStats
-from ..spec import MASK, BackendName, Slot
+from ..spec import BackendName, Slot
 from ..tracing import functorch_level, is_dual
 from .loop import Call, linear_loss
 from .pieces import pieces_for
@@ -81,7 +81,7 @@ class LinearLogits(ProductLogits):
         self.visits += 1
         with_stats = return_stats or self.return_stats
         accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
-        by_slot = reference.unpack(int(numbers[MASK]), params)
+        by_slot = dict(zip(slots_of(numbers), params, strict=True))
         per_row = {
             slot
             for slot, tensor in by_slot.items()

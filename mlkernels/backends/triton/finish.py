@@ -1,7 +1,7 @@
 """The scalar mathematics of a row: from its statistics to its loss, and to the coefficients of its gradient.
 
-The same functions in the same order as ``reference.py`` and ``csrc/finish.h``, over a block of rows. With u the logits
-(after softcap and adjustment) and everything relative to m = max over j != y of u_j:
+The same functions in the same order as ``backends/finish.py`` and ``csrc/finish.h``, over a block of rows. With u the
+logits (after softcap and adjustment) and everything relative to m = max over j != y of u_j:
 
     e_j = exp(s (u_j - m)),  log_sum: the logarithm of their sum,
     z_j = s u_j,  z_y = s t(u_y),  delta = s m + log_sum - z_y,  -log p = softplus(delta),  1 - p = sigmoid(delta).
