@@ -215,6 +215,29 @@ def test_9_rows_of_nothing_but_minus_infinity(backend):
     assert x.grad.isnan().any(1).tolist() == [True, False]
 
 
+@pytest.mark.parametrize("which", [0, 2], ids=["logsumexp", "entropy"])
+@pytest.mark.parametrize("classes", [4, 20001])
+def test_9_a_target_without_a_chance_is_no_part_of_statistics(backend, which, classes):
+    """Their gradient by a scale is that without its class: no 0 * inf, where only the loss has -log 0."""
+    drawn = torch.randn(2, classes, dtype=F64)
+    target = torch.tensor([1, classes - 1])
+    found = []
+    for others in (True, False):
+        x, scale = drawn.clone(), torch.tensor(0.7, dtype=F64, requires_grad=True)
+        if others:
+            x = torch.stack([row[torch.arange(classes) != y] for row, y in zip(x, target, strict=True)])
+        else:
+            x[range(2), target] = -INF
+        x.requires_grad_()
+        rows = target * 0 if others else target
+        name = "reference" if others else backend
+        _, stats = mlkernels.softmax_loss(x, rows, scale=scale, reduction="none", return_stats=True, backend=name)
+        by_scale, by_input = torch.autograd.grad(stats[which].sum(), [scale, x])
+        assert others or not by_input[range(2), target].any()
+        found.append(by_scale)
+    assert math.isclose(*map(float, found), rel_tol=1e-9), found
+
+
 # ---- 10: strides -----------------------------------------------------------------------------------------------------
 
 

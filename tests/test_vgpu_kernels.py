@@ -7,7 +7,6 @@ backend; ``MLKERNELS_FULL=1``: every loss of the table, in every layout, for eve
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 
@@ -84,42 +83,6 @@ CUDA = [("sm_90", case) for case in (*STRIDED, *LENGTHS, *LOSSES, *STREAMED, *WA
 CUDA += [("sm_80", case) for case in (STRIDED[0], STREAMED[0])]
 
 
-@functools.cache
-def everything() -> list[Case]:
-    """Every loss in every form, and every layout and dtype; options, kinds of rows and reductions take turns."""
-    options = ((), ("weight", "label_smoothing"), ("z_loss", "softcap"), ("logit_adjustment",))
-    found: list[Case] = []
-
-    def add(**fields) -> None:
-        turn = len(found)
-        if "kind" not in fields:
-            fields["kind"] = cases.KINDS[turn % 4]
-        found.append(
-            Case(
-                reduction=("mean", "sum", "none")[turn % 3], options=options[turn // 3 % 4], train=turn % 2 == 0,
-                stats=turn % 5 == 0, upstream=(2.5, 1.0)[turn % 7 == 0], labels=("int64", "int32")[turn % 11 == 0],
-                seed=turn, **fields,
-            )
-        )  # fmt: skip
-
-    for loss in cases.table().LOSSES:
-        for form in loss.forms:
-            for dtype in cases.DTYPES:
-                for classes in (10, 1000, 2051):
-                    add(loss=loss.name, form=form, dtype=dtype, rows=6, classes=classes)
-    for dtype in cases.DTYPES:
-        for classes in (1, 2, 3, 10, 16, 64, 1000, 2051, 4096):
-            for layout in cases.LAYOUTS:
-                add(dtype=dtype, rows=9, classes=classes, layout=layout)
-            for layout in cases.INNER_LAYOUTS:
-                for inner in ((5, 7), (8, 2), (4,)):
-                    add(dtype=dtype, rows=3, classes=classes, inner=inner, layout=layout)
-        for loss in ("cross_entropy", "two_scale", "arcface"):
-            add(loss=loss, dtype=dtype, rows=2, classes=40000)
-            add(loss=loss, dtype=dtype, rows=2, classes=128256)
-    return found
-
-
 # ---- the tests -------------------------------------------------------------------------------------------------------
 
 
@@ -141,9 +104,10 @@ def test_faults_in_nvcc_s_kernels_are_found(process, kind):
 
 
 @pytest.mark.skipif(not FULL, reason="MLKERNELS_FULL=1 runs every loss in every layout")
+@pytest.mark.parametrize("part", range(cases.PARTS))
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_everything(run, backend, target):
+def test_everything(run, backend, target, part):
     if backend == "cuda" and target == "sm_100":
         pytest.skip("what runs there is the code of sm_90")
 
@@ -154,7 +118,7 @@ def test_everything(run, backend, target):
             return f"{case}: {error}"
         return None
 
-    failed = list(filter(None, map(wrong, everything())))
+    failed = list(filter(None, map(wrong, cases.everything(part))))
     assert not failed, "\n".join(failed)
 
 

@@ -325,19 +325,25 @@ def finish(rows: Rows, u_y: Tensor, s: Tensor, values: Values) -> Finished:
     alone = rows.total == 0  # no other class has a chance: log p_y is 0
     total = torch.where(alone, 1, rows.total)
     log_total = total.log()
-    lead = s * (t - top)
+    hopeless = t == -math.inf
+    lead = s * (torch.where(hopeless, top, t) - top)
     delta = torch.where(alone, -math.inf - lead, log_total - lead)
     # An infinite z of the target's is no certainty but an overflow.
     mark = torch.where(s * t < math.inf, legal, math.nan)
     nll = torch.logaddexp(delta, torch.zeros_like(delta)) * mark
     above_top = torch.where(alone, lead, torch.logaddexp(log_total, lead)) * mark
-    lse = above_top + s * top
 
     # H = p (-log p) + q (-log q) + q (the entropy among the others); 0 log 0 is 0.
     others = torch.logaddexp(-delta, torch.zeros_like(delta))
     among = log_total - s * rows.shift / total
     hit, miss = torch.where(nll == math.inf, 0, nll), torch.where(delta == -math.inf, 0, others)
     entropy = torch.sigmoid(-delta) * hit + torch.sigmoid(delta) * (miss + among)
+
+    # Of a target without a chance only -log p knows: elsewhere its -inf must not meet a 0 on the way to s.
+    nll = torch.where(hopeless, log_total - s * (t - top), nll)
+    above_top = torch.where(hopeless, log_total, above_top)
+    entropy = torch.where(hopeless, among, entropy)
+    lse = above_top + s * top
 
     omega = values.vector(Slot.WEIGHT)
     omega_y = torch.ones_like(nll) if omega is None else omega[values.label]

@@ -5,9 +5,11 @@ The losses are those of ``tests/table.py``.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -222,6 +224,49 @@ def check(case: Case, backend: str) -> None:
         relative = max(_GRADIENT[input.dtype], accumulated) if name == "gradient" else accumulated
         # A parameter's gradient is a sum over rows whose terms cancel.
         _compare(name, value, wanted[name], 20 * accumulated if name.startswith("gradient of") else relative)
+
+
+# ---- the whole table -------------------------------------------------------------------------------------------------
+
+#: The table comes in so many parts, each of them a spread: every loss in every form is in each.
+PARTS = 12
+_TURNS = ((), ("weight", "label_smoothing"), ("z_loss", "softcap"), ("logit_adjustment",))
+
+
+def everything(part: int) -> Iterator[Case]:
+    """A part of the table: every loss in every form and every layout, with every dtype and length.
+
+    A call costs 10 ms, and a second where it needs another kernel. So what kernels differ in (options, reductions,
+    what is trained) takes turns with form, dtype and length, and is the same for all losses; data differ in each call.
+    """
+    seeds = (seed * PARTS + part for seed in itertools.count())
+
+    def case(turn: int, **fields: Any) -> Case:
+        seed = next(seeds)
+        return Case(
+            reduction=("mean", "sum", "none")[turn % 3], options=_TURNS[turn // 3 % 4], train=turn % 2 == 0,
+            stats=turn % 5 == 0, upstream=(2.5, 1.0)[seed % 7 == 0], labels=("int64", "int32")[turn % 11 == 0],
+            kind=KINDS[seed // PARTS % 4], seed=seed, **fields,
+        )  # fmt: skip
+
+    shapes = [(dtype, classes) for dtype in DTYPES for classes in (10, 1000, 2051)]
+    for loss in table().LOSSES:
+        for index, form in enumerate(loss.forms):
+            shape = (part + index) % PARTS
+            dtype, classes = shapes[shape]
+            yield case(PARTS * index + shape, loss=loss.name, form=form, dtype=dtype, rows=6, classes=classes)
+    placed = [(layout, 9, ()) for layout in LAYOUTS]
+    placed += [(layout, 3, inner) for layout in INNER_LAYOUTS for inner in ((5, 7), (8, 2), (4,))]
+    long = [(loss, classes) for loss in ("cross_entropy", "two_scale", "arcface") for classes in (40000, 128256)]
+    for d, dtype in enumerate(DTYPES):
+        for c, classes in enumerate((1, 2, 3, 10, 16, 64, 1000, 2051, 4096)):
+            for index, (layout, rows, inner) in enumerate(placed):
+                if (d + c + index) % PARTS == part:
+                    turn = 9 * d + c + 5 * bool(inner)
+                    yield case(turn, dtype=dtype, rows=rows, classes=classes, layout=layout, inner=inner)
+        for index, (name, classes) in enumerate(long):
+            if (6 * d + index) % PARTS == part:
+                yield case(6 * d + index, loss=name, dtype=dtype, rows=2, classes=classes)
 
 
 # ---- random calls ----------------------------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ class Launches:
         self.seed = 0
         self.most_steps = 3_000_000_000
         self.by_name: collections.Counter[str] = collections.Counter()
+        #: What was launched: one for each way that a kernel was compiled.
+        self.kernels: set[Kernel] = set()
         self.warnings: collections.Counter[str] = collections.Counter()
         self.total = Counts(*[0] * len(Counts._fields))
 
@@ -30,6 +32,7 @@ class Launches:
     ) -> None:  # fmt: skip
         self.seed += 1
         self.by_name[name] += 1
+        self.kernels.add(kernel)
         try:
             counts = kernel.run(
                 parameters, grid=grid, threads=threads, memory=memory, cluster=cluster, dynamic_shared=dynamic_shared,

@@ -413,7 +413,8 @@ def by_scale(classes, weight_sum, share, m, s, t, at, h, weight, weighted, shift
     absent = tl.where(classes > 1, INF, 0.0)  # smoothing counts classes that have no chance
     bare = flat * expected - tl.where(smooth, part * (weight * t - absent), 0.0)
     mean = m + shift * share  # of u_j for j != y, under p
-    full = pull * q * (mean - t) + flat * (q * mean + expected)
+    full = flat * (q * mean + expected)
+    full += tl.where(pull == 0, 0.0, pull * q * (mean - t))  # t may be -inf
     full -= tl.where(smooth, part * (weighted + m * (weight_sum - weight) + weight * t), 0.0)
     if g_entropy is not None:  # the sum of dH/dz_j is 0: m may be taken from every u_j
         own = tl.where(p == 0, 0.0, p * (h - nll) * (t - m))
