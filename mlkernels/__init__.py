@@ -36,6 +36,7 @@ from .modules import (
     SphereFaceLoss,
     TwoScaleLoss,
 )
+from .patching import patch
 from .softmax import RowStats
 from .spec import Affine, Margin, Modulated, PiecewiseLinear, Tau, Truncated, TwoScale
 from .two_scale import cached_weight_norm, weight_norm_product
@@ -84,6 +85,7 @@ __all__ = [
     "metrics",
     "modulated_cross_entropy",
     "multi_margin_loss",
+    "patch",
     "piecewise_cross_entropy",
     "schedule",
     "search",

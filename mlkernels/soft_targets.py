@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy as torchs_cross_entropy  # its own, whatever mlkernels.patch does
 from typing_extensions import Never
 
 from . import named
@@ -87,7 +88,7 @@ def soft_cross_entropy(  # noqa: C901 - checks, one after the other
         if logit_adjustment is not None:
             logits = logits + logit_adjustment.to(logits.dtype).reshape(-1, *[1] * (logits.dim() - 1 - classes))
         logits = logits * scale
-        rows = torch.nn.functional.cross_entropy(
+        rows = torchs_cross_entropy(
             logits,
             target.to(logits.dtype),
             None if weight is None else weight.to(logits.dtype),
