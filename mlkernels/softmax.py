@@ -15,6 +15,7 @@ from .call import COMMON, bind
 from .checks import unknown_keywords
 from .ops import REFERENCE
 from .spec import BackendName, Number, ReductionName, Spec
+from .tracing import PLAIN_TENSORS
 
 
 class RowStats(NamedTuple):
@@ -63,6 +64,15 @@ class ProductLogits:  # no ABC: every call asks whether its input is one, and an
         """The loss whose arguments were checked, with the numbers and tensors that operators take."""
         raise NotImplementedError
 
+    def refused(self, error: Exception) -> None:
+        """An argument was refused, or nothing came of it: for those who wait for the loss elsewhere."""
+
+
+def _of_dtensor(input: Tensor | ProductLogits, target: Tensor) -> tuple[Tensor | ProductLogits, Tensor]:
+    from .distributed.vocabulary import of_dtensor  # imports DTensor, as whoever has one did
+
+    return of_dtensor(input, target)  # type: ignore[arg-type]
+
 
 def apply(
     spec: Spec,
@@ -91,15 +101,22 @@ def apply(
     """
     if unknown:
         raise unknown_keywords(functions[spec.function], unknown, COMMON)
-    if isinstance(input, ProductLogits):
-        call, _, labels, params = bind(
-            spec, values, input.shaped(), target, group, weight, ignore_index, reduction, label_smoothing, z_loss,
-            softcap, logit_adjustment, row_weight, normalizer, "reference",
-        )  # fmt: skip
-        return input.loss(labels, call.numbers, params, spec.tables, return_stats, backend)
+    if type(input) not in PLAIN_TENSORS:
+        if type(input).__name__ == "DTensor":
+            input, target = _of_dtensor(input, target)
+        if isinstance(input, ProductLogits):
+            try:
+                call, _, labels, params = bind(
+                    spec, values, input.shaped(), target, group, weight, ignore_index, reduction, label_smoothing,
+                    z_loss, softcap, logit_adjustment, row_weight, normalizer, "reference",
+                )  # fmt: skip
+                return input.loss(labels, call.numbers, params, spec.tables, return_stats, backend)
+            except Exception as error:
+                input.refused(error)
+                raise
     call, batch, labels, params = bind(
-        spec, values, input, target, group, weight, ignore_index, reduction, label_smoothing, z_loss, softcap,
-        logit_adjustment, row_weight, normalizer, backend,
+        spec, values, input, target, group, weight, ignore_index, reduction, label_smoothing, z_loss,  # type: ignore[arg-type]
+        softcap, logit_adjustment, row_weight, normalizer, backend,
     )  # fmt: skip
     kernels, rows = call.kernels, None
     if kernels is REFERENCE:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import vocabulary_scenes
 from table import BY_NAME, F64, LOSSES
 from test_linear import OPTIONS, leaves_of, unfused
 from torch import nn
@@ -300,7 +301,7 @@ def bytes_as_promised(group: dist.ProcessGroup) -> None:
     kept = sum(label != -100 for label in target.tolist())
     found = head.communication()
     assert found.bytes == {
-        "sizes": 3 * 8 * others,
+        "sizes": 4 * 8 * others,
         "labels": 8 * most * others,
         "features": 8 * most * WIDTH * others,
         "statistics": 8 * 3 * kept * others,  # M, S and u_y
@@ -356,6 +357,7 @@ GROUPS: dict[int, dist.ProcessGroup] = {}
 SCENES: list[Callable[[dist.ProcessGroup], None]] = [
     every_loss, statistics, batches_of_nothing, half_precision, averaged_backbones, recomputed,
     copied_and_compiled, sharded_tensors, errors_everywhere, best_classes, bytes_as_promised,
+    *vocabulary_scenes.SCENES,
 ]  # fmt: skip
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import zlib
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ..backends import reference
 from ..backends.reference import Rows
+from . import agreement
 
 #: torch 2.13 has a new name for it, and warns of the old one.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -45,9 +47,18 @@ class Group:
         self._bytes.clear()
         return found
 
-    def _count(self, what: str, sent: int) -> None:
+    @contextmanager
+    def _sending(self, what: str, sent: int) -> Iterator[None]:
+        """A collective, counted; where another rank is gone or late, it is said in which."""
         self._collectives[what] += 1
         self._bytes[what] += sent
+        try:
+            yield
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"rank {self.rank} of {self.size} got no answer from another rank as they exchanged {what}, and has "
+                f"changed nothing: {error}"
+            ) from error
 
     def gathered(self, tensor: Tensor, what: str) -> Tensor:
         """(n, ...) of each rank, alike in shape, to (ranks, n, ...)."""
@@ -55,8 +66,8 @@ class Group:
         found = tensor.new_empty((self.size, *tensor.shape))
         # Bytes, because not every backend moves every dtype.
         if tensor.numel():
-            _all_gather(found.view(-1).view(torch.uint8), tensor.view(-1).view(torch.uint8), self.process_group)
-        self._count(what, tensor.nbytes * (self.size - 1))
+            with self._sending(what, tensor.nbytes * (self.size - 1)):
+                _all_gather(found.view(-1).view(torch.uint8), tensor.view(-1).view(torch.uint8), self.process_group)
         return found
 
     def exchanged(self, parts: Tensor, what: str) -> Tensor:
@@ -64,10 +75,10 @@ class Group:
         parts = parts.contiguous()
         found = torch.empty_like(parts)
         if parts.numel():
-            dist.all_to_all_single(
-                found.view(-1).view(torch.uint8), parts.view(-1).view(torch.uint8), group=self.process_group
-            )
-        self._count(what, parts.nbytes // self.size * (self.size - 1))
+            with self._sending(what, parts.nbytes // self.size * (self.size - 1)):
+                dist.all_to_all_single(
+                    found.view(-1).view(torch.uint8), parts.view(-1).view(torch.uint8), group=self.process_group
+                )
         return found
 
     def home(self, partial: Tensor) -> Tensor:
@@ -83,36 +94,42 @@ class Group:
         mean: Tensor = self.gathered(value.reshape(1), "upstream").sum(0).squeeze(0) / self.size
         return mean
 
-    def meet(self, rows: int, signature: Any, error: Exception | None = None) -> list[int]:
-        """How many rows each rank has, if all came with the same call and nobody with an error.
+    def meet(
+        self, signature: Mapping[str, Any], counts: tuple[int, int] = (0, 0), error: Exception | None = None
+    ) -> list[list[int]]:
+        """Two numbers of each rank, if all came with the same call and nobody with an error.
 
         Raises:
             IndexError, TypeError, ValueError, RuntimeError: what another rank's argument was refused for.
             ValueError: what differs between the ranks.
         """
-        code = zlib.crc32(repr(signature).encode())
+        code = agreement.code(signature)
         device = None if dist.get_backend(self.process_group) != "nccl" else torch.device("cuda")
-        mine = torch.tensor([rows, code, int(error is not None)], device=device)
-        all_rows, codes, failed = self.gathered(mine, "sizes").T.tolist()
-        if error is None and not any(failed) and codes == [code] * self.size:
-            return [int(n) for n in all_rows]
+        mine = torch.tensor([*counts, code, int(error is not None)], device=device)
+        found = self.gathered(mine, "sizes").tolist()
+        if all(each[-2] == code and not each[-1] for each in found):
+            return [each[:-2] for each in found]
         said: list[Any] = [None] * self.size
-        own = (type(error).__name__, str(error)) if error is not None else signature
+        own: Any = {n: v.detach().cpu() if isinstance(v, Tensor) else v for n, v in signature.items()}
+        if error is not None:
+            own = (type(error).__name__, str(error))
         dist.all_gather_object(said, own, self.process_group)
-        if any(failed):
-            if error is not None:
-                raise error
-            rank = failed.index(1)
-            kind, message = said[rank]
-            raise _ERRORS.get(kind, RuntimeError)(f"rank {rank}: {message}")
-        for name in signature:
-            values = [each.get(name) for each in said]
-            if any(value != values[0] for value in values):
-                other = next(rank for rank, value in enumerate(values) if value != values[0])
-                raise ValueError(
-                    f"{name} must be the same on all ranks: rank 0 has {values[0]}, rank {other} {values[other]}"
-                )
-        raise AssertionError("signatures differ in nothing")
+        if error is not None:
+            raise error
+        for rank, each in enumerate(found):
+            if each[-1]:
+                kind, message = said[rank]
+                raise _ERRORS.get(kind, RuntimeError)(f"rank {rank}: {message}")
+        raise ValueError(agreement.difference(said))
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """What is raised here is raised on all ranks, which come to a meeting after this."""
+        try:
+            yield
+        except Exception as error:
+            self.meet({}, error=error)
+            raise
 
     def combined(self, rows: Rows, f_y: Tensor, scales: Tensor, left_out: Collection[str]) -> tuple[Rows, Tensor]:
         """What all shards know together, the same on every rank to the bit.
@@ -139,6 +156,23 @@ class Group:
             total = piece if total is None else reference.combine(total, piece, scales)
         assert total is not None
         return total, target
+
+
+_groups: WeakKeyDictionary[dist.ProcessGroup, Group] = WeakKeyDictionary()
+
+
+def group_of(process_group: dist.ProcessGroup | None) -> Group:
+    """The group of functions, which have none of their own."""
+    at = process_group if process_group is not None else dist.group.WORLD
+    if at not in _groups:
+        _groups[at] = Group(process_group)  # type: ignore[index]
+    return _groups[at]  # type: ignore[index]
+
+
+def communication(process_group: dist.ProcessGroup | None = None) -> Traffic:
+    """How many collectives this rank has taken part in for losses on logits of which each rank has a part, and how many
+    bytes it has sent, by what for, since the last time that this was asked."""
+    return group_of(process_group).traffic()
 
 
 def offsets(classes: int, ranks: int) -> list[int]:

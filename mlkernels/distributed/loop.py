@@ -45,23 +45,61 @@ def gathered(
     call: Call, shard: Shard, x: Tensor, target: Tensor, params: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Features, labels and what else is one per row, of all ranks."""
-    # Labels as 64-bit integers: an ignore_index need not fit in what they come in.
+    # Labels as 64-bit integers: an ignore_index need not fit in what they come in. Ranks' dtypes may differ.
     label = shard.all_rows(target.long(), int(call.numbers[IGNORE_INDEX]), "labels")
-    every = [
-        shard.all_rows(p, 0 if slot == Slot.GROUP else 1, "rows") if slot in call.per_row else p
-        for slot, p in zip(call.slots, params, strict=True)
-    ]
+    every = []
+    for slot, p in zip(call.slots, params, strict=True):
+        if slot in call.per_row:
+            p = shard.all_rows(p.long() if slot == Slot.GROUP else p.to(call.dtype), int(slot != Slot.GROUP), "rows")
+        every.append(p)
     return shard.all_rows(x, 0, "features"), label, every
 
 
-class _ShardHead(Head):
+class PartHead(Head):
+    """Of all rows this rank has some of the classes."""
+
+    group: Group
+    #: How many classes all ranks have.
+    classes_of_all: int
+
+    @property
+    def every_class(self) -> int:
+        return self.classes_of_all
+
+    def owned(self, label: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether this rank has a label's class, and which of its own it is; 0 stands for another's."""
+        label = label - self.offset
+        own = (label >= 0) & (label < self.classes)
+        return own, torch.where(own, label, 0)
+
+    def of_target(self, part: slice, values: Values) -> Tensor:
+        own, label = self.owned(values.label)
+        f_y = torch.where(own, self.of_owned(part, label), 0) if self.classes else self.x.new_zeros(label.shape)
+        # Ranks are counted against the target's logit, which must be known ahead then.
+        return self.group.gathered(f_y, "targets").sum(0) if self.call.return_stats else f_y
+
+    def of_owned(self, part: slice, label: Tensor) -> Tensor:
+        """The logit of a class of its own for each row."""
+        raise NotImplementedError
+
+    def combined(self, rows: Rows, f_y: Tensor, scales: Tensor) -> tuple[Rows, Tensor]:
+        stats = self.call.return_stats
+        left_out = [] if stats else ["first", "above"]
+        if not stats and SCALES.isdisjoint(self.call.slots):
+            left_out.append("shift")  # of the entropy and of dL/ds
+        rows, found = self.group.combined(rows, f_y, scales, left_out)
+        return rows, f_y if stats else found
+
+
+class _ShardHead(PartHead):
     """All ranks' rows, and the classes of one; a row that pads is an ignored one."""
 
     def __init__(
         self, call: Call, shard: Shard, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
         params: Sequence[Tensor],
     ):  # fmt: skip
-        self.shard, self.offset = shard, shard.offset
+        self.shard, self.group, self.offset = shard, shard.group, shard.offset
+        self.classes_of_all = shard.classes
         # An ignored row is not read, whatever it holds: its gradient comes home as 0 and stays it.
         kept = (target[shard.mine] != int(call.numbers[IGNORE_INDEX])).unsqueeze(1)
         self.own = torch.where(kept, x[shard.mine].to(call.dtype), 0)
@@ -71,36 +109,12 @@ class _ShardHead(Head):
             self.own = self.own / self.own_length
         super().__init__(call, x, weight, bias, target, params)
 
-    @property
-    def every_class(self) -> int:
-        return self.shard.classes
-
-    def of_target(self, part: slice, values: Values) -> Tensor:
-        own, label = self.owned(values.label)
-        if self.classes == 0:
-            f_y = self.x.new_zeros(label.shape)
-        else:
-            f_y = torch.where(own, (self.x[part] * self.part(label)).sum(1), 0)
-            f_y = f_y if self.bias is None else f_y + torch.where(own, self.bias[label], 0)
-        # Ranks are counted against the target's logit, which must be known ahead then.
-        return self.shard.group.gathered(f_y, "targets").sum(0) if self.call.return_stats else f_y
-
-    def owned(self, label: Tensor) -> tuple[Tensor, Tensor]:
-        """Whether this rank has a label's class, and which of its own it is; 0 stands for another's."""
-        label = label - self.offset
-        own = (label >= 0) & (label < self.classes)
-        return own, torch.where(own, label, 0)
+    def of_owned(self, part: slice, label: Tensor) -> Tensor:
+        f_y = (self.x[part] * self.part(label)).sum(1)
+        return f_y if self.bias is None else f_y + self.bias[label]
 
     def sums(self, wanted: Wanted) -> Sums:
         return _ShardSums(self, wanted)
-
-    def combined(self, rows: Rows, f_y: Tensor, scales: Tensor) -> tuple[Rows, Tensor]:
-        stats = self.call.return_stats
-        left_out = [] if stats else ["first", "above"]
-        if not stats and SCALES.isdisjoint(self.call.slots):
-            left_out.append("shift")  # of the entropy and of dL/ds
-        rows, found = self.shard.group.combined(rows, f_y, scales, left_out)
-        return rows, f_y if stats else found
 
     def of_features(self, gradient: Tensor) -> Tensor:
         sizes, group = self.shard.sizes, self.shard.group

@@ -15,11 +15,11 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as ShardPlacement
 
 from ..checks import check_input
-from ..linear.functional import Strategy, check_call, check_callable, check_classifier, loss_of
+from ..linear.functional import Strategy, check_call, check_callable, check_classifier, check_plan, loss_of
 from ..linear.module import streamed_topk
 from ..softmax import RowStats
 from ..tracing import functorch_level
-from . import weights
+from . import agreement, weights
 from .group import Group, Traffic, offsets, padded
 from .logits import ShardedLogits
 
@@ -84,9 +84,6 @@ class ClassParallelLoss(nn.Module):
         super().__init__()
         if not dist.is_available() or not dist.is_initialized():
             raise RuntimeError("ClassParallelLoss needs torch.distributed: call init_process_group() first")
-        check_callable(loss)
-        if bias and normalize:
-            raise ValueError("bias has no meaning beside normalize=True: cosines have none")
         if device_mesh is not None:
             if process_group is not None:
                 raise ValueError("device_mesh and process_group say the same: give one of them")
@@ -94,18 +91,30 @@ class ClassParallelLoss(nn.Module):
                 raise ValueError(f"device_mesh must have one dimension, got {device_mesh.ndim}: take mesh['name']")
             process_group = device_mesh.get_group()
         self._group = Group(process_group)
+        with self._group.telling():
+            check_callable(loss)
+            if bias and normalize:
+                raise ValueError("bias has no meaning beside normalize=True: cosines have none")
+            for name, number, least in (("in_features", in_features, 0), ("num_classes", num_classes, 1)):
+                if type(number) is not int or number < least:
+                    raise ValueError(f"{name} must be an integer >= {least}, got {number!r}")
+            check_plan(strategy, memory)
+            at = torch.empty(0, device=device, dtype=dtype)
+        self._group.meet(
+            {
+                "in_features": in_features, "num_classes": num_classes, "dtype": str(at.dtype), "bias": bias,
+                "normalize": normalize, "strategy": strategy, "memory": memory, **agreement.of_module(loss),
+            }
+        )  # fmt: skip
         self.loss = loss
         self.in_features, self.num_classes = in_features, num_classes
         self.normalize, self.strategy, self.memory = normalize, strategy, memory
-        at = torch.empty(0, device=device).device
         if device_mesh is None:
-            device_mesh = DeviceMesh.from_group(self._group.process_group, at.type)  # type: ignore[arg-type]
+            device_mesh = DeviceMesh.from_group(self._group.process_group, at.device.type)  # type: ignore[arg-type]
         self._mesh = device_mesh
         starts = offsets(num_classes, self._group.size)
         #: Where this rank's classes begin, and behind which they end.
         self.first_class, self.last_class = starts[self._group.rank], starts[self._group.rank + 1]
-        self._group.meet(0, {"in_features": in_features, "num_classes": num_classes, "dtype": str(dtype), "bias": bias,
-                             "normalize": normalize, "loss": type(loss).__name__})  # fmt: skip
         own = self.last_class - self.first_class
         weight = torch.empty(own, in_features, device=device, dtype=dtype)
         self.weight = nn.Parameter(self._sharded(weight))
@@ -162,21 +171,25 @@ class ClassParallelLoss(nn.Module):
             result: Tensor | tuple[Tensor, RowStats] = loss_of(logits, target, self.loss, return_stats, per_call)
             return result
         except Exception as error:
-            if logits is None or not logits.met:
-                self._group.meet(0, {}, error)
+            if logits is None:
+                self._group.meet({}, error=error)
+            else:
+                logits.refused(error)
             raise
 
     @torch.no_grad()
     def topk(self, input: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k largest logits of each of this rank's rows over the classes of all ranks, and these classes, (..., k)
         each, largest first; on all ranks, k and the width alike."""
-        check_input(input)
-        if input.shape[-1:] != (self.in_features,):
-            raise ValueError(f"input must be (..., {self.in_features}), got {tuple(input.shape)}")
-        if not 1 <= k <= self.num_classes:
-            raise ValueError(f"k must be in [1, {self.num_classes}], got {k}")
-        group, rows = self._group, input.reshape(input.shape[:-1].numel(), self.in_features)
-        sizes = group.meet(rows.shape[0], {"topk": k, "dtype": str(input.dtype)})
+        group = self._group
+        with group.telling():
+            check_input(input)
+            if input.shape[-1:] != (self.in_features,):
+                raise ValueError(f"input must be (..., {self.in_features}), got {tuple(input.shape)}")
+            if type(k) is not int or not 1 <= k <= self.num_classes:
+                raise ValueError(f"k must be an integer in [1, {self.num_classes}], got {k!r}")
+            rows = input.reshape(input.shape[:-1].numel(), self.in_features)
+        sizes = [n for n, _ in group.meet({"call": "topk", "k": k, "dtype": str(input.dtype)}, (rows.shape[0], 0))]
         every = group.gathered(padded(rows, max(sizes), 0), "features").flatten(0, 1)
         values, classes = streamed_topk(every, *self._own(), k, self.normalize)
         best = values.new_full((every.shape[0], k), -math.inf)

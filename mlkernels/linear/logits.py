@@ -16,7 +16,7 @@ from ..spec import BackendName, Slot
 from ..tracing import functorch_level, is_dual
 from .loop import Call, linear_loss
 from .pieces import pieces_for
-from .plan import plan
+from .plan import Plan, plan
 
 
 class LinearLogits(ProductLogits):
@@ -81,29 +81,21 @@ class LinearLogits(ProductLogits):
         self.visits += 1
         with_stats = return_stats or self.return_stats
         accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
-        by_slot = dict(zip(slots_of(numbers), params, strict=True))
-        per_row = {
-            slot
-            for slot, tensor in by_slot.items()
-            if slot in (Slot.GROUP, Slot.ROW_WEIGHT) or (slot not in tables and tensor.dim() > 1)
-        }
-        flat = {slot: t.reshape(-1, 1) if slot in per_row else t for slot, t in by_slot.items()}
+        flat, per_row = by_rows(numbers, params, tables)
         copies = x.dtype in HALF or weight.dtype in HALF or weight.dtype != accumulate or self.normalize
-        rows, classes = self.most(target.numel(), numbers, flat, with_stats)
+        uncut = Plan(False, 0, 0)
+        call = Call(list(numbers), tuple(flat), per_row, self.normalize, with_stats, uncut, pieces, accumulate)
+        rows, classes = self.most(target.numel(), call, flat)
         width = weight.shape[1]
         made = plan(rows, classes, width, accumulate.itemsize, copies, pieces.temporaries, self.strategy, self.memory)
-        call = Call(
-            list(numbers), tuple(flat), frozenset(per_row), self.normalize, with_stats, made, pieces, accumulate
-        )
+        call = call._replace(plan=made)
         loss, *stats = self.run(call, x.reshape(target.numel(), width), target.reshape(-1), list(flat.values()))
         loss = loss if loss.dim() == 0 else loss.reshape(target.shape)
         if with_stats:
             self.stats = RowStats(*(row.reshape(target.shape) for row in stats))
         return loss, self.stats if return_stats else None
 
-    def most(
-        self, rows: int, numbers: Sequence[float], params: dict[int, Tensor], return_stats: bool
-    ) -> tuple[int, int]:
+    def most(self, rows: int, call: Call, params: dict[int, Tensor]) -> tuple[int, int]:
         """How many rows and classes the loop has."""
         return rows, self.weight.shape[0]
 
@@ -113,3 +105,16 @@ class LinearLogits(ProductLogits):
         if torch.compiler.is_compiling():
             run = torch.compiler.disable(run)  # a graph break: the loop is no graph
         return run(call, x, self.weight, self.bias, target, *params)
+
+
+def by_rows(
+    numbers: Sequence[float], params: Sequence[Tensor], tables: frozenset[int]
+) -> tuple[dict[int, Tensor], frozenset[int]]:
+    """A loss's tensors by slot, those that have a row each as (rows, 1), and which these are."""
+    by_slot = dict(zip(slots_of(numbers), params, strict=True))
+    per_row = frozenset(
+        slot
+        for slot, tensor in by_slot.items()
+        if slot in (Slot.GROUP, Slot.ROW_WEIGHT) or (slot not in tables and tensor.dim() > 1)
+    )
+    return {slot: t.reshape(-1, 1) if slot in per_row else t for slot, t in by_slot.items()}, per_row

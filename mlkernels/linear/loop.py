@@ -335,7 +335,12 @@ def _of_no_rows(head: Head) -> tuple[Tensor, ...]:
 def makes_at_once(call: Call, wanted: Wanted) -> bool:
     """Whether gradients are made with the loss; hooks on saved tensors (checkpointing) would meet them."""
     reduced = call.numbers[REDUCTION] != Reduction.NONE and not call.return_stats
-    return reduced and bool(wanted) and _saved_tensors_hooks(False) is None
+    return reduced and bool(wanted) and not has_hooks()
+
+
+def has_hooks() -> bool:
+    """Whether saved tensors are somebody else's, who recomputes or moves them."""
+    return _saved_tensors_hooks(False) is not None
 
 
 class _LinearLoss(torch.autograd.Function):
