@@ -32,7 +32,7 @@ export MLKERNELS_CUDA_ARCHS ?= 90
 CLANG_FORMAT = $(PY) -c "from clang_format import clang_format; clang_format()"
 CPP = $(filter-out csrc/numbering.h, $(wildcard $(foreach d, csrc csrc/* tools/*/ tools/*/*, $(d)/*.h $(d)/*.cpp $(d)/*.cu)))
 
-.PHONY: test bench demo lint format build clean
+.PHONY: test bench demo lint format build wheel clean
 
 test: build
 	$(PY) -m pytest -n auto --dist worksteal $(ARGS)
@@ -65,6 +65,16 @@ $(VENV)/.ready: pyproject.toml setup.py
 	$(PY) -m pip install "$(TORCH)" "setuptools>=77" ninja
 	$(PY) -m pip install --no-build-isolation -e ".[dev]"
 	touch $@
+
+# What is published, in dist/: the source, and a wheel made of that source alone, for every torch from 2.11 on and every
+# Python from 3.10 on. auditwheel names the oldest glibc it runs with: that of this machine's compiler, so release on an old one.
+wheel: $(READY)
+	rm -rf dist
+	$(PY) -m build --no-isolation --outdir dist/local
+	mv dist/local/*.tar.gz dist
+	PATH="$(dir $(PY)):$$PATH" $(PY) -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' -w dist dist/local/*.whl
+	rm -r dist/local
+	$(PY) -m twine check --strict dist/*
 
 clean:
 	rm -rf build dist *.egg-info mlkernels/*.so mlkernels/*.error.txt
