@@ -1,17 +1,30 @@
-// The CPU's operators of pieces, for heads (mlkernels/linear): tensors to plain arrays, rows to threads.
+// The CPU's operators for heads (mlkernels/linear): of pieces of rows, and of all classes of a chunk of rows at once.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <optional>
+#include <tuple>
+#include <vector>
 
+#include "call.h"
+#include "cpu/buffers.h"
 #include "cpu/pieces.h"
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 extern "C" int mlkernels_cpu_isa();
+
+// Products that write where they are told to, of what compiled models call. They are none of the shim that every torch
+// keeps: weak, so that this loads without them; the loop is Python's there.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cpu_mm_out(AtenTensorHandle out, AtenTensorHandle a,
+                                                                      AtenTensorHandle b);
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cpu_addmm_out(AtenTensorHandle out, AtenTensorHandle added,
+                                                                         AtenTensorHandle a, AtenTensorHandle b,
+                                                                         double beta, double alpha);
+extern "C" __attribute__((visibility("default"))) int mlkernels_cpu_products() {
+  return aoti_torch_cpu_mm_out && aoti_torch_cpu_addmm_out;
+}
 
 namespace mlkernels {
 namespace {
@@ -31,11 +44,23 @@ template <>
 struct Run<float> {
   static void rows(const PieceStatistics<float>& p, int64_t a, int64_t b) { kernels().statistics_float(p, a, b); }
   static void rows(const PieceGradient<float>& p, int64_t a, int64_t b) { kernels().gradient_float(p, a, b); }
+  static void directions(const Classes<float>& c, float* to) { kernels().directions_float(c, to); }
+  static void along_length(float* g, const float* direction, const float* inverse, int64_t classes, int64_t n) {
+    kernels().along_length_float(g, direction, inverse, classes, n);
+  }
+  static void add(float* to, const float* from, float factor, int64_t n) { kernels().add_float(to, from, factor, n); }
 };
 template <>
 struct Run<double> {
   static void rows(const PieceStatistics<double>& p, int64_t a, int64_t b) { kernels().statistics_double(p, a, b); }
   static void rows(const PieceGradient<double>& p, int64_t a, int64_t b) { kernels().gradient_double(p, a, b); }
+  static void directions(const Classes<double>& c, double* to) { kernels().directions_double(c, to); }
+  static void along_length(double* g, const double* direction, const double* inverse, int64_t classes, int64_t n) {
+    kernels().along_length_double(g, direction, inverse, classes, n);
+  }
+  static void add(double* to, const double* from, double factor, int64_t n) {
+    kernels().add_double(to, from, factor, n);
+  }
 };
 
 template <class U>
@@ -71,13 +96,15 @@ Kind<T> piece_of(const Tensor& tile, const Tensor& label, int64_t start, const s
   return p;
 }
 
+// The rows of a tile, on as many threads as there are; on this one where it is one of them.
 template <class T, class Piece>
-void run(const Piece& p) {
-  if (p.rows == 0 || p.classes == 0) return;
+void run(const Piece& p, int64_t rows) {
+  if (rows == 0 || p.classes == 0) return;
+  const int64_t first = p.first_row;
   // Below this many elements a second thread costs more than it brings.
   constexpr int64_t GRAIN = 1 << 15;
-  torch::stable::parallel_for(0, p.rows, GRAIN / p.classes + 1,
-                              [&p](int64_t begin, int64_t end) { Run<T>::rows(p, begin, end); });
+  torch::stable::parallel_for(0, rows, GRAIN / p.classes + 1,
+                              [&p, first](int64_t begin, int64_t end) { Run<T>::rows(p, first + begin, first + end); });
 }
 
 template <class T>
@@ -100,7 +127,7 @@ void statistics_of(const Tensor& tile, const Tensor& target_logit, const Tensor&
   STD_TORCH_CHECK(!p.weighted == !p.weights, "weighted and weights come together");
   p.first = array<int64_t>(first, p.rows, "first");
   p.above = array<int64_t>(above, p.rows, "above");
-  run<T>(p);
+  run<T>(p, p.rows);
 }
 
 void piece_statistics(const Tensor& tile, const Tensor& target_logit, const Tensor& label, int64_t start,
@@ -126,7 +153,7 @@ void gradient_of(const Tensor& tile, const Tensor& label, int64_t start, bool se
   p.spread = array<T>(spread, p.rows, "spread");
   p.scale = array<T>(scale, p.rows, "scale");
   p.top = array<T>(top, p.rows, "top");
-  run<T>(p);
+  run<T>(p, p.rows);
 }
 
 void piece_gradient(const Tensor& tile, const Tensor& label, int64_t start, bool seen, std::optional<Tensor> weight,
@@ -137,10 +164,419 @@ void piece_gradient(const Tensor& tile, const Tensor& label, int64_t start, bool
        : gradient_of<float>)(tile, label, start, seen, weight, adjustment, softcap, factor, slope, spread, scale, top);
 }
 
+// ---- all classes of a chunk of rows ----------------------------------------------------------------------------------
+
+// A matrix as torch's products take it. They run on one thread within a parallel region, and allocate nothing.
+class Matrix {
+ public:
+  template <class T>
+  Matrix(const T* data, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride) {
+    const int64_t sizes[] = {rows, columns}, strides[] = {row_stride, column_stride};
+    TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(
+        const_cast<T*>(data), 2, sizes, strides, 0, int32_t(type_of<T>()), aoti_torch_device_type_cpu(), -1, &handle));
+  }
+  Matrix(const Matrix&) = delete;
+  ~Matrix() { (void)aoti_torch_delete_tensor_object(handle); }
+
+  AtenTensorHandle handle;
+};
+
+// out = a b, or out + a b
+void product(const Matrix& out, const Matrix& a, const Matrix& b, bool add = false) {
+  TORCH_ERROR_CODE_CHECK(add ? aoti_torch_cpu_addmm_out(out.handle, out.handle, a.handle, b.handle, 1, 1)
+                             : aoti_torch_cpu_mm_out(out.handle, a.handle, b.handle));
+}
+
+// A chunk of rows and all classes of a weight. Each part is some tiles of classes, on a thread of its own; a tile has
+// `block` rows at a time, so that it stays in that thread's cache from the product to what is made of it.
+template <class T>
+struct Chunk {
+  int64_t rows, classes, width, parts, tile, block, tiles;
+  const T* x;      // (rows, width)
+  Classes<T> all;  // the weight
+  bool copies;     // whether a tile of it is widened or shortened first
+  const T* inverse;
+  const T *bias, *weight, *adjustment;
+  T softcap;
+  const int64_t* label;
+  int64_t offset;  // where these classes begin among those that labels, weight and adjustment know
+  T* room;
+  bool keeps;  // the products of all tiles, one after another, in front
+
+  Chunk(const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& bias_,
+        const std::optional<Tensor>& inverse_, const Tensor& label_, int64_t offset_,
+        const std::optional<Tensor>& class_weight, const std::optional<Tensor>& adjustment_, double softcap_,
+        const Tensor& room_, bool keeps_, const std::vector<int64_t>& plan) {
+    STD_TORCH_CHECK(x_.dim() == 2 && weight_.dim() == 2 && weight_.size(1) == x_.size(1) && plan.size() == 3 &&
+                        plan[0] > 0 && plan[1] > 0 && plan[2] > 0 && offset_ >= 0,
+                    "x must be (rows, width), weight (classes, width), plan three positive numbers");
+    rows = x_.size(0);
+    width = x_.size(1);
+    classes = weight_.size(0);
+    parts = plan[0];
+    tile = plan[1];
+    block = plan[2];
+    tiles = (classes + tile - 1) / tile;
+    x = array<T>(x_, rows * width, "x");
+    STD_TORCH_CHECK(classes < 2 || width < 2 || weight_.stride(1) == 1, "weight must have a stride of 1 along width");
+    const ScalarType stored = weight_.scalar_type();
+    STD_TORCH_CHECK((stored == ScalarType::Double) == (sizeof(T) == 8), "weight must be in float64 where x is");
+    inverse = array<T>(inverse_, classes, "inverse");
+    copies = inverse || stored != type_of<T>();
+    all = {weight_.data_ptr(), storage_of(stored), classes, width, weight_.stride(0), inverse};
+    bias = array<T>(bias_, classes, "bias");
+    label = array<int64_t>(label_, rows, "label");
+    offset = offset_;
+    for (const auto& vector : {class_weight, adjustment_})
+      STD_TORCH_CHECK(!vector || vector->numel() >= offset + classes, "a number for each class");
+    weight = class_weight ? array<T>(*class_weight, class_weight->numel(), "class_weight") : nullptr;
+    adjustment = adjustment_ ? array<T>(*adjustment_, adjustment_->numel(), "adjustment") : nullptr;
+    softcap = T(softcap_);
+    keeps = keeps_;
+    room = array<T>(room_, room_.numel(), "room");
+    STD_TORCH_CHECK(room_.numel() >= kept() + parts * of_part() + (parts - 1) * rows * width, "room is too small");
+  }
+
+  int64_t kept() const { return keeps ? rows * classes : 0; }
+  int64_t of_tile() const { return keeps ? 0 : std::min(block, rows) * tile; }
+  int64_t of_part() const { return of_tile() + (copies ? tile * width : 0); }
+  // Where a part sums up the gradient of x, if that is not where it is wanted.
+  T* partial(int64_t part) const { return room + kept() + parts * of_part() + (part - 1) * rows * width; }
+  int64_t first_tile(int64_t part) const { return tiles * part / parts; }
+
+  // What lies in a part's own room, and how its tiles are walked through.
+  struct Tile {
+    int64_t start, classes;  // among this weight's
+    const T* weight;
+    int64_t weight_stride;
+    T* products;
+    const Chunk& chunk;
+
+    Tile(const Chunk& c, int64_t part, int64_t index) : chunk(c) {
+      start = index * c.tile;
+      classes = std::min(c.tile, c.classes - start);
+      T* const own = c.room + c.kept() + part * c.of_part();
+      products = c.keeps ? c.room + start * c.rows : own;
+      const int64_t element = c.all.stride * start;
+      Classes<T> these = c.all;
+      these.classes = classes;
+      these.data = static_cast<const char*>(c.all.data) + element * size_of(c.all.storage);
+      if (c.copies) {
+        these.inverse = c.inverse ? c.inverse + start : nullptr;
+        Run<T>::directions(these, own + c.of_tile());
+        weight = own + c.of_tile();
+        weight_stride = c.width;
+      } else {
+        weight = static_cast<const T*>(these.data);
+        weight_stride = c.all.stride;
+      }
+    }
+    static int64_t size_of(Storage s) { return s == Storage::DOUBLE ? 8 : s == Storage::FLOAT ? 4 : 2; }
+
+    // Of rows from `row` on.
+    T* block(int64_t row) const { return chunk.keeps ? products + row * classes : products; }
+    Matrix matrix() const { return {weight, classes, chunk.width, weight_stride, 1}; }
+    void multiply(int64_t row, int64_t count) const {
+      product({block(row), count, classes, classes, 1},
+              {chunk.x + row * chunk.width, count, chunk.width, chunk.width, 1},
+              {weight, chunk.width, classes, 1, weight_stride});
+    }
+    template <class Piece>
+    void describe(Piece& p, int64_t row) const {
+      p.tile = block(row);
+      p.rows = chunk.rows;
+      p.first_row = row;
+      p.classes = classes;
+      p.start = chunk.offset + start;
+      p.label = chunk.label;
+      p.softcap = chunk.softcap;
+      p.bias = chunk.bias ? chunk.bias + start : nullptr;
+      p.weight = chunk.weight ? chunk.weight + p.start : nullptr;
+      p.adjustment = chunk.adjustment ? chunk.adjustment + p.start : nullptr;
+    }
+  };
+
+  template <class Body>
+  void each_part(Body body) const {
+    torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part) body(part);
+    });
+  }
+  template <class Body>
+  void each_block(Body body) const {
+    for (int64_t row = 0; row < rows; row += block) body(row, std::min(block, rows - row));
+  }
+};
+
+// The numbers of rows, as they lie one after another: (3 + 3 scales, rows) and (2, rows).
+template <class T>
+struct Numbers {
+  T* reals;
+  int64_t* whole;
+  int64_t count, rows;
+
+  static int64_t of_reals(int64_t count) { return 3 + 3 * count; }
+  T& top(int64_t row) const { return reals[row]; }
+  T& weighted(int64_t row) const { return reals[rows + row]; }
+  T& weights(int64_t row) const { return reals[2 * rows + row]; }
+  T* total() const { return reals + 3 * rows; }
+  T* shift() const { return total() + count * rows; }
+  T* square() const { return shift() + count * rows; }
+  int64_t& first(int64_t row) const { return whole[row]; }
+  int64_t& above(int64_t row) const { return whole[rows + row]; }
+
+  // Of no class at all.
+  void begin(int64_t classes, bool ranks) const {
+    std::fill(reals, reals + of_reals(count) * rows, T(0));
+    std::fill(reals, reals + rows, -MLKERNELS_ISA::infinity<T>());
+    std::fill(whole, whole + rows, classes);
+    std::fill(whole + rows, whole + 2 * rows, ranks ? 0 : -1);
+  }
+
+  // What others know besides: backends/reference.py's combine.
+  void add(const Numbers& b, const T* scales, int64_t row) const {
+    const T ours = top(row), theirs = b.top(row);
+    const bool bad = ours != ours || theirs != theirs;
+    const T most = bad ? MLKERNELS_ISA::nan<T>() : std::max(ours, theirs);
+    const T move_a = ours == most ? T(0) : ours - most, move_b = theirs == most ? T(0) : theirs - most;
+    for (int64_t k = 0; k < count; ++k) {
+      const int64_t at = k * rows + row;
+      const T share_a = MLKERNELS_ISA::m_exp(scales[at] * move_a), share_b = MLKERNELS_ISA::m_exp(scales[at] * move_b);
+      // What nothing is left of is 0 and not 0 times infinity.
+      const auto both = [&](T of_a, T of_b) {
+        return (share_a == 0 ? T(0) : share_a * of_a) + (share_b == 0 ? T(0) : share_b * of_b);
+      };
+      const T a0 = total()[at], a1 = shift()[at], a2 = square()[at];
+      const T b0 = b.total()[at], b1 = b.shift()[at], b2 = b.square()[at];
+      square()[at] = both(a2 + move_a * (2 * a1 + move_a * a0), b2 + move_b * (2 * b1 + move_b * b0));
+      shift()[at] = both(a1 + move_a * a0, b1 + move_b * b0);
+      total()[at] = both(a0, b0);
+    }
+    const T wa = weights(row), wb = b.weights(row);
+    weighted(row) += b.weighted(row) + (wa == 0 ? T(0) : move_a * wa) + (wb == 0 ? T(0) : move_b * wb);
+    weights(row) += wb;
+    const int64_t one = first(row), other = b.first(row);
+    first(row) = ours > theirs    ? one
+                 : theirs > ours  ? other
+                 : ours == theirs ? std::min(one, other)
+                                  : std::max(one, other);
+    above(row) += b.above(row) > 0 ? b.above(row) : 0;
+    top(row) = most;
+  }
+};
+
+Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return empty_on(aoti_torch_device_type_cpu(), 0, sizes, dtype);
+}
+
+enum Want : int64_t { SHIFT = 1, SECOND = 2, RANKS = 4, SMOOTHING = 8 };  // mlkernels/linear/classes.py
+
+template <class T>
+std::tuple<Tensor, Tensor> all_statistics(const Chunk<T>& chunk, const Tensor& target_logit, const Tensor& scales,
+                                          int64_t classes, int64_t want) {
+  const int64_t n = chunk.rows, count = scales.size(0), reals = Numbers<T>::of_reals(count) * n;
+  const T* const u_y = array<T>(target_logit, n, "target_logit");
+  const T* const s = array<T>(scales, count * n, "scales");
+  Tensor known = empty({Numbers<T>::of_reals(count), n}, type_of<T>()), places = empty({2, n}, ScalarType::Long);
+  std::vector<T> more(size_t((chunk.parts - 1) * reals));
+  std::vector<int64_t> more_places(size_t((chunk.parts - 1) * 2 * n));
+  const auto numbers = [&](int64_t part) -> Numbers<T> {
+    if (part == 0) return {static_cast<T*>(known.data_ptr()), static_cast<int64_t*>(places.data_ptr()), count, n};
+    return {more.data() + (part - 1) * reals, more_places.data() + (part - 1) * 2 * n, count, n};
+  };
+  chunk.each_part([&](int64_t part) {
+    const Numbers<T> own = numbers(part);
+    own.begin(classes, want & RANKS);
+    PieceStatistics<T> p{};
+    p.target_logit = u_y;
+    p.scales = s;
+    p.count = count;
+    p.top = &own.top(0);
+    p.total = own.total();
+    p.shift = want & SHIFT ? own.shift() : nullptr;
+    p.square = want & SECOND ? own.square() : nullptr;
+    p.weighted = want & SMOOTHING ? &own.weighted(0) : nullptr;
+    p.weights = want & SMOOTHING ? &own.weights(0) : nullptr;
+    p.first = &own.first(0);
+    p.above = &own.above(0);
+    for (int64_t index = chunk.first_tile(part); index < chunk.first_tile(part + 1); ++index) {
+      const typename Chunk<T>::Tile tile(chunk, part, index);
+      chunk.each_block([&](int64_t row, int64_t rows) {
+        tile.multiply(row, rows);
+        tile.describe(p, row);
+        run<T>(p, rows);
+      });
+    }
+  });
+  for (int64_t part = 1; part < chunk.parts; ++part)
+    for (int64_t row = 0; row < n; ++row) numbers(0).add(numbers(part), s, row);
+  return {known, places};
+}
+
+std::tuple<Tensor, Tensor> linear_statistics(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
+                                             std::optional<Tensor> inverse, const Tensor& label, int64_t offset,
+                                             std::optional<Tensor> class_weight, std::optional<Tensor> adjustment,
+                                             double softcap, const Tensor& room, bool keep, std::vector<int64_t> plan,
+                                             const Tensor& target_logit, const Tensor& scales, int64_t classes,
+                                             int64_t want) {
+  const auto run = [&](auto zero) {
+    const Chunk<decltype(zero)> chunk(x, weight, bias, inverse, label, offset, class_weight, adjustment, softcap, room,
+                                      keep, plan);
+    return all_statistics(chunk, target_logit, scales, classes, want);
+  };
+  return x.scalar_type() == ScalarType::Double ? run(double()) : run(float());
+}
+
+template <class T>
+struct Gradients {
+  T *x, *weight, *bias;  // (rows, width), (classes, width), (classes); null: not wanted
+  const T* target;       // (rows), dL/df_y, which is added where its class is
+  bool first, last;      // chunk: weight and bias are written, and not added to; complete, and follow from directions'
+};
+
+// What a tile's gradient contributes: to the part's own sum of dx, and to its classes.
+template <class T>
+void add_tile(const Chunk<T>& chunk, const typename Chunk<T>::Tile& tile, const Gradients<T>& out, T* dx, bool begins,
+              int64_t row, int64_t rows) {
+  const int64_t width = chunk.width, classes = tile.classes;
+  const T* const g = tile.block(row);
+  if (dx) product({dx + row * width, rows, width, width, 1}, {g, rows, classes, classes, 1}, tile.matrix(), !begins);
+  const bool adds = row > 0 || !out.first;
+  if (out.weight)
+    product({out.weight + tile.start * width, classes, width, width, 1}, {g, classes, rows, 1, classes},
+            {chunk.x + row * width, rows, width, width, 1}, adds);
+  if (!out.bias) return;
+  T* const sums = out.bias + tile.start;
+  if (!adds) std::fill(sums, sums + classes, T(0));
+  for (int64_t i = 0; i < rows; ++i) Run<T>::add(sums, g + i * classes, T(1), classes);
+}
+
+// What the targets among a tile's classes contribute to these.
+template <class T>
+void add_targets(const Chunk<T>& chunk, const typename Chunk<T>::Tile& tile, const Gradients<T>& out) {
+  for (int64_t i = 0; i < chunk.rows; ++i) {
+    const int64_t y = chunk.label[i] - chunk.offset;
+    if (y < tile.start || y >= tile.start + tile.classes) continue;
+    if (out.weight) Run<T>::add(out.weight + y * chunk.width, chunk.x + i * chunk.width, out.target[i], chunk.width);
+    if (out.bias) out.bias[y] += out.target[i];
+  }
+}
+
+template <class T>
+void all_gradients(const Chunk<T>& chunk, PieceGradient<T> p, const Gradients<T>& out) {
+  const int64_t width = chunk.width;
+  chunk.each_part([&](int64_t part) {
+    PieceGradient<T> own = p;
+    T* const dx = !out.x ? nullptr : part == 0 ? out.x : chunk.partial(part);
+    const int64_t begin = chunk.first_tile(part), end = chunk.first_tile(part + 1);
+    if (dx && begin == end) std::fill(dx, dx + chunk.rows * width, T(0));
+    // Last first: what was kept last may be in the caches yet.
+    for (int64_t index = end; index-- > begin;) {
+      const typename Chunk<T>::Tile tile(chunk, part, index);
+      chunk.each_block([&](int64_t row, int64_t rows) {
+        if (!chunk.keeps) tile.multiply(row, rows);
+        tile.describe(own, row);
+        run<T>(own, rows);
+        add_tile(chunk, tile, out, dx, index == end - 1, row, rows);
+      });
+      add_targets(chunk, tile, out);
+      if (out.weight && out.last && chunk.inverse)
+        Run<T>::along_length(out.weight + tile.start * width, tile.weight, chunk.inverse + tile.start, tile.classes,
+                             width);
+    }
+  });
+  if (!out.x) return;
+  torch::stable::parallel_for(0, chunk.rows, (1 << 15) / (width + 1) + 1, [&](int64_t begin, int64_t end) {
+    std::vector<T> direction(static_cast<size_t>(width));
+    for (int64_t i = begin; i < end; ++i) {
+      T* const dx = out.x + i * width;
+      for (int64_t part = 1; part < chunk.parts; ++part) Run<T>::add(dx, chunk.partial(part) + i * width, T(1), width);
+      const int64_t y = chunk.label[i] - chunk.offset;
+      if (y < 0 || y >= chunk.classes) continue;
+      Classes<T> one = chunk.all;
+      one.classes = 1;
+      one.data = static_cast<const char*>(one.data) + y * one.stride * Chunk<T>::Tile::size_of(one.storage);
+      one.inverse = chunk.inverse ? chunk.inverse + y : nullptr;
+      Run<T>::directions(one, direction.data());
+      Run<T>::add(dx, direction.data(), out.target[i], width);
+    }
+  });
+}
+
+void linear_gradient(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, std::optional<Tensor> inverse,
+                     const Tensor& label, int64_t offset, std::optional<Tensor> class_weight,
+                     std::optional<Tensor> adjustment, double softcap, const Tensor& room, bool kept,
+                     std::vector<int64_t> plan, const Tensor& factor, std::optional<Tensor> slope,
+                     std::optional<Tensor> spread, const Tensor& target, const Tensor& scale, const Tensor& top,
+                     std::optional<Tensor> dx, std::optional<Tensor> dw, std::optional<Tensor> db, bool first,
+                     bool last) {
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    const Chunk<T> chunk(x, weight, bias, inverse, label, offset, class_weight, adjustment, softcap, room, kept, plan);
+    const int64_t n = chunk.rows;
+    PieceGradient<T> p{};
+    p.seen = kept;
+    p.factor = array<T>(factor, n, "factor");
+    p.slope = array<T>(slope, n, "slope");
+    p.spread = array<T>(spread, n, "spread");
+    p.scale = array<T>(scale, n, "scale");
+    p.top = array<T>(top, n, "top");
+    all_gradients(chunk, p,
+                  {array<T>(dx, n * chunk.width, "dx"), array<T>(dw, chunk.classes * chunk.width, "dw"),
+                   array<T>(db, chunk.classes, "db"), array<T>(target, n, "target"), first, last});
+  };
+  x.scalar_type() == ScalarType::Double ? run(double()) : run(float());
+}
+
+// What pieces know of each row, (pieces, 3 + 3 scales, rows) and (pieces, 2, rows), together: one after another, so
+// that the same pieces give the same bits.
+std::tuple<Tensor, Tensor> row_combine(const Tensor& reals, const Tensor& whole, const Tensor& scales) {
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    STD_TORCH_CHECK(reals.dim() == 3 && scales.dim() == 2 && reals.size(0) > 0,
+                    "reals must be (pieces, numbers, rows)");
+    const int64_t pieces = reals.size(0), n = reals.size(2), count = scales.size(0), each = Numbers<T>::of_reals(count);
+    const T* const from = array<T>(reals, pieces * each * n, "reals");
+    const int64_t* const places = array<int64_t>(whole, pieces * 2 * n, "whole");
+    const T* const s = array<T>(scales, count * n, "scales");
+    Tensor out = empty({each, n}, type_of<T>()), out_places = empty({2, n}, ScalarType::Long);
+    const Numbers<T> known{static_cast<T*>(out.data_ptr()), static_cast<int64_t*>(out_places.data_ptr()), count, n};
+    std::copy(from, from + each * n, known.reals);
+    std::copy(places, places + 2 * n, known.whole);
+    for (int64_t piece = 1; piece < pieces; ++piece) {
+      const Numbers<T> other{const_cast<T*>(from) + piece * each * n, const_cast<int64_t*>(places) + piece * 2 * n,
+                             count, n};
+      for (int64_t row = 0; row < n; ++row) known.add(other, s, row);
+    }
+    return std::tuple<Tensor, Tensor>{out, out_places};
+  };
+  return reals.scalar_type() == ScalarType::Double ? run(double()) : run(float());
+}
+
+// Contiguous, of another's dtype, with anything in it; a large one in memory that an earlier one has left.
+Tensor room_like(const Tensor& like, std::vector<int64_t> sizes) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t count = 1;
+  for (size_t d = sizes.size(); d-- > 0; count *= sizes[d]) strides[d] = count;
+  const size_t bytes = size_t(count) * like.element_size();
+  Buffer* const buffer = bytes >= BUFFER_FROM ? take_buffer(bytes) : nullptr;
+  if (!buffer) return empty_on(aoti_torch_device_type_cpu(), 0, sizes, like.scalar_type());
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(torch_from_blob(
+      buffer->data, int64_t(sizes.size()), sizes.data(), strides.data(), 0, int32_t(like.scalar_type()),
+      aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0,
+      [](void*, void* context) { give_buffer(static_cast<Buffer*>(context)); }, buffer));
+  return Tensor(handle);
+}
+
 }  // namespace
 }  // namespace mlkernels
 
 STABLE_TORCH_LIBRARY_IMPL(mlkernels, CPU, m) {
   m.impl("piece_statistics", TORCH_BOX(&mlkernels::piece_statistics));
   m.impl("piece_gradient", TORCH_BOX(&mlkernels::piece_gradient));
+  m.impl("linear_statistics", TORCH_BOX(&mlkernels::linear_statistics));
+  m.impl("linear_gradient", TORCH_BOX(&mlkernels::linear_gradient));
+  m.impl("row_combine", TORCH_BOX(&mlkernels::row_combine));
+  m.impl("room_like", TORCH_BOX(&mlkernels::room_like));
 }

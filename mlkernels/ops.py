@@ -64,6 +64,25 @@ _libraries[0].define(
     "Tensor top) -> ()",
     tags=_tags,
 )
+# The same for all classes of a weight and a chunk of rows, the products included: what is known of each row, that is
+# (3 + 3 scales, rows) of M, V, W, S, T, the second moment and (2, rows) of first and above; the gradients of rows and
+# classes.
+_CLASSES = (
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? inverse, Tensor label, int offset, Tensor? class_weight, "
+    "Tensor? adjustment, float softcap, Tensor(a!) room, bool kept, int[] plan"
+)
+_libraries[0].define(
+    f"linear_statistics({_CLASSES}, Tensor target_logit, Tensor scales, int classes, int want) -> (Tensor, Tensor)",
+    tags=_tags,
+)
+_libraries[0].define(
+    f"linear_gradient({_CLASSES}, Tensor factor, Tensor? slope, Tensor? spread, Tensor target, Tensor scale, "
+    "Tensor top, Tensor(b!)? dx, Tensor(c!)? dw, Tensor(d!)? db, bool first, bool last) -> ()",
+    tags=_tags,
+)
+# What pieces know of each row together, in their order.
+_libraries[0].define("row_combine(Tensor reals, Tensor whole, Tensor scales) -> (Tensor, Tensor)", tags=_tags)
+_libraries[0].define("room_like(Tensor like, int[] sizes) -> Tensor", tags=_tags)
 # Each dst from the src at its place, bit for bit; with a flag (one boolean) only where the device finds it true.
 _libraries[0].define("multi_copy_(Tensor(a!)[] dst, Tensor[] src, Tensor? flag=None) -> ()", tags=_tags)
 
@@ -217,8 +236,31 @@ def _nothing(*arguments: Any) -> None:
 
 for _library in _libraries:
     torch.library.register_fake(f"{_library.ns}::softmax_loss_refresh", _nothing, lib=_library)
-for _name in ("piece_statistics", "piece_gradient"):
-    torch.library.register_fake(f"mlkernels::{_name}", _nothing, lib=_libraries[0])
+
+
+def _linear_statistics(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    scales = arguments[-3]
+    return x.new_empty(3 + 3 * scales.shape[0], x.shape[0]), scales.new_empty((2, x.shape[0]), dtype=torch.int64)
+
+
+def _row_combine(reals: Tensor, whole: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(reals[0]), torch.empty_like(whole[0])
+
+
+def _room_like(like: Tensor, sizes: Sequence[int]) -> Tensor:
+    return like.new_empty(sizes)
+
+
+_HEADS: dict[str, Callable[..., Any]] = {
+    "piece_statistics": _nothing,
+    "piece_gradient": _nothing,
+    "linear_statistics": _linear_statistics,
+    "linear_gradient": _nothing,
+    "row_combine": _row_combine,
+    "room_like": _room_like,
+}
+for _name, _fake in _HEADS.items():
+    torch.library.register_fake(f"mlkernels::{_name}", _fake, lib=_libraries[0])
 _libraries[1].impl("softmax_loss_refresh", _by_triton("softmax_loss_refresh"), "CompositeExplicitAutograd")
 
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mlkernels
 from mlkernels import linear_cross_entropy, linear_softmax_loss
-from mlkernels.linear.plan import plan
+from mlkernels.linear.plan import Plan, plan, shared
 
 ROWS, CLASSES, WIDTH = 10, 23, 5
 VECTOR = torch.linspace(0.0, 2.0, CLASSES, dtype=F64)
@@ -24,14 +24,23 @@ OPTIONS = {
     },
 }  # fmt: skip
 #: (strategy, bytes where pieces work in place, bytes where they have temporaries): all at once; a few rows and classes.
-PLANS = {"whole": (None, None, None), "stored": ("stored", 600, 1600), "tiles": ("tiles", 400, 4000)}
+PLANS = {
+    "whole": (None, None, None),
+    "stored": ("stored", 900, 1600),
+    "tiles": ("tiles", 2000, 4000),
+    "rows": ("rows", 2500, 9000),
+}
 PIECES = [name for name in ("cpu", "reference") if mlkernels.available_backends("cpu")[name] is None]
 
 
 @pytest.fixture(params=PIECES)
 def plans(request, monkeypatch):
-    """(backend, [(strategy, memory)])."""
+    """(backend, [(strategy, memory)]); three threads have classes of their own where these are C++'s."""
     monkeypatch.setattr("mlkernels.linear.plan.FEW_CLASSES", 4)
+    if mlkernels.linear.threads.count():
+        monkeypatch.setattr("mlkernels.linear.threads.count", lambda: 3)
+        monkeypatch.setattr("mlkernels.linear.plan.BLOCK", 4)
+        monkeypatch.setattr("mlkernels.linear.plan.SMALL", 8)
     at = 2 if request.param == "reference" else 1
     return request.param, [(plan[0], plan[at]) for plan in PLANS.values()]
 
@@ -129,6 +138,10 @@ class Watched(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         result = function(*arguments, **(keywords or {}))
         self.products += any(name in str(function) for name in ("aten.mm", "aten.addmm"))
+        self.products += "linear_statistics" in str(function)
+        if "linear_gradient" in str(function):
+            kept, (dx, dw) = arguments[10], arguments[18:20]
+            self.products += (not kept) + (dx is not None) + (dw is not None)
         old = {t.untyped_storage()._cdata for t in arguments if isinstance(t, torch.Tensor)}
         for tensor in result if isinstance(result, (tuple, list)) else [result]:
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in old:
@@ -167,17 +180,32 @@ def test_memory_is_a_bound(strategy, memory, backend):
 
 
 def test_what_a_plan_takes():
-    assert plan(1024, 200_000, 64, 4, False, 0) == (False, 1024, 1024)
-    assert plan(1024, 200_000, 256, 4, False, 0) == (True, 114, 9198)
-    assert plan(100, 200_000, 64, 4, False, 0) == (True, 100, 10485)
+    assert plan(1024, 200_000, 64, 4, False, 0) == Plan(False, 1024, 1024)
+    assert plan(1024, 200_000, 256, 4, False, 0) == Plan(True, 114, 9198)
+    assert plan(100, 200_000, 64, 4, False, 0) == Plan(True, 100, 10485)
     assert not plan(1024, 10_000_000, 512, 4, True, 0).stored
     # Beside twelve temporaries a chunk has fewer rows, where as many as fit alone would leave no room for a tile.
-    assert plan(40, 11, 4, 8, False, 12, "stored", 5000) == (True, 20, 1)
-    assert plan(10_000_000, 3, 16, 4, False, 12, "stored") == (True, 1_250_000, 1)
+    assert plan(40, 11, 4, 8, False, 12, "stored", 5000) == Plan(True, 20, 1)
+    assert plan(10_000_000, 3, 16, 4, False, 12, "stored") == Plan(True, 1_250_000, 1)
     with pytest.raises(ValueError, match=r"memory=1000 is too small for one row of 5000 logits .* takes 20000 bytes"):
         plan(8, 5000, 16, 4, False, 0, "stored", 1000)
     with pytest.raises(ValueError, match=r"memory=10 is too small for one logit of one row: that takes 68 bytes"):
         plan(8, 5000, 16, 4, True, 0, None, 10)
+
+
+def test_what_a_plan_of_threads_takes():
+    """Rows are cut by memory alone; threads get as many tiles each, of one size, where there are classes enough."""
+    assert shared(1024, 200_000, 64, 4, False, 2) == Plan(False, 1024, 256, 2, 512)
+    assert shared(100, 50_000, 512, 4, False, 2) == Plan(True, 100, 1250, 2, 100)
+    for threads in (1, 2, 16):
+        made = shared(1024, 200_000, 256, 4, True, threads)
+        assert made.stored and made.rows == 103 and made.parts == threads
+    assert shared(1 << 20, 10, 64, 4, False, 8).parts == 1
+    assert shared(8, 5000, 16, 4, False, 4, "rows", 160_000) == Plan(True, 8, 5000, 1, 8)
+    for strategy, needed in (("stored", 20_064), ("rows", 340_000), ("tiles", 68)):
+        assert shared(8, 5000, 16, 4, True, 2, strategy, needed).parts == 1
+        with pytest.raises(ValueError, match=f"too small .* that takes {needed} bytes"):
+            shared(8, 5000, 16, 4, True, 2, strategy, needed - 1)
 
 
 # ---- precision -------------------------------------------------------------------------------------------------------

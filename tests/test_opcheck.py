@@ -1,5 +1,7 @@
 """The operators as torch.library sees them: schemas, fakes, no mutation, no aliasing."""
 
+import functools
+
 import pytest
 import torch
 from table import FEW, draw, numbers_of, usable_backends
@@ -67,7 +69,7 @@ def test_operators_exist_without_a_compiler(name):
 def test_every_operator_is_checked_here():
     """A new operator comes with its check."""
     for library, others in (
-        ("mlkernels", {"multi_copy_", "softmax_loss_refresh", "piece_statistics", "piece_gradient"}),
+        ("mlkernels", {"multi_copy_", "softmax_loss_refresh", *ops._HEADS}),
         ("mlkernels_triton", {"softmax_loss_refresh"}),
     ):
         defined = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith(f"{library}::")}
@@ -176,3 +178,23 @@ def test_pieces(dtype):
             (tile, label, 2, False, weight, weight, 5.0, rows() + 1, slope, rows() + 1, rows() + 1, rows() + 3),
             test_utils=CHECKS,
         )
+
+
+@pytest.mark.skipif("cpu" not in usable_backends(), reason="no library")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_all_classes_of_a_head(dtype):
+    """They write the room and the gradients, and nothing else."""
+    torch.manual_seed(0)
+    x, weight, label = torch.randn(3, 2, dtype=dtype), torch.randn(5, 2, dtype=dtype), torch.tensor([0, 2, 5])
+    rows, classes = torch.rand(3, dtype=dtype), torch.rand(6, dtype=dtype)
+    room, scales = torch.zeros(40, dtype=dtype), torch.ones(2, 3, dtype=dtype)
+    head = (x, weight, classes[:5], None, label, 1, classes, classes, 5.0, room, True, [2, 2, 2])
+    check = functools.partial(torch.library.opcheck, test_utils=CHECKS)
+    check(torch.ops.mlkernels.linear_statistics.default, (*head, rows, scales, 6, 15))
+    grads = x.clone(), weight.clone(), classes[:5].clone()
+    for wanted in (grads, (None, None, grads[2])):
+        given = (*head, rows, rows, None, rows, rows, rows, *wanted, True, True)
+        check(torch.ops.mlkernels.linear_gradient.default, given)
+    reals, whole = torch.randn(4, 9, 3, dtype=dtype), torch.randint(6, (4, 2, 3))
+    check(torch.ops.mlkernels.row_combine.default, (reals, whole, scales))
+    check(torch.ops.mlkernels.room_like.default, (x, [2, 3]))

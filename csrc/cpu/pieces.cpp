@@ -36,11 +36,18 @@ int64_t count_above(const T* u, int64_t n, T limit) {
   return above;
 }
 
+// From products to u, in place.
+template <class T>
+void logits_of(const Piece<T>& p, T* u) {
+  if (p.bias) sweep_add(u, p.bias, p.classes, T(1));
+  if (p.softcap > 0 || p.adjustment) cap_row(u, p.classes, p.softcap, p.adjustment);
+}
+
 template <class T>
 void statistics(const PieceStatistics<T>& p, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
-    T* u = p.tile + row * p.classes;
-    if (p.softcap > 0 || p.adjustment) cap_row(u, p.classes, p.softcap, p.adjustment);
+    T* u = p.tile + (row - p.first_row) * p.classes;
+    logits_of(p, u);
     const int64_t y = p.label[row] - p.start;
     const T before = p.top[row];
     T top = -infinity<T>();
@@ -103,8 +110,8 @@ template <class T>
 void gradient(const PieceGradient<T>& p, int64_t begin, int64_t end) {
   std::vector<T> scratch(p.softcap > 0 || p.slope ? size_t(p.classes) : 0);
   for (int64_t row = begin; row < end; ++row) {
-    T* g = p.tile + row * p.classes;
-    if (!p.seen && (p.softcap > 0 || p.adjustment)) cap_row(g, p.classes, p.softcap, p.adjustment);
+    T* g = p.tile + (row - p.first_row) * p.classes;
+    if (!p.seen) logits_of(p, g);
     const T* u = g;
     if (!scratch.empty()) {
       for (int64_t j = 0; j < p.classes; ++j) scratch[size_t(j)] = g[j];
@@ -125,9 +132,53 @@ void gradient(const PieceGradient<T>& p, int64_t begin, int64_t end) {
   }
 }
 
+template <class T, class S>
+void directions_of(const Classes<T>& c, T* to) {
+  constexpr int W = WIDTH<T>;
+  for (int64_t k = 0; k < c.classes; ++k, to += c.width) {
+    const S* from = static_cast<const S*>(c.data) + k * c.stride;
+    const T factor = c.inverse ? c.inverse[k] : T(1);
+    int64_t j = 0;
+    for (; j + W <= c.width; j += W) store(to + j, get(from + j) * factor);
+    for (; j < c.width; ++j) to[j] = T(widen(from[j])) * factor;
+  }
+}
+
+template <class T>
+void directions(const Classes<T>& c, T* to) {
+  if constexpr (sizeof(T) == 8)
+    return directions_of<T, double>(c, to);
+  else
+    switch (c.storage) {
+      case Storage::BFLOAT16: return directions_of<T, bfloat16>(c, to);
+      case Storage::FLOAT16: return directions_of<T, float16>(c, to);
+      default: return directions_of<T, float>(c, to);
+    }
+}
+
+template <class T>
+void along_length(T* gradient, const T* direction, const T* inverse, int64_t classes, int64_t n) {
+  constexpr int W = WIDTH<T>;
+  for (int64_t k = 0; k < classes; ++k, gradient += n, direction += n) {
+    Vec<T> sum{};
+    int64_t j = 0;
+    for (; j + W <= n; j += W) sum += load(gradient + j) * load(direction + j);
+    T along = sum_of<T>(sum);
+    for (; j < n; ++j) along += gradient[j] * direction[j];
+    for (j = 0; j < n; ++j) gradient[j] = inverse[k] * (gradient[j] - along * direction[j]);
+  }
+}
+
+template <class T>
+void add(T* to, const T* from, T factor, int64_t n) {
+  sweep_add(to, from, n, factor);
+}
+
 }  // namespace
 
-const PieceKernels piece_kernels{statistics<float>, statistics<double>, gradient<float>, gradient<double>};
+const PieceKernels piece_kernels{statistics<float>, statistics<double>, gradient<float>,     gradient<double>,
+                                 directions<float>, directions<double>, along_length<float>, along_length<double>,
+                                 add<float>,        add<double>};
 
 }  // namespace MLKERNELS_ISA
 }  // namespace mlkernels

@@ -1,19 +1,20 @@
 // What library_pieces.cpp hands to the loops over tiles: plain data, shared by every instruction set.
 #pragma once
 
-#include <cstdint>
+#include "../rows.h"
 
 namespace mlkernels {
 
-// Some classes of every row, from `start` on: products, which become u, which becomes the gradient.
+// Some classes of rows from `first_row` on, classes from `start` on: products, which become u, which becomes the
+// gradient.
 template <class T>
 struct Piece {
-  T* tile;  // (rows, classes)
-  int64_t rows, classes, start;
-  const int64_t* label;  // (rows)
-  T softcap;             // 0: none
-  const T* weight;       // of these classes, or null
-  const T* adjustment;   // of these classes, or null
+  T* tile;                  // (., classes)
+  int64_t rows, first_row;  // of all rows, which the other arrays have, and the tile's first
+  int64_t classes, start;
+  const int64_t* label;                                               // (rows)
+  T softcap;                                                          // 0: none
+  const T *bias = nullptr, *weight = nullptr, *adjustment = nullptr;  // of these classes, or null
 };
 
 // The numbers of each row, to which those of this piece are added; null pointers are not wanted.
@@ -34,11 +35,30 @@ struct PieceGradient : Piece<T> {
   const T *factor, *slope, *spread, *scale, *top;  // (rows); slope and spread may be null
 };
 
+// Classes' rows of a weight (classes, width) of any storage, as they are multiplied.
+template <class T>
+struct Classes {
+  const void* data;
+  Storage storage;
+  int64_t classes, width, stride;  // between classes, in elements
+  const T* inverse;                // (classes), 1 over their lengths, or null
+};
+
 struct PieceKernels {
   void (*statistics_float)(const PieceStatistics<float>&, int64_t begin, int64_t end);
   void (*statistics_double)(const PieceStatistics<double>&, int64_t begin, int64_t end);
   void (*gradient_float)(const PieceGradient<float>&, int64_t begin, int64_t end);
   void (*gradient_double)(const PieceGradient<double>&, int64_t begin, int64_t end);
+  // To (classes, width), widened, of length 1 where so asked.
+  void (*directions_float)(const Classes<float>&, float* to);
+  void (*directions_double)(const Classes<double>&, double* to);
+  // The gradient by a class from that by its direction, in place: r (h - (h . w) w).
+  void (*along_length_float)(float* gradient, const float* direction, const float* inverse, int64_t classes, int64_t n);
+  void (*along_length_double)(double* gradient, const double* direction, const double* inverse, int64_t classes,
+                              int64_t n);
+  // to += factor from
+  void (*add_float)(float* to, const float* from, float factor, int64_t n);
+  void (*add_double)(double* to, const double* from, double factor, int64_t n);
 };
 
 namespace baseline {

@@ -143,6 +143,15 @@ void sweep_out(S* out, const T* e, int64_t n, T factor, int64_t y, T target, boo
   narrow(target, out[y]);
 }
 
+// to_j += factor from_j
+template <class T>
+void sweep_add(T* to, const T* from, int64_t n, T factor) {
+  constexpr int W = WIDTH<T>;
+  int64_t j = 0;
+  for (; j + W <= n; j += W) store(to + j, load(to + j) + load(from + j) * factor);
+  for (; j < n; ++j) to[j] += from[j] * factor;
+}
+
 // g_j -= spread w_j; w null: ones.
 template <class T>
 void sweep_spread(T* g, const T* w, int64_t n, T spread) {

@@ -70,6 +70,11 @@ def cpu_isa() -> str | None:
     return None if _cpu is None else ("baseline", "avx2", "avx512")[_cpu.mlkernels_cpu_isa()]
 
 
+def cpu_products() -> bool:
+    """Whether the CPU's operators of all classes of a head can run: torch has the products that they call."""
+    return _cpu is not None and bool(_cpu.mlkernels_cpu_products())
+
+
 def empty_cache() -> int:
     """Gives the memory that the CPU kernels keep for large gradients back to the system.
 

@@ -15,7 +15,7 @@ from ..softmax import RowStats
 from .logits import LinearLogits
 from .plan import STRATEGIES
 
-Strategy: TypeAlias = Literal["stored", "tiles"]
+Strategy: TypeAlias = Literal["stored", "tiles", "rows"]
 
 
 def linear_cross_entropy(

@@ -14,9 +14,10 @@ from ..numbering import slots_of
 from ..softmax import ProductLogits, RowStats
 from ..spec import BackendName, Slot
 from ..tracing import functorch_level, is_dual
+from . import threads
 from .loop import Call, linear_loss
-from .pieces import pieces_for
-from .plan import Plan, plan
+from .pieces import CPU, pieces_for
+from .plan import Plan, plan, shared
 
 
 class LinearLogits(ProductLogits):
@@ -87,7 +88,11 @@ class LinearLogits(ProductLogits):
         call = Call(list(numbers), tuple(flat), per_row, self.normalize, with_stats, uncut, pieces, accumulate)
         rows, classes = self.most(target.numel(), call, flat)
         width = weight.shape[1]
-        made = plan(rows, classes, width, accumulate.itemsize, copies, pieces.temporaries, self.strategy, self.memory)
+        shares = threads.count() if pieces is CPU else 0
+        cut = shared if shares else plan
+        made = cut(
+            rows, classes, width, accumulate.itemsize, copies, shares or pieces.temporaries, self.strategy, self.memory
+        )
         call = call._replace(plan=made)
         loss, *stats = self.run(call, x.reshape(target.numel(), width), target.reshape(-1), list(flat.values()))
         loss = loss if loss.dim() == 0 else loss.reshape(target.shape)

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..backends import reference
 from ..backends.reference import Coefficients, Finished, Rows, Values
 from ..spec import IGNORE_INDEX, REDUCTION, TRAINABLE, Reduction, Slot
+from . import threads
 from .pieces import Pieces, Want
 from .plan import Plan
 
@@ -94,6 +95,10 @@ class Head:
         else:
             x = torch.where(kept.unsqueeze(1), x, 0)
         x = x.to(call.dtype)
+        if call.plan.parts:
+            x = x.contiguous()
+            if call.dtype == torch.float64 or (self.classes > 1 and weight.stride(1) != 1):
+                self.weight = self.weight.to(call.dtype if call.dtype == torch.float64 else weight.dtype).contiguous()
         self.inverse = self.length = None
         if call.normalize:
             self.length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
@@ -104,8 +109,14 @@ class Head:
         self.x, self.target, self.params = x, target, by_slot
         plan = call.plan
         # Once for all: fresh memory costs more than what is done in it.
-        self.room = x.new_empty(plan.rows * (self.classes if plan.stored else plan.classes))
+        size = plan.rows * (self.classes if plan.stored else plan.classes)
+        self.room = x.new_empty(0 if plan.parts else size)
         self.values = self.of(slice(None))
+
+    @property
+    def copies(self) -> bool:
+        """Whether a tile's part of the weight is made anew, widened or of length 1."""
+        return self.inverse is not None or self.weight.dtype != self.call.dtype
 
     def of(self, part: slice) -> Values:
         """The loss as a chunk of the rows sees it."""
@@ -181,12 +192,14 @@ class Sums:
     """The gradients, as they are summed up."""
 
     def __init__(self, head: Head, wanted: Wanted):
-        dtype = head.call.dtype
         self.head, self.wanted = head, wanted
         self.input = torch.zeros_like(head.x) if wanted.input else None
-        # The first chunk of rows writes it.
-        new = torch.empty_like if head.x.shape[0] else torch.zeros_like
-        self.weight = new(head.weight, dtype=dtype, memory_format=torch.contiguous_format) if wanted.weight else None
+        self.weight: Tensor | None = None
+        if wanted.weight:  # the first chunk of rows writes it
+            new = torch.ops.mlkernels.room_like if head.call.plan.parts else torch.Tensor.new_empty
+            self.weight = new(head.x, head.weight.shape)
+            if head.x.shape[0] == 0:
+                self.weight.zero_()
         self.bias = head.x.new_zeros(head.classes) if wanted.bias else None
         self.slots = {slot: torch.zeros_like(head.params[slot]) for slot in wanted.slots}
 
@@ -217,7 +230,7 @@ class Sums:
     def finished(self) -> tuple[Tensor | None, ...]:
         """Of features, weight, bias and parameters: those of lengths follow from those of directions."""
         head = self.head
-        if self.weight is not None and head.inverse is not None:
+        if self.weight is not None and head.inverse is not None and not head.call.plan.parts:
             for start, direction in head.tiles():
                 part = self.weight[start : start + direction.shape[0]]
                 along = (part * direction).sum(1, keepdim=True)
@@ -228,19 +241,23 @@ class Sums:
         return (self.input, self.weight, self.bias, *slots)
 
 
-def _known(head: Head, part: slice, values: Values, want: Want) -> tuple[Known, list[Tensor]]:
+def _known(head: Head, part: slice, values: Values, want: Want, keep: bool) -> tuple[Known, list[Tensor]]:
     """The statistics of a chunk over all classes, and its logits by tile where they are kept."""
     f_y = head.of_target(part, values)
     u_y = reference.final_target(f_y, values)
     scales, pieces = reference.scales(values), head.call.pieces
-    rows = pieces.begin(u_y, values, want)
-    kept = []
-    for start, weight in head.tiles():
-        f = head.product(part, start, weight)
-        rows = pieces.statistics(f, u_y, values, head.offset + start, rows, scales, want)
-        kept.append(f)
+    kept: list[Tensor] = []
+    if head.call.plan.parts:
+        rows = threads.statistics(head, part, values, u_y, scales, want, keep)
+        kept.append(head.room)
+    else:
+        rows = pieces.begin(u_y, values, want)
+        for start, weight in head.tiles():
+            f = head.product(part, start, weight)
+            rows = pieces.statistics(f, u_y, values, head.offset + start, rows, scales, want)
+            kept.append(f)
     rows, f_y = head.combined(rows, f_y, scales)
-    return Known(rows, f_y, reference.final_target(f_y, values)), kept if head.call.plan.stored else []
+    return Known(rows, f_y, reference.final_target(f_y, values)), kept if keep else []
 
 
 def _add(
@@ -255,19 +272,16 @@ def _add(
             sums.slots[slot] += gradient
     if not (sums.wanted.input or sums.wanted.weight or sums.wanted.bias):
         return
-    spread, slope = (None if n is None else n.contiguous() for n in (row.spread, row.slope))
-    apart = Coefficients(
-        row.factor.contiguous(),
-        slope,
-        spread,
-        torch.zeros_like(row.target),
-        row.scale.contiguous(),
-        row.top.contiguous(),
-    )
+    row = row._replace(target=reference.through_cap(row.target, known.f_y, values))
+    row = Coefficients(*(None if n is None else n.contiguous() for n in row))  # type: ignore[arg-type]
+    if head.call.plan.parts:
+        threads.gradients(sums, head, part, values, row, bool(kept))
+        return
+    apart = row._replace(target=torch.zeros_like(row.target))
     for index, (start, weight) in enumerate(head.tiles()):
         f = kept[index] if kept else head.product(part, start, weight)
         sums.add_tile(part, start, weight, head.call.pieces.gradient(f, apart, values, head.offset + start, bool(kept)))
-    sums.add_target(part, values.label, reference.through_cap(row.target, known.f_y, values))
+    sums.add_target(part, values.label, row.target)
 
 
 def _upstream(head: Head, part: slice, loss: Tensor | None, rows: Sequence[Tensor | None]) -> Finished:
@@ -299,7 +313,7 @@ def forward(
     every: list[Known] = []
     for part in head.chunks():
         values = head.of(part)
-        known, kept = _known(head, part, values, want)
+        known, kept = _known(head, part, values, want, call.plan.stored and sums is not None)
         high = reference.well_classified(known.u_y - known.rows.top, values)
         scale = reference.row_scale(values, high)
         finished.append(reference.finish(reference.chosen(known.rows, high), known.u_y, scale, values))

@@ -70,12 +70,7 @@ class CpuPieces:
         reals[0] = -torch.inf
         whole = torch.full((2, rows), values.classes)
         whole[1] = 0 if want.ranks else -1
-        smoothed = values.smoothing > 0
-        total, shift, squares = reals[3:].unflatten(0, (3, scales))
-        return Rows(
-            reals[0], total, shift, squares if want.second else None,
-            reals[1] if smoothed else None, reals[2] if smoothed else None, whole[0], whole[1],
-        )  # fmt: skip
+        return rows_of(reals, whole, values.smoothing > 0, want.second)
 
     def statistics(
         self, f: Tensor, u_y: Tensor, values: Values, start: int, known: Rows, scales: Tensor, want: Want
@@ -93,6 +88,15 @@ class CpuPieces:
             values.consts[Slot.SOFTCAP], row.factor, row.slope, row.spread, row.scale, row.top,
         )  # fmt: skip
         return f
+
+
+def rows_of(reals: Tensor, whole: Tensor, smoothed: bool, second: bool) -> Rows:
+    """The numbers of rows from where the CPU's operators have them: (3 + 3 scales, rows) and (2, rows)."""
+    total, shift, squares = reals[3:].unflatten(0, (3, -1))
+    return Rows(
+        reals[0], total, shift, squares if second else None,
+        reals[1] if smoothed else None, reals[2] if smoothed else None, whole[0], whole[1],
+    )  # fmt: skip
 
 
 TORCH, CPU = TorchPieces(), CpuPieces()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-STRATEGIES = ("stored", "tiles")
+STRATEGIES = ("stored", "tiles", "rows")
 #: Bytes of a call's own buffers where nobody says: beyond it larger chunks gained nothing.
 DEFAULT_MEMORY = 96 << 20
 #: Elements of a tile: it stays in the caches from the product to the sums, and each tile is a few barriers of the
 #: threads, which cost much where others use the cores too. With two threads (N = 1024, D = 64, C = 50,000), of the
 #: unfused chain's time, stored and tiles: 2^18 1.21 and .42, 2^20 .40 and .40, 2^22 .42 and .48, 2^24 .65 and 1.33.
 TILE = 1 << 20
+#: The same where each thread has tiles of its own: rows at a time, and elements; the fewest that are worth a thread.
+BLOCK, PART, SMALL = 512, 1 << 17, 1 << 12
 #: From so many features on a fourth product costs more than W's and dW's way through memory once for each chunk. One
 #: thread of an EPYC, float32, of the unfused chain's time, stored and tiles: D = 64 (C = 100,000) .57 and .45, D = 256
 #: (50,000) .62 and .79, D = 512 (20,000, one chunk) .88 and 1.05.
@@ -24,11 +26,88 @@ class Plan(NamedTuple):
 
     stored: a chunk's logits are kept from the statistics to the gradient; else the product is made again.
     rows: how many are in a chunk. classes: how many are in a tile.
+    parts: how many threads have tiles of their own, of `block` rows at a time; 0: the tiles are walked through in
+    Python, all of a chunk's rows at a time.
     """
 
     stored: bool
     rows: int
     classes: int
+    parts: int = 0
+    block: int = 0
+
+
+def room(plan: Plan, keep: bool, rows: int, classes: int, width: int, copies: bool) -> int:
+    """Elements that ``threads`` takes for a chunk: its products, copies of the weight's tiles, sums of dX by thread."""
+    products = rows * classes if keep else plan.parts * min(plan.block, rows) * plan.classes
+    return products + plan.parts * plan.classes * width * copies + (plan.parts - 1) * rows * width
+
+
+def shared(
+    rows: int,
+    classes: int,
+    width: int,
+    itemsize: int,
+    copies: bool,
+    threads: int,
+    strategy: str | None = None,
+    memory: int | None = None,
+) -> Plan:
+    """The same where threads share the classes. How rows are cut depends on the memory, and not on the threads."""
+    allowed = DEFAULT_MEMORY if memory is None else memory
+    rows = max(rows, 1)
+
+    def bytes_of(made: Plan) -> int:
+        return itemsize * room(made, made.stored, made.rows, classes, width, copies)
+
+    def cut(stored: bool, chunk: int) -> Plan | None:
+        """Tiles as large as there is memory for, of as many threads."""
+        parts = max(1, min(threads, classes // FEW_CLASSES))
+        while True:
+            elements = PART if parts > 1 or threads == 1 else TILE
+            while elements:
+                block = min(chunk, BLOCK if parts > 1 else chunk, elements)
+                tile = max(1, min(elements // block, -(-classes // parts)))
+                every = -(-classes // (parts * tile)) * parts  # as many tiles for each thread, of one size
+                made = Plan(stored, chunk, max(1, -(-classes // every)), parts, block)
+                if bytes_of(made) <= allowed:
+                    return made
+                elements = elements // 2 if parts == 1 or elements > SMALL else 0
+            if parts == 1:
+                return None
+            parts //= 2
+
+    if strategy == "rows":
+        chunk = rows
+        while chunk > 1 and bytes_of(Plan(True, chunk, classes, 1, chunk)) > allowed:
+            chunk = (chunk + 1) // 2
+        whole = Plan(True, chunk, classes, 1, chunk)
+        if bytes_of(whole) > allowed:
+            raise ValueError(
+                f"memory={allowed} is too small for one row of {classes} logits: that takes {bytes_of(whole)} bytes; "
+                f"strategy='tiles' takes {itemsize * (1 + width * copies)}"
+            )
+        return whole
+    a_row, least = itemsize * classes, itemsize * (1 + width * copies)
+    if strategy in (None, "stored"):
+        most = min(rows, max(1, allowed * 7 // 8 // a_row))
+        chunk = -(-rows // -(-rows // most))  # as many chunks, of one size
+        made: Plan | None = cut(True, chunk)
+        while made is None and chunk > 1:
+            chunk = (chunk + 1) // 2
+            made = cut(True, chunk)
+        worth = chunk == rows or (width >= CHEAP_WIDTH and chunk >= FEW_ROWS)
+        if made is not None and (strategy == "stored" or worth):
+            return made
+        if strategy == "stored":
+            raise ValueError(
+                f"memory={allowed} is too small for one row of {classes} logits under strategy='stored': that takes "
+                f"{a_row + least - itemsize} bytes; strategy='tiles' takes {least}"
+            )
+    tiles = cut(False, rows)
+    if tiles is None:
+        raise ValueError(f"memory={allowed} is too small for one logit of one row: that takes {least} bytes")
+    return tiles
 
 
 def plan(
@@ -59,6 +138,16 @@ def plan(
         return min(classes, max(1, TILE // chunk), left // each if each else classes if left >= 0 else 0)
 
     a_row, tiles = itemsize * classes, temporaries + 1
+    if strategy == "rows":
+        chunk = rows
+        while chunk > 1 and chunk * a_row + of_class(chunk, temporaries) * classes > allowed:
+            chunk = (chunk + 1) // 2
+        if chunk * a_row + of_class(chunk, temporaries) * classes > allowed:
+            raise ValueError(
+                f"memory={allowed} is too small for one row of {classes} logits: that takes "
+                f"{a_row + of_class(1, temporaries) * classes} bytes; strategy='tiles' takes {of_class(1, tiles)}"
+            )
+        return Plan(True, chunk, classes)
     if strategy in (None, "stored"):
         # A chunk reads all of W: most of the memory is for rows, and few of them are better made again.
         most = min(rows, max(1, (allowed * 3 // 4 if of_class(1, temporaries) else allowed) // a_row))

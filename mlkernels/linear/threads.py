@@ -1,0 +1,56 @@
+"""A chunk of rows and all classes at once, by the CPU's operators: each thread takes tiles of classes of its own.
+
+So a product is one thread's, the threads meet twice for a chunk, and what they have summed up is added in their order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..backends import native
+from ..backends.reference import Coefficients, Rows, Values
+from ..spec import Slot
+from .pieces import Want, rows_of
+from .plan import room
+
+if TYPE_CHECKING:
+    from .loop import Head, Sums
+
+ops = torch.ops.mlkernels
+
+
+def count() -> int:
+    """How many there are to share the classes; 0: the loop is Python's."""
+    return torch.get_num_threads() if native.cpu_products() else 0
+
+
+def statistics(head: Head, part: slice, values: Values, u_y: Tensor, scales: Tensor, want: Want, keep: bool) -> Rows:
+    """What is known of a chunk's rows over the head's classes; keep: their products stay in the head's room."""
+    smoothed = values.smoothing > 0
+    wanted = want.shift + 2 * want.second + 4 * want.ranks + 8 * smoothed
+    reals, whole = ops.linear_statistics(*_of(head, part, values, keep), u_y, scales, values.classes, wanted)
+    return rows_of(reals, whole, smoothed, want.second)
+
+
+def gradients(sums: Sums, head: Head, part: slice, values: Values, row: Coefficients, kept: bool) -> None:
+    """A chunk's gradients of features, weight and bias; row.target: by the target's product."""
+    dx = None if sums.input is None else sums.input[part]
+    first, last = part.start == 0, part.stop == head.x.shape[0]
+    ops.linear_gradient(*_of(head, part, values, kept), *row, dx, sums.weight, sums.bias, first, last)
+
+
+def _of(head: Head, part: slice, values: Values, keep: bool) -> Sequence[Any]:
+    """What both take."""
+    x, plan = head.x[part], head.call.plan
+    size = room(plan, keep, x.shape[0], head.classes, head.x.shape[1], head.copies)
+    if head.room.numel() < size:
+        head.room = ops.room_like(x, [size])
+    return (
+        x, head.weight, head.bias, head.inverse, values.label, head.offset, values.params.get(Slot.WEIGHT),
+        values.params.get(Slot.ADJUSTMENT), values.consts[Slot.SOFTCAP], head.room, keep,
+        [plan.parts, plan.classes, plan.block],
+    )  # fmt: skip
