@@ -20,7 +20,7 @@ from .functional import (
     two_scale_cross_entropy,
 )
 from .joint import Alternating
-from .linear import LinearLoss, linear_cross_entropy, linear_softmax_loss
+from .linear import LinearLoss, TileSGD, linear_cross_entropy, linear_softmax_loss
 from .modules import (
     ArcFaceLoss,
     CenterLoss,
@@ -64,6 +64,7 @@ __all__ = [
     "RowStats",
     "SphereFaceLoss",
     "Tau",
+    "TileSGD",
     "Truncated",
     "TwoScale",
     "TwoScaleLoss",

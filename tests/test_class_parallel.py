@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 import mlkernels
+from mlkernels import TileSGD
 from mlkernels.distributed import ClassParallelLoss, clip_grad_norm_
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo")
@@ -201,6 +202,37 @@ def averaged_backbones(group: dist.ProcessGroup) -> None:
         agrees(head.weight.grad.to_local(), w.grad[shard])
 
 
+def stepping_in_tiles(group: dist.ProcessGroup) -> None:
+    """Each rank steps its shard in the backward, as torch.optim.SGD steps the whole weight by the mean upstream."""
+    rank, ranks, own = dist.get_rank(group), dist.get_world_size(group), own_rows(group)
+    numbers = {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.01}
+    x, weight, of_classes, target = problem()
+    for bias, loss in ((of_classes, mlkernels.FocalLoss(reduction="none")), (None, mlkernels.ArcFaceLoss(scale=4.0))):
+        sgd = TileSGD(**numbers)
+        head = head_of(group, loss, weight, bias, normalize=bias is None, memory=5000, tile_update=sgd)
+        w = nn.Parameter(weight.clone())
+        optimizer = torch.optim.SGD([w], **numbers)
+        for step in range(3):
+            sgd.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
+            features, leaf = x[own].clone().requires_grad_(), x.clone().requires_grad_()
+            found, wanted = head(features, target[own]), loss(unfused(leaf, w, bias, bias is None), target)
+            g = torch.linspace(-1, 2, ROWS, dtype=F64)
+            upstream = torch.linspace(-1, 2, ranks, dtype=F64)
+            found.backward(g[own] if found.dim() else upstream[rank])
+            w.grad, leaf_grad = torch.autograd.grad(
+                (wanted * g).sum() / ranks if found.dim() else wanted * upstream.mean(), [w, leaf]
+            )
+            optimizer.step()
+            agrees(head.export_weight(), w.detach())
+            agrees(features.grad, ranks * leaf_grad[own])
+            assert head.weight.grad is None
+        agrees(head.state_dict()["update.momentum_buffer"].full_tensor(), optimizer.state[w]["momentum_buffer"])
+    with pytest.raises(RuntimeError, match="two losses of a head with tile_update wait"):
+        (head(x[own], target[own]) + head(x[own], target[own])).backward()
+    with pytest.raises(ValueError, match=r"tile_update must be the same on all ranks: rank 0 has None, rank 1 \{'lr'"):
+        ClassParallelLoss(loss, WIDTH, 6, process_group=group, tile_update=TileSGD(0.1) if rank == 1 else None)
+
+
 def recomputed(group: dist.ProcessGroup) -> None:
     """Under checkpointing, and with a backward that comes twice."""
     x, weight, _, target = problem()
@@ -355,7 +387,7 @@ def checkpoints(folder: Path) -> None:
 
 GROUPS: dict[int, dist.ProcessGroup] = {}
 SCENES: list[Callable[[dist.ProcessGroup], None]] = [
-    every_loss, statistics, batches_of_nothing, half_precision, averaged_backbones, recomputed,
+    every_loss, statistics, batches_of_nothing, half_precision, averaged_backbones, stepping_in_tiles, recomputed,
     copied_and_compiled, sharded_tensors, errors_everywhere, best_classes, bytes_as_promised,
     *vocabulary_scenes.SCENES,
 ]  # fmt: skip

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..linear.autograd import has_hooks
 from ..linear.logits import LinearLogits
-from ..linear.loop import Call, Wanted, has_hooks
+from ..linear.loop import Call, Wanted
 from ..numbering import TRAINABLE
 from . import agreement
 from .group import Group, offsets
@@ -50,6 +51,7 @@ class ShardedLogits(PartLogits):
             "return_stats": call.return_stats,
             "strategy": self.strategy,
             "memory": self.memory,
+            "tile_update": self.begin is not None,
             "kernels": type(call.pieces).__name__,
             "what requires a gradient": self.wanted(params),
             "hooks on saved tensors (checkpointing)": has_hooks(),
@@ -74,6 +76,6 @@ class ShardedLogits(PartLogits):
         wanted = self.wanted(dict(zip(call.slots, params, strict=True)))
         offset = offsets(self.classes, self.group.size)[self.group.rank]
         shard = Shard(self.group, self.sizes, self.classes, offset)
-        results = class_parallel_loss(call, shard, wanted, x, self.weight, self.bias, target, *params)
+        results = class_parallel_loss(call, shard, wanted, x, self.leaf(call), self.bias, target, *params)
         self.met = False  # what another look at these logits is refused for is told again
         return results

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ..backends import reference
 from ..backends.reference import Rows, Values
-from ..linear.loop import SCALES, Call, Head, Known, Sums, Wanted, along_length, forward, later, makes_at_once, scaled
+from ..linear.autograd import later, makes_at_once, scaled
+from ..linear.loop import SCALES, Call, Head, Known, Wanted, along_length, forward
 from ..numbering import IGNORE_INDEX, REDUCTION, Reduction, Slot
 from .group import Group, padded, slices
 
@@ -113,24 +114,14 @@ class _ShardHead(PartHead):
         f_y = (self.x[part] * self.part(label)).sum(1)
         return f_y if self.bias is None else f_y + self.bias[label]
 
-    def sums(self, wanted: Wanted) -> Sums:
-        return _ShardSums(self, wanted)
+    def own_target(self, label: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        own, label = self.owned(label)
+        return label, torch.where(own, gradient, 0)
 
     def of_features(self, gradient: Tensor) -> Tensor:
         sizes, group = self.shard.sizes, self.shard.group
         mine = group.home(self.scattered(gradient).unflatten(0, (group.size, max(sizes))))[: sizes[group.rank]]
         return along_length(mine, self.own, self.own_length)
-
-
-class _ShardSums(Sums):
-    """A target's gradient is added where its class is."""
-
-    def add_target(self, part: slice, label: Tensor, gradient: Tensor) -> None:
-        head = self.head
-        assert isinstance(head, _ShardHead)
-        if head.classes:
-            own, label = head.owned(label)
-            super().add_target(part, label, torch.where(own, gradient, 0))
 
 
 class _ClassParallelLoss(torch.autograd.Function):
@@ -173,6 +164,8 @@ class _ClassParallelLoss(torch.autograd.Function):
         shard: Shard = ctx.shard
         wanted: Wanted = ctx.wanted
         ranks = shard.group.size
+        if call.update is not None:
+            call.update.check()
         if ctx.at_once:
             saved = iter(ctx.saved_tensors)
             assert upstream[0] is not None
@@ -186,8 +179,8 @@ class _ClassParallelLoss(torch.autograd.Function):
                 head = _ShardHead(call, shard, x, weight, bias, target, params)
                 sums = head.sums(wanted)
                 every = _all_upstream(call, shard, head, upstream)
-                if each:
-                    later(sums, head, Known(Rows(*each[:-2]), *each[-2:]), every)  # type: ignore[arg-type]
+                known = Known(Rows(*each[:-2]), *each[-2:]) if each else None  # type: ignore[arg-type]
+                later(sums, head, known, every)
                 gradients = list(sums.finished())
         if gradients[0] is not None:
             gradients[0] = gradients[0] * ranks

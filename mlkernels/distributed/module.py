@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,7 @@ from torch.distributed.tensor import Shard as ShardPlacement
 from ..checks import check_input
 from ..linear.functional import Strategy, check_call, check_callable, check_classifier, check_plan, loss_of
 from ..linear.module import streamed_topk
+from ..linear.update import TileSGD, TileUpdate
 from ..softmax import RowStats
 from ..tracing import functorch_level
 from . import agreement, weights
@@ -39,8 +41,8 @@ class ClassParallelLoss(nn.Module):
     parameters get :math:`\partial J/\partial\theta`, the same on all ranks to the bit.
 
     Args:
-        loss, in_features, num_classes, bias, normalize, strategy, memory, device, dtype: as
-            :class:`mlkernels.LinearLoss`; num_classes is C of all ranks.
+        loss, in_features, num_classes, bias, normalize, strategy, memory, tile_update, device, dtype: as
+            :class:`mlkernels.LinearLoss`; num_classes is C of all ranks, each of which steps its own.
         process_group: the ranks that share the classes; None: all. device_mesh: the same, as a mesh of one dimension.
 
     ``weight`` is a DTensor, ``Shard(0)``: ``torch.distributed.checkpoint`` saves it, and loads it on any number of
@@ -78,6 +80,7 @@ class ClassParallelLoss(nn.Module):
         normalize: bool = False,
         strategy: Strategy | None = None,
         memory: int | None = None,
+        tile_update: TileSGD | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -98,12 +101,13 @@ class ClassParallelLoss(nn.Module):
             for name, number, least in (("in_features", in_features, 0), ("num_classes", num_classes, 1)):
                 if type(number) is not int or number < least:
                     raise ValueError(f"{name} must be an integer >= {least}, got {number!r}")
-            check_plan(strategy, memory)
+            check_plan(strategy, memory, tile_update)
             at = torch.empty(0, device=device, dtype=dtype)
         self._group.meet(
             {
                 "in_features": in_features, "num_classes": num_classes, "dtype": str(at.dtype), "bias": bias,
-                "normalize": normalize, "strategy": strategy, "memory": memory, **agreement.of_module(loss),
+                "normalize": normalize, "strategy": strategy, "memory": memory,
+                "tile_update": tile_update and tile_update.defaults, **agreement.of_module(loss),
             }
         )  # fmt: skip
         self.loss = loss
@@ -120,6 +124,10 @@ class ClassParallelLoss(nn.Module):
         self.weight = nn.Parameter(self._sharded(weight))
         vector = nn.Parameter(self._sharded(weight.new_empty(own))) if bias else None
         self.register_parameter("bias", vector)
+        self.update = None
+        if tile_update is not None:
+            rank, seed = self._group.rank, self._seed()
+            self.update = TileUpdate(tile_update, self.weight, self._sharded, rank, seed)
         self.reset_parameters()
 
     def _sharded(self, local: Tensor) -> DTensor:
@@ -130,13 +138,23 @@ class ClassParallelLoss(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws weight and bias as ``nn.Linear`` does: from rank 0's generator, other numbers on every rank."""
-        seed = torch.randint(2**62, (1,), device=self.weight.device)
-        seed = self._group.gathered(seed, "seed")[0]
-        generator = torch.Generator(self.weight.device).manual_seed(int(seed) + self._group.rank)
+        generator = torch.Generator(self.weight.device).manual_seed(self._seed() + self._group.rank)
         bound = 1 / math.sqrt(self.in_features) if self.in_features else 0.0
         for own in self._own():
             if own is not None:
                 own.uniform_(-bound, bound, generator=generator)
+        if self.update is not None:
+            self.update.reset()
+
+    def _seed(self) -> int:
+        """From rank 0's generator, on all ranks."""
+        seed = torch.randint(2**62, (1,), device=self.weight.device)
+        return int(self._group.gathered(seed, "seed")[0])
+
+    @property
+    def tile_update(self) -> TileSGD | None:
+        """What steps the weight in the backward; a scheduler takes it."""
+        return None if self.update is None else self.update.optimizer
 
     def _own(self) -> tuple[Tensor, Tensor | None]:
         """This rank's part of weight and bias."""
@@ -164,9 +182,13 @@ class ClassParallelLoss(nn.Module):
             check_classifier(input, weight, bias, self.normalize, shard=True)
             check_call(input, target, self.strategy, self.memory)
             input = input if input.dim() > 1 else input.unsqueeze(0)
+            begin = None
+            if self.update is not None and torch.is_grad_enabled() and self.weight.requires_grad:
+                begin = partial(self.update.begun, self.weight, weight)
             logits = ShardedLogits(
                 self._group, self.num_classes, input, weight, bias, normalize=self.normalize,
                 return_stats=return_stats, strategy=self.strategy, memory=self.memory,
+                begin=begin,
             )  # fmt: skip
             result: Tensor | tuple[Tensor, RowStats] = loss_of(logits, target, self.loss, return_stats, per_call)
             return result

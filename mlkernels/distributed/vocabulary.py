@@ -17,9 +17,10 @@ from torch.distributed.tensor import DTensor, Shard
 
 from ..backends import reference
 from ..checks import check_input, check_plain, wrong_type
+from ..linear.autograd import has_hooks, later
 from ..linear.functional import loss_of
 from ..linear.logits import by_rows
-from ..linear.loop import Call, Head, Known, Sums, Wanted, forward, has_hooks, later
+from ..linear.loop import Call, Head, Known, Sums, Wanted, forward
 from ..linear.pieces import pieces_for
 from ..linear.plan import TILE, Plan
 from ..numbering import TRAINABLE

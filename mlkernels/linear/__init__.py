@@ -2,5 +2,6 @@
 
 from .functional import linear_cross_entropy, linear_softmax_loss
 from .module import LinearLoss
+from .update import TileSGD
 
-__all__ = ["LinearLoss", "linear_cross_entropy", "linear_softmax_loss"]
+__all__ = ["LinearLoss", "TileSGD", "linear_cross_entropy", "linear_softmax_loss"]

@@ -14,6 +14,7 @@ from ..checks import check_input, check_plain
 from ..softmax import RowStats
 from .logits import LinearLogits
 from .plan import STRATEGIES
+from .update import TileSGD, Updating
 
 Strategy: TypeAlias = Literal["stored", "tiles", "rows"]
 
@@ -54,7 +55,7 @@ def linear_cross_entropy(
         raise TypeError(
             f"target must hold integer class indices, got {target.dtype}: class probabilities are for cross_entropy"
         )
-    logits = _logits(input, linear_weight, target, linear_bias, False, False, strategy, memory)
+    logits = logits_of(input, linear_weight, target, linear_bias, False, False, strategy, memory)
     common = _flat_arguments(target, common)
     return _shaped(functional.cross_entropy(logits, _flat(target), **common), target)  # type: ignore[arg-type]
 
@@ -147,7 +148,7 @@ def linear_softmax_loss(
         >>> rows.entropy.shape
         torch.Size([4])
     """
-    logits = _logits(input, linear_weight, target, linear_bias, normalize, return_stats, strategy, memory)
+    logits = logits_of(input, linear_weight, target, linear_bias, normalize, return_stats, strategy, memory)
     result: Tensor | tuple[Tensor, RowStats] = loss_of(logits, target, loss, return_stats, arguments)
     return result
 
@@ -200,7 +201,7 @@ def _shaped(value: Tensor, target: Tensor) -> Tensor:
     return value.reshape(()) if target.dim() == 0 else value
 
 
-def _logits(
+def logits_of(
     input: Tensor,
     weight: Tensor,
     target: Tensor,
@@ -209,6 +210,7 @@ def _logits(
     return_stats: bool,
     strategy: str | None,
     memory: int | None,
+    begin: Callable[[], Updating] | None = None,
 ) -> LinearLogits:
     """Checks what a head adds to a loss's arguments."""
     check_input(input)
@@ -217,8 +219,9 @@ def _logits(
     if input.dim() == 1:
         input = input.unsqueeze(0)
     return LinearLogits(
-        input, weight, bias, normalize=normalize, return_stats=return_stats, strategy=strategy, memory=memory
-    )
+        input, weight, bias, normalize=normalize, return_stats=return_stats, strategy=strategy, memory=memory,
+        begin=begin,
+    )  # fmt: skip
 
 
 def check_call(input: Tensor, target: Tensor, strategy: str | None, memory: int | None) -> None:
@@ -234,8 +237,14 @@ def check_call(input: Tensor, target: Tensor, strategy: str | None, memory: int 
     check_plan(strategy, memory)
 
 
-def check_plan(strategy: str | None, memory: int | None) -> None:
+def check_plan(strategy: str | None, memory: int | None, tile_update: TileSGD | None = None) -> None:
     """How a head's work is to be cut."""
+    if tile_update is not None and not isinstance(tile_update, TileSGD):
+        raise TypeError(f"tile_update takes a TileSGD, got {type(tile_update).__name__}")
+    if tile_update is not None and strategy == "stored":
+        raise ValueError(
+            "tile_update goes through the weight tile by tile: strategy takes 'tiles' or None, got 'stored'"
+        )
     if strategy is not None and strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {', '.join(map(repr, STRATEGIES))} or None, got {strategy!r}")
     if memory is not None and (type(memory) is not int or memory <= 0):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,11 @@ from ..softmax import ProductLogits, RowStats
 from ..spec import BackendName, Slot
 from ..tracing import functorch_level, is_dual
 from . import threads
-from .loop import Call, linear_loss
+from .autograd import linear_loss
+from .loop import Call
 from .pieces import CPU, pieces_for
 from .plan import Plan, plan, shared
+from .update import Updating
 
 
 class LinearLogits(ProductLogits):
@@ -26,6 +28,7 @@ class LinearLogits(ProductLogits):
     Args:
         input: (N, ..., D). weight: (C, D). bias: (C,) or None. normalize: cosines.
         strategy, memory: see :func:`mlkernels.linear_softmax_loss`.
+        begin: what hands out an ``Updating``, where the backward is to step the weight.
     """
 
     def __init__(
@@ -38,7 +41,9 @@ class LinearLogits(ProductLogits):
         return_stats: bool = False,
         strategy: str | None = None,
         memory: int | None = None,
+        begin: Callable[[], Updating] | None = None,
     ):
+        self.begin = begin
         self.input, self.weight, self.bias, self.normalize = input, weight, bias, normalize
         self.return_stats, self.strategy, self.memory = return_stats, strategy, memory
         #: The row statistics of the loss that was taken, where they were asked for.
@@ -83,15 +88,19 @@ class LinearLogits(ProductLogits):
         with_stats = return_stats or self.return_stats
         accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
         flat, per_row = by_rows(numbers, params, tables)
-        copies = x.dtype in HALF or weight.dtype in HALF or weight.dtype != accumulate or self.normalize
+        update = None if self.begin is None else self.begin()
+        copies = int(x.dtype in HALF or weight.dtype in HALF or weight.dtype != accumulate or self.normalize)
+        strategy = self.strategy
+        if update is not None:
+            copies, strategy = copies + update.temporaries, "tiles"
         uncut = Plan(False, 0, 0)
-        call = Call(list(numbers), tuple(flat), per_row, self.normalize, with_stats, uncut, pieces, accumulate)
+        call = Call(list(numbers), tuple(flat), per_row, self.normalize, with_stats, uncut, pieces, accumulate, update)
         rows, classes = self.most(target.numel(), call, flat)
         width = weight.shape[1]
-        shares = threads.count() if pieces is CPU else 0
+        shares = threads.count() if pieces is CPU and update is None else 0
         cut = shared if shares else plan
         made = cut(
-            rows, classes, width, accumulate.itemsize, copies, shares or pieces.temporaries, self.strategy, self.memory
+            rows, classes, width, accumulate.itemsize, copies, shares or pieces.temporaries, strategy, self.memory
         )
         call = call._replace(plan=made)
         loss, *stats = self.run(call, x.reshape(target.numel(), width), target.reshape(-1), list(flat.values()))
@@ -109,7 +118,11 @@ class LinearLogits(ProductLogits):
         run = linear_loss
         if torch.compiler.is_compiling():
             run = torch.compiler.disable(run)  # a graph break: the loop is no graph
-        return run(call, x, self.weight, self.bias, target, *params)
+        return run(call, x, self.leaf(call), self.bias, target, *params)
+
+    def leaf(self, call: Call) -> Tensor:
+        """The weight as autograd is to see it: one that steps in the backward gets no gradient."""
+        return self.weight if call.update is None else self.weight.detach().requires_grad_()
 
 
 def by_rows(

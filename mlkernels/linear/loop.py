@@ -11,8 +11,7 @@ rounds with the tile that it lies in. Products and sums are in float32 (float64 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,13 +19,12 @@ from torch import Tensor
 
 from ..backends import reference
 from ..backends.reference import Coefficients, Finished, Rows, Values
-from ..spec import IGNORE_INDEX, REDUCTION, TRAINABLE, Reduction, Slot
+from ..spec import IGNORE_INDEX, Slot
 from . import threads
 from .pieces import Pieces, Want
 from .plan import Plan
 
 SCALES = frozenset({Slot.SCALE, Slot.SCALE_HIGH, Slot.LOGIT_NORM})
-_saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 class Call(NamedTuple):
@@ -40,6 +38,7 @@ class Call(NamedTuple):
     plan: Plan
     pieces: Pieces
     dtype: torch.dtype
+    update: Any = None  # an Updating, where the backward is to step the weight
 
 
 class Wanted(NamedTuple):
@@ -136,6 +135,10 @@ class Head:
         """What is known of a chunk's rows over all classes, and their targets' products."""
         return rows, f_y
 
+    def own_target(self, label: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Labels among this head's classes, and the targets' gradients where they are."""
+        return label, gradient
+
     def chunks(self) -> Iterator[slice]:
         """The rows, cut."""
         rows, size = self.target.numel(), self.call.plan.rows
@@ -166,6 +169,12 @@ class Head:
         f_y = (self.x[part] * self.part(values.label)).sum(1)
         return f_y if self.bias is None else f_y + self.bias[values.label]
 
+    def along_lengths(self, gradient: Tensor, start: int, direction: Tensor) -> None:
+        """The gradient of a tile of the weight from that of its directions, in place."""
+        assert self.inverse is not None
+        along = (gradient * direction).sum(1, keepdim=True)
+        gradient.sub_(along * direction).mul_(self.inverse[start : start + direction.shape[0]])
+
     def of_features(self, gradient: Tensor) -> Tensor:
         """The gradient of all features from that of what the loop has seen of them."""
         return self.scattered(along_length(gradient, self.x, self.length))
@@ -195,7 +204,7 @@ class Sums:
         self.head, self.wanted = head, wanted
         self.input = torch.zeros_like(head.x) if wanted.input else None
         self.weight: Tensor | None = None
-        if wanted.weight:  # the first chunk of rows writes it
+        if wanted.weight and head.call.update is None:  # the first chunk of rows writes it
             new = torch.ops.mlkernels.room_like if head.call.plan.parts else torch.Tensor.new_empty
             self.weight = new(head.x, head.weight.shape)
             if head.x.shape[0] == 0:
@@ -219,6 +228,9 @@ class Sums:
 
     def add_target(self, part: slice, label: Tensor, gradient: Tensor) -> None:
         """What the targets' own gradients contribute."""
+        if self.head.classes == 0:
+            return
+        label, gradient = self.head.own_target(label, gradient)
         column = gradient.unsqueeze(1)
         if self.input is not None:
             self.input[part] += column * self.head.part(label)
@@ -232,9 +244,7 @@ class Sums:
         head = self.head
         if self.weight is not None and head.inverse is not None and not head.call.plan.parts:
             for start, direction in head.tiles():
-                part = self.weight[start : start + direction.shape[0]]
-                along = (part * direction).sum(1, keepdim=True)
-                part.sub_(along * direction).mul_(head.inverse[start : start + direction.shape[0]])
+                head.along_lengths(self.weight[start : start + direction.shape[0]], start, direction)
         if self.input is not None:
             self.input = head.of_features(self.input)
         slots = [head.scattered(g) if s in head.call.per_row else g for s, g in self.slots.items()]
@@ -260,20 +270,13 @@ def _known(head: Head, part: slice, values: Values, want: Want, keep: bool) -> t
     return Known(rows, f_y, reference.final_target(f_y, values)), kept if keep else []
 
 
-def _add(
+def add_chunk(
     sums: Sums, head: Head, part: slice, values: Values, known: Known, kept: list[Tensor], upstream: Finished
 ) -> None:
     """A chunk's gradients."""
-    row, by_slot = reference.coefficients(known.rows, known.u_y, values, upstream, sums.wanted.slots)
-    for slot, gradient in by_slot.items():
-        if slot in head.call.per_row:
-            sums.slots[slot][part] = gradient
-        else:
-            sums.slots[slot] += gradient
+    row = chunk_coefficients(sums, head, part, values, known, upstream)
     if not (sums.wanted.input or sums.wanted.weight or sums.wanted.bias):
         return
-    row = row._replace(target=reference.through_cap(row.target, known.f_y, values))
-    row = Coefficients(*(None if n is None else n.contiguous() for n in row))  # type: ignore[arg-type]
     if head.call.plan.parts:
         threads.gradients(sums, head, part, values, row, bool(kept))
         return
@@ -284,7 +287,21 @@ def _add(
     sums.add_target(part, values.label, row.target)
 
 
-def _upstream(head: Head, part: slice, loss: Tensor | None, rows: Sequence[Tensor | None]) -> Finished:
+def chunk_coefficients(
+    sums: Sums, head: Head, part: slice, values: Values, known: Known, upstream: Finished
+) -> Coefficients:
+    """What a chunk's tiles take for their gradients, the targets' those by their products; parameters get theirs."""
+    row, by_slot = reference.coefficients(known.rows, known.u_y, values, upstream, sums.wanted.slots)
+    for slot, gradient in by_slot.items():
+        if slot in head.call.per_row:
+            sums.slots[slot][part] = gradient
+        else:
+            sums.slots[slot] += gradient
+    row = row._replace(target=reference.through_cap(row.target, known.f_y, values))
+    return Coefficients(*(None if n is None else n.contiguous() for n in row))  # type: ignore[arg-type]
+
+
+def upstream_of(head: Head, part: slice, loss: Tensor | None, rows: Sequence[Tensor | None]) -> Finished:
     """The upstream gradients of what finish returns, of a chunk: those of the loss with the reduction's factors."""
     by_class = by_row = None
     if loss is not None:
@@ -319,7 +336,7 @@ def forward(
         finished.append(reference.finish(reference.chosen(known.rows, high), known.u_y, scale, values))
         every.append(known)
         if sums is not None:
-            _add(sums, head, part, values, known, kept, _upstream(head, part, one, (None, None, None)))
+            add_chunk(sums, head, part, values, known, kept, upstream_of(head, part, one, (None, None, None)))
     if not every:
         return _of_no_rows(head), None, None if sums is None else sums.finished()
     known = Known(
@@ -344,107 +361,3 @@ def _of_no_rows(head: Head) -> tuple[Tensor, ...]:
         stats = (nothing, nothing, nothing, whole - 1, nothing, whole)
         results += tuple(head.scattered(row, -1 if i == 3 else 0) for i, row in enumerate(stats))
     return results
-
-
-def makes_at_once(call: Call, wanted: Wanted) -> bool:
-    """Whether gradients are made with the loss; hooks on saved tensors (checkpointing) would meet them."""
-    reduced = call.numbers[REDUCTION] != Reduction.NONE and not call.return_stats
-    return reduced and bool(wanted) and not has_hooks()
-
-
-def has_hooks() -> bool:
-    """Whether saved tensors are somebody else's, who recomputes or moves them."""
-    return _saved_tensors_hooks(False) is not None
-
-
-class _LinearLoss(torch.autograd.Function):
-    """A reduced loss makes its gradients at once, for the upstream gradient that it nearly always gets."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        call: Call,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        target: Tensor,
-        *params: Tensor,
-    ) -> tuple[Tensor, ...]:
-        needs = ctx.needs_input_grad
-        slots = tuple(slot for slot, need in zip(call.slots, needs[5:], strict=True) if need and slot in TRAINABLE)
-        wanted = Wanted(needs[1], needs[2], bias is not None and needs[3], slots)
-        at_once = makes_at_once(call, wanted)
-        with reference.full_precision(x.device):
-            head = Head(call, x, weight, bias, target, params)
-            results, known, gradients = forward(head, wanted if at_once else None)
-        ctx.call, ctx.wanted, ctx.at_once = call, wanted, at_once
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*results[4:])
-        if at_once and gradients is not None:
-            ctx.dtypes = [t.dtype for t in (x, weight, weight if bias is None else bias, *params)]
-            ctx.present = [g is not None for g in gradients]
-            ctx.save_for_backward(*(g for g in gradients if g is not None))
-        elif wanted:
-            numbers = [] if known is None else [*known.rows, known.f_y, known.u_y]
-            ctx.present = [n is not None for n in numbers]
-            ctx.save_for_backward(x, weight, bias, target, *params, *(n for n in numbers if n is not None))
-        return results
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor | None) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "heads have no second-order gradients: take the logits' function of x @ W.T, or create_graph=False"
-            )
-        call: Call = ctx.call
-        wanted: Wanted = ctx.wanted
-        if ctx.at_once:
-            grad_loss = upstream[0]
-            assert grad_loss is not None
-            saved = iter(ctx.saved_tensors)
-            gradients = [scaled(next(saved), grad_loss) if there else None for there in ctx.present]
-            dtypes = ctx.dtypes
-        else:
-            x, weight, bias, target, *rest = ctx.saved_tensors
-            params, numbers = rest[: len(call.slots)], iter(rest[len(call.slots) :])
-            each = [next(numbers) if there else None for there in ctx.present]
-            with reference.full_precision(x.device):
-                head = Head(call, x, weight, bias, target, params)
-                sums = head.sums(wanted)
-                if each:
-                    later(sums, head, Known(Rows(*each[:-2]), *each[-2:]), upstream)  # type: ignore[arg-type]
-                gradients = list(sums.finished())
-            dtypes = [t.dtype for t in (x, weight, weight if bias is None else bias, *params)]
-        by_slot = dict(zip(wanted.slots, gradients[3:], strict=True))
-        ordered = [*gradients[:3], None, *(by_slot.get(slot) for slot in call.slots)]
-        dtypes = [*dtypes[:3], torch.int64, *dtypes[3:]]
-        return (None, *(g if g is None else g.to(dtype) for g, dtype in zip(ordered, dtypes, strict=True)))
-
-
-def later(sums: Sums, head: Head, known: Known, upstream: Sequence[Tensor | None]) -> None:
-    """The gradients once the upstream ones are known."""
-    loss, *rows = (upstream[i] if i < len(upstream) else None for i in range(4))
-    dtype = head.call.dtype
-    loss = loss if loss is None else loss.to(dtype) if loss.dim() == 0 else head.gathered(loss.to(dtype))
-    rows = [head.gathered(g if g is None else g.to(dtype)) for g in rows]
-    for part in head.chunks():
-        of_part = Known(
-            Rows(*(None if n is None else n[..., part] for n in known.rows)),  # type: ignore[arg-type]
-            known.f_y[part],
-            known.u_y[part],
-        )
-        _add(sums, head, part, head.of(part), of_part, [], _upstream(head, part, loss, rows))
-
-
-def scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """A gradient made for an upstream of 1, for another; rows that are not read keep their 0 whatever comes."""
-    if upstream.device.type == "cpu":
-        factor = upstream.item()
-        if factor == 1:
-            return gradient
-        if math.isfinite(factor):
-            return gradient * factor
-    return torch.where(gradient == 0, 0, gradient * upstream)
-
-
-linear_loss: Callable[..., tuple[Tensor, ...]] = _LinearLoss.apply

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -13,8 +14,9 @@ from typing_extensions import Self
 from ..backends.reference import full_precision
 from ..checks import check_input
 from ..softmax import RowStats
-from .functional import Strategy, check_classifier, check_plan, linear_softmax_loss
+from .functional import Strategy, check_classifier, check_plan, logits_of, loss_of
 from .plan import TILE
+from .update import TileSGD, TileUpdate
 
 
 class LinearLoss(nn.Module):
@@ -28,6 +30,8 @@ class LinearLoss(nn.Module):
         normalize: the logits are the cosines of features and rows of the weight, which margins take.
         weight: a Parameter (C, D) that somebody else has, an embedding's for instance: it is shared, not copied.
         strategy, memory: see :func:`linear_softmax_loss`.
+        tile_update: a :class:`mlkernels.TileSGD`, which steps the weight within the loss's backward, so that there is
+            never a gradient of its size: ``weight.grad`` stays None. docs/heads.md says what that rules out.
         device, dtype: of a weight of its own.
 
     ``weight`` (C, D) and ``bias`` start as those of ``nn.Linear``.
@@ -59,6 +63,7 @@ class LinearLoss(nn.Module):
         weight: nn.Parameter | None = None,
         strategy: Strategy | None = None,
         memory: int | None = None,
+        tile_update: TileSGD | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -67,7 +72,7 @@ class LinearLoss(nn.Module):
             raise TypeError(f"loss takes a loss module or function of the softmax family, got {type(loss).__name__}")
         if bias and normalize:
             raise ValueError("bias has no meaning beside normalize=True: cosines have none")
-        check_plan(strategy, memory)
+        check_plan(strategy, memory, tile_update)
         self.loss = loss
         self.in_features, self.num_classes = in_features, num_classes
         self.normalize, self.strategy, self.memory = normalize, strategy, memory
@@ -82,6 +87,7 @@ class LinearLoss(nn.Module):
         own = nn.Parameter(self.weight.new_empty(num_classes).detach()) if bias else None
         self.register_parameter("bias", own)
         self._shares_weight, self._shares_bias = weight is not None, False
+        self.update = None if tile_update is None else TileUpdate(tile_update, self.weight)
         self.reset_parameters()
 
     @classmethod
@@ -111,14 +117,32 @@ class LinearLoss(nn.Module):
             nn.init.uniform_(self.weight, -bound, bound)
         if self.bias is not None and not self._shares_bias:
             nn.init.uniform_(self.bias, -bound, bound)
+        if self.update is not None:
+            self.update.reset()
+
+    @property
+    def tile_update(self) -> TileSGD | None:
+        """What steps the weight in the backward; a scheduler takes it."""
+        return None if self.update is None else self.update.optimizer
 
     def forward(self, input: Tensor, target: Tensor, **per_call: Any) -> Tensor | tuple[Tensor, RowStats]:
         """The loss of (..., D) features; ``per_call`` goes to the loss (``logit_norm``, ``norm``, ``group``,
         ``row_weight``, ``normalizer``), but for ``return_stats``."""
-        result: Tensor | tuple[Tensor, RowStats] = linear_softmax_loss(
-            input, self.weight, target, linear_bias=self.bias, normalize=self.normalize, loss=self.loss,
-            strategy=self.strategy, memory=self.memory, **per_call,
-        )  # fmt: skip
+        run = self._called
+        if self.update is not None and torch.compiler.is_compiling():
+            run = torch.compiler.disable(run, reason="tile_update steps in the backward, which is no graph")
+        return run(input, target, **per_call)
+
+    def _called(
+        self, input: Tensor, target: Tensor, return_stats: bool = False, **per_call: Any
+    ) -> Tensor | tuple[Tensor, RowStats]:
+        begin = None
+        if self.update is not None and torch.is_grad_enabled() and self.weight.requires_grad:
+            begin = partial(self.update.begun, self.weight, self.weight)
+        logits = logits_of(
+            input, self.weight, target, self.bias, self.normalize, return_stats, self.strategy, self.memory, begin
+        )
+        result: Tensor | tuple[Tensor, RowStats] = loss_of(logits, target, self.loss, return_stats, per_call)
         return result
 
     def logits(self, input: Tensor) -> Tensor:

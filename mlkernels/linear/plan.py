@@ -37,7 +37,7 @@ class Plan(NamedTuple):
     block: int = 0
 
 
-def room(plan: Plan, keep: bool, rows: int, classes: int, width: int, copies: bool) -> int:
+def room(plan: Plan, keep: bool, rows: int, classes: int, width: int, copies: int) -> int:
     """Elements that ``threads`` takes for a chunk: its products, copies of the weight's tiles, sums of dX by thread."""
     products = rows * classes if keep else plan.parts * min(plan.block, rows) * plan.classes
     return products + plan.parts * plan.classes * width * copies + (plan.parts - 1) * rows * width
@@ -48,7 +48,7 @@ def shared(
     classes: int,
     width: int,
     itemsize: int,
-    copies: bool,
+    copies: int,
     threads: int,
     strategy: str | None = None,
     memory: int | None = None,
@@ -115,7 +115,7 @@ def plan(
     classes: int,
     width: int,
     itemsize: int,
-    copies: bool,
+    copies: int,
     temporaries: int,
     strategy: str | None = None,
     memory: int | None = None,
@@ -123,15 +123,15 @@ def plan(
     """The strategy, and the sizes that keep a call's own buffers within ``memory`` bytes.
 
     Args:
-        rows, classes, width: N, C, D. itemsize: of what is computed in. copies: whether a tile of the weight is copied.
-        temporaries: of a tile's size, that the pieces make.
+        rows, classes, width: N, C, D. itemsize: of what is computed in. copies: of a tile of the weight, that the loop
+            makes. temporaries: of a tile's size, that the pieces make.
     """
     allowed = DEFAULT_MEMORY if memory is None else memory
     rows = max(rows, 1)
 
     def of_class(chunk: int, tiles: int) -> int:
         """The bytes that each class of a tile takes: its logits in so many tiles, its part of the weight."""
-        return itemsize * (chunk * tiles + (width if copies else 0))
+        return itemsize * (chunk * tiles + width * copies)
 
     def tile_of(chunk: int, left: int, tiles: int) -> int:
         each = of_class(chunk, tiles)

@@ -90,6 +90,10 @@ class Update:
             optimizer.zero_grad(set_to_none=True)
         if len(batches) == 1:
             return self._backward(name, loss_function, batches[0], None, 1.0)
+        if getattr(loss_function, "tile_update", None) is not None:
+            raise ValueError(
+                f"{name} steps in its backward (tile_update), so {len(batches)} batches would be as many steps"
+            )
         if counts is None:
             counts = kept_rows(name, loss_function, [target for _, target in batches])
         total: float | Tensor = 1.0

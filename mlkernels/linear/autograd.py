@@ -1,0 +1,132 @@
+"""The autograd of a head: when gradients are made, and for which upstream ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import reference
+from ..backends.reference import Finished, Rows
+from ..spec import REDUCTION, TRAINABLE, Reduction
+from .loop import Call, Head, Known, Sums, Wanted, add_chunk, forward, upstream_of
+
+_saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+
+
+def makes_at_once(call: Call, wanted: Wanted) -> bool:
+    """Whether gradients are made with the loss; hooks on saved tensors (checkpointing) would meet them."""
+    reduced = call.numbers[REDUCTION] != Reduction.NONE and not call.return_stats
+    return reduced and bool(wanted) and call.update is None and not has_hooks()
+
+
+def has_hooks() -> bool:
+    """Whether saved tensors are somebody else's, who recomputes or moves them."""
+    return _saved_tensors_hooks(False) is not None
+
+
+class _LinearLoss(torch.autograd.Function):
+    """A reduced loss makes its gradients at once, for the upstream gradient that it nearly always gets."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: Call,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        *params: Tensor,
+    ) -> tuple[Tensor, ...]:
+        needs = ctx.needs_input_grad
+        slots = tuple(slot for slot, need in zip(call.slots, needs[5:], strict=True) if need and slot in TRAINABLE)
+        wanted = Wanted(needs[1], needs[2], bias is not None and needs[3], slots)
+        at_once = makes_at_once(call, wanted)
+        with reference.full_precision(x.device):
+            head = Head(call, x, weight, bias, target, params)
+            results, known, gradients = forward(head, wanted if at_once else None)
+        ctx.call, ctx.wanted, ctx.at_once = call, wanted, at_once
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*results[4:])
+        if at_once and gradients is not None:
+            ctx.dtypes = [t.dtype for t in (x, weight, weight if bias is None else bias, *params)]
+            ctx.present = [g is not None for g in gradients]
+            ctx.save_for_backward(*(g for g in gradients if g is not None))
+        elif wanted:
+            numbers = [] if known is None else [*known.rows, known.f_y, known.u_y]
+            ctx.present = [n is not None for n in numbers]
+            ctx.save_for_backward(x, weight, bias, target, *params, *(n for n in numbers if n is not None))
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "heads have no second-order gradients: take the logits' function of x @ W.T, or create_graph=False"
+            )
+        call: Call = ctx.call
+        wanted: Wanted = ctx.wanted
+        if call.update is not None:
+            call.update.check()
+        if ctx.at_once:
+            grad_loss = upstream[0]
+            assert grad_loss is not None
+            saved = iter(ctx.saved_tensors)
+            gradients = [scaled(next(saved), grad_loss) if there else None for there in ctx.present]
+            dtypes = ctx.dtypes
+        else:
+            x, weight, bias, target, *rest = ctx.saved_tensors
+            params, numbers = rest[: len(call.slots)], iter(rest[len(call.slots) :])
+            each = [next(numbers) if there else None for there in ctx.present]
+            with reference.full_precision(x.device):
+                head = Head(call, x, weight, bias, target, params)
+                sums = head.sums(wanted)
+                known = Known(Rows(*each[:-2]), *each[-2:]) if each else None  # type: ignore[arg-type]
+                later(sums, head, known, upstream)
+                gradients = list(sums.finished())
+            dtypes = [t.dtype for t in (x, weight, weight if bias is None else bias, *params)]
+        by_slot = dict(zip(wanted.slots, gradients[3:], strict=True))
+        ordered = [*gradients[:3], None, *(by_slot.get(slot) for slot in call.slots)]
+        dtypes = [*dtypes[:3], torch.int64, *dtypes[3:]]
+        return (None, *(g if g is None else g.to(dtype) for g, dtype in zip(ordered, dtypes, strict=True)))
+
+
+def later(sums: Sums, head: Head, known: Known | None, upstream: Sequence[Tensor | None]) -> None:
+    """The gradients once the upstream ones are known; known: of the rows, if there are any."""
+    if head.call.update is not None:
+        head.call.update.later(sums, head, known, upstream)
+    elif known is not None:
+        for part, of_part, of_results in chunks_of(head, known, upstream):
+            add_chunk(sums, head, part, head.of(part), of_part, [], of_results)
+
+
+def chunks_of(head: Head, known: Known, upstream: Sequence[Tensor | None]) -> Iterator[tuple[slice, Known, Finished]]:
+    """By chunk what is known of its rows, and the upstream gradients of what they give."""
+    loss, *rows = (upstream[i] if i < len(upstream) else None for i in range(4))
+    dtype = head.call.dtype
+    loss = loss if loss is None else loss.to(dtype) if loss.dim() == 0 else head.gathered(loss.to(dtype))
+    rows = [head.gathered(g if g is None else g.to(dtype)) for g in rows]
+    for part in head.chunks():
+        of_part = Known(
+            Rows(*(None if n is None else n[..., part] for n in known.rows)),  # type: ignore[arg-type]
+            known.f_y[part],
+            known.u_y[part],
+        )
+        yield part, of_part, upstream_of(head, part, loss, rows)
+
+
+def scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
+    """A gradient made for an upstream of 1, for another; rows that are not read keep their 0 whatever comes."""
+    if upstream.device.type == "cpu":
+        factor = upstream.item()
+        if factor == 1:
+            return gradient
+        if math.isfinite(factor):
+            return gradient * factor
+    return torch.where(gradient == 0, 0, gradient * upstream)
+
+
+linear_loss: Callable[..., tuple[Tensor, ...]] = _LinearLoss.apply

@@ -1,0 +1,419 @@
+"""SGD's step within the backward of a head, a tile of classes at a time: the weight's gradient is never whole."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import Never
+
+from ..backends.reference import Finished
+from .autograd import chunks_of
+from .loop import Head, Known, Sums, chunk_coefficients
+
+#: From here on an upstream gradient of a reduced loss is a GradScaler's, and would be taken for the weight's.
+SCALER_FROM = 1024.0
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+class TileSGD(Optimizer):
+    r"""SGD for the weight of a head, which steps in the loss's backward: the weight's gradient is never whole.
+
+    The backward goes through tiles of classes. As soon as a tile's gradient g is complete, and all products that read
+    its part w of the weight are made, w steps, as by ``torch.optim.SGD``, to the bit:
+
+    .. math::
+
+        g \leftarrow g + \lambda w, \qquad b \leftarrow \mu b + (1 - d) g \ (\text{at first } g), \qquad
+        w \leftarrow w - \eta\, b \ (\text{Nesterov: } g + \mu b)
+
+    with the learning rate :math:`\eta`, momentum :math:`\mu`, dampening d and weight decay :math:`\lambda`. A bias and
+    the loss's parameters get ordinary gradients, those at the old weight, as the features do.
+
+    Args:
+        lr: > 0 or 0. momentum, dampening, weight_decay, nesterov, maximize: as ``torch.optim.SGD``'s.
+        stochastic_rounding: for a bfloat16 weight: the step is taken in float32, on a gradient that is not rounded, and
+            weight and momentum are rounded up or down at random, right on average. To the nearest, steps of less than
+            half a unit in the last place are lost. The draws' state is in the head's ``state_dict``.
+
+    It is given to a head, ``LinearLoss(..., tile_update=TileSGD(0.1))``, and belongs to that one. ``param_groups`` has
+    the one group, which learning rate schedulers take; its numbers count as they are when the backward runs. The
+    momentum is in the head's ``state_dict``, the group in this ``state_dict()``.
+
+    Raises:
+        TypeError: an option of ``torch.optim.SGD`` that is not here. ValueError: a number out of range.
+        RuntimeError: :meth:`step`, for it is the backward that steps.
+
+    Example:
+        >>> import torch, mlkernels
+        >>> sgd = mlkernels.TileSGD(lr=0.1, momentum=0.9)
+        >>> head = mlkernels.LinearLoss(mlkernels.CrossEntropyLoss(), 8, 1000, tile_update=sgd)
+        >>> scheduler = torch.optim.lr_scheduler.StepLR(sgd, step_size=10)
+        >>> before = head.weight.detach().clone()
+        >>> head(torch.randn(4, 8), torch.tensor([1, 2, 3, 999])).backward()
+        >>> head.weight.grad is None, torch.equal(head.weight, before)
+        (True, False)
+        >>> scheduler.step()
+    """
+
+    def __init__(
+        self,
+        lr: float,
+        *,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        maximize: bool = False,
+        stochastic_rounding: bool = False,
+        **unknown: Never,
+    ) -> None:
+        if unknown:
+            raise TypeError(
+                f"TileSGD takes no {next(iter(unknown))!r}: it takes lr, momentum, dampening, weight_decay, nesterov, "
+                "maximize and stochastic_rounding"
+            )
+        for name, number in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
+            if isinstance(number, Tensor):
+                raise TypeError(f"{name} takes a number, got a tensor: a scheduler writes numbers into param_groups")
+            if not number >= 0:
+                raise ValueError(f"{name} must be >= 0, got {number}")
+        if nesterov and (momentum == 0 or dampening != 0):
+            raise ValueError(f"nesterov takes momentum > 0 and dampening 0, got {momentum} and {dampening}")
+        self.stochastic_rounding = stochastic_rounding
+        numbers = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
+        # The weight joins when a head has one.
+        super().__init__([{"params": []}], {**numbers, "nesterov": nesterov, "maximize": maximize})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "stochastic_rounding": self.stochastic_rounding}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused: it steps the weight of one head."""
+        if self.param_groups:
+            raise RuntimeError("TileSGD steps the weight of one head: give other parameters to an optimizer of theirs")
+        super().add_param_group(param_group)
+
+    def step(self, closure: Any = None) -> NoReturn:
+        """Refused: the step was taken in the backward."""
+        raise RuntimeError(
+            "TileSGD steps in the loss's backward(): there is no step() to call, and no gradient to scale"
+        )
+
+    def bind(self, weight: nn.Parameter) -> None:
+        """Makes a head's weight the one that is stepped."""
+        params = self.param_groups[0]["params"]
+        if params:
+            raise ValueError("tile_update takes a TileSGD of its own for every head, got one that another head has")
+        params.append(weight)
+
+
+class Draws(nn.Module):
+    """A stream of random numbers whose state is two integers, the same on all ranks, each of which draws its own."""
+
+    def __init__(self, seed: int | None = None) -> None:
+        super().__init__()
+        self.seed = int(torch.randint(2**62, ())) if seed is None else seed
+        self.count = 0
+
+    def generator(self, device: torch.device, rank: int = 0) -> torch.Generator:
+        """For the next draw."""
+        name = f"{self.seed} {self.count} {rank}".encode()
+        self.count += 1
+        return torch.Generator(device).manual_seed(int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big"))
+
+    def get_extra_state(self) -> dict[str, int]:
+        """Seed and how often it was drawn from."""
+        return {"seed": self.seed, "count": self.count}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        """Goes on where another one was."""
+        self.seed, self.count = state["seed"], state["count"]
+
+
+class TileUpdate(nn.Module):
+    """What a head keeps to step by: the momentum, which classes have any, and the state of the roundings' draws."""
+
+    momentum_buffer: Tensor
+    stepped: Tensor
+
+    def __init__(
+        self,
+        optimizer: TileSGD,
+        weight: nn.Parameter,
+        sharded: Callable[[Tensor], Tensor] | None = None,
+        rank: int = 0,
+        seed: int | None = None,
+    ) -> None:
+        """sharded: what makes a tensor of all ranks of this one's part, where each has a part of the weight."""
+        super().__init__()
+        self.optimizer, self.rank = optimizer, rank
+        self._check_dtype(weight)
+        optimizer.bind(weight)
+        if optimizer.defaults["momentum"]:
+            own = _local(weight.detach())
+            for name, like, dtype in (("momentum_buffer", own, own.dtype), ("stepped", own[:, :1], torch.bool)):
+                zeros = torch.zeros_like(like, dtype=dtype, memory_format=torch.contiguous_format)
+                self.register_buffer(name, zeros if sharded is None else sharded(zeros))
+        if optimizer.stochastic_rounding:
+            self.draws = Draws(seed)
+        #: The class from which on a backward that was interrupted has not stepped.
+        self.interrupted: int | None = None
+        self._watch()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._watch()
+
+    def _watch(self) -> None:
+        (weight,) = self.optimizer.param_groups[0]["params"]
+        weight.register_post_accumulate_grad_hook(_trained_elsewhere)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Whether a state is half of one step and half of the next."""
+        return {"interrupted": self.interrupted}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """As it was saved."""
+        self.interrupted = state["interrupted"]
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """As before the first step."""
+        if self.optimizer.defaults["momentum"]:
+            self.momentum_buffer.zero_()
+            self.stepped.zero_()
+        self.interrupted = None
+
+    def _check_dtype(self, weight: Tensor) -> None:
+        if weight.dtype not in _DTYPES:
+            raise TypeError(
+                f"tile_update takes a weight of float32, float64 or bfloat16, got {weight.dtype}: gradients in float16 "
+                "need a GradScaler, whose factor cannot be taken back from a step that was taken"
+            )
+        if self.optimizer.stochastic_rounding and weight.dtype != torch.bfloat16:
+            raise TypeError(f"stochastic_rounding takes a weight of bfloat16, got {weight.dtype}")
+
+    def begun(self, parameter: nn.Parameter, weight: Tensor, classes: Tensor | None = None) -> Updating:
+        """What a forward gives its backward, all checked that can be known now.
+
+        Args:
+            parameter: the head's. weight: what is stepped: the parameter, or this rank's shard of it.
+            classes: the rows of it that are sampled, if they are.
+        """
+        (bound,) = self.optimizer.param_groups[0]["params"]
+        if bound is not parameter:
+            raise RuntimeError(
+                "tile_update steps the Parameter that its head was made with, and weight is another one now: FSDP and "
+                "fully_shard, which replace it, are refused (ClassParallelLoss spreads a weight over ranks), and so is "
+                "load_state_dict(assign=True)"
+            )
+        self._check_dtype(weight)
+        if self.interrupted is not None:
+            raise RuntimeError(
+                f"a backward was interrupted within tile_update: classes from {self.interrupted} on have not made the "
+                "step that those before have made. Load a state (load_state_dict, Snapshot.restore) or reset_parameters"
+            )
+        if self.optimizer.param_groups[0]["momentum"] and not self.optimizer.defaults["momentum"]:
+            raise ValueError("momentum must be > 0 when TileSGD is made, if it is to be > 0 later: there is no buffer")
+        device = weight.device.type
+        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
+            raise RuntimeError(
+                "tile_update refuses autocast to float16: it needs a GradScaler, whose factor cannot be taken "
+                "back from a step that was taken; autocast to bfloat16"
+            )
+        _refuse_ddp(parameter)
+        return Updating(self, weight.detach(), classes)
+
+    def step(
+        self, weight: Tensor, classes: slice | Tensor, gradient: Tensor, generator: torch.Generator | None
+    ) -> None:
+        """The step of some rows of the weight, given their gradient, which is overwritten."""
+        group = self.optimizer.param_groups[0]
+        momentum = fresh = None
+        rows = weight[classes]
+        if group["momentum"]:
+            momentum, stepped = _local(self.momentum_buffer), _local(self.stepped)
+            fresh = ~stepped[classes] if group["dampening"] else None
+            stepped[classes] = True
+        of_rows = None if momentum is None else momentum[classes]
+        if generator is None:
+            sgd_(rows, gradient.to(rows.dtype), of_rows, fresh, group)
+        else:
+            exact, buffer = rows.float(), None if of_rows is None else of_rows.float()
+            sgd_(exact, gradient, buffer, fresh, group)
+            rows.copy_(rounded(exact, generator))
+            if of_rows is not None and buffer is not None:
+                of_rows.copy_(rounded(buffer, generator))
+        if isinstance(classes, Tensor):  # copies were stepped
+            weight.index_copy_(0, classes, rows)
+            if momentum is not None and of_rows is not None:
+                momentum.index_copy_(0, classes, of_rows)
+
+
+class Updating:
+    """A forward whose backward is to step; it waits as long as it is alive and has not."""
+
+    def __init__(self, update: TileUpdate, weight: Tensor, classes: Tensor | None):
+        self.update, self.weight, self.classes = update, weight, classes
+        self.version, self.done = weight._version, False
+        #: Of a tile of the weight: its gradient and what the step makes of it.
+        self.temporaries = 6 if update.optimizer.stochastic_rounding else 2
+        _waiting.setdefault(update, weakref.WeakSet()).add(self)
+
+    def check(self) -> None:
+        """Whether the backward may begin: nothing has changed yet when this raises."""
+        if self.done:
+            raise RuntimeError(
+                "tile_update has stepped in this loss's backward: a second one (retain_graph=True) would step again, "
+                "from another weight"
+            )
+        if self.weight._version != self.version:
+            raise RuntimeError(
+                "weight has changed since this loss was computed, by another loss's backward or in place: under "
+                "tile_update every loss has its backward before the next one is computed; gradients do not accumulate"
+            )
+        # Those of an older weight have no backward any more.
+        if sum(not other.done and other.version == self.version for other in _waiting[self.update]) > 1:
+            raise RuntimeError(
+                "two losses of a head with tile_update wait for a backward: gradients do not accumulate. One loss per "
+                "step; evaluate under torch.no_grad(), or delete a loss that is not to be differentiated"
+            )
+
+    def later(self, sums: Sums, head: Head, known: Known | None, upstream: Sequence[Tensor | None]) -> None:
+        """All gradients but the weight's, and its step."""
+        update, loss = self.update, upstream[0]
+        if loss is not None and loss.dim() == 0 and loss.device.type == "cpu" and abs(loss.item()) >= SCALER_FROM:
+            raise RuntimeError(
+                f"tile_update refuses an upstream gradient of {loss.item():g}: a GradScaler's factor cannot be taken "
+                "back from a step that was taken"
+            )
+        chunks = [] if known is None else [_Chunk(sums, head, *each) for each in chunks_of(head, known, upstream)]
+        generator = None
+        if update.optimizer.stochastic_rounding:
+            generator = update.draws.generator(self.weight.device, update.rank)
+        gradient = head.x.new_empty(min(head.call.plan.classes, head.classes), head.x.shape[1])
+        self.done = True
+        for start, weight in head.tiles():
+            stop = start + weight.shape[0]
+            of_tile = gradient[: stop - start]
+            for index, chunk in enumerate(chunks):
+                chunk.add(sums, head, start, weight, of_tile, index == 0)
+            if not chunks:
+                of_tile.zero_()
+            if head.inverse is not None:
+                head.along_lengths(of_tile, start, weight)
+            update.interrupted = start
+            rows_of = slice(start, stop) if self.classes is None else self.classes[start:stop]
+            update.step(self.weight, rows_of, of_tile, generator)
+        update.interrupted = None
+        update.optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers look at
+        for chunk in chunks:
+            chunk.finish(sums)
+
+
+class _Chunk:
+    """A chunk of rows on its way through all tiles."""
+
+    def __init__(self, sums: Sums, head: Head, part: slice, known: Known, upstream: Finished):
+        self.part, self.values = part, head.of(part)
+        row = chunk_coefficients(sums, head, part, self.values, known, upstream)
+        self.row = row._replace(target=torch.zeros_like(row.target))
+        self.label, self.target = head.own_target(self.values.label, row.target)
+        # Of the old weight, and added in the end, as everywhere.
+        self.of_features = (
+            self.target.unsqueeze(1) * head.part(self.label) if sums.wanted.input and head.classes else None
+        )
+        self.bounds: Tensor | None = None
+        self.order = torch.arange(0)
+        if head.x.device.type == "cpu":
+            ascending, self.order = self.label.sort(stable=True)
+            step = head.call.plan.classes
+            self.bounds = torch.searchsorted(ascending, torch.arange(0, head.classes + step, step))
+
+    def add(self, sums: Sums, head: Head, start: int, weight: Tensor, of_tile: Tensor, first: bool) -> None:
+        """A tile's gradient: to the features and the bias, and to that of the tile's weight."""
+        f = head.product(self.part, start, weight)
+        gradient = head.call.pieces.gradient(f, self.row, self.values, head.offset + start, False)
+        sums.add_tile(self.part, start, weight, gradient)
+        x = head.x[self.part]
+        if first:
+            torch.mm(gradient.T, x, out=of_tile)
+        else:
+            of_tile.addmm_(gradient.T, x)
+        label, target = self.label - start, self.target
+        if self.bounds is not None:
+            tile = start // head.call.plan.classes
+            rows = self.order[self.bounds[tile] : self.bounds[tile + 1]]
+            label, target, x = label[rows], target[rows], x[rows]
+        else:
+            here = (label >= 0) & (label < of_tile.shape[0])
+            label, target = torch.where(here, label, 0), torch.where(here, target, 0)
+        of_tile.index_add_(0, label, target.unsqueeze(1) * x)
+
+    def finish(self, sums: Sums) -> None:
+        """What the targets' own gradients contribute."""
+        if sums.input is not None and self.of_features is not None:
+            sums.input[self.part] += self.of_features
+        if sums.bias is not None and sums.bias.numel():
+            sums.bias.index_add_(0, self.label, self.target)
+
+
+def sgd_(rows: Tensor, gradient: Tensor, momentum: Tensor | None, fresh: Tensor | None, group: dict[str, Any]) -> None:
+    """The operations of torch.optim.SGD in its order, in place of rows, momentum and gradient.
+
+    fresh: which rows have no momentum yet, where that makes a difference.
+    """
+    if group["maximize"]:
+        gradient = gradient.neg_()
+    if group["weight_decay"]:
+        gradient.add_(rows, alpha=group["weight_decay"])
+    if momentum is not None:
+        momentum.mul_(group["momentum"]).add_(gradient, alpha=1 - group["dampening"])
+        if fresh is not None:
+            momentum.copy_(torch.where(fresh, gradient, momentum))
+        gradient = gradient.add_(momentum, alpha=group["momentum"]) if group["nesterov"] else momentum
+    rows.add_(gradient, alpha=-group["lr"])
+
+
+def rounded(exact: Tensor, generator: torch.Generator) -> Tensor:
+    """float32 to bfloat16, up or down at random: up with the probability that makes the mean exact."""
+    # The 16 bits that are cut off, and as many random ones, carry into what stays; four to a draw.
+    noise = torch.empty(-(-exact.numel() // 4), dtype=torch.int64, device=exact.device)
+    noise = noise.random_(-(2**63), None, generator=generator).view(torch.int16)[: exact.numel()].view(exact.shape)
+    bits = noise.int().bitwise_and_(0xFFFF).add_(exact.contiguous().view(torch.int32)).bitwise_and_(-0x10000)
+    return torch.where(exact.isfinite(), bits.view(torch.float32), exact).bfloat16()
+
+
+#: By head, the forwards that wait for a backward. No attribute: a copy or a snapshot of a head has none of them.
+_waiting: weakref.WeakKeyDictionary[TileUpdate, weakref.WeakSet[Updating]] = weakref.WeakKeyDictionary()
+
+
+def _trained_elsewhere(weight: Tensor) -> None:
+    weight.grad = None
+    raise RuntimeError(
+        "weight is stepped by tile_update, and has got a gradient from elsewhere: a weight that is tied may be trained "
+        "by its head alone (detach it there), or without tile_update"
+    )
+
+
+def _refuse_ddp(weight: Tensor) -> None:
+    parallel = sys.modules.get("torch.nn.parallel.distributed")
+    active = None if parallel is None else parallel.DistributedDataParallel._get_active_ddp_module()
+    if active is not None and any(p is weight for p in active.module.parameters()):
+        raise RuntimeError(
+            "tile_update refuses DistributedDataParallel around a head: each rank would step its own copy of the "
+            "weight. Wrap the backbone alone and spread the classes, ClassParallelLoss(..., tile_update=...)"
+        )
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's shard of what may be a DTensor."""
+    local = getattr(tensor, "to_local", None)
+    return tensor if local is None else local()
