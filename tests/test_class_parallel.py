@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-import socket
 import tempfile
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 import torch.distributed as dist
+import training_scenes
 import vocabulary_scenes
 from table import BY_NAME, F64, LOSSES
 from test_linear import OPTIONS, leaves_of, unfused
@@ -348,7 +347,7 @@ def weights_in_files(group: dist.ProcessGroup, folder: Path) -> None:
     ranks = dist.get_world_size(group)
     _, weight, _, _ = problem()
     for dtype in (F64, torch.bfloat16):
-        path = folder / f"weight-{ranks}-{dtype}.safetensors"
+        path, second = folder / f"weight-{ranks}-{dtype}.safetensors", folder / f"second-{dist.get_rank(group)}.pt"
         head = head_of(group, mlkernels.CrossEntropyLoss(), weight.to(dtype))
         assert head.export_weight(path) is None
         assert torch.equal(head.export_weight(), weight.to(dtype))
@@ -356,9 +355,18 @@ def weights_in_files(group: dist.ProcessGroup, folder: Path) -> None:
         drawn = other.export_weight()
         other.load_weight(path)
         assert torch.equal(other.export_weight(), torch.cat([weight.to(dtype), drawn[CLASSES:]]))
-        other.load_weight([weight[:9].to(dtype), weight[9:].to(dtype)])
-        assert torch.equal(other.export_weight()[:CLASSES], weight.to(dtype))
+        # insightface's ranks write one torch file each.
+        torch.save({"step": 1, "state_dict_softmax_fc": {"weight": weight[9:].to(dtype)}}, second)
+        dist.barrier(group)
+        other.load_weight([weight[:9].to(dtype), second])
+        assert torch.equal(other.export_weight(), torch.cat([weight.to(dtype), drawn[CLASSES:]]))
         assert len(drawn.unique(dim=0)) == len(drawn), "ranks drew the same rows"
+    cut = folder / f"cut-{dist.get_rank(group)}.safetensors"
+    cut.write_bytes(path.read_bytes()[: -1 if dist.get_rank(group) else None])
+    with pytest.raises(ValueError, match=r"must have .* bytes, got .*: it was cut off"):
+        other.load_weight(cut)
+    with pytest.raises((FileNotFoundError, RuntimeError), match="No such file"):
+        head.export_weight(folder / "nowhere" / "weight.safetensors")
 
 
 def checkpoints(folder: Path) -> None:
@@ -389,32 +397,23 @@ GROUPS: dict[int, dist.ProcessGroup] = {}
 SCENES: list[Callable[[dist.ProcessGroup], None]] = [
     every_loss, statistics, batches_of_nothing, half_precision, averaged_backbones, stepping_in_tiles, recomputed,
     copied_and_compiled, sharded_tensors, errors_everywhere, best_classes, bytes_as_promised,
-    *vocabulary_scenes.SCENES,
+    *vocabulary_scenes.SCENES, *training_scenes.SCENES,
 ]  # fmt: skip
 
 
-def scenes(rank: int, port: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    # Ranks that disagree wait for each other.
-    dist.init_process_group("gloo", rank=rank, world_size=RANKS, timeout=timedelta(seconds=90))
-    try:
-        for ranks in (1, 2, 3, RANKS):
-            GROUPS[ranks] = dist.new_group(list(range(ranks)))
-        for ranks in (2, 3, RANKS):
-            if rank < ranks:
-                for scene in SCENES:
-                    scene(GROUPS[ranks])
-                weights_in_files(GROUPS[ranks], Path(folder))
-        checkpoints(Path(folder) / "checkpoint")
-    finally:
-        dist.destroy_process_group()
+def scenes(rank: int, folder: str) -> None:
+    for ranks in (1, 2, 3, RANKS):
+        GROUPS[ranks] = dist.new_group(list(range(ranks)))
+    for ranks in (2, 3, RANKS):
+        if rank < ranks:
+            for scene in SCENES:
+                scene(GROUPS[ranks])
+            weights_in_files(GROUPS[ranks], Path(folder))
+    checkpoints(Path(folder) / "checkpoint")
+    pairs = [dist.new_group([0, other]) for other in (1, 2, 3, 3)]
+    training_scenes.lost_ranks(dict(zip((1, 2, 3), pairs, strict=False)), pairs[3])
 
 
 def test_ranks() -> None:
-    """All scenes in one set of processes: starting them takes longer than they do."""
-    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
-        torch.multiprocessing.spawn(scenes, args=(port, folder), nprocs=RANKS)
+    with tempfile.TemporaryDirectory() as folder:
+        processes.run(scenes, RANKS, folder)

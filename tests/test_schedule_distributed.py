@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import os
-import socket
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 
+import processes
 import pytest
 import torch
 import torch.distributed as dist
@@ -368,21 +366,10 @@ SCENES: list[Callable[[int], None]] = [
 ]  # fmt: skip
 
 
-def scenes(rank: int, port: int) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    # Ranks that disagree wait for each other.
-    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=45))
-    try:
-        for scene in SCENES:
-            scene(rank)
-    finally:
-        dist.destroy_process_group()
+def scenes(rank: int) -> None:
+    for scene in SCENES:
+        scene(rank)
 
 
 def test_two_ranks() -> None:
-    """All scenes in one pair of processes: starting them takes longer than they do."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(scenes, args=(port,), nprocs=2)
+    processes.run(scenes, 2)

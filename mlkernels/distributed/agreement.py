@@ -36,6 +36,7 @@ _COMMON = {
     Slot.GROUP: "group",
     Slot.ROW_WEIGHT: "row_weight",
 }
+_NONE_AT_0 = {Slot.SOFTCAP, Slot.NORMALIZER, Slot.NORM}
 
 
 @lru_cache(maxsize=1024)
@@ -53,7 +54,8 @@ def _words(numbers: tuple[float, ...]) -> tuple[dict[str, Any], dict[int, str]]:
     given = dict(enumerate(numbers[CONSTS:]))
     for slot, name in names.items():
         if not int(numbers[MASK]) >> slot & 1:
-            said[name] = given.get(slot, 0.0)
+            absent = slot >= Slot.WEIGHT or (slot in _NONE_AT_0 and not given.get(slot))
+            said[name] = None if absent else given.get(slot, 0.0)
     return said, names
 
 

@@ -56,8 +56,8 @@ class Group:
             yield
         except RuntimeError as error:
             raise RuntimeError(
-                f"rank {self.rank} of {self.size} got no answer from another rank as they exchanged {what}, and has "
-                f"changed nothing: {error}"
+                f"rank {self.rank} of {self.size} got no answer from another rank as they exchanged {what}, and no "
+                f"gradient of this call has been written: {error}"
             ) from error
 
     def gathered(self, tensor: Tensor, what: str) -> Tensor:

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as ShardPlacement
 
-from ..checks import check_input
+from ..checks import check_input, check_plain
 from ..linear.functional import Strategy, check_call, check_callable, check_classifier, check_plan, loss_of
 from ..linear.module import streamed_topk
 from ..linear.update import TileSGD, TileUpdate
@@ -24,6 +24,9 @@ from ..tracing import functorch_level
 from . import agreement, weights
 from .group import Group, Traffic, offsets, padded
 from .logits import ShardedLogits
+
+#: A classifier's weight, or a part of it, or a file that has one.
+Source: TypeAlias = Tensor | str | os.PathLike[str]
 
 
 class ClassParallelLoss(nn.Module):
@@ -233,35 +236,39 @@ class ClassParallelLoss(nn.Module):
         ranks reach, into which each writes its own rows. On all ranks."""
         if path is None:
             return cast(DTensor, self.weight).full_tensor()
-        if self._group.rank == 0:
-            weights.write_header(path, (self.num_classes, self.in_features), self.weight.dtype)
-        dist.barrier(self._group.process_group)
-        weights.write_rows(path, self.first_class, self._own()[0])
-        dist.barrier(self._group.process_group)
+        # Where a rank cannot write, all are told.
+        with self._group.telling():
+            if self._group.rank == 0:
+                weights.write_header(path, (self.num_classes, self.in_features), self.weight.dtype)
+        self._group.meet({"call": "export_weight"})
+        with self._group.telling():
+            weights.write_rows(path, self.first_class, self._own()[0])
+        self._group.meet({"call": "export_weight"})
         return None
 
     @torch.no_grad()
-    def load_weight(self, source: Tensor | str | os.PathLike[str] | Sequence[Tensor]) -> None:
-        """Takes over a weight of the same width: a tensor, a safetensors file with one, or shards in the order of their
-        classes. Where it has fewer classes than this head, the others stay as they are, as they were drawn."""
-        first, last = self.first_class, self.last_class
-        if isinstance(source, Tensor):
-            source = [source]
-        if isinstance(source, (str, os.PathLike)):
-            count, width = weights.shape_of(source)
-        else:
-            count, width = sum(len(shard) for shard in source), source[0].shape[-1] if len(source) else self.in_features
-            if any(shard.dim() != 2 or shard.shape[1] != width for shard in source):
-                raise ValueError(f"source must hold (C_r, D) alike, got {[tuple(shard.shape) for shard in source]}")
-        if width != self.in_features or count > self.num_classes:
-            raise ValueError(f"source must be at most ({self.num_classes}, {self.in_features}), got {(count, width)}")
-        own, _ = self._own()
-        if isinstance(source, (str, os.PathLike)):
-            rows = weights.read_rows(source, first, last)
-            own[: len(rows)].copy_(rows)
-            return
-        start = 0
-        for shard in source:
+    def load_weight(self, source: Source | Sequence[Source]) -> None:
+        """Takes over a weight of the same width: a tensor (C, D); a safetensors file with one, or a torch file with one
+        or with a state dict that has it; or shards of either kind in the order of their classes, as insightface's ranks
+        write them. Files are mapped: a rank reads its own rows. Where there are fewer classes than this head has, the
+        others stay as they are: as :meth:`reset_parameters` drew them. On all ranks, alike."""
+        with self._group.telling():
+            each = [source] if isinstance(source, (Tensor, str, os.PathLike)) else source
+            shards = [shard if isinstance(shard, Tensor) else weights.mapped(shard) for shard in each]
+            for shard in shards:
+                check_plain("source", shard, "torch.distributed.checkpoint loads what is sharded")
+            shapes = [tuple(shard.shape) for shard in shards]
+            width = shapes[0][-1] if shapes else self.in_features
+            if any(len(shape) != 2 or shape[1] != width for shape in shapes):
+                raise ValueError(f"source must hold (C_r, D) alike, got {shapes}")
+            count = sum(shape[0] for shape in shapes)
+            if width != self.in_features or count > self.num_classes:
+                raise ValueError(
+                    f"source must be at most ({self.num_classes}, {self.in_features}), got {(count, width)}"
+                )
+        self._group.meet({"call": "load_weight", "source": (count, width)})
+        (own, _), first, last, start = self._own(), self.first_class, self.last_class, 0
+        for shard in shards:
             low, high = max(first, start), min(last, start + len(shard))
             if low < high:
                 own[low - first : high - first].copy_(shard[low - start : high - start])

@@ -35,22 +35,29 @@ def write_rows(path: str | os.PathLike[str], first: int, rows: Tensor) -> None:
         )
 
 
-def read_rows(path: str | os.PathLike[str], first: int, last: int) -> Tensor:
-    """Rows [first, last) of it, or as many of them as there are."""
+def mapped(path: str | os.PathLike[str]) -> Tensor:
+    """The weight (C, D) in a file, of which nothing is read before it is used: a safetensors file with one tensor, or a
+    torch file with a tensor or a state dict, as insightface's ranks write them."""
+    if Path(path).suffix != ".safetensors":
+        return _weight_of(torch.load(path, map_location="cpu", mmap=True, weights_only=True), path)
     start, shape, dtype = _described(path)
-    last = min(last, shape[0])
-    if first >= last:
-        return torch.empty(0, shape[1], dtype=dtype)
-    width = shape[1] * dtype.itemsize
-    with Path(path).open("rb") as file:
-        file.seek(start + first * width)
-        data = bytearray(file.read((last - first) * width))
-    return torch.frombuffer(data, dtype=dtype).view(last - first, shape[1])
+    size = shape[0] * shape[1] * dtype.itemsize
+    if Path(path).stat().st_size < start + size:
+        raise ValueError(f"{path} must have {start + size} bytes, got {Path(path).stat().st_size}: it was cut off")
+    whole = torch.from_file(os.fspath(path), shared=False, size=start + size, dtype=torch.uint8)
+    return whole[start:].view(dtype).view(shape)
 
 
-def shape_of(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Of the tensor in such a file."""
-    return _described(path)[1]
+def _weight_of(found: object, path: str | os.PathLike[str]) -> Tensor:
+    """The weight in what a torch file holds."""
+    if isinstance(found, dict):
+        found = found.get("state_dict_softmax_fc", found)
+    if isinstance(found, dict):
+        matrices = [tensor for tensor in found.values() if isinstance(tensor, Tensor) and tensor.dim() == 2]
+        found = found.get("weight", matrices[0] if len(matrices) == 1 else None)
+    if not isinstance(found, Tensor) or found.dim() != 2 or not found.is_floating_point():
+        raise ValueError(f"{path} must hold a floating (C, D), as a tensor or as 'weight' of a state dict")
+    return found
 
 
 def _described(path: str | os.PathLike[str]) -> tuple[int, tuple[int, int], torch.dtype]:
