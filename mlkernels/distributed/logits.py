@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..linear import threads
 from ..linear.autograd import has_hooks
 from ..linear.logits import LinearLogits
 from ..linear.loop import Call, Wanted
@@ -52,7 +53,7 @@ class ShardedLogits(PartLogits):
             "strategy": self.strategy,
             "memory": self.memory,
             "tile_update": self.begin is not None,
-            "kernels": type(call.pieces).__name__,
+            "kernels": (type(call.pieces).__name__, threads.count() > 0),
             "what requires a gradient": self.wanted(params),
             "hooks on saved tensors (checkpointing)": has_hooks(),
             **agreement.of_loss(call.numbers, params, call.per_row),
