@@ -232,6 +232,57 @@ def stepping_in_tiles(group: dist.ProcessGroup) -> None:
         ClassParallelLoss(loss, WIDTH, 6, process_group=group, tile_update=TileSGD(0.1) if rank == 1 else None)
 
 
+def sampled(group: dist.ProcessGroup) -> None:
+    """Each rank draws from its own classes; all together are the loss over what all have drawn. Then a step by rows."""
+    rank, ranks, own = dist.get_rank(group), dist.get_world_size(group), own_rows(group)
+    x, weight, bias, target = problem()
+    adjustment, upstream = torch.linspace(-1, 1, CLASSES, dtype=F64), torch.linspace(-1, 2, ranks, dtype=F64)
+    for sample, correction in ((1, None), (3, "importance"), (CLASSES, None)):
+        margins = [torch.linspace(0.1, 0.4, CLASSES, dtype=F64).requires_grad_() for _ in range(2)]
+        loss = lambda f, y, m=margins[0], a=adjustment: mlkernels.softmax_loss(
+            f, y, transform=mlkernels.Margin(m3=m), scale=2.0, logit_adjustment=a
+        )
+        sgd = TileSGD(0.1, momentum=0.9, weight_decay=0.1)
+        heads = [
+            head_of(group, loss, weight, bias, sample=sample, sample_correction=correction, tile_update=update)
+            for update in (None, sgd)
+        ]
+        heads[1].sampler.load_state_dict(heads[0].sampler.state_dict())
+        drawn = []
+        for other in range(ranks):
+            sampler = copy.deepcopy(heads[0].sampler)
+            sampler.rank = other
+            drawn.append(sampler.draw(target, -100))
+        classes = torch.cat([each.classes + each.first for each in drawn])
+        label = torch.where(target == -100, target, drawn[0].label)
+        shares = torch.cat([torch.where(each.others()[0], -each.share.log() / 2, 0) for each in drawn])
+        found = []
+        for head in heads:
+            margins[0].grad, features = None, x[own].clone().requires_grad_()
+            value, rows = head(features, target[own], return_stats=True)
+            value.backward(upstream[rank])
+            found.append((value.detach(), features.grad, head.bias.grad.to_local(), margins[0].grad))
+        leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+        logits = unfused(leaves[0], leaves[1][classes], leaves[2][classes])
+        added = adjustment[classes] + (shares if correction else 0)
+        wanted, whole = mlkernels.softmax_loss(
+            logits, label, transform=mlkernels.Margin(m3=margins[1][classes]), scale=2.0, logit_adjustment=added,
+            return_stats=True,
+        )  # fmt: skip
+        (wanted * upstream.mean()).backward()
+        shard = slice(heads[0].first_class, heads[0].last_class)
+        for ours in found:
+            theirs = (wanted.detach(), ranks * leaves[0].grad[own], leaves[2].grad[shard], margins[1].grad)
+            for mine, other in zip(ours, theirs, strict=True):
+                agrees(mine, other)
+        at = whole.prediction[own]
+        assert torch.equal(rows.prediction, torch.where(at < 0, at, classes[at.clamp(min=0)]))
+        agrees(heads[0].weight.grad.to_local(), leaves[1].grad[shard])
+        moved = torch.where(leaves[1].grad.any(1, keepdim=True), weight - 0.1 * (leaves[1].grad + 0.1 * weight), weight)
+        moved[classes] = (weight - 0.1 * (leaves[1].grad + 0.1 * weight))[classes]
+        agrees(heads[1].export_weight(), moved)
+
+
 def recomputed(group: dist.ProcessGroup) -> None:
     """Under checkpointing, and with a backward that comes twice."""
     x, weight, _, target = problem()
@@ -395,8 +446,8 @@ def checkpoints(folder: Path) -> None:
 
 GROUPS: dict[int, dist.ProcessGroup] = {}
 SCENES: list[Callable[[dist.ProcessGroup], None]] = [
-    every_loss, statistics, batches_of_nothing, half_precision, averaged_backbones, stepping_in_tiles, recomputed,
-    copied_and_compiled, sharded_tensors, errors_everywhere, best_classes, bytes_as_promised,
+    every_loss, statistics, batches_of_nothing, half_precision, averaged_backbones, stepping_in_tiles, sampled,
+    recomputed, copied_and_compiled, sharded_tensors, errors_everywhere, best_classes, bytes_as_promised,
     *vocabulary_scenes.SCENES, *training_scenes.SCENES,
 ]  # fmt: skip
 

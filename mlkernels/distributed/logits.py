@@ -12,9 +12,10 @@ from ..linear import threads
 from ..linear.autograd import has_hooks
 from ..linear.logits import LinearLogits
 from ..linear.loop import Call, Wanted
-from ..numbering import TRAINABLE
+from ..linear.sampling import Sample
+from ..numbering import IGNORE_INDEX, TRAINABLE
 from . import agreement
-from .group import Group, offsets
+from .group import Group, offsets, padded
 from .loop import Shard, class_parallel_loss
 
 
@@ -53,6 +54,7 @@ class ShardedLogits(PartLogits):
             "strategy": self.strategy,
             "memory": self.memory,
             "tile_update": self.begin is not None,
+            "sample": self.sampler and (self.sampler.sample, self.sampler.correction, self.sampler.count),
             "kernels": (type(call.pieces).__name__, threads.count() > 0),
             "what requires a gradient": self.wanted(params),
             "hooks on saved tensors (checkpointing)": has_hooks(),
@@ -73,10 +75,22 @@ class ShardedLogits(PartLogits):
         slots = tuple(int(slot) for slot, p in params.items() if needs(p) and slot in TRAINABLE)
         return Wanted(needs(self.input), needs(self.weight), needs(self.bias), slots)
 
+    def labels(self, call: Call, target: Tensor) -> Tensor:
+        # 64-bit integers: an ignore_index need not fit in what they come in. Ranks' dtypes may differ.
+        shard = Shard(self.group, self.sizes, self.classes, 0)
+        return shard.all_rows(target.long(), int(call.numbers[IGNORE_INDEX]), "labels")
+
+    def classes_of(self, sample: Sample, number: Tensor) -> Tensor:
+        most = max(b - a for a, b in zip(sample.starts, sample.starts[1:], strict=False))
+        every = self.group.gathered(padded(sample.classes + sample.first, most, 0), "classes")
+        starts = torch.tensor(sample.starts, device=number.device)
+        owner = torch.bucketize(number, starts[1:], right=True).clamp(max=self.group.size - 1)
+        return torch.where(number < 0, number, every[owner, (number - starts[owner]).clamp(0, most - 1)])
+
     def run(self, call: Call, x: Tensor, target: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, ...]:
         wanted = self.wanted(dict(zip(call.slots, params, strict=True)))
-        offset = offsets(self.classes, self.group.size)[self.group.rank]
-        shard = Shard(self.group, self.sizes, self.classes, offset)
-        results = class_parallel_loss(call, shard, wanted, x, self.leaf(call), self.bias, target, *params)
+        starts = offsets(self.classes, self.group.size) if self.sample is None else self.sample.starts
+        shard = Shard(self.group, self.sizes, starts[-1], starts[self.group.rank])
+        results = class_parallel_loss(call, shard, wanted, x, self.leaf(call), self.part[1], target, *params)
         self.met = False  # what another look at these logits is refused for is told again
         return results

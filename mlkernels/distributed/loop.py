@@ -42,18 +42,14 @@ class Shard(NamedTuple):
         return self.group.gathered(padded(rows, max(self.sizes), fill), what).flatten(0, 1)
 
 
-def gathered(
-    call: Call, shard: Shard, x: Tensor, target: Tensor, params: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Features, labels and what else is one per row, of all ranks."""
-    # Labels as 64-bit integers: an ignore_index need not fit in what they come in. Ranks' dtypes may differ.
-    label = shard.all_rows(target.long(), int(call.numbers[IGNORE_INDEX]), "labels")
+def gathered(call: Call, shard: Shard, x: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Features and what else is one per row, of all ranks."""
     every = []
     for slot, p in zip(call.slots, params, strict=True):
         if slot in call.per_row:
             p = shard.all_rows(p.long() if slot == Slot.GROUP else p.to(call.dtype), int(slot != Slot.GROUP), "rows")
         every.append(p)
-    return shard.all_rows(x, 0, "features"), label, every
+    return shard.all_rows(x, 0, "features"), every
 
 
 class PartHead(Head):
@@ -139,8 +135,8 @@ class _ClassParallelLoss(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         at_once = makes_at_once(call, wanted)
         with reference.full_precision(x.device):
-            x_all, target_all, params_all = gathered(call, shard, x, target, params)
-            head = _ShardHead(call, shard, x_all, weight, bias, target_all, params_all)
+            x_all, params_all = gathered(call, shard, x, params)
+            head = _ShardHead(call, shard, x_all, weight, bias, target, params_all)
             results, known, gradients = forward(head, wanted if at_once else None)
         ctx.call, ctx.shard, ctx.wanted, ctx.at_once = call, shard, wanted, at_once
         ctx.set_materialize_grads(False)
@@ -153,7 +149,7 @@ class _ClassParallelLoss(torch.autograd.Function):
         else:
             numbers = [] if known is None else [*known.rows, known.f_y, known.u_y]
             ctx.present = [n is not None for n in numbers]
-            ctx.save_for_backward(x_all, weight, bias, target_all, *params_all, *(n for n in numbers if n is not None))
+            ctx.save_for_backward(x_all, weight, bias, target, *params_all, *(n for n in numbers if n is not None))
         return results
 
     @staticmethod

@@ -18,6 +18,7 @@ from torch.distributed.tensor import Shard as ShardPlacement
 from ..checks import check_input, check_plain
 from ..linear.functional import Strategy, check_call, check_callable, check_classifier, check_plan, loss_of
 from ..linear.module import streamed_topk
+from ..linear.sampling import ClassSampler, Correction, check_sample
 from ..linear.update import TileSGD, TileUpdate
 from ..softmax import RowStats
 from ..tracing import functorch_level
@@ -44,8 +45,9 @@ class ClassParallelLoss(nn.Module):
     parameters get :math:`\partial J/\partial\theta`, the same on all ranks to the bit.
 
     Args:
-        loss, in_features, num_classes, bias, normalize, strategy, memory, tile_update, device, dtype: as
-            :class:`mlkernels.LinearLoss`; num_classes is C of all ranks, each of which steps its own.
+        loss, in_features, num_classes, bias, normalize, strategy, memory, device, dtype: as
+            :class:`mlkernels.LinearLoss`; num_classes is C of all ranks.
+        tile_update, sample, sample_correction: too; each rank steps its own classes, and draws so many of them.
         process_group: the ranks that share the classes; None: all. device_mesh: the same, as a mesh of one dimension.
 
     ``weight`` is a DTensor, ``Shard(0)``: ``torch.distributed.checkpoint`` saves it, and loads it on any number of
@@ -84,6 +86,8 @@ class ClassParallelLoss(nn.Module):
         strategy: Strategy | None = None,
         memory: int | None = None,
         tile_update: TileSGD | None = None,
+        sample: int | None = None,
+        sample_correction: Correction | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -105,12 +109,14 @@ class ClassParallelLoss(nn.Module):
                 if type(number) is not int or number < least:
                     raise ValueError(f"{name} must be an integer >= {least}, got {number!r}")
             check_plan(strategy, memory, tile_update)
+            check_sample(sample, sample_correction)
             at = torch.empty(0, device=device, dtype=dtype)
         self._group.meet(
             {
                 "in_features": in_features, "num_classes": num_classes, "dtype": str(at.dtype), "bias": bias,
                 "normalize": normalize, "strategy": strategy, "memory": memory,
-                "tile_update": tile_update and tile_update.defaults, **agreement.of_module(loss),
+                "tile_update": tile_update and tile_update.defaults,
+                "sample": sample, "sample_correction": sample_correction, **agreement.of_module(loss),
             }
         )  # fmt: skip
         self.loss = loss
@@ -131,6 +137,9 @@ class ClassParallelLoss(nn.Module):
         if tile_update is not None:
             rank, seed = self._group.rank, self._seed()
             self.update = TileUpdate(tile_update, self.weight, self._sharded, rank, seed)
+        self.sampler = None
+        if sample is not None:
+            self.sampler = ClassSampler(sample, sample_correction, starts, at.device, self._group.rank, self._seed())
         self.reset_parameters()
 
     def _sharded(self, local: Tensor) -> DTensor:
@@ -191,7 +200,7 @@ class ClassParallelLoss(nn.Module):
             logits = ShardedLogits(
                 self._group, self.num_classes, input, weight, bias, normalize=self.normalize,
                 return_stats=return_stats, strategy=self.strategy, memory=self.memory,
-                begin=begin,
+                begin=begin, sampler=self.sampler if self.training else None,
             )  # fmt: skip
             result: Tensor | tuple[Tensor, RowStats] = loss_of(logits, target, self.loss, return_stats, per_call)
             return result

@@ -14,6 +14,7 @@ from ..checks import check_input, check_plain
 from ..softmax import RowStats
 from .logits import LinearLogits
 from .plan import STRATEGIES
+from .sampling import ClassSampler
 from .update import TileSGD, Updating
 
 Strategy: TypeAlias = Literal["stored", "tiles", "rows"]
@@ -211,6 +212,7 @@ def logits_of(
     strategy: str | None,
     memory: int | None,
     begin: Callable[[], Updating] | None = None,
+    sampler: ClassSampler | None = None,
 ) -> LinearLogits:
     """Checks what a head adds to a loss's arguments."""
     check_input(input)
@@ -220,7 +222,7 @@ def logits_of(
         input = input.unsqueeze(0)
     return LinearLogits(
         input, weight, bias, normalize=normalize, return_stats=return_stats, strategy=strategy, memory=memory,
-        begin=begin,
+        begin=begin, sampler=sampler,
     )  # fmt: skip
 
 

@@ -10,15 +10,16 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..checks import HALF
-from ..numbering import slots_of
+from ..numbering import IGNORE_INDEX, slots_of
 from ..softmax import ProductLogits, RowStats
 from ..spec import BackendName, Slot
 from ..tracing import functorch_level, is_dual
 from . import threads
-from .autograd import linear_loss
+from .autograd import has_hooks, linear_loss
 from .loop import Call
 from .pieces import CPU, pieces_for
 from .plan import Plan, plan, shared
+from .sampling import ClassSampler, Sample
 from .update import Updating
 
 
@@ -29,6 +30,7 @@ class LinearLogits(ProductLogits):
         input: (N, ..., D). weight: (C, D). bias: (C,) or None. normalize: cosines.
         strategy, memory: see :func:`mlkernels.linear_softmax_loss`.
         begin: what hands out an ``Updating``, where the backward is to step the weight.
+        sampler: what draws the classes that the loss sees, where it sees some.
     """
 
     def __init__(
@@ -42,8 +44,12 @@ class LinearLogits(ProductLogits):
         strategy: str | None = None,
         memory: int | None = None,
         begin: Callable[[], Updating] | None = None,
+        sampler: ClassSampler | None = None,
     ):
-        self.begin = begin
+        self.begin, self.sampler = begin, sampler
+        self.sample: Sample | None = None
+        #: Weight and bias of the classes that the loss sees.
+        self.part = weight, bias
         self.input, self.weight, self.bias, self.normalize = input, weight, bias, normalize
         self.return_stats, self.strategy, self.memory = return_stats, strategy, memory
         #: The row statistics of the loss that was taken, where they were asked for.
@@ -95,7 +101,15 @@ class LinearLogits(ProductLogits):
             copies, strategy = copies + update.temporaries, "tiles"
         uncut = Plan(False, 0, 0)
         call = Call(list(numbers), tuple(flat), per_row, self.normalize, with_stats, uncut, pieces, accumulate, update)
+        if self.sampler is not None and torch.is_grad_enabled() and has_hooks():
+            raise RuntimeError(
+                "sample= draws classes in each forward, and hooks on saved tensors (checkpointing) would have them "
+                "drawn again: leave the head out of the checkpoint"
+            )
         rows, classes = self.most(target.numel(), call, flat)
+        label = self.labels(call, target.reshape(-1))
+        if self.sampler is not None:
+            call, label, flat, classes = self.sampled(self.sampler, call, label, flat, tables)
         width = weight.shape[1]
         shares = threads.count() if pieces is CPU and update is None else 0
         cut = shared if shares else plan
@@ -103,9 +117,11 @@ class LinearLogits(ProductLogits):
             rows, classes, width, accumulate.itemsize, copies, shares or pieces.temporaries, strategy, self.memory
         )
         call = call._replace(plan=made)
-        loss, *stats = self.run(call, x.reshape(target.numel(), width), target.reshape(-1), list(flat.values()))
+        loss, *stats = self.run(call, x.reshape(target.numel(), width), label, list(flat.values()))
         loss = loss if loss.dim() == 0 else loss.reshape(target.shape)
         if with_stats:
+            if self.sample is not None:
+                stats[3] = self.classes_of(self.sample, stats[3])
             self.stats = RowStats(*(row.reshape(target.shape) for row in stats))
         return loss, self.stats if return_stats else None
 
@@ -113,16 +129,41 @@ class LinearLogits(ProductLogits):
         """How many rows and classes the loop has."""
         return rows, self.weight.shape[0]
 
+    def labels(self, call: Call, target: Tensor) -> Tensor:
+        """(N,), of all rows that the loop has."""
+        return target
+
+    def sampled(
+        self, sampler: ClassSampler, call: Call, label: Tensor, params: dict[int, Tensor], tables: frozenset[int]
+    ) -> tuple[Call, Tensor, dict[int, Tensor], int]:
+        """Call, labels and tensors for the classes that are drawn now, and how many these are at most on a rank."""
+        sample = sampler.draw(label, int(call.numbers[IGNORE_INDEX]))
+        numbers, params = sample.bound(call.numbers, params, call.per_row | tables, sampler.correction)
+        self.sample = sample
+        self.part = (
+            self.weight.index_select(0, sample.classes),
+            None if self.bias is None else self.bias.index_select(0, sample.classes),
+        )
+        if call.update is not None:
+            call.update.classes = sample.classes
+        most = max(b - a for a, b in zip(sample.starts, sample.starts[1:], strict=False))
+        return call._replace(numbers=numbers, slots=tuple(params)), sample.label, params, most
+
+    def classes_of(self, sample: Sample, number: Tensor) -> Tensor:
+        """The classes that these are among the sampled ones."""
+        return torch.where(number < 0, number, sample.classes[number.clamp(min=0)])
+
     def run(self, call: Call, x: Tensor, target: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The loss of each row or of all, and the row statistics."""
         run = linear_loss
         if torch.compiler.is_compiling():
             run = torch.compiler.disable(run)  # a graph break: the loop is no graph
-        return run(call, x, self.leaf(call), self.bias, target, *params)
+        return run(call, x, self.leaf(call), self.part[1], target, *params)
 
     def leaf(self, call: Call) -> Tensor:
         """The weight as autograd is to see it: one that steps in the backward gets no gradient."""
-        return self.weight if call.update is None else self.weight.detach().requires_grad_()
+        weight = self.part[0]
+        return weight if call.update is None else weight.detach().requires_grad_()
 
 
 def by_rows(

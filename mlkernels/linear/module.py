@@ -16,6 +16,7 @@ from ..checks import check_input
 from ..softmax import RowStats
 from .functional import Strategy, check_classifier, check_plan, logits_of, loss_of
 from .plan import TILE
+from .sampling import ClassSampler, Correction, check_sample
 from .update import TileSGD, TileUpdate
 
 
@@ -32,6 +33,12 @@ class LinearLoss(nn.Module):
         strategy, memory: see :func:`linear_softmax_loss`.
         tile_update: a :class:`mlkernels.TileSGD`, which steps the weight within the loss's backward, so that there is
             never a gradient of its size: ``weight.grad`` stays None. docs/heads.md says what that rules out.
+        sample: how many classes the loss sees while training, drawn anew for each call: all those of the batch's
+            labels, and others at random up to this number. With ``tile_update`` the rest of weight and momentum does
+            not move, not even by decay; without it the gradient has the weight's size, and zeros. ``eval()`` sees all.
+        sample_correction: ``"importance"`` adds :math:`-\log\pi/s` to the logits of the classes that were drawn at
+            random, each with probability :math:`\pi`: the sum of exponentials is then that of all classes on average,
+            and the loss, its logarithm, is nearly so. None is Partial FC: the softmax over the drawn classes.
         device, dtype: of a weight of its own.
 
     ``weight`` (C, D) and ``bias`` start as those of ``nn.Linear``.
@@ -64,6 +71,8 @@ class LinearLoss(nn.Module):
         strategy: Strategy | None = None,
         memory: int | None = None,
         tile_update: TileSGD | None = None,
+        sample: int | None = None,
+        sample_correction: Correction | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -73,6 +82,7 @@ class LinearLoss(nn.Module):
         if bias and normalize:
             raise ValueError("bias has no meaning beside normalize=True: cosines have none")
         check_plan(strategy, memory, tile_update)
+        check_sample(sample, sample_correction)
         self.loss = loss
         self.in_features, self.num_classes = in_features, num_classes
         self.normalize, self.strategy, self.memory = normalize, strategy, memory
@@ -87,8 +97,12 @@ class LinearLoss(nn.Module):
         own = nn.Parameter(self.weight.new_empty(num_classes).detach()) if bias else None
         self.register_parameter("bias", own)
         self._shares_weight, self._shares_bias = weight is not None, False
-        self.update = None if tile_update is None else TileUpdate(tile_update, self.weight)
+        self.update = self.sampler = None
         self.reset_parameters()
+        if tile_update is not None:
+            self.update = TileUpdate(tile_update, self.weight)
+        if sample is not None:
+            self.sampler = ClassSampler(sample, sample_correction, (0, num_classes), self.weight.device)
 
     @classmethod
     def from_linear(cls, loss: Callable[..., Tensor], linear: nn.Linear, **options: Any) -> Self:
@@ -129,8 +143,8 @@ class LinearLoss(nn.Module):
         """The loss of (..., D) features; ``per_call`` goes to the loss (``logit_norm``, ``norm``, ``group``,
         ``row_weight``, ``normalizer``), but for ``return_stats``."""
         run = self._called
-        if self.update is not None and torch.compiler.is_compiling():
-            run = torch.compiler.disable(run, reason="tile_update steps in the backward, which is no graph")
+        if (self.update is not None or self.sampler is not None) and torch.compiler.is_compiling():
+            run = torch.compiler.disable(run, reason="a head with tile_update or sample is no graph")
         return run(input, target, **per_call)
 
     def _called(
@@ -140,8 +154,9 @@ class LinearLoss(nn.Module):
         if self.update is not None and torch.is_grad_enabled() and self.weight.requires_grad:
             begin = partial(self.update.begun, self.weight, self.weight)
         logits = logits_of(
-            input, self.weight, target, self.bias, self.normalize, return_stats, self.strategy, self.memory, begin
-        )
+            input, self.weight, target, self.bias, self.normalize, return_stats, self.strategy, self.memory, begin,
+            self.sampler if self.training else None,
+        )  # fmt: skip
         result: Tensor | tuple[Tensor, RowStats] = loss_of(logits, target, self.loss, return_stats, per_call)
         return result
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 import weakref
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from typing_extensions import Never
 from ..backends.reference import Finished
 from .autograd import chunks_of
 from .loop import Head, Known, Sums, chunk_coefficients
+from .sampling import Draws
 
 #: From here on an upstream gradient of a reduced loss is a GradScaler's, and would be taken for the weight's.
 SCALER_FROM = 1024.0
@@ -114,29 +114,6 @@ class TileSGD(Optimizer):
         params.append(weight)
 
 
-class Draws(nn.Module):
-    """A stream of random numbers whose state is two integers, the same on all ranks, each of which draws its own."""
-
-    def __init__(self, seed: int | None = None) -> None:
-        super().__init__()
-        self.seed = int(torch.randint(2**62, ())) if seed is None else seed
-        self.count = 0
-
-    def generator(self, device: torch.device, rank: int = 0) -> torch.Generator:
-        """For the next draw."""
-        name = f"{self.seed} {self.count} {rank}".encode()
-        self.count += 1
-        return torch.Generator(device).manual_seed(int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big"))
-
-    def get_extra_state(self) -> dict[str, int]:
-        """Seed and how often it was drawn from."""
-        return {"seed": self.seed, "count": self.count}
-
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        """Goes on where another one was."""
-        self.seed, self.count = state["seed"], state["count"]
-
-
 class TileUpdate(nn.Module):
     """What a head keeps to step by: the momentum, which classes have any, and the state of the roundings' draws."""
 
@@ -153,7 +130,7 @@ class TileUpdate(nn.Module):
     ) -> None:
         """sharded: what makes a tensor of all ranks of this one's part, where each has a part of the weight."""
         super().__init__()
-        self.optimizer, self.rank = optimizer, rank
+        self.optimizer = optimizer
         self._check_dtype(weight)
         optimizer.bind(weight)
         if optimizer.defaults["momentum"]:
@@ -162,7 +139,7 @@ class TileUpdate(nn.Module):
                 zeros = torch.zeros_like(like, dtype=dtype, memory_format=torch.contiguous_format)
                 self.register_buffer(name, zeros if sharded is None else sharded(zeros))
         if optimizer.stochastic_rounding:
-            self.draws = Draws(seed)
+            self.draws = Draws(seed, rank)
         #: The class from which on a backward that was interrupted has not stepped.
         self.interrupted: int | None = None
         self._watch()
@@ -200,13 +177,9 @@ class TileUpdate(nn.Module):
         if self.optimizer.stochastic_rounding and weight.dtype != torch.bfloat16:
             raise TypeError(f"stochastic_rounding takes a weight of bfloat16, got {weight.dtype}")
 
-    def begun(self, parameter: nn.Parameter, weight: Tensor, classes: Tensor | None = None) -> Updating:
-        """What a forward gives its backward, all checked that can be known now.
-
-        Args:
-            parameter: the head's. weight: what is stepped: the parameter, or this rank's shard of it.
-            classes: the rows of it that are sampled, if they are.
-        """
+    def begun(self, parameter: nn.Parameter, weight: Tensor) -> Updating:
+        """What a forward gives its backward, all checked that can be known now; weight: what is stepped of the head's
+        parameter, it or this rank's shard."""
         (bound,) = self.optimizer.param_groups[0]["params"]
         if bound is not parameter:
             raise RuntimeError(
@@ -229,7 +202,7 @@ class TileUpdate(nn.Module):
                 "back from a step that was taken; autocast to bfloat16"
             )
         _refuse_ddp(parameter)
-        return Updating(self, weight.detach(), classes)
+        return Updating(self, weight.detach())
 
     def step(
         self, weight: Tensor, classes: slice | Tensor, gradient: Tensor, generator: torch.Generator | None
@@ -260,8 +233,10 @@ class TileUpdate(nn.Module):
 class Updating:
     """A forward whose backward is to step; it waits as long as it is alive and has not."""
 
-    def __init__(self, update: TileUpdate, weight: Tensor, classes: Tensor | None):
-        self.update, self.weight, self.classes = update, weight, classes
+    def __init__(self, update: TileUpdate, weight: Tensor):
+        self.update, self.weight = update, weight
+        #: The rows of the weight that are sampled, if they are: the only ones that move.
+        self.classes: Tensor | None = None
         self.version, self.done = weight._version, False
         #: Of a tile of the weight: its gradient and what the step makes of it.
         self.temporaries = 6 if update.optimizer.stochastic_rounding else 2
@@ -297,7 +272,7 @@ class Updating:
         chunks = [] if known is None else [_Chunk(sums, head, *each) for each in chunks_of(head, known, upstream)]
         generator = None
         if update.optimizer.stochastic_rounding:
-            generator = update.draws.generator(self.weight.device, update.rank)
+            generator = update.draws.generator(self.weight.device)
         gradient = head.x.new_empty(min(head.call.plan.classes, head.classes), head.x.shape[1])
         self.done = True
         for start, weight in head.tiles():
@@ -406,7 +381,9 @@ def _trained_elsewhere(weight: Tensor) -> None:
 def _refuse_ddp(weight: Tensor) -> None:
     parallel = sys.modules.get("torch.nn.parallel.distributed")
     active = None if parallel is None else parallel.DistributedDataParallel._get_active_ddp_module()
-    if active is not None and any(p is weight for p in active.module.parameters()):
+    if active is None:
+        return
+    if any(p is weight for name, p in active.module.named_parameters() if name not in active.parameters_to_ignore):
         raise RuntimeError(
             "tile_update refuses DistributedDataParallel around a head: each rank would step its own copy of the "
             "weight. Wrap the backbone alone and spread the classes, ClassParallelLoss(..., tile_update=...)"
