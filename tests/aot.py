@@ -1,6 +1,6 @@
 """Compiles ahead of time, without a GPU, what the Triton backend launches; ``test_compile_targets.py`` runs this.
 
-    python tests/aot.py [--full] [--target sm_90] [--jobs 2]
+    python tests/aot.py [--full | --spread] [--target sm_90] [--jobs 2]
 
 prints one JSON object per compiled kernel. What is compiled is what is launched: losses of the table are called on meta
 tensors, every launch is recorded, and Triton's own binder turns its arguments into a specialisation. That needs the
@@ -36,7 +36,8 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import mlkernels
 from mlkernels import ops
-from mlkernels.backends.triton import launch, tiles
+from mlkernels.backends.triton import launch, sums, tiles
+from mlkernels.numbering import Reduction
 
 # By name: the package exports functions that are called like its modules.
 call = importlib.import_module("mlkernels.call")
@@ -178,6 +179,8 @@ def essentials(architecture: str) -> Iterator[Case]:
     yield Case(16, loss="piecewise_groups", mode="parameters", reduction="sum")
     yield Case(64, layout="strided", mode="eval")
     yield Case(1000, backward=False)  # a multiple of 8, not of 16
+    for classes in (1000, 4096):
+        yield Case(classes, 512, backward=False)  # so few rows that each program counts their labels
     # Twice a row's number is no 32-bit integer.
     yield Case(2, 2**30 + 8, loss="two_scale_margin_modulated", form="shared", mode="all", reduction="none")
 
@@ -264,7 +267,7 @@ def paired(architecture: str, axes: dict[str, list[Any]]) -> Iterator[Case]:
         yield Case(classes, rows, layout, **choice)
 
 
-def cases(name: str, full: bool) -> Iterator[Case]:
+def cases(name: str, full: bool, spread: bool = False) -> Iterator[Case]:
     if full:
         yield from essentials(name)
         yield from every_tile(name, True)
@@ -273,7 +276,7 @@ def cases(name: str, full: bool) -> Iterator[Case]:
         for loss in LOSSES:
             for form, mode in itertools.product(loss.forms, ("train", "all")):
                 yield Case(1024, loss=loss.name, form=form, mode=mode)
-    elif name == "sm_90":
+    elif spread or name == "sm_90":
         yield from essentials(name)
         yield from every_tile(name, False)
         yield from paired(name, FEWER)
@@ -563,6 +566,8 @@ def compiled(one: Launch) -> dict[str, Any]:
     if once and not given["ACROSS"] and given["classes"] >= 256 and given["UNIT"] >= 8:
         threads = TARGETS[one.target].warp_size * one.options["num_warps"]
         row["elements"] = given["ROWS"] * given["classes"] / threads  # of a thread
+        if given["divisors"] is None and given["normalizer"] is None and given["REDUCTION"] == Reduction.MEAN:
+            row["labels"] = sums.FEW.value // threads  # that it counts
     if "input" in given and one.pairs:
         # Beside the logits it is the label's own logit that is read alone, one per row.
         threads = TARGETS[one.target].warp_size * one.options["num_warps"]
@@ -606,6 +611,7 @@ def _one(index: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--full", action="store_true", help="every tile, loss, form and pair of options on each target")
+    parser.add_argument("--spread", action="store_true", help="on each target what there is on sm_90")
     parser.add_argument("--target", action="append", choices=TARGETS)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--list", action="store_true", help="what there would be to compile")
@@ -617,7 +623,7 @@ def main() -> None:
         print(json.dumps({"target": name, "unavailable": reason}), flush=True)
         if reason is not None:
             continue
-        for case in cases(name, arguments.full):
+        for case in cases(name, arguments.full, arguments.spread):
             for one in of_case(name, case):
                 if one.key not in seen:
                     seen.add(one.key)

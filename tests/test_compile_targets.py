@@ -2,7 +2,7 @@
 
 ``aot.py`` does the compiling, in processes of their own: for sm_90 a spread of tiles and options, for the others every
 kernel in the ways that differ most. Triton's cache serves the second time. ``MLKERNELS_FULL=1``: every tile, loss, form
-and pair of options on each target, which takes hours.
+and pair of options on each target, which takes hours; and sm_90's spread for sm_80 and sm_90 by the oldest Triton.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import oldest_triton
 import pytest
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -44,9 +45,12 @@ def _table(rows: list[dict[str, Any]]) -> Iterator[str]:
         yield f"{kernel:9}{target:8}{tile:>9}{warps:>6}{dtype:>6}{len(group):6}{numbers}{flight}"
 
 
-@pytest.fixture(scope="module")
-def everything(tmp_path_factory) -> list[dict[str, Any]]:
+@pytest.fixture(scope="module", params=["installed", *(["oldest"] if FULL else [])])
+def everything(request, tmp_path_factory) -> list[dict[str, Any]]:
     """What ``aot.py`` says; conftest.py prints it as a table at the end."""
+    if request.param == "oldest":
+        options = ("--spread", "--target", "sm_80", "--target", "sm_90")
+        return [json.loads(line) for line in _compiled(*options, path=oldest_triton.folder()).splitlines()]
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:  # one of them compiles, the others wait for it
         folder = folder.parent
@@ -54,7 +58,7 @@ def everything(tmp_path_factory) -> list[dict[str, Any]]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         said = folder / "aot.jsonl"
         if not said.exists():
-            said.write_text(_compiled())
+            said.write_text(_compiled(*(["--full"] if FULL else [])))
             rows = [
                 row for row in map(json.loads, said.read_text().splitlines()) if "kernel" in row and "bad" not in row
             ]
@@ -62,10 +66,10 @@ def everything(tmp_path_factory) -> list[dict[str, Any]]:
     return [json.loads(line) for line in said.read_text().splitlines()]
 
 
-def _compiled() -> str:
+def _compiled(*options: str, path: Path = ROOT) -> str:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, str(ROOT / "tests" / "aot.py"), *(["--full"] if FULL else [])]
+    environment["PYTHONPATH"] = os.pathsep.join([str(path), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, str(ROOT / "tests" / "aot.py"), *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
@@ -74,7 +78,8 @@ def _compiled() -> str:
 @pytest.fixture(params=TARGETS)
 def rows(request, everything) -> list[dict[str, Any]]:
     """A target's kernels."""
-    (reason,) = (row["unavailable"] for row in everything if "unavailable" in row and row["target"] == request.param)
+    reasons = [row["unavailable"] for row in everything if "unavailable" in row and row["target"] == request.param]
+    reason = reasons[0] if reasons else "not asked for"
     if reason is not None:
         pytest.skip(f"this Triton does not compile for {request.param}: {reason}")
     return [row for row in everything if row["target"] == request.param and "kernel" in row and "bad" not in row]
@@ -117,9 +122,15 @@ def test_wide_accesses(rows):
 
 
 def test_few_instructions(rows):
-    """An H100 copies a bfloat16 logit in the time of 19 instructions, and writes its gradient in as much again."""
+    """An H100 copies a bfloat16 logit in the time of 19 instructions, and writes its gradient in as much again. Of few
+    rows each thread also counts some labels."""
     asked = [row for row in rows if "elements" in row and "executed" in row]
-    costly = [row for row in asked if row["executed"] / row["elements"] > (23 if row["wide_stores"] else 15)]
+    costly = [
+        row
+        for row in asked
+        if row["executed"] > (23 if row["wide_stores"] else 15) * row["elements"] + 9 * row.get("labels", 0)
+    ]
+    assert any("labels" in row for row in asked) or rows[0]["target"] != "sm_90"
     assert not costly, _told(costly)
 
 

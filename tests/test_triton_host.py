@@ -15,11 +15,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import oldest_triton
 import pytest
 
 ROOT = Path(__file__).parent.parent
-OLDEST = "3.6.0"  # torch 2.11's
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mlkernels"
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
@@ -27,32 +26,17 @@ pytestmark = [
 ]
 
 
-def _oldest() -> Path:
-    """A folder that holds it."""
-    folder = CACHE / f"triton-{OLDEST}"
-    if not folder.exists():
-        if os.environ.get("MLKERNELS_FULL") != "1":
-            pytest.skip(f"triton {OLDEST} is not in {CACHE}; MLKERNELS_FULL=1 fetches it")
-        made = folder.with_suffix(".part")
-        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(made)]
-        done = subprocess.run([*command, f"triton=={OLDEST}"], capture_output=True, text=True)
-        if done.returncode != 0:
-            pytest.skip(f"triton {OLDEST} cannot be had: {done.stderr[-300:]}")
-        made.rename(folder)
-    return folder
-
-
 @pytest.fixture(scope="module", params=["installed", "oldest"])
 def seen(request) -> dict[str, Any]:
     """What ``triton_host.py`` says."""
-    paths = [ROOT, ROOT / "tests", *([_oldest()] if request.param == "oldest" else [])]
+    paths = [ROOT, ROOT / "tests", *([oldest_triton.folder()] if request.param == "oldest" else [])]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(map(str, reversed(paths)))
     command = [sys.executable, str(ROOT / "tests" / "triton_host.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout)
-    assert request.param == "installed" or found["triton"] == OLDEST
+    assert request.param == "installed" or found["triton"] == oldest_triton.VERSION
     return found
 
 

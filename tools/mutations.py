@@ -38,7 +38,11 @@ _reference, _triton = "mlkernels/backends/[fr]*.py", "mlkernels/backends/triton/
 _softmax, _autograd, _checks, _ops = (f"mlkernels/{name}.py" for name in ("softmax", "autograd", "checks", "ops"))
 
 SUBJECTS: dict[str, Subject] = {
-    "accesses": Subject(("tests/accesses.py",), _of("accesses")),
+    "accesses": Subject(
+        ("mlkernels/backends/triton/arguments.py", "mlkernels/backends/triton/elements.py"),
+        _of("accesses"),
+        "_collapsed|_unit|_rows_at_once|multiple|row_offset|places|offsets",
+    ),
     "autograd": Subject((_autograd,), _of("autograd", "-k", "not triton")),
     "bench": Subject(("bench/*.py",), _of("bench*")),
     "build": Subject(("csrc/build.py", "setup.py"), (*_of("build"), *_of("install"))),

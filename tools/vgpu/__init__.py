@@ -77,20 +77,30 @@ def _flags() -> list[str]:
     return flags
 
 
+def _made(path: Path, line: Sequence[str | Path]) -> None:
+    """Has a compiler make a file, as a whole: another process may look for it."""
+    work = path.with_name(f"{os.getpid()}-{path.name}")
+    command([*line, "-o", work])
+    work.replace(path)
+
+
 @functools.cache
 def _library() -> ctypes.CDLL:
     sources = sorted(SOURCES.iterdir())
     cxx, flags = compiler(), _flags()
     path = cache() / f"emulator-{digest(cxx, *flags, *(source.read_bytes() for source in sources))}.so"
     if not path.exists():
-        work = path.with_suffix(f".{os.getpid()}")
-        work.mkdir(exist_ok=True)
-        objects = {source: work / f"{source.stem}.o" for source in sources if source.suffix == ".cpp"}
+        headers = [source.read_bytes() for source in sources if source.suffix == ".h"]
+
+        def compiled(source: Path) -> Path:
+            made = cache() / f"{source.stem}-{digest(cxx, *flags, source.read_bytes(), *headers)}.o"
+            if not made.exists():
+                _made(made, [cxx, *flags, "-c", source])
+            return made
+
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(lambda pair: command([cxx, *flags, "-c", pair[0], "-o", pair[1]]), objects.items()))
-        command([cxx, "-shared", *objects.values(), "-o", work / "made.so"])
-        (work / "made.so").replace(path)  # as a whole: another process may look for it
-        shutil.rmtree(work)
+            objects = list(pool.map(compiled, (source for source in sources if source.suffix == ".cpp")))
+        _made(path, [cxx, "-shared", *objects])
     library = ctypes.CDLL(str(path))
     for name, result, arguments in (
         ("error", ctypes.c_char_p, []),

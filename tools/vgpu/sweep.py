@@ -10,7 +10,6 @@ The target is sm_80, sm_90 or, of Triton, sm_100. Every call that fails is print
 from __future__ import annotations
 
 import argparse
-import gc
 import itertools
 import os
 import random
@@ -45,7 +44,6 @@ def main() -> int:
     parser.add_argument("--table", nargs="+", type=int, choices=range(cases.PARTS), help="parts of the table")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    gc.disable()  # Triton's compiler makes so many objects that it would take a tenth of the time
     prepare(arguments.backend, arguments.target)
     tried = at_random(arguments.seconds, arguments.seed, arguments.sizes)
     if arguments.table:
