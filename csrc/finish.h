@@ -324,8 +324,10 @@ MLK_FN T approach(const Spec& spec, const Values<T>& values, const Statistics<T>
   at.alone = row.log_sum == -infinity<T>();
   // The difference of the logits first: at |z| = 300 anything added before it costs 1e-5 in p.
   T delta = at.alone ? -infinity<T>() - z_y : row.log_sum + scale.value * (row.other_max - at.target.value);
-  // An infinite logit of the target's is no certainty but an overflow.
-  if (!(row.target < infinity<T>() && z_y < infinity<T>())) delta = nan<T>();
+  // An infinite logit of the target's is no certainty but an overflow; a row without any chance is none, whatever t makes
+  // of it.
+  const bool none = at.alone && !(row.target > -infinity<T>());
+  if (!(row.target < infinity<T>() && z_y < infinity<T>()) || none) delta = nan<T>();
   at.lse = delta > 0 ? scale.value * row.other_max + row.log_sum : z_y;
   return delta;
 }
@@ -437,7 +439,7 @@ MLK_SELDOM T entropy_by_scale(const Statistics<T>& row, const Position<T>& at) {
 }
 
 // The derivatives of a row's loss by its parameters, one per trainable slot; tables: by the entry of the row's bin.
-// of_entropy: what the entropy's upstream gradient adds to that by s.
+// of_entropy: what the entropy's upstream gradient adds to that by s. Not of a row that is NaN: see leave_parameters.
 template <class T>
 MLK_FN void row_parameters(const Spec& spec, const Values<T>& values, const Batch<T>& batch, const Statistics<T>& row,
                            const Position<T>& at, const HeadLoss<T>& head, const Coefficients<T>& gradient,

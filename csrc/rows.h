@@ -130,6 +130,17 @@ MLK_FN Factors<T> factors_of(const Problem<T>& p, const Factors<T>& shared, int6
   return {shared.by_class * weight, shared.by_row * weight};
 }
 
+// The derivatives by parameters of a row that has none: 0 where it is ignored, NaN where it is NaN, whose scale and bins
+// nobody knows.
+template <class T>
+MLK_SELDOM void leave_parameters(const Problem<T>& p, int64_t row, T value) {
+  MLK_UNROLL
+  for (int slot = 0; slot < TRAINABLE_SLOTS; ++slot)
+    if (p.by_parameter[slot]) p.by_parameter[slot][row] = value;
+  if (p.t_bin) p.t_bin[row] = 0;
+  if (p.tau_bin) p.tau_bin[row] = 0;
+}
+
 // A row that stands at `at`: its loss, and where one is wanted what its gradient is made of; all other results are left
 // where they belong. leaves: this thread is the one to.
 // PARAMETERS: whether gradients of parameters or of the entropy may be wanted at all. BARE: nothing is saved, and no
@@ -159,7 +170,9 @@ MLK_FN T finish_row(const Problem<T>& p, const Spec& spec, const Batch<T>& batch
     add_entropy(r, at, g, gradient);
     if (p.want_square) of_entropy = g * entropy_by_scale(r, at);
   }
-  if (PARAMETERS && p.want_parameters && leaves) {
+  if (PARAMETERS && p.want_parameters && leaves && at.nll != at.nll) {
+    leave_parameters(p, row, at.nll);
+  } else if (PARAMETERS && p.want_parameters && leaves) {
     T by[TRAINABLE_SLOTS];
     row_parameters(spec, values, batch, r, at, head, gradient, up, weight, of_entropy, by);
     MLK_UNROLL
@@ -180,11 +193,7 @@ MLK_FN void leave_unread(const Problem<T>& p, int64_t row, T value) {
     p.prediction[row] = -1;
     p.rank[row] = 0;
   }
-  MLK_UNROLL
-  for (int slot = 0; slot < TRAINABLE_SLOTS; ++slot)
-    if (p.by_parameter[slot]) p.by_parameter[slot][row] = value;
-  if (p.t_bin) p.t_bin[row] = 0;
-  if (p.tau_bin) p.tau_bin[row] = 0;
+  leave_parameters(p, row, value);
 }
 
 // softcap: c tanh(x / c), and an overflow stays one.

@@ -16,6 +16,7 @@ import textwrap
 import pytest
 import torch
 import torch.nn.functional as F
+from oracle import TABLES
 from table import BY_NAME, F64, FEW, INF, NAN, draw, expected, run
 
 import mlkernels
@@ -236,6 +237,32 @@ def test_9_a_target_without_a_chance_is_no_part_of_statistics(backend, which, cl
         assert others or not by_input[range(2), target].any()
         found.append(by_scale)
     assert math.isclose(*map(float, found), rel_tol=1e-9), found
+
+
+NAN_ROWS = {
+    "another": lambda row, y: row.__setitem__((y + 1) % len(row), NAN),
+    "impossible": lambda row, y: row.fill_(-INF),
+}
+
+
+@pytest.mark.parametrize("kind", NAN_ROWS)
+def test_9_parameters_of_a_nan_row(loss, backend, kind):
+    """Each has a gradient of NaN: which scale or bin is such a row's, and what a factor would multiply, nobody knows."""
+    form = "row" if "row" in loss.forms else "shared"
+    input, target, params = draw(loss, rows=4, form=form, kinds=("random",))
+    NAN_ROWS[kind](input[1], int(target[1]))
+    options = {"group": loss.group(target)} if loss.groups else {}
+    value, grad, by_param = run(
+        loss, input, target, params, torch.tensor([2.0, 1.0, 0.5, -1.0]), reduction="none", backend=backend, **options
+    )
+    assert value.isnan().tolist() == grad.isnan().all(1).tolist() == [False, True, False, False]
+    for name, found in by_param.items():
+        wanted = torch.zeros_like(found, dtype=torch.bool)
+        if name in TABLES:
+            wanted.view(-1, found.shape[-1])[1 if loss.groups else 0, 0] = True
+        else:
+            wanted[1 if found.dim() else ...] = True
+        assert torch.equal(found.isnan(), wanted), name
 
 
 # ---- 10: strides -----------------------------------------------------------------------------------------------------

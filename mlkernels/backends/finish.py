@@ -58,6 +58,8 @@ class Values:
         #: False where a label is out of range: that row is NaN, never 0, never a read out of bounds.
         self.legal = inside | ~self.kept
         self.label = torch.where(inside, label, 0)
+        #: (rows,), 1, or NaN where a row is; None: 1.
+        self.mark: Tensor | None = None
         self.smoothing, self.z_loss = self.consts[int(Slot.SMOOTHING)], self.consts[int(Slot.Z_LOSS)]
 
     def __getitem__(self, slot: int) -> Tensor:
@@ -66,15 +68,21 @@ class Values:
         if param is None:
             return torch.full((), self.consts[int(slot)], dtype=self.dtype, device=self.label.device)
         param = param.to(self.dtype)
-        if param.dim() == 0:
-            return param
-        # An ignored row's own number is not read either: 1 is legal for all of them.
-        return param[self.label] if param.dim() == 1 else torch.where(self.kept, param.reshape(-1), 1)
+        if param.dim() > 0:
+            # An ignored row's own number is not read either: 1 is legal for all of them.
+            param = param[self.label] if param.dim() == 1 else torch.where(self.kept, param.reshape(-1), 1)
+        return param if self.mark is None else param * self.mark
 
     def replaced(self, params: dict[int, Tensor]) -> Values:
         """The same with some other tensors."""
         other = copy.copy(self)
         other.params = self.params | params
+        return other
+
+    def marked(self, sound: Tensor) -> Values:
+        """The same where rows are sound, else NaN: as a product, so that each number has a gradient of NaN there."""
+        other = copy.copy(self)
+        other.mark = torch.where(sound, 1.0, math.nan).to(self.dtype)
         return other
 
     def bins(self, slot: int) -> int:
@@ -83,10 +91,12 @@ class Values:
     def table(self, slot: int, index: Tensor) -> Tensor:
         table = self.params[slot].to(self.dtype)
         if table.dim() == 1:
-            return table[index]
-        group = self.params[Slot.GROUP].reshape(-1).long()
-        inside = (group >= 0) & (group < table.shape[0])
-        return torch.where(inside, table[torch.where(inside, group, 0), index], math.nan)
+            found = table[index]
+        else:
+            group = self.params[Slot.GROUP].reshape(-1).long()
+            inside = (group >= 0) & (group < table.shape[0])
+            found = torch.where(inside, table[torch.where(inside, group, 0), index], math.nan)
+        return found if self.mark is None else found * self.mark
 
     def vector(self, slot: int) -> Tensor | None:
         """(C,) of the class weights or the adjustment, if there are any; they have no gradient."""
@@ -162,7 +172,7 @@ def transform_target(x: Tensor, values: Values) -> Tensor:
         return x
     a = Slot.TRANSFORM_A
     if kind == TransformKind.GIVEN:
-        return values[a].expand_as(x)
+        return values[a] + torch.where(x == x, 0, x)  # a row that is NaN is so everywhere
     if kind == TransformKind.AFFINE:
         return values[a] * x + values[Slot.TRANSFORM_B]
     has_norm = Slot.NORM in values.params or values.consts[int(Slot.NORM)] > 0
@@ -317,9 +327,9 @@ def finish(rows: Rows, u_y: Tensor, s: Tensor, values: Values) -> Finished:
 
     Differentiable by u_y, s, S, T, V and the loss's parameters.
     """
-    # The target as a product with NaN, so that what stands on it is NaN, and its gradient too.
-    legal = torch.where(sound(rows.top, u_y, values), 1.0, math.nan).to(u_y.dtype)
-    t = transform_target(u_y * legal, values)
+    values = values.marked(sound(rows.top, u_y, values))
+    assert values.mark is not None
+    t = transform_target(u_y * values.mark, values)
     # Everything relative to the largest other class: a difference of large logsumexps would lose what they share.
     top = torch.where(rows.top == -math.inf, 0, rows.top)
     alone = rows.total == 0  # no other class has a chance: log p_y is 0
@@ -329,7 +339,7 @@ def finish(rows: Rows, u_y: Tensor, s: Tensor, values: Values) -> Finished:
     lead = s * (torch.where(hopeless, top, t) - top)
     delta = torch.where(alone, -math.inf - lead, log_total - lead)
     # An infinite z of the target's is no certainty but an overflow.
-    mark = torch.where(s * t < math.inf, legal, math.nan)
+    mark = torch.where(s * t < math.inf, values.mark, math.nan)
     nll = torch.logaddexp(delta, torch.zeros_like(delta)) * mark
     above_top = torch.where(alone, lead, torch.logaddexp(log_total, lead)) * mark
 
@@ -347,7 +357,7 @@ def finish(rows: Rows, u_y: Tensor, s: Tensor, values: Values) -> Finished:
 
     omega = values.vector(Slot.WEIGHT)
     omega_y = torch.ones_like(nll) if omega is None else omega[values.label]
-    loss = omega_y * head_loss(nll, values)
+    loss = omega_y * head_loss(nll, values.marked(nll == nll))
     if values.smoothing > 0:
         assert rows.weighted is not None and rows.weights is not None
         spread = omega_y * nll + rows.weights * above_top - s * rows.weighted

@@ -181,7 +181,7 @@ def coefficients(
     one = chosen(rows, high)
     with torch.enable_grad():
         params = {slot: values.params[slot].detach().requires_grad_() for slot in needs}
-        own = values.replaced(params)
+        own = values.replaced(params).marked(sound(rows.top, u_y, values))
         u_y = u_y.detach().requires_grad_()
         total, shift = one.total.detach().requires_grad_(), one.shift.detach().requires_grad_()
         weighted = None if one.weighted is None else one.weighted.detach().requires_grad_()
@@ -307,9 +307,9 @@ def softmax_loss(
         u_y = u.gather(1, column).squeeze(1)
         top = u.detach().scatter(1, column, -math.inf).amax(1)
         high = well_classified(u_y.detach() - top, values)
-        s = row_scale(values, high)
-        top = torch.where(sound(top, u_y, values), top, math.nan)
-        rows = chosen(statistics(u, u_y, s.unsqueeze(0), values, top=top), high)
+        marked = values.marked(sound(top, u_y, values))
+        s = row_scale(marked, high)
+        rows = chosen(statistics(u, u_y, s.unsqueeze(0), values, top=top * marked.mark), high)
         finished = finish(rows, u_y, s, values)
         loss, stats = reduced(finished, values), row_stats(rows, u_y, finished, values)
     if values.reduction == Reduction.NONE:

@@ -308,8 +308,8 @@ def locate(target, other_max, log_sum, s, t):
     alone = log_sum == -INF
     # The difference of the logits first: at |z| = 300 anything added before it costs 1e-5 in p.
     delta = tl.where(alone, -INF - z_y, log_sum + s * (tl.where(alone, 0.0, other_max) - t))
-    # An infinite logit of the target's is no certainty but an overflow.
-    delta = tl.where((target < INF) & (z_y < INF), delta, float("nan"))
+    # An infinite logit of the target's is no certainty but an overflow; nor is there one in a row without any chance.
+    delta = tl.where((target < INF) & (z_y < INF) & ((target > -INF) | (alone == 0)), delta, float("nan"))
     wrong = delta > 0
     e = tl.exp(-tl.abs(delta))
     tail = log1p(e)

@@ -122,13 +122,16 @@ def leave_stats(stats, row, rows, kept, exists, at, h, confidence, described, do
 
 @triton.jit
 def leave_parameters(
-    by_parameter, bins, row, rows, kept, by_s, s, high, norm, by_target, own, by_head, head, TWO: tl.constexpr,
+    by_parameter, bins, row, rows, kept, nll, by_s, s, high, norm, by_target, own, by_head, head, TWO: tl.constexpr,
     WANT: tl.constexpr,
 ):  # fmt: skip
     """The derivatives of each row's loss by the parameters in WANT, (slot, rows); tables: by the entry of its bin.
 
+    A row that is NaN has NaN for each: its scale and its bins nobody knows.
+
     own, head: what transform_target and head_loss return.
     """
+    known = nll == nll
     zero = tl.zeros_like(s)
     n = tl.where(TWO, norm, 1.0)
     for slot in tl.static_range(TRAINABLE_SLOTS):
@@ -145,7 +148,7 @@ def leave_parameters(
             elif slot >= HEAD_A:
                 value = by_head * head[2 + slot - HEAD_A]
             place = tl.full((), slot, tl.int64) * rows
-            tl.store(by_parameter + place + row, tl.where(kept, value, 0.0), row < rows)
+            tl.store(by_parameter + place + row, tl.where(kept, tl.where(known, value, nll), 0.0), row < rows)
     if bins is not None:
-        tl.store(bins + row, tl.where(kept, own[6], 0), row < rows)
-        tl.store(bins + rows + row, tl.where(kept, head[6], 0), row < rows)
+        tl.store(bins + row, tl.where(kept & known, own[6], 0), row < rows)
+        tl.store(bins + rows + row, tl.where(kept & known, head[6], 0), row < rows)

@@ -322,6 +322,6 @@ def visit(
                 by_s = by_scale(classes, every_weight, share, m, s, own[0], at, h, w_y, weighted, shift, second, g_h, z)
                 by_head = up[0] * (1.0 - smoothing) * w_y
                 leave_parameters(
-                    by_parameter, bins, row, rows, kept, by_s, s, high, v[LOGIT_NORM], s * z[3], own, by_head, head,
-                    scale == TWO_SCALE, WANT,
+                    by_parameter, bins, row, rows, kept, at[0], by_s, s, high, v[LOGIT_NORM], s * z[3], own, by_head,
+                    head, scale == TWO_SCALE, WANT,
                 )  # fmt: skip
