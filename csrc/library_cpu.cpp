@@ -289,7 +289,7 @@ struct Call {
     if (reduction != Reduction::MEAN) return;
     const double given = tensors[NORMALIZER] ? double(*arrays[NORMALIZER].data) : arguments.numbers[NORMALIZER];
     if (tensors[NORMALIZER] || given != 0) {
-      p.by_class_factor = p.by_row_factor = T(1 / MLKERNELS_ISA::legal(given > 0, given));
+      p.by_class_factor = p.by_row_factor = T(1 / MLKERNELS_ISA::legal(given > 0 && std::isfinite(given), given));
     } else {
       p.by_class_factor = T(1 / MLKERNELS_ISA::legal(weight_total != 0, weight_total));
       p.by_row_factor = T(1 / MLKERNELS_ISA::legal(kept != 0, kept));

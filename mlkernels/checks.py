@@ -6,6 +6,7 @@ import inspect
 import math
 import numbers
 import operator
+import sys
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -64,7 +65,7 @@ _RANGES: dict[str, tuple[float, float, float, str]] = {
     "lr": (-math.inf, 0.0, math.inf, ">= 0"),
     "participation": (-math.inf, 0.0, 1.0, "in [0, 1]"),
     "softcap": (0.0, -math.inf, math.inf, "> 0"),
-    "normalizer": (0.0, -math.inf, math.inf, "> 0"),
+    "normalizer": (0.0, -math.inf, sys.float_info.max, "> 0 and finite"),
 }
 #: Half a turn, as float32 has it.
 _LARGEST_ANGLE = math.pi * (1 + 1e-7)
@@ -138,8 +139,8 @@ def check_range(word: str, tensor: Tensor, rule: str | None = None) -> None:
         value = tensor.item()
         if value > above and low <= value <= high:
             return
-        # A non-finite parameter is a training run gone wrong, not a bad argument: it gives NaN rows.
-        if math.isfinite(value):
+        # A non-finite parameter is a training run gone wrong, not a bad argument: it gives NaN rows. A divisor is none.
+        if math.isfinite(value) or word == "normalizer":
             raise ValueError(f"{word} must be {words}, got a tensor holding {value}")
     elif above > -math.inf or low > -math.inf or high < math.inf:
         outside = (tensor <= above) | (tensor < low) | (tensor > high)
@@ -184,6 +185,8 @@ def unknown_keywords(of: Callable[..., object], unknown: Mapping[str, object], s
 
 def wrong_type(word: str, takes: str, value: object) -> TypeError:
     """The error for what is no tensor; of lists and arrays with what makes one of them."""
+    if hasattr(value, "instead"):  # a ProductLogits
+        return TypeError(f"{word} takes {takes}, got the logits of a head: {value.instead}")
     many = isinstance(value, (list, tuple)) or hasattr(value, "__array_interface__")
     hint = f": write torch.as_tensor({word})" if many else ""
     return TypeError(f"{word} takes {takes}, got {type(value).__name__}{hint}")

@@ -17,12 +17,12 @@ __all__ = ["Alternating", "JointLoss", "Turn"]
 class _Called(nn.Module):
     """A plain function among modules."""
 
-    def __init__(self, function: Callable[[Any, Any], Tensor]) -> None:
+    def __init__(self, function: Callable[..., Tensor]) -> None:
         super().__init__()
         self.function = function
 
-    def forward(self, input: Any, target: Any) -> Tensor:
-        loss: Tensor = self.function(input, target)
+    def forward(self, input: Any, target: Any, *more: Any, **batch: Any) -> Tensor:
+        loss: Tensor = self.function(input, target, *more, **batch)
         return loss
 
     def extra_repr(self) -> str:
@@ -121,12 +121,15 @@ class JointLoss(nn.Module):
         elif self.mode == "uncertainty":
             self.log_variance.copy_(torch.tensor([-math.log(weight) for weight in self.fixed], device="cpu"))
 
-    def forward(self, input: Any, target: Any) -> Tensor:
-        """The weighted sum of the losses of (input, target)."""
+    def forward(self, input: Any, target: Any, **batch: Any) -> Tensor:
+        """The weighted sum of the losses of (input, target). ``batch`` goes to each of them: ``row_weight`` and
+        ``normalizer``, where all take them."""
         each: list[Tensor] = []
         for loss, part in zip(self.losses, self.inputs, strict=True):
             first, *more = part if isinstance(part, tuple) else (part,)
-            each.append(loss(input if first is None else input[first], target, *(input[index] for index in more)))
+            each.append(
+                loss(input if first is None else input[first], target, *(input[index] for index in more), **batch)
+            )
         terms = [weight * loss for weight, loss in zip(self.weights, each, strict=True)]
         total = terms[0]
         for term in terms[1:]:

@@ -48,6 +48,12 @@ functions: dict[str, Callable[..., object]] = {}
 class ProductLogits:  # no ABC: every call asks whether its input is one, and an ABC answers slowly
     """What stands for logits that are a product and never whole; see :mod:`mlkernels.linear`."""
 
+    #: What an error says where somebody needs them all.
+    instead = (
+        "they are never whole, and it takes losses of the softmax family (mlkernels.softmax_loss, those of a name, "
+        "their modules) and functions of these; reduction='none' and return_stats=True give what else is wanted of rows"
+    )
+
     def shaped(self) -> Tensor:
         """A tensor of their shape, dtype and device that takes no memory: arguments are checked by it."""
         raise NotImplementedError

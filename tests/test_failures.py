@@ -247,7 +247,7 @@ NAN_ROWS = {
 
 @pytest.mark.parametrize("kind", NAN_ROWS)
 def test_9_parameters_of_a_nan_row(loss, backend, kind):
-    """Each has a gradient of NaN: which scale or bin is such a row's, and what a factor would multiply, nobody knows."""
+    """Each has a gradient of NaN: which scale or bin is such a row's nobody knows."""
     form = "row" if "row" in loss.forms else "shared"
     input, target, params = draw(loss, rows=4, form=form, kinds=("random",))
     NAN_ROWS[kind](input[1], int(target[1]))

@@ -147,6 +147,8 @@ CASES = [
             ("normalizer|> 0|0", ValueError, 0),
             ("normalizer|> 0|nan", ValueError, NAN),
             ("normalizer|> 0|holding -2", ValueError, T(-2)),
+            ("normalizer|> 0|holding nan", ValueError, T(NAN)),
+            ("normalizer|> 0|holding inf", ValueError, T(INF)),
             ("normalizer|a number|str", TypeError, "4"),
             ("normalizer|floating|integer|bool", TypeError, T(True)),
             ("normalizer|0-d|(4,)", ValueError, torch.ones(N)),

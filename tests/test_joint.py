@@ -28,6 +28,16 @@ def test_joint_fixed():
     torch.testing.assert_close(mlkernels.JointLoss(pair()[:1], weights=[2.0])(input, target), 2 * one)
 
 
+def test_joint_hands_on_what_belongs_to_a_batch():
+    input, target = draw()
+    batch = {"row_weight": torch.rand(target.shape), "normalizer": 3.0}
+    losses = [mlkernels.FocalLoss(), mlkernels.cross_entropy]
+    wanted = sum(loss(input, target, **batch) for loss in losses)
+    torch.testing.assert_close(mlkernels.JointLoss(losses)(input, target, **batch), wanted)
+    with pytest.raises(TypeError, match="row_weight"):
+        mlkernels.JointLoss(pair())(input, target, **batch)
+
+
 def test_joint_trainable():
     input, target = draw()
     one, two = (loss(input, target).item() for loss in pair())

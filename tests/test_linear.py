@@ -1,11 +1,13 @@
 """Heads: a loss of the family on a classifier's output that is never whole, against the unfused chain in float64."""
 
 import functools
+import operator
 
 import pytest
 import torch
 import torch.nn.functional as F
 from table import BY_NAME, F64, LOSSES, TABLES
+from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -467,17 +469,44 @@ BAD = [
     (ValueError, "weight must have one entry per class", lambda: linear_cross_entropy(X, W, Y, weight=VECTOR[:3])),
     (TypeError, "loss has its own scale", lambda: linear_softmax_loss(X, W, Y, loss=mlkernels.FocalLoss(), scale=2.0)),
     (TypeError, "loss takes a loss module or function", lambda: linear_softmax_loss(X, W, Y, loss=3)),
-    (TypeError, "LinearLogits", lambda: linear_softmax_loss(X, W, Y, loss=mlkernels.MultiMarginLoss())),
+    (TypeError, "loss takes a loss module or function.*: call CrossEntropyLoss", lambda: linear_softmax_loss(
+        X, W, Y, loss=mlkernels.CrossEntropyLoss)),
+    (TypeError, "loss must return a tensor, got float", lambda: linear_softmax_loss(X, W, Y, loss=lambda f, y: 3.0)),
     (ValueError, "looks at the logits once", lambda: linear_softmax_loss(
         X, W, Y, loss=lambda f, y: mlkernels.cross_entropy(f, y) + mlkernels.focal_loss(f, y), return_stats=True)),
-    (AttributeError, "a head takes losses of the softmax family", lambda: linear_softmax_loss(
-        X, W, Y, loss=lambda f, y: f.logsumexp(1))),
     (ValueError, "normalize=True", lambda: head(5, 23, bias=True, normalize=True)),
     (ValueError, "strategy must be one of", lambda: head(5, 23, strategy="tile")),
     (ValueError, "memory must be a number of bytes", lambda: head(5, 23, memory=0)),
     (TypeError, r"weight takes the nn\.Parameter", lambda: head(5, 23, weight=X)),
     (ValueError, r"k must be in \[1, 23\]", lambda: head(5, 23).topk(X.float(), 24)),
+    (ValueError, "in_features must be an integer >= 0, got -5", lambda: head(-5, 23)),
+    (TypeError, "in_features takes an int, got float", lambda: head(5.0, 23)),
+    (ValueError, "num_classes must be an integer >= 1, got 0", lambda: head(5, 0)),
+    (TypeError, "num_classes takes an int, got bool", lambda: head(5, True)),
+    (ValueError, "dtype has no meaning beside weight", lambda: head(5, 23, weight=nn.Parameter(W), dtype=F64)),
+    (ValueError, "device has no meaning beside weight", lambda: head(5, 23, weight=nn.Parameter(W), device="cpu")),
+    (ValueError, "dtype has no meaning beside weight", lambda: mlkernels.LinearLoss.from_linear(
+        mlkernels.FocalLoss(), nn.Linear(5, 23), dtype=F64)),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        mlkernels.MultiMarginLoss(), mlkernels.multi_margin_loss, F.cross_entropy, nn.CrossEntropyLoss(),
+        mlkernels.CenterLoss(num_features=CLASSES, num_classes=CLASSES), operator.mul, operator.matmul,
+        mlkernels.LGMLoss(num_features=CLASSES, num_classes=CLASSES), operator.getitem, lambda f, y: -f,
+        lambda f, y: torch.softmax(f, 1), lambda f, y: f.logsumexp(1), lambda f, y: 2.0 * f, lambda f, y: len(f),
+        lambda f, y: torch.stack([*f]),
+        mlkernels.JointLoss([mlkernels.CrossEntropyLoss(), mlkernels.MultiMarginLoss()]),
+    ],
+)  # fmt: skip
+def test_losses_that_a_head_does_not_take(loss):
+    """They read logits, of which there are never all at once."""
+    with pytest.raises(
+        (TypeError, AttributeError), match=r"head.*losses of the softmax family.*mlkernels\.softmax_loss"
+    ):
+        linear_softmax_loss(X, W, Y, loss=loss)
 
 
 @pytest.mark.parametrize("error, words, call", BAD, ids=[words for _, words, _ in BAD])

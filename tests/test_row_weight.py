@@ -65,7 +65,7 @@ def test_nothing_kept(backend, options, upstream):
     assert not grad.any() and not any(g.any() for g in by_param.values())
 
 
-@pytest.mark.parametrize("normalizer", [0.0, -2.0, NAN])
+@pytest.mark.parametrize("normalizer", [0.0, -2.0, NAN, INF])
 def test_a_bad_normalizer_on_a_device_is_nan(backend, normalizer, monkeypatch):
     """Where nobody looks at it: never a loss of the other sign."""
     monkeypatch.setattr(mlkernels.call, "check_range", lambda *arguments: None)

@@ -133,6 +133,16 @@ def test_the_loss_of_each_row():
     torch.testing.assert_close(PopulationLoss(tau_slope=tables[0], tau_bias=tables[1])(image, labels), wanted)
 
 
+@pytest.mark.parametrize("normalizer", [None, 3.0, torch.tensor(5)])
+def test_what_belongs_to_a_batch_is_the_same_for_all(normalizer):
+    tables, y = torch.tensor([[1.0, 0.5], [0.7, 2.0]]), torch.randint(3, (6,))
+    logits, batch = torch.randn(2, len(y), 3), {"row_weight": torch.rand(len(y)), "normalizer": normalizer}
+    wanted = sum(mlkernels.PiecewiseLoss(tau_slope=t)(f, y, **batch) for t, f in zip(tables, logits, strict=True))
+    torch.testing.assert_close(PopulationLoss(tau_slope=tables)(logits, y, **batch), wanted)
+    with pytest.raises(ValueError, match=r"row_weight must have target's shape \("):
+        PopulationLoss(tau_slope=tables)(logits, y, row_weight=torch.ones(2, len(y)))
+
+
 def test_one_loss_that_is_nan_spoils_no_other():
     x, y = torch.randn(3, 4, 3, requires_grad=True), torch.tensor([0, 1, 2, 0])
     slope = torch.ones(3, 2)

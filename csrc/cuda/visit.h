@@ -315,7 +315,7 @@ MLK_DEVICE Factors<T> shared_factors(const Simt& simt, const Visit<T>& v) {
   if (v.parts == 0) {
     double by = v.spec.reduction == Reduction::MEAN ? v.normalizer.value : 1.0;
     if (v.normalizer.data) by = read_number<double>(v.normalizer.data, v.normalizer.storage, 0);
-    by = legal(by > 0, by);
+    by = legal(by > 0 && by < infinity<double>(), by);
     return factors_of<T>(by, by);
   }
   double weights = 0, rows = 0;

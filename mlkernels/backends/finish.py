@@ -58,8 +58,8 @@ class Values:
         #: False where a label is out of range: that row is NaN, never 0, never a read out of bounds.
         self.legal = inside | ~self.kept
         self.label = torch.where(inside, label, 0)
-        #: (rows,), 1, or NaN where a row is; None: 1.
-        self.mark: Tensor | None = None
+        #: 1, or NaN where a row is: a factor of every tensor's number, whose gradient is NaN there too.
+        self.mark = torch.ones((), dtype=dtype, device=label.device)
         self.smoothing, self.z_loss = self.consts[int(Slot.SMOOTHING)], self.consts[int(Slot.Z_LOSS)]
 
     def __getitem__(self, slot: int) -> Tensor:
@@ -71,7 +71,7 @@ class Values:
         if param.dim() > 0:
             # An ignored row's own number is not read either: 1 is legal for all of them.
             param = param[self.label] if param.dim() == 1 else torch.where(self.kept, param.reshape(-1), 1)
-        return param if self.mark is None else param * self.mark
+        return param * self.mark
 
     def replaced(self, params: dict[int, Tensor]) -> Values:
         """The same with some other tensors."""
@@ -80,7 +80,7 @@ class Values:
         return other
 
     def marked(self, sound: Tensor) -> Values:
-        """The same where rows are sound, else NaN: as a product, so that each number has a gradient of NaN there."""
+        """The same where rows are sound, else NaN."""
         other = copy.copy(self)
         other.mark = torch.where(sound, 1.0, math.nan).to(self.dtype)
         return other
@@ -96,7 +96,7 @@ class Values:
             group = self.params[Slot.GROUP].reshape(-1).long()
             inside = (group >= 0) & (group < table.shape[0])
             found = torch.where(inside, table[torch.where(inside, group, 0), index], math.nan)
-        return found if self.mark is None else found * self.mark
+        return found * self.mark
 
     def vector(self, slot: int) -> Tensor | None:
         """(C,) of the class weights or the adjustment, if there are any; they have no gradient."""
@@ -328,7 +328,6 @@ def finish(rows: Rows, u_y: Tensor, s: Tensor, values: Values) -> Finished:
     Differentiable by u_y, s, S, T, V and the loss's parameters.
     """
     values = values.marked(sound(rows.top, u_y, values))
-    assert values.mark is not None
     t = transform_target(u_y * values.mark, values)
     # Everything relative to the largest other class: a difference of large logsumexps would lose what they share.
     top = torch.where(rows.top == -math.inf, 0, rows.top)

@@ -236,7 +236,7 @@ def factors(values: Values) -> tuple[Tensor, Tensor]:
         return share, share
     if normalized(values):
         normalizer = values[Slot.NORMALIZER].detach()
-        share = share / torch.where(normalizer > 0, normalizer, math.nan)
+        share = share / torch.where((normalizer > 0) & (normalizer < math.inf), normalizer, math.nan)
         return share, share
     omega = values.vector(Slot.WEIGHT)
     weights = torch.where(values.kept, ones if omega is None else omega[values.label], 0).sum()

@@ -171,6 +171,8 @@ def loss_of(
             raise TypeError(f"loss has its own {given[0]}: give the loss another one, or leave loss=None")
         check_callable(loss)
         value = loss(logits, _flat(target), **arguments)
+        if not isinstance(value, Tensor):
+            raise TypeError(f"loss must return a tensor, got {type(value).__name__}")
     if not return_stats:
         return _shaped(value, target)
     if logits.stats is None or logits.visits > 1:
@@ -182,8 +184,11 @@ def loss_of(
 
 def check_callable(loss: Any) -> None:
     """A loss is called with (logits, target)."""
+    takes = "loss takes a loss module or function of the softmax family"
+    if isinstance(loss, type):
+        raise TypeError(f"{takes}, got a class: call {loss.__name__}(...)")
     if not callable(loss):
-        raise TypeError(f"loss takes a loss module or function of the softmax family, got {type(loss).__name__}")
+        raise TypeError(f"{takes}, got {type(loss).__name__}")
 
 
 def _flat(target: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from typing_extensions import Never
 
 from ..checks import HALF
 from ..numbering import IGNORE_INDEX, slots_of
@@ -21,6 +22,10 @@ from .pieces import CPU, pieces_for
 from .plan import Plan, plan, shared
 from .sampling import ClassSampler, Sample
 from .update import Updating
+
+
+def _refused(self: ProductLogits, *_: object) -> Never:
+    raise TypeError(f"loss calculates with the logits of a head: {self.instead}")
 
 
 class LinearLogits(ProductLogits):
@@ -57,10 +62,11 @@ class LinearLogits(ProductLogits):
         self.visits = 0
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(
-            f"loss reads input.{name}, which logits that are never whole do not have: a head takes losses of the "
-            "softmax family; a function of reduction='none' and return_stats=True gives what else is wanted of rows"
-        )
+        raise AttributeError(f"loss reads input.{name}, which the logits of a head do not have: {self.instead}")
+
+    @classmethod
+    def __torch_function__(cls, function: Callable[..., Any], *_: Any) -> Never:
+        raise TypeError(f"loss calls {function.__name__}() on the logits of a head: {cls.instead}")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -164,6 +170,10 @@ class LinearLogits(ProductLogits):
         """The weight as autograd is to see it: one that steps in the backward gets no gradient."""
         weight = self.part[0]
         return weight if call.update is None else weight.detach().requires_grad_()
+
+
+for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "matmul", "neg", "getitem", "len", "iter"):
+    setattr(LinearLogits, f"__{_name}__", _refused)
 
 
 def by_rows(

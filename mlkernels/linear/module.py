@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ..backends.reference import full_precision
-from ..checks import check_input
+from ..checks import check_input, check_size
 from ..softmax import RowStats
-from .functional import Strategy, check_classifier, check_plan, logits_of, loss_of
+from .functional import Strategy, check_callable, check_classifier, check_plan, logits_of, loss_of
 from .plan import TILE
 from .sampling import ClassSampler, Correction, check_sample
 from .update import TileSGD, TileUpdate
@@ -77,8 +77,9 @@ class LinearLoss(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not callable(loss):
-            raise TypeError(f"loss takes a loss module or function of the softmax family, got {type(loss).__name__}")
+        check_callable(loss)
+        in_features = check_size("in_features", in_features, 0)
+        num_classes = check_size("num_classes", num_classes)
         if bias and normalize:
             raise ValueError("bias has no meaning beside normalize=True: cosines have none")
         check_plan(strategy, memory, tile_update)
@@ -88,6 +89,9 @@ class LinearLoss(nn.Module):
         self.normalize, self.strategy, self.memory = normalize, strategy, memory
         if weight is None:
             self.weight = nn.Parameter(torch.empty(num_classes, in_features, device=device, dtype=dtype))
+        elif device is not None or dtype is not None:
+            given = "device" if device is not None else "dtype"
+            raise ValueError(f"{given} has no meaning beside weight, which has its own: leave it out")
         elif not isinstance(weight, nn.Parameter):
             raise TypeError(f"weight takes the nn.Parameter that is shared, got {type(weight).__name__}")
         elif weight.shape != (num_classes, in_features):

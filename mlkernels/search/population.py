@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import Unpack
 
-from ..checks import check_size
+from ..call import PerCall
+from ..checks import check_row_weight, check_size
 from ..modules import PiecewiseLoss
 from ..ops import multi_copy_
 from .state import put
@@ -140,24 +142,31 @@ class PopulationLoss(PiecewiseLoss):
         tensor(2.0794)
     """
 
-    def forward(self, input: Tensor, target: Tensor, norm: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """The loss of (G, N, C, ...) logits and one batch of labels, (N, ...). ``norm``: (G, N, 1)."""
+    def forward(  # type: ignore[override]
+        self, input: Tensor, target: Tensor, norm: Tensor | None = None, **batch: Unpack[PerCall]
+    ) -> Tensor:
+        """The loss of (G, N, C, ...) logits and one batch of labels, (N, ...). ``norm``: (G, N, 1). ``row_weight``, (N,
+        ...), and ``normalizer`` are the same for all models."""
         tables = (self.t_slope, self.t_bias, self.tau_slope, self.tau_bias)
         size = next(table.shape[0] for table in tables if isinstance(table, Tensor))
         if input.dim() < 3 or input.shape[0] != size:
             raise ValueError(f"input must be (G, N, C, ...) with G = {size} models, got {tuple(input.shape)}")
         labels = target.expand(size, *target.shape)
         group = torch.arange(size, device=target.device).view(size, *[1] * target.dim()).expand_as(labels)
+        if isinstance(weight := batch.get("row_weight"), Tensor):
+            check_row_weight(weight, input, target.shape)
+            batch["row_weight"] = weight.expand_as(labels).flatten(0, 1)
         loss = super().forward(
             input.flatten(0, 1),
             labels.flatten(0, 1),
             group.flatten(0, 1),
             None if norm is None else norm.flatten(0, 1),
+            **batch,
         )
         if self.reduction == "none":
             return loss.view_as(labels)
         # The mean is over the rows of all models; they have the same labels, so each has its G-th part of the weight.
-        return size * loss if self.reduction == "mean" else loss
+        return size * loss if self.reduction == "mean" and batch.get("normalizer") is None else loss
 
 
 def check_population(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

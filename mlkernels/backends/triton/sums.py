@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .constants import MODE_BASE, NORMALIZER, SHARED
+from .constants import INF, MODE_BASE, NORMALIZER, SHARED
 from .finish import legal
 from .operands import label_of
 
@@ -43,7 +43,7 @@ def divisors_of(normalizer, parts, count, target, weight, rows, classes, ignore_
             divisor = tl.load(normalizer).to(tl.float64)
         else:
             divisor = tl.full((), normalizer, tl.float64)
-        weights = tl.where(lane == 0, legal(divisor > 0, divisor), 0.0)
+        weights = tl.where(lane == 0, legal((divisor > 0) & (divisor < INF), divisor), 0.0)
         kept = weights
     elif parts is not None:
         weights, kept = tl.zeros((32,), tl.float64), tl.zeros((32,), tl.float64)
