@@ -1,4 +1,4 @@
-# make test, make bench, make demo, make lint: on a fresh machine with Python, a C++ compiler and a package index each of
+# make test, make bench, make demo, make lint, make docs: on a fresh machine with Python, a C++ compiler and a package index each of
 # them first makes an environment in .venv.
 #
 #   make test ARGS="-k focal -x"          arguments for pytest; likewise for bench
@@ -32,7 +32,7 @@ export MLKERNELS_CUDA_ARCHS ?= 90
 CLANG_FORMAT = $(PY) -c "from clang_format import clang_format; clang_format()"
 CPP = $(filter-out csrc/numbering.h, $(wildcard $(foreach d, csrc csrc/* tools/*/ tools/*/*, $(d)/*.h $(d)/*.cpp $(d)/*.cu)))
 
-.PHONY: test bench demo lint format build wheel clean
+.PHONY: test bench demo lint docs format build wheel clean
 
 test: build
 	$(PY) -m pytest -n auto --dist worksteal $(ARGS)
@@ -50,6 +50,11 @@ lint: $(READY)
 	$(CLANG_FORMAT) --dry-run --Werror $(CPP)
 	$(PY) tools/lengths.py
 
+# Into docs/_build/index.html. Warnings are errors: a link or a reference that leads nowhere is one. With VENV= the
+# interpreter must have what the extra "docs" names.
+docs: build $(if $(READY),$(VENV)/.docs)
+	$(PY) -m sphinx -W --keep-going -q -b html docs docs/_build
+
 format: $(READY)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
@@ -66,6 +71,10 @@ $(VENV)/.ready: pyproject.toml setup.py
 	$(PY) -m pip install --no-build-isolation -e ".[dev]"
 	touch $@
 
+$(VENV)/.docs: $(READY) pyproject.toml
+	$(PY) -m pip install --no-build-isolation -e ".[docs]"
+	touch $@
+
 # What is published, in dist/: the source, and a wheel made of that source alone, for every torch from 2.11 on and every
 # Python from 3.10 on. auditwheel names the oldest glibc it runs with: that of this machine's compiler, so release on an old one.
 wheel: $(READY)
@@ -77,6 +86,6 @@ wheel: $(READY)
 	$(PY) -m twine check --strict dist/*
 
 clean:
-	rm -rf build dist *.egg-info mlkernels/*.so mlkernels/*.error.txt
+	rm -rf build dist docs/_build *.egg-info mlkernels/*.so mlkernels/*.error.txt
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis bench/out examples/out
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

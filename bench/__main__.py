@@ -1,7 +1,8 @@
-"""``python -m bench``; ``--help`` lists the options."""
+"""``python -m bench``; ``--help`` lists the options. ``python -m bench compare A B`` holds two results side by side."""
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from argparse import ArgumentTypeError, Namespace
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from . import ahead, cases, report
+from . import ahead, cases, charts, compare, report, saved
 from .cases import DTYPES, LOSSES, MODES, Problem
 from .measure import STATE_WIDTHS, Plan, Run, announce, attempt, in_fresh_processes, measure
 from .options import backends_of, device_of, is_gpu, names_of, parser_of
@@ -82,6 +83,9 @@ def plan_of(options: Namespace, device: torch.device, backends: list[str]) -> Pl
 
 def main(given: list[str] | None = None) -> int:
     """Measures, prints, writes; the exit status."""
+    given = sys.argv[1:] if given is None else given
+    if given[:1] == ["compare"]:
+        return compare.main(given[1:])
     options = _options(given)
     device = device_of(options, "bench")
     if device is None:
@@ -99,7 +103,7 @@ def main(given: list[str] | None = None) -> int:
         attempt("compiling ahead", partial(ahead.compile_ahead, work, ahead.SECONDS, say), first)
         if options.compile:
             return 1 if first.failures else 0
-    header = report.describe(device, backends)
+    header = {"command": shlex.join(["python", "-m", "bench", *given]), **report.describe(device, backends)}
 
     def save(runs: list[Run]) -> Path:
         return report.write_json(report.Report(header, runs), options.out)
@@ -114,7 +118,7 @@ def main(given: list[str] | None = None) -> int:
     data = report.write_json(found, options.out)
     print(f"wrote {data}")
     try:
-        report.picture(found, data.with_suffix(".png"))
+        charts.figure(saved.load(data)).savefig(data.with_suffix(".png"), dpi=150)
     except ImportError:
         print("no picture: there is no matplotlib")
     return 1 if found.failures() or missing else 0

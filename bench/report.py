@@ -22,7 +22,7 @@ import mlkernels
 from mlkernels.backends import native
 
 from . import heads
-from .cases import LOSSES, MODES, Problem, floor_bytes
+from .cases import MODES, Problem, floor_bytes
 from .measure import Key, Run
 from .options import ON_GPU
 from .peers import HEADLINE
@@ -431,42 +431,3 @@ def write_json(report: Report, folder: Path) -> Path:
     part.write_text(json.dumps(as_json(report), indent=1) + "\n")
     part.replace(path)
     return path
-
-
-def picture(report: Report, path: Path) -> None:
-    """A panel per dtype and mode: percent of the copy bandwidth by problem, loss, and backend or eager peer."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    keys = [key for key in report.measured() if key.loss in LOSSES and key.mode != "graph" and not key.problem.features]
-    dtypes = list(dict.fromkeys(key.problem.dtype for key in keys)) or ["float32"]
-    modes = [mode for mode in MODES if any(key.mode == mode for key in keys)] or ["step"]
-    styles = dict(zip([*report.header["backends"], "eager"], ("-", "--", ":"), strict=False))
-    figure = Figure(figsize=(1 + 4.5 * max(2, len(modes)), 1.2 + 3.6 * len(dtypes)), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(len(dtypes), len(modes), squeeze=False, sharey=True)
-    for line, dtype in zip(grid, dtypes, strict=True):
-        for axes, mode in zip(line, modes, strict=True):
-            own = dict.fromkeys(key.problem for key in keys if (key.problem.dtype, key.mode) == (dtype, mode))
-            places = sorted(own, key=lambda one: (len(one.shape), one.classes, one.rows))
-            for by, style in styles.items():
-                for k, loss in enumerate(LOSSES):
-                    heights = [report.fraction(Key(one, loss, mode, by)) for one in places]
-                    if any(heights):
-                        values = [math.nan if one is None else 100 * one for one in heights]
-                        label = f"{loss.replace('_', ' ')}, {by}"
-                        axes.plot(values, style, marker="o", markersize=3, linewidth=1, color=f"C{k}", label=label)
-            axes.axhline(100, color="black", linewidth=0.5)
-            axes.set(title=f"{dtype}, {mode}", yscale="log")
-            names = ["x".join(map(str, one.shape)) for one in places]
-            axes.set_xticks(range(len(places)), names, rotation=60, ha="right", rotation_mode="anchor")
-            axes.tick_params(labelsize=7)
-            axes.grid(alpha=0.3)
-            axes.spines[["top", "right"]].set_visible(False)
-        line[0].set_ylabel("% of copy bandwidth")
-    handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=7, frameon=False)
-    where = f"{report.header['device']}, torch {report.header['versions']['torch']}"
-    spoilt = "; DISTURBED or without kernels" if report.caveats() else ""
-    figure.suptitle(f"bytes at the floor over time, in percent of a copy's\n{where}{spoilt}", fontsize=10)
-    figure.savefig(path, dpi=130)

@@ -138,7 +138,7 @@ class JointLoss(nn.Module):
 
     @property
     def weights(self) -> Sequence[float | Tensor]:
-        """The factors of the losses now: numbers, or 0-d tensors where they are trained."""
+        """The factors of the losses now, numbers, or 0-d tensors where they are trained."""
         if self.mode == "trainable":
             # sigmoid(-x) keeps 1 - a where a rounds to 1.
             logit = self.logit.reshape(())

@@ -176,7 +176,8 @@ class LGMLoss(Loss):
 
     Args:
         num_features: D. num_classes: C.
-        alpha: the margin, >= 0, a number or a 0-d tensor. lambda_: the weight of the likelihood term, >= 0.
+        alpha: the margin, >= 0, a number or a 0-d tensor.
+        lambda_: the weight of the likelihood term, >= 0.
         diagonal: train ``log_variance`` (C, D), from 0; False: identity covariances.
         weight, ignore_index, reduction, label_smoothing, backend: as in :func:`mlkernels.lgm_loss`.
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import mlkernels
-from bench import ahead, cases, heads, measure, options, peers, report, schedule, smoke, tune
+from bench import ahead, cases, charts, heads, measure, options, peers, report, saved, schedule, smoke, tune
 from bench.__main__ import BUDGET, main, plan_of
 from bench.__main__ import _options as parse
 from bench.cases import LOSSES, MODES, Problem, floor_bytes, make_inputs
@@ -417,10 +417,11 @@ def timing(seconds):
 
 def written(found, folder):
     """JSON and picture of a report."""
-    data = json.loads(report.write_json(found, folder).read_text())
+    path = report.write_json(found, folder)
+    data = json.loads(path.read_text())
     assert data["device"] == found.header["device"] and len(data["timings"]) == len(found.measured())
     pytest.importorskip("matplotlib")
-    report.picture(found, folder / "picture.png")
+    charts.figure(saved.load(path)).savefig(folder / "picture.png")
     assert (folder / "picture.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".png"]
     return data

@@ -4,11 +4,9 @@ import copy
 import io
 import json
 import math
-import re
 import struct
 import time
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -714,15 +712,3 @@ def test_plot(tmp_path):
     assert plot(searched(epochs=1, pieces=1).record) is not None, "one epoch, one piece, no file"
     with pytest.raises(ValueError, match="record must have at least one epoch"):
         plot(the_search().record)
-
-
-def test_docs_page(tmp_path, monkeypatch):
-    """The blocks build on each other, from top to bottom."""
-    page = Path(__file__).parent.parent / "docs" / "search.md"
-    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 5
-    monkeypatch.chdir(tmp_path)
-    scope = {}
-    for block in blocks:
-        exec(compile(block, "docs/search.md", "exec"), scope)
-    assert (tmp_path / "search.png").exists()

@@ -81,7 +81,7 @@ class Snapshot:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the twins: what the parts' tensors hold, shared memory once. 0 before the first :meth:`save`."""
+        """Bytes of the twins, those of the parts' tensors, shared memory once. 0 before the first :meth:`save`."""
         copies = [] if self._record is None else self._record.copies()
         return sum(tensor.numel() * tensor.element_size() for tensor in (*self._twins.values(), *copies))
 

@@ -57,8 +57,8 @@ class LossSearch:
         generator: draws the candidates and the seeds of the epochs; on the CPU. None: one that is seeded from torch's
             global generator.
         progress: a bar that counts candidates; None: if tqdm is installed and stderr is a terminal.
-        scale, tau_min, clamp, **common: as in :class:`mlkernels.PiecewiseLoss`, for every candidate. t is defined
-            on [-1, 1], that is on cosines, which want a ``scale``; beyond, the outer pieces go on.
+        scale, tau_min, clamp: and all other options as in :class:`mlkernels.PiecewiseLoss`, for every candidate. t is
+            defined on [-1, 1], that is on cosines, which want a ``scale``; beyond, the outer pieces go on.
 
     Attributes:
         record: a :class:`Record`: every candidate, reward and :math:`\mu`.
@@ -127,7 +127,7 @@ class LossSearch:
 
     @property
     def mu(self) -> Tensor:
-        """(4, M), a copy: slopes and biases of t, then of tau."""
+        """Slopes and biases of t, then of tau, (4, M), as a copy."""
         return self._mu.clone()
 
     @property
@@ -235,8 +235,8 @@ class LossSearch:
             ValueError, TypeError: arguments against the above, or no finite reward.
             RuntimeError: another rank failed; the message says how.
 
-            Also whatever ``train`` and ``reward`` raise. After an error everything is as it was before the call: model,
-            optimizer, extras, the distribution and all generators.
+        What ``train`` and ``reward`` raise passes on. After any error everything is as it was before the call: model,
+        optimizer, extras, the distribution and all generators.
         """
         ranks = Ranks(process_group)
         _check_step(model, optimizer, train, reward, population, ranks, extras)
@@ -274,7 +274,7 @@ class LossSearch:
             The :attr:`record`.
 
         Raises:
-            As :meth:`step`; the epochs before the error stay done.
+            ValueError, TypeError, RuntimeError: as in :meth:`step`; the epochs before the error stay done.
         """
         epochs = check_size("epochs", epochs)
         while self.epoch < epochs:

@@ -32,7 +32,7 @@ class Population(nn.Module):
     r"""G copies of a model that are trained side by side, each by its own loss.
 
     ``population(input)`` gives every model the same input and returns its outputs stacked, (G, N, C) where the model
-    gives (N, C). Parameters are stacked, so that one backward serves all models, and :attr:`optimizer`, of the type and
+    gives (N, C). Parameters are stacked, so that one backward serves all models, and ``optimizer``, of the type and
     with the options and state of the one given, makes exactly the steps of G optimizers. Parameters that the optimizer
     does not hold are shared; buffers (the statistics of batch norm) each model has for itself. Dropout draws a mask for
     each model. Memory is G times that of parameters, buffers, optimizer state and activations.
@@ -131,7 +131,7 @@ class PopulationLoss(PiecewiseLoss):
 
     Args:
         t_slope, t_bias, tau_slope, tau_bias: (G, M), or None for the identity; at least one is given.
-        scale, tau_min, clamp, **common: as in :class:`mlkernels.PiecewiseLoss`, the same for all.
+        scale, tau_min, clamp: as in :class:`mlkernels.PiecewiseLoss`, the same for all, and so are its other options.
 
     Example:
         >>> import torch

@@ -74,24 +74,24 @@ class Record:
 
     @property
     def mu(self) -> Tensor:
-        """(E + 1, 4, M): the means, from the identity before the first epoch to what is found after the last."""
+        """The means, (E + 1, 4, M), from the identity before the first epoch to what is found after the last."""
         return torch.stack([identity(self.pieces), *(round.mu for round in self.rounds)])
 
     @property
     def theta(self) -> Tensor:
-        """(E, B, 4, M): every candidate."""
+        """Every candidate, (E, B, 4, M)."""
         shape = (-1, self.candidates, 4, self.pieces)
         return torch.stack([r.theta for r in self.rounds]) if self.rounds else torch.empty(0, *shape[1:]).double()
 
     @property
     def rewards(self) -> Tensor:
-        """(E, B)."""
+        """Of each candidate, (E, B)."""
         found = [round.rewards for round in self.rounds]
         return torch.stack(found) if found else torch.empty(0, self.candidates, dtype=torch.float64)
 
     @property
     def best(self) -> Tensor:
-        """(E,): the winners' numbers."""
+        """The winners' numbers, (E,)."""
         return torch.tensor([round.best for round in self.rounds], dtype=torch.int64)
 
     def t(self, x: Tensor, epoch: int = -1) -> Tensor:
