@@ -1,5 +1,5 @@
-# make test, make bench, make demo, make lint, make docs: on a fresh machine with Python, a C++ compiler and a package index each of
-# them first makes an environment in .venv.
+# make test, make bench, make demo, make lint, make docs: on a fresh machine with Python, a C++ compiler and a package
+# index each of them first makes an environment in .venv.
 #
 #   make test ARGS="-k focal -x"          arguments for pytest; likewise for bench
 #   make test PYTHON=python3 VENV=        that interpreter as it is: nothing is installed, the kernels are built in place

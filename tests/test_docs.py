@@ -25,13 +25,6 @@ def test_every_public_name_is_in_the_reference(module):
         assert re.search(rf"\b{re.escape(module)}\.{name}\b", REFERENCE), name
 
 
-def test_the_contents_have_every_page():
-    listed = re.findall(r"^([\w/-]+)$", (DOCS / "index.md").read_text(), re.MULTILINE)
-    assert {one.stem for one in DOCS.glob("*.md")} - {"index"} <= set(listed)
-    contents = (DOCS / "api" / "index.md").read_text()
-    assert all(re.search(rf"^{one.stem}$", contents, re.MULTILINE) for one in DOCS.glob("api/[!i]*.md"))
-
-
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
 
