@@ -14,7 +14,7 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "csrc"))  # not there by itself where pip runs this file
 
-from build import NAMES, build_into  # noqa: E402
+from build import build_into, built_in  # noqa: E402
 
 
 class Modules(build_py):
@@ -39,7 +39,7 @@ class Build(build_ext):
         built = Path(self.build_lib) / "mlkernels"
         here = ROOT / "mlkernels"
         found = here if self.inplace else built
-        return {str(built / name): str(here / name) for name in NAMES if (found / name).exists()}
+        return {str(built / name): str(here / name) for name in built_in(found)}
 
 
 setup(

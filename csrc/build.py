@@ -5,16 +5,18 @@
   :data:`CUDA_ARCHS` where there are none. ``MLKERNELS_CUDA=0`` leaves it out; ``MLKERNELS_CUDA=1`` builds it for any
   torch, which loads it once that torch has CUDA, and says loudly if it cannot be built; ``MLKERNELS_CUDA_ARCHS=80,90``
   says for what;
+* ``mlkernels/_fast_path.<Python>-torch-<version>.so``, which crosses from Python to the CPU's once per direction. It is
+  built for the torch and the Python that are there and used by no others; ``MLKERNELS_FAST_PATH=0`` leaves it out;
 * with ``--simt`` the CUDA kernels for the host, which only the tests load.
 
 Ninja decides what is to be compiled again, in ``build/``. Besides it an interpreter that has torch is enough.
 
-The libraries are no Python modules: they register their operators with torch through LibTorch's stable ABI, and one
+The first two are no Python modules: they register their operators with torch through LibTorch's stable ABI, and one
 binary serves every torch from 2.11 on and every Python. So Python's own compiler settings have no say here; ``CXX``,
 ``CXXFLAGS`` and ``LDFLAGS`` do.
 
 Where one cannot be built (no torch, no compiler, an error) the package installs all the same and runs without it. The
-reason, one line, is left in ``mlkernels/_cpu.error.txt`` or ``_cuda.error.txt`` for ``python -m mlkernels`` to show.
+reason, one line, is left in ``mlkernels/_cpu.error.txt``, or that of its name, for ``python -m mlkernels`` to show.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -315,6 +318,36 @@ def make_simt() -> Path:
     return make_library(here / "_simt.abi3.so", compiler, units, f"-L{torch / 'lib'}", "-ltorch_cpu")
 
 
+def make_fast_path() -> Path:
+    if os.environ.get("MLKERNELS_FAST_PATH") == "0":
+        raise CannotBuild("left out by MLKERNELS_FAST_PATH=0")
+    torch, compiler = find_torch(), find_compiler()
+    headers = Path(sysconfig.get_path("include"))
+    if not (headers / "Python.h").exists():
+        raise CannotBuild(f"{headers} has no Python.h")
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        raise CannotBuild("it relies on the GIL, which this Python does not have")
+    # Not that of the metadata, which for some wheels lacks what follows the +.
+    version = re.search(r"^__version__ = '(.+)'", (torch / "version.py").read_text(), re.MULTILINE)
+    if version is None:
+        raise CannotBuild("torch does not say which one it is")
+    here = OBJECTS / "fast_path"
+    command = compiling_fast_path(torch, compiler, headers)
+    units = [compiled(here / "library.o", CSRC / "library_fast_path.cpp", command)]
+    options = [f"-L{torch / 'lib'}", "-ltorch_python", "-ltorch_cpu", "-lc10"]
+    if sys.platform == "darwin":
+        options.append("-Wl,-undefined,dynamic_lookup")
+    name = f"_fast_path.{sys.implementation.cache_tag}-torch-{version[1]}.so"
+    return make_library(here / name, compiler, units, *options)
+
+
+def compiling_fast_path(torch: Path, compiler: list[str], headers: Path) -> list[str]:
+    """The same for what includes all of torch and Python, and so is for these alone."""
+    stable = ("-std=", "-DTORCH_TARGET_VERSION", "-DPy_LIMITED_API")
+    command = [flag for flag in compiling_library(torch, compiler) if not flag.startswith(stable)]
+    return [*command, "-std=c++20", "-isystem", str(headers)]
+
+
 def place(content: bytes, path: Path) -> None:
     # By rename: a process that runs the old library keeps it.
     partial = path.with_name(f"{path.name}.{os.getpid()}")
@@ -322,28 +355,36 @@ def place(content: bytes, path: Path) -> None:
     partial.replace(path)
 
 
-LIBRARIES = {"_cpu": make_cpu, "_cuda": make_cuda}
-#: What an installation may hold.
-NAMES = [f"{stem}.{ending}" for stem in LIBRARIES for ending in ("abi3.so", "error.txt")]
+LIBRARIES = {"_cpu": make_cpu, "_cuda": make_cuda, "_fast_path": make_fast_path}
+
+
+def built_in(package: Path) -> list[str]:
+    """The names of what :func:`build_into` has put there."""
+    return sorted(
+        path.name for stem in LIBRARIES for ending in ("*.so", "error.txt") for path in package.glob(f"{stem}.{ending}")
+    )
 
 
 def build_into(package: Path) -> None:
     """Puts the libraries, or the reasons why there are none, into this directory."""
     package.mkdir(parents=True, exist_ok=True)
     for stem, make_library in LIBRARIES.items():
-        library, reason = package / f"{stem}.abi3.so", package / f"{stem}.error.txt"
+        reason = package / f"{stem}.error.txt"
+        stale = {*package.glob(f"{stem}.*.so")}
         try:
-            content = make_library().read_bytes()
+            made = make_library()
+            content, library = made.read_bytes(), package / made.name
             if not library.exists() or library.read_bytes() != content:
                 place(content, library)
+            stale.discard(library)
             reason.unlink(missing_ok=True)
         except CannotBuild as error:
-            # One of an older source would still be loaded, and be wrong.
-            library.unlink(missing_ok=True)
             place(f"{error}\n".encode(), reason)
             if stem == "_cpu" or os.environ.get("MLKERNELS_CUDA") == "1":
                 what = "compiled kernels and will be slow" if stem == "_cpu" else "CUDA kernels"
                 print(f"\nWARNING: mlkernels is without its {what}: {error}\n", file=sys.stderr, flush=True)
+        for library in stale:  # of an older source, or another torch: it would still be loaded, and be wrong
+            library.unlink()
 
 
 if __name__ == "__main__":

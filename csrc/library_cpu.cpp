@@ -17,6 +17,7 @@
 
 #include "call.h"
 #include "cpu/buffers.h"
+#include "cpu/direct.h"
 #include "cpu/problem.h"
 
 namespace mlkernels {
@@ -483,9 +484,71 @@ std::vector<Tensor> softmax_loss_backward(std::optional<Tensor> grad_loss, std::
   });
 }
 
+// ---- the same without a dispatcher; see cpu/direct.h -----------------------------------------------------------------
+
+Tensor owned(AtenTensorHandle borrowed) {
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(borrowed, &handle));
+  return Tensor(handle);
+}
+
+AtenTensorHandle handed_out(const Tensor& tensor) {
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(tensor.get(), &handle));
+  return handle;
+}
+
+// Calls with(input, target, numbers, params).
+template <class With>
+bool directly(const DirectCall& call, With with) {
+  try {
+    std::vector<Tensor> params;
+    params.reserve(size_t(call.params_size));
+    for (int64_t i = 0; i < call.params_size; ++i) params.push_back(owned(call.params[i]));
+    with(owned(call.input), owned(call.target), std::vector<double>(call.numbers, call.numbers + call.numbers_size),
+         std::move(params));
+    return true;
+  } catch (...) {
+    return false;
+  }
+}
+
+const Direct direct{
+    NUMBERING,
+    [](const DirectCall& call, bool save, AtenTensorHandle* loss, AtenTensorHandle* saved) {
+      return directly(call, [&](const Tensor& input, const Tensor& target, std::vector<double> numbers,
+                                std::vector<Tensor> params) {
+        const auto [result, statistics] = softmax_loss(input, target, std::move(numbers), std::move(params), save);
+        *loss = handed_out(result);
+        *saved = handed_out(statistics);
+      });
+    },
+    [](const DirectCall& call, int64_t needs, AtenTensorHandle* loss, AtenTensorHandle* gradients) {
+      return directly(call, [&](const Tensor& input, const Tensor& target, std::vector<double> numbers,
+                                std::vector<Tensor> params) {
+        const auto [result, made] =
+            softmax_loss_with_gradients(input, target, std::move(numbers), std::move(params), needs);
+        *loss = handed_out(result);
+        for (const Tensor& gradient : made) *gradients++ = handed_out(gradient);
+      });
+    },
+    [](const DirectCall& call, AtenTensorHandle grad_loss, AtenTensorHandle saved, int64_t needs,
+       AtenTensorHandle* gradients) {
+      return directly(call, [&](const Tensor& input, const Tensor& target, std::vector<double> numbers,
+                                std::vector<Tensor> params) {
+        for (const Tensor& gradient : softmax_loss_backward(owned(grad_loss), {}, {}, {}, input, target,
+                                                            std::move(numbers), std::move(params), owned(saved), needs))
+          *gradients++ = handed_out(gradient);
+      });
+    },
+};
+
 }  // namespace
 }  // namespace mlkernels
 
+extern "C" __attribute__((visibility("default"))) const mlkernels::Direct* mlkernels_cpu_direct() {
+  return &mlkernels::direct;
+}
 extern "C" __attribute__((visibility("default"))) int mlkernels_cpu_isa() { return mlkernels::isa; }
 extern "C" __attribute__((visibility("default"))) size_t mlkernels_cpu_release_buffers() {
   return mlkernels::release_buffers();

@@ -8,7 +8,7 @@ from importlib import metadata
 
 import torch
 
-from . import __version__, available_backends
+from . import __version__, available_backends, fast_path
 from .backends import native
 
 
@@ -38,6 +38,7 @@ def main() -> None:
         ("python", f"{platform.python_version()} on {platform.system()}"),
         *(("device", device) for device in _devices()),
         *((f"backend {name}", why or "available") for name, why in available_backends().items()),
+        ("fast path", fast_path.missing or "available"),
     ]
     width = max(len(name) for name, _ in lines)
     for name, value in lines:

@@ -54,8 +54,8 @@ def _unusual(
     tensors: Sequence[Tensor],
     saved: Tensor | None,
     upstream: Sequence[Tensor | None],
-) -> Any:
-    """The gradients, differentiable again by the reference, else by operators that can be seen."""
+) -> Sequence[Tensor]:
+    """The gradients by bit, differentiable again by the reference, else by operators that can be seen."""
     if not _takes_reference(upstream):
         watched = [tensors[0], *(g for g in upstream if g is not None)]
         return _by_kernels(call, tensors, saved, (*upstream, None, None, None)[:4], observed(*watched))
@@ -65,14 +65,13 @@ def _unusual(
         outputs = [loss, rows.logsumexp, rows.log_prob, rows.entropy] if stats else [loss]
         pairs = [(o, g) for o, g in zip(outputs, upstream, strict=True) if g is not None]
         by_slot = dict(zip(slots_of(call.numbers), params, strict=True))
-        found = torch.autograd.grad(
+        return torch.autograd.grad(
             [o for o, _ in pairs],
             [input if bit == INPUT else by_slot[bit] for bit in needed(call.needs)],
             [g for _, g in pairs],
             create_graph=True,
             materialize_grads=True,
         )
-    return _placed(call, found)
 
 
 def _by_kernels(
@@ -81,16 +80,24 @@ def _by_kernels(
     saved: Tensor | None,
     upstream: Sequence[Tensor | None],
     observed: bool = False,
-) -> Any:
-    """The gradients, once the upstream gradient is known."""
+) -> Sequence[Tensor]:
+    """The gradients by bit, once the upstream gradient is known."""
     input, target, *params = tensors
     kernels = call.kernels
     if observed and kernels.dispatched is not None:
         kernels = kernels.dispatched
     if saved is None:
         saved = input.new_empty((0, 2))
+    gradients: Sequence[Tensor]
     gradients = kernels.softmax_loss_backward(*upstream, input, target, call.numbers, params, saved, call.needs)
-    return _placed(call, gradients)
+    return gradients
+
+
+def fast_path_backward(call: Call, tensors: Sequence[Tensor], saved: Tensor | None, upstream: Tensor) -> list[Tensor]:
+    """The gradients by bit that the fast path leaves to Python: watched, differentiated, batched, or refused."""
+    if not _usual(upstream) or _is_batched(upstream):
+        return list(_unusual(call, False, tensors, saved, (upstream,)))
+    return list(_by_kernels(call, tensors, saved, (upstream, None, None, None)))
 
 
 def _order(needs: int, mask: int) -> tuple[int | None, ...]:
@@ -132,7 +139,8 @@ class _LossWithGradients(torch.autograd.Function):
         count = call.needs.bit_count()
         refresh = call.kernels.refresh
         if not _usual(grad_loss) or (refresh is not None and _is_batched(grad_loss)):
-            return _unusual(call, False, ctx.saved_tensors[count + call.kernels.kept :], None, (grad_loss,))
+            tensors = ctx.saved_tensors[count + call.kernels.kept :]
+            return _placed(call, _unusual(call, False, tensors, None, (grad_loss,)))
         if refresh is not None:
             return _placed(call, _refreshed(call, ctx.saved_tensors, grad_loss))
         try:
@@ -140,7 +148,7 @@ class _LossWithGradients(torch.autograd.Function):
         except RuntimeError:
             if not _is_batched(grad_loss):
                 raise
-            return _unusual(call, False, ctx.saved_tensors[count:], None, (grad_loss,))
+            return _placed(call, _unusual(call, False, ctx.saved_tensors[count:], None, (grad_loss,)))
         # 0 * inf would be NaN in rows that are not read, whose gradient is 0 whatever comes.
         serves = upstream == 1.0 or (math.isfinite(upstream) and not call.half)
         try:
@@ -151,7 +159,7 @@ class _LossWithGradients(torch.autograd.Function):
             # Logits that were changed in place since are not needed again.
             saved = tuple(tensor.data for tensor in ctx._raw_saved_tensors)
         if not serves:
-            return _by_kernels(call, saved[count:], None, (grad_loss, None, None, None))
+            return _placed(call, _by_kernels(call, saved[count:], None, (grad_loss, None, None, None)))
         gradients = saved[:count]
         if _keeps_graph():
             gradients = [gradient * upstream for gradient in gradients]
@@ -203,8 +211,8 @@ class _SoftmaxLoss(torch.autograd.Function):
         call: Call = ctx.call
         saved, *tensors = ctx.saved_tensors
         if not _usual(grad_loss) or _is_batched(grad_loss):
-            return _unusual(call, False, tensors, saved, (grad_loss,))
-        return _by_kernels(call, tensors, saved, (grad_loss, None, None, None))
+            return _placed(call, _unusual(call, False, tensors, saved, (grad_loss,)))
+        return _placed(call, _by_kernels(call, tensors, saved, (grad_loss, None, None, None)))
 
 
 class _SoftmaxStats(torch.autograd.Function):
@@ -228,8 +236,8 @@ class _SoftmaxStats(torch.autograd.Function):
         if not given:
             return (None,) * (1 + len(tensors))
         if not _usual(given[0]) or any(map(_is_batched, given)):
-            return _unusual(call, True, tensors, saved, upstream)
-        return _by_kernels(call, tensors, saved, upstream)
+            return _placed(call, _unusual(call, True, tensors, saved, upstream))
+        return _placed(call, _by_kernels(call, tensors, saved, upstream))
 
 
 softmax_loss: Callable[..., Tensor] = _SoftmaxLoss.apply

@@ -72,6 +72,11 @@ _LARGEST_ANGLE = math.pi * (1 + 1e-7)
 _FINITE = (-math.inf, -math.inf, math.inf, "finite")
 
 
+def range_of(rule: str) -> tuple[float, float, float]:
+    """The open lower end, the closed lower end and the closed upper end of what a number may be."""
+    return _RANGES.get(rule, _FINITE)[:3]
+
+
 def check_number(word: str, value: float, rule: str | None = None, takes: str = "a number") -> float:
     """The number as a float, or an error that says which argument is none, or is out of which range.
 

@@ -79,7 +79,7 @@ def cross_entropy(input: Tensor, target: Tensor, *, scale: Number = 1.0, **commo
     """
     if isinstance(target, Tensor) and target.is_floating_point():
         return soft_cross_entropy(cross_entropy, input, target, scale, **common)
-    return softmax.apply(named.CROSS_ENTROPY, (scale,), input, target, **common)[0]
+    return softmax.loss(named.CROSS_ENTROPY, (scale,), input, target, None, common)
 
 
 @family
@@ -102,7 +102,7 @@ def focal_loss(input: Tensor, target: Tensor, *, gamma: Number = 2.0, **common: 
 
     Source: Lin et al., Focal Loss for Dense Object Detection, equation (4), with the softmax's p.
     """
-    return softmax.apply(*named.focal_loss(gamma), input, target, **common)[0]
+    return softmax.loss(*named.focal_loss(gamma), input, target, None, common)
 
 
 @family
@@ -144,8 +144,7 @@ def modulated_cross_entropy(
     Source: the modulated cross entropy paper, equations (1) and (4). Reconstructed: the formula did not survive in the
     text at hand; this is the candidate with every property that the text states (see docs/losses.md).
     """
-    parts = named.modulated_cross_entropy(beta, gamma, alpha, kappa)
-    return softmax.apply(*parts, input, target, **common)[0]
+    return softmax.loss(*named.modulated_cross_entropy(beta, gamma, alpha, kappa), input, target, None, common)
 
 
 @family
@@ -186,7 +185,7 @@ def margin_cross_entropy(
     Source: ArcFace, equation (4) (the combined margin).
     """
     parts = named.margin_cross_entropy(m1, m2, m3, scale, beyond_pi, gradient, norm)
-    return softmax.apply(*parts, input, target, **common)[0]
+    return softmax.loss(*parts, input, target, None, common)
 
 
 @family
@@ -218,7 +217,7 @@ def arcface_loss(
 
     Source: Deng et al., ArcFace, equation (3).
     """
-    return softmax.apply(*named.arcface_loss(margin, scale, beyond_pi, gradient), input, target, **common)[0]
+    return softmax.loss(*named.arcface_loss(margin, scale, beyond_pi, gradient), input, target, None, common)
 
 
 @family
@@ -249,7 +248,7 @@ def cosface_loss(
 
     Source: Wang et al., CosFace, equation (4).
     """
-    return softmax.apply(*named.cosface_loss(margin, scale, beyond_pi, gradient), input, target, **common)[0]
+    return softmax.loss(*named.cosface_loss(margin, scale, beyond_pi, gradient), input, target, None, common)
 
 
 @family
@@ -283,7 +282,7 @@ def sphereface_loss(
 
     Source: Liu et al., SphereFace, equation (7).
     """
-    return softmax.apply(*named.sphereface_loss(margin, scale, beyond_pi, gradient), input, target, **common)[0]
+    return softmax.loss(*named.sphereface_loss(margin, scale, beyond_pi, gradient), input, target, None, common)
 
 
 @family
@@ -321,7 +320,7 @@ def two_scale_cross_entropy(
     Source: the two-scale loss, equations (13), (14), (16), (17).
     """
     parts = named.two_scale_cross_entropy(scale_low, scale_high, eta, logit_norm)
-    return softmax.apply(*parts, input, target, **common)[0]
+    return softmax.loss(*parts, input, target, None, common)
 
 
 @family
@@ -369,7 +368,7 @@ def piecewise_cross_entropy(
     Source: Li et al., AM-LFS, equation (16).
     """
     parts = named.piecewise_cross_entropy(t_slope, t_bias, tau_slope, tau_bias, scale, tau_min, clamp, norm)
-    return softmax.apply(*parts, input, target, group, **common)[0]
+    return softmax.loss(*parts, input, target, group, common)
 
 
 @overload
@@ -446,5 +445,6 @@ def softmax_loss(
         tensor(1.8966)
     """
     structure, values = compose(transform, scale, head, target_logit)
-    loss, rows = softmax.apply(structure, values, input, target, group, return_stats, **common)
-    return loss if rows is None else (loss, rows)
+    if return_stats:
+        return softmax.apply(structure, values, input, target, group, True, **common)  # type: ignore[return-value]
+    return softmax.loss(structure, values, input, target, group, common)

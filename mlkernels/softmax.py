@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Never
 
-from . import autograd
+from . import autograd, fast_path
 from .backends import reference
-from .call import COMMON, bind
+from .call import COMMON, Common, bind
 from .checks import unknown_keywords
 from .ops import REFERENCE
 from .spec import BackendName, Number, ReductionName, Spec
@@ -39,6 +39,7 @@ class RowStats(NamedTuple):
     rank: Tensor
 
 
+_is_compiling = torch.compiler.is_compiling
 _saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 #: The public functions, which enter themselves: what an error about a keyword says that they take.
@@ -78,6 +79,22 @@ def _of_dtensor(input: Tensor | ProductLogits, target: Tensor) -> tuple[Tensor |
     from .distributed.vocabulary import of_dtensor  # imports DTensor, as whoever has one did
 
     return of_dtensor(input, target)  # type: ignore[arg-type]
+
+
+def loss(
+    spec: Spec,
+    values: Sequence[Number | None],
+    input: Tensor | ProductLogits,
+    target: Tensor,
+    group: Tensor | None,
+    common: Common,
+) -> Tensor:
+    """The loss of :func:`apply`, with the arguments that it shares with others as they came."""
+    if fast_path.loss is not None and not _is_compiling():
+        found = fast_path.loss(spec, values, input, target, group, common)
+        if found is not None:
+            return found
+    return apply(spec, values, input, target, group, **common)[0]
 
 
 def apply(

@@ -162,6 +162,7 @@ def test_report():
     assert found["torch"] == torch.__version__
     assert found["backend reference"] == "available"
     assert found["backend cpu"] == (native.cpu_missing or "available")
+    assert found["fast path"] == (mlkernels.fast_path.missing or "available")
     assert f"kernels for {native.cpu_isa() or 'none'}" in said
 
 

@@ -77,9 +77,9 @@ def test_what_the_lines_are():
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 def test_with_a_compiler(checkout, tmp_path):
     """The objects of this checkout are taken over, so that the build has only to look at them."""
-    objects = list(ROOT.glob("build/*/cpu"))
-    for cpu in objects:
-        shutil.copytree(cpu, checkout / cpu.relative_to(ROOT))
+    objects = [path for name in ("cpu", "fast_path") for path in ROOT.glob(f"build/*/{name}")]
+    for path in objects:
+        shutil.copytree(path, checkout / path.relative_to(ROOT))
     fresh = Environment(tmp_path / "venv")
     for line in LINES:
         said = fresh.run(line, checkout, os.environ["PATH"])

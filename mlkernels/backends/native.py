@@ -75,6 +75,15 @@ def cpu_products() -> bool:
     return _cpu is not None and bool(_cpu.mlkernels_cpu_products())
 
 
+def cpu_direct() -> int | None:
+    """The address of the CPU operators' bodies, for the fast path."""
+    if _cpu is None:
+        return None
+    _cpu.mlkernels_cpu_direct.restype = ctypes.c_void_p
+    address: int = _cpu.mlkernels_cpu_direct()
+    return address
+
+
 def empty_cache() -> int:
     """Gives the memory that the CPU kernels keep for large gradients back to the system.
 

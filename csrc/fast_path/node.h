@@ -1,0 +1,201 @@
+// The autograd of a call: kernels without a dispatcher, a node of torch's graph, and Python for what is unusual.
+#pragma once
+
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/graph_task.h>
+#include <torch/csrc/autograd/python_cpp_function.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
+
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "../cpu/direct.h"
+#include "arguments.h"
+
+namespace mlkernels {
+
+using torch::autograd::Node;
+using torch::autograd::SavedVariable;
+using torch::autograd::variable_list;
+
+inline const Direct* direct;
+
+inline AtenTensorOpaque* handle_of(const Tensor& tensor) {
+  return reinterpret_cast<AtenTensorOpaque*>(const_cast<Tensor*>(&tensor));
+}
+
+inline Tensor taken(AtenTensorOpaque* handle) {
+  const std::unique_ptr<Tensor> owner(reinterpret_cast<Tensor*>(handle));
+  return std::move(*owner);
+}
+
+struct Handles {
+  std::vector<AtenTensorOpaque*> params;
+  DirectCall call;
+
+  Handles(const Resolved& of, const Tensor& input, const Tensor& target, const std::vector<Tensor>& tensors) {
+    for (const Tensor& tensor : tensors) params.push_back(handle_of(tensor));
+    call = {handle_of(input),           handle_of(target), of.numbers.data(),
+            int64_t(of.numbers.size()), params.data(),     int64_t(params.size())};
+  }
+};
+
+// The gradients that are needed, in the order of their bits; false: the operator says why not.
+inline bool run_backward(const Resolved& of, const Tensor& upstream, const Tensor& input, const Tensor& target,
+                         const std::vector<Tensor>& params, const Tensor& saved, variable_list& gradients) {
+  std::array<AtenTensorOpaque*, SLOTS + 1> made;
+  const Handles handles(of, input, target, params);
+  if (!direct->loss_backward(handles.call, handle_of(upstream), handle_of(saved), of.needs, made.data())) return false;
+  const int count = __builtin_popcountll(uint64_t(of.needs));
+  for (int i = 0; i < count; ++i) gradients.push_back(taken(made[size_t(i)]));
+  return true;
+}
+
+// What mlkernels/autograd.py's two Functions of a loss are, with their names: gradients made with the loss, or once the
+// upstream gradient is known. Its edges are those of what needs a gradient, in the order of the bits.
+struct LossNode : Node {
+  Call call;
+  std::vector<SavedVariable> made;       // gradients; or of each row the maximum and the logarithm of the sum
+  std::vector<SavedVariable> arguments;  // input, target, params
+
+  std::string name() const override { return call->apart ? "_SoftmaxLossBackward" : "_LossWithGradientsBackward"; }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (SavedVariable& one : made) one.reset_data();
+    for (SavedVariable& one : arguments) one.reset_data();
+  }
+
+  // Of a backward that is compiled: what it may not take for other numbers, and what it replaces while it traces.
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
+    args.collect(made, false);
+    args.collect(arguments, false);
+    args.collect(call->numbers);
+    args.collect(call->needs);
+    args.collect(call->apart);
+  }
+
+  variable_list apply_with_saved(const variable_list& inputs,
+                                 torch::dynamo::autograd::SwapSavedVariables& saved) override {
+    saved.before(made);
+    saved.before(arguments);
+    variable_list gradients = apply(variable_list(inputs));
+    saved.after(made);
+    saved.after(arguments);
+    return gradients;
+  }
+
+  variable_list unpack(const std::vector<SavedVariable>& saved) {
+    variable_list tensors;
+    tensors.reserve(saved.size());
+    for (const SavedVariable& one : saved) tensors.push_back(one.unpack(getptr()));
+    return tensors;
+  }
+
+  variable_list apply(variable_list&& upstream) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!upstream[0].defined()) upstream[0] = input_metadata(0).zeros_like();
+    const Tensor& grad = upstream[0];
+    if (!at::GradMode::is_enabled() && unwatched() && is_plain(grad)) {
+      if (call->apart) {
+        const variable_list tensors = unpack(arguments), saved = unpack(made);
+        variable_list gradients;
+        const std::vector<Tensor> params(tensors.begin() + 2, tensors.end());
+        if (run_backward(*call, grad, tensors[0], tensors[1], params, saved[0], gradients)) return gradients;
+      } else {
+        const double by =
+            grad.scalar_type() == at::kDouble ? *grad.const_data_ptr<double>() : double(*grad.const_data_ptr<float>());
+        // 0 * inf would be NaN in rows that are not read. Logits that were changed since are not needed again.
+        if (by == 1 || (std::isfinite(by) && !call->half)) return scaled(unpack(made), by);
+      }
+    }
+    return by_python(grad);
+  }
+
+  static variable_list scaled(variable_list gradients, double by) {
+    const bool again = torch::autograd::get_current_graph_task_keep_graph();
+    for (Tensor& gradient : gradients) {
+      if (again)
+        gradient = at::mul(gradient, by);
+      else if (by != 1)
+        gradient.mul_(by);
+    }
+    return gradients;
+  }
+
+  variable_list by_python(const Tensor& grad) {
+    const variable_list tensors = unpack(arguments);
+    const Tensor saved = call->apart ? unpack(made)[0] : Tensor();
+    const pybind11::gil_scoped_acquire gil;
+    THPObjectPtr wrapped(PyTuple_New(Py_ssize_t(tensors.size())));
+    if (!wrapped) throw python_error();
+    for (size_t i = 0; i < tensors.size(); ++i)
+      PyTuple_SET_ITEM(wrapped.get(), Py_ssize_t(i), THPVariable_Wrap(tensors[i]));
+    THPObjectPtr statistics(THPVariable_Wrap(saved)), upstream(THPVariable_Wrap(grad));
+    THPObjectPtr found(
+        PyObject_CallFunctionObjArgs(backward, call->call, wrapped.get(), statistics.get(), upstream.get(), nullptr));
+    if (!found) {
+      python_error error;
+      error.persist();
+      throw error;
+    }
+    variable_list gradients;
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(found.get()); ++i) {
+      PyObject* const one = PyList_GET_ITEM(found.get(), i);
+      gradients.push_back(one == Py_None ? Tensor() : THPVariable_Unpack(one));
+    }
+    return gradients;
+  }
+};
+
+// So that Python has a type of either name.
+struct GradientsLater : LossNode {};
+struct GradientsMade : LossNode {};
+
+inline PyObject* saved_tensors(PyObject* self, void*) {
+  HANDLE_TH_ERRORS
+  auto& node = static_cast<LossNode&>(*reinterpret_cast<torch::autograd::THPCppFunction*>(self)->cdata);
+  variable_list all = node.unpack(node.made);
+  for (Tensor& one : node.unpack(node.arguments)) all.push_back(std::move(one));
+  THPObjectPtr found(PyTuple_New(Py_ssize_t(all.size())));
+  if (!found) return nullptr;
+  for (size_t i = 0; i < all.size(); ++i) PyTuple_SET_ITEM(found.get(), Py_ssize_t(i), THPVariable_Wrap(all[i]));
+  return found.release();
+  END_HANDLE_TH_ERRORS
+}
+
+using NodePointer = decltype(torch::autograd::Edge::function);
+
+template <class Kind>
+NodePointer make_node() {
+  if constexpr (std::is_same_v<NodePointer, std::shared_ptr<Node>>)
+    return NodePointer(new Kind, [](Kind* node) { deleteNode(node); });
+  else
+    return c10::make_intrusive<Kind>();
+}
+
+// The loss, with its history where a gradient is needed.
+inline Tensor with_history(const Call& call, const Arguments& of, const std::vector<Tensor>& params, Tensor loss,
+                           std::vector<Tensor> made) {
+  const NodePointer pointer = call->apart ? make_node<GradientsLater>() : make_node<GradientsMade>();
+  auto& node = static_cast<LossNode&>(*pointer);
+  node.call = call;
+  torch::autograd::edge_list edges;
+  for (int slot = 0; slot < SLOTS; ++slot)
+    if (call->needs >> slot & 1) edges.push_back(torch::autograd::impl::gradient_edge(of.by_slot[size_t(slot)]));
+  if (call->needs >> INPUT & 1) edges.push_back(torch::autograd::impl::gradient_edge(of.input));
+  node.set_next_edges(std::move(edges));
+  node.made.reserve(made.size());
+  for (const Tensor& one : made) node.made.emplace_back(one, false);
+  node.arguments.reserve(2 + params.size());
+  node.arguments.emplace_back(of.input, false);
+  node.arguments.emplace_back(of.target, false);
+  for (const Tensor& one : params) node.arguments.emplace_back(one, false);
+  const auto output = node.add_input_metadata(loss);
+  torch::autograd::impl::set_gradient_edge(loss, {pointer, output});
+  return loss;
+}
+
+}  // namespace mlkernels

@@ -1,0 +1,86 @@
+"""Plain calls on the CPU cross the boundary once per direction: what ``csrc/library_fast_path.cpp`` needs of Python.
+
+That library is compiled against one torch and one Python and is optional. It serves a call whose tensors are plain and
+whose numbers, options and structure :func:`mlkernels.call.bind` has seen before; all else, and every error, is left to
+:func:`mlkernels.softmax.apply`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from . import autograd, ops
+from .backends import native
+from .call import COMMON, Call, Common, bind
+from .checks import range_of
+from .spec import TRAINABLE, Number, ReductionName, Spec
+
+_PACKAGE = Path(__file__).resolve().parent
+#: Of the arguments that losses share, in the order in which the library takes them.
+_SHARED = (
+    "weight", "ignore_index", "reduction", "label_smoothing", "z_loss", "softcap", "logit_adjustment", "backend",
+    "row_weight", "normalizer",
+)  # fmt: skip
+
+
+def _describe(spec: Spec) -> list[tuple[int, bool, bool, float, float, float]]:
+    """Of each number of a structure: its slot, whether it is a table, whether it can be trained, and its range."""
+    return [(slot, slot in spec.tables, slot in TRAINABLE, *range_of(name)) for slot, name in spec.slots]
+
+
+def _resolve(
+    spec: Spec,
+    values: Sequence[Number | None],
+    input: Tensor,
+    target: Tensor,
+    group: Tensor | None,
+    common: Common,
+) -> tuple[Call, list[float], int, bool, bool] | None:
+    """What a call of a kind that was not seen before comes to; None where other kernels than the CPU's serve it."""
+    call = bind(spec, values, input, target, group, **{**COMMON, **common})[0]
+    if call.kernels is not ops.CPU:
+        return None
+    return call, call.numbers, call.needs, call.half, call.apart
+
+
+def _load() -> tuple[Any, str | None]:
+    """The library, set up, or why there is none."""
+    if os.environ.get("MLKERNELS_FAST_PATH", "1") == "0":
+        return None, "switched off by MLKERNELS_FAST_PATH=0"
+    table = native.cpu_direct()
+    if table is None:
+        return None, "there are no CPU kernels"
+    wanted = f"_fast_path.{sys.implementation.cache_tag}-torch-{torch.__version__}.so"
+    found = sorted(_PACKAGE.glob("_fast_path.*.so"))
+    path = _PACKAGE / wanted
+    if path not in found:
+        reason = _PACKAGE / "_fast_path.error.txt"
+        if reason.exists():
+            return None, f"not built: {reason.read_text().strip()}"
+        others = ", ".join(other.name.removeprefix("_fast_path.").removesuffix(".so") for other in found)
+        return None, f"built for {others}, not for this torch and this Python" if found else "not built"
+    try:
+        spec = importlib.util.spec_from_file_location("mlkernels._fast_path", path)
+        assert spec is not None and spec.loader is not None
+        library = importlib.util.module_from_spec(spec)
+        library.set_up(
+            table, _SHARED, tuple(COMMON[name] for name in _SHARED), get_args(ReductionName), _describe, _resolve,
+            autograd.fast_path_backward,
+        )  # fmt: skip
+    except (ImportError, RuntimeError) as error:
+        return None, f"{wanted} does not load: {error}"
+    return library, None
+
+
+_library, missing = _load()
+#: ``(spec, values, input, target, group, common)``: the loss, or None where :func:`mlkernels.softmax.apply` is to be
+#: called; None where the library is not there.
+loss: Callable[..., Tensor | None] | None = None if _library is None else _library.loss
