@@ -85,8 +85,10 @@ def test_a_leafs_gradient_is_its_own(backend):
     once = x.grad.clone()
     value.backward(retain_graph=True)
     torch.testing.assert_close(x.grad, 2 * once)
-    value.backward(torch.tensor(-2.0))
+    value.backward(torch.tensor(-2.0), retain_graph=True)
     torch.testing.assert_close(x.grad, torch.zeros_like(once), atol=1e-8, rtol=0)
+    value.backward(torch.tensor(2.0))
+    torch.testing.assert_close(x.grad, 2 * once)
     assert x.grad.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
 
 
