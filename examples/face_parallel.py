@@ -56,6 +56,8 @@ def train(options: argparse.Namespace) -> tuple[float, float]:
     """This rank's part; the accuracy before and after."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if options.backend == "nccl" else "cpu"
+    if options.backend == "nccl":
+        torch.cuda.set_device(device)
     torch.manual_seed(options.seed)
     identities = F.normalize(torch.randn(options.classes, WIDTH), dim=1)
     model = nn.Sequential(nn.Linear(WIDTH, 256), nn.ReLU(), nn.Linear(256, options.features)).to(device)

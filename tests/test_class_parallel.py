@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import training_scenes
 import vocabulary_scenes
+import wire_scenes
 from table import BY_NAME, F64, LOSSES
 from test_linear import OPTIONS, leaves_of, unfused
 from torch import nn
@@ -468,3 +469,8 @@ def scenes(rank: int, folder: str) -> None:
 def test_ranks() -> None:
     with tempfile.TemporaryDirectory() as folder:
         processes.run(scenes, RANKS, folder)
+
+
+@wire_scenes.linux
+def test_bytes_of_eight_ranks() -> None:
+    processes.run(wire_scenes.wire, 8)

@@ -147,6 +147,79 @@ def scaled_losses(group: dist.ProcessGroup) -> None:
         assert torch.equal(whole(parameter.detach()), old)
 
 
+class _Gather(torch.autograd.Function):
+    """Partial FC's: backward adds up what all ranks have for a rank's rows, times their number."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup, sizes: tuple[int, ...]) -> torch.Tensor:
+        ctx.group, ctx.sizes = group, sizes
+        padded = nn.functional.pad(x, (0, 0, 0, max(sizes) - len(x)))
+        found = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(found, padded, group)
+        return torch.cat([rows[:size] for rows, size in zip(found, sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        gradient = gradient.clone()
+        dist.all_reduce(gradient, group=ctx.group)
+        return len(ctx.sizes) * gradient.split(ctx.sizes)[dist.get_rank(ctx.group)], None, None
+
+
+class _PartialFC(torch.autograd.Function):
+    """Its softmax over all ranks: p - 1[y] over N, where the logits' margin has moved and nobody differentiates it."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, label: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        top = logits.amax(1, keepdim=True)
+        dist.all_reduce(top, dist.ReduceOp.MAX, group)
+        p = (logits - top).exp()
+        total = p.sum(1, keepdim=True)
+        dist.all_reduce(total, group=group)
+        p = p / total
+        own = label >= 0
+        hit = torch.where(own, p[torch.arange(len(p)), label.clamp(min=0)], 0)
+        dist.all_reduce(hit, group=group)
+        p[own, label[own]] -= 1
+        ctx.save_for_backward(p / len(p))
+        return -hit.log().mean()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return upstream * ctx.saved_tensors[0], None, None
+
+
+def as_partial_fc(group: dist.ProcessGroup) -> None:
+    """Every class taken, as An et al., "Partial FC" (2021), under ArcFace whose margin is added to the angle without a
+    gradient of its own: the same loss, and the same gradients on every rank."""
+    x, weight, target = problem()
+    sizes, part = MICRO[dist.get_world_size(group)][0], parts(group)[0]
+    head = ClassParallelLoss(
+        mlkernels.ArcFaceLoss(margin=0.5, scale=8.0, gradient="straight_through", beyond_pi="none"),
+        WIDTH, CLASSES, normalize=True, dtype=F64, process_group=group,
+    )  # fmt: skip
+    head.load_weight(weight)
+    x_ours, x_theirs = (x[part].clone().requires_grad_() for _ in range(2))
+    loss = head(x_ours, target[part])
+    loss.backward()
+
+    own = weight[head.first_class : head.last_class].clone().requires_grad_()
+    features = nn.functional.normalize(_Gather.apply(x_theirs, group, sizes))
+    cosines = nn.functional.linear(features, nn.functional.normalize(own)).clamp(-1, 1)
+    label = target[: sum(sizes)] - head.first_class
+    label = torch.where((label >= 0) & (label < len(own)), label, -1)
+    moved = cosines.clone()
+    with torch.no_grad():
+        kept = label >= 0
+        angle = cosines[kept, label[kept]].arccos() + 0.5
+        moved[kept, label[kept]] = angle.cos()
+    logits = 8.0 * (cosines + (moved - cosines).detach())
+    theirs = _PartialFC.apply(logits, label, group)
+    theirs.backward()
+    agrees(loss, theirs)
+    agrees(x_ours.grad, x_theirs.grad)
+    agrees(head.weight.grad.to_local(), own.grad)
+
+
 def disagreements(group: dist.ProcessGroup) -> None:
     """What ranks have not alike is named with rank and value, in the constructor and in calls, and so is what one of
     them was refused for."""
@@ -246,4 +319,4 @@ def lost_ranks(groups: dict[int, dist.ProcessGroup], late: dist.ProcessGroup) ->
         head(x.clone().requires_grad_(), target).backward()
 
 
-SCENES = [twenty_steps, scaled_losses, disagreements]
+SCENES = [twenty_steps, scaled_losses, as_partial_fc, disagreements]
