@@ -441,6 +441,25 @@ def test_no_features(strategy):
     torch.testing.assert_close(head.topk(x, 3), tuple(head.logits(x).topk(3)))
 
 
+@pytest.mark.parametrize("strategy", ["stored", "tiles"])
+def test_cosines_of_any_length_are_right_or_nan(strategy):
+    """Where F.normalize has cosines of 0 (norms below 1e-12, or squares that overflow) they are right, or NaN."""
+    x, weight, _, target = problem(ignored=False)
+    options = {"normalize": True, "scale": 9.0, "strategy": strategy}
+    wanted = linear_softmax_loss(x, weight, target, **options).item()
+    for of_x, of_weight, right in [(1e-19, 1.0, True), (1.0, 1e-19, True), (1e18, 1e18, True), (1e20, 1.0, False),
+                                   (1.0, 1e20, False), (1e-30, 1.0, False), (1.0, 1e-30, False)]:  # fmt: skip
+        rows, classes = ((t * by).float().detach().requires_grad_() for t, by in ((x, of_x), (weight, of_weight)))
+        found = linear_softmax_loss(rows, classes, target, **options)
+        found.backward()
+        assert bool(rows.grad.isfinite().all() and classes.grad.isfinite().all()) == right
+        assert found.item() == pytest.approx(wanted, rel=1e-5) if right else bool(found.isnan())
+        logits = mlkernels.LinearLoss(
+            mlkernels.FocalLoss(), WIDTH, CLASSES, normalize=True, weight=nn.Parameter(classes)
+        )
+        assert bool(logits.logits(rows).isfinite().all()) == right
+
+
 # ---- bad arguments ---------------------------------------------------------------------------------------------------
 
 X, W, B, Y, _META = *problem(ignored=False), torch.device("meta")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import graphlib
 import re
 from pathlib import Path
 
@@ -51,3 +53,30 @@ def test_the_map_has_every_file():
             assert path.name in page, path
     for name in re.findall(r"`([\w/]+\.(?:py|h|cpp|cu))`", page):
         assert list(ROOT.glob(f"*/**/{name}")) or (ROOT / name).exists(), name
+
+
+def imported_at_import(path: Path) -> set[str]:
+    """The modules of the package that a module imports when it is imported itself: not in functions, not for types."""
+    package = ("mlkernels", *path.relative_to(ROOT / "mlkernels").parent.parts)
+    found, todo = set(), [*ast.parse(path.read_text()).body]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = (*package[: len(package) - node.level + 1], *(node.module or "").split("."))
+            names = [(*base, alias.name) for alias in node.names] + [base] * (node.module is not None)
+            found |= {".".join(filter(None, name)) for name in names}
+        elif isinstance(node, (ast.Try, ast.If)) and "TYPE_CHECKING" not in ast.unparse(getattr(node, "test", node)):
+            todo += [*node.body, *node.orelse]
+    return found
+
+
+def test_no_import_circle():
+    """An arrow goes one way; a package's own __init__ says what it offers, and counts as the modules that it names."""
+    paths = {
+        p.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): p for p in ROOT.glob("mlkernels/**/*.py")
+    }
+    modules = {name.removesuffix(".__init__"): imported_at_import(path) for name, path in paths.items()}
+    graph = {name: (found & modules.keys()) - {name} for name, found in modules.items() if name != "mlkernels"}
+    order = [*graphlib.TopologicalSorter(graph).static_order()]
+    assert order.index("mlkernels.numbering") < order.index("mlkernels.call") < order.index("mlkernels.softmax")
+    assert order.index("mlkernels.softmax") < order.index("mlkernels.functional") < order.index("mlkernels.modules")

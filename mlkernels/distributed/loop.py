@@ -19,7 +19,7 @@ from torch import Tensor
 from ..backends import reference
 from ..backends.reference import Rows, Values
 from ..linear.autograd import later, makes_at_once, scaled
-from ..linear.loop import SCALES, Call, Head, Known, Wanted, along_length, forward
+from ..linear.loop import SCALES, Call, Head, Known, Wanted, along_length, forward, lengths
 from ..numbering import IGNORE_INDEX, REDUCTION, Reduction, Slot
 from .group import Group, padded, slices
 
@@ -102,7 +102,7 @@ class _ShardHead(PartHead):
         self.own = torch.where(kept, x[shard.mine].to(call.dtype), 0)
         self.own_length = None
         if call.normalize:
-            self.own_length = torch.where(kept, torch.linalg.vector_norm(self.own, dim=1, keepdim=True), 1)
+            self.own_length = torch.where(kept, lengths(self.own, self.own.dtype), 1)
             self.own = self.own / self.own_length
         super().__init__(call, x, weight, bias, target, params)
 

@@ -118,7 +118,8 @@ def linear_softmax_loss(
         target: (...) class indices of any integer dtype. Ignored rows cost nothing.
         linear_bias: (C,), or None.
         normalize: the logits are the cosines of x and the rows of W, which margins take: :math:`f = \hat x\cdot\hat w`.
-            A zero row is NaN. There is no bias then.
+            A zero row is NaN, and so is one whose squares vanish or overflow (in float32 norms below 1e-22 or above
+            1.8e19, where the cosines of ``F.normalize`` are 0). There is no bias then.
         loss: what is called with (logits, target): a module of the family (``mlkernels.ArcFaceLoss()``,
             ``TwoScaleLoss``...) or a function of it; further arguments are passed on to its call (``row_weight``,
             ``normalizer``, ``logit_norm``, ``norm``, ``group``). None: those of :func:`mlkernels.softmax_loss`, that is

@@ -11,6 +11,7 @@ rounds with the tile that it lies in. Products and sums are in float32 (float64 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -100,11 +101,11 @@ class Head:
                 self.weight = self.weight.to(call.dtype if call.dtype == torch.float64 else weight.dtype).contiguous()
         self.inverse = self.length = None
         if call.normalize:
-            self.length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+            self.length = lengths(x, call.dtype)
             if x.device.type != "cpu":
                 self.length = torch.where(kept.unsqueeze(1), self.length, 1)
             x = x / self.length
-            self.inverse = torch.linalg.vector_norm(self.weight, dim=1, keepdim=True, dtype=call.dtype).reciprocal()
+            self.inverse = lengths(self.weight, call.dtype).reciprocal()
         self.x, self.target, self.params = x, target, by_slot
         plan = call.plan
         # Once for all: fresh memory costs more than what is done in it.
@@ -188,6 +189,12 @@ class Head:
     def gathered(self, upstream: Tensor | None) -> Tensor | None:
         """An upstream gradient (N,) of the rows that are left."""
         return upstream if upstream is None or self.index is None else upstream[self.index]
+
+
+def lengths(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """The norms (..., 1) of rows (..., D). NaN where the squares overflow: no direction is 0, as 1/inf would say."""
+    found: Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=dtype)
+    return torch.where(found < math.inf, found, math.nan)
 
 
 def along_length(gradient: Tensor, direction: Tensor, length: Tensor | None) -> Tensor:

@@ -15,6 +15,7 @@ from ..backends.reference import full_precision
 from ..checks import check_input, check_size
 from ..softmax import RowStats
 from .functional import Strategy, check_callable, check_classifier, check_plan, logits_of, loss_of
+from .loop import lengths
 from .plan import TILE
 from .sampling import ClassSampler, Correction, check_sample
 from .update import TileSGD, TileUpdate
@@ -217,5 +218,4 @@ def streamed_topk(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, normal
 
 
 def _direction(rows: Tensor) -> Tensor:
-    length: Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    return rows / length
+    return rows / lengths(rows, rows.dtype)
