@@ -482,7 +482,7 @@ BAD = [
     (ValueError, "memory must be a number of bytes > 0", lambda: linear_cross_entropy(X, W, Y, memory=-1)),
     (ValueError, "memory=7 is too small for one row", lambda: stored(X, W, Y, memory=7)),
     (ValueError, "memory=7 is too small for one logit", lambda: linear_cross_entropy(X, W, Y, memory=7)),
-    (ValueError, "backend=None, 'reference' or 'cpu'", lambda: linear_cross_entropy(X, W, Y, backend="cuda")),
+    (ValueError, "backend=None, 'reference', 'cpu' or 'triton'", lambda: linear_cross_entropy(X, W, Y, backend="cuda")),
     (TypeError, "takes no options", lambda: linear_cross_entropy(X, W, Y, options=None)),
     (TypeError, "takes no 'gamma'", lambda: linear_cross_entropy(X, W, Y, gamma=2.0)),
     (ValueError, "weight must have one entry per class", lambda: linear_cross_entropy(X, W, Y, weight=VECTOR[:3])),

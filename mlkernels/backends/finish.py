@@ -51,7 +51,7 @@ class Values:
         self.structure, self.reduction = structure_of(numbers), int(numbers[REDUCTION])
         self.consts = [*numbers[CONSTS:], *[0.0] * (SLOTS + CONSTS - len(numbers))]
         self.params = dict(zip(slots_of(numbers), params, strict=True))
-        self.classes, self.dtype = classes, dtype
+        self.numbers, self.target, self.classes, self.dtype = numbers, target, classes, dtype
         label = target.long()
         self.kept = label != int(numbers[IGNORE_INDEX])
         inside = (label >= 0) & (label < classes)

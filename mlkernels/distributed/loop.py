@@ -71,7 +71,9 @@ class PartHead(Head):
 
     def of_target(self, part: slice, values: Values) -> Tensor:
         own, label = self.owned(values.label)
-        f_y = torch.where(own, self.of_owned(part, label), 0) if self.classes else self.x.new_zeros(label.shape)
+        f_y = self.x.new_zeros(label.shape, dtype=self.call.dtype)
+        if self.classes:
+            f_y = torch.where(own, self.of_owned(part, label), 0)
         # Ranks are counted against the target's logit, which must be known ahead then.
         return self.group.gathered(f_y, "targets").sum(0) if self.call.return_stats else f_y
 
@@ -107,15 +109,18 @@ class _ShardHead(PartHead):
         super().__init__(call, x, weight, bias, target, params)
 
     def of_owned(self, part: slice, label: Tensor) -> Tensor:
-        f_y = (self.x[part] * self.part(label)).sum(1)
+        f_y = self.dots(part, label)
         return f_y if self.bias is None else f_y + self.bias[label]
 
-    def own_target(self, label: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def own_target(self, part: slice, label: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
         own, label = self.owned(label)
-        return label, torch.where(own, gradient, 0)
+        return super().own_target(part, label, torch.where(own, gradient, 0))
 
     def of_features(self, gradient: Tensor) -> Tensor:
         sizes, group = self.shard.sizes, self.shard.group
+        if self.factors is not None:  # it is of vectors, and own_length will make it that
+            assert self.length is not None
+            gradient = gradient * self.length
         mine = group.home(self.scattered(gradient).unflatten(0, (group.size, max(sizes))))[: sizes[group.rank]]
         return along_length(mine, self.own, self.own_length)
 
@@ -194,7 +199,7 @@ def _all_upstream(call: Call, shard: Shard, head: Head, upstream: Sequence[Tenso
     outputs this one has used."""
     loss, *rows = (upstream[i] if i < len(upstream) else None for i in range(4))
     ranks = shard.group.size
-    zero = head.x.new_zeros(())
+    zero = head.x.new_zeros((), dtype=call.dtype)
     nothing = zero.expand(shard.sizes[shard.group.rank])
     if call.numbers[REDUCTION] == Reduction.NONE:
         of_loss = shard.all_rows((nothing if loss is None else loss).to(zero.dtype), 0, "upstream") / ranks

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..backends import reference
 from ..backends.reference import Finished, Rows
 from ..spec import REDUCTION, TRAINABLE, Reduction
-from .loop import Call, Head, Known, Sums, Wanted, add_chunk, forward, upstream_of
+from .loop import Call, Head, Known, Sums, Wanted, add_chunk, chunk_coefficients, forward, upstream_of
 
 _saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
@@ -100,7 +100,8 @@ def later(sums: Sums, head: Head, known: Known | None, upstream: Sequence[Tensor
         head.call.update.later(sums, head, known, upstream)
     elif known is not None:
         for part, of_part, of_results in chunks_of(head, known, upstream):
-            add_chunk(sums, head, part, head.of(part), of_part, [], of_results)
+            values = head.of(part)
+            add_chunk(sums, head, part, values, [], chunk_coefficients(sums, head, part, values, of_part, of_results))
 
 
 def chunks_of(head: Head, known: Known, upstream: Sequence[Tensor | None]) -> Iterator[tuple[slice, Known, Finished]]:

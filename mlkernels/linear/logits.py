@@ -18,8 +18,8 @@ from ..tracing import functorch_level, is_dual
 from . import threads
 from .autograd import has_hooks, linear_loss
 from .loop import Call
-from .pieces import CPU, pieces_for
-from .plan import Plan, plan, shared
+from .pieces import CPU, TRITON, pieces_for
+from .plan import Plan, on_device, plan, shared
 from .sampling import ClassSampler, Sample
 from .update import Updating
 
@@ -117,11 +117,15 @@ class LinearLogits(ProductLogits):
         if self.sampler is not None:
             call, label, flat, classes = self.sampled(self.sampler, call, label, flat, tables)
         width = weight.shape[1]
-        shares = threads.count() if pieces is CPU and update is None else 0
-        cut = shared if shares else plan
-        made = cut(
-            rows, classes, width, accumulate.itemsize, copies, shares or pieces.temporaries, strategy, self.memory
-        )
+        cut: Callable[..., Plan] = plan
+        of_pieces = pieces.temporaries
+        if pieces is CPU and update is None and (shares := threads.count()):
+            cut, of_pieces = shared, shares
+        elif pieces is TRITON:
+            operands = pieces.operands(x.dtype, weight.dtype)
+            copies = int(weight.dtype != (operands or accumulate)) + (0 if update is None else update.temporaries)
+            cut, of_pieces = on_device, 0 if operands is None else operands.itemsize
+        made = cut(rows, classes, width, accumulate.itemsize, copies, of_pieces, strategy, self.memory)
         call = call._replace(plan=made)
         loss, *stats = self.run(call, x.reshape(target.numel(), width), label, list(flat.values()))
         loss = loss if loss.dim() == 0 else loss.reshape(target.shape)

@@ -22,8 +22,9 @@ from ..backends import reference
 from ..backends.reference import Coefficients, Finished, Rows, Values
 from ..spec import IGNORE_INDEX, Slot
 from . import threads
-from .pieces import Pieces, Want
+from .pieces import Factors, Pieces, Want
 from .plan import Plan
+from .products import add_at, add_product, multiply_into
 
 SCALES = frozenset({Slot.SCALE, Slot.SCALE_HIGH, Slot.LOGIT_NORM})
 
@@ -87,30 +88,40 @@ class Head:
         #: Where the rows that are left were, if not all are.
         self.index: Tensor | None = None
         self.count = target.numel()
-        if x.device.type == "cpu":
+        if x.device.type == "cpu" and not call.pieces.masks:
             if not bool(kept.all()):
                 self.index = kept.nonzero().squeeze(1)
                 x, target = x[self.index], target[self.index]
                 by_slot = {s: p[self.index] if s in call.per_row else p for s, p in by_slot.items()}
         else:
             x = torch.where(kept.unsqueeze(1), x, 0)
-        x = x.to(call.dtype)
+        #: What products are made of; they are in the dtype of the call.
+        self.operands = call.pieces.operands(x.dtype, weight.dtype) or call.dtype
+        x = x.to(self.operands)
         if call.plan.parts:
             x = x.contiguous()
             if call.dtype == torch.float64 or (self.classes > 1 and weight.stride(1) != 1):
                 self.weight = self.weight.to(call.dtype if call.dtype == torch.float64 else weight.dtype).contiguous()
         self.inverse = self.length = None
+        #: What products are multiplied by to be those of directions, where that is for the pieces to do.
+        self.factors: Factors | None = None
         if call.normalize:
             self.length = lengths(x, call.dtype)
-            if x.device.type != "cpu":
+            if self.index is None:
                 self.length = torch.where(kept.unsqueeze(1), self.length, 1)
-            x = x / self.length
             self.inverse = lengths(self.weight, call.dtype).reciprocal()
-        self.x, self.target, self.params = x, target, by_slot
+            if call.pieces.takes_factors:
+                self.factors = (self.length.reciprocal().squeeze(1), self.inverse.squeeze(1))
+            else:
+                x = x / self.length
+        self.x, self.target, self.params = x.to(self.operands), target.contiguous(), by_slot
         plan = call.plan
         # Once for all: fresh memory costs more than what is done in it.
         size = plan.rows * (self.classes if plan.stored else plan.classes)
-        self.room = x.new_empty(0 if plan.parts else size)
+        self.room = x.new_empty(0 if plan.parts else size, dtype=call.dtype)
+        self.gradient_room: Tensor | None = None
+        if self.operands != call.dtype:
+            self.gradient_room = x.new_empty(plan.rows * plan.classes)
         self.values = self.of(slice(None))
 
     @property
@@ -136,8 +147,10 @@ class Head:
         """What is known of a chunk's rows over all classes, and their targets' products."""
         return rows, f_y
 
-    def own_target(self, label: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """Labels among this head's classes, and the targets' gradients where they are."""
+    def own_target(self, part: slice, label: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Labels among this head's classes, and the targets' gradients where they are, by what is multiplied."""
+        if self.factors is not None:
+            gradient = gradient * self.factors[0][part] * self.factors[1][label]
         return label, gradient
 
     def chunks(self) -> Iterator[slice]:
@@ -152,9 +165,13 @@ class Head:
             yield start, self.part(slice(start, start + self.call.plan.classes))
 
     def part(self, classes: slice | Tensor) -> Tensor:
-        """Rows of the weight, in the accumulation dtype, of length 1 where so asked."""
-        part = self.weight[classes].to(self.call.dtype)
-        return part if self.inverse is None else part * self.inverse[classes]
+        """Rows of the weight, as products take them: of length 1 where so asked, unless the pieces make that of it."""
+        part = self.weight[classes].to(self.operands)
+        return part if self.inverse is None or self.factors is not None else part * self.inverse[classes]
+
+    def factors_of(self, part: slice, start: int, classes: int) -> Factors | None:
+        """Those of a tile."""
+        return self.factors and (self.factors[0][part], self.factors[1][start : start + classes])
 
     def product(self, part: slice, start: int, weight: Tensor) -> Tensor:
         """The logits of a chunk and a tile, where there is room for them: kept, or in place of the last ones."""
@@ -162,23 +179,42 @@ class Head:
         begin = start * x.shape[0] if self.call.plan.stored else 0
         out = self.room[begin : begin + x.shape[0] * classes].view(x.shape[0], classes)
         if self.bias is None:
-            return torch.mm(x, weight.T, out=out)
+            return multiply_into(out, x, weight.T)
+        if x.dtype != out.dtype:
+            return multiply_into(out, x, weight.T).add_(self.bias[start : start + classes])
         return torch.addmm(self.bias[start : start + classes], x, weight.T, out=out)
+
+    def gradient(self, part: slice, values: Values, start: int, f: Tensor, row: Coefficients, seen: bool) -> Tensor:
+        """That of the products of a chunk and a tile, as the next products take it; what it holds is lost."""
+        out = None if self.gradient_room is None else self.gradient_room[: f.numel()].view(f.shape)
+        factors = self.factors_of(part, start, f.shape[1])
+        return self.call.pieces.gradient(f, row, values, self.offset + start, seen, factors, out)
 
     def of_target(self, part: slice, values: Values) -> Tensor:
         """The target's logit of each row, never taken from a tile."""
-        f_y = (self.x[part] * self.part(values.label)).sum(1)
+        f_y = self.dots(part, values.label)
         return f_y if self.bias is None else f_y + self.bias[values.label]
 
-    def along_lengths(self, gradient: Tensor, start: int, direction: Tensor) -> None:
+    def dots(self, part: slice, label: Tensor) -> Tensor:
+        """The product of each row with a class of its own."""
+        dots = (self.x[part].to(self.call.dtype) * self.part(label)).sum(1)
+        return dots if self.factors is None else dots * self.factors[0][part] * self.factors[1][label]
+
+    def along_lengths(self, gradient: Tensor, start: int, vectors: Tensor) -> None:
         """The gradient of a tile of the weight from that of its directions, in place."""
         assert self.inverse is not None
-        along = (gradient * direction).sum(1, keepdim=True)
-        gradient.sub_(along * direction).mul_(self.inverse[start : start + direction.shape[0]])
+        inverse = self.inverse[start : start + vectors.shape[0]]
+        direction = vectors if self.factors is None else vectors * inverse
+        gradient.sub_((gradient * direction).sum(1, keepdim=True) * direction)
+        if self.factors is None:  # else it was multiplied by that
+            gradient.mul_(inverse)
 
     def of_features(self, gradient: Tensor) -> Tensor:
         """The gradient of all features from that of what the loop has seen of them."""
-        return self.scattered(along_length(gradient, self.x, self.length))
+        if self.factors is None:
+            return self.scattered(along_length(gradient, self.x, self.length))
+        direction = self.x * self.factors[0].unsqueeze(1)
+        return gradient - (gradient * direction).sum(1, keepdim=True) * direction
 
     def scattered(self, rows: Tensor, fill: float = 0) -> Tensor:
         """Results of the rows that were left at the places of all."""
@@ -209,49 +245,50 @@ class Sums:
 
     def __init__(self, head: Head, wanted: Wanted):
         self.head, self.wanted = head, wanted
-        self.input = torch.zeros_like(head.x) if wanted.input else None
+        dtype = head.call.dtype
+        self.input = torch.zeros_like(head.x, dtype=dtype) if wanted.input else None
         self.weight: Tensor | None = None
         if wanted.weight and head.call.update is None:  # the first chunk of rows writes it
-            new = torch.ops.mlkernels.room_like if head.call.plan.parts else torch.Tensor.new_empty
-            self.weight = new(head.x, head.weight.shape)
+            if head.call.plan.parts:
+                self.weight = torch.ops.mlkernels.room_like(head.x, head.weight.shape)
+            else:
+                self.weight = head.x.new_empty(head.weight.shape, dtype=dtype)
             if head.x.shape[0] == 0:
                 self.weight.zero_()
-        self.bias = head.x.new_zeros(head.classes) if wanted.bias else None
+        self.bias = head.x.new_zeros(head.classes, dtype=dtype) if wanted.bias else None
         self.slots = {slot: torch.zeros_like(head.params[slot]) for slot in wanted.slots}
 
     def add_tile(self, part: slice, start: int, weight: Tensor, gradient: Tensor) -> None:
         """What a tile's gradient contributes."""
         classes = slice(start, start + weight.shape[0])
         if self.input is not None:
-            self.input[part].addmm_(gradient, weight)
+            add_product(self.input[part], gradient, weight)
         if self.weight is not None:
-            of_tile = self.weight[classes]
-            if part.start == 0:
-                torch.mm(gradient.T, self.head.x[part], out=of_tile)
-            else:
-                of_tile.addmm_(gradient.T, self.head.x[part])
+            make = multiply_into if part.start == 0 else add_product
+            make(self.weight[classes], gradient.T, self.head.x[part])
         if self.bias is not None:
-            self.bias[classes] += gradient.sum(0)
+            self.bias[classes] += gradient.sum(0, dtype=self.bias.dtype)
 
     def add_target(self, part: slice, label: Tensor, gradient: Tensor) -> None:
         """What the targets' own gradients contribute."""
-        if self.head.classes == 0:
+        head = self.head
+        if head.classes == 0:
             return
-        label, gradient = self.head.own_target(label, gradient)
+        label, gradient = head.own_target(part, label, gradient)
         column = gradient.unsqueeze(1)
         if self.input is not None:
-            self.input[part] += column * self.head.part(label)
+            self.input[part] += column * head.part(label)
         if self.weight is not None:
-            self.weight.index_add_(0, label, column * self.head.x[part])
+            add_at(self.weight, label, column * head.x[part])
         if self.bias is not None:
-            self.bias.index_add_(0, label, gradient)
+            add_at(self.bias, label, gradient)
 
     def finished(self) -> tuple[Tensor | None, ...]:
         """Of features, weight, bias and parameters: those of lengths follow from those of directions."""
         head = self.head
         if self.weight is not None and head.inverse is not None and not head.call.plan.parts:
-            for start, direction in head.tiles():
-                head.along_lengths(self.weight[start : start + direction.shape[0]], start, direction)
+            for start, vectors in head.tiles():
+                head.along_lengths(self.weight[start : start + vectors.shape[0]], start, vectors)
         if self.input is not None:
             self.input = head.of_features(self.input)
         slots = [head.scattered(g) if s in head.call.per_row else g for s, g in self.slots.items()]
@@ -271,41 +308,51 @@ def _known(head: Head, part: slice, values: Values, want: Want, keep: bool) -> t
         rows = pieces.begin(u_y, values, want)
         for start, weight in head.tiles():
             f = head.product(part, start, weight)
-            rows = pieces.statistics(f, u_y, values, head.offset + start, rows, scales, want)
+            factors = head.factors_of(part, start, weight.shape[0])
+            rows = pieces.statistics(f, u_y, values, head.offset + start, rows, scales, want, factors)
             kept.append(f)
     rows, f_y = head.combined(rows, f_y, scales)
     return Known(rows, f_y, reference.final_target(f_y, values)), kept if keep else []
 
 
-def add_chunk(
-    sums: Sums, head: Head, part: slice, values: Values, known: Known, kept: list[Tensor], upstream: Finished
-) -> None:
-    """A chunk's gradients."""
-    row = chunk_coefficients(sums, head, part, values, known, upstream)
-    if not (sums.wanted.input or sums.wanted.weight or sums.wanted.bias):
-        return
-    if head.call.plan.parts:
-        threads.gradients(sums, head, part, values, row, bool(kept))
-        return
-    apart = row._replace(target=torch.zeros_like(row.target))
-    for index, (start, weight) in enumerate(head.tiles()):
-        f = kept[index] if kept else head.product(part, start, weight)
-        sums.add_tile(part, start, weight, head.call.pieces.gradient(f, apart, values, head.offset + start, bool(kept)))
-    sums.add_target(part, values.label, row.target)
+def finish_chunk(
+    head: Head, part: slice, values: Values, known: Known, sums: Sums | None, upstream: Finished | None
+) -> tuple[Finished, Coefficients | None]:
+    """What follows of a chunk's rows, and with an upstream gradient what its tiles take for theirs, the targets' those
+    by their products; parameters get theirs."""
+    slots = () if sums is None else sums.wanted.slots
+    finished, row, by_slot = head.call.pieces.finish(known.rows, known.u_y, values, upstream, slots, want(head.call))
+    for slot, gradient in by_slot.items():
+        assert sums is not None
+        if slot in head.call.per_row:
+            sums.slots[slot][part] = gradient
+        else:
+            sums.slots[slot] += gradient
+    if row is not None and values.consts[Slot.SOFTCAP] > 0:
+        row.target.copy_(reference.through_cap(row.target, known.f_y, values))
+    return finished, row
 
 
 def chunk_coefficients(
     sums: Sums, head: Head, part: slice, values: Values, known: Known, upstream: Finished
 ) -> Coefficients:
-    """What a chunk's tiles take for their gradients, the targets' those by their products; parameters get theirs."""
-    row, by_slot = reference.coefficients(known.rows, known.u_y, values, upstream, sums.wanted.slots)
-    for slot, gradient in by_slot.items():
-        if slot in head.call.per_row:
-            sums.slots[slot][part] = gradient
-        else:
-            sums.slots[slot] += gradient
-    row = row._replace(target=reference.through_cap(row.target, known.f_y, values))
-    return Coefficients(*(None if n is None else n.contiguous() for n in row))  # type: ignore[arg-type]
+    """The second of these."""
+    _, row = finish_chunk(head, part, values, known, sums, upstream)
+    assert row is not None
+    return row
+
+
+def add_chunk(sums: Sums, head: Head, part: slice, values: Values, kept: list[Tensor], row: Coefficients) -> None:
+    """A chunk's gradients."""
+    if not (sums.wanted.input or sums.wanted.weight or sums.wanted.bias):
+        return
+    if head.call.plan.parts:
+        threads.gradients(sums, head, part, values, row, bool(kept))
+        return
+    for index, (start, weight) in enumerate(head.tiles()):
+        f = kept[index] if kept else head.product(part, start, weight)
+        sums.add_tile(part, start, weight, head.gradient(part, values, start, f, row, bool(kept)))
+    sums.add_target(part, values.label, row.target)
 
 
 def upstream_of(head: Head, part: slice, loss: Tensor | None, rows: Sequence[Tensor | None]) -> Finished:
@@ -324,26 +371,30 @@ def _joined(parts: list[Any]) -> Any:
     return kind(*(None if each[0] is None else torch.cat(each, -1) for each in zip(*parts, strict=True)))
 
 
+def want(call: Call) -> Want:
+    """What is asked of the statistics."""
+    scaled = not SCALES.isdisjoint(call.slots)
+    return Want(scaled or call.return_stats, scaled and call.return_stats, call.return_stats)
+
+
 def forward(
     head: Head, wanted: Wanted | None
 ) -> tuple[tuple[Tensor, ...], Known | None, tuple[Tensor | None, ...] | None]:
     """The results; what is known of each row; and where they are wanted at once, the gradients at an upstream of 1."""
     call = head.call
-    scaled = not SCALES.isdisjoint(call.slots)
-    want = Want(scaled or call.return_stats, scaled and call.return_stats, call.return_stats)
     sums = None if wanted is None else head.sums(wanted)
     one = torch.ones((), dtype=call.dtype, device=head.x.device)
     finished: list[Finished] = []
     every: list[Known] = []
     for part in head.chunks():
         values = head.of(part)
-        known, kept = _known(head, part, values, want, call.plan.stored and sums is not None)
-        high = reference.well_classified(known.u_y - known.rows.top, values)
-        scale = reference.row_scale(values, high)
-        finished.append(reference.finish(reference.chosen(known.rows, high), known.u_y, scale, values))
+        known, kept = _known(head, part, values, want(call), call.plan.stored and sums is not None)
+        upstream = None if sums is None else upstream_of(head, part, one, (None, None, None))
+        each, row = finish_chunk(head, part, values, known, sums, upstream)
+        finished.append(each)
         every.append(known)
-        if sums is not None:
-            add_chunk(sums, head, part, values, known, kept, upstream_of(head, part, one, (None, None, None)))
+        if sums is not None and row is not None:
+            add_chunk(sums, head, part, values, kept, row)
     if not every:
         return _of_no_rows(head), None, None if sums is None else sums.finished()
     known = Known(
@@ -360,7 +411,7 @@ def forward(
 
 def _of_no_rows(head: Head) -> tuple[Tensor, ...]:
     """The results where every row is ignored, or there is none."""
-    nothing = head.x.new_zeros(0)
+    nothing = head.x.new_zeros(0, dtype=head.call.dtype)
     loss = reference.reduced(Finished(nothing, nothing), head.values)
     results: tuple[Tensor, ...] = (head.scattered(loss) if loss.dim() else loss,)
     if head.call.return_stats:

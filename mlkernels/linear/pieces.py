@@ -1,14 +1,16 @@
-"""Statistics and gradients of tiles: by the CPU's operators where they are, which work in place, else in torch."""
+"""Statistics and gradients of tiles, and what is between: by the CPU's operators or Triton's kernels, else in torch."""
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ..backends import native, reference
-from ..backends.reference import Coefficients, Rows, Values
+from ..backends import reference, refusal
+from ..backends.reference import Coefficients, Finished, Rows, Values
 from ..spec import Slot
 
 
@@ -20,46 +22,87 @@ class Want(NamedTuple):
     ranks: bool
 
 
+#: What products of vectors are multiplied by to be those of directions: a factor for each row, one for each class.
+Factors: TypeAlias = tuple[Tensor, Tensor]
+
+
 class Pieces(Protocol):
-    """What the loop needs of a tile (rows, classes) of products, which is its to overwrite."""
+    """What the loop needs of a tile (rows, classes) of products, which is its to overwrite, and of the rows."""
 
     #: How many temporaries of a tile's size there are.
     temporaries: int
+    #: Whether products are of vectors as they are, and made those of directions here; else these are multiplied.
+    takes_factors: bool
+    #: Whether ignored rows stay where they are on a CPU, too, as they do where looking for them would be waiting.
+    masks: bool
+
+    def operands(self, *dtypes: torch.dtype) -> torch.dtype | None:
+        """What products are made of, and gradients of tiles are; None: of what is computed in."""
 
     def begin(self, u_y: Tensor, values: Values, want: Want) -> Rows:
         """What is known of rows of which no class has been seen."""
 
     def statistics(
-        self, f: Tensor, u_y: Tensor, values: Values, start: int, known: Rows, scales: Tensor, want: Want
-    ) -> Rows:
+        self, f: Tensor, u_y: Tensor, values: Values, start: int, known: Rows, scales: Tensor, want: Want,
+        factors: Factors | None,
+    ) -> Rows:  # fmt: skip
         """What is known with the classes of this tile."""
 
-    def gradient(self, f: Tensor, row: Coefficients, values: Values, start: int, seen: bool) -> Tensor:
-        """dL/df of the tile, 0 at the target; seen: whether ``statistics`` has had it."""
+    def finish(
+        self, known: Rows, u_y: Tensor, values: Values, upstream: Finished | None, slots: Sequence[int], want: Want
+    ) -> tuple[Finished, Coefficients | None, dict[int, Tensor]]:
+        """What follows from all classes; where the upstream gradients of that are given, also how tiles write their
+        gradients, and the gradients of the parameters in these slots."""
+
+    def gradient(
+        self, f: Tensor, row: Coefficients, values: Values, start: int, seen: bool, factors: Factors | None,
+        out: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """dL/df of the tile, 0 at the target, in its place or in out; seen: whether ``statistics`` has had it."""
 
 
 class TorchPieces:
     """By the reference's functions, on any device."""
 
     temporaries = 12
+    takes_factors = masks = False
+
+    def operands(self, *dtypes: torch.dtype) -> torch.dtype | None:
+        return None
 
     def begin(self, u_y: Tensor, values: Values, want: Want) -> Rows:
         nothing = u_y.new_empty(u_y.shape[0], 0)
         return reference.statistics(nothing, u_y, reference.scales(values), values, second=want.second)
 
     def statistics(
-        self, f: Tensor, u_y: Tensor, values: Values, start: int, known: Rows, scales: Tensor, want: Want
-    ) -> Rows:
+        self, f: Tensor, u_y: Tensor, values: Values, start: int, known: Rows, scales: Tensor, want: Want,
+        factors: Factors | None,
+    ) -> Rows:  # fmt: skip
         u = reference.final_logits(f, values, start)
         piece = reference.statistics(u, u_y, scales, values, start=start, second=want.second)
         return reference.combine(known, piece, scales)
 
-    def gradient(self, f: Tensor, row: Coefficients, values: Values, start: int, seen: bool) -> Tensor:
+    def finish(
+        self, known: Rows, u_y: Tensor, values: Values, upstream: Finished | None, slots: Sequence[int], want: Want
+    ) -> tuple[Finished, Coefficients | None, dict[int, Tensor]]:
+        high = reference.well_classified(u_y - known.top, values)
+        finished = reference.finish(reference.chosen(known, high), u_y, reference.row_scale(values, high), values)
+        if upstream is None:
+            return finished, None, {}
+        row, by_slot = reference.coefficients(known, u_y, values, upstream, slots)
+        row = Coefficients(*(None if n is None else n.contiguous() for n in row))  # type: ignore[arg-type]
+        return finished, row, by_slot
+
+    def gradient(
+        self, f: Tensor, row: Coefficients, values: Values, start: int, seen: bool, factors: Factors | None,
+        out: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        row = row._replace(target=torch.zeros_like(row.target))
         gradient = reference.gradient(reference.final_logits(f, values, start), row, values, start=start)
         return reference.through_cap(gradient, f, values)
 
 
-class CpuPieces:
+class CpuPieces(TorchPieces):
     """By the CPU's operators, which leave u in a tile that they have seen, and the gradient in the end."""
 
     temporaries = 0
@@ -73,8 +116,9 @@ class CpuPieces:
         return rows_of(reals, whole, values.smoothing > 0, want.second)
 
     def statistics(
-        self, f: Tensor, u_y: Tensor, values: Values, start: int, known: Rows, scales: Tensor, want: Want
-    ) -> Rows:
+        self, f: Tensor, u_y: Tensor, values: Values, start: int, known: Rows, scales: Tensor, want: Want,
+        factors: Factors | None,
+    ) -> Rows:  # fmt: skip
         top, total, shift, *others = known
         torch.ops.mlkernels.piece_statistics(
             f, u_y, values.label, start, scales, values.params.get(Slot.WEIGHT), values.params.get(Slot.ADJUSTMENT),
@@ -82,7 +126,10 @@ class CpuPieces:
         )  # fmt: skip
         return known
 
-    def gradient(self, f: Tensor, row: Coefficients, values: Values, start: int, seen: bool) -> Tensor:
+    def gradient(
+        self, f: Tensor, row: Coefficients, values: Values, start: int, seen: bool, factors: Factors | None,
+        out: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         torch.ops.mlkernels.piece_gradient(
             f, values.label, start, seen, values.params.get(Slot.WEIGHT), values.params.get(Slot.ADJUSTMENT),
             values.consts[Slot.SOFTCAP], row.factor, row.slope, row.spread, row.scale, row.top,
@@ -91,7 +138,7 @@ class CpuPieces:
 
 
 def rows_of(reals: Tensor, whole: Tensor, smoothed: bool, second: bool) -> Rows:
-    """The numbers of rows from where the CPU's operators have them: (3 + 3 scales, rows) and (2, rows)."""
+    """The numbers of rows from where operators have them: (3 + 3 scales, rows) and (2, rows)."""
     total, shift, squares = reals[3:].unflatten(0, (3, -1))
     return Rows(
         reals[0], total, shift, squares if second else None,
@@ -99,16 +146,74 @@ def rows_of(reals: Tensor, whole: Tensor, smoothed: bool, second: bool) -> Rows:
     )  # fmt: skip
 
 
-TORCH, CPU = TorchPieces(), CpuPieces()
+class TritonPieces:
+    """By Triton's kernels: tiles of float32 products, of bfloat16 vectors as they are, whose gradients are written for
+    the next products."""
+
+    temporaries = 0
+    takes_factors = masks = True
+
+    def operands(self, *dtypes: torch.dtype) -> torch.dtype | None:
+        # Not float16, in whose range the gradients of most logits are 0.
+        return torch.bfloat16 if {*dtypes} == {torch.bfloat16} else None
+
+    def begin(self, u_y: Tensor, values: Values, want: Want) -> Rows:
+        from ..backends.triton import heads
+
+        return heads.begin(u_y.shape[0], values, u_y.device, want.second)
+
+    def statistics(
+        self, f: Tensor, u_y: Tensor, values: Values, start: int, known: Rows, scales: Tensor, want: Want,
+        factors: Factors | None,
+    ) -> Rows:  # fmt: skip
+        from ..backends.triton import heads
+
+        assert isinstance(known, heads.KnownRows)
+        heads.STATISTICS(
+            f, values.target, u_y, scales, *(factors or (None, None)), *self.of_classes(values), known.reals,
+            known.wholes, values.numbers, (), values.classes, want.shift, want.second, want.ranks,
+            math.gcd(heads.ALIGNMENT, start), start,
+        )  # fmt: skip
+        return known
+
+    def of_classes(self, values: Values) -> tuple[Tensor | None, Tensor | None]:
+        """The weights, which tiles need under smoothing, and the adjustments."""
+        weight = values.params.get(Slot.WEIGHT) if values.smoothing > 0 else None
+        return weight, values.params.get(Slot.ADJUSTMENT)
+
+    def finish(
+        self, known: Rows, u_y: Tensor, values: Values, upstream: Finished | None, slots: Sequence[int], want: Want
+    ) -> tuple[Finished, Coefficients | None, dict[int, Tensor]]:
+        from ..backends.triton import heads
+
+        return heads.row_finish(known, u_y, values, upstream, slots, want.shift)
+
+    def gradient(
+        self, f: Tensor, row: Coefficients, values: Values, start: int, seen: bool, factors: Factors | None,
+        out: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        from ..backends.triton import heads
+
+        assert isinstance(row, heads.RowCoefficients)
+        heads.GRADIENT(
+            f, out, values.target, row.packed, *(factors or (None, None)), *self.of_classes(values), values.numbers, (),
+            values.classes, row.slope is not None, math.gcd(heads.ALIGNMENT, start), start,
+        )  # fmt: skip
+        return f if out is None else out
+
+
+TORCH, CPU, TRITON = TorchPieces(), CpuPieces(), TritonPieces()
 
 
 def pieces_for(device: torch.device, backend: str | None) -> Pieces:
     """Whose pieces serve a device's tiles."""
-    if backend not in (None, "reference", "cpu"):
-        raise ValueError(f"heads take backend=None, 'reference' or 'cpu', got {backend!r}")
-    if backend == "cpu" and device.type != "cpu":
-        raise ValueError(f"backend 'cpu' does not serve tensors on {device.type!r}")
-    missing = native.cpu_missing
-    if backend == "cpu" and missing is not None:
-        raise ValueError(f"backend 'cpu' is not available: {missing}")
-    return CPU if backend != "reference" and device.type == "cpu" and missing is None else TORCH
+    if backend == "cuda":
+        raise ValueError("heads take backend=None, 'reference', 'cpu' or 'triton', got 'cuda'")
+    if backend is None:
+        names = ("cpu",) if device.type == "cpu" else ("triton",)
+        backend = next((name for name in names if refusal(device, name) is None), "reference")
+    why = refusal(device, backend)
+    if why is not None:
+        raise ValueError(why)
+    by_name: dict[str, Pieces] = {"reference": TORCH, "cpu": CPU, "triton": TRITON}
+    return by_name[backend]

@@ -21,6 +21,12 @@ CHEAP_WIDTH = 128
 FEW_ROWS, FEW_CLASSES = 32, 64
 
 
+#: The same on a GPU, by the arithmetic in docs/heads.md and not measured. The bytes of a call's own buffers; those of a
+#: tile that is in the second-level cache still when it is read again; the rows of a chunk from which on a fourth
+#: product costs more than dW's way through memory once more, at any width; what tensor cores like multiples of.
+DEVICE_MEMORY, CACHED, ENOUGH_ROWS, ROUND = 1 << 30, 24 << 20, 1024, 256
+
+
 class Plan(NamedTuple):
     """What is cut how.
 
@@ -173,3 +179,55 @@ def plan(
             f"memory={allowed} is too small for one logit of one row: that takes {of_class(1, tiles)} bytes"
         )
     return Plan(False, chunk, tile)
+
+
+def on_device(
+    rows: int,
+    classes: int,
+    width: int,
+    itemsize: int,
+    copies: bool,
+    gradient: int,
+    strategy: str | None = None,
+    memory: int | None = None,
+) -> Plan:
+    """The same on a GPU.
+
+    Args:
+        gradient: the bytes of a number of a gradient that has a tile of its own; 0: it takes the place of the products.
+    """
+    allowed = DEVICE_MEMORY if memory is None else memory
+    rows = max(rows, 1)
+
+    def bytes_of(made: Plan) -> int:
+        kept = classes if made.stored else made.classes
+        return itemsize * (made.rows * kept + made.classes * width * copies) + gradient * made.rows * made.classes
+
+    def cut(stored: bool, chunk: int, whole: bool = False) -> Plan | None:
+        """Of a tile both are read again: itself, if it is small, and dX once per tile, if these are many."""
+        tile = min(classes, classes if whole else max(1, CACHED // (itemsize * chunk), 2 * width))
+        while True:
+            made = Plan(stored, chunk, tile - tile % ROUND if ROUND < tile < classes else tile)
+            if bytes_of(made) <= allowed:
+                return made
+            if tile == 1 or whole:
+                return None
+            tile = (tile + 1) // 2
+
+    def largest(stored: bool, chunk: int, whole: bool = False) -> Plan | None:
+        while (made := cut(stored, chunk, whole)) is None and chunk > 1:
+            chunk = (chunk + 1) // 2
+        return made
+
+    found = None
+    if strategy != "tiles":
+        most = min(rows, max(1, allowed // (itemsize * classes)))
+        found = largest(True, -(-rows // -(-rows // most)), strategy == "rows")
+        if strategy is None and found is not None and found.rows < min(rows, ENOUGH_ROWS):
+            found = None
+    if found is None and strategy in (None, "tiles"):
+        found = largest(False, rows)
+    if found is None:
+        least = bytes_of(Plan(strategy != "tiles" and strategy is not None, 1, classes if strategy == "rows" else 1))
+        raise ValueError(f"memory={allowed} is too small for one row of {classes} logits: that takes {least} bytes")
+    return found

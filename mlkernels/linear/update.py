@@ -15,6 +15,7 @@ from typing_extensions import Never
 from ..backends.reference import Finished
 from .autograd import chunks_of
 from .loop import Head, Known, Sums, chunk_coefficients
+from .products import add_at, add_product, multiply_into
 from .sampling import Draws
 
 #: From here on an upstream gradient of a reduced loss is a GradScaler's, and would be taken for the weight's.
@@ -273,7 +274,8 @@ class Updating:
         generator = None
         if update.optimizer.stochastic_rounding:
             generator = update.draws.generator(self.weight.device)
-        gradient = head.x.new_empty(min(head.call.plan.classes, head.classes), head.x.shape[1])
+        shape = (min(head.call.plan.classes, head.classes), head.x.shape[1])
+        gradient = head.x.new_empty(shape, dtype=head.call.dtype)
         self.done = True
         for start, weight in head.tiles():
             stop = start + weight.shape[0]
@@ -298,9 +300,8 @@ class _Chunk:
 
     def __init__(self, sums: Sums, head: Head, part: slice, known: Known, upstream: Finished):
         self.part, self.values = part, head.of(part)
-        row = chunk_coefficients(sums, head, part, self.values, known, upstream)
-        self.row = row._replace(target=torch.zeros_like(row.target))
-        self.label, self.target = head.own_target(self.values.label, row.target)
+        self.row = chunk_coefficients(sums, head, part, self.values, known, upstream)
+        self.label, self.target = head.own_target(part, self.values.label, self.row.target)
         # Of the old weight, and added in the end, as everywhere.
         self.of_features = (
             self.target.unsqueeze(1) * head.part(self.label) if sums.wanted.input and head.classes else None
@@ -315,13 +316,10 @@ class _Chunk:
     def add(self, sums: Sums, head: Head, start: int, weight: Tensor, of_tile: Tensor, first: bool) -> None:
         """A tile's gradient: to the features and the bias, and to that of the tile's weight."""
         f = head.product(self.part, start, weight)
-        gradient = head.call.pieces.gradient(f, self.row, self.values, head.offset + start, False)
+        gradient = head.gradient(self.part, self.values, start, f, self.row, False)
         sums.add_tile(self.part, start, weight, gradient)
         x = head.x[self.part]
-        if first:
-            torch.mm(gradient.T, x, out=of_tile)
-        else:
-            of_tile.addmm_(gradient.T, x)
+        (multiply_into if first else add_product)(of_tile, gradient.T, x)
         label, target = self.label - start, self.target
         if self.bounds is not None:
             tile = start // head.call.plan.classes
@@ -330,14 +328,14 @@ class _Chunk:
         else:
             here = (label >= 0) & (label < of_tile.shape[0])
             label, target = torch.where(here, label, 0), torch.where(here, target, 0)
-        of_tile.index_add_(0, label, target.unsqueeze(1) * x)
+        add_at(of_tile, label, target.unsqueeze(1) * x)
 
     def finish(self, sums: Sums) -> None:
         """What the targets' own gradients contribute."""
         if sums.input is not None and self.of_features is not None:
             sums.input[self.part] += self.of_features
         if sums.bias is not None and sums.bias.numel():
-            sums.bias.index_add_(0, self.label, self.target)
+            add_at(sums.bias, self.label, self.target)
 
 
 def sgd_(rows: Tensor, gradient: Tensor, momentum: Tensor | None, fresh: Tensor | None, group: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import triton
@@ -27,6 +27,7 @@ from ...numbering import (
     Reduction,
     ScaleKind,
     Slot,
+    Structure,
     TransformKind,
     needed,
     slots_of,
@@ -107,44 +108,33 @@ def _reach(tensor: Tensor) -> int:
     return sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def _exact(value: float) -> bool:
+def exact(value: float) -> bool:
     """Whether float32, in which numbers travel by value, holds this one."""
     return value != value or ctypes.c_float(value).value == value
 
 
-class Arguments:
-    """The arguments that the operators share, as the kernels take them."""
+class Loss:
+    """A loss of rows as the kernels take it, and the sums that the gradients of its parameters are."""
 
     def __init__(
         self,
-        input: Tensor,
-        target: Tensor,
-        numbers: Sequence[float],
-        params: Sequence[Tensor],
-        factors: Tensor | None = None,  # (2), of an earlier visit
+        structure: Structure,
+        consts: Sequence[float],  # a number for each slot
+        by_slot: Mapping[int, Tensor],
+        target: Tensor,  # (rows)
+        classes: int,
+        accumulate: torch.dtype,
     ):
-        self.device = input.device
-        self.accumulate = torch.float64 if input.dtype == torch.float64 else torch.float32
-        self.classes = input.shape[1]
+        self.structure, self.by_slot, self.accumulate = structure, by_slot, accumulate
+        self.target, self.classes, self.device = target, classes, target.device
         self.rows = target.numel()
-        self.shape = target.shape
-        self.input = input
-        self.target = target.reshape(-1)
-        if not self.target.is_contiguous():
-            self.target = self.target.contiguous()
-        self.structure = structure_of(numbers)
-        self.reduction = int(numbers[REDUCTION])
-        self.ignore_index = int(numbers[IGNORE_INDEX])
-        consts = [*numbers[CONSTS:], *[0.0] * (SLOTS + CONSTS - len(numbers))]
-        self.by_slot = dict(zip(slots_of(numbers), params, strict=True))
         self.capped = consts[Slot.SOFTCAP] > 0
         self.smooth = consts[Slot.SMOOTHING] > 0
-
         self.tables = tuple(
-            tuple(self.by_slot[slot].detach().contiguous() for slot in slots) if there else None
+            tuple(by_slot[slot].detach().contiguous() for slot in slots) if there else None
             for slots, there in (
-                ((Slot.TRANSFORM_A, Slot.TRANSFORM_B), self.structure.transform == TransformKind.PIECEWISE),
-                ((Slot.HEAD_A, Slot.HEAD_B), self.structure.head == HeadKind.TAU),
+                ((Slot.TRANSFORM_A, Slot.TRANSFORM_B), structure.transform == TransformKind.PIECEWISE),
+                ((Slot.HEAD_A, Slot.HEAD_B), structure.head == HeadKind.TAU),
             )
         )
         self.bins = [1 if table is None else table[0].shape[-1] for table in self.tables]
@@ -155,10 +145,10 @@ class Arguments:
         self.modes = 0
         values: list[float | Tensor] = []
         for slot in range(_NUMBERS):
-            param = self.by_slot.get(slot)
+            param = by_slot.get(slot)
             if param is None:
                 number = consts[slot]
-                if self.accumulate == torch.float64 and not _exact(number):
+                if accumulate == torch.float64 and not exact(number):
                     # Filled on the device, from a kernel's argument: no copy from the host.
                     values.append(torch.full((), number, dtype=torch.float64, device=self.device))
                     self.modes += Mode.SHARED * len(Mode) ** slot
@@ -173,15 +163,8 @@ class Arguments:
         self.values = tuple(values)
         self.weight = self._vector(Slot.WEIGHT)
         self.adjustment = self._vector(Slot.ADJUSTMENT)
-        group = self.by_slot.get(Slot.GROUP)
+        group = by_slot.get(Slot.GROUP)
         self.group = None if group is None else group.reshape(-1).contiguous()
-        self.weight_sum = self.weight.sum(dtype=self.accumulate) if self.smooth and self.weight is not None else None
-        row_weight = self.by_slot.get(Slot.ROW_WEIGHT)
-        self.row_weight = None if row_weight is None else row_weight.reshape(-1).contiguous()
-        self.normalizer = self._normalizer(consts[Slot.NORMALIZER])
-        self.plain = not self.by_slot and not self.smooth and not self.capped
-        #: What "mean" makes of a row's terms: where a visit leaves it for the next.
-        self.factors = self.empty(int(self.reduction == Reduction.MEAN), 2) if factors is None else factors
 
     def is_table(self, slot: int) -> bool:
         return slot in self.structure.tables
@@ -190,18 +173,90 @@ class Arguments:
         vector = self.by_slot.get(slot)
         return None if vector is None else vector.contiguous()
 
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return replay.empty(shape, dtype or self.accumulate, self.device)
+
+    def parameter(self, slot: int, values: Tensor, bins: Tensor | None) -> Tensor:
+        """A parameter's gradient from those of the rows, in a fixed order."""
+        param = self.by_slot[slot]
+        if self.is_table(slot):
+            assert bins is not None
+            tau = int(slot in HEAD_TABLES[self.structure.head])
+            return self._buckets(param, values, bins[tau], self.group, self.bins[tau])
+        if param.dim() == 0:
+            return self._buckets(param, values)
+        if param.dim() == 1:
+            # An ignored row adds 0 to class 0. Accumulating index_put sorts: the same bits on every run.
+            label = self.target.long()
+            label = torch.where((label >= 0) & (label < self.classes), label, 0)
+            found = torch.zeros(self.classes, dtype=torch.float64, device=self.device)
+            found.index_put_((label,), values.double(), accumulate=True)
+        else:
+            found = values.clone()  # not a view of what holds every parameter's
+        return found.reshape(param.shape).to(param.dtype)
+
+    def _buckets(
+        self, param: Tensor, values: Tensor, keys: Tensor | None = None, group: Tensor | None = None, per_group: int = 1
+    ) -> Tensor:
+        """The sums that are a parameter's gradient: by no function of torch's, whose calls could not be replayed."""
+        found = self.empty(*param.shape, dtype=param.dtype)
+        chunk = max(_SUM_CHUNK, triton.cdiv(triton.cdiv(self.rows, 512), _SUM_BLOCK) * _SUM_BLOCK)
+        programs = max(1, triton.cdiv(self.rows, chunk))
+        count = param.numel()
+        parts = found if programs == 1 else self.empty(count, programs, dtype=torch.float64)
+        replay.launch(
+            sums.bucket, (count, programs), values, keys, group, parts, self.rows, chunk, per_group, 0,
+            BLOCK=_SUM_BLOCK,
+        )  # fmt: skip
+        if programs > 1:
+            replay.launch(
+                sums.bucket, (count, 1), parts, None, None, found, programs, programs, 1, programs, BLOCK=_SUM_BLOCK
+            )
+        return found
+
+
+class Arguments(Loss):
+    """A call of the operators of whole rows, as the kernels take it."""
+
+    def __init__(
+        self,
+        input: Tensor,
+        target: Tensor,
+        numbers: Sequence[float],
+        params: Sequence[Tensor],
+        factors: Tensor | None = None,  # (2), of an earlier visit
+    ):
+        self.shape = target.shape
+        self.input = input
+        self.reduction = int(numbers[REDUCTION])
+        self.ignore_index = int(numbers[IGNORE_INDEX])
+        consts = [*numbers[CONSTS:], *[0.0] * (SLOTS + CONSTS - len(numbers))]
+        target = target.reshape(-1)
+        super().__init__(
+            structure_of(numbers),
+            consts,
+            dict(zip(slots_of(numbers), params, strict=True)),
+            target if target.is_contiguous() else target.contiguous(),
+            input.shape[1],
+            torch.float64 if input.dtype == torch.float64 else torch.float32,
+        )
+        self.weight_sum = self.weight.sum(dtype=self.accumulate) if self.smooth and self.weight is not None else None
+        row_weight = self.by_slot.get(Slot.ROW_WEIGHT)
+        self.row_weight = None if row_weight is None else row_weight.reshape(-1).contiguous()
+        self.normalizer = self._normalizer(consts[Slot.NORMALIZER])
+        self.plain = not self.by_slot and not self.smooth and not self.capped
+        #: What "mean" makes of a row's terms: where a visit leaves it for the next.
+        self.factors = self.empty(int(self.reduction == Reduction.MEAN), 2) if factors is None else factors
+
     def _normalizer(self, number: float) -> float | Tensor | None:
         """What "mean" divides by in place of sums of its own."""
         given = self.by_slot.get(Slot.NORMALIZER)
-        if given is None and number and self.accumulate == torch.float64 and not _exact(number):
+        if given is None and number and self.accumulate == torch.float64 and not exact(number):
             given = torch.full((), number, dtype=torch.float64, device=self.device)
         if given is None:
             return number or None
         self.modes += Mode.SHARED * len(Mode) ** Slot.NORMALIZER
         return given
-
-    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return replay.empty(shape, dtype or self.accumulate, self.device)
 
     def divisors(self, programs: int) -> tuple[Tensor | None, int]:
         """What "mean" divides by, in parts; none where the labels are few enough for each of so many programs to count
@@ -302,7 +357,7 @@ class Arguments:
         loss = None
         if row_losses is not None:
             loss = self._total(row_losses) if reduced else row_losses.view(self.shape)
-        return loss, {slot: self._parameter(slot, by_parameter[slot], bins) for slot in wanted}  # type: ignore[index]
+        return loss, {slot: self.parameter(slot, by_parameter[slot], bins) for slot in wanted}  # type: ignore[index]
 
     def _total(self, terms: Tensor) -> Tensor:
         """The reduced loss."""
@@ -310,44 +365,6 @@ class Arguments:
         options = _TOTAL if len(terms) > _TOTAL["BLOCK"] else {"BLOCK": _SUM_BLOCK}
         replay.launch(sums.total, (1,), terms, loss, len(terms), **options)
         return loss
-
-    def _parameter(self, slot: int, values: Tensor, bins: Tensor | None) -> Tensor:
-        """A parameter's gradient from those of the rows, in a fixed order."""
-        param = self.by_slot[slot]
-        if self.is_table(slot):
-            assert bins is not None
-            tau = int(slot in HEAD_TABLES[self.structure.head])
-            return self._buckets(param, values, bins[tau], self.group, self.bins[tau])
-        if param.dim() == 0:
-            return self._buckets(param, values)
-        if param.dim() == 1:
-            # An ignored row adds 0 to class 0. Accumulating index_put sorts: the same bits on every run.
-            label = self.target.long()
-            label = torch.where((label >= 0) & (label < self.classes), label, 0)
-            found = torch.zeros(self.classes, dtype=torch.float64, device=self.device)
-            found.index_put_((label,), values.double(), accumulate=True)
-        else:
-            found = values.clone()  # not a view of what holds every parameter's
-        return found.reshape(param.shape).to(param.dtype)
-
-    def _buckets(
-        self, param: Tensor, values: Tensor, keys: Tensor | None = None, group: Tensor | None = None, per_group: int = 1
-    ) -> Tensor:
-        """The sums that are a parameter's gradient: by no function of torch's, whose calls could not be replayed."""
-        found = self.empty(*param.shape, dtype=param.dtype)
-        chunk = max(_SUM_CHUNK, triton.cdiv(triton.cdiv(self.rows, 512), _SUM_BLOCK) * _SUM_BLOCK)
-        programs = max(1, triton.cdiv(self.rows, chunk))
-        count = param.numel()
-        parts = found if programs == 1 else self.empty(count, programs, dtype=torch.float64)
-        replay.launch(
-            sums.bucket, (count, programs), values, keys, group, parts, self.rows, chunk, per_group, 0,
-            BLOCK=_SUM_BLOCK,
-        )  # fmt: skip
-        if programs > 1:
-            replay.launch(
-                sums.bucket, (count, 1), parts, None, None, found, programs, programs, 1, programs, BLOCK=_SUM_BLOCK
-            )
-        return found
 
 
 def _upstream(

@@ -78,10 +78,14 @@ def product(x, y):
 
 
 @triton.jit
-def tilted_sum(d, sharpness):
-    """Of a thread's own classes, exp2(sharpness d) d; one of probability 0 adds 0, also when its logit is -inf."""
+def tilted_sum(d, times, sharpness):
+    """Of a thread's own classes, exp2(sharpness d) d (times); one of probability 0 adds 0, also when its logit is
+    -inf."""
     e = tl.exp2(d * of_thread(sharpness))
-    return thread_sum(tl.where(e == 0, 0.0, e * d))
+    tilted = e * d
+    if times is not None:
+        tilted *= times
+    return thread_sum(tl.where(e == 0, 0.0, tilted))
 
 
 @triton.jit
@@ -153,18 +157,26 @@ def prepared(u, cap, adjustment, col, valid, T: tl.constexpr, CAPPED: tl.constex
 
 
 @triton.jit
+def element_factors(factors, col, valid, T: tl.constexpr):
+    """What products of vectors are multiplied by to be those of directions: a factor for the row, one for the class."""
+    return of_row(factors[0]) * tl.load(factors[1] + col, valid, 1.0).to(T)
+
+
+@triton.jit
 def read_logits(
     source, first, T: tl.constexpr, CAPPED: tl.constexpr, WIDE: tl.constexpr, ACROSS: tl.constexpr,
     CHUNKS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """The logits of the classes from the first on, as they lie and prepared; their columns, and whether there are."""
-    input, base, read, classes, cap, adjustment, strides = source
+    input, base, read, classes, cap, adjustment, strides, factors = source
     col = first + (tl.arange(0, LANES) * VECTOR)[None, None, :, None] + offsets(CHUNKS, LANES, VECTOR)
     # In the tile's whole shape: what is read by class is then read by the threads that need it.
     col += of_row(tl.zeros_like(base).to(tl.int32))
     valid = col < classes
     place = places(input, base, col, strides[0], WIDE, ACROSS, LANES, VECTOR)
     raw = tl.load(place, of_row(read) & valid, -INF).to(T)
+    if factors is not None:
+        raw *= element_factors(factors, col, valid, T)
     u = prepared(raw, cap, adjustment, col, valid, T, CAPPED)
     if CAPPED:
         u = tl.where(valid, u, -INF)

@@ -117,6 +117,7 @@ class _Launch(NamedTuple):
     values: int  # the argument that holds the numbers of the loss, or 0
     in_values: list[tuple[int, int, int]]  # slot, tensor, offset
     normalizer: int  # the argument that is this number, or 0
+    start: int  # the argument that is the first class of a tile, or 0
 
 
 class _Result(NamedTuple):
@@ -134,7 +135,7 @@ class _Tape(NamedTuple):
     launches: list[_Launch]
     shape: Callable[[list[Tensor]], Any]  # results as the operator returns them
 
-    def play(self, pointers: list[int], numbers: Sequence[float]) -> Any:
+    def play(self, pointers: list[int], numbers: Sequence[float], start: int) -> Any:
         """The call again, on other tensors; pointers are those of the tensors among its arguments."""
         made = [torch.empty_strided(r.shape, r.strides, dtype=r.dtype, device=self.device) for r in self.results]
         pointers.extend([result.data_ptr() for result in made])
@@ -142,7 +143,7 @@ class _Tape(NamedTuple):
             scratch = torch.empty(self.scratch, dtype=torch.uint8, device=self.device)
             pointers.append(scratch.data_ptr())
         stream = self.driver.get_current_stream(self.number)
-        for run, given, singles, tuples, values, in_values, normalizer in self.launches:
+        for run, given, singles, tuples, values, in_values, normalizer, at_start in self.launches:
             arguments = given.copy()
             arguments[_STREAM] = stream
             for at, tensor, offset in singles:
@@ -157,6 +158,8 @@ class _Tape(NamedTuple):
                 arguments[values] = tuple(found)
             if normalizer:
                 arguments[normalizer] = numbers[_NORMALIZER]
+            if at_start:
+                arguments[at_start] = start
             run(*arguments)
         return self.shape(made)
 
@@ -214,7 +217,7 @@ def _launched(
         raise _Foreign
     given[_OWN - 3 : _OWN] = None, None, None  # nobody is told
     constants = [*numbers[CONSTS:], *[0.0] * SLOTS]
-    singles, tuples, values, in_values, normalizer = [], [], 0, [], 0
+    singles, tuples, values, in_values, normalizer, start = [], [], 0, [], 0, 0
     for at, argument in enumerate(given[_OWN:], _OWN):
         if isinstance(argument, Tensor):
             singles.append((at, *source(argument)))
@@ -223,6 +226,8 @@ def _launched(
             if argument != constants[Slot.NORMALIZER]:
                 raise _Foreign
             normalizer = at
+        elif names[at - _OWN] == "start":
+            start = at
         elif names[at - _OWN] == "values":
             values = at
             for slot, part in enumerate(argument):
@@ -236,7 +241,7 @@ def _launched(
                 raise _Foreign
             tuples.append((at, [None if part is None else source(part) for part in argument]))
             given[at] = None
-    return _Launch(compiled.run, given, singles, tuples, values, in_values, normalizer)
+    return _Launch(compiled.run, given, singles, tuples, values, in_values, normalizer, start)
 
 
 def _shape_of(result: Any) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]:
@@ -284,11 +289,14 @@ def forget() -> None:
         tapes.clear()
 
 
-def replayed(operator: Callable[..., Any], leading: int, otherwise: Callable[..., Any]) -> Callable[..., Any]:
+def replayed(
+    operator: Callable[..., Any], leading: int, otherwise: Callable[..., Any], started: bool = False
+) -> Callable[..., Any]:
     """The operator ``f(*tensors, numbers, params, *rest)``, from a tape where there is one.
 
     leading: how many tensors come first, each of which may be None. otherwise: what is called with tensors that are
     more than memory (subclasses, those that wait to be negated, zeros that are nowhere), or under a dispatch mode.
+    started: the last argument is the ``start`` of every launch, a number like those of the loss.
     """
     tapes: dict[Any, Any] = {}  # a tape; before that the compiled kernels of the first call; None: there is none
     _all.append(tapes)
@@ -300,7 +308,8 @@ def replayed(operator: Callable[..., Any], leading: int, otherwise: Callable[...
         kind += [number > 0 for number in numbers[_SWITCHES:]]
         tensors, pointers = [], []
         bare = not _dispatch_modes()
-        for one in (*arguments[:leading], *arguments[leading + 1], *arguments[leading + 2 :]):
+        start, end = (arguments[-1], -1) if started else (0, len(arguments))
+        for one in (*arguments[:leading], *arguments[leading + 1], *arguments[leading + 2 : end]):
             if isinstance(one, Tensor):
                 pointer = one.data_ptr() if type(one) in _BARE and not one.is_neg() else 0
                 bare = bare and (pointer != 0 or one.numel() == 0)
@@ -325,7 +334,7 @@ def replayed(operator: Callable[..., Any], leading: int, otherwise: Callable[...
         if type(tape) is _Tape:
             driver = triton.runtime.driver.active
             if tape.driver is driver and tape.number == driver.get_current_device():
-                return tape.play(pointers, numbers)
+                return tape.play(pointers, numbers, start)
             return operator(*arguments)
         listener = _local.listener = _Listener(tape)
         try:

@@ -19,6 +19,7 @@ from .elementary import tanh
 from .elements import (
     LOG2_E,
     afresh,
+    element_factors,
     is_label,
     multiple,
     of_row,
@@ -48,7 +49,7 @@ from .sums import divisors_of, factors_of
 @triton.jit
 def gradient(
     out, base, first, inside, kept, y, raw, e, d, row_coefficients, weight, smoothing, cap, col, valid, strides,
-    T: tl.constexpr, TILTED: tl.constexpr, CAPPED: tl.constexpr, WIDE: tl.constexpr, ACROSS: tl.constexpr,
+    factors, T: tl.constexpr, TILTED: tl.constexpr, CAPPED: tl.constexpr, WIDE: tl.constexpr, ACROSS: tl.constexpr,
     CHUNKS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Writes dL/du_j = e_j (a + b (u_j - m)) - d w_j, and g at the label, of the classes from the first on, of which e
@@ -69,7 +70,9 @@ def gradient(
     if CAPPED:
         slack = tanh(raw / cap)
         g = g * ((1.0 - slack) * (1.0 + slack))
-    if ACROSS or CHUNKS * LANES * VECTOR <= 32:
+    if factors is not None:
+        g *= element_factors(factors, col, valid, T)
+    if factors is not None or ACROSS or CHUNKS * LANES * VECTOR <= 32:
         g = tl.where(of_row(kept), g, 0.0)
     place = places(out, base, col, strides[0], WIDE, ACROSS, LANES, VECTOR)
     tl.store(place, g.to(out.dtype.element_ty), of_row(inside) & valid)
@@ -96,7 +99,7 @@ def streamed_gradient(
         if out is not None:
             gradient(
                 out, base, start, inside, kept, y, raw, e, d, row_coefficients, weight, smoothing, source[4], col,
-                valid, strides, T, TILTED, CAPPED, WIDE, ACROSS, CHUNKS, LANES, VECTOR,
+                valid, strides, None, T, TILTED, CAPPED, WIDE, ACROSS, CHUNKS, LANES, VECTOR,
             )  # fmt: skip
     return tl.sum(found, 1)
 
@@ -215,7 +218,7 @@ def visit(
         at_target = prepared(tl.load(place, exists, float("nan")).to(T), cap, adjustment, y, exists, T, CAPPED)
 
         # ---- statistics
-        source = (input, base, inside if DROPPED else kept, classes, cap, adjustment, in_strides)
+        source = (input, base, inside if DROPPED else kept, classes, cap, adjustment, in_strides, None)
         known = None
         if saved is not None:
             m = tl.load(saved + 2 * row, kept, 0.0)
@@ -307,7 +310,7 @@ def visit(
                 if grad is not None:
                     gradient(
                         grad, out, 0, inside, kept, afresh(y, share), raw, e, d, row_coefficients, weight, smoothing,
-                        cap, col, valid, out_strides, T, TILTED, CAPPED, WIDE, ACROSS, CHUNKS, LANES, VECTOR,
+                        cap, col, valid, out_strides, None, T, TILTED, CAPPED, WIDE, ACROSS, CHUNKS, LANES, VECTOR,
                     )  # fmt: skip
             elif grad is not None or NEED_SHIFT & WANT:
                 found = streamed_gradient(

@@ -69,25 +69,23 @@ def statistics(
 
 
 @triton.jit
-def streamed_statistics(
-    source, blocks, y, target, scale, v, weight, smoothing,
-    T: tl.constexpr, TWO: tl.constexpr, SHIFTED: tl.constexpr, DESCRIBED: tl.constexpr, CAPPED: tl.constexpr,
-    WIDE: tl.constexpr, ACROSS: tl.constexpr,
+def accumulated(
+    source, blocks, y, target, low_scale, high_scale, weight, smoothing,
+    T: tl.constexpr, TWO: tl.constexpr, SHIFTED: tl.constexpr, SECOND: tl.constexpr, DESCRIBED: tl.constexpr,
+    WHOLE: tl.constexpr, CAPPED: tl.constexpr, WIDE: tl.constexpr, ACROSS: tl.constexpr,
     CHUNKS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Of rows that come block by block. Every thread keeps a maximum and sums of its own; they meet once, after the
-    last block. TWO: a row's scale is known only then, so that the sums are kept for both."""
+    """Of rows that come block by block, what every thread finds in its own classes: the largest logit, sums relative to
+    it at both scales, those of weights, and the description, the label's logit among them where WHOLE. SECOND: sums of
+    e_j (u_j - m)^2, too."""
     classes = source[3]
-    zero = tl.zeros(target.shape, T)
-    low_scale = (row_scale(scale, zero - INF, v)[0] * LOG2_E)[:, None]
-    high_scale = (row_scale(scale, zero + INF, v)[0] * LOG2_E)[:, None]
     none = tl.zeros((ROWS, LANES), T)
     top = none - INF
     low_total, high_total, counted, seen = none, none, none, none
-    low_shift, high_shift = none, none
+    low_shift, high_shift, low_second, high_second = none, none, none, none
     best = none - INF
-    above_here = tl.zeros((ROWS, LANES), tl.int32)
-    first_here, doubts_here = above_here, above_here
+    above = tl.zeros((ROWS, LANES), tl.int32)
+    first, doubts = above + classes, above
     for block in range(blocks):
         start = block * (CHUNKS * LANES * VECTOR)
         _raw, u, col, valid = read_logits(source, start, T, CAPPED, WIDE, ACROSS, CHUNKS, LANES, VECTOR)
@@ -97,10 +95,16 @@ def streamed_statistics(
         floor_here = tl.where(higher == -INF, 0.0, higher)
         rise = tl.where(top == -INF, 0.0, top - floor_here)  # <= 0
         d = u - of_thread(floor_here)
-        if SHIFTED:
-            low_shift = moved(low_shift, low_total, rise, low_scale) + tilted_sum(d, low_scale)
+        if SECOND:
+            low_second = moved(low_second, 2.0 * low_shift + rise * low_total, rise, low_scale)
+            low_second += tilted_sum(d, d, low_scale)
             if TWO:
-                high_shift = moved(high_shift, high_total, rise, high_scale) + tilted_sum(d, high_scale)
+                high_second = moved(high_second, 2.0 * high_shift + rise * high_total, rise, high_scale)
+                high_second += tilted_sum(d, d, high_scale)
+        if SHIFTED:
+            low_shift = moved(low_shift, low_total, rise, low_scale) + tilted_sum(d, None, low_scale)
+            if TWO:
+                high_shift = moved(high_shift, high_total, rise, high_scale) + tilted_sum(d, None, high_scale)
         low_total = low_total * tl.exp2(rise * low_scale) + thread_sum(tl.exp2(d * of_thread(low_scale)))
         if TWO:
             high_total = high_total * tl.exp2(rise * high_scale)
@@ -110,19 +114,47 @@ def streamed_statistics(
             weights = tl.full((CHUNKS, ROWS, LANES, VECTOR), 1.0, T)
             if weight is not None:
                 weights = tl.load(weight + col, valid, 0.0).to(T)
+                skipped |= weights == 0
             weights = tl.where(skipped, 0.0, weights)
             counted += rise * seen + thread_sum(product(tl.where(skipped, 0.0, d), weights))
             seen += thread_sum(weights)
         if DESCRIBED:
-            doubts_here += thread_sum((u != u).to(tl.int32))
-            above_here += thread_sum((u > of_row(target)).to(tl.int32))
-            whole = tl.where(mine, of_row(target), u)
-            peak = thread_max(whole)
-            place = tl.where((whole == of_thread(peak)) & valid, col, classes)
+            doubts += thread_sum((u != u).to(tl.int32))
+            above += thread_sum((u > of_row(target)).to(tl.int32))
+            described = u
+            counts = valid
+            if WHOLE:
+                described = tl.where(mine, of_row(target), u)
+            else:
+                counts = valid & (mine == 0)
+            peak = thread_max(described)
+            place = tl.where((described == of_thread(peak)) & counts, col, classes)
             place = tl.min(tl.min(place, 0), 2)
-            first_here = tl.where((peak > best) | (block == 0), place, first_here)
+            first = tl.where(peak > best, place, tl.where(peak == best, tl.minimum(first, place), first))
             best = tl.maximum(best, peak)
         top = higher
+    sums = (low_total, high_total, low_shift, high_shift, low_second, high_second)
+    return top, sums, (counted, seen), (doubts, above, first, best)
+
+
+@triton.jit
+def streamed_statistics(
+    source, blocks, y, target, scale, v, weight, smoothing,
+    T: tl.constexpr, TWO: tl.constexpr, SHIFTED: tl.constexpr, DESCRIBED: tl.constexpr, CAPPED: tl.constexpr,
+    WIDE: tl.constexpr, ACROSS: tl.constexpr,
+    CHUNKS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Of rows that come block by block. Every thread keeps a maximum and sums of its own; they meet once, after the
+    last block. TWO: a row's scale is known only then, so that the sums are kept for both."""
+    zero = tl.zeros(target.shape, T)
+    low_scale = (row_scale(scale, zero - INF, v)[0] * LOG2_E)[:, None]
+    high_scale = (row_scale(scale, zero + INF, v)[0] * LOG2_E)[:, None]
+    top, sums, smoothed, described = accumulated(
+        source, blocks, y, target, low_scale, high_scale, weight, smoothing,
+        T, TWO, SHIFTED, False, DESCRIBED, True, CAPPED, WIDE, ACROSS, CHUNKS, ROWS, LANES, VECTOR,
+    )  # fmt: skip
+    low_total, high_total, low_shift, high_shift, _low_second, _high_second = sums
+    counted, seen = smoothed
     m = tl.max(top, 1)
     s, high = row_scale(scale, target - m, v)
     floor = tl.where(m == -INF, 0.0, m)
@@ -139,9 +171,9 @@ def streamed_statistics(
     doubts = tl.zeros(m.shape, tl.int32)
     above, first = doubts, doubts
     if DESCRIBED:
-        doubts, above = tl.sum(doubts_here, 1), tl.sum(above_here, 1)
-        peak = tl.max(best, 1)
-        first = tl.min(tl.where(best == peak[:, None], first_here, classes), 1)
+        doubts, above = tl.sum(described[0], 1), tl.sum(described[1], 1)
+        best = described[3]
+        first = tl.min(tl.where(best == tl.max(best, 1)[:, None], described[2], source[3]), 1)
     return (m, s, high), (total, shift, weighted), (doubts, above, first)
 
 
@@ -160,7 +192,7 @@ def streamed_sums(
             start = block * (CHUNKS * LANES * VECTOR)
             _raw, u, _col, _valid = read_logits(source, start, T, CAPPED, WIDE, ACROSS, CHUNKS, LANES, VECTOR)
             u = tl.where(is_label(y, start, CHUNKS, LANES, VECTOR), -INF, u)
-            shift_here += tilted_sum(u - of_row(floor), sharpness)
+            shift_here += tilted_sum(u - of_row(floor), None, sharpness)
         shift = tl.sum(shift_here, 1)
     if WEIGHTED:
         if smoothing > 0:

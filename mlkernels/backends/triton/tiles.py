@@ -74,6 +74,19 @@ def tile(architecture: str, classes: int, side_by_side: bool, itemsize: int, uni
     return Tile(*_shape(rows, cols, warp * warps * spare, side_by_side, itemsize, unit), warps * spare, False)
 
 
+def piece(architecture: str, classes: int, itemsize: int, unit: int, plain: bool) -> Tile:
+    """The program of a tile of so many classes: two rows, a warp each, so that no thread waits for another warp's.
+
+    A thread has 32 numbers at a time, half as many where they are float64, and where there is more to keep than the sum
+    of exponentials. unit: what classes and strides are a multiple of.
+    """
+    warp = 64 if architecture.startswith("gfx9") else 32
+    vector = min(unit, 16 // itemsize)
+    most = 32 // (1 + (itemsize == 8)) // (1 if plain else 2) // vector
+    chunks = min(most, max(1, triton.next_power_of_2(classes) // (warp * vector)))
+    return Tile(chunks, 2, warp, vector, 2, False)
+
+
 def _shape(
     rows: int, cols: int, threads: int, side_by_side: bool, itemsize: int, unit: int
 ) -> tuple[int, int, int, int]:

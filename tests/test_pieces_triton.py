@@ -1,0 +1,101 @@
+"""Triton's kernels of pieces, interpreted: any partition of a row, merged, finished and written back, is the whole row
+of the reference in float64."""
+
+import itertools
+import os
+import random
+
+import pytest
+import torch
+from table import BY_NAME, F64, LOSSES, NAN, usable_backends
+from test_pieces import CLASSES, OPTIONS, ROWS, as_called, drawn
+
+from mlkernels.backends import reference
+from mlkernels.backends.reference import Finished, Values
+from mlkernels.linear.pieces import TRITON, Want
+from mlkernels.numbering import slots_of
+from mlkernels.spec import REDUCTION, TRAINABLE, Reduction
+
+FULL = os.environ.get("MLKERNELS_FULL") == "1"
+CASES = [
+    ("cross_entropy", "smoothed"), ("cross_entropy", "capped"), ("modulated", "plain"), ("truncated", "weighted"),
+    ("margin_norm_combined", "plain"), ("two_scale_norm", "capped"), ("piecewise_groups", "plain"),
+    ("target_logit", "smoothed"), ("two_scale_margin_modulated", "plain"),
+]  # fmt: skip
+if FULL:
+    CASES = [(loss.name, options) for loss in LOSSES for options in OPTIONS]
+
+pytestmark = pytest.mark.skipif("triton" not in usable_backends(), reason="Triton is not interpreted here")
+
+
+@pytest.fixture(autouse=True)
+def one_program(monkeypatch):
+    """All rows at once, as the interpreter's time goes by programs; in two blocks of a tile of more than four."""
+    from mlkernels.backends.triton import tiles
+
+    monkeypatch.setattr(tiles, "piece", lambda *_: tiles.Tile(2, 16, 2, 1, 1, False))
+
+
+def by_pieces(input, target, numbers, tensors, needs, cuts, upstream, factors=None):
+    """What test_pieces.by_pieces finds, by Triton's kernels, of tiles that hold NaN at the target."""
+    values = Values(numbers, tensors, target, CLASSES, F64)
+    kept = input
+    input = torch.where(values.kept[:, None], input, 0)  # as a head has them; the tiles hold what they like
+    want = Want(True, True, True)
+    u_y = reference.final_target(input.gather(1, values.label[:, None])[:, 0], values)
+    scales = reference.scales(values)
+    rows = TRITON.begin(u_y, values, want)
+    tiles = [(a, kept[:, a:b].masked_fill(torch.arange(a, b) == values.label[:, None], NAN)) for a, b in cuts]
+    for start, tile in tiles:
+        rows = TRITON.statistics(tile.contiguous(), u_y, values, start, rows, scales, want, None)
+    by_class, by_row = reference.factors(values)
+    up_loss, *ups = upstream
+    ups = Finished(up_loss * by_class, up_loss * by_row, *ups)
+    finished, coefficients, by_slot = TRITON.finish(rows, u_y, values, ups, needs, want)
+    f_y = input.gather(1, values.label[:, None])[:, 0]
+    of_target = reference.through_cap(coefficients.target, f_y, values)
+    grad = []
+    for start, tile in tiles:
+        out = torch.full_like(tile, 7.0) if start % 2 else None  # in place, or apart
+        grad.append(TRITON.gradient(tile.contiguous(), coefficients, values, start, True, None, out))
+        assert not grad[-1][torch.arange(start, start + tile.shape[1]) == values.label[:, None]].any()
+    grad = torch.cat(grad, 1)
+    assert not grad[~values.kept].any()
+    grad = grad.scatter(1, values.label[:, None], of_target[:, None])
+    return reference.reduced(finished, values), reference.row_stats(rows, u_y, finished, values), grad, by_slot
+
+
+def partition(seed):
+    """Some cuts of the classes; single ones, which for some rows hold the target alone, are among them."""
+    pick = random.Random(seed)
+    inner = sorted(pick.sample(range(1, CLASSES), CLASSES - 1 if FULL else pick.randrange(1, 3)))
+    return [*itertools.pairwise([0, *inner, CLASSES])]
+
+
+@pytest.mark.parametrize("index", range(len(CASES)), ids=[f"{loss}-{options}" for loss, options in CASES])
+def test_pieces_are_the_whole_row(index, monkeypatch):
+    """Each way through finish, under options that take turns; MLKERNELS_FULL=1: each loss under each of them."""
+    loss, options = BY_NAME[CASES[index][0]], OPTIONS[CASES[index][1]]
+    input, target, params = drawn(loss, options)
+    numbers, tensors = as_called(loss, input, target, params, options, monkeypatch)
+    if options["reduction"] == "none":
+        target[9] = CLASSES  # as a device would meet it
+    own = dict(zip(slots_of(numbers), tensors, strict=True))
+    needs = [slot for slot in own if slot in TRAINABLE]
+    x = input.clone().requires_grad_()
+    own |= {slot: own[slot].clone().requires_grad_() for slot in needs}
+    value, stats = reference.softmax_loss(x, target, numbers, list(own.values()))
+    generator = torch.Generator().manual_seed(5)
+    shape = (ROWS,) if numbers[REDUCTION] == Reduction.NONE else ()
+    upstream = [torch.randn(s, dtype=F64, generator=generator) for s in (shape, *[(ROWS,)] * 3)]
+    outputs = [value, stats.logsumexp, stats.log_prob, stats.entropy]
+    wanted = torch.autograd.grad(outputs, [x, *(own[s] for s in needs)], upstream, materialize_grads=True)
+    found, rows, grad, by_slot = by_pieces(input, target, numbers, tensors, needs, partition(index), upstream)
+    same = {"rtol": 1e-9, "atol": 1e-10, "equal_nan": True}
+    torch.testing.assert_close(found, value.detach(), **same)
+    for ours, theirs, field in zip(rows, stats, stats._fields, strict=True):
+        torch.testing.assert_close(ours, theirs.detach(), **same, msg=lambda m, f=field: f"{f}: {m}")
+    torch.testing.assert_close(grad, wanted[0], **same)
+    for slot, theirs in zip(needs, wanted[1:], strict=True):
+        size = 1 + theirs.nan_to_num().abs().max()
+        torch.testing.assert_close(by_slot[slot] / size, theirs / size, **same)
