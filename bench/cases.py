@@ -124,6 +124,18 @@ def heads(gpu: bool, quick: bool = False) -> list[Problem]:
     return [Problem((rows, classes), dtype, features) for rows, features, classes in sizes[: 1 if quick else None]]
 
 
+#: Others' lists, as they stand there, for figures that can be held against theirs: `--set`.
+SETS = {
+    # meta-pytorch/tritonbench, tritonbench/operators/cross_entropy/operator.py: B = 8, T = 2048, V = 2^12 to 2^17.
+    # Helion's cross_entropy is measured on these too (pytorch/helion, benchmarks/run.py).
+    "tritonbench": [Problem((8 * 2048, 2**power), "float32") for power in range(12, 18)],
+    # pytorch/pytorch, benchmarks/dynamo/genai_layers/kernels.py, CrossEntropyForward.get_shapes; quack's are the same.
+    "genai_layers": [Problem((32768, 2**power), "bfloat16") for power in range(8, 17)]
+    + [Problem((16384, 131072), "bfloat16"), Problem((8192, 262144), "bfloat16")],
+    # huggingface/trl, pull request 6858: bench/loss_bench.py, tokens x hidden x vocabulary.
+    "trl": [Problem((rows, 248320), "bfloat16", 2048) for rows in (16384, 4096)],
+}
+
 # ---- inputs ----------------------------------------------------------------------------------------------------------
 
 

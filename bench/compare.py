@@ -34,7 +34,7 @@ def main(given: list[str]) -> int:
     a, b = load(options.a), load(options.b)
     for name, one in (("A", a), ("B", b)):
         header = one.header
-        torch, commit = header["versions"]["torch"], header["commit"][:10]
+        torch, commit = header["versions"]["torch"], (header["commit"] or "no commit")[:10]
         print(f"{name}: {header['device']}, torch {torch}, {commit}, {header['date']}")
         for caveat in header["caveats"]:
             print(f"   {caveat}")

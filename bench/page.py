@@ -98,8 +98,11 @@ def section(results: Results) -> list[str]:
     isa = f" ({header['isa']})" if header.get("isa") else ""
     lines = [f"## {header['device']}, {header['date'][:10]}", ""]
     command = f"By `{header['command']}`: " if header.get("command") else ""
-    where = f"{header['threads']} threads of {header['cpus']} processors{isa}, torch {versions['torch']}"
-    lines.append(f"{command}{where}, commit {header['commit'][:10]}; `bench/results/{results.name}.json`.")
+    commit = (header["commit"] or "unknown")[:10]
+    where = (
+        f"{header['threads']} threads of {header['cpus']} processors{isa}, torch {versions['torch']}, commit {commit}"
+    )
+    lines.append(f"{command}{where}; `bench/results/{results.name}.json`.")
     for caveat in header["caveats"]:
         lines += ["", f"**{caveat}**"]
     lines += ["", f"<!-- chart: {results.name} -->", ""]

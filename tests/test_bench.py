@@ -150,6 +150,15 @@ def test_a_backend_is_measured_by_its_name(by, monkeypatch):
     assert set(asked) == {by} and len(asked) >= len(LOSSES)  # the fast path asks once more
 
 
+def test_the_lists_of_others_are_measured_as_they_stand():
+    def problems(name):
+        return plan_of(parse(["--set", name]), CPU, ["cpu"]).problems
+
+    assert [str(one) for one in problems("tritonbench")][::5] == ["16384x4096 float32", "16384x131072 float32"]
+    assert len(problems("genai_layers")) == 11 and str(problems("genai_layers")[-1]) == "8192x262144 bfloat16"
+    assert [one.sizes for one in problems("trl")] == [(16384, 2048, 248320), (4096, 2048, 248320)]
+
+
 @pytest.mark.parametrize(("peer", "module"), [("liger", "liger_kernel"), ("quack", "quack")])
 def test_a_peer_is_optional(peer, module, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
@@ -413,6 +422,20 @@ ON_CPU = {
 
 def timing(seconds):
     return Timing(seconds, seconds, 3, 1)
+
+
+def test_two_results_side_by_side(tmp_path, capsys):
+    def stored(name, times):
+        key = Key(Problem((4, 5), "float32"), "cross_entropy", "step", "cpu")
+        runs = [Run(timings={key: timing(time)}, bandwidth={key.problem: 1e9}) for time in times]
+        return str(report.write_json(Report(HEADER | {"date": name}, runs), tmp_path))
+
+    a, b = stored("2026-01-01T00:00:00", [1.0, 1.1]), stored("2026-01-02T00:00:00", [2.0, 2.2])
+    assert main(["compare", a, b]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "cross_entropy" in line]
+    assert re.search(r"1\.05 s +2\.1 s +2\.000  slower$", line), line
+    assert main(["compare", a, a]) == 0
+    assert "slower" not in capsys.readouterr().out
 
 
 def written(found, folder):
