@@ -48,7 +48,7 @@ SUBJECTS: dict[str, Subject] = {
     "build": Subject(("csrc/build.py", "setup.py"), (*_of("build"), *_of("install"))),
     "compile": Subject(
         (_softmax, _autograd, _checks, _ops),
-        _of("compile"),
+        _of("compile", "-k", "guarded or dynamic or dense or statistics or half or errors or without"),
         "apply|_[A-Z].*|_by_kernels|_placed|_order|_usual|_gradients|_loss_like|_softmax.*",
     ),
     "conventions": Subject(
@@ -103,7 +103,7 @@ SUBJECTS: dict[str, Subject] = {
     "search_state": Subject(
         ("mlkernels/search/state.py",), (*_of("search_population"), *_of("search"), *_of("search_ranks"))
     ),
-    "simt": Subject(("csrc/simt/machine.h", "csrc/simt/host.h"), _of("simt")),
+    "simt": Subject(("csrc/simt/machine.h",), _of("simt", "-k", "expected or every_order")),
     "torch_samples": Subject(
         ("mlkernels/*.py", _reference, "mlkernels/schedule/snapshot.py"),
         _of("torch_samples", *_REFERENCE),
@@ -117,7 +117,7 @@ SUBJECTS: dict[str, Subject] = {
     ),
     "triton": Subject(
         (_triton,),
-        _of("triton"),
+        _of("triton", "-k", "elementary or sine or power or tiles or refreshed or parts or real or upstream or bits"),
         "log1p|expm1|tanh|acos|sincos|power|visit|count|total|bucket|tile|_sizes|softmax_.*|"
         "_rows_at_once",
     ),
