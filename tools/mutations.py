@@ -74,7 +74,7 @@ SUBJECTS: dict[str, Subject] = {
     "layouts": Subject(
         (_triton,),
         _of("layouts", *_TRITON),
-        "_shape|_collapsed|_unit|_exact|_reach|row_offset|offsets|places|of_row|read_logits",
+        "_shape|_collapsed|_unit|exact|_reach|row_offset|offsets|places|of_row|read_logits",
     ),
     "layouts_cpu": _cpu(
         ("csrc/library_cpu.cpp", "csrc/cpu/kernels.cpp"),
