@@ -25,6 +25,7 @@ from torch import Tensor
 from .numbering import INPUT, REDUCTION, Reduction, needed, slots_of
 
 _libraries = [torch.library.Library(name, "DEF") for name in ("mlkernels", "mlkernels_triton")]
+library = _libraries[0]
 _tags = (torch.Tag.pt2_compliant_tag,)
 _COMMON = "Tensor input, Tensor target, float[] numbers, Tensor[] params"
 

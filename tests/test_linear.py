@@ -197,7 +197,7 @@ def test_what_a_plan_takes():
 
 def test_what_a_plan_of_threads_takes():
     """Rows are cut by memory alone; threads get as many tiles each, of one size, where there are classes enough."""
-    assert shared(1024, 200_000, 64, 4, False, 2) == Plan(False, 1024, 256, 2, 512)
+    assert shared(1024, 500_000, 64, 4, False, 2) == Plan(False, 1024, 256, 2, 512)
     assert shared(100, 50_000, 512, 4, False, 2) == Plan(True, 100, 1250, 2, 100)
     for threads in (1, 2, 16):
         made = shared(1024, 200_000, 256, 4, True, threads)
@@ -333,15 +333,28 @@ def test_hooks_on_saved_tensors_meet_no_gradient():
     assert [t.data_ptr() for t in packed if t.shape == weight.shape] == [weight.data_ptr()]
 
 
-def test_compiled_around_a_head():
-    """The loop is no graph: what stands around it is compiled, and results are the same."""
-    x, weight, _, target = problem(bias=False)
-    results = []
-    for run in (torch.compile(lambda x: linear_cross_entropy(2 * x, weight, target), backend="eager"), None):
-        loss = run(x) if run else linear_cross_entropy(2 * x, weight, target)
-        results.append((loss.detach(), *torch.autograd.grad(loss, [x, weight])))
-    for ours, theirs in zip(*results, strict=True):
-        assert torch.equal(ours, theirs)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiled_a_head_is_in_the_graph(reduction):
+    """With what stands around it, ignored rows included; results are the same, and refused is what is eagerly."""
+    torch._dynamo.reset()
+    x, weight, bias, target = problem()
+    scale = torch.tensor(1.5, dtype=F64, requires_grad=True)
+
+    def step(x, target):
+        loss = linear_cross_entropy(2 * x, weight, target, linear_bias=bias, scale=scale, reduction=reduction)
+        return 3 * loss.sum()
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=True)
+    for rows in (ROWS, ROWS - 3):
+        results = []
+        for run in (compiled, step):
+            loss = run(x[:rows], target[:rows])
+            results.append((loss.detach(), *torch.autograd.grad(loss, [x, weight, bias, scale])))
+        torch.testing.assert_close(*results)
+    with torch.no_grad():
+        assert compiled(x, target) == step(x, target)
+    with pytest.raises(IndexError, match="target 23 at row 0 is out of range"):
+        compiled(x, torch.full_like(target, CLASSES))
 
 
 def test_checkpointing_and_shapes():

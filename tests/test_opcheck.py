@@ -69,7 +69,7 @@ def test_operators_exist_without_a_compiler(name):
 def test_every_operator_is_checked_here():
     """A new operator comes with its check."""
     for library, others in (
-        ("mlkernels", {"multi_copy_", "softmax_loss_refresh", *ops._HEADS}),
+        ("mlkernels", {"multi_copy_", "softmax_loss_refresh", "linear_loss", "linear_loss_backward", *ops._HEADS}),
         ("mlkernels_triton", {"softmax_loss_refresh"}),
     ):
         defined = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith(f"{library}::")}
@@ -198,3 +198,29 @@ def test_all_classes_of_a_head(dtype):
     reals, whole = torch.randn(4, 9, 3, dtype=dtype), torch.randint(6, (4, 2, 3))
     check(torch.ops.mlkernels.row_combine.default, (reals, whole, scales))
     check(torch.ops.mlkernels.room_like.default, (x, [2, 3]))
+
+
+@pytest.mark.parametrize("name, normalize", [("piecewise_groups", True), ("two_scale_norm", False)])
+@pytest.mark.parametrize("reduction, stats", [(Reduction.MEAN, False), (Reduction.NONE, True)])
+def test_a_head_in_a_graph(name, normalize, reduction, stats):
+    """Its autograd, too; what is known of rows has a place for those that are ignored."""
+    loss = next(loss for loss in FEW if loss.name == name)
+    (x, target, numbers, params), needs = flattened(loss, "shared", reduction, torch.float64)
+    target[1] = -100
+    x, weight = x.requires_grad_(), torch.randn(6, 6, dtype=torch.float64, requires_grad=True)
+    slots = ops.slots_of(numbers)
+    wanted = [True, True, False, *(bool(needs >> slot & 1) for slot in slots)]
+    params = [p.requires_grad_() if need else p for p, need in zip(params, wanted[3:], strict=True)]
+    params = [
+        p.reshape(-1, 1) if slot in (Slot.GROUP, Slot.ROW_WEIGHT) else p for slot, p in zip(slots, params, strict=True)
+    ]
+    rows = 1 << Slot.GROUP | 1 << Slot.ROW_WEIGHT
+    head = (x, weight, None, target, params, numbers, rows, normalize, stats, None, None, None, wanted)
+    checks = (*CHECKS, "test_autograd_registration", "test_aot_dispatch_static")
+    torch.library.opcheck(torch.ops.mlkernels.linear_loss.default, head, test_utils=checks)
+    if stats:
+        with torch.no_grad():
+            *found, reals, whole = torch.ops.mlkernels.linear_loss(*head)
+        upstream = [torch.ones_like(found[0]), None, found[2], found[3]]
+        operator = torch.ops.mlkernels.linear_loss_backward.default
+        torch.library.opcheck(operator, (*head, upstream, reals, whole), test_utils=CHECKS)

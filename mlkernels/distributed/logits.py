@@ -28,6 +28,9 @@ class PartLogits(LinearLogits):
         #: Whether the ranks have met, and go on alike: what is raised then is raised on all.
         self.met = False
 
+    def graphs(self) -> bool:
+        return False
+
     def shaped(self) -> Tensor:
         leading = self.input.shape[:-1]
         return self.input.detach().new_empty(()).expand(leading[0], self.classes, *leading[1:])

@@ -10,16 +10,15 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from typing_extensions import Never
 
-from ..checks import HALF
 from ..numbering import IGNORE_INDEX, slots_of
 from ..softmax import ProductLogits, RowStats
 from ..spec import BackendName, Slot
 from ..tracing import functorch_level, is_dual
-from . import threads
+from . import graph, threads
 from .autograd import has_hooks, linear_loss
 from .loop import Call
-from .pieces import CPU, TRITON, pieces_for
-from .plan import Plan, on_device, plan, shared
+from .pieces import pieces_for
+from .plan import Plan
 from .sampling import ClassSampler, Sample
 from .update import Updating
 
@@ -91,6 +90,8 @@ class LinearLogits(ProductLogits):
         backend: BackendName | None,
     ) -> tuple[Tensor, RowStats | None]:
         """The loss and its row statistics, in the shape of target."""
+        if torch.compiler.is_compiling() and self.graphs():
+            return self.in_graph(target, numbers, params, tables, return_stats, backend)
         pieces = pieces_for(target.device, backend)
         x, weight, bias = self.input, self.weight, self.bias
         given = [t for t in (x, weight, bias, *params) if t is not None]
@@ -101,10 +102,7 @@ class LinearLogits(ProductLogits):
         accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
         flat, per_row = by_rows(numbers, params, tables)
         update = None if self.begin is None else self.begin()
-        copies = int(x.dtype in HALF or weight.dtype in HALF or weight.dtype != accumulate or self.normalize)
-        strategy = self.strategy
-        if update is not None:
-            copies, strategy = copies + update.temporaries, "tiles"
+        temporaries = 0 if update is None else update.temporaries
         uncut = Plan(False, 0, 0)
         call = Call(list(numbers), tuple(flat), per_row, self.normalize, with_stats, uncut, pieces, accumulate, update)
         if self.sampler is not None and torch.is_grad_enabled() and has_hooks():
@@ -116,22 +114,48 @@ class LinearLogits(ProductLogits):
         label = self.labels(call, target.reshape(-1))
         if self.sampler is not None:
             call, label, flat, classes = self.sampled(self.sampler, call, label, flat, tables)
-        width = weight.shape[1]
-        cut: Callable[..., Plan] = plan
-        of_pieces = pieces.temporaries
-        if pieces is CPU and update is None and (shares := threads.count()):
-            cut, of_pieces = shared, shares
-        elif pieces is TRITON:
-            operands = pieces.operands(x.dtype, weight.dtype)
-            copies = int(weight.dtype != (operands or accumulate)) + (0 if update is None else update.temporaries)
-            cut, of_pieces = on_device, 0 if operands is None else operands.itemsize
-        made = cut(rows, classes, width, accumulate.itemsize, copies, of_pieces, strategy, self.memory)
+        made = threads.planned(
+            rows, classes, x, weight, self.normalize, temporaries, pieces, self.strategy, self.memory
+        )
         call = call._replace(plan=made)
-        loss, *stats = self.run(call, x.reshape(target.numel(), width), label, list(flat.values()))
+        loss, *stats = self.run(call, x.reshape(target.numel(), weight.shape[1]), label, list(flat.values()))
         loss = loss if loss.dim() == 0 else loss.reshape(target.shape)
         if with_stats:
             if self.sample is not None:
                 stats[3] = self.classes_of(self.sample, stats[3])
+            self.stats = RowStats(*(row.reshape(target.shape) for row in stats))
+        return loss, self.stats if return_stats else None
+
+    def graphs(self) -> bool:
+        """Whether a graph may hold this head."""
+        return self.begin is None and self.sampler is None
+
+    def in_graph(
+        self,
+        target: Tensor,
+        numbers: Sequence[float],
+        params: Sequence[Tensor],
+        tables: frozenset[int],
+        return_stats: bool,
+        backend: BackendName | None,
+    ) -> tuple[Tensor, RowStats | None]:
+        """The same as one operator."""
+        self.visits += 1
+        with_stats = return_stats or self.return_stats
+        slots, rows = slots_of(numbers), 0
+        flat = list(params)
+        for i, slot in enumerate(slots):
+            # Dynamo finds no member of an enumeration in a set.
+            of_group = slot == Slot.GROUP or slot == Slot.ROW_WEIGHT
+            if of_group or (params[i].dim() > 1 and not any(slot == table for table in tables)):
+                flat[i], rows = params[i].reshape(-1, 1), rows | 1 << int(slot)
+        x = self.input.reshape(target.numel(), self.weight.shape[1])
+        loss, *stats = graph.linear_loss(
+            x, self.weight, self.bias, target.reshape(-1), flat, numbers, rows, self.normalize, with_stats,
+            self.strategy, self.memory, backend,
+        )  # fmt: skip
+        loss = loss if loss.dim() == 0 else loss.reshape(target.shape)
+        if with_stats:
             self.stats = RowStats(*(row.reshape(target.shape) for row in stats))
         return loss, self.stats if return_stats else None
 

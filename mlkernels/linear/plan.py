@@ -17,6 +17,10 @@ BLOCK, PART, SMALL = 512, 1 << 17, 1 << 12
 #: thread of an EPYC, float32, of the unfused chain's time, stored and tiles: D = 64 (C = 100,000) .57 and .45, D = 256
 #: (50,000) .62 and .79, D = 512 (20,000, one chunk) .88 and 1.05.
 CHEAP_WIDTH = 128
+#: The same where each thread has tiles of its own, from this width and so many rows of a chunk on. One thread of an
+#: EPYC, float32, of the unfused chain's processor time, stored and tiles: N = 1024, D = 64, C = 50,000 (342 rows) .39
+#: and .48, C = 200,000 (103 rows) .42 and .46; N = 512, D = 512, C = 20,000 (one chunk) .83 and 1.10.
+CHEAP, FEW = 32, 80
 #: A chunk of fewer rows, or a tile of fewer classes, is not worth a product.
 FEW_ROWS, FEW_CLASSES = 32, 64
 
@@ -102,7 +106,7 @@ def shared(
         while made is None and chunk > 1:
             chunk = (chunk + 1) // 2
             made = cut(True, chunk)
-        worth = chunk == rows or (width >= CHEAP_WIDTH and chunk >= FEW_ROWS)
+        worth = chunk == rows or (width >= CHEAP and chunk >= FEW)
         if made is not None and (strategy == "stored" or worth):
             return made
         if strategy == "stored":

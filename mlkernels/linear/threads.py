@@ -5,7 +5,7 @@ So a product is one thread's, the threads meet twice for a chunk, and what they 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,8 +14,8 @@ from torch import Tensor
 from ..backends import native
 from ..backends.reference import Coefficients, Rows, Values
 from ..spec import Slot
-from .pieces import Want, rows_of
-from .plan import room
+from .pieces import CPU, TRITON, Pieces, Want, rows_of
+from .plan import Plan, on_device, plan, room, shared
 
 if TYPE_CHECKING:
     from .loop import Head, Sums
@@ -26,6 +26,25 @@ ops = torch.ops.mlkernels
 def count() -> int:
     """How many there are to share the classes; 0: the loop is Python's."""
     return torch.get_num_threads() if native.cpu_products() else 0
+
+
+def planned(
+    rows: int, classes: int, x: Tensor, weight: Tensor, normalize: bool, update: int, pieces: Pieces,
+    strategy: str | None, memory: int | None,
+) -> Plan:  # fmt: skip
+    """How so many rows and classes are cut; update: temporaries of its tiles, where the backward steps the weight."""
+    accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
+    copies = int(normalize or x.dtype != accumulate or weight.dtype != accumulate) + update
+    cut: Callable[..., Plan] = plan
+    of_pieces = pieces.temporaries
+    if pieces is CPU and not update and (parts := count()):
+        cut, of_pieces = shared, parts
+    elif pieces is TRITON:
+        operands = pieces.operands(x.dtype, weight.dtype)
+        copies = int(weight.dtype != (operands or accumulate)) + update
+        cut, of_pieces = on_device, 0 if operands is None else operands.itemsize
+    strategy = "tiles" if update else strategy
+    return cut(rows, classes, weight.shape[1], accumulate.itemsize, copies, of_pieces, strategy, memory)
 
 
 def statistics(head: Head, part: slice, values: Values, u_y: Tensor, scales: Tensor, want: Want, keep: bool) -> Rows:

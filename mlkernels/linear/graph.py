@@ -1,0 +1,237 @@
+"""A head as two operators, for those who make graphs: torch.compile sees them whole, with their gradients.
+
+Eagerly a head is an ``autograd.Function`` (see :mod:`.autograd`), which knows at less cost what is wanted of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..backends import reference
+from ..backends.reference import Rows
+from ..checks import check_indices
+from ..numbering import IGNORE_INDEX, REDUCTION, TRAINABLE, Reduction, ScaleKind, Slot, slots_of, structure_of
+from . import threads
+from .autograd import later
+from .loop import Call, Head, Known, Wanted, forward
+from .pieces import pieces_for
+
+#: The arguments of both, see :class:`mlkernels.linear.loop.Call`; per_row has a bit for each slot, and needs says which
+#: of x, weight, bias and params have a gradient.
+_HEAD = (
+    "Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor[] params, float[] numbers, int per_row, "
+    "bool normalize, bool return_stats, str? strategy, int? memory, str? backend, bool[] needs"
+)
+_SCHEMAS = (
+    # Loss, and RowStats where wanted; then the gradients for an upstream one of 1, or what is known of each row.
+    f"linear_loss({_HEAD}) -> Tensor[]",
+    # The gradients, for the upstream ones of loss, logsumexp, log_prob and entropy.
+    f"linear_loss_backward({_HEAD}, Tensor?[] upstream, Tensor reals, Tensor whole) -> Tensor[]",
+)
+
+
+def results(return_stats: bool) -> int:
+    """How many outputs are not for the backward: the loss, RowStats."""
+    return 7 if return_stats else 1
+
+
+def makes_at_once(numbers: Sequence[float], return_stats: bool, needs: Sequence[bool]) -> bool:
+    """Whether gradients are made with the loss."""
+    return numbers[REDUCTION] != Reduction.NONE and not return_stats and any(needs)
+
+
+class _Problem:
+    """A call of either operator, as the loop takes it."""
+
+    def __init__(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, params: Sequence[Tensor],
+        numbers: Sequence[float], per_row: int, normalize: bool, return_stats: bool, strategy: str | None,
+        memory: int | None, backend: str | None, needs: Sequence[bool],
+    ):  # fmt: skip
+        slots = tuple(slots_of(numbers))
+        classes = weight.shape[0]
+        check_indices("target", target, classes, int(numbers[IGNORE_INDEX]))
+        by_slot = dict(zip(slots, params, strict=True))
+        if Slot.GROUP in by_slot:
+            groups = max(p.shape[0] for s, p in by_slot.items() if p.dim() == 2 and not per_row >> s & 1)
+            check_indices("group", by_slot[Slot.GROUP], groups)
+        pieces = pieces_for(x.device, backend)
+        made = threads.planned(target.numel(), classes, x, weight, normalize, 0, pieces, strategy, memory)
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        call = Call(
+            list(numbers),
+            slots,
+            frozenset(s for s in slots if per_row >> s & 1),
+            normalize,
+            return_stats,
+            made,
+            pieces,
+            dtype,
+        )
+        trained = (slot for slot, need in zip(slots, needs[3:], strict=True) if need)
+        self.wanted = Wanted(needs[0], needs[1], needs[2], tuple(trained))
+        self.head = Head(call, x, weight, bias, target, params)
+
+
+@contextmanager
+def _loop(device: torch.device) -> Iterator[None]:
+    """Within an operator, which runs below autograd, as the loop runs outside: finish is differentiated by autograd."""
+    include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    below = exclude & torch._C._after_autograd_keyset
+    with torch._C._ForceDispatchKeyGuard(include, below), torch.no_grad(), reference.full_precision(device):
+        yield
+
+
+def _linear_loss(*arguments: Any) -> list[Tensor]:
+    numbers, return_stats, needs = arguments[5], arguments[8], arguments[12]
+    with _loop(arguments[0].device):
+        problem = _Problem(*arguments)
+        at_once = makes_at_once(numbers, return_stats, needs)
+        found, known, gradients = forward(problem.head, problem.wanted if at_once else None)
+        if gradients is not None:
+            return [*found, *(g for g in gradients if g is not None)]
+        return [*found, *(_packed(problem.head, known) if any(needs) else ())]
+
+
+def _linear_loss_backward(*arguments: Any) -> list[Tensor]:
+    *of_head, upstream, reals, whole = arguments
+    with _loop(arguments[0].device):
+        problem = _Problem(*of_head)
+        sums = problem.head.sums(problem.wanted)
+        later(sums, problem.head, _unpacked(problem.head, reals, whole), upstream)
+        return [g for g in sums.finished() if g is not None]
+
+
+def _packed(head: Head, known: Known | None) -> tuple[Tensor, Tensor]:
+    """What is known of all rows in two tensors, whose shapes do not depend on how many are ignored."""
+    scales = _scales(head.call.numbers)
+    reals, whole = head.x.new_zeros(head.count, 5 + 3 * scales), head.target.new_zeros(head.count, 2, dtype=torch.int64)
+    if known is not None:
+        top, total, shift, second, weighted, weights, first, above = known.rows
+        at = slice(None) if head.index is None else head.index
+        zero = torch.zeros_like(top)
+        one = [zero if n is None else n for n in (top, known.f_y, known.u_y, weighted, weights)]
+        several = [total, shift, torch.zeros_like(total) if second is None else second]
+        reals[at] = torch.cat([torch.stack(one), *several]).T
+        whole[at] = torch.stack([first, above], 1)
+    return reals, whole
+
+
+def _unpacked(head: Head, reals: Tensor, whole: Tensor) -> Known | None:
+    if head.x.shape[0] == 0:
+        return None
+    if head.index is not None:
+        reals, whole = reals[head.index], whole[head.index]
+    top, f_y, u_y, weighted, weights = reals[:, :5].T.contiguous()
+    total, shift, second = reals[:, 5:].T.contiguous().unflatten(0, (3, -1))
+    smoothed = head.values.smoothing > 0
+    return Known(
+        Rows(top, total, shift, second, weighted if smoothed else None, weights if smoothed else None, *whole.T),
+        f_y, u_y,
+    )  # fmt: skip
+
+
+def _scales(numbers: Sequence[float]) -> int:
+    return 2 if structure_of(numbers).row_scale == ScaleKind.TWO_SCALE else 1
+
+
+# ---- what they return without being run ------------------------------------------------------------------------------
+
+
+def _leaves(x: Tensor, weight: Tensor, bias: Tensor | None, params: Sequence[Tensor]) -> list[Tensor | None]:
+    return [x, weight, bias, *params]
+
+
+def _gradients_like(x: Tensor, leaves: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return [x.new_empty(t.shape, dtype=dtype) for t, need in zip(leaves, needs, strict=True) if need and t is not None]
+
+
+def _linear_loss_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, params: Sequence[Tensor], numbers: Sequence[float],
+    per_row: int, normalize: bool, return_stats: bool, strategy: str | None, memory: int | None,
+    backend: str | None, needs: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    rows = target.shape[0]
+    found = [x.new_empty(rows if numbers[REDUCTION] == Reduction.NONE else (), dtype=dtype)]
+    if return_stats:
+        whole = (3, 5)  # prediction and rank
+        found += [x.new_empty(rows, dtype=torch.int64 if i in whole else dtype) for i in range(6)]
+    if makes_at_once(numbers, return_stats, needs):
+        return found + _gradients_like(x, _leaves(x, weight, bias, params), needs)
+    if any(needs):
+        found += [x.new_empty(rows, 5 + 3 * _scales(numbers), dtype=dtype), x.new_empty(rows, 2, dtype=torch.int64)]
+    return found
+
+
+def _linear_loss_backward_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, params: Sequence[Tensor], *rest: Any
+) -> list[Tensor]:
+    return _gradients_like(x, _leaves(x, weight, bias, params), rest[-4])
+
+
+# ---- autograd --------------------------------------------------------------------------------------------------------
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, weight, bias, target, params, *rest = inputs
+    ctx.set_materialize_grads(False)
+    ctx.results = results(rest[3])
+    saved = output[ctx.results :]
+    ctx.mark_non_differentiable(*output[4 : ctx.results], *saved)
+    ctx.rest, ctx.leaves = rest, [None if t is None else t.dtype for t in _leaves(x, weight, bias, params)]
+    ctx.at_once = makes_at_once(rest[0], rest[3], rest[-1])
+    ctx.save_for_backward(*(saved if ctx.at_once else (x, weight, bias, target, *params, *saved)))
+
+
+def _backward(ctx: Any, upstream: Sequence[Tensor | None]) -> Any:
+    needs = ctx.rest[-1]
+    if ctx.at_once:
+        grad = upstream[0]
+        found = [torch.zeros_like(g) if grad is None else torch.where(g == 0, 0, g * grad) for g in ctx.saved_tensors]
+    else:
+        x, weight, bias, target, *others = ctx.saved_tensors
+        *params, reals, whole = others
+        given = list(upstream[: min(4, ctx.results)])
+        found = torch.ops.mlkernels.linear_loss_backward(
+            x, weight, bias, target, params, *ctx.rest, given, reals, whole
+        )
+    gradients = iter(found)
+    x, weight, bias, *params = (
+        next(gradients).to(dtype) if need and dtype is not None else None
+        for need, dtype in zip(needs, ctx.leaves, strict=True)
+    )
+    return (x, weight, bias, None, params, *[None] * len(ctx.rest))
+
+
+_library = ops.library
+for _schema in _SCHEMAS:
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+_library.impl("linear_loss", _linear_loss, "CompositeExplicitAutograd")
+_library.impl("linear_loss_backward", _linear_loss_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("mlkernels::linear_loss", _linear_loss_fake, lib=_library)
+torch.library.register_fake("mlkernels::linear_loss_backward", _linear_loss_backward_fake, lib=_library)
+torch.library.register_autograd("mlkernels::linear_loss", _backward, setup_context=_setup_context, lib=_library)
+
+
+def linear_loss(
+    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, params: Sequence[Tensor], numbers: Sequence[float],
+    per_row: int, normalize: bool, return_stats: bool, strategy: str | None, memory: int | None, backend: str | None,
+) -> list[Tensor]:  # fmt: skip
+    """The loss of each row or of all, and the row statistics, in a graph."""
+    grad = torch.is_grad_enabled()
+    trained = [True] * 3 + [any(slot == each for each in TRAINABLE) for slot in slots_of(numbers)]
+    leaves = zip((x, weight, bias, *params), trained, strict=True)
+    needs = [grad and may and t is not None and t.requires_grad for t, may in leaves]
+    found: list[Tensor] = torch.ops.mlkernels.linear_loss(
+        x, weight, bias, target, params, list(numbers), per_row, normalize, return_stats, strategy, memory, backend,
+        needs,
+    )  # fmt: skip
+    return found[: results(return_stats)]
