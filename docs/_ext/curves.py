@@ -37,7 +37,7 @@ class Curves(NamedTuple):
     gradient: str
     losses: dict[str, Callable[..., Tensor]]
     derivative: Callable[[Tensor, Tensor], Tensor] = lambda gradient, points: -gradient[:, 0]
-    limit: float | None = None
+    limits: tuple[float, float] | None = None  # of the gradient's panel
 
     def of(self, loss: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
         """The loss and the derivative at every point."""
@@ -75,13 +75,14 @@ _angle = torch.linspace(0.0, 180.0, POINTS, dtype=torch.float64)
 _delta = torch.linspace(-4.0, 4.0, POINTS, dtype=torch.float64)
 
 
-def _along_p(losses: dict[str, Callable[..., Tensor]], limit: float | None = None) -> Curves:
+def _along_p(losses: dict[str, Callable[..., Tensor]], limits: tuple[float, float] | None = None) -> Curves:
     x = "probability p of the label's class"
-    return Curves(x, _p, _of_probability, "weight w = −dL/d log p", losses, _weight, limit)
+    return Curves(x, _p, _of_probability, "weight w = −dL/d log p", losses, _weight, limits)
 
 
-def _along_angle(losses: dict[str, Callable[..., Tensor]]) -> Curves:
-    return Curves("angle θ to the label's class, degrees", _angle, _of_angle, "−dL/d cos θ", losses)
+def _along_angle(losses: dict[str, Callable[..., Tensor]], limits: tuple[float, float] | None = None) -> Curves:
+    x = "angle θ to the label's class, degrees"
+    return Curves(x, _angle, _of_angle, "−dL/d cos θ", losses, limits=limits)
 
 
 def _along_difference(losses: dict[str, Callable[..., Tensor]]) -> Curves:
@@ -155,7 +156,8 @@ CURVES = {
         {
             f'"{name}"': _margin(mlkernels.arcface_loss, margin=0.8, beyond_pi=name)
             for name in ("linear", "monotone", "easy", "none")
-        }
+        },
+        limits=(-40, 60),
     ),
     "two_scale": _along_difference(
         {
@@ -170,7 +172,7 @@ CURVES = {
             "hard rows matter less": _piecewise(**_tables([0.2, 0.35, 0.5, 0.75, 1])),
             "easy rows matter less": _piecewise(**_tables([0, 0.3, 0.7, 0.95, 1])),
         },
-        limit=2.5,
+        limits=(-0.1, 2.5),
     ),
     "multi_margin": _along_difference({f"p = {p}": _by(mlkernels.multi_margin_loss, p=p) for p in (1, 2)}),
     "center": _along_feature("x − c, of one feature", {"½(x − c)²": _center}),
@@ -223,8 +225,8 @@ def figure(name: str, ink: str = INK, width: float = 8.2) -> str:
             axes.spines[["top", "right"]].set_visible(False)
         if curves.points is _p:
             left.set_ylim(-0.1, 4)
-        if curves.limit is not None:
-            right.set_ylim(-0.1, curves.limit)
+        if curves.limits is not None:
+            right.set_ylim(*curves.limits)
         if curves.points is _angle:
             left.set_xticks(range(0, 181, 45))
             right.set_xticks(range(0, 181, 45))
