@@ -85,7 +85,7 @@ def twenty_steps(group: dist.ProcessGroup) -> None:
     """Micro-batches of unequal size, trained parameters, momentum, clipping: as one process over all rows."""
     x, weight, target = problem()
     kinds = ("DDP around the model", "DDP around both", "FSDP around the model", "FSDP around both")
-    for kind in kinds if dist.get_world_size(group) == 3 else kinds[::2]:
+    for kind in {1: kinds[:1], 2: kinds[3:], 3: kinds[:3], 4: kinds[2:3]}[dist.get_world_size(group)]:
 
         def loss() -> nn.Module:
             scale = nn.Parameter(torch.tensor([4.0], dtype=F64))
@@ -118,6 +118,8 @@ def twenty_steps(group: dist.ProcessGroup) -> None:
 def scaled_losses(group: dist.ProcessGroup) -> None:
     """autocast and GradScaler: an overflow of one rank's shard is a step that none makes."""
     x, weight, target = problem()
+    with pytest.raises(ValueError, match=r"^module has nothing but class-parallel heads"):
+        data_parallel(ClassParallelLoss(mlkernels.CrossEntropyLoss(), WIDTH, CLASSES, process_group=group))
     rank, part = dist.get_rank(group), parts(group)[0]
     rows = sum(MICRO[dist.get_world_size(group)][0])
     head = ClassParallelLoss(mlkernels.CrossEntropyLoss(), WIDTH, CLASSES, process_group=group)

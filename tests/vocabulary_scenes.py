@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from table import BY_NAME, F64, LOSSES
 from test_linear import OPTIONS, leaves_of
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import loss_parallel
 
 import mlkernels
@@ -121,10 +121,23 @@ def vocabulary_parallel_tensors(group: dist.ProcessGroup) -> None:
     assert sent.collectives == {"sizes": 2, "statistics": 2}
     assert isinstance(found.grad, DTensor) and found.grad.placements == wanted.grad.placements
     agrees(found.grad.to_local(), wanted.grad.to_local())
+    if ranks == 4:
+        grid = DeviceMesh("cpu", torch.arange(4).view(2, 2))
+        both = distribute_tensor(logits, grid, [Replicate(), Shard(1)]).requires_grad_()
+        mlkernels.cross_entropy(both, target, reduction="sum").backward()
+        agrees(both.grad.full_tensor(), 0.9 * wanted.grad.full_tensor())  # that has the mean's too
     # Modules, target transforms, labels that are a DTensor too.
-    labels = distribute_tensor(target, mesh, [torch.distributed.tensor.Replicate()])
+    labels = distribute_tensor(target, mesh, [Replicate()])
     head = mlkernels.ArcFaceLoss(scale=8.0, reduction="none")
     agrees(head(distribute_tensor(logits / 5, mesh, [Shard(1)]), labels), head(logits / 5, target))
+    plain = mlkernels.cross_entropy(logits, target)
+    if ranks == 2:  # left out of the graph
+        agrees(torch.compile(mlkernels.cross_entropy, backend="eager")(found, target), plain)
+        part = found.detach().to_local()
+        compiled = torch.compile(class_parallel_softmax_loss, backend="eager")
+        agrees(compiled(part, target, num_classes=CLASSES, process_group=group), plain)
+    with pytest.raises(RuntimeError, match=r"^slices of logits know no torch\.func transforms"):
+        torch.func.grad(lambda f: class_parallel_softmax_loss(f, target, num_classes=CLASSES))(logits)
     with pytest.raises(TypeError, match=r"^input takes a plain tensor, got a DTensor .*Shard\(dim=0\)"):
         mlkernels.cross_entropy(distribute_tensor(logits, mesh, [Shard(0)]), target)
     with pytest.raises(ValueError, match=r"^target must be on all ranks that share the classes"):

@@ -166,11 +166,23 @@ class SlicedLogits(PartLogits):
         return_stats: bool,
         backend: BackendName | None,
     ) -> tuple[Tensor, RowStats | None]:
+        loss = self._loss
+        if torch.compiler.is_compiling():
+            loss = torch.compiler.disable(loss)  # a graph break: collectives and their agreement are no graph
+        return loss(target, numbers, params, tables, return_stats, backend)
+
+    def _loss(
+        self,
+        target: Tensor,
+        numbers: Sequence[float],
+        params: Sequence[Tensor],
+        tables: frozenset[int],
+        return_stats: bool,
+        backend: BackendName | None,
+    ) -> tuple[Tensor, RowStats | None]:
         pieces = pieces_for(target.device, backend)
-        if functorch_level() is not None or (
-            forward_ad._current_level >= 0 and any(map(is_dual, (self.input, *params)))
-        ):
-            raise RuntimeError("slices of logits know no torch.func transforms and no forward-mode AD")
+        if forward_ad._current_level >= 0 and any(map(is_dual, (self.input, *params))):
+            raise RuntimeError("slices of logits know no forward-mode AD")
         self.visits += 1
         accumulate = torch.float64 if self.input.dtype == torch.float64 else torch.float32
         flat, per_row = by_rows(numbers, params, tables)
@@ -179,11 +191,8 @@ class SlicedLogits(PartLogits):
         offset = self._meet(target, numbers, flat, with_stats, type(pieces).__name__)
         made = Plan(False, max(rows, 1), max(1, min(TILE // max(rows, 1), logits.shape[1])))
         call = Call(list(numbers), tuple(flat), per_row, False, with_stats, made, pieces, accumulate)
-        run = _sliced_loss
-        if torch.compiler.is_compiling():
-            run = torch.compiler.disable(run)
         part = Slice(self.group, offset, self.classes)
-        loss, *stats = run(call, part, logits, target.reshape(-1), *flat.values())
+        loss, *stats = _sliced_loss(call, part, logits, target.reshape(-1), *flat.values())
         self.met = False  # what another look at these logits is refused for is told again
         loss = loss if loss.dim() == 0 else loss.reshape(target.shape)
         if with_stats:
@@ -232,6 +241,12 @@ def offsets_of(slices: Sequence[Sequence[int]], classes: int) -> list[int]:
     return [begin for _, begin in slices]
 
 
+def check_untransformed() -> None:
+    """What is exchanged has no values there, and all ranks are in the same one."""
+    if functorch_level() is not None:
+        raise RuntimeError("slices of logits know no torch.func transforms")
+
+
 def of_dtensor(logits: Tensor, target: Tensor) -> tuple[SlicedLogits | Tensor, Tensor]:
     """What a loss is called with where its logits are a DTensor that is split by classes; others stay what they are."""
     if not isinstance(logits, DTensor) or logits.dim() < 2:
@@ -240,6 +255,7 @@ def of_dtensor(logits: Tensor, target: Tensor) -> tuple[SlicedLogits | Tensor, T
     split = [dim for dim, placement in enumerate(placements) if type(placement) is Shard and placement.dim == 1]
     if len(split) != 1 or not all(p.is_replicate() for dim, p in enumerate(placements) if dim != split[0]):
         return logits, target
+    check_untransformed()
     if isinstance(target, DTensor):
         if not all(placement.is_replicate() for placement in target.placements):
             raise ValueError(f"target must be on all ranks that share the classes, got {target.placements}")
@@ -326,7 +342,24 @@ def class_parallel_softmax_loss(
     """
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError("class_parallel_softmax_loss needs torch.distributed: call init_process_group() first")
-    group, part = group_of(process_group), None
+    check_untransformed()
+    call = _called
+    if torch.compiler.is_compiling():
+        call = torch.compiler.disable(call)
+    return call(logits, target, num_classes, offset, group_of(process_group), loss, return_stats, arguments)
+
+
+def _called(
+    logits: Tensor,
+    target: Tensor,
+    num_classes: int | None,
+    offset: int | None,
+    group: Group,
+    loss: Callable[..., Tensor] | None,
+    return_stats: bool,
+    arguments: dict[str, Any],
+) -> Tensor | tuple[Tensor, RowStats]:
+    part = None
     try:
         check_input(logits)
         if logits.dim() < 2:
