@@ -420,7 +420,7 @@ def _draw(
         kind = kinds[i % len(kinds)]
         for _ in range(50):
             input[i] = _row(kind, loss.draws, int(target[i]), classes, generator).to(exact).to(F64)
-            if not _jumps(loss):
+            if not jumps(loss):
                 break
             own = oracle.of_row(found, i, int(target[i]), group)
             if oracle.forward(loss.structure, input[i].tolist(), int(target[i]), own, **allowed).gap > margin:
@@ -431,7 +431,7 @@ def _draw(
     return input, target, params
 
 
-def _jumps(loss):
+def jumps(loss):
     s = loss.structure
     margin_jumps = s.transform == "margin" and s.beyond_pi in (None, "linear", "easy")
     return margin_jumps or s.transform == "piecewise" or s.scale == "two_scale" or s.head in ("tau", "truncated")

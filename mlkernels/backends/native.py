@@ -11,6 +11,10 @@ import torch
 from .. import numbering, ops  # noqa: F401  (the schemas must exist before their implementations load)
 
 _PACKAGE = Path(__file__).resolve().parent.parent
+_ENTRY_POINTS = {
+    "_cpu": ("numbering", "cpu_isa", "cpu_products", "cpu_direct", "cpu_release_buffers"),
+    "_cuda": ("numbering", "cuda_unusable"),
+}
 
 
 def _load(stem: str) -> tuple[ctypes.CDLL | None, str | None]:
@@ -29,10 +33,10 @@ def _load(stem: str) -> tuple[ctypes.CDLL | None, str | None]:
     try:
         torch.ops.load_library(str(found[0]))
         library = ctypes.CDLL(str(found[0]))
-        theirs = getattr(library, "mlkernels_numbering", None)
-        if theirs is not None:
-            theirs.restype = ctypes.c_char_p
-        if theirs is None or theirs() != numbering.signature().encode():
+        if not all(hasattr(library, f"mlkernels_{name}") for name in _ENTRY_POINTS[stem]):
+            return None, f"{found[0].name} was built from older sources: build it again"
+        library.mlkernels_numbering.restype = ctypes.c_char_p
+        if library.mlkernels_numbering() != numbering.signature().encode():
             return None, f"{found[0].name} was built from another mlkernels/numbering.py: build it again"
         return library, None
     except (OSError, RuntimeError) as error:
