@@ -38,7 +38,7 @@ def _options(given: list[str] | None) -> Namespace:
         "--suites", type=names_of(SUITES), help=f"{','.join(SUITES)}; default: losses, on a GPU also state"
     )
     parser.add_argument("--quick", action="store_true", help="fewer problems and losses, no torch.compile")
-    parser.add_argument("--set", choices=cases.SETS, help="another benchmark's list of problems")
+    parser.add_argument("--set", choices=cases.SETS, help="another list of problems: other benchmarks', or edges")
     parser.add_argument("--shapes", type=_shapes, help="for instance 256x1000,8x19x512x512; of heads NxDxC")
     parser.add_argument("--dtype", type=names_of(DTYPES), help=",".join(DTYPES))
     parser.add_argument("--peers", type=names_of(PEERS), help=",".join(PEERS))

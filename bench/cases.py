@@ -124,8 +124,18 @@ def heads(gpu: bool, quick: bool = False) -> list[Problem]:
     return [Problem((rows, classes), dtype, features) for rows, features, classes in sizes[: 1 if quick else None]]
 
 
-#: Others' lists, as they stand there, for figures that can be held against theirs: `--set`.
+#: On either side of where the CPU's kernels change their ways (float32; csrc/library_cpu.cpp, kernels.cpp, buffers.h).
+CPU_EDGES = [
+    *((340, 10), (360, 10), (188, 100), (200, 100), (59, 520), (64, 520)),  # another thread
+    *((1024, 47), (1024, 48), (512, 255), (512, 256)),  # a row's own vectors; rows in place
+    *((1024, 1023), (1024, 1024)),  # a gradient in memory that is kept, 4 MiB
+    *((2048, 1023), (2048, 1024)),  # stores past the caches, 8 MiB
+    *((64, 131072), (64, 131073)),  # the next row is fetched ahead, 512 KiB
+]
+
+#: Lists of others, as they stand there, for figures that can be held against theirs; and our own edges: `--set`.
 SETS = {
+    "edges": [Problem(shape, "float32") for shape in CPU_EDGES],
     # meta-pytorch/tritonbench, tritonbench/operators/cross_entropy/operator.py: B = 8, T = 2048, V = 2^12 to 2^17.
     # Helion's cross_entropy is measured on these too (pytorch/helion, benchmarks/run.py).
     "tritonbench": [Problem((8 * 2048, 2**power), "float32") for power in range(12, 18)],

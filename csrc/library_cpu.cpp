@@ -298,9 +298,10 @@ struct Call {
   }
 
   void run() {
-    // Below this many elements a second thread costs more than it brings.
-    constexpr int64_t GRAIN = 1 << 15;
-    const int64_t grain = GRAIN / (p.classes + 32) + 1;
+    // Below this many elements, about 12 us, the other thread's 4 us cost more than it brings (bench/NOTES.md). What is
+    // done once per row takes as long as so many elements.
+    constexpr int64_t GRAIN = 36 << 10, PER_ROW = 96;
+    const int64_t grain = GRAIN / (p.classes + PER_ROW) + 1;
     if (p.rows <= grain) {
       if (p.rows > 0) Run<T>::rows(p, 0, p.rows);
       return;

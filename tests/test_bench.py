@@ -159,6 +159,27 @@ def test_the_lists_of_others_are_measured_as_they_stand():
     assert [one.sizes for one in problems("trl")] == [(16384, 2048, 248320), (4096, 2048, 248320)]
 
 
+def test_edges_are_where_the_kernels_have_them():
+    """Pairs of sizes, one on either side of each number in the sources."""
+
+    def number(file, name):
+        said = re.search(rf"\b{name} = ([^;,]+)", (ROOT / "csrc" / file).read_text())[1]
+        return eval(said.replace("int64_t", "").replace("size_t", ""))
+
+    grain, per_row = (number("library_cpu.cpp", name) for name in ("GRAIN", "PER_ROW"))
+    kept, streamed = number("cpu/buffers.h", "BUFFER_FROM"), number("library_cpu.cpp", "STREAM_FROM")
+    vectors, in_place = number("cpu/kernels.cpp", "LONG_ROW"), number("cpu/kernels.cpp", "SHORT_ROW")
+    fetched = number("cpu/kernels.cpp", "ROW_IN_CACHE")
+    crossed = 0
+    for (few, below), (more, above) in zip(cases.CPU_EDGES[::2], cases.CPU_EDGES[1::2], strict=True):
+        if few != more:
+            assert few <= grain // (below + per_row) + 1 < more
+        else:
+            crossed += (below < vectors <= above) + (below < in_place <= above) + (4 * below <= fetched < 4 * above)
+            crossed += sum(4 * few * below < edge <= 4 * few * above for edge in (kept, streamed))
+    assert crossed == 5
+
+
 @pytest.mark.parametrize(("peer", "module"), [("liger", "liger_kernel"), ("quack", "quack")])
 def test_a_peer_is_optional(peer, module, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
