@@ -37,6 +37,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 import mlkernels
 from mlkernels import ops
 from mlkernels.backends.triton import launch, sums, tiles
+from mlkernels.linear import pieces
 from mlkernels.numbering import Reduction
 
 # By name: the package exports functions that are called like its modules.
@@ -126,6 +127,43 @@ class Case:
             if self.upstream == "contiguous":
                 grads = [grad.contiguous() for grad in grads]
             torch.autograd.backward(outputs, grads)
+
+
+@dataclass(frozen=True)
+class HeadCase:
+    """A call of a head, and the backward pass after it: the kernels of pieces."""
+
+    dtype: str = "bf16"
+    loss: str = "cross_entropy"
+    everything: bool = False  # that takes registers
+    tile: None = None
+
+    def run(self) -> None:
+        rows, classes, width = 512, 4096, 64
+        draw = lambda *shape: torch.empty(shape, dtype=DTYPES[self.dtype], device="meta", requires_grad=True)
+        target = torch.empty(rows, dtype=torch.int64, device="meta")
+        loss, vector = BY_NAME[self.loss], torch.empty(classes, device="meta")
+        form = "number" if self.loss == "cross_entropy" else "shared"
+        found = loss.values(form, torch.zeros(rows), classes, dtype=torch.float32)
+        params = {n: v.to("meta").requires_grad_() if isinstance(v, torch.Tensor) else v for n, v in found.items()}
+        options: dict[str, Any] = {"group": target} if loss.groups else {}
+        if self.everything:
+            options |= {"weight": vector, "label_smoothing": 0.1, "logit_adjustment": vector, "softcap": 30.0}
+            options |= {"z_loss": 0.1, "reduction": "none", "return_stats": True}
+        value = mlkernels.linear_softmax_loss(
+            draw(rows, width), draw(classes, width), target, normalize=self.everything, backend="triton",
+            memory=20 << 20, **loss.compose(params), **options,
+        )  # fmt: skip
+        outputs = [value[0], *value[1][:3]] if self.everything else [value]
+        torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
+
+
+def heads(everywhere: bool) -> Iterator[HeadCase]:
+    """Tiles of float32 whose gradient is bfloat16; and with all there is."""
+    yield HeadCase(loss="two_scale_margin_modulated", dtype="fp32", everything=True)
+    if not everywhere:
+        yield HeadCase()
+        yield HeadCase(loss="piecewise_groups", dtype="fp32")
 
 
 def _rows(classes: int) -> int:
@@ -267,8 +305,10 @@ def paired(architecture: str, axes: dict[str, list[Any]]) -> Iterator[Case]:
         yield Case(classes, rows, layout, **choice)
 
 
-def cases(name: str, full: bool, spread: bool = False) -> Iterator[Case]:
+def cases(name: str, full: bool, spread: bool = False) -> Iterator[Case | HeadCase]:
+    yield from heads(everywhere=name != "sm_90" and not full)
     if full:
+        yield HeadCase(loss="two_scale_margin_modulated", dtype="fp64", everything=True)
         yield from essentials(name)
         yield from every_tile(name, True)
         yield from paired(name, AXES)
@@ -363,6 +403,13 @@ class Launch:
         """Of the classes, and of the three dimensions that rows have."""
         return [self.arguments[f"{which}_{name}"] for name in ("class", "outer", "middle", "inner")]
 
+    def wide_tile(self, name: str) -> int:
+        """The same of a head's tile, whose rows are aligned; a gradient of fewer bytes is written as narrower."""
+        tensor, given = self.arguments.get(name), self.arguments
+        if tensor is None or "tile" not in given or given["VECTOR"] * tensor.element_size() < 16:
+            return 0
+        return given["CHUNKS"]
+
     def wide(self, name: str, which: str) -> int:
         """How many 128-bit accesses a thread must make to a tensor of aligned rows; 0: none."""
         given = self.arguments
@@ -397,21 +444,22 @@ def launches(name: str, calls: Callable[[], None]) -> list[Launch]:
     # The operators as they are: nothing is replayed, and meta tensors are no reason to ask a dispatcher.
     operators = {function.__name__: function for function in launch._FUNCTIONS}
     kernels = ops.Kernels(*(operators[name] for name in ops._FAKES), refresh=operators["softmax_loss_refresh"], kept=1)
-    kept = JITFunction.__getitem__, tiles.architecture, call.choose, ops.triton
+    kept = JITFunction.__getitem__, tiles.architecture, call.choose, ops.triton, pieces.refusal
     JITFunction.__getitem__ = launcher  # type: ignore[method-assign]
     tiles.architecture, call.choose = lambda device: name, lambda *arguments: "triton"
     ops.triton = lambda: kernels  # type: ignore[assignment]
+    pieces.refusal = lambda *arguments: None
     call._calls.clear()  # they hold kernels
     try:
         calls()
     finally:
-        JITFunction.__getitem__, tiles.architecture, call.choose, ops.triton = kept
+        JITFunction.__getitem__, tiles.architecture, call.choose, ops.triton, pieces.refusal = kept
         call._calls.clear()
     assert found, "nothing was launched"
     return found
 
 
-def of_case(name: str, case: Case) -> list[Launch]:
+def of_case(name: str, case: Case | HeadCase) -> list[Launch]:
     if case.tile is None:
         return launches(name, case.run)
     kept, tiles.tile = tiles.tile, lambda *_: case.tile  # type: ignore[assignment]
@@ -547,7 +595,7 @@ def built(one: Launch) -> dict[str, Any]:
 def compiled(one: Launch) -> dict[str, Any]:
     """The specialisation's row of the table."""
     given = one.arguments
-    dtype = getattr(given.get("input"), "dtype", None)
+    dtype = getattr(given.get("input", given.get("tile")), "dtype", None)
     row = {
         "kernel": one.kernel.__name__,
         "target": one.target,
@@ -555,11 +603,11 @@ def compiled(one: Launch) -> dict[str, Any]:
         "warps": one.options["num_warps"],
         "dtype": next((n for n, d in DTYPES.items() if d == dtype), ""),
         "does": one.does,
-        "wide_loads": one.wide("input", "in") if "input" in given else 0,
-        "wide_stores": one.wide("grad", "out") if "grad" in given else 0,
+        "wide_loads": one.wide("input", "in") if "input" in given else one.wide_tile("tile"),
+        "wide_stores": one.wide("grad", "out") if "grad" in given else one.wide_tile("out"),
     }
     others = ("weight", "row_weight", "adjustment", "group", "t_tables", "tau_tables")
-    if row["wide_loads"] and not given["MODES"] and all(given[name] is None for name in others):
+    if "input" in given and row["wide_loads"] and not given["MODES"] and all(given[name] is None for name in others):
         # Labels and sums are wide too; but where little else is read there are fewer narrow loads than logits.
         row["narrow_limit"] = row["wide_loads"] * 16
     once = one.plain and given["ON_CHIP"] and not given["CONDITIONAL"]

@@ -8,8 +8,11 @@ import random
 import pytest
 import torch
 from table import BY_NAME, F64, LOSSES, NAN, usable_backends
+from test_linear import rows_of
+from test_no_sync import Forbid
 from test_pieces import CLASSES, OPTIONS, ROWS, as_called, drawn
 
+from mlkernels import linear_softmax_loss, tracing
 from mlkernels.backends import reference
 from mlkernels.backends.reference import Finished, Values
 from mlkernels.linear.pieces import TRITON, Want
@@ -25,15 +28,15 @@ CASES = [
 if FULL:
     CASES = [(loss.name, options) for loss in LOSSES for options in OPTIONS]
 
+tiles = pytest.importorskip("mlkernels.backends.triton.tiles")
+Tile = tiles.Tile
 pytestmark = pytest.mark.skipif("triton" not in usable_backends(), reason="Triton is not interpreted here")
 
 
 @pytest.fixture(autouse=True)
 def one_program(monkeypatch):
     """All rows at once, as the interpreter's time goes by programs; in two blocks of a tile of more than four."""
-    from mlkernels.backends.triton import tiles
-
-    monkeypatch.setattr(tiles, "piece", lambda *_: tiles.Tile(2, 16, 2, 1, 1, False))
+    monkeypatch.setattr("mlkernels.backends.triton.tiles.piece", lambda *_: Tile(2, 16, 2, 1, 1, False))
 
 
 def by_pieces(input, target, numbers, tensors, needs, cuts, upstream, factors=None):
@@ -99,3 +102,34 @@ def test_pieces_are_the_whole_row(index, monkeypatch):
     for slot, theirs in zip(needs, wanted[1:], strict=True):
         size = 1 + theirs.nan_to_num().abs().max()
         torch.testing.assert_close(by_slot[slot] / size, theirs / size, **same)
+
+
+# ---- heads -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("normalize, confident", [(True, False), (False, True)], ids=["cosines", "confident"])
+def test_bfloat16_heads(normalize, confident, monkeypatch):
+    """Products of what there is, into float32; gradients of tiles in bfloat16, the target's apart. Nothing looks at a
+    number, labels left to the kernels as on a GPU."""
+    monkeypatch.setattr(tracing, "traced", lambda *tensors: True)
+    monkeypatch.setattr("mlkernels.backends.triton.tiles.piece", lambda *_: Tile(16, 16, 16, 1, 1, False))
+    x, weight, target = rows_of(confident, torch.bfloat16)
+    x, target = x.detach()[:16].clone(), target[:16].clone()
+    target[3], x[3] = -100, NAN  # masked, not looked for
+    x.requires_grad_()
+    a, w = (t.detach().double().requires_grad_() for t in (x, weight))
+    f = torch.where(a.isnan(), 0.5, a)
+    f = (f / f.norm(dim=1, keepdim=True)) @ (w / w.norm(dim=1, keepdim=True)).T if normalize else f @ w.T
+    scale = 16.0 if normalize else 1.0
+    exact = torch.nn.functional.cross_entropy(scale * f, target)
+    wanted = torch.autograd.grad(2 * exact, [a, w])
+    with Forbid():
+        value = linear_softmax_loss(
+            x, weight, target, normalize=normalize, scale=scale, backend="triton", strategy="tiles", memory=16 * 6 * 300
+        )
+    found = torch.autograd.grad(value, [x, weight], torch.full_like(value, 2.0))
+    assert value.dtype == torch.float32 and abs(float(value.detach()) / float(exact) - 1) < 1e-5
+    assert not found[0][3].any()
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert float((ours.double() - theirs).norm() / theirs.norm()) < 2.0**-8  # of tile and result, half of that each

@@ -72,6 +72,14 @@ def test_replays_launch_what_triton_would(seen):
     assert not [row for row in seen["replays"] if row["tensors kept"]]
 
 
+def test_heads(seen):
+    """Two launches for each of four tiles and one for the rows; from tapes, of each width one, with another start."""
+    assert seen["heads"] == {
+        "launches": {"piece_statistics": 4, "row_finish": 1, "piece_gradient": 4},
+        "taped": 4, "same": True, "again": 0,
+    }  # fmt: skip
+
+
 def test_nothing_warns(seen):
     assert seen["warned"] == []
 

@@ -231,6 +231,36 @@ def replays() -> list[dict[str, Any]]:
     return found
 
 
+def heads() -> dict[str, Any]:
+    """A head of four tiles, the last one narrower: what a call launches, and what is replayed of that."""
+
+    def step() -> None:
+        x, weight = torch.randn(N, 16, requires_grad=True), torch.randn(1000, 16, requires_grad=True)
+        target = torch.randint(1000, (N,))
+        mlkernels.linear_cross_entropy(
+            x, weight, target, strategy="tiles", memory=4 * N * 256, backend="triton"
+        ).backward()
+
+    replay.forget()
+    names: list[str] = []
+    hook = lambda said: names.append(said.get()["name"])
+    triton.knobs.runtime.launch_enter_hook.add(hook)
+    step()
+    triton.knobs.runtime.launch_enter_hook.remove(hook)
+    for _ in range(2):
+        step()
+    compiled.clear()
+    found = []
+    for way in (contextlib.nullcontext, plainly):
+        with way(), launched() as launches:
+            step()
+        found.append(named(launches, {}))
+    tapes = [tape for tapes in replay._all for tape in tapes.values() if isinstance(tape, replay._Tape)]
+    return {
+        "launches": dict(Counter(names)), "taped": len(tapes), "same": found[0] == found[1], "again": len(compiled),
+    }  # fmt: skip
+
+
 def surroundings() -> dict[str, Any]:
     """Streams, hooks, devices and threads."""
     found: dict[str, Any] = {}
@@ -337,6 +367,7 @@ if __name__ == "__main__":
                     "launches": launches(),
                     "data": data(),
                     "replays": replays(),
+                    "heads": heads(),
                     "surroundings": surroundings(),
                     "microseconds": microseconds(),
                     "warned": [str(one.message) for one in warned],

@@ -111,7 +111,8 @@ def _linear_loss_backward(*arguments: Any) -> list[Tensor]:
 def _packed(head: Head, known: Known | None) -> tuple[Tensor, Tensor]:
     """What is known of all rows in two tensors, whose shapes do not depend on how many are ignored."""
     scales = _scales(head.call.numbers)
-    reals, whole = head.x.new_zeros(head.count, 5 + 3 * scales), head.target.new_zeros(head.count, 2, dtype=torch.int64)
+    reals = head.x.new_zeros(head.count, 5 + 3 * scales, dtype=head.call.dtype)
+    whole = head.target.new_zeros(head.count, 2, dtype=torch.int64)
     if known is not None:
         top, total, shift, second, weighted, weights, first, above = known.rows
         at = slice(None) if head.index is None else head.index

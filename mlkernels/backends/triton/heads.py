@@ -39,9 +39,9 @@ def begin(rows: int, values: Values, device: torch.device, second: bool) -> Know
     """What is known of rows of which no class has been seen."""
     scales = 2 if values.structure.row_scale == ScaleKind.TWO_SCALE else 1
     reals = torch.zeros(_SUMS + 3 * scales, rows, dtype=values.dtype, device=device)
-    reals[0] = -math.inf
+    reals[0].fill_(-math.inf)  # no number comes from the host
     wholes = torch.full((2, rows), values.classes, device=device)
-    wholes[1] = 0
+    wholes[1].zero_()
     total, shift, squares = reals[_SUMS:].unflatten(0, (3, scales))
     smoothed = values.smoothing > 0
     known = KnownRows(
