@@ -203,6 +203,7 @@ def test_what_a_plan_of_threads_takes():
         made = shared(1024, 200_000, 256, 4, True, threads)
         assert made.stored and made.rows == 103 and made.parts == threads
     assert shared(1 << 20, 10, 64, 4, False, 8).parts == 1
+    assert shared(2048, 4096, 64, 4, False, 2) == Plan(True, 512, 256, 2, 512)  # 8 MB at a time, and not 33
     assert shared(8, 5000, 16, 4, False, 4, "rows", 160_000) == Plan(True, 8, 5000, 1, 8)
     for strategy, needed in (("stored", 20_064), ("rows", 340_000), ("tiles", 68)):
         assert shared(8, 5000, 16, 4, True, 2, strategy, needed).parts == 1

@@ -100,13 +100,14 @@ def shared(
         return whole
     a_row, least = itemsize * classes, itemsize * (1 + width * copies)
     if strategy in (None, "stored"):
-        most = min(rows, max(1, allowed * 7 // 8 // a_row))
+        # More rows than these at a time gained nothing: W and dW then come from memory seldom enough.
+        most = min(rows, BLOCK, max(1, allowed * 7 // 8 // a_row))
         chunk = -(-rows // -(-rows // most))  # as many chunks, of one size
         made: Plan | None = cut(True, chunk)
         while made is None and chunk > 1:
             chunk = (chunk + 1) // 2
             made = cut(True, chunk)
-        worth = chunk == rows or (width >= CHEAP and chunk >= FEW)
+        worth = rows * a_row <= allowed or (width >= CHEAP and chunk >= FEW)
         if made is not None and (strategy == "stored" or worth):
             return made
         if strategy == "stored":
