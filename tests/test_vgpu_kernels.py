@@ -13,7 +13,7 @@ import os
 import pytest
 
 from tools import vgpu
-from tools.vgpu import cases, count, faults, worker
+from tools.vgpu import cases, count, faults, heads, worker
 from tools.vgpu.cases import Case
 
 FULL = os.environ.get("MLKERNELS_FULL") == "1"
@@ -90,6 +90,12 @@ CUDA += [("sm_80", case) for case in (STRIDED[0], STREAMED[0])]
 @pytest.mark.parametrize("target,case", TRITON, ids=str)
 def test_triton(run, target, case):
     run("triton", target, case)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("dtype, everything", [("bfloat16", False), ("float32", True)])
+def test_heads(process, dtype, everything):
+    process("triton", heads.check, "sm_90", dtype, everything)
 
 
 @pytest.mark.parametrize("target,case", CUDA, ids=str)
