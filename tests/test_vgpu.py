@@ -26,7 +26,7 @@ REGISTERS = """
 # ---- running small kernels -------------------------------------------------------------------------------------------
 
 
-def launch(body: str, *arrays: np.ndarray, head: str = "", threads: int = 32, grid: int = 1, **options) -> vgpu.Counts:
+def launch(body: str, *arrays: np.ndarray, head: str = "", threads: int = 32, grid=1, **options) -> vgpu.Counts:
     """Runs a kernel whose parameters are the addresses of arrays, also in %rd0, %rd1, ...; %r0 is the thread."""
     parameters = ", ".join(f".param .u64 p{k}" for k in range(len(arrays)))
     loads = "\n".join(f"ld.param.u64 %rd{k}, [p{k}];" for k in range(len(arrays)))
@@ -35,7 +35,8 @@ def launch(body: str, *arrays: np.ndarray, head: str = "", threads: int = 32, gr
     memory = vgpu.Memory((a.ctypes.data, a.nbytes) for a in arrays)
     blob = struct.pack(f"<{len(arrays)}Q", *(a.ctypes.data for a in arrays))
     kernel = vgpu.Module(text).kernel()
-    return kernel.run(blob, grid=(grid, 1, 1), threads=(threads, 1, 1), memory=memory, **options)
+    grid = grid if isinstance(grid, tuple) else (grid, 1, 1)
+    return kernel.run(blob, grid=grid, threads=(threads, 1, 1), memory=memory, **options)
 
 
 KINDS = {  # the register, and the type of a load or store
@@ -730,7 +731,11 @@ def test_faults_between_blocks_are_found(name):
 @pytest.mark.parametrize(
     "options,message",
     [
-        ({"threads": 48}, "a block of 48 threads"),
+        *(({"threads": count}, f"a block of {count} threads") for count in (0, 48, 1056)),
+        *(
+            ({"grid": size}, "grid size")
+            for size in ((0, 1, 1), (1, 0, 1), (1, 1, 0), (1, 1 << 16, 1), (1, 1, 1 << 16))
+        ),
         ({"grid": 3, "cluster": 2}, "does not fill its clusters"),
         ({"dynamic_shared": 1 << 24}, "more shared memory"),
     ],
