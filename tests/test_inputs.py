@@ -321,6 +321,9 @@ def test_the_ends_of_ranges_are_legal(backend):
         torch.testing.assert_close(focal(x, y, gamma=gamma, **options), ce(x, y))
     for k in (1, T(1.0), torch.ones(C)):
         assert float(softmax(x, y, head=Truncated(k), **options)) == 0.0
+    for k in (0, T(0.0), torch.linspace(0, 1, C)):  # the end that is left out
+        with pytest.raises(ValueError, match=r"k must be in \(0, 1\]"):
+            softmax(x, y, head=Truncated(k), **options)
     miss = 1 - x.softmax(1).gather(1, y.unsqueeze(1)).mean()
     for zero in (0, T(0.0)):
         assert float(modulated(x, y, alpha=zero, **options)) == 0.0
