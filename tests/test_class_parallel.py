@@ -155,6 +155,12 @@ def batches_of_nothing(group: dist.ProcessGroup) -> None:
     target = torch.arange(ROWS) % 3
     x[2] = 1.0
     agrees(head(x[own], target[own]), mlkernels.cross_entropy(x @ weight.T, target))
+    stepping = head_of(group, mlkernels.CrossEntropyLoss(), weight, tile_update=TileSGD(0.1, momentum=0.9), sample=2)
+    stepping.eval()(x[own], target[own]).backward()
+    w = weight.clone().requires_grad_()
+    mlkernels.cross_entropy(x @ w.T, target).backward()
+    agrees(stepping.export_weight(), weight - 0.1 * w.grad)
+    stepping.train()(x[own], target[own]).backward()
 
 
 def half_precision(group: dist.ProcessGroup) -> None:

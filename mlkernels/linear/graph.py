@@ -62,7 +62,7 @@ class _Problem:
             groups = max(p.shape[0] for s, p in by_slot.items() if p.dim() == 2 and not per_row >> s & 1)
             check_indices("group", by_slot[Slot.GROUP], groups)
         pieces = pieces_for(x.device, backend)
-        made = threads.planned(target.numel(), classes, x, weight, normalize, 0, pieces, strategy, memory)
+        made = threads.planned(target.numel(), classes, x, weight, normalize, None, pieces, strategy, memory)
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         call = Call(
             list(numbers),

@@ -102,7 +102,6 @@ class LinearLogits(ProductLogits):
         accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
         flat, per_row = by_rows(numbers, params, tables)
         update = None if self.begin is None else self.begin()
-        temporaries = 0 if update is None else update.temporaries
         uncut = Plan(False, 0, 0)
         call = Call(list(numbers), tuple(flat), per_row, self.normalize, with_stats, uncut, pieces, accumulate, update)
         if self.sampler is not None and torch.is_grad_enabled() and has_hooks():
@@ -114,9 +113,7 @@ class LinearLogits(ProductLogits):
         label = self.labels(call, target.reshape(-1))
         if self.sampler is not None:
             call, label, flat, classes = self.sampled(self.sampler, call, label, flat, tables)
-        made = threads.planned(
-            rows, classes, x, weight, self.normalize, temporaries, pieces, self.strategy, self.memory
-        )
+        made = threads.planned(rows, classes, x, weight, self.normalize, update, pieces, self.strategy, self.memory)
         call = call._replace(plan=made)
         loss, *stats = self.run(call, x.reshape(target.numel(), weight.shape[1]), label, list(flat.values()))
         loss = loss if loss.dim() == 0 else loss.reshape(target.shape)

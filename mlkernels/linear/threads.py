@@ -19,6 +19,7 @@ from .plan import Plan, on_device, plan, room, shared
 
 if TYPE_CHECKING:
     from .loop import Head, Sums
+    from .update import Updating
 
 ops = torch.ops.mlkernels
 
@@ -29,22 +30,26 @@ def count() -> int:
 
 
 def planned(
-    rows: int, classes: int, x: Tensor, weight: Tensor, normalize: bool, update: int, pieces: Pieces,
+    rows: int, classes: int, x: Tensor, weight: Tensor, normalize: bool, update: Updating | None, pieces: Pieces,
     strategy: str | None, memory: int | None,
 ) -> Plan:  # fmt: skip
-    """How so many rows and classes are cut; update: temporaries of its tiles, where the backward steps the weight."""
+    """How so many rows and classes are cut; update: what steps the weight in the backward, if that is to."""
     accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
-    copies = int(normalize or x.dtype != accumulate or weight.dtype != accumulate) + update
+    width, itemsize = weight.shape[1], accumulate.itemsize
+    copies = int(normalize or x.dtype != accumulate or weight.dtype != accumulate)
     cut: Callable[..., Plan] = plan
     of_pieces = pieces.temporaries
-    if pieces is CPU and not update and (parts := count()):
+    if pieces is CPU and (parts := count()):
         cut, of_pieces = shared, parts
-    elif pieces is TRITON:
-        operands = pieces.operands(x.dtype, weight.dtype)
-        copies = int(weight.dtype != (operands or accumulate)) + update
-        cut, of_pieces = on_device, 0 if operands is None else operands.itemsize
-    strategy = "tiles" if update else strategy
-    return cut(rows, classes, weight.shape[1], accumulate.itemsize, copies, of_pieces, strategy, memory)
+        memory = memory if update is None else update.cut(itemsize, width, memory)
+    else:
+        if pieces is TRITON:
+            operands = pieces.operands(x.dtype, weight.dtype)
+            copies = int(weight.dtype != (operands or accumulate))
+            cut, of_pieces = on_device, 0 if operands is None else operands.itemsize
+        copies += 0 if update is None else update.temporaries
+    strategy = strategy if update is None else "tiles"
+    return cut(rows, classes, width, itemsize, copies, of_pieces, strategy, memory)
 
 
 def statistics(head: Head, part: slice, values: Values, u_y: Tensor, scales: Tensor, want: Want, keep: bool) -> Rows:
@@ -62,14 +67,30 @@ def gradients(sums: Sums, head: Head, part: slice, values: Values, row: Coeffici
     ops.linear_gradient(*_of(head, part, values, kept), *row, dx, sums.weight, sums.bias, first, last)
 
 
-def _of(head: Head, part: slice, values: Values, keep: bool) -> Sequence[Any]:
-    """What both take."""
+def of_classes(
+    head: Head,
+    part: slice,
+    values: Values,
+    row: Coefficients,
+    classes: slice,
+    dx: Tensor | None,
+    dw: Tensor,
+    db: Tensor | None,
+) -> None:
+    """The same of some classes alone; a chunk's gradient of features is written, not added to."""
+    first, last = part.start == 0, part.stop == head.x.shape[0]
+    ops.linear_gradient(*_of(head, part, values, False, classes), *row, dx, dw, db, first, last)
+
+
+def _of(head: Head, part: slice, values: Values, keep: bool, classes: slice = slice(0, None)) -> Sequence[Any]:
+    """What these take."""
     x, plan = head.x[part], head.call.plan
+    weight, bias, inverse = (None if t is None else t[classes] for t in (head.weight, head.bias, head.inverse))
     size = room(plan, keep, x.shape[0], head.classes, head.x.shape[1], head.copies)
     if head.room.numel() < size:
         head.room = ops.room_like(x, [size])
     return (
-        x, head.weight, head.bias, head.inverse, values.label, head.offset, values.params.get(Slot.WEIGHT),
+        x, weight, bias, inverse, values.label, head.offset + classes.start, values.params.get(Slot.WEIGHT),
         values.params.get(Slot.ADJUSTMENT), values.consts[Slot.SOFTCAP], head.room, keep,
         [plan.parts, plan.classes, plan.block],
     )  # fmt: skip

@@ -13,13 +13,17 @@ from torch.optim import Optimizer
 from typing_extensions import Never
 
 from ..backends.reference import Finished
+from . import threads
 from .autograd import chunks_of
 from .loop import Head, Known, Sums, chunk_coefficients
+from .plan import DEFAULT_MEMORY
 from .products import add_at, add_product, multiply_into
 from .sampling import Draws
 
 #: From here on an upstream gradient of a reduced loss is a GradScaler's, and would be taken for the weight's.
 SCALER_FROM = 1024.0
+#: Bytes of the gradient of the classes that step together: from the products to the step it stays in a cache.
+STEP = 4 << 20
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
@@ -241,7 +245,16 @@ class Updating:
         self.version, self.done = weight._version, False
         #: Of a tile of the weight: its gradient and what the step makes of it.
         self.temporaries = 6 if update.optimizer.stochastic_rounding else 2
+        #: How many classes step together where threads share them; 0: a tile's.
+        self.at_once = 0
         _waiting.setdefault(update, weakref.WeakSet()).add(self)
+
+    def cut(self, itemsize: int, width: int, memory: int | None) -> int:
+        """Halves the memory: one for products, which is returned, one for as many classes as step together."""
+        half = max(1, (DEFAULT_MEMORY if memory is None else memory) // 2)
+        of_class = itemsize * max(width, 1)
+        self.at_once = max(1, min(STEP // of_class, half // (of_class * self.temporaries)))
+        return half
 
     def check(self) -> None:
         """Whether the backward may begin: nothing has changed yet when this raises."""
@@ -270,42 +283,58 @@ class Updating:
                 f"tile_update refuses an upstream gradient of {loss.item():g}: a GradScaler's factor cannot be taken "
                 "back from a step that was taken"
             )
-        chunks = [] if known is None else [_Chunk(sums, head, *each) for each in chunks_of(head, known, upstream)]
+        kind = _Shared if head.call.plan.parts else _Chunk
+        chunks = [] if known is None else [kind(sums, head, *each) for each in chunks_of(head, known, upstream)]
         generator = None
         if update.optimizer.stochastic_rounding:
             generator = update.draws.generator(self.weight.device)
-        shape = (min(head.call.plan.classes, head.classes), head.x.shape[1])
-        gradient = head.x.new_empty(shape, dtype=head.call.dtype)
+        step = max(1, min(head.classes, self.at_once or head.call.plan.classes))
+        gradient = head.x.new_empty((step, head.x.shape[1]), dtype=head.call.dtype)
         self.done = True
-        for start, weight in head.tiles():
-            stop = start + weight.shape[0]
-            of_tile = gradient[: stop - start]
-            for index, chunk in enumerate(chunks):
-                chunk.add(sums, head, start, weight, of_tile, index == 0)
+        for start in range(0, head.classes, step):
+            tile = slice(start, min(start + step, head.classes))
+            of_tile = gradient[: tile.stop - start]
+            for chunk in chunks:
+                chunk.add(tile, of_tile)
             if not chunks:
                 of_tile.zero_()
-            if head.inverse is not None:
-                head.along_lengths(of_tile, start, weight)
             update.interrupted = start
-            rows_of = slice(start, stop) if self.classes is None else self.classes[start:stop]
-            update.step(self.weight, rows_of, of_tile, generator)
+            update.step(self.weight, tile if self.classes is None else self.classes[tile], of_tile, generator)
         update.interrupted = None
         update.optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers look at
         for chunk in chunks:
-            chunk.finish(sums)
+            chunk.finish()
 
 
-class _Chunk:
-    """A chunk of rows on its way through all tiles."""
+class _Shared:
+    """A chunk of rows on its way through all tiles, where threads share the classes of each."""
 
     def __init__(self, sums: Sums, head: Head, part: slice, known: Known, upstream: Finished):
-        self.part, self.values = part, head.of(part)
+        self.sums, self.head, self.part, self.values = sums, head, part, head.of(part)
         self.row = chunk_coefficients(sums, head, part, self.values, known, upstream)
+        self.of_features = None if sums.input is None else torch.empty_like(sums.input[part])
+
+    def add(self, tile: slice, of_tile: Tensor) -> None:
+        """A tile's gradient: to the features and the bias, and to that of the tile's weight."""
+        sums, part = self.sums, self.part
+        db = None if sums.bias is None else sums.bias[tile]
+        threads.of_classes(self.head, part, self.values, self.row, tile, self.of_features, of_tile, db)
+        if sums.input is not None and self.of_features is not None:
+            sums.input[part] += self.of_features
+
+    def finish(self) -> None:
+        """Nothing stands apart."""
+
+
+class _Chunk(_Shared):
+    """The same by pieces, a tile of the plan at a time."""
+
+    def __init__(self, sums: Sums, head: Head, part: slice, known: Known, upstream: Finished):
+        super().__init__(sums, head, part, known, upstream)
         self.label, self.target = head.own_target(part, self.values.label, self.row.target)
         # Of the old weight, and added in the end, as everywhere.
-        self.of_features = (
-            self.target.unsqueeze(1) * head.part(self.label) if sums.wanted.input and head.classes else None
-        )
+        wanted = sums.input is not None and head.classes > 0
+        self.of_features = self.target.unsqueeze(1) * head.part(self.label) if wanted else None
         self.bounds: Tensor | None = None
         self.order = torch.arange(0)
         if head.x.device.type == "cpu":
@@ -313,25 +342,26 @@ class _Chunk:
             step = head.call.plan.classes
             self.bounds = torch.searchsorted(ascending, torch.arange(0, head.classes + step, step))
 
-    def add(self, sums: Sums, head: Head, start: int, weight: Tensor, of_tile: Tensor, first: bool) -> None:
-        """A tile's gradient: to the features and the bias, and to that of the tile's weight."""
+    def add(self, tile: slice, of_tile: Tensor) -> None:
+        head, start, weight, x = self.head, tile.start, self.head.part(tile), self.head.x[self.part]
         f = head.product(self.part, start, weight)
         gradient = head.gradient(self.part, self.values, start, f, self.row, False)
-        sums.add_tile(self.part, start, weight, gradient)
-        x = head.x[self.part]
-        (multiply_into if first else add_product)(of_tile, gradient.T, x)
+        self.sums.add_tile(self.part, start, weight, gradient)
+        (multiply_into if self.part.start == 0 else add_product)(of_tile, gradient.T, x)
         label, target = self.label - start, self.target
         if self.bounds is not None:
-            tile = start // head.call.plan.classes
-            rows = self.order[self.bounds[tile] : self.bounds[tile + 1]]
-            label, target, x = label[rows], target[rows], x[rows]
+            at = start // head.call.plan.classes
+            rows = self.order[self.bounds[at] : self.bounds[at + 1]]
+            label, target, features = label[rows], target[rows], x[rows]
         else:
             here = (label >= 0) & (label < of_tile.shape[0])
-            label, target = torch.where(here, label, 0), torch.where(here, target, 0)
-        add_at(of_tile, label, target.unsqueeze(1) * x)
+            label, target, features = torch.where(here, label, 0), torch.where(here, target, 0), x
+        add_at(of_tile, label, target.unsqueeze(1) * features)
+        if head.inverse is not None and self.part.stop == head.x.shape[0]:
+            head.along_lengths(of_tile, start, weight)
 
-    def finish(self, sums: Sums) -> None:
-        """What the targets' own gradients contribute."""
+    def finish(self) -> None:
+        sums = self.sums
         if sums.input is not None and self.of_features is not None:
             sums.input[self.part] += self.of_features
         if sums.bias is not None and sums.bias.numel():
