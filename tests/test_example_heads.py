@@ -37,3 +37,19 @@ def test_language_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert "|log Z|" in capsys.readouterr().out
     if sys.platform.startswith("linux"):
         assert 0 < found["head"][1] < found["whole logits"][1] / 2  # the logits are 64 MB
+
+
+def test_faces(capsys: pytest.CaptureFixture[str]) -> None:
+    """The update in the tile is the stored gradient's, in two thirds of the memory; bfloat16 and samples learn too."""
+    options = "--classes 500 --features 32 --sample 150 --batch 128 --steps 110 --concentration 60 --lr 0.1"
+    found = script("face_head").main(options.split())
+    assert {way: result.bytes for way, result in found.items()} == {
+        "stored": 384, "tile": 257, "bfloat16": 129, "sample": 257,
+    }  # fmt: skip
+    for way, result in found.items():
+        assert result.after > result.before + 0.01, way
+    assert found["tile"].after == pytest.approx(found["stored"].after, abs=2e-3)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "step   108" in line]
+    losses = {line.split()[0]: float(line.split()[-1]) for line in lines}
+    assert losses["tile"] == pytest.approx(losses["stored"], abs=0.02)
+    assert losses["bfloat16"] == pytest.approx(losses["stored"], abs=0.2)
