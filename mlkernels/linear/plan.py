@@ -19,7 +19,7 @@ BLOCK, PART, SMALL = 512, 1 << 17, 1 << 12
 CHEAP_WIDTH = 128
 #: The same where each thread has tiles of its own, from this width and so many rows of a chunk on. One thread of an
 #: EPYC, float32, of the unfused chain's processor time, stored and tiles: N = 1024, D = 64, C = 50,000 (342 rows) .39
-#: and .48, C = 200,000 (103 rows) .42 and .46; N = 512, D = 512, C = 20,000 (one chunk) .83 and 1.10.
+#: and .48; N = 512, D = 512, C = 20,000 (one chunk) .83 and 1.10.
 CHEAP, FEW = 32, 80
 #: A chunk of fewer rows, or a tile of fewer classes, is not worth a product.
 FEW_ROWS, FEW_CLASSES = 32, 64
