@@ -56,10 +56,11 @@ def patch(loss: Callable[..., Tensor] = cross_entropy) -> Iterator[None]:
         ...     torch.nn.functional.cross_entropy(input, target)
         tensor(0.0109)
     """
-    if isinstance(loss, torch.nn.Module) or not callable(loss):
+    if isinstance(loss, (torch.nn.Module, type)) or not callable(loss):
+        got = f"the class {loss.__name__}" if isinstance(loss, type) else type(loss).__name__
         raise TypeError(
             "patch: loss must be a function such as mlkernels.focal_loss or a functools.partial of one, "
-            f"got {type(loss).__name__}: what the model says of weight, ignore_index and reduction must reach it"
+            f"got {got}: what the model says of weight, ignore_index and reduction must reach it"
         )
     before = F.cross_entropy
 

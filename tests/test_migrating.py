@@ -187,7 +187,9 @@ def test_patch_under_compile() -> None:
     torch.testing.assert_close(found, step(input))
 
 
-@pytest.mark.parametrize("loss", [mlkernels.CrossEntropyLoss(), "focal"], ids=["module", "word"])
+@pytest.mark.parametrize(
+    "loss", [mlkernels.CrossEntropyLoss(), mlkernels.FocalLoss, "focal"], ids=["module", "class", "word"]
+)
 def test_patch_takes_functions(loss: object) -> None:
     with pytest.raises(TypeError, match="loss must be a function"), mlkernels.patch(loss):  # type: ignore[arg-type]
         pass
