@@ -32,7 +32,7 @@ export MLKERNELS_CUDA_ARCHS ?= 90
 CLANG_FORMAT = $(PY) -c "from clang_format import clang_format; clang_format()"
 CPP = $(filter-out csrc/numbering.h, $(wildcard $(foreach d, csrc csrc/* tools/*/ tools/*/*, $(d)/*.h $(d)/*.cpp $(d)/*.cu)))
 
-.PHONY: test bench demo lint docs format build wheel clean
+.PHONY: test bench demo lint docs format build wheel clean sanitize
 
 test: build
 	$(PY) -m pytest -n auto --dist worksteal $(ARGS)
@@ -84,6 +84,17 @@ wheel: $(READY)
 	PATH="$(dir $(PY)):$$PATH" $(PY) -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' -w dist dist/local/*.whl
 	rm -r dist/local
 	$(PY) -m twine check --strict dist/*
+
+# The compiled operators under gcc's sanitizers, in memory of their own: tests, then malformed calls. Then the ordinary
+# libraries again. Python itself is not built for them, so they are loaded first; what it leaves at its end is no leak.
+SANITIZED := test_buffers test_linear test_layouts test_conventions test_autograd test_values
+sanitize: $(READY)
+	MLKERNELS_CUDA=0 MLKERNELS_SANITIZE=address,undefined $(PY) csrc/build.py
+	export LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1; \
+	$(PY) -m pytest -k "cpu or buffers" $(SANITIZED:%=tests/%.py) $(ARGS) && \
+	  $(PY) -m tools.fuzz_operators --calls 1e4; status=$$?; unset LD_PRELOAD; \
+	$(PY) csrc/build.py; exit $$status
 
 clean:
 	rm -rf build dist docs/_build *.egg-info mlkernels/*.so mlkernels/*.error.txt

@@ -9,6 +9,9 @@
   built for the torch and the Python that are there and used by no others; ``MLKERNELS_FAST_PATH=0`` leaves it out;
 * with ``--simt`` the CUDA kernels for the host, which only the tests load.
 
+``MLKERNELS_SANITIZE=address,undefined`` (or ``thread``) builds all of this for that sanitizer, beside other objects;
+see docs/reliability.md.
+
 Ninja decides what is to be compiled again, in ``build/``. Besides it an interpreter that has torch is enough.
 
 The first two are no Python modules: they register their operators with torch through LibTorch's stable ABI, and one
@@ -39,6 +42,9 @@ CSRC = Path(__file__).resolve().parent
 ROOT = CSRC.parent
 # Not setuptools' build_temp: that is a fresh directory in every editable install.
 OBJECTS = ROOT / "build" / f"{sys.platform}-{platform.machine()}"
+SANITIZE = os.environ.get("MLKERNELS_SANITIZE", "")
+if SANITIZE:
+    OBJECTS = OBJECTS.with_name(f"{OBJECTS.name}-{SANITIZE.replace(',', '-')}")
 
 OLDEST_TORCH = (2, 11)
 FLAGS = [
@@ -57,6 +63,8 @@ FLAGS = [
     # Nothing includes Python.h; should something ever do, it must keep to what every Python since 3.10 has.
     "-DPy_LIMITED_API=0x030A0000",
 ]
+if SANITIZE:
+    FLAGS += ["-O1", "-g1", "-fno-omit-frame-pointer", f"-fsanitize={SANITIZE}"]
 # csrc/cpu/kernels.cpp and pieces.cpp are compiled once for each; library_cpu.cpp chooses among them at run time.
 ISAS: dict[str, list[str]] = {"baseline": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
@@ -195,7 +203,7 @@ def make_library(output: Path, compiler: list[str], units: Sequence[Unit], *opti
     # The shim is all of torch that is used, and in the process already when this is loaded.
     command = [*compiler, "-shared", *(relative(unit.output) for unit in units), *options]
     if sys.platform == "linux":
-        command += ["-Wl,--allow-shlib-undefined", "-s"]
+        command += ["-Wl,--allow-shlib-undefined", f"-fsanitize={SANITIZE}" if SANITIZE else "-s"]
     command += shlex.split(os.environ.get("LDFLAGS", ""))
     return make_units([*units, Unit(output, [unit.output for unit in units], command)])[-1]
 

@@ -5,8 +5,11 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <array>
+#include <initializer_list>
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "rows.h"
@@ -110,6 +113,8 @@ struct Arguments {
 
   Arguments(const std::vector<double>& given, const std::vector<Tensor>& params) {
     STD_TORCH_CHECK(given.size() >= CONSTS && given.size() <= CONSTS + SLOTS, "numbers has the wrong length");
+    STD_TORCH_CHECK(given[MASK] >= 0 && given[MASK] < double(1u << SLOTS), "there are no slots of this mask");
+    STD_TORCH_CHECK(given[IGNORE_INDEX] >= -0x1p63 && given[IGNORE_INDEX] < 0x1p63, "ignore_index is no int64");
     spec = read_spec(given);
     for (size_t at = CONSTS; at < given.size(); ++at) numbers[at - CONSTS] = given[at];
     const uint64_t mask = uint64_t(given[MASK]);
@@ -119,6 +124,7 @@ struct Arguments {
       STD_TORCH_CHECK(next < params.size(), "params holds fewer tensors than the mask says");
       tensors[size_t(slot)] = &params[next++];
     }
+    STD_TORCH_CHECK(next == params.size(), "params holds more tensors than the mask says");
   }
 
   // Whether a slot holds a number of the loss in a tensor.
@@ -129,9 +135,88 @@ inline Mode mode_of(const Tensor& number) {
   return number.dim() == 0 ? Mode::SHARED : number.dim() == 1 ? Mode::PER_CLASS : Mode::PER_ROW;
 }
 
+// Python checks arguments with better words. These keep whoever calls an operator itself within its memory.
+inline bool is_integer(ScalarType type) {
+  switch (type) {
+    case ScalarType::Long:
+    case ScalarType::Int:
+    case ScalarType::Short:
+    case ScalarType::Char:
+    case ScalarType::Byte:
+    case ScalarType::UInt16:
+    case ScalarType::UInt32:
+    case ScalarType::UInt64: return true;
+    default: return false;
+  }
+}
+
+inline void check_table(const Tensor& slope, const Tensor& bias, const Tensor* group, int64_t& groups) {
+  const int64_t dims = slope.dim();
+  STD_TORCH_CHECK(dims == (group ? 2 : 1) && bias.dim() == dims && slope.numel() > 0 && slope.numel() == bias.numel() &&
+                      slope.size(dims - 1) == bias.size(dims - 1) && slope.numel() <= INT32_MAX,
+                  "tables must be alike, (M,) without a group and (G, M) with one, and have an entry");
+  if (!group) return;
+  STD_TORCH_CHECK(groups < 0 || groups == slope.size(0), "the tables of t and tau must have as many groups");
+  groups = slope.size(0);
+}
+
+inline void check_shapes(const Arguments& call, const Tensor& input, const Tensor& target) {
+  const int64_t dims = input.dim();
+  STD_TORCH_CHECK(dims >= 2 && target.dim() == dims - 1, "input must be (N, C, d...) and target (N, d...)");
+  for (int64_t d = 0; d < dims - 1; ++d)
+    STD_TORCH_CHECK(target.size(d) == input.size(d > 0 ? d + 1 : 0), "target must have input's shape without C");
+  STD_TORCH_CHECK(is_integer(target.scalar_type()), "target must hold integers");
+  const int64_t rows = target.numel(), classes = input.size(1);
+  const auto& tensors = call.tensors;
+  for (int slot = 0; slot < LOSS_SLOTS; ++slot) {
+    if (!tensors[size_t(slot)]) continue;
+    const Tensor& number = *tensors[size_t(slot)];
+    (void)storage_of(number.scalar_type());
+    const int64_t count = is_table(call.spec, slot) ? number.numel()
+                          : number.dim() == 0       ? 1
+                          : number.dim() == 1       ? classes
+                                                    : rows;
+    STD_TORCH_CHECK(number.numel() == count, "a loss's own tensor must have one element, one per class or one per row");
+  }
+  const std::array<std::pair<int, int64_t>, 5> counts{
+      {{WEIGHT, classes}, {ADJUSTMENT, classes}, {ROW_WEIGHT, rows}, {GROUP, rows}, {NORMALIZER, 1}}};
+  for (const auto& [slot, count] : counts)
+    STD_TORCH_CHECK(
+        !tensors[size_t(slot)] || tensors[size_t(slot)]->numel() == count,
+        "weight and logit_adjustment need a number per class, row_weight and group per row, normalizer one");
+  const Tensor* const group = tensors[GROUP];
+  STD_TORCH_CHECK(!group || is_integer(group->scalar_type()), "group must hold integers");
+  int64_t groups = -1;
+  const auto check_tables = [&](int slope, int bias) {
+    STD_TORCH_CHECK(tensors[size_t(slope)] && tensors[size_t(bias)], "a piecewise loss needs its tables");
+    check_table(*tensors[size_t(slope)], *tensors[size_t(bias)], group, groups);
+  };
+  if (call.spec.transform == Transform::PIECEWISE) check_tables(TRANSFORM_A, TRANSFORM_B);
+  if (call.spec.head == Head::TAU) check_tables(HEAD_A, HEAD_B);
+}
+
+inline void check_needs(const Arguments& call, int64_t needs) {
+  int64_t known = int64_t(1) << INPUT;
+  for (int slot = 0; slot < TRAINABLE_SLOTS; ++slot) known |= int64_t(call.tensors[size_t(slot)] != nullptr) << slot;
+  STD_TORCH_CHECK(!(needs & ~known), "needs asks for the gradient of what is no tensor");
+}
+
+inline void check_backward(const Arguments& call, const Tensor& target, const std::optional<Tensor>& of_loss,
+                           std::initializer_list<const std::optional<Tensor>*> of_rows, const Tensor& saved,
+                           ScalarType accumulated) {
+  const int64_t rows = target.numel();
+  STD_TORCH_CHECK(!of_loss || of_loss->numel() == (call.spec.reduction == Reduction::NONE ? rows : 1),
+                  "grad_loss must have the loss's shape");
+  for (const auto* one : of_rows) STD_TORCH_CHECK(!*one || (*one)->numel() == rows, "an upstream gradient per row");
+  STD_TORCH_CHECK(
+      saved.numel() == 0 || (saved.numel() == 2 * rows && saved.is_contiguous() && saved.scalar_type() == accumulated),
+      "saved must be what the loss returned, or empty");
+}
+
 // What of a problem is said by shapes and numbers.
 template <class T>
 void lay_out(Problem<T>& p, const Arguments& call, const Tensor& input, const Tensor& target) {
+  check_shapes(call, input, target);
   p.spec = call.spec;
   p.rows = target.numel();
   p.classes = input.size(1);

@@ -229,7 +229,6 @@ struct Call {
   }
 
   Tables<T> tables(int slope, int bias) {
-    STD_TORCH_CHECK(tensors[slope] && tensors[bias], "a piecewise loss needs its tables");
     const Tensor& table = *tensors[slope];
     for (const int slot : {slope, bias}) {
       Array<T>& array = arrays[slot];
@@ -313,6 +312,7 @@ struct Call {
 // Runs the rows and collects the gradients that are needed, in the order of their bits.
 template <class T>
 std::vector<Tensor> run_with_gradients(Call<T>& call, const Tensor& input, int64_t needs) {
+  check_needs(call.arguments, needs);
   CpuProblem<T>& p = call.p;
   std::vector<Tensor> gradients;
   std::unique_ptr<T[]> by_row[TRAINABLE_SLOTS];
@@ -467,6 +467,8 @@ std::vector<Tensor> softmax_loss_backward(std::optional<Tensor> grad_loss, std::
   return by_type(input, [&](auto zero) {
     using T = decltype(zero);
     Call<T> call(input, target, numbers, params);
+    check_backward(call.arguments, target, grad_loss, {&grad_logsumexp, &grad_log_prob, &grad_entropy}, saved,
+                   type_of<T>());
     CpuProblem<T>& p = call.p;
     std::array<Array<T>, 4> arrays;
     const auto take = [&](const std::optional<Tensor>& tensor, Array<T>& array, const T*& data, int64_t& stride) {

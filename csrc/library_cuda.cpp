@@ -141,7 +141,6 @@ struct Call {
     return tensors[slot] ? static_cast<const T*>(keep(plain(*tensors[slot], type_of<T>(), place)).data_ptr()) : nullptr;
   }
   Tables<T> tables(int slope, int bias) {
-    STD_TORCH_CHECK(tensors[slope] && tensors[bias], "a piecewise loss needs its tables");
     const Tensor& table = *tensors[slope];
     const int64_t groups = table.dim() == 2 ? table.size(0) : 0;
     return {vector_of(slope), vector_of(bias), int(table.size(table.dim() - 1)), groups};
@@ -200,6 +199,7 @@ struct Call {
 
   // The visit, and the gradients that are needed in the order of their bits.
   std::vector<Tensor> run_with_gradients(const Tensor& input, int64_t needs, Tensor* loss) {
+    check_needs(arguments, needs);
     std::vector<Tensor> gradients;
     std::array<T*, TRAINABLE_SLOTS> values{};
     int* bins = nullptr;
@@ -346,6 +346,8 @@ std::vector<Tensor> softmax_loss_backward(std::optional<Tensor> grad_loss, std::
   return by_type(input, [&](auto zero) {
     using T = decltype(zero);
     Call<T> call(input, target, numbers, params);
+    check_backward(call.arguments, target, grad_loss, {&grad_logsumexp, &grad_log_prob, &grad_entropy}, saved,
+                   type_of<T>());
     if (grad_entropy && saved.numel() == 0) {  // its derivative by s adds up what needs the maximum first
       saved = call.keep(call.place.empty({call.v.rows, 2}, type_of<T>()));
       call.v.save = static_cast<T*>(saved.data_ptr());

@@ -77,6 +77,13 @@ U* array(const std::optional<Tensor>& tensor, int64_t count, const char* name) {
   return tensor ? array<U>(*tensor, count, name) : nullptr;
 }
 
+// How many there are of a row.
+int64_t scales_of(const Tensor& scales, int64_t rows) {
+  STD_TORCH_CHECK(scales.dim() == 2 && scales.size(0) > 0 && scales.size(0) <= 2 && scales.size(1) == rows,
+                  "scales must be (1 or 2, rows)");
+  return scales.size(0);
+}
+
 template <class T, template <class> class Kind>
 Kind<T> piece_of(const Tensor& tile, const Tensor& label, int64_t start, const std::optional<Tensor>& weight,
                  const std::optional<Tensor>& adjustment, double softcap) {
@@ -89,7 +96,7 @@ Kind<T> piece_of(const Tensor& tile, const Tensor& label, int64_t start, const s
   p.label = array<int64_t>(label, p.rows, "label");
   p.softcap = T(softcap);
   for (const auto& vector : {weight, adjustment})
-    STD_TORCH_CHECK(!vector || (start >= 0 && vector->numel() >= start + p.classes),
+    STD_TORCH_CHECK(start >= 0 && start <= INT64_MAX / 2 && (!vector || vector->numel() - start >= p.classes),
                     "a tile must lie within the classes");
   if (weight) p.weight = array<T>(*weight, weight->numel(), "weight") + start;
   if (adjustment) p.adjustment = array<T>(*adjustment, adjustment->numel(), "adjustment") + start;
@@ -115,7 +122,7 @@ void statistics_of(const Tensor& tile, const Tensor& target_logit, const Tensor&
                    const std::optional<Tensor>& weights, const Tensor& first, const Tensor& above) {
   auto p = piece_of<T, PieceStatistics>(tile, label, start, weight, adjustment, softcap);
   p.target_logit = array<T>(target_logit, p.rows, "target_logit");
-  p.count = scales.size(0);
+  p.count = scales_of(scales, p.rows);
   const int64_t each = p.count * p.rows;
   p.scales = array<T>(scales, each, "scales");
   p.top = array<T>(top, p.rows, "top");
@@ -208,17 +215,17 @@ struct Chunk {
         const std::optional<Tensor>& class_weight, const std::optional<Tensor>& adjustment_, double softcap_,
         const Tensor& room_, bool keeps_, const std::vector<int64_t>& plan) {
     STD_TORCH_CHECK(x_.dim() == 2 && weight_.dim() == 2 && weight_.size(1) == x_.size(1) && plan.size() == 3 &&
-                        plan[0] > 0 && plan[1] > 0 && plan[2] > 0 && offset_ >= 0,
+                        plan[0] > 0 && plan[1] > 0 && plan[2] > 0 && offset_ >= 0 && offset_ <= INT64_MAX / 2,
                     "x must be (rows, width), weight (classes, width), plan three positive numbers");
     rows = x_.size(0);
     width = x_.size(1);
     classes = weight_.size(0);
-    parts = plan[0];
-    tile = plan[1];
-    block = plan[2];
+    tile = std::min(plan[1], std::max<int64_t>(classes, 1));
+    block = std::min(plan[2], std::max<int64_t>(rows, 1));
     tiles = (classes + tile - 1) / tile;
+    parts = std::min(plan[0], std::max<int64_t>(tiles, 1));
     x = array<T>(x_, rows * width, "x");
-    STD_TORCH_CHECK(classes < 2 || width < 2 || weight_.stride(1) == 1, "weight must have a stride of 1 along width");
+    STD_TORCH_CHECK(width < 2 || weight_.stride(1) == 1, "weight must have a stride of 1 along width");
     const ScalarType stored = weight_.scalar_type();
     STD_TORCH_CHECK((stored == ScalarType::Double) == (sizeof(T) == 8), "weight must be in float64 where x is");
     inverse = array<T>(inverse_, classes, "inverse");
@@ -228,7 +235,7 @@ struct Chunk {
     label = array<int64_t>(label_, rows, "label");
     offset = offset_;
     for (const auto& vector : {class_weight, adjustment_})
-      STD_TORCH_CHECK(!vector || vector->numel() >= offset + classes, "a number for each class");
+      STD_TORCH_CHECK(!vector || vector->numel() - offset >= classes, "a number for each class");
     weight = class_weight ? array<T>(*class_weight, class_weight->numel(), "class_weight") : nullptr;
     adjustment = adjustment_ ? array<T>(*adjustment_, adjustment_->numel(), "adjustment") : nullptr;
     softcap = T(softcap_);
@@ -374,10 +381,11 @@ enum Want : int64_t { SHIFT = 1, SECOND = 2, RANKS = 4, SMOOTHING = 8 };  // mlk
 template <class T>
 std::tuple<Tensor, Tensor> all_statistics(const Chunk<T>& chunk, const Tensor& target_logit, const Tensor& scales,
                                           int64_t classes, int64_t want) {
-  const int64_t n = chunk.rows, count = scales.size(0), reals = Numbers<T>::of_reals(count) * n;
+  const int64_t n = chunk.rows, count = scales_of(scales, n), reals = Numbers<T>::of_reals(count) * n;
   const T* const u_y = array<T>(target_logit, n, "target_logit");
   const T* const s = array<T>(scales, count * n, "scales");
   Tensor known = empty({Numbers<T>::of_reals(count), n}, type_of<T>()), places = empty({2, n}, ScalarType::Long);
+  if (n == 0) return {known, places};
   std::vector<T> more(size_t((chunk.parts - 1) * reals));
   std::vector<int64_t> more_places(size_t((chunk.parts - 1) * 2 * n));
   const auto numbers = [&](int64_t part) -> Numbers<T> {
@@ -533,9 +541,9 @@ void linear_gradient(const Tensor& x, const Tensor& weight, std::optional<Tensor
 std::tuple<Tensor, Tensor> row_combine(const Tensor& reals, const Tensor& whole, const Tensor& scales) {
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    STD_TORCH_CHECK(reals.dim() == 3 && scales.dim() == 2 && reals.size(0) > 0,
-                    "reals must be (pieces, numbers, rows)");
-    const int64_t pieces = reals.size(0), n = reals.size(2), count = scales.size(0), each = Numbers<T>::of_reals(count);
+    STD_TORCH_CHECK(reals.dim() == 3 && reals.size(0) > 0, "reals must be (pieces, numbers, rows)");
+    const int64_t pieces = reals.size(0), n = reals.size(2), count = scales_of(scales, n);
+    const int64_t each = Numbers<T>::of_reals(count);
     const T* const from = array<T>(reals, pieces * each * n, "reals");
     const int64_t* const places = array<int64_t>(whole, pieces * 2 * n, "whole");
     const T* const s = array<T>(scales, count * n, "scales");
@@ -557,7 +565,11 @@ std::tuple<Tensor, Tensor> row_combine(const Tensor& reals, const Tensor& whole,
 Tensor room_like(const Tensor& like, std::vector<int64_t> sizes) {
   std::vector<int64_t> strides(sizes.size());
   int64_t count = 1;
-  for (size_t d = sizes.size(); d-- > 0; count *= sizes[d]) strides[d] = count;
+  for (size_t d = sizes.size(); d-- > 0; count *= sizes[d]) {
+    STD_TORCH_CHECK(sizes[d] >= 0 && (sizes[d] == 0 || count <= (int64_t(1) << 56) / sizes[d]),
+                    "no room of such sizes");
+    strides[d] = count;
+  }
   const size_t bytes = size_t(count) * like.element_size();
   Buffer* const buffer = bytes >= BUFFER_FROM ? take_buffer(bytes) : nullptr;
   if (!buffer) return empty_on(aoti_torch_device_type_cpu(), 0, sizes, like.scalar_type());

@@ -43,8 +43,6 @@ napoleon_use_rtype = False
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(torch|nn|numpy|np|collections|typing)\..*")]
 
-#: Pages that somebody else may add: where they are not, the contents have no line for them.
-OPTIONAL = re.compile(r"^(reliability)\n", re.MULTILINE)
 ELSEWHERE = re.compile(r"\[([^\]]+)\]\((\.\./[^)#]+)\)")
 
 
@@ -56,7 +54,6 @@ def _adapt(app, docname, source):
         return match[0] if path.is_file() else f"`{name}`"
 
     source[0] = ELSEWHERE.sub(shown, source[0])
-    source[0] = OPTIONAL.sub(lambda page: page[0] if (HERE / f"{page[1]}.md").exists() else "", source[0])
 
 
 def setup(app):

@@ -160,6 +160,87 @@ def test_few_rows(rows, kernels):
     torch.library.opcheck(kernels.softmax_stats, arguments, test_utils=CHECKS)
 
 
+INPUT, TARGET, NUMBERS, PARAMS = range(4)
+#: Of (input, target, numbers, params): what is another, and its replacement. params is tables, weight, group, ...
+MALFORMED = {
+    "no classes": (INPUT, lambda x: x[:, 0]),
+    "dtype": (INPUT, lambda x: x.long()),
+    "rows": (INPUT, lambda x: x[:3]),
+    "labels": (TARGET, lambda y: y[:3]),
+    "more labels": (TARGET, lambda y: y.repeat(2)),
+    "labels' dtype": (TARGET, lambda y: y.float()),
+    "no numbers": (NUMBERS, lambda n: n[:3]),
+    "many numbers": (NUMBERS, lambda n: n + [0.0] * 30),
+    "no such kind": (NUMBERS, lambda n: [99.0, *n[1:]]),
+    "no such mask": (NUMBERS, lambda n: [*n[:8], 2.0**40, *n[9:]]),
+    "negative mask": (NUMBERS, lambda n: [*n[:8], -1.0, *n[9:]]),
+    "mask of NaN": (NUMBERS, lambda n: [*n[:8], float("nan"), *n[9:]]),
+    "ignore_index": (NUMBERS, lambda n: [*n[:7], 2.0**63, *n[8:]]),
+    "fewer tensors": (PARAMS, lambda p: p[:-1]),
+    "more tensors": (PARAMS, lambda p: [*p, p[0]]),
+    **{f"size of {i}": (PARAMS, lambda p, i=i: [*p[:i], torch.ones(4).to(p[i].dtype), *p[i + 1 :]]) for i in range(6)},
+    **{f"none of {i}": (PARAMS, lambda p, i=i: [*p[:i], torch.ones(0).to(p[i].dtype), *p[i + 1 :]]) for i in range(6)},
+    "tables' dtype": (PARAMS, lambda p: [p[0].char(), *p[1:]]),
+    "groups' dtype": (PARAMS, lambda p: [*p[:-2], p[-2].float(), p[-1]]),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_calls_are_refused(name, kernels):
+    """By the operators themselves, which would read what is not theirs: Python's checks come before them."""
+    if kernels is ops.TRITON:
+        pytest.skip("nothing but Python calls them, behind its checks")
+    loss = next(loss for loss in FEW if loss.name == "piecewise_groups")
+    arguments, needs = flattened(loss)
+    kernels.softmax_loss_with_gradients(*arguments, needs)
+    at, change = MALFORMED[name]
+    given = [*arguments]
+    given[at] = change(given[at])
+    with pytest.raises((RuntimeError, ValueError, IndexError)):
+        kernels.softmax_loss_with_gradients(*given, needs)
+
+
+def test_malformed_backwards_are_refused(kernels):
+    if kernels is ops.TRITON:
+        pytest.skip("nothing but Python calls them, behind its checks")
+    arguments, needs = flattened(FEW[0], reduction=0)
+    _, saved = kernels.softmax_loss(*arguments, True)
+    up = torch.ones(6)
+    kernels.softmax_loss_backward(up, up, up, up, *arguments, saved, needs)
+    for grads, kept, asked in [
+        *(([up[:2] if i == j else up for j in range(4)], saved, needs) for i in range(4)),
+        ([up] * 4, saved[:2], needs),
+        ([up] * 4, saved.double(), needs),
+        ([up] * 4, saved.t().contiguous().t(), needs),
+        ([up] * 4, saved, needs | 1 << Slot.HEAD_A),
+        ([up] * 4, saved, -1),
+    ]:
+        with pytest.raises(RuntimeError):
+            kernels.softmax_loss_backward(*grads, *arguments, kept, asked)
+
+
+@pytest.mark.skipif("cpu" not in usable_backends(), reason="no library")
+def test_malformed_heads_are_refused():
+    x, weight, label, rows = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 2, 4]), torch.rand(3)
+    room, huge = torch.zeros(400), 2**62
+    head = [x, weight, None, None, label, 0, None, None, 0.0, room, False, [2, 2, 2]]
+    statistics = torch.ops.mlkernels.linear_statistics.default
+    wanted = statistics(*head, rows, torch.ones(1, 3), 5, 15)
+    for plan in ([huge, 2, 2], [1, huge, 2], [2, 2, huge]):  # no more than there is
+        for one, other in zip(statistics(*head[:-1], plan, rows, torch.ones(1, 3), 5, 15), wanted, strict=True):
+            torch.testing.assert_close(one, other)
+    every_second = torch.randn(1, 8)[:, ::2]
+    for at, value in ((1, every_second), (5, 2**63 - 1), (6, rows), (9, room[:2])):
+        with pytest.raises(RuntimeError):
+            statistics(*head[:at], value, *head[at + 1 :], rows, torch.ones(1, 3), 5, 15)
+    for scales in (torch.ones(0, 3), torch.ones(1, 2), torch.ones(3)):
+        with pytest.raises(RuntimeError):
+            statistics(*head, rows, scales, 5, 15)
+    for sizes in ([-1], [huge, 8]):
+        with pytest.raises(RuntimeError):
+            torch.ops.mlkernels.room_like.default(x, sizes)
+
+
 @pytest.mark.skipif("cpu" not in usable_backends(), reason="no library")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_pieces(dtype):

@@ -277,6 +277,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="fuzz", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("backend", nargs="?", default="cpu", choices=("cpu", "triton", "cuda"))
     parser.add_argument("--rows", type=float, default=1e5, help="until so many agreed")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="or so long")
     parser.add_argument("--seed", type=int, default=0, help="of the first call; the next ones follow")
     parser.add_argument("--most-rows", type=int, default=4000, help="of one call")
     parser.add_argument("--most-classes", type=int, default=2048)
@@ -292,7 +293,7 @@ def main() -> int:
         return 0
     rows = calls = failed = 0
     begun = time.monotonic()
-    while rows < arguments.rows:
+    while rows < arguments.rows and time.monotonic() - begun < 60 * arguments.minutes:
         case = drawn(arguments.seed + calls, arguments.most_rows, arguments.most_classes)
         word = wrong(case, arguments.backend)
         if word:

@@ -100,7 +100,7 @@ class Head:
         x = x.to(self.operands)
         if call.plan.parts:
             x = x.contiguous()
-            if call.dtype == torch.float64 or (self.classes > 1 and weight.stride(1) != 1):
+            if call.dtype == torch.float64 or (weight.shape[1] > 1 and weight.stride(1) != 1):
                 self.weight = self.weight.to(call.dtype if call.dtype == torch.float64 else weight.dtype).contiguous()
         self.inverse = self.length = None
         #: What products are multiplied by to be those of directions, where that is for the pieces to do.
