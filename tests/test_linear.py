@@ -156,7 +156,7 @@ class Watched(TorchDispatchMode):
 
 @pytest.mark.parametrize("strategy, products", [("stored", (1, 3, 2, 2)), ("tiles", (1, 4, 3, 3))])
 def test_gradients_that_nobody_wants_are_not_made(strategy, products):
-    """no_grad: one pass of products; features and weight: two more; one of them: one more."""
+    """Nothing, or no_grad: one pass of products; features and weight: two more; one of them: one more."""
     x, weight, _, target = problem(bias=False, dtype=torch.float32)
     calls = [(x.detach(), weight.detach()), (x, weight), (x.detach(), weight), (x, weight.detach())]
     for (features, classifier), wanted in zip(calls, products, strict=True):
@@ -166,6 +166,11 @@ def test_gradients_that_nobody_wants_are_not_made(strategy, products):
                 loss.backward()
         assert watched.products == wanted
         assert loss.requires_grad == (wanted > 1)
+    for without in (torch.no_grad, torch.inference_mode):
+        with without(), Watched() as watched:
+            found = linear_cross_entropy(x, weight, target, strategy=strategy)
+        assert watched.products == 1 and not found.requires_grad
+        torch.testing.assert_close(found, loss.detach())
 
 
 @pytest.mark.parametrize("strategy", ["stored", "tiles", None])
@@ -323,6 +328,18 @@ def test_what_heads_cannot_do_they_refuse(reduction):
         torch.func.grad(lambda x: linear_cross_entropy(x, weight, target))(x)
     with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode"):
         linear_cross_entropy(torch.autograd.forward_ad.make_dual(x.detach(), x.detach()), weight, target)
+
+
+def test_a_kept_graph_gives_gradients_that_may_be_written_into():
+    """Whatever becomes of those of one backward, the next one's are right."""
+    x, weight, _, target = problem(bias=False)
+    loss = linear_cross_entropy(x, weight, target)
+    found = torch.autograd.grad(loss, (x, weight), retain_graph=True)
+    wanted = [gradient.clone() for gradient in found]
+    for gradient in found:
+        gradient.mul_(5)
+    for gradient, right in zip(torch.autograd.grad(loss, (x, weight)), wanted, strict=True):
+        assert torch.equal(gradient, right)
 
 
 def test_hooks_on_saved_tensors_meet_no_gradient():

@@ -15,6 +15,7 @@ from ..spec import REDUCTION, TRAINABLE, Reduction
 from .loop import Call, Head, Known, Sums, Wanted, add_chunk, chunk_coefficients, forward, upstream_of
 
 _saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+_keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 
 
 def makes_at_once(call: Call, wanted: Wanted) -> bool:
@@ -124,7 +125,8 @@ def scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
     if upstream.device.type == "cpu":
         factor = upstream.item()
         if factor == 1:
-            return gradient
+            # Whose it is may write into it; another backward needs it.
+            return gradient.clone() if _keeps_graph() else gradient
         if math.isfinite(factor):
             return gradient * factor
     return torch.where(gradient == 0, 0, gradient * upstream)

@@ -189,7 +189,11 @@ class LinearLogits(ProductLogits):
         run = linear_loss
         if torch.compiler.is_compiling():
             run = torch.compiler.disable(run)  # a graph break: the loop is no graph
-        return run(call, x, self.leaf(call), self.part[1], target, *params)
+        given = [x, self.leaf(call), self.part[1], target, *params]
+        if not torch.is_grad_enabled():
+            # A Function is told what requires a gradient, not whether there will be one.
+            given = [t if t is None else t.detach() for t in given]
+        return run(call, *given)
 
     def leaf(self, call: Call) -> Tensor:
         """The weight as autograd is to see it: one that steps in the backward gets no gradient."""
