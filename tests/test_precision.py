@@ -214,3 +214,16 @@ def test_a_half_parameter_is_rounded_once(backend, dtype):
     loss = mlkernels.cross_entropy(input.double(), target, scale=exact, backend="reference")
     (loss * 49999.0).backward()
     assert scale.grad.item() == pytest.approx(exact.grad.item(), rel=torch.finfo(dtype).eps)
+
+
+def test_gamma_of_hopeless_rows(backend):
+    """dL/dγ = L log(1 - p) with p = e^-nll, of which 1 - p keeps little in float32 and at e^-20 nothing."""
+    gap = torch.tensor([8.0, 15, 20, 40], dtype=F64)
+    input = torch.stack([-gap, torch.zeros(4, dtype=F64)], 1)
+    gamma = torch.full((4, 1), 2.0, requires_grad=True)
+    target = torch.zeros(4, dtype=torch.long)
+    loss = mlkernels.focal_loss(input.float(), target, gamma=gamma, reduction="none", backend=backend)
+    loss.backward(torch.full((4,), 1.5))
+    nll, p = torch.log1p(gap.exp()), torch.sigmoid(-gap)
+    wanted = 1.5 * nll * (1 - p) ** 2 * torch.log1p(-p)
+    torch.testing.assert_close(gamma.grad[:, 0].double(), wanted, rtol=1e-5, atol=1e-30)

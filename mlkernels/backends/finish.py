@@ -234,8 +234,9 @@ def modulated(nll: Tensor, alpha: Tensor, beta: Tensor, gamma: Tensor, kappa: Te
     close = close.pow(gamma) * torch.where(near, nll, 1).pow(gamma + kappa)
     # At p = 0 the damping is the constant 1: its derivatives are 0, not 0 * inf. NaN takes this branch too.
     inside = ~near & ~impossible
-    # Not expm1: its derivative, formed as expm1 + 1, would be lost where p^beta is small.
-    damp = torch.where(inside, (1 - torch.exp(-torch.where(inside, x, 1))).pow(gamma), 1)
+    # Not expm1: its derivative, formed as expm1 + 1, would be lost where p^beta is small; and the logarithm, which is
+    # gamma's derivative, of 1 - p^beta rounded to 1 would be too.
+    damp = torch.where(inside, torch.exp(gamma * torch.log1p(-torch.exp(-torch.where(inside, x, 1)))), 1)
     apart = damp * torch.where(near, 1, nll).pow(kappa)
     legal = (alpha >= 0) & (beta > 0) & (gamma >= 0) & (kappa >= 0)
     return torch.where(legal, alpha * torch.where(near, close, apart), math.nan)
