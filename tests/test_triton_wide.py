@@ -64,7 +64,7 @@ def visited(input, target, numbers, params, needs, gradient, upstream, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(launch.replay, "launch", run_last)
         patch.setattr(launch.replay, "empty", reserved)
-        patch.setattr(arguments.Arguments, "_parameter", lambda self, slot, values, bins: left.extend([values, bins]))
+        patch.setattr(arguments.Arguments, "parameter", lambda self, slot, values, bins: left.extend([values, bins]))
         call = arguments.Arguments(input, target, numbers, params)
         loss, saved, *stats = launch.softmax_stats(input, target, numbers, params)
         left += [loss, saved, *stats]

@@ -18,7 +18,8 @@ template <class T_, class S_>
 struct RowsApart {
   using T = T_;
   using S = S_;
-  static constexpr int THREADS = 256, BLOCKS = 2;
+  // A multiprocessor's registers are 2 blocks' of 128 each, in which the numbers of a row of doubles do not fit.
+  static constexpr int THREADS = 256, BLOCKS = sizeof(T) == 8 ? 1 : 2;
   static constexpr T INF = std::numeric_limits<T>::infinity();
   static constexpr int64_t CLASSES = sizeof(T) == 8 ? 0 : 24;  // that a pair may have
   static constexpr int BATCH = sizeof(T) == 8 ? 4 : 16;        // classes of a row that are read together
