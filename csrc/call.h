@@ -178,12 +178,11 @@ inline void check_shapes(const Arguments& call, const Tensor& input, const Tenso
                                                     : rows;
     STD_TORCH_CHECK(number.numel() == count, "a loss's own tensor must have one element, one per class or one per row");
   }
-  const std::array<std::pair<int, int64_t>, 5> counts{
-      {{WEIGHT, classes}, {ADJUSTMENT, classes}, {ROW_WEIGHT, rows}, {GROUP, rows}, {NORMALIZER, 1}}};
-  for (const auto& [slot, count] : counts)
-    STD_TORCH_CHECK(
-        !tensors[size_t(slot)] || tensors[size_t(slot)]->numel() == count,
-        "weight and logit_adjustment need a number per class, row_weight and group per row, normalizer one");
+  for (const Extra& extra : EXTRAS) {
+    const int64_t count = extra.per == Mode::PER_CLASS ? classes : extra.per == Mode::PER_ROW ? rows : 1;
+    STD_TORCH_CHECK(!tensors[extra.slot] || tensors[extra.slot]->numel() == count, extra.name, " needs ", count,
+                    " numbers");
+  }
   const Tensor* const group = tensors[GROUP];
   STD_TORCH_CHECK(!group || is_integer(group->scalar_type()), "group must hold integers");
   int64_t groups = -1;

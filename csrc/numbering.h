@@ -118,14 +118,14 @@ enum Slot : int {
   DOMAIN_LOW = 12,  // domain
   DOMAIN_HIGH = 13,  // domain
   TAU_MIN = 14,  // tau_min
-  SMOOTHING = 15,
-  Z_LOSS = 16,
-  SOFTCAP = 17,
-  NORMALIZER = 18,
-  WEIGHT = 19,
-  ADJUSTMENT = 20,
-  GROUP = 21,
-  ROW_WEIGHT = 22,
+  SMOOTHING = 15,  // label_smoothing
+  Z_LOSS = 16,  // z_loss
+  SOFTCAP = 17,  // softcap
+  NORMALIZER = 18,  // normalizer
+  WEIGHT = 19,  // weight
+  ADJUSTMENT = 20,  // logit_adjustment
+  GROUP = 21,  // group
+  ROW_WEIGHT = 22,  // row_weight
 };
 
 constexpr int SLOTS = 23;
@@ -136,6 +136,14 @@ constexpr unsigned OF_SCALE = 1u << SCALE | 1u << SCALE_HIGH | 1u << LOGIT_NORM;
 // The slots that hold tables, by kind.
 constexpr unsigned TRANSFORM_TABLES[] = {0, 0, 0, 1u << TRANSFORM_A | 1u << TRANSFORM_B, 0};
 constexpr unsigned HEAD_TABLES[] = {0, 0, 1u << HEAD_A | 1u << HEAD_B, 0};
+
+// What every loss may be given, and how many numbers a tensor of it has.
+struct Extra {
+  Slot slot;
+  Mode per;
+  const char* name;
+};
+constexpr Extra EXTRAS[] = {{SMOOTHING, Mode::BY_VALUE, "label_smoothing"}, {Z_LOSS, Mode::BY_VALUE, "z_loss"}, {SOFTCAP, Mode::BY_VALUE, "softcap"}, {NORMALIZER, Mode::SHARED, "normalizer"}, {WEIGHT, Mode::PER_CLASS, "weight"}, {ADJUSTMENT, Mode::PER_CLASS, "logit_adjustment"}, {GROUP, Mode::PER_ROW, "group"}, {ROW_WEIGHT, Mode::PER_ROW, "row_weight"}};
 
 // Where everything lies in the numbers that cross an op boundary: a structure, what all losses have, the slots.
 enum Field : int {
@@ -152,6 +160,6 @@ enum Field : int {
 };
 
 // Of all this: a library says of which numbering it is.
-constexpr char NUMBERING[] = "08cd0ad3";
+constexpr char NUMBERING[] = "d493afca";
 
 }  // namespace mlkernels

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from typing_extensions import Unpack
+from typing_extensions import Never, Unpack
 
 from . import ops, tracing
 from .backends import check_backend, choose
@@ -26,9 +26,10 @@ from .checks import (
     check_reduction,
     check_row_weight,
     check_target,
+    unknown_keywords,
     wrong_type,
 )
-from .numbering import INPUT
+from .numbering import EXTRAS, INPUT, Mode
 from .spec import SLOTS, TRAINABLE, BackendName, BeyondPi, HeadKind, Number, ReductionName, Slot, Spec, TransformKind
 from .tables import check_tables, table_groups
 from .tracing import PLAIN_TENSORS, functorch_level, is_dual, modes
@@ -37,10 +38,12 @@ ONLY_INPUT = 1 << INPUT
 
 DEFAULTS = [0.0] * SLOTS
 DEFAULTS[Slot.LOGIT_NORM] = 1.0
-_SMOOTHING, _Z_LOSS, _SOFTCAP = int(Slot.SMOOTHING), int(Slot.Z_LOSS), int(Slot.SOFTCAP)
 _WEIGHT, _ADJUSTMENT, _GROUP = int(Slot.WEIGHT), int(Slot.ADJUSTMENT), int(Slot.GROUP)
 _ROW_WEIGHT, _NORMALIZER = int(Slot.ROW_WEIGHT), int(Slot.NORMALIZER)
 _NORM, _LOGIT_NORM, _ETA = int(Slot.NORM), int(Slot.LOGIT_NORM), int(Slot.ETA)
+_NUMBERS = tuple((int(slot), name) for slot, (name, _) in EXTRAS.items() if slot < Slot.WEIGHT)
+#: The options that are vectors of all classes, by slot.
+per_class = {int(slot): name for slot, (name, per) in EXTRAS.items() if per == Mode.PER_CLASS}
 _HEAD_C, _HEAD_D = int(Slot.HEAD_C), int(Slot.HEAD_D)
 _M1 = int(Slot.TRANSFORM_A)
 _TRAINABLE = frozenset(map(int, TRAINABLE))
@@ -97,21 +100,6 @@ class Common(Options, PerCall, total=False):
     """All of them, which functions take."""
 
 
-#: Their defaults.
-COMMON: dict[str, Any] = {
-    "weight": None,
-    "ignore_index": -100,
-    "reduction": "mean",
-    "label_smoothing": 0.0,
-    "z_loss": 0.0,
-    "softcap": None,
-    "logit_adjustment": None,
-    "backend": None,
-    "row_weight": None,
-    "normalizer": None,
-}
-
-
 class Call(NamedTuple):
     """What of a call is not a tensor."""
 
@@ -122,6 +110,8 @@ class Call(NamedTuple):
     kernels: ops.Kernels
 
 
+#: The public functions, which enter themselves: what an error about a keyword says that they take.
+functions: dict[str, Callable[..., object]] = {}
 # A loss that was called before is the same call again: of its numbers nothing is looked at twice.
 _calls: dict[tuple[object, ...], Call] = {}
 
@@ -132,21 +122,26 @@ def bind(  # noqa: C901 - one visit to every argument, and each may be refused
     input: Tensor,
     target: Tensor,
     group: Tensor | None,
-    weight: Tensor | None,
-    ignore_index: int,
-    reduction: ReductionName,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
-    logit_adjustment: Tensor | None,
-    row_weight: Tensor | None,
-    normalizer: Number | None,
-    backend: BackendName | None,
+    /,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: ReductionName = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_adjustment: Tensor | None = None,
+    backend: BackendName | None = None,
+    row_weight: Tensor | None = None,
+    normalizer: Number | None = None,
+    **unknown: Never,
 ) -> tuple[Call, Tensor, Tensor, list[Tensor]]:
     """Every argument checked: the call, input and target as backends read them, and the other tensors by slot.
 
     A single row comes back as a batch of one.
     """
+    if unknown:
+        raise unknown_keywords(functions[spec.function], unknown, COMMON)
     if type(ignore_index) is not int:
         ignore_index = check_index("ignore_index", ignore_index)
     check_input(input)
@@ -178,9 +173,9 @@ def bind(  # noqa: C901 - one visit to every argument, and each may be refused
             _check_tensors(spec, tensors, input, target)
             numbers = (*numbers[:5], normalizer, *own)
             plain = _PLAIN.issuperset(map(type, numbers))
-        for slot, name, vector in ((_WEIGHT, "weight", weight), (_ADJUSTMENT, "logit_adjustment", logit_adjustment)):
+        for slot, vector in ((_WEIGHT, weight), (_ADJUSTMENT, logit_adjustment)):
             if vector is not None:
-                check_class_vector(name, vector, input, shape[1])
+                check_class_vector(per_class[slot], vector, input, shape[1])
                 tensors[slot] = vector
         if row_weight is not None:
             tensors[_ROW_WEIGHT] = row_weight
@@ -221,6 +216,10 @@ def bind(  # noqa: C901 - one visit to every argument, and each may be refused
     return call, input, target, params
 
 
+#: The defaults of what all losses take.
+COMMON: dict[str, Any] = dict(bind.__kwdefaults__ or {})
+
+
 def _parted(spec: Spec, values: Sequence[Number | None]) -> tuple[dict[int, Tensor], list[float | None]]:
     """The tensors among the values by slot, and the numbers with None in the places of tensors."""
     tensors: dict[int, Tensor] = {}
@@ -241,19 +240,21 @@ def _numbers(
     mask: int,
     reduction: ReductionName,
     ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
-    normalizer: float | None,
     *values: float | None,
 ) -> list[float]:
-    """What crosses the op boundary beside the tensors, of which the mask says where they are."""
+    """What crosses the op boundary beside the tensors, of which the mask says where they are.
+
+    Args:
+        values: those of _NUMBERS, then the loss's own.
+    """
     check_index("ignore_index", ignore_index)
     reduced = check_reduction(reduction)
-    label_smoothing = check_number("label_smoothing", label_smoothing)
-    z_loss = check_number("z_loss", z_loss)
-    consts = DEFAULTS.copy()
-    for (slot, name), word, value in zip(spec.slots, spec.words, values, strict=True):
+    consts, width = DEFAULTS.copy(), spec.width
+    for (slot, name), value in zip(_NUMBERS, values, strict=False):
+        if value is not None or COMMON[name] is not None:
+            consts[slot] = check_number(name, value)  # type: ignore[arg-type]
+            width = SLOTS if consts[slot] else width
+    for (slot, name), word, value in zip(spec.slots, spec.words, values[len(_NUMBERS) :], strict=True):
         if not mask >> slot & 1 and (value is not None or slot not in (_NORM, _LOGIT_NORM)):
             takes = "a number or a floating tensor" if slot in _TRAINABLE else "a number"
             consts[slot] = check_number(word, value, name, takes)  # type: ignore[arg-type]
@@ -266,14 +267,6 @@ def _numbers(
     linear = spec.transform == TransformKind.MARGIN and spec.beyond_pi == BeyondPi.LINEAR
     if linear and consts[_M1] != 1 and not mask >> _M1 & 1:
         raise ValueError(f"beyond_pi='linear' needs {spec.words[0]} = 1, got {spec.words[0]} = {consts[_M1]}")
-    width = spec.width
-    if softcap is not None or normalizer is not None or label_smoothing or z_loss:
-        width = SLOTS
-        consts[_SMOOTHING], consts[_Z_LOSS] = label_smoothing, z_loss
-        if softcap is not None:
-            consts[_SOFTCAP] = check_number("softcap", softcap)
-        if normalizer is not None:
-            consts[_NORMALIZER] = normalizer
     return [*map(float, spec.ids), float(reduced), float(ignore_index), float(mask), *consts[:width]]
 
 
@@ -323,10 +316,10 @@ def check_loss(spec: Spec, values: Sequence[Number | None], **options: Unpack[Op
     """All of a loss that can be checked without a batch: numbers, options, and tensors but for how they fit one."""
     given: dict[str, Any] = {**COMMON, **options}
     tensors, own = _parted(spec, values)
-    names = ("reduction", "ignore_index", "label_smoothing", "z_loss", "softcap")
-    _numbers(spec, sum(1 << slot for slot in tensors), *(given[name] for name in names), None, *own)
+    extras = (given[name] for _, name in _NUMBERS)
+    _numbers(spec, sum(1 << slot for slot in tensors), given["reduction"], given["ignore_index"], *extras, *own)
     check_backend(given["backend"])
-    for name in ("weight", "logit_adjustment"):
+    for name in per_class.values():
         if given[name] is not None:
             check_class_vector(name, given[name])
     table_groups(spec, tensors)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import Never
 
 from .checks import (
+    accumulated,
     check_floating,
     check_indices,
     check_number,
@@ -66,7 +67,7 @@ def center_loss(
     check_reduction(reduction)
     classes = centers.shape[0]
     check_indices("target", target, classes)
-    accumulate = torch.float64 if input.dtype == torch.float64 else torch.float32
+    accumulate = accumulated(input.dtype)
     label = target.long()
     legal = (label >= 0) & (label < classes)
     own = F.embedding(torch.where(legal, label, 0), centers).to(accumulate)
@@ -182,7 +183,7 @@ class CenterLoss(Loss):
 
     def _zeros(self) -> Tensor:
         """For sums and counts by class, in one tensor for one exchange; the last row says whether a rank failed."""
-        accumulate = torch.float64 if self.centers.dtype == torch.float64 else torch.float32
+        accumulate = accumulated(self.centers.dtype)
         classes, features = self.centers.shape
         return self.centers.new_zeros(classes + 1, features + 1, dtype=accumulate)
 

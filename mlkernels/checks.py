@@ -26,6 +26,11 @@ _STRIDED = torch.strided
 _check_labels = False
 
 
+def accumulated(dtype: torch.dtype) -> torch.dtype:
+    """What sums of that dtype are kept in, and losses returned in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def check_labels(enabled: bool = True) -> None:
     """Raise for labels out of range on every device, at the price of one synchronisation per call.
 

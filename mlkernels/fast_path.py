@@ -45,7 +45,7 @@ def _resolve(
     common: Common,
 ) -> tuple[Call, list[float], int, bool, bool] | None:
     """What a call of a kind that was not seen before comes to; None where other kernels than the CPU's serve it."""
-    call = bind(spec, values, input, target, group, **{**COMMON, **common})[0]
+    call = bind(spec, values, input, target, group, **common)[0]
     if call.kernels is not ops.CPU:
         return None
     return call, call.numbers, call.needs, call.half, call.apart

@@ -78,7 +78,7 @@ def cross_entropy(input: Tensor, target: Tensor, *, scale: Number = 1.0, **commo
         tensor(0.2395)
     """
     if isinstance(target, Tensor) and target.is_floating_point():
-        return soft_cross_entropy(cross_entropy, input, target, scale, **common)
+        return soft_cross_entropy(cross_entropy, input, target, scale, common)
     return softmax.loss(named.CROSS_ENTROPY, (scale,), input, target, None, common)
 
 
@@ -446,5 +446,5 @@ def softmax_loss(
     """
     structure, values = compose(transform, scale, head, target_logit)
     if return_stats:
-        return softmax.apply(structure, values, input, target, group, True, **common)  # type: ignore[return-value]
+        return softmax.apply(structure, values, input, target, group, common, True)  # type: ignore[return-value]
     return softmax.loss(structure, values, input, target, group, common)

@@ -11,8 +11,9 @@ from typing_extensions import Never
 
 from . import softmax
 from .backends.reference import full_precision
-from .call import Options, check_loss
+from .call import Common, Options, check_loss
 from .checks import (
+    accumulated,
     check_floating,
     check_index,
     check_number,
@@ -85,7 +86,7 @@ def lgm_loss(
     ignore_index = check_index("ignore_index", ignore_index)
     target = check_tensors(input, target, ignore_index)
     alpha, lambda_ = _check(input, means, log_variance, alpha, lambda_)
-    accumulate = torch.float64 if input.dtype == torch.float64 else torch.float32
+    accumulate = accumulated(input.dtype)
     classes = means.shape[0]
     with full_precision(input.device):
         label = target.long()
@@ -111,10 +112,11 @@ def lgm_loss(
         if half_log_det_y is not None:
             target_logit = target_logit - half_log_det_y
             likelihood = likelihood + half_log_det_y
-        loss, _ = softmax.apply(
-            _GIVEN, (target_logit.unsqueeze(1), 1.0), logits, target, weight=weight, ignore_index=ignore_index,
-            reduction=reduction, label_smoothing=label_smoothing, backend=backend,
+        options = Common(
+            weight=weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
+            backend=backend,
         )  # fmt: skip
+        loss, _ = softmax.apply(_GIVEN, (target_logit.unsqueeze(1), 1.0), logits, target, None, options)
         if lambda_ == 0:
             return loss
         poison = torch.where(legal | ~kept, 1.0, math.nan).to(accumulate)
@@ -237,7 +239,7 @@ class LGMLoss(Loss):
 
     def logits(self, input: Tensor) -> Tensor:
         r"""The class logits of features, :math:`-d_k-\tfrac12\log|\Lambda_k|`: (N, D) to (N, C), without the margin."""
-        dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+        dtype = accumulated(input.dtype)
         log_variance = None if self.log_variance is None else self.log_variance.to(dtype)
         with full_precision(input.device):
             return class_logits(input.to(dtype), self.means.to(dtype), log_variance)[0]

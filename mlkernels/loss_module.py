@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from .call import COMMON, Options, PerCall, check_loss
+from .call import COMMON, Options, PerCall, check_loss, per_class
 from .checks import unknown_keywords
 from .named import Composition
 
@@ -22,7 +22,7 @@ class Loss(nn.Module):
     """A function and the arguments kept for it."""
 
     _function: ClassVar[Callable[..., Tensor]]
-    _buffers_always: ClassVar[frozenset[str]] = frozenset({"weight", "logit_adjustment"})
+    _buffers_always: ClassVar[frozenset[str]] = frozenset(per_class.values())
     _drawn: ClassVar[frozenset[str]] = frozenset()
     """What ``reset_parameters`` draws: everything else it puts back."""
 

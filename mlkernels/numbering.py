@@ -199,6 +199,28 @@ TRANSFORM_TABLES = tuple(frozenset(v.slot for v in TRANSFORM_VALUES[kind] if v.i
 HEAD_TABLES = tuple(frozenset(v.slot for v in HEAD_VALUES[kind] if v.is_table) for kind in HeadKind)
 
 
+class Extra(NamedTuple):
+    """What every loss may be given: its keyword, and how many numbers a tensor of it has."""
+
+    name: str
+    per: Mode = Mode.BY_VALUE
+
+
+#: By slot; numbers first, in the order in which they are passed.
+EXTRAS: dict[Slot, Extra] = {
+    Slot.SMOOTHING: Extra("label_smoothing"),
+    Slot.Z_LOSS: Extra("z_loss"),
+    Slot.SOFTCAP: Extra("softcap"),
+    Slot.NORMALIZER: Extra("normalizer", Mode.SHARED),
+    Slot.WEIGHT: Extra("weight", Mode.PER_CLASS),
+    Slot.ADJUSTMENT: Extra("logit_adjustment", Mode.PER_CLASS),
+    Slot.GROUP: Extra("group", Mode.PER_ROW),
+    Slot.ROW_WEIGHT: Extra("row_weight", Mode.PER_ROW),
+}
+#: Where 0 stands for none.
+NONE_AT_0 = frozenset({Slot.NORM, Slot.SOFTCAP, Slot.NORMALIZER})
+
+
 # ---- what crosses an op boundary -------------------------------------------------------------------------------------
 
 
@@ -298,7 +320,7 @@ def _bits(slots: frozenset[Slot]) -> str:
 
 def header() -> str:
     """``csrc/numbering.h``."""
-    names: dict[str, list[str]] = {slot.name: [] for slot in Slot}
+    names = {slot.name: [EXTRAS[slot].name] if slot in EXTRAS else [] for slot in Slot}
     for values in (*TRANSFORM_VALUES.values(), *SCALE_VALUES.values(), *HEAD_VALUES.values()):
         for value in values:
             names[value.slot.name].append(value.name)
@@ -321,6 +343,12 @@ def header() -> str:
     for name, kind_slots in (("TRANSFORM_TABLES", TRANSFORM_TABLES), ("HEAD_TABLES", HEAD_TABLES)):
         tables.append(f"constexpr unsigned {name}[] = {{{', '.join(map(_bits, kind_slots))}}};")
     parts.append("\n".join(tables))
+    extras = [f'{{{slot.name}, Mode::{extra.per.name}, "{extra.name}"}}' for slot, extra in EXTRAS.items()]
+    parts.append(
+        "// What every loss may be given, and how many numbers a tensor of it has.\n"
+        "struct Extra {\n  Slot slot;\n  Mode per;\n  const char* name;\n};\n"
+        f"constexpr Extra EXTRAS[] = {{{', '.join(extras)}}};"
+    )
     parts.append(_enum(Field, "Field", scoped=False))
     body = "\n\n".join(parts)
     return (

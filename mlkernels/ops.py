@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import accumulated
 from .numbering import INPUT, REDUCTION, Reduction, needed, slots_of
 
 _libraries = [torch.library.Library(name, "DEF") for name in ("mlkernels", "mlkernels_triton")]
@@ -88,10 +89,6 @@ _libraries[0].define("room_like(Tensor like, int[] sizes) -> Tensor", tags=_tags
 _libraries[0].define("multi_copy_(Tensor(a!)[] dst, Tensor[] src, Tensor? flag=None) -> ()", tags=_tags)
 
 
-def _accumulate(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _gradients(input: Tensor, numbers: Sequence[float], params: Sequence[Tensor], needs: int) -> list[Tensor]:
     by_slot = dict(zip(slots_of(numbers), params, strict=True))
     return [
@@ -104,13 +101,13 @@ def _gradients(input: Tensor, numbers: Sequence[float], params: Sequence[Tensor]
 
 def _loss_like(input: Tensor, target: Tensor, numbers: Sequence[float]) -> Tensor:
     shape = target.shape if numbers[REDUCTION] == Reduction.NONE else ()
-    return input.new_empty(shape, dtype=_accumulate(input.dtype))
+    return input.new_empty(shape, dtype=accumulated(input.dtype))
 
 
 def _softmax_loss(
     input: Tensor, target: Tensor, numbers: Sequence[float], params: Sequence[Tensor], save: bool
 ) -> tuple[Tensor, Tensor]:
-    saved = input.new_empty((target.numel() if save else 0, 2), dtype=_accumulate(input.dtype))
+    saved = input.new_empty((target.numel() if save else 0, 2), dtype=accumulated(input.dtype))
     return _loss_like(input, target, numbers), saved
 
 
@@ -127,7 +124,7 @@ def _softmax_loss_with_gradients(
 
 
 def _factors(input: Tensor, numbers: Sequence[float]) -> Tensor:
-    return input.new_empty((int(numbers[REDUCTION] == Reduction.MEAN), 2), dtype=_accumulate(input.dtype))
+    return input.new_empty((int(numbers[REDUCTION] == Reduction.MEAN), 2), dtype=accumulated(input.dtype))
 
 
 def _softmax_loss_with_gradient_and_factors(
@@ -145,7 +142,7 @@ def _softmax_loss_with_gradients_and_factors(
 def _softmax_stats(
     input: Tensor, target: Tensor, numbers: Sequence[float], params: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    dtype = _accumulate(input.dtype)
+    dtype = accumulated(input.dtype)
     saved = input.new_empty((target.numel(), 2), dtype=dtype)
     logsumexp, log_prob, entropy, confidence = (input.new_empty(target.shape, dtype=dtype) for _ in range(4))
     prediction, rank = (input.new_empty(target.shape, dtype=torch.int64) for _ in range(2))

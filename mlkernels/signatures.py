@@ -8,8 +8,7 @@ import textwrap
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, cast
 
-from .call import COMMON, Common, Options, PerCall
-from .softmax import functions
+from .call import COMMON, Common, Options, PerCall, functions
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from typing_extensions import Never
 
 from . import autograd, fast_path
 from .backends import reference
-from .call import COMMON, Common, bind
-from .checks import unknown_keywords
+from .call import Common, bind
 from .ops import REFERENCE
-from .spec import BackendName, Number, ReductionName, Spec
+from .spec import BackendName, Number, Spec
 from .tracing import PLAIN_TENSORS
 
 
@@ -41,9 +39,6 @@ class RowStats(NamedTuple):
 
 _is_compiling = torch.compiler.is_compiling
 _saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
-
-#: The public functions, which enter themselves: what an error about a keyword says that they take.
-functions: dict[str, Callable[..., object]] = {}
 
 
 class ProductLogits:  # no ABC: every call asks whether its input is one, and an ABC answers slowly
@@ -94,7 +89,7 @@ def loss(
         found = fast_path.loss(spec, values, input, target, group, common)
         if found is not None:
             return found
-    return apply(spec, values, input, target, group, **common)[0]
+    return apply(spec, values, input, target, group, common)[0]
 
 
 def apply(
@@ -102,45 +97,23 @@ def apply(
     values: Sequence[Number | None],
     input: Tensor | ProductLogits,
     target: Tensor,
-    group: Tensor | None = None,
+    group: Tensor | None,
+    common: Common,
     return_stats: bool = False,
-    /,
-    *,
-    weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: ReductionName = "mean",
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    logit_adjustment: Tensor | None = None,
-    row_weight: Tensor | None = None,
-    normalizer: Number | None = None,
-    backend: BackendName | None = None,
-    **unknown: Never,
 ) -> tuple[Tensor, RowStats | None]:
-    """Any loss of the family: ``values`` are its numbers and tensors, in the order of ``spec.slots``.
-
-    What only some functions take is positional: the callers' own keywords, which the rest passes on, cannot set it.
-    """
-    if unknown:
-        raise unknown_keywords(functions[spec.function], unknown, COMMON)
+    """Any loss of the family: ``values`` are its numbers and tensors, in the order of ``spec.slots``."""
     if type(input) not in PLAIN_TENSORS:
         if type(input).__name__ == "DTensor":
             input, target = _of_dtensor(input, target)
         if isinstance(input, ProductLogits):
             try:
-                call, _, labels, params = bind(
-                    spec, values, input.shaped(), target, group, weight, ignore_index, reduction, label_smoothing,
-                    z_loss, softcap, logit_adjustment, row_weight, normalizer, "reference",
-                )  # fmt: skip
-                return input.loss(labels, call.numbers, params, spec.tables, return_stats, backend)
+                checked: Common = {**common, "backend": "reference"}
+                call, _, labels, params = bind(spec, values, input.shaped(), target, group, **checked)
+                return input.loss(labels, call.numbers, params, spec.tables, return_stats, common.get("backend"))
             except Exception as error:
                 input.refused(error)
                 raise
-    call, batch, labels, params = bind(
-        spec, values, input, target, group, weight, ignore_index, reduction, label_smoothing, z_loss,  # type: ignore[arg-type]
-        softcap, logit_adjustment, row_weight, normalizer, backend,
-    )  # fmt: skip
+    call, batch, labels, params = bind(spec, values, input, target, group, **common)  # type: ignore[arg-type]
     kernels, rows = call.kernels, None
     if kernels is REFERENCE:
         loss, found = reference.softmax_loss(batch, labels, call.numbers, params)

@@ -19,7 +19,7 @@ from typing_extensions import Unpack
 from . import functional as F
 from . import named
 from .call import Options, PerCall
-from .checks import check_number, check_scalar
+from .checks import accumulated, check_number, check_scalar
 from .loss_module import FamilyLoss
 from .signatures import family
 from .tracing import traced
@@ -175,7 +175,7 @@ class TwoScaleLoss(FamilyLoss):
         self, input: Tensor, logit_norm: float | Tensor | nn.Module | None, log_norm: float | Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """R1/R and R2/R in the precision of the loss, by which the functional has no norm left to divide by."""
-        accumulate = torch.float64 if input.dtype == torch.float64 else torch.float32
+        accumulate = accumulated(input.dtype)
         if self.variant == "separation":
             return self.scale_low.to(accumulate), self.scale_high.to(accumulate)
         if logit_norm is not None and log_norm is not None:

@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import accumulated
 from ..numbering import Reduction, Slot
 from .finish import Finished, Rows, Values, finish, row_scale, scales, sound, well_classified
 
@@ -251,11 +252,9 @@ def normalized(values: Values) -> bool:
 
 def reduced(finished: Finished, values: Values) -> Tensor:
     """The rows' losses, or their sum: the mean is in the factors."""
-    by_class, by_row = factors(values)
-    assert finished.by_class is not None
-    loss = finished.by_class * by_class
-    if finished.by_row is not None:
-        loss = loss + finished.by_row * by_row
+    terms = zip((finished.by_class, finished.by_row), factors(values), strict=True)
+    loss = sum(term * factor for term, factor in terms if term is not None)
+    assert isinstance(loss, Tensor)
     if values.reduction == Reduction.NONE:
         return loss
     total = loss.sum()
@@ -298,7 +297,7 @@ def softmax_loss(
     """
     with full_precision(input.device):
         classes = input.shape[1]
-        accumulate = torch.float64 if input.dtype == torch.float64 else torch.float32
+        accumulate = accumulated(input.dtype)
         values = Values(numbers, params, target.reshape(-1), classes, accumulate)
         f = input.movedim(1, -1).reshape(-1, classes).to(accumulate)
         # An ignored row is not read: whatever it holds, it holds no gradient.

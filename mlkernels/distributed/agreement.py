@@ -13,10 +13,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..numbering import (
     CONSTS,
+    EXTRAS,
     HEAD_VALUES,
     IGNORE_INDEX,
     KINDS,
     MASK,
+    NONE_AT_0,
     SCALE_VALUES,
     TRANSFORM_VALUES,
     HeadKind,
@@ -25,18 +27,6 @@ from ..numbering import (
     TransformKind,
     structure_of,
 )
-
-_COMMON = {
-    Slot.SMOOTHING: "label_smoothing",
-    Slot.Z_LOSS: "z_loss",
-    Slot.SOFTCAP: "softcap",
-    Slot.NORMALIZER: "normalizer",
-    Slot.WEIGHT: "weight",
-    Slot.ADJUSTMENT: "logit_adjustment",
-    Slot.GROUP: "group",
-    Slot.ROW_WEIGHT: "row_weight",
-}
-_NONE_AT_0 = {Slot.SOFTCAP, Slot.NORMALIZER, Slot.NORM}
 
 
 @lru_cache(maxsize=1024)
@@ -48,13 +38,13 @@ def _words(numbers: tuple[float, ...]) -> tuple[dict[str, Any], dict[int, str]]:
         *SCALE_VALUES[ScaleKind(structure.row_scale)],
         *HEAD_VALUES[HeadKind(structure.head)],
     )
-    names = {int(value.slot): value.name for value in values} | {int(s): name for s, name in _COMMON.items()}
+    names = {int(value.slot): value.name for value in values} | {int(s): name for s, (name, _) in EXTRAS.items()}
     said: dict[str, Any] = {word: kind(int(numbers[at])).name.lower() for at, (kind, word) in KINDS.items()}
     said["ignore_index"] = int(numbers[IGNORE_INDEX])
     given = dict(enumerate(numbers[CONSTS:]))
     for slot, name in names.items():
         if not int(numbers[MASK]) >> slot & 1:
-            absent = slot >= Slot.WEIGHT or (slot in _NONE_AT_0 and not given.get(slot))
+            absent = slot >= Slot.WEIGHT or (slot in NONE_AT_0 and not given.get(slot))
             said[name] = None if absent else given.get(slot, 0.0)
     return said, names
 

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.distributed.tensor import DTensor, Shard
 
 from ..backends import reference
-from ..checks import check_input, check_plain, wrong_type
+from ..checks import accumulated, check_input, check_plain, wrong_type
 from ..linear.autograd import has_hooks, later
 from ..linear.functional import loss_of
 from ..linear.logits import by_rows
@@ -184,7 +184,7 @@ class SlicedLogits(PartLogits):
         if forward_ad._current_level >= 0 and any(map(is_dual, (self.input, *params))):
             raise RuntimeError("slices of logits know no forward-mode AD")
         self.visits += 1
-        accumulate = torch.float64 if self.input.dtype == torch.float64 else torch.float32
+        accumulate = accumulated(self.input.dtype)
         flat, per_row = by_rows(numbers, params, tables)
         rows, with_stats = target.numel(), return_stats or self.return_stats
         logits = self.input.movedim(1, -1).reshape(rows, self.input.shape[1])

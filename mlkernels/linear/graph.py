@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import ops
 from ..backends import reference
 from ..backends.reference import Rows
-from ..checks import check_indices
+from ..checks import accumulated, check_indices
 from ..numbering import IGNORE_INDEX, REDUCTION, TRAINABLE, Reduction, ScaleKind, Slot, slots_of, structure_of
 from . import threads
 from .autograd import later
@@ -63,7 +63,7 @@ class _Problem:
             check_indices("group", by_slot[Slot.GROUP], groups)
         pieces = pieces_for(x.device, backend)
         made = threads.planned(target.numel(), classes, x, weight, normalize, None, pieces, strategy, memory)
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        dtype = accumulated(x.dtype)
         call = Call(
             list(numbers),
             slots,
@@ -150,7 +150,7 @@ def _leaves(x: Tensor, weight: Tensor, bias: Tensor | None, params: Sequence[Ten
 
 
 def _gradients_like(x: Tensor, leaves: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = accumulated(x.dtype)
     return [x.new_empty(t.shape, dtype=dtype) for t, need in zip(leaves, needs, strict=True) if need and t is not None]
 
 
@@ -159,7 +159,7 @@ def _linear_loss_fake(
     per_row: int, normalize: bool, return_stats: bool, strategy: str | None, memory: int | None,
     backend: str | None, needs: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = accumulated(x.dtype)
     rows = target.shape[0]
     found = [x.new_empty(rows if numbers[REDUCTION] == Reduction.NONE else (), dtype=dtype)]
     if return_stats:

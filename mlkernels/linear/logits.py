@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from typing_extensions import Never
 
+from ..checks import accumulated
 from ..numbering import IGNORE_INDEX, slots_of
 from ..softmax import ProductLogits, RowStats
 from ..spec import BackendName, Slot
@@ -99,7 +100,7 @@ class LinearLogits(ProductLogits):
             raise RuntimeError("heads know no torch.func transforms and no forward-mode AD: take the logits' functions")
         self.visits += 1
         with_stats = return_stats or self.return_stats
-        accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
+        accumulate = accumulated(x.dtype)
         flat, per_row = by_rows(numbers, params, tables)
         update = None if self.begin is None else self.begin()
         uncut = Plan(False, 0, 0)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ..backends.reference import full_precision
-from ..checks import check_input, check_size
+from ..checks import accumulated, check_input, check_size
 from ..softmax import RowStats
 from .functional import Strategy, check_callable, check_classifier, check_plan, logits_of, loss_of
 from .loop import lengths
@@ -198,7 +198,7 @@ class LinearLoss(nn.Module):
 
 def streamed_topk(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, normalize: bool) -> tuple[Tensor, Tensor]:
     """The k largest logits of each row, or as many as there are, and their classes, by tiles of classes."""
-    accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
+    accumulate = accumulated(x.dtype)
     with full_precision(x.device):
         x = x.to(accumulate)
         x = _direction(x) if normalize else x

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..backends import native
 from ..backends.reference import Coefficients, Rows, Values
+from ..checks import accumulated
 from ..spec import Slot
 from .pieces import CPU, TRITON, Pieces, Want, rows_of
 from .plan import Plan, on_device, plan, room, shared
@@ -34,7 +35,7 @@ def planned(
     strategy: str | None, memory: int | None,
 ) -> Plan:  # fmt: skip
     """How so many rows and classes are cut; update: what steps the weight in the backward, if that is to."""
-    accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
+    accumulate = accumulated(x.dtype)
     width, itemsize = weight.shape[1], accumulate.itemsize
     copies = int(normalize or x.dtype != accumulate or weight.dtype != accumulate)
     cut: Callable[..., Plan] = plan

@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ...checks import accumulated
 from ...numbering import (
     CONSTS,
     HEAD_TABLES,
@@ -238,7 +239,7 @@ class Arguments(Loss):
             dict(zip(slots_of(numbers), params, strict=True)),
             target if target.is_contiguous() else target.contiguous(),
             input.shape[1],
-            torch.float64 if input.dtype == torch.float64 else torch.float32,
+            accumulated(input.dtype),
         )
         self.weight_sum = self.weight.sum(dtype=self.accumulate) if self.smooth and self.weight is not None else None
         row_weight = self.by_slot.get(Slot.ROW_WEIGHT)
