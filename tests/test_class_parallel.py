@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import processes
 import pytest
@@ -26,6 +28,8 @@ from torch.nn.parallel import DistributedDataParallel
 import mlkernels
 from mlkernels import TileSGD
 from mlkernels.distributed import ClassParallelLoss, agreement, clip_grad_norm_
+from mlkernels.linear.loop import Head
+from mlkernels.linear.pieces import TORCH
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo")
 
@@ -161,6 +165,27 @@ def batches_of_nothing(group: dist.ProcessGroup) -> None:
     mlkernels.cross_entropy(x @ w.T, target).backward()
     agrees(stepping.export_weight(), weight - 0.1 * w.grad)
     stepping.train()(x[own], target[own]).backward()
+
+
+def compacted(group: dist.ProcessGroup) -> None:
+    """Ignored rows of all ranks masked, as on a device, and left out: as the dense loss."""
+    (x, weight, _, target), own = problem(), own_rows(group)
+    leaf, w, up = x.clone().requires_grad_(), weight.clone().requires_grad_(), torch.linspace(-1, 2, ROWS, dtype=F64)
+    loss = functools.partial(mlkernels.arcface_loss, scale=4.0, reduction="none", backend="reference")
+    wanted = loss(unfused(leaf, w, None, True), target)
+    wanted.backward(up)
+    with mock.patch.object(TORCH, "masks", True):
+        for compact in (False, True):
+            head = head_of(group, loss, weight, normalize=True, memory=3000, compact=compact)
+            features = x[own].clone().requires_grad_()
+            with mock.patch.object(Head, "chunks", autospec=True, side_effect=Head.chunks) as chunks:
+                found = head(features, target[own])
+            seen = chunks.call_args[0][0].x
+            assert len(seen) == ROWS - 1 if compact else len(seen) >= ROWS
+            agrees(found, wanted[own])
+            found.backward(up[own])
+            agrees(features.grad, leaf.grad[own])
+            agrees(head.weight.grad.to_local() * dist.get_world_size(group), w.grad[head.first_class : head.last_class])
 
 
 def half_precision(group: dist.ProcessGroup) -> None:
@@ -453,8 +478,8 @@ def checkpoints(folder: Path) -> None:
 
 GROUPS: dict[int, dist.ProcessGroup] = {}
 SCENES: list[Callable[[dist.ProcessGroup], None]] = [
-    every_loss, statistics, batches_of_nothing, half_precision, averaged_backbones, stepping_in_tiles, sampled,
-    recomputed, copied_and_compiled, sharded_tensors, errors_everywhere, best_classes, bytes_as_promised,
+    every_loss, statistics, batches_of_nothing, compacted, half_precision, averaged_backbones, stepping_in_tiles,
+    sampled, recomputed, copied_and_compiled, sharded_tensors, errors_everywhere, best_classes, bytes_as_promised,
     *vocabulary_scenes.SCENES, *training_scenes.SCENES,
 ]  # fmt: skip
 

@@ -296,6 +296,75 @@ def test_nothing_but_ignored_rows(rows, reduction):
             assert not grad.any()
 
 
+class Looks(TorchDispatchMode):
+    """Counts what a host would wait for its device for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.count += function.overloadpacket.__name__ in ("nonzero", "_local_scalar_dense", "masked_select")
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("ignored", ["some", "none", "all"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compacted_as_masked(reduction, ignored, monkeypatch):
+    """As on a device, where ignored rows are masked by default: left out, everything is the same, for one look at the
+    labels per call; trained margins and weights of rows, statistics, and a weight that steps included."""
+    monkeypatch.setattr("mlkernels.linear.pieces.TORCH.masks", True)
+    monkeypatch.setattr("mlkernels.tracing.traced", lambda *tensors: True)  # labels are checked by nobody
+    x, weight, _, target = problem(bias=False)
+    target[4] = -100
+    x = torch.where(target.unsqueeze(1) == -100, torch.nan, x).detach().requires_grad_()
+    if ignored != "some":
+        target, x = target.clamp(min=0), x.nan_to_num(0.5).detach().requires_grad_()
+    if ignored == "all":
+        target = torch.full_like(target, -100)
+    margin = torch.linspace(0.1, 0.5, ROWS, dtype=F64).unsqueeze(1).requires_grad_()
+    leaves, up = [x, weight, margin], torch.linspace(-1, 2, ROWS, dtype=F64)
+    run = {"backend": "reference", "reduction": reduction}
+    loss_function = functools.partial(mlkernels.arcface_loss, margin=margin, scale=4.0, **run)
+    options = {"normalize": True, "strategy": "tiles", "memory": 3000, "row_weight": up, "loss": loss_function}
+    results, products = [], []
+    for compact in (False, True):
+        with Looks() as looks, Watched() as watched:
+            loss, rows = linear_softmax_loss(x, weight, target, return_stats=True, compact=compact, **options)
+            outputs, ups = [loss, *rows[:3]], [up.sum() if reduction == "mean" else up, up, up + 1, up * up]
+            grads = torch.autograd.grad(outputs, leaves, ups, retain_graph=True)
+        assert looks.count == compact
+        alone = linear_softmax_loss(x, weight, target, compact=compact, **options)
+        grads += torch.autograd.grad(alone, leaves, ups[0])
+        results.append([loss, *rows, alone, *grads])
+        products.append(watched.products)
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12, equal_nan=True)
+    assert products[1] == 0 if ignored == "all" else products[1] <= products[0]
+    stepped = []
+    for compact in (False, True):
+        head = mlkernels.LinearLoss(
+            functools.partial(mlkernels.cosface_loss, **run), WIDTH, CLASSES,
+            weight=nn.Parameter(weight.detach().clone()), tile_update=mlkernels.TileSGD(0.1), compact=compact,
+        )  # fmt: skip
+        head(x, target).sum().backward()
+        stepped.append(head.weight.detach())
+    torch.testing.assert_close(*stepped)
+
+
+def test_ignored_rows_take_no_part_of_the_plan():
+    """Rows are cut as those that are left fit into the memory: sixteen times as many, nearly all ignored, in one."""
+    x, weight, _, target = problem(bias=False, ignored=False)
+    target = torch.cat([target, torch.full((15 * ROWS,), -100)])
+    counts = []
+    for rows in (ROWS, 16 * ROWS):
+        with Watched() as watched:
+            linear_cross_entropy(
+                x.repeat(16, 1)[:rows], weight, target[:rows], strategy="stored", memory=12 * ROWS * CLASSES,
+                backend="reference",
+            )  # fmt: skip
+        counts.append(watched.products)
+    assert counts[0] == counts[1]
+
+
 def test_an_infinite_upstream_leaves_ignored_rows_alone():
     x, weight, _, target = problem(bias=False)
     for reduction in ("mean", "none"):
@@ -511,6 +580,8 @@ BAD = [
     (IndexError, "target 23 at row 0 is out of range", lambda: linear_cross_entropy(X, W, torch.full_like(Y, 23))),
     (ValueError, "strategy must be one of 'stored', 'tiles'", lambda: linear_cross_entropy(X, W, Y, strategy="fast")),
     (ValueError, "memory must be a number of bytes > 0", lambda: linear_cross_entropy(X, W, Y, memory=-1)),
+    (TypeError, "compact takes True or False, got 1", lambda: linear_cross_entropy(X, W, Y, compact=1)),
+    (TypeError, "compact takes True or False", lambda: head(5, 23, compact=None)),
     (ValueError, "memory=7 is too small for one row", lambda: stored(X, W, Y, memory=7)),
     (ValueError, "memory=7 is too small for one logit", lambda: linear_cross_entropy(X, W, Y, memory=7)),
     (ValueError, "backend=None, 'reference', 'cpu' or 'triton'", lambda: linear_cross_entropy(X, W, Y, backend="cuda")),

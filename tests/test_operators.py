@@ -66,7 +66,9 @@ def test_labels_are_compared_as_64_bits(kernels, dtype):
     torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-6)
     assert [row for row in range(5) if not gradient[row].any()] == ignored
     # An ignore_index that only wider integers hold is nobody's label.
-    loss, *_ = kernels.softmax_loss_with_gradient(x[:1], labels[:1].to(dtype), cross_entropy(ignore_index=3 + 2**40), [])
+    loss, *_ = kernels.softmax_loss_with_gradient(
+        x[:1], labels[:1].to(dtype), cross_entropy(ignore_index=3 + 2**40), []
+    )
     torch.testing.assert_close(loss, wanted[:1], rtol=1e-5, atol=1e-6)
 
 

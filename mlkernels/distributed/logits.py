@@ -44,7 +44,7 @@ class PartLogits(LinearLogits):
 class ShardedLogits(PartLogits):
     """The logits of this rank's rows over the classes of all ranks, by its part of the weight."""
 
-    def most(self, rows: int, call: Call, params: dict[int, Tensor]) -> tuple[int, int]:
+    def most(self, rows: int, call: Call, params: dict[int, Tensor]) -> int:
         # A collective that some ranks leave out, or make of another size, would be waited for by the others.
         signature = {
             "call": "loss",
@@ -54,8 +54,7 @@ class ShardedLogits(PartLogits):
             "bias": self.bias is not None,
             "normalize": call.normalize,
             "return_stats": call.return_stats,
-            "strategy": self.strategy,
-            "memory": self.memory,
+            **self.cut._asdict(),
             "tile_update": self.begin is not None,
             "sample": self.sampler and (self.sampler.sample, self.sampler.correction, self.sampler.count),
             "kernels": (type(call.pieces).__name__, threads.count() > 0),
@@ -66,7 +65,7 @@ class ShardedLogits(PartLogits):
         self.met = True
         self.sizes = tuple(rows for rows, _ in self.group.meet(signature, (rows, 0)))
         # The largest shard on every rank: all cut their rows alike.
-        return max(self.sizes) * self.group.size, offsets(self.classes, self.group.size)[1]
+        return offsets(self.classes, self.group.size)[1]
 
     def wanted(self, params: dict[int, Tensor]) -> Wanted:
         """Which gradients are."""

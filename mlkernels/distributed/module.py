@@ -18,6 +18,7 @@ from torch.distributed.tensor import Shard as ShardPlacement
 from ..checks import check_input, check_plain
 from ..linear.functional import Strategy, check_call, check_callable, check_classifier, check_plan, loss_of
 from ..linear.module import streamed_topk
+from ..linear.plan import Cut
 from ..linear.sampling import ClassSampler, Correction, check_sample
 from ..linear.update import TileSGD, TileUpdate
 from ..softmax import RowStats
@@ -45,7 +46,7 @@ class ClassParallelLoss(nn.Module):
     parameters get :math:`\partial J/\partial\theta`, the same on all ranks to the bit.
 
     Args:
-        loss, in_features, num_classes, bias, normalize, strategy, memory, device, dtype: as
+        loss, in_features, num_classes, bias, normalize, strategy, memory, compact, device, dtype: as
             :class:`mlkernels.LinearLoss`; num_classes is C of all ranks.
         tile_update, sample, sample_correction: too; each rank steps its own classes, and draws so many of them.
         process_group: the ranks that share the classes; None: all. device_mesh: the same, as a mesh of one dimension.
@@ -85,6 +86,7 @@ class ClassParallelLoss(nn.Module):
         normalize: bool = False,
         strategy: Strategy | None = None,
         memory: int | None = None,
+        compact: bool = False,
         tile_update: TileSGD | None = None,
         sample: int | None = None,
         sample_correction: Correction | None = None,
@@ -108,20 +110,21 @@ class ClassParallelLoss(nn.Module):
             for name, number, least in (("in_features", in_features, 0), ("num_classes", num_classes, 1)):
                 if type(number) is not int or number < least:
                     raise ValueError(f"{name} must be an integer >= {least}, got {number!r}")
-            check_plan(strategy, memory, tile_update)
+            check_plan(Cut(strategy, memory, compact), tile_update)
             check_sample(sample, sample_correction)
             at = torch.empty(0, device=device, dtype=dtype)
         self._group.meet(
             {
                 "in_features": in_features, "num_classes": num_classes, "dtype": str(at.dtype), "bias": bias,
-                "normalize": normalize, "strategy": strategy, "memory": memory,
+                "normalize": normalize, "strategy": strategy, "memory": memory, "compact": compact,
                 "tile_update": tile_update and tile_update.defaults,
                 "sample": sample, "sample_correction": sample_correction, **agreement.of_module(loss),
             }
         )  # fmt: skip
         self.loss = loss
         self.in_features, self.num_classes = in_features, num_classes
-        self.normalize, self.strategy, self.memory = normalize, strategy, memory
+        self.normalize = normalize
+        self.strategy, self.memory, self.compact = strategy, memory, compact
         if device_mesh is None:
             device_mesh = DeviceMesh.from_group(self._group.process_group, at.device.type)  # type: ignore[arg-type]
         self._mesh = device_mesh
@@ -192,15 +195,15 @@ class ClassParallelLoss(nn.Module):
             check_input(input)
             weight, bias = self._own()
             check_classifier(input, weight, bias, self.normalize, shard=True)
-            check_call(input, target, self.strategy, self.memory)
+            cut = Cut(self.strategy, self.memory, self.compact)
+            check_call(input, target, cut)
             input = input if input.dim() > 1 else input.unsqueeze(0)
             begin = None
             if self.update is not None and torch.is_grad_enabled() and self.weight.requires_grad:
                 begin = partial(self.update.begun, self.weight, weight)
             logits = ShardedLogits(
                 self._group, self.num_classes, input, weight, bias, normalize=self.normalize,
-                return_stats=return_stats, strategy=self.strategy, memory=self.memory,
-                begin=begin, sampler=self.sampler if self.training else None,
+                return_stats=return_stats, cut=cut, begin=begin, sampler=self.sampler if self.training else None,
             )  # fmt: skip
             result: Tensor | tuple[Tensor, RowStats] = loss_of(logits, target, self.loss, return_stats, per_call)
             return result

@@ -20,7 +20,7 @@ from ..checks import accumulated, check_input, check_plain, wrong_type
 from ..linear.autograd import has_hooks, later
 from ..linear.functional import loss_of
 from ..linear.logits import by_rows
-from ..linear.loop import Call, Head, Known, Sums, Wanted, forward
+from ..linear.loop import Call, Head, Known, Sums, Wanted, forward, kept_rows
 from ..linear.pieces import pieces_for
 from ..linear.plan import TILE, Plan
 from ..numbering import TRAINABLE
@@ -190,9 +190,10 @@ class SlicedLogits(PartLogits):
         logits = self.input.movedim(1, -1).reshape(rows, self.input.shape[1])
         offset = self._meet(target, numbers, flat, with_stats, type(pieces).__name__)
         made = Plan(False, max(rows, 1), max(1, min(TILE // max(rows, 1), logits.shape[1])))
-        call = Call(list(numbers), tuple(flat), per_row, False, with_stats, made, pieces, accumulate)
-        part = Slice(self.group, offset, self.classes)
-        loss, *stats = _sliced_loss(call, part, logits, target.reshape(-1), *flat.values())
+        call = Call(list(numbers), tuple(flat), per_row, False, with_stats, pieces, accumulate, made)
+        part, label = Slice(self.group, offset, self.classes), target.reshape(-1)
+        call = call._replace(kept=kept_rows(label, call, False))
+        loss, *stats = _sliced_loss(call, part, logits, label, *flat.values())
         self.met = False  # what another look at these logits is refused for is told again
         loss = loss if loss.dim() == 0 else loss.reshape(target.shape)
         if with_stats:

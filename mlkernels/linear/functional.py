@@ -13,7 +13,7 @@ from ..call import Options
 from ..checks import check_input, check_plain
 from ..softmax import RowStats
 from .logits import LinearLogits
-from .plan import STRATEGIES
+from .plan import STRATEGIES, Cut
 from .sampling import ClassSampler
 from .update import TileSGD, Updating
 
@@ -28,6 +28,7 @@ def linear_cross_entropy(
     linear_bias: Tensor | None = None,
     strategy: Strategy | None = None,
     memory: int | None = None,
+    compact: bool = False,
     **common: Any,
 ) -> Tensor:
     r"""Cross entropy of a classifier's output that is never whole: :math:`-\log\operatorname{softmax}(xW^\top+b)_y`.
@@ -35,7 +36,7 @@ def linear_cross_entropy(
     Args:
         input: (..., D) features x. linear_weight: (C, D), as in ``nn.Linear``. target: (...) class indices.
         linear_bias: (C,).
-        strategy, memory: see :func:`linear_softmax_loss`.
+        strategy, memory, compact: see :func:`linear_softmax_loss`.
         scale: s > 0, of all logits; a number or a tensor (0-d, (C,) or target.shape + (1,)).
 
     The other arguments are those of :mod:`mlkernels.functional`, the result and the errors those of
@@ -56,7 +57,7 @@ def linear_cross_entropy(
         raise TypeError(
             f"target must hold integer class indices, got {target.dtype}: class probabilities are for cross_entropy"
         )
-    logits = logits_of(input, linear_weight, target, linear_bias, False, False, strategy, memory)
+    logits = logits_of(input, linear_weight, target, linear_bias, False, False, Cut(strategy, memory, compact))
     common = _flat_arguments(target, common)
     return _shaped(functional.cross_entropy(logits, _flat(target), **common), target)  # type: ignore[arg-type]
 
@@ -73,6 +74,7 @@ def linear_softmax_loss(
     return_stats: Literal[False] = False,
     strategy: Strategy | None = None,
     memory: int | None = None,
+    compact: bool = False,
     **arguments: Any,
 ) -> Tensor: ...
 
@@ -89,6 +91,7 @@ def linear_softmax_loss(
     return_stats: Literal[True],
     strategy: Strategy | None = None,
     memory: int | None = None,
+    compact: bool = False,
     **arguments: Any,
 ) -> tuple[Tensor, RowStats]: ...
 
@@ -104,6 +107,7 @@ def linear_softmax_loss(
     return_stats: bool = False,
     strategy: Strategy | None = None,
     memory: int | None = None,
+    compact: bool = False,
     **arguments: Any,
 ) -> Tensor | tuple[Tensor, RowStats]:
     r"""Any loss of the family on a classifier's output, :math:`f = xW^\top + b` or cosines, which is never whole.
@@ -115,7 +119,7 @@ def linear_softmax_loss(
     Args:
         input: (..., D) features x, half, bfloat16, float or double.
         linear_weight: (C, D), as in ``nn.Linear``; of input's dtype.
-        target: (...) class indices of any integer dtype. Ignored rows cost nothing.
+        target: (...) class indices of any integer dtype.
         linear_bias: (C,), or None.
         normalize: the logits are the cosines of x and the rows of W, which margins take: :math:`f = \hat x\cdot\hat w`.
             A zero row is NaN, and so is one whose squares vanish or overflow (in float32 norms below 1e-22 or above
@@ -128,6 +132,9 @@ def linear_softmax_loss(
         strategy: ``"stored"`` keeps the logits of a chunk of rows from the statistics to the gradient, ``"tiles"``
             makes the product again for the gradient; None picks by size.
         memory: a bound in bytes of the call's own buffers, without input, gradients and their float32 sums.
+        compact: on a GPU, leave ignored rows out before the first product. Which they are must be known on the host,
+            which waits for the GPU once per call; else they are masked, and cost what others do. On the CPU they are
+            left out in any case. Results are the same.
 
     Returns:
         The loss: 0-d, or of target's shape under ``"none"``; float32 for half inputs, else of input's dtype. What
@@ -150,7 +157,8 @@ def linear_softmax_loss(
         >>> rows.entropy.shape
         torch.Size([4])
     """
-    logits = logits_of(input, linear_weight, target, linear_bias, normalize, return_stats, strategy, memory)
+    cut = Cut(strategy, memory, compact)
+    logits = logits_of(input, linear_weight, target, linear_bias, normalize, return_stats, cut)
     result: Tensor | tuple[Tensor, RowStats] = loss_of(logits, target, loss, return_stats, arguments)
     return result
 
@@ -215,24 +223,22 @@ def logits_of(
     bias: Tensor | None,
     normalize: bool,
     return_stats: bool,
-    strategy: str | None,
-    memory: int | None,
+    cut: Cut,
     begin: Callable[[], Updating] | None = None,
     sampler: ClassSampler | None = None,
 ) -> LinearLogits:
     """Checks what a head adds to a loss's arguments."""
     check_input(input)
     check_classifier(input, weight, bias, normalize)
-    check_call(input, target, strategy, memory)
+    check_call(input, target, cut)
     if input.dim() == 1:
         input = input.unsqueeze(0)
     return LinearLogits(
-        input, weight, bias, normalize=normalize, return_stats=return_stats, strategy=strategy, memory=memory,
-        begin=begin, sampler=sampler,
-    )  # fmt: skip
+        input, weight, bias, normalize=normalize, return_stats=return_stats, cut=cut, begin=begin, sampler=sampler
+    )
 
 
-def check_call(input: Tensor, target: Tensor, strategy: str | None, memory: int | None) -> None:
+def check_call(input: Tensor, target: Tensor, cut: Cut) -> None:
     """What a head takes beside a classifier and a loss's own arguments."""
     if not isinstance(target, Tensor):
         raise TypeError(f"target takes an integer tensor, got {type(target).__name__}: write torch.as_tensor(target)")
@@ -242,11 +248,12 @@ def check_call(input: Tensor, target: Tensor, strategy: str | None, memory: int 
             f"target must be {tuple(input.shape[:-1])}, a label for each row of an input of {tuple(input.shape)}, got "
             f"{tuple(target.shape)}"
         )
-    check_plan(strategy, memory)
+    check_plan(cut)
 
 
-def check_plan(strategy: str | None, memory: int | None, tile_update: TileSGD | None = None) -> None:
+def check_plan(cut: Cut, tile_update: TileSGD | None = None) -> None:
     """How a head's work is to be cut."""
+    strategy, memory, compact = cut
     if tile_update is not None and not isinstance(tile_update, TileSGD):
         raise TypeError(f"tile_update takes a TileSGD, got {type(tile_update).__name__}")
     if tile_update is not None and strategy == "stored":
@@ -257,6 +264,8 @@ def check_plan(strategy: str | None, memory: int | None, tile_update: TileSGD | 
         raise ValueError(f"strategy must be one of {', '.join(map(repr, STRATEGIES))} or None, got {strategy!r}")
     if memory is not None and (type(memory) is not int or memory <= 0):
         raise ValueError(f"memory must be a number of bytes > 0 or None, got {memory!r}")
+    if type(compact) is not bool:
+        raise TypeError(f"compact takes True or False, got {compact!r}")
 
 
 def check_classifier(input: Tensor, weight: Tensor, bias: Tensor | None, normalize: bool, shard: bool = False) -> None:

@@ -17,16 +17,16 @@ from ..backends import reference
 from ..backends.reference import Rows
 from ..checks import accumulated, check_indices
 from ..numbering import IGNORE_INDEX, REDUCTION, TRAINABLE, Reduction, ScaleKind, Slot, slots_of, structure_of
-from . import threads
 from .autograd import later
-from .loop import Call, Head, Known, Wanted, forward
+from .loop import Call, Head, Known, Wanted, forward, planned
 from .pieces import pieces_for
+from .plan import Cut
 
 #: The arguments of both, see :class:`mlkernels.linear.loop.Call`; per_row has a bit for each slot, and needs says which
 #: of x, weight, bias and params have a gradient.
 _HEAD = (
     "Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor[] params, float[] numbers, int per_row, "
-    "bool normalize, bool return_stats, str? strategy, int? memory, str? backend, bool[] needs"
+    "bool normalize, bool return_stats, str? strategy, int? memory, bool compact, str? backend, bool[] needs"
 )
 _SCHEMAS = (
     # Loss, and RowStats where wanted; then the gradients for an upstream one of 1, or what is known of each row.
@@ -52,7 +52,7 @@ class _Problem:
     def __init__(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, params: Sequence[Tensor],
         numbers: Sequence[float], per_row: int, normalize: bool, return_stats: bool, strategy: str | None,
-        memory: int | None, backend: str | None, needs: Sequence[bool],
+        memory: int | None, compact: bool, backend: str | None, needs: Sequence[bool],
     ):  # fmt: skip
         slots = tuple(slots_of(numbers))
         classes = weight.shape[0]
@@ -62,7 +62,6 @@ class _Problem:
             groups = max(p.shape[0] for s, p in by_slot.items() if p.dim() == 2 and not per_row >> s & 1)
             check_indices("group", by_slot[Slot.GROUP], groups)
         pieces = pieces_for(x.device, backend)
-        made = threads.planned(target.numel(), classes, x, weight, normalize, None, pieces, strategy, memory)
         dtype = accumulated(x.dtype)
         call = Call(
             list(numbers),
@@ -70,10 +69,10 @@ class _Problem:
             frozenset(s for s in slots if per_row >> s & 1),
             normalize,
             return_stats,
-            made,
             pieces,
             dtype,
         )
+        call = planned(call, Cut(strategy, memory, compact), classes, x, weight, target)
         trained = (slot for slot, need in zip(slots, needs[3:], strict=True) if need)
         self.wanted = Wanted(needs[0], needs[1], needs[2], tuple(trained))
         self.head = Head(call, x, weight, bias, target, params)
@@ -89,7 +88,7 @@ def _loop(device: torch.device) -> Iterator[None]:
 
 
 def _linear_loss(*arguments: Any) -> list[Tensor]:
-    numbers, return_stats, needs = arguments[5], arguments[8], arguments[12]
+    numbers, return_stats, needs = arguments[5], arguments[8], arguments[13]
     with _loop(arguments[0].device):
         problem = _Problem(*arguments)
         at_once = makes_at_once(numbers, return_stats, needs)
@@ -157,7 +156,7 @@ def _gradients_like(x: Tensor, leaves: Sequence[Tensor | None], needs: Sequence[
 def _linear_loss_fake(
     x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, params: Sequence[Tensor], numbers: Sequence[float],
     per_row: int, normalize: bool, return_stats: bool, strategy: str | None, memory: int | None,
-    backend: str | None, needs: Sequence[bool],
+    compact: bool, backend: str | None, needs: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
     dtype = accumulated(x.dtype)
     rows = target.shape[0]
@@ -224,7 +223,8 @@ torch.library.register_autograd("mlkernels::linear_loss", _backward, setup_conte
 
 def linear_loss(
     x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, params: Sequence[Tensor], numbers: Sequence[float],
-    per_row: int, normalize: bool, return_stats: bool, strategy: str | None, memory: int | None, backend: str | None,
+    per_row: int, normalize: bool, return_stats: bool, strategy: str | None, memory: int | None,
+    compact: bool, backend: str | None,
 ) -> list[Tensor]:  # fmt: skip
     """The loss of each row or of all, and the row statistics, in a graph."""
     grad = torch.is_grad_enabled()
@@ -232,7 +232,7 @@ def linear_loss(
     leaves = zip((x, weight, bias, *params), trained, strict=True)
     needs = [grad and may and t is not None and t.requires_grad for t, may in leaves]
     found: list[Tensor] = torch.ops.mlkernels.linear_loss(
-        x, weight, bias, target, params, list(numbers), per_row, normalize, return_stats, strategy, memory, backend,
-        needs,
+        x, weight, bias, target, params, list(numbers), per_row, normalize, return_stats, strategy, memory, compact,
+        backend, needs,
     )  # fmt: skip
     return found[: results(return_stats)]

@@ -15,11 +15,11 @@ from ..numbering import IGNORE_INDEX, slots_of
 from ..softmax import ProductLogits, RowStats
 from ..spec import BackendName, Slot
 from ..tracing import functorch_level, is_dual
-from . import graph, threads
+from . import graph
 from .autograd import has_hooks, linear_loss
-from .loop import Call
+from .loop import Call, planned
 from .pieces import pieces_for
-from .plan import Plan
+from .plan import DEFAULT, Cut
 from .sampling import ClassSampler, Sample
 from .update import Updating
 
@@ -33,7 +33,7 @@ class LinearLogits(ProductLogits):
 
     Args:
         input: (N, ..., D). weight: (C, D). bias: (C,) or None. normalize: cosines.
-        strategy, memory: see :func:`mlkernels.linear_softmax_loss`.
+        cut: strategy, memory and compact, see :func:`mlkernels.linear_softmax_loss`.
         begin: what hands out an ``Updating``, where the backward is to step the weight.
         sampler: what draws the classes that the loss sees, where it sees some.
     """
@@ -46,8 +46,7 @@ class LinearLogits(ProductLogits):
         *,
         normalize: bool = False,
         return_stats: bool = False,
-        strategy: str | None = None,
-        memory: int | None = None,
+        cut: Cut = DEFAULT,
         begin: Callable[[], Updating] | None = None,
         sampler: ClassSampler | None = None,
     ):
@@ -56,7 +55,7 @@ class LinearLogits(ProductLogits):
         #: Weight and bias of the classes that the loss sees.
         self.part = weight, bias
         self.input, self.weight, self.bias, self.normalize = input, weight, bias, normalize
-        self.return_stats, self.strategy, self.memory = return_stats, strategy, memory
+        self.return_stats, self.cut = return_stats, cut
         #: The row statistics of the loss that was taken, where they were asked for.
         self.stats: RowStats | None = None
         self.visits = 0
@@ -103,19 +102,17 @@ class LinearLogits(ProductLogits):
         accumulate = accumulated(x.dtype)
         flat, per_row = by_rows(numbers, params, tables)
         update = None if self.begin is None else self.begin()
-        uncut = Plan(False, 0, 0)
-        call = Call(list(numbers), tuple(flat), per_row, self.normalize, with_stats, uncut, pieces, accumulate, update)
+        call = Call(list(numbers), tuple(flat), per_row, self.normalize, with_stats, pieces, accumulate, update=update)
         if self.sampler is not None and torch.is_grad_enabled() and has_hooks():
             raise RuntimeError(
                 "sample= draws classes in each forward, and hooks on saved tensors (checkpointing) would have them "
                 "drawn again: leave the head out of the checkpoint"
             )
-        rows, classes = self.most(target.numel(), call, flat)
+        classes = self.most(target.numel(), call, flat)
         label = self.labels(call, target.reshape(-1))
         if self.sampler is not None:
             call, label, flat, classes = self.sampled(self.sampler, call, label, flat, tables)
-        made = threads.planned(rows, classes, x, weight, self.normalize, update, pieces, self.strategy, self.memory)
-        call = call._replace(plan=made)
+        call = planned(call, self.cut, classes, x, weight, label)
         loss, *stats = self.run(call, x.reshape(target.numel(), weight.shape[1]), label, list(flat.values()))
         loss = loss if loss.dim() == 0 else loss.reshape(target.shape)
         if with_stats:
@@ -150,16 +147,16 @@ class LinearLogits(ProductLogits):
         x = self.input.reshape(target.numel(), self.weight.shape[1])
         loss, *stats = graph.linear_loss(
             x, self.weight, self.bias, target.reshape(-1), flat, numbers, rows, self.normalize, with_stats,
-            self.strategy, self.memory, backend,
+            *self.cut, backend,
         )  # fmt: skip
         loss = loss if loss.dim() == 0 else loss.reshape(target.shape)
         if with_stats:
             self.stats = RowStats(*(row.reshape(target.shape) for row in stats))
         return loss, self.stats if return_stats else None
 
-    def most(self, rows: int, call: Call, params: dict[int, Tensor]) -> tuple[int, int]:
-        """How many rows and classes the loop has."""
-        return rows, self.weight.shape[0]
+    def most(self, rows: int, call: Call, params: dict[int, Tensor]) -> int:
+        """How many classes the loop has."""
+        return self.weight.shape[0]
 
     def labels(self, call: Call, target: Tensor) -> Tensor:
         """(N,), of all rows that the loop has."""

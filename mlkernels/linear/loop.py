@@ -23,24 +23,50 @@ from ..backends.reference import Coefficients, Finished, Rows, Values
 from ..spec import IGNORE_INDEX, Slot
 from . import threads
 from .pieces import Factors, Pieces, Want
-from .plan import Plan
+from .plan import Cut, Plan
 from .products import add_at, add_product, multiply_into
 
 SCALES = frozenset({Slot.SCALE, Slot.SCALE_HIGH, Slot.LOGIT_NORM})
 
 
+class Kept(NamedTuple):
+    """The rows that are not ignored."""
+
+    #: Whether they were looked for; else all are gone through, and the ignored ones masked.
+    known: bool
+    #: Where they are, if not all are kept.
+    where: Tensor | None = None
+
+
 class Call(NamedTuple):
-    """What of a call is not a tensor; see :class:`mlkernels.backends.reference.Values` for the numbers."""
+    """What of a call is no leaf; see :class:`mlkernels.backends.reference.Values` for the numbers."""
 
     numbers: list[float]
     slots: tuple[int, ...]
     per_row: frozenset[int]  # the slots whose tensors have a row each
     normalize: bool
     return_stats: bool
-    plan: Plan
     pieces: Pieces
     dtype: torch.dtype
+    plan: Plan = Plan(False, 0, 0)
     update: Any = None  # an Updating, where the backward is to step the weight
+    kept: Kept = Kept(False)
+
+
+def kept_rows(target: Tensor, call: Call, compact: bool) -> Kept:
+    """Those of labels (N,): on a GPU by waiting for it once, if that is asked for."""
+    if not compact and (target.device.type != "cpu" or call.pieces.masks):
+        return Kept(False)
+    index = (target.long() != int(call.numbers[IGNORE_INDEX])).nonzero().squeeze(1)
+    return Kept(True, None if index.numel() == target.numel() else index)
+
+
+def planned(call: Call, cut: Cut, classes: int, x: Tensor, weight: Tensor, target: Tensor) -> Call:
+    """A call whose rows were looked at, and cut as its caller has it; classes: the most that a loop has."""
+    kept = kept_rows(target, call, cut.compact)
+    rows = target.numel() if kept.where is None else kept.where.numel()
+    made = threads.planned(rows, classes, x, weight, call.normalize, call.update, call.pieces, cut.strategy, cut.memory)
+    return call._replace(plan=made, kept=kept)
 
 
 class Wanted(NamedTuple):
@@ -64,7 +90,7 @@ class Known(NamedTuple):
 
 
 class Head:
-    """A call's tensors as the loop reads them: ignored rows compacted away on the CPU, masked elsewhere."""
+    """A call's tensors as the loop reads them: ignored rows left out, or masked where nobody knows which they are."""
 
     #: Where the classes of this head begin among those of the loss, of which there may be more.
     offset = 0
@@ -84,17 +110,16 @@ class Head:
         by_slot = {slot: p.detach() for slot, p in zip(call.slots, params, strict=True)}
         by_slot = {s: p if s == Slot.GROUP else p.to(call.dtype).contiguous() for s, p in by_slot.items()}
         x = x.detach()
-        kept = target.long() != int(call.numbers[IGNORE_INDEX])
         #: Where the rows that are left were, if not all are.
-        self.index: Tensor | None = None
+        self.index = call.kept.where
         self.count = target.numel()
-        if x.device.type == "cpu" and not call.pieces.masks:
-            if not bool(kept.all()):
-                self.index = kept.nonzero().squeeze(1)
-                x, target = x[self.index], target[self.index]
-                by_slot = {s: p[self.index] if s in call.per_row else p for s, p in by_slot.items()}
-        else:
-            x = torch.where(kept.unsqueeze(1), x, 0)
+        mask: Tensor | None = None
+        if self.index is not None:
+            x, target = x[self.index], target[self.index]
+            by_slot = {s: p[self.index] if s in call.per_row else p for s, p in by_slot.items()}
+        elif not call.kept.known:
+            mask = (target.long() != int(call.numbers[IGNORE_INDEX])).unsqueeze(1)
+            x = torch.where(mask, x, 0)
         #: What products are made of; they are in the dtype of the call.
         self.operands = call.pieces.operands(x.dtype, weight.dtype) or call.dtype
         x = x.to(self.operands)
@@ -107,8 +132,8 @@ class Head:
         self.factors: Factors | None = None
         if call.normalize:
             self.length = lengths(x, call.dtype)
-            if self.index is None:
-                self.length = torch.where(kept.unsqueeze(1), self.length, 1)
+            if mask is not None:
+                self.length = torch.where(mask, self.length, 1)
             self.inverse = lengths(self.weight, call.dtype).reciprocal()
             if call.pieces.takes_factors:
                 self.factors = (self.length.reciprocal().squeeze(1), self.inverse.squeeze(1))

@@ -16,7 +16,7 @@ from ..checks import accumulated, check_input, check_size
 from ..softmax import RowStats
 from .functional import Strategy, check_callable, check_classifier, check_plan, logits_of, loss_of
 from .loop import lengths
-from .plan import TILE
+from .plan import TILE, Cut
 from .sampling import ClassSampler, Correction, check_sample
 from .update import TileSGD, TileUpdate
 
@@ -31,7 +31,7 @@ class LinearLoss(nn.Module):
         bias: whether there is one, (C,).
         normalize: the logits are the cosines of features and rows of the weight, which margins take.
         weight: a Parameter (C, D) that somebody else has, an embedding's for instance: it is shared, not copied.
-        strategy, memory: see :func:`linear_softmax_loss`.
+        strategy, memory, compact: see :func:`linear_softmax_loss`.
         tile_update: a :class:`mlkernels.TileSGD`, which steps the weight within the loss's backward, so that there is
             never a gradient of its size: ``weight.grad`` stays None. docs/heads.md says what that rules out.
         sample: how many classes the loss sees while training, drawn anew for each call: all those of the batch's
@@ -71,6 +71,7 @@ class LinearLoss(nn.Module):
         weight: nn.Parameter | None = None,
         strategy: Strategy | None = None,
         memory: int | None = None,
+        compact: bool = False,
         tile_update: TileSGD | None = None,
         sample: int | None = None,
         sample_correction: Correction | None = None,
@@ -83,11 +84,12 @@ class LinearLoss(nn.Module):
         num_classes = check_size("num_classes", num_classes)
         if bias and normalize:
             raise ValueError("bias has no meaning beside normalize=True: cosines have none")
-        check_plan(strategy, memory, tile_update)
+        check_plan(Cut(strategy, memory, compact), tile_update)
         check_sample(sample, sample_correction)
         self.loss = loss
         self.in_features, self.num_classes = in_features, num_classes
-        self.normalize, self.strategy, self.memory = normalize, strategy, memory
+        self.normalize = normalize
+        self.strategy, self.memory, self.compact = strategy, memory, compact
         if weight is None:
             self.weight = nn.Parameter(torch.empty(num_classes, in_features, device=device, dtype=dtype))
         elif device is not None or dtype is not None:
@@ -159,8 +161,8 @@ class LinearLoss(nn.Module):
         if self.update is not None and torch.is_grad_enabled() and self.weight.requires_grad:
             begin = partial(self.update.begun, self.weight, self.weight)
         logits = logits_of(
-            input, self.weight, target, self.bias, self.normalize, return_stats, self.strategy, self.memory, begin,
-            self.sampler if self.training else None,
+            input, self.weight, target, self.bias, self.normalize, return_stats,
+            Cut(self.strategy, self.memory, self.compact), begin, self.sampler if self.training else None,
         )  # fmt: skip
         result: Tensor | tuple[Tensor, RowStats] = loss_of(logits, target, self.loss, return_stats, per_call)
         return result

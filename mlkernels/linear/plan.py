@@ -5,6 +5,19 @@ from __future__ import annotations
 from typing import NamedTuple
 
 STRATEGIES = ("stored", "tiles", "rows")
+
+
+class Cut(NamedTuple):
+    """How whoever calls a head has its work cut; see :func:`mlkernels.linear_softmax_loss`."""
+
+    strategy: str | None = None
+    memory: int | None = None
+    compact: bool = False
+
+
+#: As nobody says otherwise.
+DEFAULT = Cut()
+
 #: Bytes of a call's own buffers where nobody says: beyond it larger chunks gained nothing.
 DEFAULT_MEMORY = 96 << 20
 #: Elements of a tile: it stays in the caches from the product to the sums, and each tile is a few barriers of the
