@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import mlkernels
-from bench import ahead, cases, charts, heads, measure, options, peers, report, saved, schedule, smoke, tune
+from bench import ahead, cases, charts, heads, limits, measure, options, peers, report, saved, schedule, smoke, tune
 from bench.__main__ import BUDGET, main, plan_of
 from bench.__main__ import _options as parse
 from bench.cases import LOSSES, MODES, Problem, floor_bytes, make_inputs
@@ -1157,3 +1157,45 @@ def test_tune_without_the_cuda_kernels_leaves_the_choice(monkeypatch, capsys):
     before = backends.CHOICE.read_text()
     assert tune.main(["--only", "choice"]) == 0
     assert "only ['triton'] can be used" in capsys.readouterr().out and backends.CHOICE.read_text() == before
+
+
+# ---- limits ----------------------------------------------------------------------------------------------------------
+
+
+def test_limits_take_every_loss_in_every_form(monkeypatch):
+    monkeypatch.setattr(limits, "SMALL", ((4, 3),))
+    monkeypatch.setattr(limits, "LARGE", {"bfloat16": ((4, 5),)})
+    monkeypatch.setattr(limits, "BURST", 1)
+    found = limits.small(0.02)["4x3 float32"]
+    assert len(found) == 1 + 3 * len(limits.family()) and all(0 < one < math.inf for one in found.values())
+    assert set(limits.large(0.0, False)["4x5 bfloat16"]) == {"copy", *limits.family()}
+
+
+def test_limits_judge_the_worst_process(monkeypatch):
+    monkeypatch.setattr(limits, "SMALL", ((4, 3),))
+    monkeypatch.setattr(limits, "WANTED", {(4, 3): (1.0, 0.8)})
+    monkeypatch.setattr(limits, "LARGE", {"float32": ((64, 1 << 20),)})
+
+    def small(numbers, trained):
+        times = {"F.cross_entropy": 10.0, "a: numbers": numbers, "a: tensors": 10.0, "a: trained": trained}
+        return {"part": "small", "found": {"4x3 float32": times}, "others_busy": 0.0}
+
+    def large(part, step):
+        return {
+            "part": part,
+            "found": {"64x1048576 float32": {"copy": 1.0, "a": step}},
+            "others_busy": 0.5,
+            "stolen": 0,
+        }
+
+    processes = [small(8.0, 10.0), small(12.5, 16.0), large("large", 1.2), large("large", 1.3), large("kept", 1.2)]
+    judged = {one.target: (one.reached, round(one.worst, 4)) for one in limits.verdicts(processes)}
+    assert judged == {
+        "4x3 float32, numbers: times as fast as F.cross_entropy >= 1.0": (False, 0.8),
+        "4x3 float32, tensors: times as fast as F.cross_entropy >= 0.8": (True, 1.0),
+        "4x3 float32, trained: times as fast as F.cross_entropy >= 0.8": (False, 0.625),
+        "4x3 float32, tensors and trained: of numbers <= 1.3": (True, 1.28),
+        "64x1048576 float32: of a step whose memory is kept <= 1.1": (True, 1.0833),
+        "64x1048576 float32: of a warm copy <= 1.25": (False, 1.3),
+    }
+    assert "NOT QUIET" in limits.text(processes) and "MISSED by 1 of 1; worst 0.80 (a)" in limits.text(processes)

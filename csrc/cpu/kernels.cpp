@@ -30,25 +30,31 @@ void gather_rows(const S* const* rows, int count, int64_t stride, int64_t classe
     for (int b = 0; b < count; ++b) out[b * pitch + j] = widen(rows[b][j * stride]);
 }
 
-// n contiguous elements, and the largest of them and `start`: a row is widened and searched in one sweep.
+// n contiguous elements, and the largest of them and of `top`: a row is widened and searched in one sweep.
 template <class T, class S>
-T sweep_widen(const S* in, T* out, int64_t n, T start) {
+Vec<T> sweep_widen(const S* in, T* out, int64_t n, Vec<T> top) {
   constexpr int W = WIDTH<T>;
-  Vec<T> a = splat(start), b = a;
+  Vec<T> other = top;
+  const auto one = [&](int64_t j, Vec<T>& largest) {
+    const Vec<T> x = get(in + j);
+    store(out + j, x);
+    largest = larger(largest, x);
+  };
   int64_t j = 0;
   for (; j + 2 * W <= n; j += 2 * W) {
-    const Vec<T> x = get(in + j), y = get(in + j + W);
-    store(out + j, x);
-    store(out + j + W, y);
-    a = larger(a, x);
-    b = larger(b, y);
+    one(j, top);
+    one(j + W, other);
   }
-  T top = max_of<T>(larger(a, b));
-  for (; j < n; ++j) {
-    out[j] = widen(in[j]);
-    top = out[j] > top ? out[j] : top;
+  if (n >= W) {  // the last vector may begin in the one before
+    if (j + W < n) one(j, top);
+    if (j < n) one(n - W, other);
+  } else {
+    for (; j < n; ++j) {
+      out[j] = widen(in[j]);
+      top[0] = out[j] > top[0] ? out[j] : top[0];
+    }
   }
-  return top;
+  return larger(top, other);
 }
 
 template <class T, class S>
@@ -268,6 +274,12 @@ constexpr bool SAME<T, T> = true;
 constexpr int64_t SHORT_ROW = 256;
 constexpr int64_t ROW_IN_CACHE = 1 << 19;  // bytes
 
+// As many rows as stay in the first cache with what is made of them.
+int64_t tile_of(int64_t row_bytes) {
+  const int64_t size = (1 << 15) / (2 * row_bytes);
+  return size < 1 ? 1 : size > MAX_TILE ? MAX_TILE : size;
+}
+
 template <class T, class S>
 void run_in_place(const CpuProblem<T>& p, int64_t begin, int64_t end) {
   const Batch<T> batch = batch_of(p);
@@ -276,32 +288,43 @@ void run_in_place(const CpuProblem<T>& p, int64_t begin, int64_t end) {
   // A row and its neighbour have to stay in the second cache for that.
   const bool fits = p.classes * int64_t(sizeof(T)) <= ROW_IN_CACHE;
   const bool streamed = p.grad && p.streamed && fits, fetch_ahead = fits;
-  T* row_scratch = streamed ? static_cast<T*>(scratch.get(size_t(p.classes) * sizeof(T))) : nullptr;
-  Work<T> w;
-  for (int64_t row = begin; row < end; ++row) {
-    w.row = row;
-    w.y = p.label[row];
-    S* g = p.grad ? static_cast<S*>(p.grad) + p.out.offset(row) : nullptr;
-    if (w.y == p.spec.ignore_index) {
-      ignore_row(p, row);
-      if (g) clear_row(g, 1, p.classes);
-      continue;
+  const int64_t size = tile_of(p.classes * int64_t(sizeof(T)));
+  T* row_scratch = streamed ? static_cast<T*>(scratch.get(size_t(size * p.classes) * sizeof(T))) : nullptr;
+  for (int64_t next = begin; next < end;) {
+    Work<T> tile[MAX_TILE];
+    S* to[MAX_TILE];
+    int count = 0;
+    for (; next < end && count < size; ++next) {
+      Work<T>& w = tile[count];
+      w.row = next;
+      w.y = p.label[next];
+      S* g = p.grad ? static_cast<S*>(p.grad) + p.out.offset(next) : nullptr;
+      if (w.y == p.spec.ignore_index) {
+        ignore_row(p, next);
+        if (g) clear_row(g, 1, p.classes);
+        continue;
+      }
+      w.u = static_cast<const T*>(p.input) + p.in.offset(next);
+      w.g = streamed ? row_scratch + count * p.classes : g;
+      to[count++] = g;
+      const int64_t after = next + 1 < end ? next + 1 : next;
+      w.ahead = {static_cast<const char*>(p.input) + p.in.offset(after) * int64_t(sizeof(S)),
+                 fetch_ahead ? int(sizeof(S)) : 0};
+      measure<false>(p, p.uniform ? &values : nullptr, w.u[w.y], w);
     }
-    w.u = static_cast<const T*>(p.input) + p.in.offset(row);
-    w.g = streamed ? row_scratch : g;
-    const int64_t next = row + 1 < end ? row + 1 : row;
-    w.ahead = {static_cast<const char*>(p.input) + p.in.offset(next) * int64_t(sizeof(S)),
-               fetch_ahead ? int(sizeof(S)) : 0};
-    measure<false>(p, p.uniform ? &values : nullptr, w.u[w.y], w);
-    stand(p, &w, 1);
-    finish<false>(p, batch, w);
-    if (g) spread_out(p, w);
-    if (streamed) {
-      sweep_out(g, w.g, p.classes, w.gradient.factor, w.y, w.gradient.target, true);
-    } else if (g) {
-      if (w.gradient.factor != 1)
-        each_piece<false>(p, w.y, [&](int64_t from, int64_t n) { sweep_multiply(g + from, n, w.gradient.factor); });
-      g[w.y] = w.gradient.target;
+    stand(p, tile, count);
+    for (int b = 0; b < count; ++b) {
+      Work<T>& w = tile[b];
+      S* const g = to[b];
+      finish<false>(p, batch, w);
+      if (g) spread_out(p, w);
+      if (streamed) {
+        sweep_out(g, w.g, p.classes, w.gradient.factor, w.y, w.gradient.target, true);
+      } else if (g) {
+        if (w.gradient.factor != 1)
+          each_piece<false>(p, w.y, [&](int64_t from, int64_t n) { sweep_multiply(g + from, n, w.gradient.factor); });
+        g[w.y] = w.gradient.target;
+      }
     }
   }
   if (streamed) fence();
@@ -311,9 +334,7 @@ template <class T, class S>
 void run_through_scratch(const CpuProblem<T>& p, int64_t begin, int64_t end) {
   constexpr int W = WIDTH<T>;
   const int64_t pitch = (p.classes + W - 1) / W * W;
-  // As many rows as stay in the first cache: where classes are far apart, neighbouring rows share cache lines.
-  int64_t size = (1 << 15) / (2 * pitch * int64_t(sizeof(T)));
-  size = size < 1 ? 1 : size > MAX_TILE ? MAX_TILE : size;
+  const int64_t size = tile_of(pitch * int64_t(sizeof(T)));  // where classes are far apart, rows share cache lines
   T* logits = static_cast<T*>(scratch.get(size_t(2 * size * pitch) * sizeof(T)));
   T* grads = logits + size * pitch;
   const S* input = static_cast<const S*>(p.input);
@@ -355,8 +376,8 @@ void run_through_scratch(const CpuProblem<T>& p, int64_t begin, int64_t end) {
       T top = -infinity<T>();
       if (searched) {
         const int64_t y = tile[b].y;
-        top = sweep_widen(from[b], u, y, top);
-        top = sweep_widen(from[b] + y + 1, u + y + 1, p.classes - y - 1, top);
+        const Vec<T> before = sweep_widen(from[b], u, y, splat(top));
+        top = max_of<T>(sweep_widen(from[b] + y + 1, u + y + 1, p.classes - y - 1, before));
         u[y] = widen(from[b][y]);
       }
       if (capped || p.adjustment) cap_row(u, p.classes, p.softcap, p.adjustment);

@@ -117,13 +117,14 @@ void sweep_multiply(T* g, int64_t n, T factor) {
   if (j < n) store_first(g + j, int(n - j), load_first(g + j, int(n - j), T(0)) * factor);
 }
 
-// out_j = factor e_j, and the target at y; streamed: past the caches.
+// out_j = factor e_j, and the target at y; streamed: past the caches. They do not overlap.
 template <class T, class S>
 void sweep_out(S* out, const T* e, int64_t n, T factor, int64_t y, T target, bool streamed) {
   constexpr int W = WIDTH<T>;
   const auto plain = [&](int64_t from, int64_t to) {
     int64_t j = from;
     for (; j + W <= to; j += W) put(out + j, load(e + j) * factor, false);
+    if (j < to && to - from >= W) return put(out + to - W, load(e + to - W) * factor, false);
     for (; j < to; ++j) narrow(e[j] * factor, out[j]);
   };
   if (!streamed) {
