@@ -387,7 +387,12 @@ def draw(loss: Loss, *arguments, **keywords) -> tuple[torch.Tensor, torch.Tensor
     if key not in _drawn:
         _drawn[key] = _draw(loss, *arguments, **keywords)
     input, target, params = _drawn[key]
-    return input.clone(), target.clone(), dict(params)
+    # Copies of the parameters, too: one test's requires_grad_() would make non-leaves of the next one's multiples.
+    return input.clone(), target.clone(), {k: _copied(v) for k, v in params.items()}
+
+
+def _copied(value):
+    return value.clone() if isinstance(value, torch.Tensor) else value
 
 
 _drawn: dict = {}
