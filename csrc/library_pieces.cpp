@@ -15,17 +15,6 @@
 
 extern "C" int mlkernels_cpu_isa();
 
-// Products that write where they are told to, of what compiled models call. They are none of the shim that every torch
-// keeps: weak, so that this loads without them; the loop is Python's there.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cpu_mm_out(AtenTensorHandle out, AtenTensorHandle a,
-                                                                      AtenTensorHandle b);
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cpu_addmm_out(AtenTensorHandle out, AtenTensorHandle added,
-                                                                         AtenTensorHandle a, AtenTensorHandle b,
-                                                                         double beta, double alpha);
-extern "C" __attribute__((visibility("default"))) int mlkernels_cpu_products() {
-  return aoti_torch_cpu_mm_out && aoti_torch_cpu_addmm_out;
-}
-
 namespace mlkernels {
 namespace {
 
@@ -42,8 +31,10 @@ template <class T>
 struct Run;
 template <>
 struct Run<float> {
+  static void rows(const Product<float>& p, int64_t a, int64_t b) { kernels().multiply_float(p, a, b); }
   static void rows(const PieceStatistics<float>& p, int64_t a, int64_t b) { kernels().statistics_float(p, a, b); }
   static void rows(const PieceGradient<float>& p, int64_t a, int64_t b) { kernels().gradient_float(p, a, b); }
+  static void panels(const Classes<float>& c, float* to) { kernels().panels_float(c, to); }
   static void directions(const Classes<float>& c, float* to) { kernels().directions_float(c, to); }
   static void along_length(float* g, const float* direction, const float* inverse, int64_t classes, int64_t n) {
     kernels().along_length_float(g, direction, inverse, classes, n);
@@ -52,8 +43,10 @@ struct Run<float> {
 };
 template <>
 struct Run<double> {
+  static void rows(const Product<double>& p, int64_t a, int64_t b) { kernels().multiply_double(p, a, b); }
   static void rows(const PieceStatistics<double>& p, int64_t a, int64_t b) { kernels().statistics_double(p, a, b); }
   static void rows(const PieceGradient<double>& p, int64_t a, int64_t b) { kernels().gradient_double(p, a, b); }
+  static void panels(const Classes<double>& c, double* to) { kernels().panels_double(c, to); }
   static void directions(const Classes<double>& c, double* to) { kernels().directions_double(c, to); }
   static void along_length(double* g, const double* direction, const double* inverse, int64_t classes, int64_t n) {
     kernels().along_length_double(g, direction, inverse, classes, n);
@@ -103,15 +96,22 @@ Kind<T> piece_of(const Tensor& tile, const Tensor& label, int64_t start, const s
   return p;
 }
 
-// The rows of a tile, on as many threads as there are; on this one where it is one of them.
+// Rows from `first` on, of so much work each, on as many threads as there are; on this one where it is one of them.
+template <class T, class Work>
+void run(const Work& work, int64_t first, int64_t rows, int64_t each) {
+  // Below this much a second thread costs more than it brings.
+  constexpr int64_t GRAIN = 1 << 15;
+  torch::stable::parallel_for(0, rows, GRAIN / (each + 1) + 1, [&work, first](int64_t begin, int64_t end) {
+    Run<T>::rows(work, first + begin, first + end);
+  });
+}
 template <class T, class Piece>
 void run(const Piece& p, int64_t rows) {
-  if (rows == 0 || p.classes == 0) return;
-  const int64_t first = p.first_row;
-  // Below this many elements a second thread costs more than it brings.
-  constexpr int64_t GRAIN = 1 << 15;
-  torch::stable::parallel_for(0, rows, GRAIN / p.classes + 1,
-                              [&p, first](int64_t begin, int64_t end) { Run<T>::rows(p, first + begin, first + end); });
+  if (rows > 0 && p.classes > 0) run<T>(p, p.first_row, rows, p.classes);
+}
+template <class T>
+void run(const Product<T>& p) {
+  run<T>(p, 0, p.rows, p.columns * (p.inner / 32 + 1));
 }
 
 template <class T>
@@ -173,27 +173,6 @@ void piece_gradient(const Tensor& tile, const Tensor& label, int64_t start, bool
 
 // ---- all classes of a chunk of rows ----------------------------------------------------------------------------------
 
-// A matrix as torch's products take it. They run on one thread within a parallel region, and allocate nothing.
-class Matrix {
- public:
-  template <class T>
-  Matrix(const T* data, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride) {
-    const int64_t sizes[] = {rows, columns}, strides[] = {row_stride, column_stride};
-    TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(
-        const_cast<T*>(data), 2, sizes, strides, 0, int32_t(type_of<T>()), aoti_torch_device_type_cpu(), -1, &handle));
-  }
-  Matrix(const Matrix&) = delete;
-  ~Matrix() { (void)aoti_torch_delete_tensor_object(handle); }
-
-  AtenTensorHandle handle;
-};
-
-// out = a b, or out + a b
-void product(const Matrix& out, const Matrix& a, const Matrix& b, bool add = false) {
-  TORCH_ERROR_CODE_CHECK(add ? aoti_torch_cpu_addmm_out(out.handle, out.handle, a.handle, b.handle, 1, 1)
-                             : aoti_torch_cpu_mm_out(out.handle, a.handle, b.handle));
-}
-
 // A chunk of rows and all classes of a weight. Each part is some tiles of classes, on a thread of its own; a tile has
 // `block` rows at a time, so that it stays in that thread's cache from the product to what is made of it.
 template <class T>
@@ -201,7 +180,7 @@ struct Chunk {
   int64_t rows, classes, width, parts, tile, block, tiles;
   const T* x;      // (rows, width)
   Classes<T> all;  // the weight
-  bool copies;     // whether a tile of it is widened or shortened first
+  bool copies;     // whether a tile of it is widened or shortened for products along classes
   const T* inverse;
   const T *bias, *weight, *adjustment;
   T softcap;
@@ -246,47 +225,47 @@ struct Chunk {
 
   int64_t kept() const { return keeps ? rows * classes : 0; }
   int64_t of_tile() const { return keeps ? 0 : std::min(block, rows) * tile; }
-  int64_t of_part() const { return of_tile() + (copies ? tile * width : 0); }
+  int64_t of_part() const { return of_tile() + tile * width * (copies ? 2 : 1); }
   // Where a part sums up the gradient of x, if that is not where it is wanted.
   T* partial(int64_t part) const { return room + kept() + parts * of_part() + (part - 1) * rows * width; }
   int64_t first_tile(int64_t part) const { return tiles * part / parts; }
 
+  static int64_t size_of(Storage s) { return s == Storage::DOUBLE ? 8 : s == Storage::FLOAT ? 4 : 2; }
+  Classes<T> some(int64_t start, int64_t count) const {
+    Classes<T> these = all;
+    these.classes = count;
+    these.data = static_cast<const char*>(all.data) + start * all.stride * size_of(all.storage);
+    these.inverse = inverse ? inverse + start : nullptr;
+    return these;
+  }
+
   // What lies in a part's own room, and how its tiles are walked through.
   struct Tile {
     int64_t start, classes;  // among this weight's
-    const T* weight;
+    const T *weight, *transposed;
     int64_t weight_stride;
     T* products;
     const Chunk& chunk;
 
-    Tile(const Chunk& c, int64_t part, int64_t index) : chunk(c) {
+    Tile(const Chunk& c, int64_t part, int64_t index, bool multiplies, bool gradients) : chunk(c) {
       start = index * c.tile;
       classes = std::min(c.tile, c.classes - start);
       T* const own = c.room + c.kept() + part * c.of_part();
       products = c.keeps ? c.room + start * c.rows : own;
-      const int64_t element = c.all.stride * start;
-      Classes<T> these = c.all;
-      these.classes = classes;
-      these.data = static_cast<const char*>(c.all.data) + element * size_of(c.all.storage);
-      if (c.copies) {
-        these.inverse = c.inverse ? c.inverse + start : nullptr;
-        Run<T>::directions(these, own + c.of_tile());
-        weight = own + c.of_tile();
-        weight_stride = c.width;
-      } else {
-        weight = static_cast<const T*>(these.data);
-        weight_stride = c.all.stride;
-      }
+      T* const panels = own + c.of_tile();
+      transposed = panels;
+      const Classes<T> these = c.some(start, classes);
+      if (multiplies) Run<T>::panels(these, panels);
+      weight = c.copies ? panels + c.tile * c.width : static_cast<const T*>(these.data);
+      weight_stride = c.copies ? c.width : c.all.stride;
+      if (gradients && c.copies) Run<T>::directions(these, panels + c.tile * c.width);
     }
-    static int64_t size_of(Storage s) { return s == Storage::DOUBLE ? 8 : s == Storage::FLOAT ? 4 : 2; }
 
     // Of rows from `row` on.
     T* block(int64_t row) const { return chunk.keeps ? products + row * classes : products; }
-    Matrix matrix() const { return {weight, classes, chunk.width, weight_stride, 1}; }
     void multiply(int64_t row, int64_t count) const {
-      product({block(row), count, classes, classes, 1},
-              {chunk.x + row * chunk.width, count, chunk.width, chunk.width, 1},
-              {weight, chunk.width, classes, 1, weight_stride});
+      run<T>(Product<T>{block(row), classes, chunk.x + row * chunk.width, chunk.width, 1, transposed, 0, count, classes,
+                        chunk.width, false});
     }
     template <class Piece>
     void describe(Piece& p, int64_t row) const {
@@ -408,7 +387,7 @@ std::tuple<Tensor, Tensor> all_statistics(const Chunk<T>& chunk, const Tensor& t
     p.first = &own.first(0);
     p.above = &own.above(0);
     for (int64_t index = chunk.first_tile(part); index < chunk.first_tile(part + 1); ++index) {
-      const typename Chunk<T>::Tile tile(chunk, part, index);
+      const typename Chunk<T>::Tile tile(chunk, part, index, true, false);
       chunk.each_block([&](int64_t row, int64_t rows) {
         tile.multiply(row, rows);
         tile.describe(p, row);
@@ -448,11 +427,13 @@ void add_tile(const Chunk<T>& chunk, const typename Chunk<T>::Tile& tile, const 
               int64_t row, int64_t rows) {
   const int64_t width = chunk.width, classes = tile.classes;
   const T* const g = tile.block(row);
-  if (dx) product({dx + row * width, rows, width, width, 1}, {g, rows, classes, classes, 1}, tile.matrix(), !begins);
+  if (dx)
+    run<T>(Product<T>{dx + row * width, width, g, classes, 1, tile.weight, tile.weight_stride, rows, width, classes,
+                      !begins});
   const bool adds = row > 0 || !out.first;
   if (out.weight)
-    product({out.weight + tile.start * width, classes, width, width, 1}, {g, classes, rows, 1, classes},
-            {chunk.x + row * width, rows, width, width, 1}, adds);
+    run<T>(Product<T>{out.weight + tile.start * width, width, g, 1, classes, chunk.x + row * width, width, classes,
+                      width, rows, adds});
   if (!out.bias) return;
   T* const sums = out.bias + tile.start;
   if (!adds) std::fill(sums, sums + classes, T(0));
@@ -480,7 +461,7 @@ void all_gradients(const Chunk<T>& chunk, PieceGradient<T> p, const Gradients<T>
     if (dx && begin == end) std::fill(dx, dx + chunk.rows * width, T(0));
     // Last first: what was kept last may be in the caches yet.
     for (int64_t index = end; index-- > begin;) {
-      const typename Chunk<T>::Tile tile(chunk, part, index);
+      const typename Chunk<T>::Tile tile(chunk, part, index, !chunk.keeps, true);
       chunk.each_block([&](int64_t row, int64_t rows) {
         if (!chunk.keeps) tile.multiply(row, rows);
         tile.describe(own, row);
@@ -501,11 +482,7 @@ void all_gradients(const Chunk<T>& chunk, PieceGradient<T> p, const Gradients<T>
       for (int64_t part = 1; part < chunk.parts; ++part) Run<T>::add(dx, chunk.partial(part) + i * width, T(1), width);
       const int64_t y = chunk.label[i] - chunk.offset;
       if (y < 0 || y >= chunk.classes) continue;
-      Classes<T> one = chunk.all;
-      one.classes = 1;
-      one.data = static_cast<const char*>(one.data) + y * one.stride * Chunk<T>::Tile::size_of(one.storage);
-      one.inverse = chunk.inverse ? chunk.inverse + y : nullptr;
-      Run<T>::directions(one, direction.data());
+      Run<T>::directions(chunk.some(y, 1), direction.data());
       Run<T>::add(dx, direction.data(), out.target[i], width);
     }
   });

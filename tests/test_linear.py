@@ -39,10 +39,9 @@ PIECES = [name for name in ("cpu", "reference") if mlkernels.available_backends(
 def plans(request, monkeypatch):
     """(backend, [(strategy, memory)]); three threads have classes of their own where these are C++'s."""
     monkeypatch.setattr("mlkernels.linear.plan.FEW_CLASSES", 4)
-    if mlkernels.linear.threads.count():
-        monkeypatch.setattr("mlkernels.linear.threads.count", lambda: 3)
-        monkeypatch.setattr("mlkernels.linear.plan.BLOCK", 4)
-        monkeypatch.setattr("mlkernels.linear.plan.SMALL", 8)
+    monkeypatch.setattr("mlkernels.linear.threads.count", lambda: 3)
+    monkeypatch.setattr("mlkernels.linear.plan.BLOCK", 4)
+    monkeypatch.setattr("mlkernels.linear.plan.SMALL", 8)
     at = 2 if request.param == "reference" else 1
     return request.param, [(plan[0], plan[at]) for plan in PLANS.values()]
 
@@ -209,8 +208,8 @@ def test_what_a_plan_of_threads_takes():
         assert made.stored and made.rows == 103 and made.parts == threads
     assert shared(1 << 20, 10, 64, 4, False, 8).parts == 1
     assert shared(2048, 4096, 64, 4, False, 2) == Plan(True, 512, 256, 2, 512)  # 8 MB at a time, and not 33
-    assert shared(8, 5000, 16, 4, False, 4, "rows", 160_000) == Plan(True, 8, 5000, 1, 8)
-    for strategy, needed in (("stored", 20_064), ("rows", 340_000), ("tiles", 68)):
+    assert shared(8, 5000, 16, 4, False, 4, "rows", 480_000) == Plan(True, 8, 5000, 1, 8)
+    for strategy, needed in (("stored", 20_128), ("rows", 660_000), ("tiles", 132)):
         assert shared(8, 5000, 16, 4, True, 2, strategy, needed).parts == 1
         with pytest.raises(ValueError, match=f"too small .* that takes {needed} bytes"):
             shared(8, 5000, 16, 4, True, 2, strategy, needed - 1)

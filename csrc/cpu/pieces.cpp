@@ -4,6 +4,7 @@
 
 #include <vector>
 
+#include "products.h"
 #include "sweeps.h"
 
 namespace mlkernels {
@@ -144,16 +145,27 @@ void directions_of(const Classes<T>& c, T* to) {
   }
 }
 
-template <class T>
-void directions(const Classes<T>& c, T* to) {
+// Calls body with an element of the storage that a weight has.
+template <class T, class Body>
+void by_storage(const Classes<T>& c, Body body) {
   if constexpr (sizeof(T) == 8)
-    return directions_of<T, double>(c, to);
+    return body(double());
   else
     switch (c.storage) {
-      case Storage::BFLOAT16: return directions_of<T, bfloat16>(c, to);
-      case Storage::FLOAT16: return directions_of<T, float16>(c, to);
-      default: return directions_of<T, float>(c, to);
+      case Storage::BFLOAT16: return body(bfloat16());
+      case Storage::FLOAT16: return body(float16());
+      default: return body(float());
     }
+}
+
+template <class T>
+void directions(const Classes<T>& c, T* to) {
+  by_storage(c, [&](auto element) { directions_of<T, decltype(element)>(c, to); });
+}
+
+template <class T>
+void panels(const Classes<T>& c, T* to) {
+  by_storage(c, [&](auto element) { panels_of<T, decltype(element)>(c, to); });
 }
 
 template <class T>
@@ -176,7 +188,8 @@ void add(T* to, const T* from, T factor, int64_t n) {
 
 }  // namespace
 
-const PieceKernels piece_kernels{statistics<float>, statistics<double>, gradient<float>,     gradient<double>,
+const PieceKernels piece_kernels{multiply<float>,   multiply<double>,   panels<float>,       panels<double>,
+                                 statistics<float>, statistics<double>, gradient<float>,     gradient<double>,
                                  directions<float>, directions<double>, along_length<float>, along_length<double>,
                                  add<float>,        add<double>};
 

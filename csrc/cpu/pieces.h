@@ -44,7 +44,25 @@ struct Classes {
   const T* inverse;                // (classes), 1 over their lengths, or null
 };
 
+// out = a b, or out + a b.
+template <class T>
+struct Product {
+  T* out;  // (rows, columns)
+  int64_t out_stride;
+  const T* a;  // (rows, inner)
+  int64_t a_row, a_inner;
+  const T* b;        // (inner, columns)
+  int64_t b_stride;  // between rows; 0: panels_float has made it
+  int64_t rows, columns, inner;
+  bool add;
+};
+
 struct PieceKernels {
+  void (*multiply_float)(const Product<float>&, int64_t begin, int64_t end);
+  void (*multiply_double)(const Product<double>&, int64_t begin, int64_t end);
+  // Classes transposed, as a product takes them.
+  void (*panels_float)(const Classes<float>&, float* to);
+  void (*panels_double)(const Classes<double>&, double* to);
   void (*statistics_float)(const PieceStatistics<float>&, int64_t begin, int64_t end);
   void (*statistics_double)(const PieceStatistics<double>&, int64_t begin, int64_t end);
   void (*gradient_float)(const PieceGradient<float>&, int64_t begin, int64_t end);

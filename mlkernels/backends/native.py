@@ -12,7 +12,7 @@ from .. import numbering, ops  # noqa: F401  (the schemas must exist before thei
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _ENTRY_POINTS = {
-    "_cpu": ("numbering", "cpu_isa", "cpu_products", "cpu_direct", "cpu_release_buffers"),
+    "_cpu": ("numbering", "cpu_isa", "cpu_direct", "cpu_release_buffers"),
     "_cuda": ("numbering", "cuda_unusable"),
 }
 
@@ -72,11 +72,6 @@ def cuda_unusable(index: int) -> str | None:
 def cpu_isa() -> str | None:
     """The instruction set that the CPU kernels use: baseline, avx2 or avx512 (MLKERNELS_CPU forces one)."""
     return None if _cpu is None else ("baseline", "avx2", "avx512")[_cpu.mlkernels_cpu_isa()]
-
-
-def cpu_products() -> bool:
-    """Whether the CPU's operators of all classes of a head can run: torch has the products that they call."""
-    return _cpu is not None and bool(_cpu.mlkernels_cpu_products())
 
 
 def cpu_direct() -> int | None:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..linear import threads
 from ..linear.autograd import has_hooks
 from ..linear.logits import LinearLogits
 from ..linear.loop import Call, Wanted
@@ -57,7 +56,7 @@ class ShardedLogits(PartLogits):
             **self.cut._asdict(),
             "tile_update": self.begin is not None,
             "sample": self.sampler and (self.sampler.sample, self.sampler.correction, self.sampler.count),
-            "kernels": (type(call.pieces).__name__, threads.count() > 0),
+            "kernels": type(call.pieces).__name__,
             "what requires a gradient": self.wanted(params),
             "hooks on saved tensors (checkpointing)": has_hooks(),
             **agreement.of_loss(call.numbers, params, call.per_row),

@@ -61,9 +61,10 @@ class Plan(NamedTuple):
 
 
 def room(plan: Plan, keep: bool, rows: int, classes: int, width: int, copies: int) -> int:
-    """Elements that ``threads`` takes for a chunk: its products, copies of the weight's tiles, sums of dX by thread."""
+    """Elements that ``threads`` takes for a chunk: its products, tiles of the weight transposed and, where so asked,
+    copied, and sums of dX by thread."""
     products = rows * classes if keep else plan.parts * min(plan.block, rows) * plan.classes
-    return products + plan.parts * plan.classes * width * copies + (plan.parts - 1) * rows * width
+    return products + plan.parts * plan.classes * width * (1 + copies) + (plan.parts - 1) * rows * width
 
 
 def shared(
@@ -108,10 +109,10 @@ def shared(
         if bytes_of(whole) > allowed:
             raise ValueError(
                 f"memory={allowed} is too small for one row of {classes} logits: that takes {bytes_of(whole)} bytes; "
-                f"strategy='tiles' takes {itemsize * (1 + width * copies)}"
+                f"strategy='tiles' takes {itemsize * (1 + width * (1 + copies))}"
             )
         return whole
-    a_row, least = itemsize * classes, itemsize * (1 + width * copies)
+    a_row, least = itemsize * classes, itemsize * (1 + width * (1 + copies))
     if strategy in (None, "stored"):
         # More rows than these at a time gained nothing: W and dW then come from memory seldom enough.
         most = min(rows, BLOCK, max(1, allowed * 7 // 8 // a_row))

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..backends import native
 from ..backends.reference import Coefficients, Rows, Values
 from ..checks import accumulated
 from ..spec import Slot
@@ -26,8 +25,8 @@ ops = torch.ops.mlkernels
 
 
 def count() -> int:
-    """How many there are to share the classes; 0: the loop is Python's."""
-    return torch.get_num_threads() if native.cpu_products() else 0
+    """How many there are to share the classes."""
+    return torch.get_num_threads()
 
 
 def planned(
@@ -40,8 +39,8 @@ def planned(
     copies = int(normalize or x.dtype != accumulate or weight.dtype != accumulate)
     cut: Callable[..., Plan] = plan
     of_pieces = pieces.temporaries
-    if pieces is CPU and (parts := count()):
-        cut, of_pieces = shared, parts
+    if pieces is CPU:
+        cut, of_pieces = shared, count()
         memory = memory if update is None else update.cut(itemsize, width, memory)
     else:
         if pieces is TRITON:
