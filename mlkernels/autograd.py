@@ -18,11 +18,10 @@ from torch.autograd import forward_ad
 from .backends import reference
 from .call import ONLY_INPUT, Call
 from .numbering import INPUT, MASK, needed, slots_of
-from .tracing import functorch_level, is_dual, modes, observed
+from .tracing import functorch_level, is_batched, is_dual, modes, observed
 
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
-_is_batched = torch._C._functorch.is_legacy_batchedtensor
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 
 
@@ -44,8 +43,7 @@ def _takes_reference(upstream: Sequence[Tensor | None]) -> bool:
         return True
     if _is_compiling():
         return False
-    # What is_grads_batched=True sends is no level of torch.func.
-    return any(g is not None and (_is_batched(g) or (forward_ad._current_level >= 0 and is_dual(g))) for g in upstream)
+    return any(g is not None and (is_batched(g) or (forward_ad._current_level >= 0 and is_dual(g))) for g in upstream)
 
 
 def _unusual(
@@ -95,7 +93,7 @@ def _by_kernels(
 
 def fast_path_backward(call: Call, tensors: Sequence[Tensor], saved: Tensor | None, upstream: Tensor) -> list[Tensor]:
     """The gradients by bit that the fast path leaves to Python: watched, differentiated, batched, or refused."""
-    if not _usual(upstream) or _is_batched(upstream):
+    if not _usual(upstream) or is_batched(upstream):
         return list(_unusual(call, False, tensors, saved, (upstream,)))
     return list(_by_kernels(call, tensors, saved, (upstream, None, None, None)))
 
@@ -138,7 +136,7 @@ class _LossWithGradients(torch.autograd.Function):
         call: Call = ctx.call
         count = call.needs.bit_count()
         refresh = call.kernels.refresh
-        if not _usual(grad_loss) or (refresh is not None and _is_batched(grad_loss)):
+        if not _usual(grad_loss) or (refresh is not None and is_batched(grad_loss)):
             tensors = ctx.saved_tensors[count + call.kernels.kept :]
             return _placed(call, _unusual(call, False, tensors, None, (grad_loss,)))
         if refresh is not None:
@@ -146,7 +144,7 @@ class _LossWithGradients(torch.autograd.Function):
         try:
             upstream = grad_loss.item()
         except RuntimeError:
-            if not _is_batched(grad_loss):
+            if not is_batched(grad_loss):
                 raise
             return _placed(call, _unusual(call, False, ctx.saved_tensors[count:], None, (grad_loss,)))
         # 0 * inf would be NaN in rows that are not read, whose gradient is 0 whatever comes.
@@ -210,7 +208,7 @@ class _SoftmaxLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> Any:
         call: Call = ctx.call
         saved, *tensors = ctx.saved_tensors
-        if not _usual(grad_loss) or _is_batched(grad_loss):
+        if not _usual(grad_loss) or is_batched(grad_loss):
             return _placed(call, _unusual(call, False, tensors, saved, (grad_loss,)))
         return _placed(call, _by_kernels(call, tensors, saved, (grad_loss, None, None, None)))
 
@@ -235,7 +233,7 @@ class _SoftmaxStats(torch.autograd.Function):
         given = [g for g in upstream if g is not None]
         if not given:
             return (None,) * (1 + len(tensors))
-        if not _usual(given[0]) or any(map(_is_batched, given)):
+        if not _usual(given[0]) or any(map(is_batched, given)):
             return _placed(call, _unusual(call, True, tensors, saved, upstream))
         return _placed(call, _by_kernels(call, tensors, saved, upstream))
 

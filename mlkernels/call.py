@@ -22,6 +22,7 @@ from .checks import (
     check_normalizer,
     check_number,
     check_parameter,
+    check_plain,
     check_range,
     check_reduction,
     check_row_weight,
@@ -275,6 +276,8 @@ def _check_tensors(spec: Spec, tensors: dict[int, Tensor], input: Tensor, target
     on_host = input.is_cpu and not tracing.traced(input)
     for (slot, name), word in zip(spec.slots, spec.words, strict=True):
         tensor = tensors.get(slot)
+        if tensor is not None and type(tensor) not in PLAIN_TENSORS:
+            check_plain(word, tensor, f"fully_shard makes it one within forward(); else {word}.full_tensor()")
         if slot not in spec.tables and tensor is not None:
             tensors[slot] = check_parameter(word, tensor, input, target)
             _check_value(slot, name, word, tensor, on_host)

@@ -374,6 +374,7 @@ def check_class_vector(name: str, value: Tensor, input: Tensor | None = None, cl
     if not isinstance(value, Tensor):
         raise wrong_type(name, f"a floating tensor of shape {wanted}", value)
     check_floating(name, value)
+    check_plain(name, value, f"pass {name}.full_tensor()")
     if input is not None and value.device != input.device:
         raise ValueError(f"{name} must be on input's device {input.device}, got {value.device}")
     if value.dim() != 1 or (classes is not None and value.shape[0] != classes):

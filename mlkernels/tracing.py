@@ -8,6 +8,8 @@ from torch.autograd import forward_ad
 
 # The level of the torch.func transform (grad, vmap, jvp, ...) that is running, or None; kernels are opaque to those.
 functorch_level = torch._C._functorch.maybe_current_level
+#: Whether it is many tensors, as is_grads_batched=True sends them, which is no level of torch.func.
+is_batched = torch._C._functorch.is_legacy_batchedtensor
 modes = torch._C._len_torch_dispatch_stack
 PLAIN_TENSORS = frozenset({Tensor, torch.nn.Parameter})
 

@@ -22,7 +22,8 @@ from table import BY_NAME, F64, LOSSES
 from test_linear import OPTIONS, leaves_of, unfused
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.parallel import DistributedDataParallel
 
 import mlkernels
@@ -344,8 +345,15 @@ def copied_and_compiled(group: dist.ProcessGroup) -> None:
     agrees(copy.deepcopy(head)(x[own], target[own]), loss)
     if dist.get_world_size(group) == 2:
         agrees(torch.compile(head, backend="eager")(x[own], target[own]), loss)
-    with pytest.raises(RuntimeError, match=r"no torch\.func transforms"):
-        torch.func.grad(lambda features: head(features, target[own]))(x[own])
+    features = x[own].requires_grad_()
+    run = lambda features: head(features, target[own])
+    for record in (torch.func.grad(run), make_fx(run), make_fx(lambda features: head.topk(features, 2))):
+        with pytest.raises(RuntimeError, match=r"^class-parallel heads know no torch\.func transforms.* no make_fx"):
+            record(features)
+    with pytest.raises(RuntimeError, match=r"^class-parallel heads have no backward for many upstream gradients"):
+        torch.autograd.grad(run(features), features, torch.arange(3.0, dtype=F64), is_grads_batched=True)
+    with pytest.raises(RuntimeError, match=r"^class-parallel heads have no second-order gradients"):
+        torch.autograd.grad(run(features), features, create_graph=True)
 
 
 def sharded_tensors(group: dist.ProcessGroup) -> None:
@@ -354,11 +362,18 @@ def sharded_tensors(group: dist.ProcessGroup) -> None:
     mesh = DeviceMesh.from_group(group, "cpu")
     shard = lambda tensor: DTensor.from_local(tensor, mesh, [Shard(0)])
     head, ones = mlkernels.linear_cross_entropy, torch.ones(ROWS)
+    gamma, of_classes = (
+        DTensor.from_local(t, mesh, [Replicate()]) for t in (torch.tensor(2.0, dtype=F64), torch.ones(CLASSES))
+    )
+    split = distribute_tensor(torch.ones(ROWS, CLASSES, dtype=F64), mesh, [Shard(1)])
     for name, call in {
         "input": lambda: head(shard(x), weight, target),
         "linear_weight": lambda: head(x, shard(weight), target),
         "linear_bias": lambda: head(x, weight, target, linear_bias=DTensor.from_local(bias, mesh, [Replicate()])),
         "target": lambda: head(x, weight, shard(target)),
+        "gamma": lambda: mlkernels.focal_loss(split, target, gamma=gamma),
+        "weight": lambda: mlkernels.cross_entropy(split, target, weight=of_classes),
+        "logit_adjustment": lambda: head(x, weight, target, logit_adjustment=of_classes),
         "row_weight": lambda: mlkernels.cross_entropy(x, target, row_weight=shard(ones)),
         "normalizer": lambda: mlkernels.cross_entropy(
             x, target, normalizer=DTensor.from_local(ones[0], mesh, [Replicate()])

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from table import BY_NAME, F64, LOSSES, TABLES
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -396,6 +397,32 @@ def test_what_heads_cannot_do_they_refuse(reduction):
         torch.func.grad(lambda x: linear_cross_entropy(x, weight, target))(x)
     with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode"):
         linear_cross_entropy(torch.autograd.forward_ad.make_dual(x.detach(), x.detach()), weight, target)
+    for kind in ({"sample": 7}, {"tile_update": mlkernels.TileSGD(0.1)}):
+        head = mlkernels.LinearLoss(mlkernels.FocalLoss(reduction=reduction), WIDTH, CLASSES, dtype=F64, **kind)
+        with pytest.raises(RuntimeError, match=r"a head with tile_update= or sample= .* make_fx"):
+            make_fx(functools.partial(head, target=target))(x)
+    again = lambda x: torch.autograd.grad(linear_cross_entropy(x, weight, target).exp(), x, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="no second-order gradients"):
+        make_fx(again)(x)
+
+
+def test_many_upstream_gradients_at_a_time():
+    """Where a reduced loss has its gradients already they are multiplied, also by tangents; else that is refused."""
+    x, weight, _, target = problem(bias=False)
+    ups = torch.tensor([0.5, 1.0, float("inf")], dtype=F64)
+    loss = linear_cross_entropy(x, weight, target)
+    wanted = [torch.autograd.grad(loss, (x, weight), up, retain_graph=True) for up in ups]
+    found = torch.autograd.grad(loss, (x, weight), ups, is_grads_batched=True, retain_graph=True)
+    for ours, theirs in zip(found, zip(*wanted, strict=True), strict=True):
+        assert torch.equal(ours, torch.stack(theirs))
+    with torch.autograd.forward_ad.dual_level():
+        (grad,) = torch.autograd.grad(loss, x, torch.autograd.forward_ad.make_dual(ups[1], ups[0]))
+        assert torch.equal(torch.autograd.forward_ad.unpack_dual(grad).tangent, wanted[0][0])
+    none = linear_cross_entropy(x, weight, target, reduction="none")
+    with pytest.raises(RuntimeError, match=r"heads have no backward for many .*: is_grads_batched=False"):
+        torch.autograd.grad(none, x, torch.eye(ROWS, dtype=F64), is_grads_batched=True, retain_graph=True)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="nor for one with a tangent"):
+        torch.autograd.grad(none, x, torch.autograd.forward_ad.make_dual(none.detach(), none.detach()))
 
 
 def test_a_kept_graph_gives_gradients_that_may_be_written_into():

@@ -34,6 +34,20 @@ def _statistics(backend):
     return function, (torch.arange(ROWS) % CLASSES,), (torch.randn(ROWS, CLASSES),)
 
 
+def _head(reduction, backend):
+    def function(labels, x, weight, margin):
+        labels = labels[0].masked_fill(labels[0] == 3, -100)
+        return mlkernels.linear_softmax_loss(
+            x, weight, labels, normalize=True, compact=True,
+            loss=lambda f, y: mlkernels.arcface_loss(
+                f, y, margin=margin, scale=4.0, reduction=reduction, backend=backend
+            ),
+        )  # fmt: skip
+
+    tensors = (torch.randn(ROWS, 3), torch.randn(CLASSES, 3), torch.tensor(0.3))
+    return function, (torch.arange(ROWS) % CLASSES,), tensors
+
+
 def _lgm(labels, x, means, log_variance, alpha):
     return mlkernels.lgm_loss(x, labels[0], means, log_variance=log_variance, alpha=alpha)
 
@@ -54,9 +68,24 @@ def _beside(name):
     }[name]
 
 
-FAMILY = ("cross_entropy-mean", "two_scale_margin_modulated-mean", "piecewise_groups-none", "statistics")
+FAMILY = (
+    "cross_entropy-mean",
+    "two_scale_margin_modulated-mean",
+    "piecewise_groups-none",
+    "statistics",
+    "head-mean",
+    "head-none",
+)
 BESIDE = ("center", "lgm", "multi_margin", "soft", "metrics")
-CASES = [*(f"{name}-{backend}" for name in FAMILY for backend in usable_backends()), *BESIDE]
+CASES = [
+    *(
+        f"{name}-{backend}"
+        for name in FAMILY
+        for backend in usable_backends()
+        if (name[:4], backend) != ("head", "cuda")
+    ),
+    *BESIDE,
+]
 
 
 def case(name):
@@ -64,6 +93,8 @@ def case(name):
     if name in BESIDE:
         return _beside(name)
     first, *others, backend = name.split("-")
+    if first == "head":
+        return _head(*others, backend)
     return _statistics(backend) if first == "statistics" else _family(first, *others, backend)
 
 
@@ -99,27 +130,34 @@ def test_recorded_by_make_fx(name):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", usable_backends())
-def test_recorded_with_real_tensors(backend):
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith(("cross_entropy", "head-mean"))])
+def test_recorded_with_real_tensors(name):
     """Real numbers are there, but the record is for others; of a backward alone, too."""
-    function, labels, tensors = case(f"cross_entropy-mean-{backend}")
+    function, labels, tensors = case(name)
     played = make_fx(step(function), tracing_mode="real")(labels, *tensors)
     others = [1.1 * t for t in tensors]
     for found, wanted in zip(played(labels, *others), step(function)(labels, *others), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     leaves = [t.requires_grad_() for t in tensors]
-    value = function(labels, *leaves)
+    value = function(labels, *leaves).sum()
     backward = lambda up: torch.autograd.grad(value, leaves, up, retain_graph=True)
     played = make_fx(backward)(torch.tensor(1.0))
     for found, wanted in zip(played(torch.tensor(2.5)), backward(torch.tensor(2.5)), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["cross_entropy-mean", "two_scale_margin_modulated-mean"])
-@pytest.mark.parametrize("backend", usable_backends()[1:])
-def test_compiled_autograd(name, backend):
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name in CASES
+        if name.startswith(("cross_entropy-mean", "two_scale_margin_modulated-mean", "head-mean"))
+        and not name.endswith("reference")
+    ],
+)
+def test_compiled_autograd(name):
     """The backward of an eager forward is compiled: nothing that the forward made may become a constant of it."""
-    function, labels, tensors = case(f"{name}-{backend}")
+    function, labels, tensors = case(name)
     torch._dynamo.reset()
     for factor in (1.0, 1.2, 0.7):
         leaves = [(factor * t).requires_grad_() for t in tensors]

@@ -13,6 +13,7 @@ from test_linear import OPTIONS, leaves_of
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import loss_parallel
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import mlkernels
 from mlkernels.distributed import class_parallel_softmax_loss, communication
@@ -136,8 +137,13 @@ def vocabulary_parallel_tensors(group: dist.ProcessGroup) -> None:
         part = found.detach().to_local()
         compiled = torch.compile(class_parallel_softmax_loss, backend="eager")
         agrees(compiled(part, target, num_classes=CLASSES, process_group=group), plain)
-    with pytest.raises(RuntimeError, match=r"^slices of logits know no torch\.func transforms"):
-        torch.func.grad(lambda f: class_parallel_softmax_loss(f, target, num_classes=CLASSES))(logits)
+    run = lambda f: class_parallel_softmax_loss(f, target, num_classes=CLASSES)
+    for record in (torch.func.grad(run), make_fx(run)):
+        with pytest.raises(RuntimeError, match=r"^slices of logits know no torch\.func transforms.* no make_fx"):
+            record(logits)
+    loss = mlkernels.cross_entropy(found, target)
+    with pytest.raises(RuntimeError, match=r"^losses on slices of logits have no backward for many upstream gradients"):
+        torch.autograd.grad(loss, found, torch.arange(3.0), is_grads_batched=True, retain_graph=True)
     with pytest.raises(TypeError, match=r"^input takes a plain tensor, got a DTensor .*Shard\(dim=0\)"):
         mlkernels.cross_entropy(distribute_tensor(logits, mesh, [Shard(0)]), target)
     with pytest.raises(ValueError, match=r"^target must be on all ranks that share the classes"):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..backends import reference
 from ..backends.reference import Rows
+from ..tracing import traced
 from . import agreement
 
 #: torch 2.13 has a new name for it, and warns of the old one.
@@ -156,6 +157,15 @@ class Group:
             total = piece if total is None else reference.combine(total, piece, scales)
         assert total is not None
         return total, target
+
+
+def check_untraced(what: str, *tensors: Any) -> None:
+    """Whether there are numbers to exchange: where there are none, there are none on all ranks."""
+    if not torch.compiler.is_compiling() and traced(*(t for t in tensors if isinstance(t, Tensor))):
+        raise RuntimeError(
+            f"{what} no torch.func transforms, no fake tensors and no make_fx: ranks exchange numbers, of which there "
+            "are none then"
+        )
 
 
 _groups: WeakKeyDictionary[dist.ProcessGroup, Group] = WeakKeyDictionary()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..backends import reference
 from ..backends.reference import Rows, Values
-from ..linear.autograd import later, makes_at_once, scaled
+from ..linear.autograd import check_upstream, later, makes_at_once, scaled
 from ..linear.loop import SCALES, Call, Head, Known, Wanted, along_length, forward, lengths
 from ..numbering import IGNORE_INDEX, REDUCTION, Reduction, Slot
 from .group import Group, padded, slices
@@ -159,8 +159,7 @@ class _ClassParallelLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError("heads have no second-order gradients")
+        check_upstream(upstream, "class-parallel heads have")
         call: Call = ctx.call
         shard: Shard = ctx.shard
         wanted: Wanted = ctx.wanted

@@ -22,9 +22,8 @@ from ..linear.plan import Cut
 from ..linear.sampling import ClassSampler, Correction, check_sample
 from ..linear.update import TileSGD, TileUpdate
 from ..softmax import RowStats
-from ..tracing import functorch_level
 from . import agreement, weights
-from .group import Group, Traffic, offsets, padded
+from .group import Group, Traffic, check_untraced, offsets, padded
 from .logits import ShardedLogits
 
 #: A classifier's weight, or a part of it, or a file that has one.
@@ -180,8 +179,7 @@ class ClassParallelLoss(nn.Module):
         """The loss of this rank's (..., D) features and labels; ``per_call`` goes to the loss (``logit_norm``,
         ``norm``, ``group``, ``row_weight``, ``normalizer``), but for ``return_stats``. To be called on all ranks, also
         by one that has no rows."""
-        if functorch_level() is not None:
-            raise RuntimeError("heads know no torch.func transforms: take the logits' functions")
+        check_untraced("class-parallel heads know", input, target)
         meet = self._called
         if torch.compiler.is_compiling():
             meet = torch.compiler.disable(meet)  # a graph break: collectives and the loop are no graph
@@ -219,6 +217,7 @@ class ClassParallelLoss(nn.Module):
         """The k largest logits of each of this rank's rows over the classes of all ranks, and these classes, (..., k)
         each, largest first; on all ranks, k and the width alike."""
         group = self._group
+        check_untraced("class-parallel heads know", input)
         with group.telling():
             check_input(input)
             if input.shape[-1:] != (self.in_features,):

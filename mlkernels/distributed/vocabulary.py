@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from ..backends import reference
 from ..checks import accumulated, check_input, check_plain, wrong_type
-from ..linear.autograd import has_hooks, later
+from ..linear.autograd import check_upstream, has_hooks, later
 from ..linear.functional import loss_of
 from ..linear.logits import by_rows
 from ..linear.loop import Call, Head, Known, Sums, Wanted, forward, kept_rows
@@ -26,9 +26,9 @@ from ..linear.plan import TILE, Plan
 from ..numbering import TRAINABLE
 from ..softmax import RowStats
 from ..spec import BackendName
-from ..tracing import functorch_level, is_dual
+from ..tracing import is_dual
 from . import agreement
-from .group import Group, group_of
+from .group import Group, check_untraced, group_of
 from .logits import PartLogits
 from .loop import PartHead
 
@@ -116,8 +116,7 @@ class _SlicedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError("losses on slices of logits have no second-order gradients")
+        check_upstream(upstream, "losses on slices of logits have")
         call: Call = ctx.call
         logits, target, *rest = ctx.saved_tensors
         params, numbers = rest[: len(call.slots)], iter(rest[len(call.slots) :])
@@ -182,7 +181,7 @@ class SlicedLogits(PartLogits):
     ) -> tuple[Tensor, RowStats | None]:
         pieces = pieces_for(target.device, backend)
         if forward_ad._current_level >= 0 and any(map(is_dual, (self.input, *params))):
-            raise RuntimeError("slices of logits know no forward-mode AD")
+            raise RuntimeError("slices of logits know no forward-mode AD: take the loss of whole logits")
         self.visits += 1
         accumulate = accumulated(self.input.dtype)
         flat, per_row = by_rows(numbers, params, tables)
@@ -242,12 +241,6 @@ def offsets_of(slices: Sequence[Sequence[int]], classes: int) -> list[int]:
     return [begin for _, begin in slices]
 
 
-def check_untransformed() -> None:
-    """What is exchanged has no values there, and all ranks are in the same one."""
-    if functorch_level() is not None:
-        raise RuntimeError("slices of logits know no torch.func transforms")
-
-
 def of_dtensor(logits: Tensor, target: Tensor) -> tuple[SlicedLogits | Tensor, Tensor]:
     """What a loss is called with where its logits are a DTensor that is split by classes; others stay what they are."""
     if not isinstance(logits, DTensor) or logits.dim() < 2:
@@ -256,7 +249,7 @@ def of_dtensor(logits: Tensor, target: Tensor) -> tuple[SlicedLogits | Tensor, T
     split = [dim for dim, placement in enumerate(placements) if type(placement) is Shard and placement.dim == 1]
     if len(split) != 1 or not all(p.is_replicate() for dim, p in enumerate(placements) if dim != split[0]):
         return logits, target
-    check_untransformed()
+    check_untraced("slices of logits know", logits, target)
     if isinstance(target, DTensor):
         if not all(placement.is_replicate() for placement in target.placements):
             raise ValueError(f"target must be on all ranks that share the classes, got {target.placements}")
@@ -343,7 +336,7 @@ def class_parallel_softmax_loss(
     """
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError("class_parallel_softmax_loss needs torch.distributed: call init_process_group() first")
-    check_untransformed()
+    check_untraced("slices of logits know", logits, target)
     call = _called
     if torch.compiler.is_compiling():
         call = torch.compiler.disable(call)

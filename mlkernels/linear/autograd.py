@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..backends import reference
 from ..backends.reference import Finished, Rows
 from ..spec import REDUCTION, TRAINABLE, Reduction
+from ..tracing import functorch_level, is_batched, is_dual, traced
 from .loop import Call, Head, Known, Sums, Wanted, add_chunk, chunk_coefficients, forward, upstream_of
 
 _saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
@@ -27,6 +29,32 @@ def makes_at_once(call: Call, wanted: Wanted) -> bool:
 def has_hooks() -> bool:
     """Whether saved tensors are somebody else's, who recomputes or moves them."""
     return _saved_tensors_hooks(False) is not None
+
+
+#: What those do who need more of autograd than there is.
+WHOLE = "take the loss of whole logits, loss(F.linear(input, weight), target)"
+
+
+def check_upstream(upstream: Sequence[Tensor | None], what: str, scales: bool = False) -> None:
+    """Whether a backward is one of those that there are.
+
+    scales: the gradients are there, and are multiplied: then upstream ones may come many at a time, or with a tangent.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{what} no second-order gradients: {WHOLE}, or create_graph=False")
+    if not scales and _looks_within(upstream):
+        raise RuntimeError(
+            f"{what} no backward for many upstream gradients at a time, nor for one with a tangent: "
+            f"is_grads_batched=False, vectorize=False; or {WHOLE}"
+        )
+
+
+def _looks_within(upstream: Sequence[Tensor | None]) -> bool:
+    """Whether upstream gradients hold more than their values: is_grads_batched=True, vmap, forward-mode AD."""
+    given = [g for g in upstream if g is not None]
+    if functorch_level() is not None or any(map(is_batched, given)):
+        return True
+    return forward_ad._current_level >= 0 and any(map(is_dual, given))
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -64,10 +92,7 @@ class _LinearLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "heads have no second-order gradients: take the logits' function of x @ W.T, or create_graph=False"
-            )
+        check_upstream(upstream, "heads have", ctx.at_once)
         call: Call = ctx.call
         wanted: Wanted = ctx.wanted
         if call.update is not None:
@@ -122,7 +147,7 @@ def chunks_of(head: Head, known: Known, upstream: Sequence[Tensor | None]) -> It
 
 def scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
     """A gradient made for an upstream of 1, for another; rows that are not read keep their 0 whatever comes."""
-    if upstream.device.type == "cpu":
+    if upstream.device.type == "cpu" and not (traced(upstream) or _looks_within([upstream])):
         factor = upstream.item()
         if factor == 1:
             # Whose it is may write into it; another backward needs it.

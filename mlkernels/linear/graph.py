@@ -17,7 +17,7 @@ from ..backends import reference
 from ..backends.reference import Rows
 from ..checks import accumulated, check_indices
 from ..numbering import IGNORE_INDEX, REDUCTION, TRAINABLE, Reduction, ScaleKind, Slot, slots_of, structure_of
-from .autograd import later
+from .autograd import check_upstream, later
 from .loop import Call, Head, Known, Wanted, forward, planned
 from .pieces import pieces_for
 from .plan import Cut
@@ -193,9 +193,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
 
 def _backward(ctx: Any, upstream: Sequence[Tensor | None]) -> Any:
     needs = ctx.rest[-1]
+    check_upstream(upstream, "heads have", True)  # dispatch answers for what is batched
     if ctx.at_once:
         grad = upstream[0]
-        found = [torch.zeros_like(g) if grad is None else torch.where(g == 0, 0, g * grad) for g in ctx.saved_tensors]
+        found = [torch.zeros_like(g) if grad is None else (g * grad).masked_fill(g == 0, 0) for g in ctx.saved_tensors]
     else:
         x, weight, bias, target, *others = ctx.saved_tensors
         *params, reals, whole = others

@@ -14,9 +14,9 @@ from ..checks import accumulated
 from ..numbering import IGNORE_INDEX, slots_of
 from ..softmax import ProductLogits, RowStats
 from ..spec import BackendName, Slot
-from ..tracing import functorch_level, is_dual
+from ..tracing import functorch_level, is_dual, traced
 from . import graph
-from .autograd import has_hooks, linear_loss
+from .autograd import WHOLE, has_hooks, linear_loss
 from .loop import Call, planned
 from .pieces import pieces_for
 from .plan import DEFAULT, Cut
@@ -90,13 +90,21 @@ class LinearLogits(ProductLogits):
         backend: BackendName | None,
     ) -> tuple[Tensor, RowStats | None]:
         """The loss and its row statistics, in the shape of target."""
-        if torch.compiler.is_compiling() and self.graphs():
-            return self.in_graph(target, numbers, params, tables, return_stats, backend)
-        pieces = pieces_for(target.device, backend)
         x, weight, bias = self.input, self.weight, self.bias
-        given = [t for t in (x, weight, bias, *params) if t is not None]
-        if functorch_level() is not None or (forward_ad._current_level >= 0 and any(map(is_dual, given))):
-            raise RuntimeError("heads know no torch.func transforms and no forward-mode AD: take the logits' functions")
+        given = [t for t in (x, weight, bias, target, *params) if t is not None]
+        compiled = torch.compiler.is_compiling()
+        if not compiled and (
+            functorch_level() is not None or (forward_ad._current_level >= 0 and any(map(is_dual, given)))
+        ):
+            raise RuntimeError(f"heads know no torch.func transforms and no forward-mode AD: {WHOLE}")
+        if traced(*given) and self.graphs():
+            return self.in_graph(target, numbers, params, tables, return_stats, backend)
+        if traced(*given) and not compiled:
+            raise RuntimeError(
+                "a head with tile_update= or sample= looks at numbers as it runs, which fake tensors and those that "
+                "make_fx records do not show: trace it without"
+            )
+        pieces = pieces_for(target.device, backend)
         self.visits += 1
         with_stats = return_stats or self.return_stats
         accumulate = accumulated(x.dtype)

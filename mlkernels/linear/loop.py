@@ -239,7 +239,7 @@ class Head:
         if self.factors is None:
             return self.scattered(along_length(gradient, self.x, self.length))
         direction = self.x * self.factors[0].unsqueeze(1)
-        return gradient - (gradient * direction).sum(1, keepdim=True) * direction
+        return self.scattered(gradient - (gradient * direction).sum(1, keepdim=True) * direction)
 
     def scattered(self, rows: Tensor, fill: float = 0) -> Tensor:
         """Results of the rows that were left at the places of all."""
