@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Never
 
-from . import softmax
+from . import buffers, softmax
 from .backends.reference import full_precision
 from .call import Common, Options, check_loss
 from .checks import (
@@ -137,15 +139,74 @@ def class_logits(x: Tensor, mu: Tensor, log_var: Tensor | None) -> tuple[Tensor,
     origin = mu.detach().mean(0)
     x, mu = x - origin, mu - origin
     if log_var is None:
-        distance = torch.addmm(0.5 * mu.square().sum(1), x, mu.t(), alpha=-1) + 0.5 * x.square().sum(1, keepdim=True)
-        return -distance.clamp(min=0), None
+        squares = 0.5 * mu.square().sum(1), 0.5 * x.square().sum(1, keepdim=True)
+        return _logits(*squares, x, mu, -1, None), None
     precision = torch.exp(-log_var)
     scaled = precision * mu
     rows = torch.cat((x.square(), x), 1)
     columns = torch.cat((0.5 * precision, -scaled), 1)
-    distance = torch.addmm(0.5 * (scaled * mu).sum(1), rows, columns.t())
     half_log_det = 0.5 * log_var.sum(1)
-    return -distance.clamp(min=0) - half_log_det, half_log_det
+    return _logits(0.5 * (scaled * mu).sum(1), None, rows, columns, 1, half_log_det), half_log_det
+
+
+def _logits(
+    by_class: Tensor, by_row: Tensor | None, rows: Tensor, columns: Tensor, sign: int, half_log_det: Tensor | None
+) -> Tensor:
+    """-max(by_class + by_row + sign rows columns^T, 0) - half_log_det."""
+    if buffers.serves(len(rows) * len(columns) * rows.element_size(), rows, columns):
+        return _kept_logits(by_class, by_row, rows, columns, sign, half_log_det)
+    distance = torch.addmm(by_class, rows, columns.t(), alpha=sign)
+    if by_row is not None:
+        distance = distance + by_row
+    logits = -distance.clamp(min=0)
+    return logits if half_log_det is None else logits - half_log_det
+
+
+class _Logits(torch.autograd.Function):
+    """The same to the bit, in place and in memory that is kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        by_class: Tensor,
+        by_row: Tensor | None,
+        rows: Tensor,
+        columns: Tensor,
+        sign: int,
+        half_log_det: Tensor | None,
+    ) -> Tensor:
+        out = buffers.empty(rows, (len(rows), len(columns)))
+        torch.addmm(by_class, rows, columns.t(), alpha=sign, out=out)
+        if by_row is not None:
+            out += by_row
+        clamped = torch.lt(out, 0, out=buffers.empty(rows, out.shape, torch.bool))
+        out.clamp_(min=0).neg_()
+        if half_log_det is not None:
+            out -= half_log_det
+        ctx.save_for_backward(rows, columns, clamped)
+        ctx.sign, ctx.terms = sign, (by_row is not None, half_log_det is not None)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        rows, columns, clamped = ctx.saved_tensors
+        kept = not torch.is_grad_enabled() and buffers.serves(upstream.nbytes, upstream)
+        room = {"out": buffers.empty(upstream, upstream.shape)} if kept else {}
+        # By minus the distance: its sign is the last to be taken.
+        by = torch.where(clamped, upstream.new_zeros(()), upstream, **room)
+        has_row, has_det = ctx.terms
+        wanted = ctx.needs_input_grad
+        return (
+            -by.sum(0) if wanted[0] else None,
+            -by.sum(1, keepdim=True) if has_row and wanted[1] else None,
+            by @ columns * -ctx.sign if wanted[2] else None,
+            by.t() @ rows * -ctx.sign if wanted[3] else None,
+            None,
+            -upstream.sum(0) if has_det and wanted[5] else None,
+        )
+
+
+_kept_logits: Callable[..., Tensor] = _Logits.apply
 
 
 def _check(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Never
 
+from . import buffers
 from .checks import check_class_vector, check_indices, check_number, check_reduction, check_tensors, unknown_keywords
 from .loss_module import Loss
 from .spec import ReductionName
@@ -59,15 +63,60 @@ def multi_margin_loss(
     margin = _check(p, margin, reduction)
     classes = input.shape[-1]
     check_indices("target", target, classes)
-    logits = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+    accumulate = torch.float64 if input.dtype == torch.float64 else torch.float32
     if weight is not None:
         check_class_vector("weight", weight, input, classes)
-        weight = weight.to(logits.dtype)
+        weight = weight.to(accumulate)
     label = target.long()
     legal = (label >= 0) & (label < classes)
-    rows = F.multi_margin_loss(logits, torch.where(legal, label, 0), int(p), margin, weight, reduction="none")
+    y = torch.where(legal, label, 0)
+    kept = input.requires_grad and torch.is_grad_enabled() and buffers.serves(input.nbytes, input)
+    if kept and not (weight is not None and weight.requires_grad):
+        rows = _kept_rows(input, y, int(p), margin, weight)
+    else:
+        rows = F.multi_margin_loss(input.to(accumulate), y, int(p), margin, weight, reduction="none")
     rows = (rows * torch.where(legal, 1.0, torch.nan).to(rows.dtype)).reshape(shape)
     return rows if reduction == "none" else rows.mean() if reduction == "mean" else rows.sum()
+
+
+class _MultiMargin(torch.autograd.Function):
+    """torch's row losses, whose N x C lie in memory that is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, label: Tensor, p: int, margin: float, weight: Tensor | None) -> Tensor:
+        ctx.save_for_backward(input, label, weight)
+        ctx.options = p, margin
+        rows: Tensor = torch.ops.aten.multi_margin_loss(_accumulated(input), label, p, margin, weight, _NONE)
+        return rows
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        input, label, weight = ctx.saved_tensors
+        p, margin = ctx.options
+        again = torch.is_grad_enabled()
+        if again or not buffers.serves(input.nbytes, input, upstream):
+            with torch.enable_grad():
+                rows = F.multi_margin_loss(input.to(upstream.dtype), label, p, margin, weight, reduction="none")
+            return *torch.autograd.grad(rows, input, upstream, create_graph=again), None, None, None, None
+        logits = _accumulated(input)
+        gradient = buffers.empty(logits, logits.shape)
+        torch.ops.aten.multi_margin_loss_backward.grad_input(
+            upstream, logits, label, p, margin, weight, _NONE, grad_input=gradient
+        )
+        if gradient.dtype != input.dtype:
+            gradient = buffers.empty(input, input.shape).copy_(gradient)
+        return gradient, None, None, None, None
+
+
+_kept_rows: Callable[..., Tensor] = _MultiMargin.apply
+_NONE = 0  # torch's number of reduction="none"
+
+
+def _accumulated(input: Tensor) -> Tensor:
+    """Half logits in float32."""
+    if input.dtype in (torch.float32, torch.float64):
+        return input
+    return buffers.empty(input, input.shape, torch.float32).copy_(input)
 
 
 def _check(p: int, margin: float, reduction: ReductionName) -> float:

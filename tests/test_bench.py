@@ -24,7 +24,7 @@ from bench.__main__ import _options as parse
 from bench.cases import LOSSES, MODES, Problem, floor_bytes, make_inputs
 from bench.measure import Key, Plan, Run, Timing
 from bench.report import Outcome, Report, check, text
-from mlkernels import backends, call
+from mlkernels import backends, buffers, call
 from mlkernels.backends.triton import arguments, rows, tiles
 
 ROOT = Path(__file__).parent.parent
@@ -168,6 +168,7 @@ def test_edges_are_where_the_kernels_have_them():
 
     grain, per_row = (number("library_cpu.cpp", name) for name in ("GRAIN", "PER_ROW"))
     kept, streamed = number("cpu/buffers.h", "BUFFER_FROM"), number("library_cpu.cpp", "STREAM_FROM")
+    assert kept == buffers.BUFFER_FROM
     vectors, in_place = number("cpu/kernels.cpp", "LONG_ROW"), number("cpu/kernels.cpp", "SHORT_ROW")
     fetched = number("cpu/kernels.cpp", "ROW_IN_CACHE")
     crossed = 0

@@ -100,6 +100,17 @@ def test_small_gradients_are_not_kept():
     assert mlkernels.empty_cache() == 0
 
 
+def test_losses_of_torchs_own_functions_too():
+    target = torch.randint(4096, (ROWS,))
+    rows, means = torch.randn(ROWS, 2).requires_grad_(), torch.randn(4096, 2).requires_grad_()
+    mlkernels.lgm_loss(rows, target, means).backward()
+    assert mlkernels.empty_cache() == 2 * 8 * MB  # logits and their gradient, then two gradients; the mask is 2 MB
+    input = torch.randn(ROWS, 4096, dtype=torch.bfloat16).requires_grad_()
+    mlkernels.multi_margin_loss(input, target).backward()
+    input.grad = None
+    assert mlkernels.empty_cache() == (8 + 8 + 4) * MB  # logits in float32 and two gradients
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_layouts(dtype):
     input = torch.randn(2, 6, 512, 400).to(dtype)

@@ -7,6 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mlkernels
+from mlkernels import buffers
+from mlkernels.backends import native
 
 F64 = torch.float64
 N, C, D = 7, 4, 3
@@ -223,3 +225,38 @@ def test_inputs_are_left_alone():
     mlkernels.lgm_loss(x, target, means, log_variance=log_variance, weight=weight).backward()
     for tensor, copy in zip((x.detach(), target, means, log_variance, weight), before, strict=True):
         assert torch.equal(tensor, copy)
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_kept_memory_changes_no_bit(diagonal, monkeypatch):
+    """What large calls do in place, and twice differentiable, batched and retained all the same."""
+    if native.cpu_missing:
+        pytest.skip(native.cpu_missing)
+    torch.default_generator.manual_seed(0)
+    means = torch.randn(9, 4).requires_grad_()
+    x = (1e3 * torch.randn(7, 4)).requires_grad_()
+    with torch.no_grad():
+        x[:5] = means[:5]  # distances around 0, some of them below
+    target = torch.tensor([0, 1, 2, 3, 4, 8, -100])
+    log_variance = (0.1 * torch.randn(9, 4)).requires_grad_() if diagonal else None
+    leaves = [x, means, *([log_variance] if diagonal else [])]
+
+    def go():
+        loss = mlkernels.lgm_loss(x, target, means, log_variance=log_variance, reduction="none")
+        first = torch.autograd.grad(loss, leaves, torch.linspace(0.5, 2, 7), retain_graph=True)
+        batch = torch.autograd.grad(loss, leaves, torch.eye(7), is_grads_batched=True, retain_graph=True)
+        twice = torch.autograd.grad(loss.sum(), x, create_graph=True)[0].square().sum()
+        return loss.detach(), *first, *batch, *torch.autograd.grad(twice, leaves)
+
+    made = []
+    real = buffers.empty
+    monkeypatch.setattr(buffers, "empty", lambda *of: made.append(of) or real(*of))
+    wanted = go()
+    assert not made
+    monkeypatch.setattr(buffers, "BUFFER_FROM", 0)
+    for got, expected in zip(go(), wanted, strict=True):
+        assert torch.equal(got, expected)
+    assert len(made) == 4  # logits, what was clamped, and the gradient twice
+    x64, m64 = x.detach()[5:].double().requires_grad_(), means.detach().double().requires_grad_()
+    of_leaves = lambda x, m: mlkernels.lgm_loss(1e-3 * x, target[4:6], m)
+    assert torch.autograd.gradgradcheck(of_leaves, (x64, m64))

@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 
 import mlkernels
+from mlkernels import buffers
+from mlkernels.backends import native
 
 F64 = torch.float64
 N, C = 6, 5
@@ -98,3 +100,28 @@ def test_the_order_of_arguments_is_torchs():
     )
     module, peer = mlkernels.MultiMarginLoss(2, 0.5, weight), torch.nn.MultiMarginLoss(2, 0.5, weight)
     torch.testing.assert_close(module(x, y), peer(x, y))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, F64])
+def test_kept_memory_changes_no_bit(dtype, monkeypatch):
+    if native.cpu_missing:
+        pytest.skip(native.cpu_missing)
+    f, target, weight = torch.randn(N, C).to(dtype).requires_grad_(), torch.randint(C, (N,)), torch.rand(C)
+
+    def go():
+        loss = mlkernels.multi_margin_loss(f, target, 2, 0.7, weight, reduction="none")
+        first = torch.autograd.grad(loss, f, torch.linspace(0.5, 2, N, dtype=loss.dtype), retain_graph=True)[0]
+        graph = torch.autograd.grad(loss.sum(), f, create_graph=True)[0]
+        with pytest.raises(RuntimeError, match="not implemented"):
+            graph.sum().backward(retain_graph=True)
+        batch = torch.autograd.grad(loss, f, torch.eye(N, dtype=loss.dtype), is_grads_batched=True)[0]
+        return loss.detach(), first, graph.detach(), batch
+
+    made = []
+    real = buffers.empty
+    monkeypatch.setattr(buffers, "empty", lambda *of: made.append(of) or real(*of))
+    wanted = go()
+    assert not made
+    monkeypatch.setattr(buffers, "BUFFER_FROM", 0)
+    assert all(torch.equal(got, expected) for got, expected in zip(go(), wanted, strict=True))
+    assert len(made) == (4 if dtype == torch.bfloat16 else 1)
