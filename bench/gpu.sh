@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in calls that each end by themselves and leave three or four files in $OUT.
 #
-#   bench/gpu.sh first       at most 210 s: builds and stops if there is no library; every loss on tiny problems against
+#   bench/gpu.sh first       at most 210 s: builds and stops if there is no library; losses and heads, tiny, against
 #                            float64; the most valuable measurements; the kernel tests in the time that is left
 #   bench/gpu.sh second      at most 420 s: all measurements, most valuable first; Triton's tests; memcheck of CUDA
 #   bench/gpu.sh heads       at most 300 s: classifiers and losses in one, beside their peers and the three products
@@ -146,7 +146,7 @@ case $call in
         finish
         step machine 10 "versions, devices, backends" "$python" -m mlkernels
         step smoke-cuda 25 "every loss, tiny, against float64" "$python" -m bench.smoke $on --backends cuda
-        step smoke-triton 30 "the same" "$python" -m bench.smoke $on --backends triton
+        step smoke-triton 30 "the same, and heads cut in every way" "$python" -m bench.smoke $on --backends triton
         step measure-quick 50 "share of the copy bandwidth, smaller problems; JSON kept as it goes" \
             "$python" -m bench $on --quick --seconds 36 --out "$out"
         step tests 60 "the property table and what only a GPU shows, as far as the time goes" \

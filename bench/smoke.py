@@ -1,12 +1,13 @@
 """``python -m bench.smoke``: the first thing to run on a GPU that nobody knows, step by step, each against float64.
 
-Every loss and mode on problems so small that they take no time, one for each way that the kernels have to a row. A step
-that fails or is wrong is named, with the command that repeats it alone and what its error usually means; where it broke
-the device nothing can run after it, and the rest is left.
+Every loss and mode on problems so small that they take no time, one for each way that the kernels have to a row; heads
+cut in every way. A step that fails or is wrong is named, with the command that repeats it alone and what its error
+usually means; where it broke the device nothing can run after it, and the rest is left.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 import sys
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from mlkernels.ops import multi_copy_
 
+from . import smoke_heads
 from .ahead import SECONDS, compile_ahead, specialised
 from .cases import LOSSES, MODES, Problem, make_inputs
 from .measure import first_line
@@ -123,6 +125,59 @@ def copies(device: torch.device) -> str | None:
     return None
 
 
+class Broken(Exception):
+    """Nothing can run on the device any more."""
+
+
+class Account:
+    """How many steps ran, and how many of them failed; each of these is said."""
+
+    def __init__(self, device: torch.device, say: Callable[[str], None]):
+        self.device, self.say = device, say
+        self.ran = self.failed = 0
+
+    def attempt(self, what: object, again: str | None, step: Callable[[], str | None]) -> None:
+        """One step, which says what is wrong."""
+        self.ran += 1
+        try:
+            error = step()
+        except Exception as raised:
+            error = first_line(raised)
+        if error is not None:
+            self.failed += 1
+            self.say(f"FAILED {what}: {error}")
+            if self.failed == 1 and (words := advice(error)) is not None:
+                self.say(f"    usually {words}")
+            if again is not None:
+                self.say(f"    alone: {again}")
+        try:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+        except RuntimeError as raised:
+            self.failed = max(1, self.failed)  # an error that comes late is one all the same
+            late = first_line(raised)
+            self.say(f"the device is broken ({late}), nothing can run after that step; the rest is left")
+            raise Broken from raised
+
+    def losses(self, problem: str, name: str, backends: Sequence[str], modes: Sequence[str]) -> None:
+        """One loss on one problem."""
+        host = torch.device("cpu")
+        one = make_inputs(TINY[problem], losses(host)[name].cosines, self.device)
+        (input,) = one.leaves
+        exact = input.detach().cpu().double().requires_grad_()
+        reference = ours(host, "reference")[name]
+        for mode in modes:
+            wanted = results(reference, mode, exact, one.target.cpu(), one.upstream.cpu())
+            for by in backends:
+                step = Step(by, problem, name, mode)
+
+                def run(step: Step = step, wanted: Sequence[Tensor] = wanted) -> str | None:
+                    function = ours(self.device, step.by)[step.loss]
+                    return judge(step, results(function, step.mode, input, one.target, one.upstream), wanted)
+
+                self.attempt(step, step.again(), run)
+
+
 def smoke(
     device: torch.device,
     backends: Sequence[str],
@@ -130,64 +185,37 @@ def smoke(
     names: Sequence[str],
     modes: Sequence[str],
     say: Callable[[str], None],
+    heads: Sequence[str] = (),
 ) -> tuple[int, int]:
     """How many steps ran, and how many of them failed; each is said."""
-    ran = failed = 0
-
-    def report(what: str, error: str, again: str | None) -> None:
-        nonlocal failed
-        failed += 1
-        say(f"FAILED {what}: {error}")
-        if failed == 1 and (words := advice(error)) is not None:
-            say(f"    usually {words}")
-        if again is not None:
-            say(f"    alone: {again}")
-
-    def usable_still() -> bool:
-        nonlocal failed
-        try:
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-        except RuntimeError as error:
-            failed = max(1, failed)  # an error that comes late is one all the same
-            say(f"the device is broken ({first_line(error)}), nothing can run after that step; the rest is left")
-            return False
-        return True
-
-    host = torch.device("cpu")
-    for problem, loss in itertools.product(problems, names):
-        one = make_inputs(TINY[problem], losses(host)[loss].cosines, device)
-        (input,) = one.leaves
-        exact = input.detach().cpu().double().requires_grad_()
-        reference = ours(host, "reference")[loss]
-        for mode in modes:
-            wanted = results(reference, mode, exact, one.target.cpu(), one.upstream.cpu())
-            for by in backends:
-                step = Step(by, problem, loss, mode)
-                try:
-                    error = judge(step, results(ours(device, by)[loss], mode, input, one.target, one.upstream), wanted)
-                except Exception as raised:
-                    error = first_line(raised)
-                ran += 1
-                if error is not None:
-                    report(str(step), error, step.again())
-                if not usable_still():
-                    return ran, failed
-    ran += 1
+    account = Account(device, say)
     try:
-        error = copies(device)
-    except Exception as raised:
-        error = first_line(raised)
-    if error is not None:
-        report("multi_copy_", error, None)
-    return ran, failed
+        for problem, name in itertools.product(problems, names):
+            account.losses(problem, name, backends, modes)
+        for name, by in itertools.product(heads, backends):
+            if by in smoke_heads.SERVED:
+                step = smoke_heads.HeadStep(by, name)
+                account.attempt(step, step.again(), functools.partial(smoke_heads.check, step, device))
+        if problems:
+            account.attempt("multi_copy_", None, functools.partial(copies, device))
+    except Broken:
+        pass
+    return account.ran, account.failed
 
 
 def main(given: list[str] | None = None) -> int:
     """Runs and says; the exit status."""
     parser = parser_of("bench.smoke", "Every loss on tiny problems against float64.", MODES)
-    parser.add_argument("--problems", type=names_of(list(TINY)), default=list(TINY), help=",".join(TINY))
+    parser.add_argument("--problems", type=names_of(list(TINY)), help=",".join(TINY))
+    heads = list(smoke_heads.STEPS)
+    parser.add_argument("--heads", type=names_of(heads), help=f"these alone, of loss-strategy-dtype: {heads[0]}...")
     options = parser.parse_args(given)
+    # Whoever asks for some steps has no others.
+    if options.heads is None:
+        options.heads = heads if options.problems is options.losses is options.modes is None else []
+        options.problems = options.problems or list(TINY)
+    else:
+        options.problems = options.problems or []
     device = device_of(options, "bench.smoke")
     if device is None:
         return 1
@@ -199,10 +227,12 @@ def main(given: list[str] | None = None) -> int:
     names, modes = options.losses or LOSSES, options.modes or MODES
     if "triton" in backends and is_gpu(device):
         work = specialised([TINY[name] for name in options.problems], names, device.type, modes)
+        each = (smoke_heads.HeadStep("triton", name) for name in options.heads)
+        work += [functools.partial(smoke_heads.check, head, device) for head in each]
         compile_ahead(work, SECONDS, print)
     if options.compile:
         return 0
-    ran, failed = smoke(device, backends, options.problems, names, modes, print)
+    ran, failed = smoke(device, backends, options.problems, names, modes, print, options.heads)
     said = f"{failed} of {ran} steps failed" if failed else f"{ran} steps are right"
     print(f"smoke: {said} on {device_name(device)} ({', '.join(backends) or 'no backend'})")
     return 1 if failed or missing or not backends else 0

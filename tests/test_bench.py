@@ -18,7 +18,22 @@ import torch
 import torch.nn.functional as F
 
 import mlkernels
-from bench import ahead, cases, charts, heads, limits, measure, options, peers, report, saved, schedule, smoke, tune
+from bench import (
+    ahead,
+    cases,
+    charts,
+    heads,
+    limits,
+    measure,
+    options,
+    peers,
+    report,
+    saved,
+    schedule,
+    smoke,
+    smoke_heads,
+    tune,
+)
 from bench.__main__ import BUDGET, main, plan_of
 from bench.__main__ import _options as parse
 from bench.cases import LOSSES, MODES, Problem, floor_bytes, make_inputs
@@ -605,6 +620,35 @@ def test_smoke(by):
     said = []
     assert smoke.smoke(CPU, [by], names, smoke.LOSSES, smoke.MODES, said.append) == (18 * len(names) + 1, 0)
     assert said == []
+
+
+def test_smoke_of_heads(monkeypatch, capsys):
+    """Each as in float64, in several chunks and tiles; what is wrong is named, with what repeats it."""
+    if mlkernels.available_backends()["cpu"] is not None:
+        pytest.skip("no cpu")
+    said = []
+    assert smoke.smoke(CPU, ["cpu", "cuda"], [], [], [], said.append, list(smoke_heads.STEPS)) == (27, 0)
+    assert said == []
+    right = mlkernels.linear_softmax_loss
+    monkeypatch.setattr(mlkernels, "linear_softmax_loss", lambda x, *rest, **options: right(x * 1.01, *rest, **options))
+    assert (
+        smoke.main(["--device", "cpu", "--backends", "cpu", "--heads", "arcface-tiles-float16"]) == 0
+    )  # of directions
+    assert smoke.main(["--device", "cpu", "--backends", "cpu", "--heads", "two_scale-rows-bfloat16"]) == 1
+    text = capsys.readouterr().out
+    assert "1 steps are right" in text and "1 of 1 steps failed" in text
+    assert "FAILED cpu head two_scale-rows-bfloat16 (150x16x3001): wrong loss: off by" in text
+    assert "python -m bench.smoke --backends cpu --heads two_scale-rows-bfloat16" in text
+
+
+def test_smoke_of_heads_on_triton(monkeypatch):
+    """The kernels, interpreted, of little."""
+    if mlkernels.available_backends()["triton"] is not None:
+        pytest.skip("no Triton")
+    for name, value in (("ROWS", 16), ("WIDTH", 8), ("CLASSES", 61), ("MEMORY", 3000)):
+        monkeypatch.setattr(smoke_heads, name, value)
+    for name in ("two_scale-tiles-float16", "arcface-stored-bfloat16"):
+        assert smoke_heads.check(smoke_heads.HeadStep("triton", name), CPU) is None
 
 
 def test_smoke_says_what_is_wrong_and_how_to_go_on(monkeypatch):
