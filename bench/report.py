@@ -236,6 +236,8 @@ HEAD_TARGETS: list[tuple[str, str, str, str, float]] = [
     ("1024x64x200000 float32", "cross_entropy", "tiles", "MB", 20),
     ("1024x64x200000 float32", "arcface", "head", "eager", 0.18),
     ("512x512x50000 float32", "cross_entropy", "head", "eager", 0.82),
+    ("1024x64x200000 bfloat16", "cross_entropy", "head", "eager", 0.6),
+    ("512x512x50000 bfloat16", "cross_entropy", "head", "eager", 0.9),
     ("8192x4096x128256 bfloat16", "cross_entropy", "head", "products", 1.1),
     ("8192x4096x151936 bfloat16", "cross_entropy", "head", "products", 1.6),
     ("8192x4096x151936 bfloat16", "cross_entropy", "head", "MB", 6442),

@@ -266,6 +266,20 @@ def test_bfloat16_rounds_once(strategy, confident):
     torch.testing.assert_close(mixed, value)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, F64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows, classes, width", [(13, 331, 149), (29, 64, 16), (3, 70, 260)])
+def test_products_of_every_block(rows, classes, width, dtype):
+    """Whole panels and parts of them, vectors and parts of these, rows by six, three and one."""
+    x, weight, _, target = problem(rows=rows, classes=classes, width=width, dtype=dtype, bias=False, ignored=False)
+    exact = of_float64(x, weight, target)
+    bound = {F64: 1e-14, torch.float32: 2e-6}.get(dtype, 3e-3)
+    for strategy in ("stored", "tiles", "rows"):
+        value = linear_cross_entropy(x, weight, target, strategy=strategy)
+        found = (value.detach(), *torch.autograd.grad(value, [x, weight]))
+        for ours, theirs in zip(found, exact, strict=True):
+            assert float((ours.double() - theirs).norm() / theirs.norm()) < bound
+
+
 def test_small_half_gradients_survive_a_scaler():
     """An upstream of 65536 is multiplied before what was made is rounded."""
     x, weight, target = rows_of(True, torch.float16)

@@ -31,9 +31,9 @@ BLOCK, PART, SMALL = 512, 1 << 17, 1 << 12
 #: (50,000) .62 and .79, D = 512 (20,000, one chunk) .88 and 1.05.
 CHEAP_WIDTH = 128
 #: The same where each thread has tiles of its own, from this width and so many rows of a chunk on. One thread of an
-#: EPYC, float32, of the unfused chain's processor time, stored and tiles: N = 1024, D = 64, C = 50,000 (342 rows) .39
-#: and .48; N = 512, D = 512, C = 20,000 (one chunk) .83 and 1.10.
-CHEAP, FEW = 32, 80
+#: EPYC, float32, N = 1024, of the unfused chain's processor time, stored and tiles: D = 64 (C = 50,000) .214 and .209,
+#: D = 128 (50,000) .276 and .299, D = 256 (20,000) .38 and .41; two threads on a busy machine, D = 64: .36 and .27.
+CHEAP, FEW = 96, 80
 #: A chunk of fewer rows, or a tile of fewer classes, is not worth a product.
 FEW_ROWS, FEW_CLASSES = 32, 64
 
