@@ -114,6 +114,19 @@ def test_masked_target(loss, backend):
     torch.testing.assert_close(x.grad.double(), torch.as_tensor(wanted.grad), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["beta", "gamma"])
+def test_what_an_impossible_target_gives_its_damping(name, backend):
+    """Where p = 0 the damping is 1 whatever beta and gamma are: their gradients are 0, in a loss that is infinite."""
+    x = torch.tensor([[-INF, 1.0, 2.0], [0.3, 1.0, 2.0]], requires_grad=True)
+    own = {"beta": torch.full((3,), 2.0), "gamma": torch.full((3,), 1.5)}
+    own[name].requires_grad_()
+    value = mlkernels.modulated_cross_entropy(x, torch.tensor([0, 1]), **own, reduction="none", backend=backend)
+    value.backward(torch.tensor([2.5, -0.5]))
+    assert value[0].item() == INF
+    assert own[name].grad[0].item() == own[name].grad[2].item() == 0
+    assert own[name].grad[1].item() != 0
+
+
 # ---- the accuracy of tiny and of large numbers -----------------------------------------------------------------------
 
 

@@ -228,8 +228,9 @@ def _damping(x: Tensor) -> Tensor:
 
 def modulated(nll: Tensor, alpha: Tensor, beta: Tensor, gamma: Tensor, kappa: Tensor) -> Tensor:
     """alpha (1 - p^beta)^gamma (-log p)^kappa; (m/nll)^gamma nll^(gamma+kappa) near p = 1, where m -> 0."""
-    x = beta * nll
-    near, impossible = x < 0.25, nll == math.inf
+    impossible = nll == math.inf
+    x = beta * torch.where(impossible, 1, nll)
+    near = (x < 0.25) & ~impossible
     close = _damping(torch.where(near, x, 0)) * beta
     close = close.pow(gamma) * torch.where(near, nll, 1).pow(gamma + kappa)
     # At p = 0 the damping is the constant 1: its derivatives are 0, not 0 * inf. NaN takes this branch too.
