@@ -352,6 +352,12 @@ def check_parameter(name: str, value: Tensor, input: Tensor, target: Tensor) -> 
     )
 
 
+def check_flag(word: str, value: bool) -> None:
+    """A bool: what is merely true may be another argument's."""
+    if type(value) is not bool:
+        raise TypeError(f"{word} takes True or False, got {value!r}")
+
+
 def check_size(word: str, value: int, least: int = 1) -> int:
     """How many of something there are."""
     number = check_index(word, value)

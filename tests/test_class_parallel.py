@@ -22,6 +22,7 @@ from table import BY_NAME, F64, LOSSES
 from test_linear import OPTIONS, leaves_of, unfused
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.parallel import DistributedDataParallel
@@ -187,6 +188,24 @@ def compacted(group: dist.ProcessGroup) -> None:
             found.backward(up[own])
             agrees(features.grad, leaf.grad[own])
             agrees(head.weight.grad.to_local() * dist.get_world_size(group), w.grad[head.first_class : head.last_class])
+
+
+def gathered_by_its_own_wrap(group: dist.ProcessGroup) -> None:
+    """LinearLoss under fully_shard: its forward has the whole weight, the mean of the ranks' gradients is cut again."""
+    (x, weight, _, target), own = problem(), own_rows(group)
+    head = mlkernels.LinearLoss(mlkernels.CrossEntropyLoss(reduction="sum"), WIDTH, CLASSES, dtype=F64)
+    with torch.no_grad():
+        head.weight.copy_(weight)
+    fully_shard(head, mesh=DeviceMesh.from_group(group, "cpu"))
+    features = x[own].clone().requires_grad_()
+    head(features, target[own]).backward()
+    leaf, w = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    mlkernels.cross_entropy(unfused(leaf, w, None), target, reduction="sum").backward()
+    agrees(features.grad, leaf.grad[own])
+    agrees(head.weight.grad.full_tensor() * dist.get_world_size(group), w.grad)
+    head.reshard()
+    with pytest.raises(TypeError, match=r"linear_weight takes a plain tensor.*fully_shard makes it one within forward"):
+        head.logits(x[own])
 
 
 def half_precision(group: dist.ProcessGroup) -> None:
@@ -493,8 +512,9 @@ def checkpoints(folder: Path) -> None:
 
 GROUPS: dict[int, dist.ProcessGroup] = {}
 SCENES: list[Callable[[dist.ProcessGroup], None]] = [
-    every_loss, statistics, batches_of_nothing, compacted, half_precision, averaged_backbones, stepping_in_tiles,
-    sampled, recomputed, copied_and_compiled, sharded_tensors, errors_everywhere, best_classes, bytes_as_promised,
+    every_loss, statistics, batches_of_nothing, compacted, gathered_by_its_own_wrap, half_precision, averaged_backbones,
+    stepping_in_tiles, sampled, recomputed, copied_and_compiled, sharded_tensors, errors_everywhere, best_classes,
+    bytes_as_promised,
     *vocabulary_scenes.SCENES, *training_scenes.SCENES,
 ]  # fmt: skip
 

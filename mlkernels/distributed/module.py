@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as ShardPlacement
 
-from ..checks import check_input, check_plain
+from ..checks import check_flag, check_input, check_plain
 from ..linear.functional import Strategy, check_call, check_callable, check_classifier, check_plan, loss_of
 from ..linear.module import streamed_topk
 from ..linear.plan import Cut
@@ -104,6 +104,8 @@ class ClassParallelLoss(nn.Module):
         self._group = Group(process_group)
         with self._group.telling():
             check_callable(loss)
+            check_flag("bias", bias)
+            check_flag("normalize", normalize)
             if bias and normalize:
                 raise ValueError("bias has no meaning beside normalize=True: cosines have none")
             for name, number, least in (("in_features", in_features, 0), ("num_classes", num_classes, 1)):

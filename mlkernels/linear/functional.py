@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import functional
-from ..call import Options
-from ..checks import check_input, check_plain
+from ..call import COMMON, Options
+from ..checks import check_flag, check_input, check_plain, unknown_keywords
 from ..softmax import RowStats
 from .logits import LinearLogits
 from .plan import STRATEGIES, Cut
@@ -53,6 +53,9 @@ def linear_cross_entropy(
             "linear_cross_entropy() takes no options, by which torch's own cuts its chunks: memory= bounds the bytes "
             "of the buffers, strategy= forces how rows and classes are cut"
         )
+    unknown = {name: value for name, value in common.items() if name != "scale" and name not in COMMON}
+    if unknown:
+        raise unknown_keywords(linear_cross_entropy, unknown, ("scale", *COMMON))
     if isinstance(target, Tensor) and target.is_floating_point():
         raise TypeError(
             f"target must hold integer class indices, got {target.dtype}: class probabilities are for cross_entropy"
@@ -264,8 +267,7 @@ def check_plan(cut: Cut, tile_update: TileSGD | None = None) -> None:
         raise ValueError(f"strategy must be one of {', '.join(map(repr, STRATEGIES))} or None, got {strategy!r}")
     if memory is not None and (type(memory) is not int or memory <= 0):
         raise ValueError(f"memory must be a number of bytes > 0 or None, got {memory!r}")
-    if type(compact) is not bool:
-        raise TypeError(f"compact takes True or False, got {compact!r}")
+    check_flag("compact", compact)
 
 
 def check_classifier(input: Tensor, weight: Tensor, bias: Tensor | None, normalize: bool, shard: bool = False) -> None:
@@ -274,6 +276,7 @@ def check_classifier(input: Tensor, weight: Tensor, bias: Tensor | None, normali
         raise TypeError(f"linear_weight takes a floating tensor (C, D), got {type(weight).__name__}")
     if input.dim() == 0:
         raise ValueError("input must be (..., D), got a 0-d tensor")
+    check_flag("normalize", normalize)
     width = input.shape[-1]
     if weight.dim() != 2 or weight.shape[1] != width:
         raise ValueError(

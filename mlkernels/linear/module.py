@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ..backends.reference import full_precision
-from ..checks import accumulated, check_input, check_size
+from ..checks import accumulated, check_flag, check_input, check_size
 from ..softmax import RowStats
 from .functional import Strategy, check_callable, check_classifier, check_plan, logits_of, loss_of
 from .loop import lengths
@@ -82,6 +82,8 @@ class LinearLoss(nn.Module):
         check_callable(loss)
         in_features = check_size("in_features", in_features, 0)
         num_classes = check_size("num_classes", num_classes)
+        check_flag("bias", bias)
+        check_flag("normalize", normalize)
         if bias and normalize:
             raise ValueError("bias has no meaning beside normalize=True: cosines have none")
         check_plan(Cut(strategy, memory, compact), tile_update)
@@ -122,6 +124,8 @@ class LinearLoss(nn.Module):
             >>> head.weight is layer.weight and head.bias is layer.bias
             True
         """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear takes an nn.Linear, got {type(linear).__name__}")
         weight = cast(nn.Parameter, linear.weight)
         head = cls(loss, linear.in_features, linear.out_features, weight=weight, **options)
         if linear.bias is not None:
@@ -183,7 +187,7 @@ class LinearLoss(nn.Module):
         """
         check_input(input)
         check_classifier(input, self.weight, self.bias, self.normalize)
-        if not 1 <= k <= self.num_classes:
+        if check_size("k", k) > self.num_classes:
             raise ValueError(f"k must be in [1, {self.num_classes}], got {k}")
         x = input.reshape(input.shape[:-1].numel(), self.in_features)
         values, classes = streamed_topk(x, self.weight, self.bias, k, self.normalize)
