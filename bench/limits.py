@@ -331,7 +331,7 @@ def main(given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.limits", description=__doc__)
     parser.add_argument("--parts", default="small,large", help="small, large; default both")
     parser.add_argument("--processes", type=int, default=4, help="fresh ones of each part")
-    parser.add_argument("--seconds", type=float, default=8.0, help="for each problem of a process")
+    parser.add_argument("--seconds", type=float, default=6.0, help="for each problem of a process")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, help="where JSON goes; default: nowhere")
     options = parser.parse_args(given)

@@ -105,8 +105,8 @@ inline void each_piece(const CpuProblem<T>& p, int64_t y, Body body) {
 }
 
 // Exponentials into the gradient where there is one, and the sums.
-template <bool PADDED, class T>
-inline void exponentials(const CpuProblem<T>& p, Work<T>& w, T factor) {
+template <bool PADDED, class T, class Factor>
+inline void exponentials(const CpuProblem<T>& p, Work<T>& w, Factor factor) {
   each_piece<PADDED>(p, w.y, [&](int64_t begin, int64_t n) {
     const T* u = w.u + begin;
     T* out = w.g ? w.g + begin : nullptr;
@@ -138,7 +138,7 @@ inline void measure(const CpuProblem<T>& p, const Values<T>* shared, T target, W
                        [&](int64_t begin, int64_t n) { w.r.other_max = sweep_max(w.u + begin, n, w.r.other_max); });
   w.scale = row_scale(p.spec, *w.values, target - w.r.other_max);
   w.m = w.r.other_max == -infinity<T>() ? T(0) : w.r.other_max;
-  if (!p.saved || p.want_shift) exponentials<PADDED>(p, w, T(1));
+  if (!p.saved || p.want_shift) exponentials<PADDED>(p, w, One{});
   if (p.smoothing > 0 && (p.want_shift || !p.saved)) {
     const T* weight = p.weight;
     w.r.weighted = sweep_weighted(w.u, weight, w.y, w.m);

@@ -36,9 +36,16 @@ struct Ahead {
   int bytes;
 };
 
+// A factor that costs nothing.
+struct One {};
+template <class V>
+static inline V operator*(V x, One) {
+  return x;
+}
+
 // e_j = factor exp(s (u_j - m)) to out (which may be u), their sum without the factor, and on demand the shifted sum.
-template <class T, bool STORE, bool SHIFT>
-Sums<T> sweep_exp(const T* u, T* out, int64_t n, T m, T s, T factor, Ahead ahead) {
+template <class T, bool STORE, bool SHIFT, class Factor>
+Sums<T> sweep_exp(const T* u, T* out, int64_t n, T m, T s, Factor factor, Ahead ahead) {
   constexpr int W = WIDTH<T>;
   Vec<T> sum0{}, sum1{}, shift0{};
   const Vec<T> vm = splat(m), vs = splat(s);
@@ -117,16 +124,21 @@ void sweep_multiply(T* g, int64_t n, T factor) {
   if (j < n) store_first(g + j, int(n - j), load_first(g + j, int(n - j), T(0)) * factor);
 }
 
-// out_j = factor e_j, and the target at y; streamed: past the caches. They do not overlap.
+// out_j = factor e_j; they do not overlap. By itself: what a lambda captures is read again after every store.
+template <class T, class S>
+void sweep_put(S* out, const T* e, int64_t n, T factor) {
+  constexpr int W = WIDTH<T>;
+  int64_t j = 0;
+  for (; j + W <= n; j += W) put(out + j, load(e + j) * factor, false);
+  if (j < n && n >= W) return put(out + n - W, load(e + n - W) * factor, false);
+  for (; j < n; ++j) narrow(e[j] * factor, out[j]);
+}
+
+// The same, and the target at y; streamed: past the caches.
 template <class T, class S>
 void sweep_out(S* out, const T* e, int64_t n, T factor, int64_t y, T target, bool streamed) {
   constexpr int W = WIDTH<T>;
-  const auto plain = [&](int64_t from, int64_t to) {
-    int64_t j = from;
-    for (; j + W <= to; j += W) put(out + j, load(e + j) * factor, false);
-    if (j < to && to - from >= W) return put(out + to - W, load(e + to - W) * factor, false);
-    for (; j < to; ++j) narrow(e[j] * factor, out[j]);
-  };
+  const auto plain = [&](int64_t from, int64_t to) { sweep_put(out + from, e + from, to - from, factor); };
   if (!streamed) {
     plain(0, n);
     return narrow(target, out[y]);

@@ -273,9 +273,16 @@ static inline vfloat get(const float* p) { return load(p); }
 static inline vdouble get(const double* p) { return load(p); }
 typedef uint16_t vhalf __attribute__((vector_size(BYTES / 2)));
 static inline vfloat get(const bfloat16* p) {
+#if defined(__AVX512F__)  // gcc converts a vector by halves
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  const vint wide = (vint)_mm512_maskz_cvtepu16_epi32(0xffff, bits) << 16;
+#elif defined(__AVX2__)
+  const vint wide = (vint)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))) << 16;
+#else
   vhalf bits;
   __builtin_memcpy(&bits, p, sizeof bits);
   const vint wide = __builtin_convertvector(bits, vint) << 16;
+#endif
   vfloat v;
   __builtin_memcpy(&v, &wide, sizeof v);
   return v;
