@@ -392,6 +392,8 @@ def upstream_of(head: Head, part: slice, loss: Tensor | None, rows: Sequence[Ten
 
 def _joined(parts: list[Any]) -> Any:
     """Chunks of rows together again: of tensors (..., rows) or None."""
+    if len(parts) == 1:
+        return parts[0]
     kind = type(parts[0])
     return kind(*(None if each[0] is None else torch.cat(each, -1) for each in zip(*parts, strict=True)))
 
