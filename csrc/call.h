@@ -224,10 +224,17 @@ void lay_out(Problem<T>& p, const Arguments& call, const Tensor& input, const Te
   p.in = layout_of(input);
   for (int slot = 0; slot < LOSS_SLOTS; ++slot)
     p.values[slot] = {T(call.numbers[size_t(slot)]), nullptr, Mode::BY_VALUE, Storage::DOUBLE};
-  p.softcap = T(call.numbers[SOFTCAP]);
+  p.preparation.softcap = T(call.numbers[SOFTCAP]);
   p.smoothing = T(call.numbers[SMOOTHING]);
   p.z_loss = T(call.numbers[Z_LOSS]);
   p.weight_sum = T(p.classes);
+}
+
+// The vectors of all classes, each where vector_of(slot) has it.
+template <class T, class VectorOf>
+void lay_out_vectors(Problem<T>& p, VectorOf vector_of) {
+  p.weight = vector_of(WEIGHT);
+  p.preparation.adjustment = vector_of(ADJUSTMENT);
 }
 
 // Calls with(T{}) for the accumulation type.

@@ -197,8 +197,7 @@ struct Call {
       p.values[slot] = {T(0), arrays[slot].data, mode, sizeof(T) == 8 ? Storage::DOUBLE : Storage::FLOAT};
       if (mode != Mode::SHARED) p.uniform = false;
     }
-    p.weight = vector_of_classes(WEIGHT);
-    p.adjustment = vector_of_classes(ADJUSTMENT);
+    lay_out_vectors(p, [&](int slot) { return vector_of_classes(slot); });
     p.row_weight = arrays[ROW_WEIGHT].data;
     p.row_weight_stride = arrays[ROW_WEIGHT].stride;
     if (p.weight) {

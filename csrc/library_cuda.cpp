@@ -106,8 +106,7 @@ struct Call {
       const Tensor& number = keep(plain(tensor, tensor.scalar_type(), place));
       v.values[slot] = {T(0), number.data_ptr(), mode_of(tensor), storage_of(tensor.scalar_type())};
     }
-    v.weight = vector_of(WEIGHT);
-    v.adjustment = vector_of(ADJUSTMENT);
+    lay_out_vectors(v, [&](int slot) { return vector_of(slot); });
     if (const Tensor* weight = tensors[ROW_WEIGHT]) take(*weight, v.row_weight, v.row_weight_stride);
     v.normalizer = {arguments.numbers[NORMALIZER], nullptr, Mode::BY_VALUE, Storage::DOUBLE};
     if (const Tensor* given = tensors[NORMALIZER])

@@ -87,12 +87,12 @@ Kind<T> piece_of(const Tensor& tile, const Tensor& label, int64_t start, const s
   p.tile = array<T>(tile, p.rows * p.classes, "tile");
   p.start = start;
   p.label = array<int64_t>(label, p.rows, "label");
-  p.softcap = T(softcap);
+  p.preparation.softcap = T(softcap);
   for (const auto& vector : {weight, adjustment})
     STD_TORCH_CHECK(start >= 0 && start <= INT64_MAX / 2 && (!vector || vector->numel() - start >= p.classes),
                     "a tile must lie within the classes");
   if (weight) p.weight = array<T>(*weight, weight->numel(), "weight") + start;
-  if (adjustment) p.adjustment = array<T>(*adjustment, adjustment->numel(), "adjustment") + start;
+  if (adjustment) p.preparation.adjustment = array<T>(*adjustment, adjustment->numel(), "adjustment") + start;
   return p;
 }
 
@@ -182,8 +182,8 @@ struct Chunk {
   Classes<T> all;  // the weight
   bool copies;     // whether a tile of it is widened or shortened for products along classes
   const T* inverse;
-  const T *bias, *weight, *adjustment;
-  T softcap;
+  const T *bias, *weight;
+  Preparation<T> preparation;
   const int64_t* label;
   int64_t offset;  // where these classes begin among those that labels, weight and adjustment know
   T* room;
@@ -216,8 +216,8 @@ struct Chunk {
     for (const auto& vector : {class_weight, adjustment_})
       STD_TORCH_CHECK(!vector || vector->numel() - offset >= classes, "a number for each class");
     weight = class_weight ? array<T>(*class_weight, class_weight->numel(), "class_weight") : nullptr;
-    adjustment = adjustment_ ? array<T>(*adjustment_, adjustment_->numel(), "adjustment") : nullptr;
-    softcap = T(softcap_);
+    preparation.softcap = T(softcap_);
+    preparation.adjustment = adjustment_ ? array<T>(*adjustment_, adjustment_->numel(), "adjustment") : nullptr;
     keeps = keeps_;
     room = array<T>(room_, room_.numel(), "room");
     STD_TORCH_CHECK(room_.numel() >= kept() + parts * of_part() + (parts - 1) * rows * width, "room is too small");
@@ -275,10 +275,9 @@ struct Chunk {
       p.classes = classes;
       p.start = chunk.offset + start;
       p.label = chunk.label;
-      p.softcap = chunk.softcap;
+      p.preparation = chunk.preparation.from(p.start);
       p.bias = chunk.bias ? chunk.bias + start : nullptr;
       p.weight = chunk.weight ? chunk.weight + p.start : nullptr;
-      p.adjustment = chunk.adjustment ? chunk.adjustment + p.start : nullptr;
     }
   };
 

@@ -45,6 +45,17 @@ struct Tables {
   int64_t groups;
 };
 
+// What happens to a logit before a loss sees it: c tanh(f / c), then its class's number is added.
+template <class T>
+struct Preparation {
+  T softcap;            // 0: none
+  const T* adjustment;  // (classes) or null
+
+  MLK_FN bool none() const { return !(softcap > 0) && !adjustment; }
+  // Of the classes from `start` on.
+  Preparation from(int64_t start) const { return {softcap, adjustment ? adjustment + start : nullptr}; }
+};
+
 // The visit: what one pass over the rows has to produce. Null pointers are not wanted.
 template <class T>
 struct Problem {
@@ -60,8 +71,8 @@ struct Problem {
   const T* weight;      // (classes) or null
   const T* row_weight;  // (rows), each row_weight_stride after the one before, or null
   int64_t row_weight_stride;
-  const T* adjustment;  // (classes) or null
-  T weight_sum, smoothing, z_loss, softcap;
+  Preparation<T> preparation;
+  T weight_sum, smoothing, z_loss;
 
   const T* saved;                                  // (rows, 2): m and log_sum of an earlier visit, or null
   T* save;                                         // (rows, 2)
@@ -210,6 +221,18 @@ template <class T>
 MLK_FN T cap_slope(T y, T c) {
   const T t = y / c;
   return (1 - t) * (1 + t);
+}
+
+// A logit as the loss sees it.
+template <class T>
+MLK_FN T prepare(const Preparation<T>& p, T x, int64_t j) {
+  if (p.softcap > 0) x = cap(x, p.softcap);
+  return p.adjustment ? x + p.adjustment[j] : x;
+}
+// A gradient's way back through that, where it was u.
+template <class T>
+MLK_FN T unprepare(const Preparation<T>& p, T gradient, T u, int64_t j) {
+  return p.softcap > 0 ? gradient * cap_slope(p.adjustment ? u - p.adjustment[j] : u, p.softcap) : gradient;
 }
 
 }  // namespace MLKERNELS_ISA

@@ -9,10 +9,6 @@ ROOT = Path(__file__).resolve().parent.parent
 #: Lines of a file, by folder. Generated files do not count.
 LIMITS = {"mlkernels": 450, "csrc": 600}
 GENERATED = {"csrc/numbering.h"}
-#: Files that may be longer, by so much: each waits for a second room of its own.
-EXCEPTIONS = {
-    "csrc/cuda/rows_long.h": 615,
-}
 
 
 def lengths(folder: str) -> dict[str, int]:
@@ -28,12 +24,8 @@ def main() -> int:
         print(f"{folder:<10}{len(found):>4} files{sum(found.values()):>7} lines, the longest {max(found.values())}")
         for name, count in sorted(found.items(), key=lambda item: -item[1]):
             limit = LIMITS.get(folder, sys.maxsize)
-            allowed = EXCEPTIONS.get(name, limit)
             if count > limit:
-                print(f"  {name}: {count} lines, {'at most' if count <= allowed else 'MORE THAN'} {allowed}")
-            elif name in EXCEPTIONS:
-                print(f"  {name}: {count} lines; needs no exception any more")
-            if count > allowed:
+                print(f"  {name}: {count} lines, MORE THAN {limit}")
                 wrong.append(name)
     if wrong:
         print(f"too long (tools/lengths.py): {', '.join(wrong)}")

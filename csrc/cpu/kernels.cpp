@@ -342,8 +342,8 @@ void run_through_scratch(const CpuProblem<T>& p, int64_t begin, int64_t end) {
   const Batch<T> batch = batch_of(p);
   Values<T> values;
   if (p.uniform) fetch(p, 0, 0, 0, values);
-  const bool capped = p.softcap > 0;
-  const bool searched = p.in.class_stride == 1 && !capped && !p.adjustment;  // the maximum is found while widening
+  const bool capped = p.preparation.softcap > 0;
+  const bool searched = p.in.class_stride == 1 && p.preparation.none();  // the maximum is found while widening
   const bool direct = output && !capped && p.out.class_stride == 1;
   const bool overwrite =
       !capped && p.smoothing <= 0 && !p.up_entropy;  // nothing reads the logits after their exponentials
@@ -380,7 +380,7 @@ void run_through_scratch(const CpuProblem<T>& p, int64_t begin, int64_t end) {
         top = max_of<T>(sweep_widen(from[b] + y + 1, u + y + 1, p.classes - y - 1, before));
         u[y] = widen(from[b][y]);
       }
-      if (capped || p.adjustment) cap_row(u, p.classes, p.softcap, p.adjustment);
+      prepare_row(p.preparation, u, p.classes);
       for (int64_t j = p.classes; j < pitch; ++j) u[j] = -infinity<T>();
       target[b] = u[tile[b].y];
       u[tile[b].y] = -infinity<T>();
@@ -402,7 +402,7 @@ void run_through_scratch(const CpuProblem<T>& p, int64_t begin, int64_t end) {
         if (capped) {
           T* u = logits + b * pitch;
           u[w.y] = target[b];
-          uncap_row(w.g, u, p.classes, p.softcap, p.adjustment);
+          unprepare_row(p.preparation, w.g, u, p.classes);
         }
       }
     }
@@ -529,12 +529,12 @@ constexpr int64_t LANES_IN_CACHE = 1 << 18;  // bytes of a tile of rows whose cl
 
 template <class T, class S>
 void run_as(const CpuProblem<T>& p, int64_t begin, int64_t end) {
-  const bool plain = p.softcap <= 0 && !p.adjustment && !p.logsumexp && !p.up_entropy;
+  const bool plain = p.preparation.none() && !p.logsumexp && !p.up_entropy;
   const bool apart = p.in.class_stride != 1 || (p.grad && p.out.class_stride != 1);
   const bool fits = p.classes * BYTES <= LANES_IN_CACHE;
   if (plain && (p.classes < LONG_ROW || (apart && fits))) return run_lanes<T, S>(p, begin, end);
   if constexpr (SAME<T, S>) {
-    if (p.softcap <= 0 && !p.adjustment && !apart && p.classes >= SHORT_ROW) return run_in_place<T, S>(p, begin, end);
+    if (p.preparation.none() && !apart && p.classes >= SHORT_ROW) return run_in_place<T, S>(p, begin, end);
   }
   run_through_scratch<T, S>(p, begin, end);
 }

@@ -41,7 +41,7 @@ int64_t count_above(const T* u, int64_t n, T limit) {
 template <class T>
 void logits_of(const Piece<T>& p, T* u) {
   if (p.bias) sweep_add(u, p.bias, p.classes, T(1));
-  if (p.softcap > 0 || p.adjustment) cap_row(u, p.classes, p.softcap, p.adjustment);
+  prepare_row(p.preparation, u, p.classes);
 }
 
 template <class T>
@@ -109,7 +109,7 @@ void statistics(const PieceStatistics<T>& p, int64_t begin, int64_t end) {
 
 template <class T>
 void gradient(const PieceGradient<T>& p, int64_t begin, int64_t end) {
-  std::vector<T> scratch(p.softcap > 0 || p.slope ? size_t(p.classes) : 0);
+  std::vector<T> scratch(p.preparation.softcap > 0 || p.slope ? size_t(p.classes) : 0);
   for (int64_t row = begin; row < end; ++row) {
     T* g = p.tile + (row - p.first_row) * p.classes;
     if (!p.seen) logits_of(p, g);
@@ -128,7 +128,7 @@ void gradient(const PieceGradient<T>& p, int64_t begin, int64_t end) {
       sweep_exp<T, true, false>(g, g, p.classes, m, s, factor, Ahead{nullptr, 0});
     }
     if (p.spread) sweep_spread(g, p.weight, p.classes, p.spread[row]);
-    if (p.softcap > 0) uncap_row(g, u, p.classes, p.softcap, p.adjustment);
+    unprepare_row(p.preparation, g, u, p.classes);
     if (y >= 0 && y < p.classes) g[y] = 0;
   }
 }

@@ -12,9 +12,9 @@ struct Piece {
   T* tile;                  // (., classes)
   int64_t rows, first_row;  // of all rows, which the other arrays have, and the tile's first
   int64_t classes, start;
-  const int64_t* label;                                               // (rows)
-  T softcap;                                                          // 0: none
-  const T *bias = nullptr, *weight = nullptr, *adjustment = nullptr;  // of these classes, or null
+  const int64_t* label;                        // (rows)
+  const T *bias = nullptr, *weight = nullptr;  // of these classes, or null
+  Preparation<T> preparation;
 };
 
 // The numbers of each row, to which those of this piece are added; null pointers are not wanted.

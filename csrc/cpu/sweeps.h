@@ -171,17 +171,17 @@ void sweep_spread(T* g, const T* w, int64_t n, T spread) {
   for (int64_t j = 0; j < n; ++j) g[j] -= w ? spread * w[j] : spread;
 }
 
-// softcap and adjustment, in place; afterwards the gradient's chain rule back through softcap.
+// Of a row, in place; afterwards the gradient's way back. By value: nothing that is written may be a part of it.
 template <class T>
-void cap_row(T* u, int64_t n, T c, const T* adjustment) {
-  if (c > 0)
-    for (int64_t j = 0; j < n; ++j) u[j] = cap(u[j], c);
-  if (adjustment)
-    for (int64_t j = 0; j < n; ++j) u[j] += adjustment[j];
+void prepare_row(Preparation<T> p, T* u, int64_t n) {
+  if (p.softcap > 0)
+    for (int64_t j = 0; j < n; ++j) u[j] = cap(u[j], p.softcap);
+  if (p.adjustment) sweep_add(u, p.adjustment, n, T(1));
 }
 template <class T>
-void uncap_row(T* g, const T* u, int64_t n, T c, const T* adjustment) {
-  for (int64_t j = 0; j < n; ++j) g[j] *= cap_slope(adjustment ? u[j] - adjustment[j] : u[j], c);
+void unprepare_row(Preparation<T> p, T* g, const T* u, int64_t n) {
+  if (p.softcap > 0)
+    for (int64_t j = 0; j < n; ++j) g[j] = unprepare(p, g[j], u[j], j);
 }
 
 }  // namespace

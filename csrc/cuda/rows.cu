@@ -12,7 +12,7 @@ using S = MLK_STORAGE;
 using T = std::conditional_t<sizeof(S) == 8, double, float>;
 
 bool general(const Visit<T>& v) {
-  return v.softcap > 0 || v.adjustment || v.smoothing > 0 || v.logsumexp || v.up_entropy || v.want_parameters;
+  return !v.preparation.none() || v.smoothing > 0 || v.logsumexp || v.up_entropy || v.want_parameters;
 }
 
 // Whether two rows that follow one another lie next to each other, in memory that is read and written in pairs.

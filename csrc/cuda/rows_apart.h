@@ -139,11 +139,11 @@ struct RowsApart {
       for (int k = 0; k < BATCH; ++k) read[k] = from + k < v.classes ? at[k * in_step] : S();
       MLK_UNROLL
       for (int k = 0; k < BATCH; ++k)
-        if (from + k < v.classes) body(from + k, prepare(v, T(widen(read[k])), from + k));
+        if (from + k < v.classes) body(from + k, prepare(v.preparation, T(widen(read[k])), from + k));
     };
     Standing<T> stands;
     fetch(static_cast<const Problem<T>&>(v), row, y, label.group, stands.values);
-    stands.target = prepare(v, T(widen(x[y * in_step])), y);
+    stands.target = prepare(v.preparation, T(widen(x[y * in_step])), y);
     stands.m = -INF;
     Counts counts{-1, 0};
     if (v.saved) {
@@ -190,7 +190,7 @@ struct RowsApart {
         T out = gradient_at(v, c, c.factor, exp2_of(d * scale2), d, j);
         if (j == y) out = c.target;
         S value;
-        narrow(unprepare(v, out, u, j), value);
+        narrow(unprepare(v.preparation, out, u, j), value);
         g[j * out_step] = value;
       });
   }

@@ -123,7 +123,7 @@ struct RowsLong {
           MLK_UNROLL
           for (int e = 0; e < V; ++e) {
             const int64_t j = chunk.first() + i * V + e;
-            if (chunk.holds(i * V + e)) u[e] = prepare(v, u[e], j);
+            if (chunk.holds(i * V + e)) u[e] = prepare(v.preparation, u[e], j);
             if (!chunk.holds(i * V + e) || j == y) u[e] = -INF;
           }
         }
@@ -150,22 +150,6 @@ struct RowsLong {
       if (simt.lane() == (chunk.count - 1) % LANES)
         for (int element = chunk.lead + chunk.size; element < chunk.count * V; ++element) put(element);
     }
-
-    // u becomes (u - m) scale, of base-2 exponentials, up to a number that all of a row share and that `slip` returns: one
-    // multiplication with addition in place of two operations, and no digit is lost.
-    struct Exponent {
-      T m, scale2, shifted;
-      bool fused;  // large logits would make the slip large
-      MLK_DEVICE explicit Exponent(const Standing<T>& stands)
-          : m(stands.floor()), scale2(stands.scale2()), shifted(m * scale2) {
-        fused = sizeof(T) == 4 && m_abs(shifted) < T(1 << 18);
-      }
-      MLK_DEVICE T slip() const { return fused ? exp2_of(-multiply_add(m, scale2, -shifted)) : T(1); }
-      template <bool FUSED>
-      MLK_DEVICE T of(T u) const {
-        return FUSED ? exp2_of(multiply_add(u, scale2, -shifted)) : exp2_of((u - m) * scale2);
-      }
-    };
 
     // What the warps tell each other: K numbers of T's size each.
     template <int K>
@@ -310,7 +294,7 @@ struct RowsLong {
     // The sums, on chip, once the scale is known.
     MLK_DEVICE void add_up(const Span& span, int64_t y, const Standing<T>& stands, bool releases, RowSums<T>& sums,
                            int& above) {
-      const Exponent exponent(stands);
+      const Exponent<T> exponent(stands);
       Lanes lanes;
       if (exponent.fused)
         add_chunks<sizeof(T) == 4>(span, y, stands, exponent, releases, lanes, above);
@@ -323,7 +307,7 @@ struct RowsLong {
       sums.weighted = in_order(lanes.weighted, span.phase);
     }
     template <bool FUSED>
-    MLK_DEVICE void add_chunks(const Span& span, int64_t y, const Standing<T>& stands, const Exponent& exponent,
+    MLK_DEVICE void add_chunks(const Span& span, int64_t y, const Standing<T>& stands, const Exponent<T>& exponent,
                                bool releases, Lanes& sums, int& above) {
       RingSlot p = place;
       for (int k = 0; k < plan.chunks; ++k, p.next(plan)) {
@@ -446,7 +430,7 @@ struct RowsLong {
     // The gradient; the ring's places are given back one by one.
     MLK_DEVICE void write_gradient(const Span& span, int64_t row, int64_t y, const Standing<T>& stands,
                                    const Coefficients<T>& c) {
-      const Exponent exponent(stands);
+      const Exponent<T> exponent(stands);
       if (exponent.fused)
         write_chunks<sizeof(T) == 4>(span, row, y, stands, c, exponent);
       else
@@ -454,11 +438,11 @@ struct RowsLong {
     }
     template <bool FUSED>
     MLK_DEVICE void write_chunks(const Span& span, int64_t row, int64_t y, const Standing<T>& stands,
-                                 const Coefficients<T>& c, const Exponent& exponent) {
+                                 const Coefficients<T>& c, const Exponent<T>& exponent) {
       S* const g = static_cast<S*>(v.grad) + v.out.offset(row);
       const bool together = phase_of(g) == span.phase, blanks = STREAMED || (v.saved && !v.want_shift);
       const T factor = c.factor * exponent.slip();
-      const T at_target = GENERAL ? unprepare(v, c.target, stands.target, y) : c.target;
+      const T at_target = GENERAL ? unprepare(v.preparation, c.target, stands.target, y) : c.target;
       for (int k = 0; k < plan.chunks; ++k, place.next(plan)) {
         arrived(place);
         const Chunk chunk = chunk_of(span, place, STREAMED ? forwards + k : k);
@@ -473,7 +457,7 @@ struct RowsLong {
             T x = factor * power;
             const int64_t j = chunk.first() + i * V + e;
             if (GENERAL && chunk.holds(i * V + e))
-              x = unprepare(v, gradient_at(v, c, factor, power, u[e] - exponent.m, j), u[e], j);
+              x = unprepare(v.preparation, gradient_at(v, c, factor, power, u[e] - exponent.m, j), u[e], j);
             u[e] = x;
           }
           if (!together) {
@@ -520,7 +504,7 @@ struct RowsLong {
       else
         numbers_of<false>(v, row, label, stands.values);
       stands.target = widen(x[label.y]);
-      if (GENERAL) stands.target = prepare(v, stands.target, label.y);
+      if (GENERAL) stands.target = prepare(v.preparation, stands.target, label.y);
       if (v.saved) stands.m = v.saved[2 * row];
       const bool adds = !v.saved || v.want_shift;
       if (STREAMED) {

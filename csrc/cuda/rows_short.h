@@ -273,7 +273,7 @@ struct RowsShort {
       stands.target = simt.exchange(stands.target, simt.lane() - sub);
     }
     if (kept) {
-      if (GENERAL) stands.target = prepare(v, stands.target, y);
+      if (GENERAL) stands.target = prepare(v.preparation, stands.target, y);
       numbers_of<SIMPLE>(v, row, label, stands.values);
     }
 
@@ -301,7 +301,7 @@ struct RowsShort {
           x = element_of<T, S>(one, e);
           if (GENERAL) {
             const int j = class_of(i);
-            if (i < count) x = prepare(v, x, j);
+            if (i < count) x = prepare(v.preparation, x, j);
             if (i < count && j != y && (x > stands.m || first < 0 || (x == stands.m && j < first))) first = j;
             if (j == y) x = -INF;
           }
@@ -398,7 +398,7 @@ struct RowsShort {
             if (GENERAL) {
               // The exponential again, rather than kept: the registers are worth more.
               const int j = class_of(i);
-              g[e] = unprepare(v, gradient_at(v, c, c.factor, exp2_of((x - m) * scale2), x - m, j), x, j);
+              g[e] = unprepare(v.preparation, gradient_at(v, c, c.factor, exp2_of((x - m) * scale2), x - m, j), x, j);
             } else {
               g[e] = c.factor * x;
             }
@@ -414,7 +414,7 @@ struct RowsShort {
     if (lanes > 1) simt.warp_sync();  // the target's place is another lane's
     if (kept && sub == 0) {
       S narrowed;
-      narrow(GENERAL ? unprepare(v, c.target, stands.target, y) : c.target, narrowed);
+      narrow(GENERAL ? unprepare(v.preparation, c.target, stands.target, y) : c.target, narrowed);
       simt.store(target_at, narrowed);
     }
   }

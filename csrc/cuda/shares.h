@@ -32,6 +32,23 @@ inline int long_shared_bytes(const RowPlan& plan, int warps, int ranks) {
   return LongPlaces(plan, warps, warps, ranks).ring;
 }
 
+// u becomes (u - m) scale, of base-2 exponentials, up to a number that all of a row share and that `slip` returns: one
+// multiplication with addition in place of two operations, and no digit is lost.
+template <class T>
+struct Exponent {
+  T m, scale2, shifted;
+  bool fused;  // large logits would make the slip large
+  MLK_DEVICE explicit Exponent(const Standing<T>& stands)
+      : m(stands.floor()), scale2(stands.scale2()), shifted(m * scale2) {
+    fused = sizeof(T) == 4 && m_abs(shifted) < T(1 << 18);
+  }
+  MLK_DEVICE T slip() const { return fused ? exp2_of(-multiply_add(m, scale2, -shifted)) : T(1); }
+  template <bool FUSED>
+  MLK_DEVICE T of(T u) const {
+    return FUSED ? exp2_of(multiply_add(u, scale2, -shifted)) : exp2_of((u - m) * scale2);
+  }
+};
+
 // A warp's share of a row that lies in memory at x.
 struct Span {
   const char* base;    // the 16-byte boundary before the row

@@ -230,18 +230,6 @@ MLK_DEVICE Piece piece_from(const T* in) {
   return out;
 }
 
-// A logit as the loss sees it: softcap, then adjustment.
-template <class T>
-MLK_DEVICE T prepare(const Visit<T>& v, T x, int64_t j) {
-  if (v.softcap > 0) x = cap(x, v.softcap);
-  return v.adjustment ? x + v.adjustment[j] : x;
-}
-// A gradient's way back through that.
-template <class T>
-MLK_DEVICE T unprepare(const Visit<T>& v, T gradient, T u, int64_t j) {
-  return v.softcap > 0 ? gradient * cap_slope(v.adjustment ? u - v.adjustment[j] : u, v.softcap) : gradient;
-}
-
 // How many elements lie between an address and the 16-byte boundary before it.
 template <class S>
 MLK_DEVICE int phase_of(const S* at) {
