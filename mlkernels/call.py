@@ -30,8 +30,8 @@ from .checks import (
     unknown_keywords,
     wrong_type,
 )
-from .numbering import EXTRAS, INPUT, Mode
-from .spec import SLOTS, TRAINABLE, BackendName, BeyondPi, HeadKind, Number, ReductionName, Slot, Spec, TransformKind
+from .numbering import EXTRAS, INPUT, SLOTS, TRAINABLE, BeyondPi, HeadKind, Mode, Slot, TransformKind
+from .spec import BackendName, Number, ReductionName, Spec
 from .tables import check_tables, table_groups
 from .tracing import PLAIN_TENSORS, functorch_level, is_dual, modes
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from . import tracing
-from .spec import Number, Reduction
+from .numbering import Reduction
+from .spec import Number
 
 _REDUCTIONS = {"none": int(Reduction.NONE), "mean": int(Reduction.MEAN), "sum": int(Reduction.SUM)}
 HALF = frozenset({torch.float16, torch.bfloat16})

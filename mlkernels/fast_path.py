@@ -21,7 +21,8 @@ from . import autograd, ops
 from .backends import native
 from .call import COMMON, Call, Common, bind
 from .checks import range_of
-from .spec import TRAINABLE, Number, ReductionName, Spec
+from .numbering import TRAINABLE
+from .spec import Number, ReductionName, Spec
 
 _PACKAGE = Path(__file__).resolve().parent
 #: Of the arguments that losses share, in the order in which the library takes them.

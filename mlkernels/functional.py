@@ -31,13 +31,13 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from . import named, softmax
+from .backends.reference import RowStats
 from .call import Common
 from .center import center_loss
 from .lgm import lgm_loss
 from .multi_margin import multi_margin_loss
 from .signatures import family, filled
 from .soft_targets import soft_cross_entropy
-from .softmax import RowStats
 from .spec import BeyondPiName, ClampName, GradientName, Head, Number, Transform, TwoScale, compose
 
 __all__ = [

@@ -26,7 +26,8 @@ from .checks import (
     wrong_type,
 )
 from .loss_module import Loss
-from .spec import BackendName, Number, ReductionName, TransformKind, spec
+from .numbering import TransformKind
+from .spec import BackendName, Number, ReductionName, spec
 
 _GIVEN = spec(TransformKind.GIVEN)
 

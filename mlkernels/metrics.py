@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import softmax
+from .backends.reference import RowStats
 from .call import Common
 from .checks import (
     check_index,
@@ -30,7 +31,6 @@ from .checks import (
     widened,
     wrong_type,
 )
-from .softmax import RowStats
 from .spec import spec
 
 __all__ = [

@@ -11,17 +11,8 @@ import torch
 from torch import Tensor
 
 from .checks import wrong_type
-from .spec import (
-    BeyondPiName,
-    ClampName,
-    GradientName,
-    HeadKind,
-    Number,
-    ScaleKind,
-    Spec,
-    TransformKind,
-    spec,
-)
+from .numbering import HeadKind, ScaleKind, TransformKind
+from .spec import BeyondPiName, ClampName, GradientName, Number, Spec, spec
 
 Composition: TypeAlias = tuple[Spec, tuple[Number | None, ...]]
 """The structure of a loss, and its values in the order of ``Spec.slots``."""

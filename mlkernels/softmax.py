@@ -10,35 +10,24 @@ from torch import Tensor
 
 from . import autograd, fast_path
 from .backends import reference
+from .backends.reference import RowStats
 from .call import Common, bind
 from .ops import REFERENCE
 from .spec import BackendName, Number, Spec
 from .tracing import PLAIN_TENSORS
 
-
-class RowStats(NamedTuple):
-    r"""What the kernel learned of each row, target-shaped. Ignored rows hold 0, and -1 as prediction.
-
-    Attributes:
-        logsumexp: of the final z; differentiable.
-        log_prob: log p of the target, of the final z; differentiable.
-        entropy: :math:`-\sum_j p_j \log p_j` of the final z; differentiable.
-        prediction: the class of the largest logit before transform and scale; the lowest index on ties, -1 where the
-            row holds a NaN.
-        confidence: the target's logit minus the largest other one, before transform and scale; +inf for C = 1.
-        rank: how many logits are larger than the target's (0: right; < n: right among the top n).
-    """
-
-    logsumexp: Tensor
-    log_prob: Tensor
-    entropy: Tensor
-    prediction: Tensor
-    confidence: Tensor
-    rank: Tensor
-
-
 _is_compiling = torch.compiler.is_compiling
 _saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+
+
+class Asked(NamedTuple):
+    """What is asked of logits that are a product: a loss as operators take it, and by whom and with what it comes."""
+
+    numbers: Sequence[float]
+    params: Sequence[Tensor]
+    tables: frozenset[int]
+    return_stats: bool
+    backend: BackendName | None
 
 
 class ProductLogits:  # no ABC: every call asks whether its input is one, and an ABC answers slowly
@@ -54,16 +43,8 @@ class ProductLogits:  # no ABC: every call asks whether its input is one, and an
         """A tensor of their shape, dtype and device that takes no memory: arguments are checked by it."""
         raise NotImplementedError
 
-    def loss(
-        self,
-        target: Tensor,
-        numbers: Sequence[float],
-        params: Sequence[Tensor],
-        tables: frozenset[int],
-        return_stats: bool,
-        backend: BackendName | None,
-    ) -> tuple[Tensor, RowStats | None]:
-        """The loss whose arguments were checked, with the numbers and tensors that operators take."""
+    def loss(self, target: Tensor, asked: Asked) -> tuple[Tensor, RowStats | None]:
+        """The loss whose arguments were checked."""
         raise NotImplementedError
 
     def refused(self, error: Exception) -> None:
@@ -109,7 +90,8 @@ def apply(
             try:
                 checked: Common = {**common, "backend": "reference"}
                 call, _, labels, params = bind(spec, values, input.shaped(), target, group, **checked)
-                return input.loss(labels, call.numbers, params, spec.tables, return_stats, common.get("backend"))
+                asked = Asked(call.numbers, params, spec.tables, return_stats, common.get("backend"))
+                return input.loss(labels, asked)
             except Exception as error:
                 input.refused(error)
                 raise
@@ -117,7 +99,7 @@ def apply(
     kernels, rows = call.kernels, None
     if kernels is REFERENCE:
         loss, found = reference.softmax_loss(batch, labels, call.numbers, params)
-        rows = RowStats(*found) if return_stats else None
+        rows = found if return_stats else None
     elif return_stats:
         if call.needs:
             loss, *outputs = autograd.softmax_stats(call, batch, labels, *params)

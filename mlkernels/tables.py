@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from .checks import UNSIGNED, check_floating, check_index_dtype, widened
-from .spec import HeadKind, Slot, Spec, TransformKind
+from .numbering import HeadKind, Slot, TransformKind
+from .spec import Spec
 
 
 def _table_slots(spec: Spec) -> list[tuple[int, int]]:

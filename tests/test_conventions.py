@@ -463,7 +463,8 @@ def test_out_of_range_numbers_in_tensors_are_nan_not_clamped():
     """What a GPU would meet unchecked: NaN rows. The reference is asked below the checks."""
     from mlkernels.backends import reference
     from mlkernels.call import DEFAULTS
-    from mlkernels.spec import HeadKind, Slot, spec
+    from mlkernels.numbering import HeadKind, Slot
+    from mlkernels.spec import spec
 
     input, target = logits(3)
     for slot, structure, bad in (

@@ -8,7 +8,8 @@ from table import FEW, draw, numbers_of, usable_backends
 
 from mlkernels import ops
 from mlkernels.call import DEFAULTS
-from mlkernels.spec import TRAINABLE, Reduction, Slot, compose
+from mlkernels.numbering import TRAINABLE, Reduction, Slot
+from mlkernels.spec import compose
 
 #: Autograd lives in softmax.py's Functions: the operators themselves have none to test.
 CHECKS = ("test_schema", "test_faketensor")

@@ -16,8 +16,7 @@ from mlkernels import linear_softmax_loss, tracing
 from mlkernels.backends import reference
 from mlkernels.backends.reference import Finished, Values
 from mlkernels.linear.pieces import TRITON, Want
-from mlkernels.numbering import slots_of
-from mlkernels.spec import REDUCTION, TRAINABLE, Reduction
+from mlkernels.numbering import REDUCTION, TRAINABLE, Reduction, slots_of
 
 FULL = os.environ.get("MLKERNELS_FULL") == "1"
 CASES = [

@@ -165,7 +165,8 @@ def test_the_op_saves_in_the_accumulation_dtype(backend, dtype):
     if choose(torch.device("cpu"), backend) == "reference":
         pytest.skip("the reference saves nothing of its own")
     from mlkernels.call import DEFAULTS
-    from mlkernels.spec import Slot, spec
+    from mlkernels.numbering import Slot
+    from mlkernels.spec import spec
 
     consts = DEFAULTS.copy()
     consts[Slot.SCALE] = 1.0

@@ -9,7 +9,7 @@ from table import LOSSES
 
 import mlkernels
 from mlkernels.checks import check_number
-from mlkernels.spec import (
+from mlkernels.numbering import (
     SLOTS,
     TRAINABLE,
     BeyondPi,
@@ -18,12 +18,9 @@ from mlkernels.spec import (
     MarginGradient,
     ScaleKind,
     Slot,
-    Spec,
     TransformKind,
-    compose,
-    option,
-    spec,
 )
+from mlkernels.spec import Spec, compose, option, spec
 
 
 def structures():

@@ -5,7 +5,7 @@ import torch
 from table import BY_NAME, F64, FEW, INF, LOSSES, NAN, ROW_KINDS, check, draw, expected
 
 import mlkernels
-from mlkernels.spec import HeadKind, ScaleKind, TransformKind
+from mlkernels.numbering import HeadKind, ScaleKind, TransformKind
 
 EVERYTHING = {
     "weight": torch.tensor([0.5, 1.5, 0.0, 2.0, 0.75, 1.25], dtype=F64),

@@ -33,8 +33,18 @@ from .finish import Finished, Rows, Values, finish, row_scale, scales, sound, we
 __all__ = ["Finished", "Rows", "Values", "finish", "row_scale", "scales", "well_classified"]
 
 
-class Stats(NamedTuple):
-    """What a row knows about itself; see :class:`mlkernels.RowStats`."""
+class RowStats(NamedTuple):
+    r"""What the kernel learned of each row, target-shaped. Ignored rows hold 0, and -1 as prediction.
+
+    Attributes:
+        logsumexp: of the final z; differentiable.
+        log_prob: log p of the target, of the final z; differentiable.
+        entropy: :math:`-\sum_j p_j \log p_j` of the final z; differentiable.
+        prediction: the class of the largest logit before transform and scale; the lowest index on ties, -1 where the
+            row holds a NaN.
+        confidence: the target's logit minus the largest other one, before transform and scale; +inf for C = 1.
+        rank: how many logits are larger than the target's (0: right; < n: right among the top n).
+    """
 
     logsumexp: Tensor
     log_prob: Tensor
@@ -263,7 +273,7 @@ def reduced(finished: Finished, values: Values) -> Tensor:
     return total
 
 
-def row_stats(rows: Rows, u_y: Tensor, finished: Finished, values: Values) -> Stats:
+def row_stats(rows: Rows, u_y: Tensor, finished: Finished, values: Values) -> RowStats:
     """What RowStats holds, each (rows,)."""
     u_y, label = u_y.detach(), values.label
     best = torch.where(u_y == rows.top, torch.minimum(label, rows.first), rows.first)
@@ -271,7 +281,7 @@ def row_stats(rows: Rows, u_y: Tensor, finished: Finished, values: Values) -> St
     seen = values.kept & (best < values.classes) & (u_y == u_y)
     confidence = torch.where(values.legal, u_y - rows.top, math.nan)
     assert finished.logsumexp is not None and finished.log_prob is not None and finished.entropy is not None
-    return Stats(
+    return RowStats(
         finished.logsumexp,
         finished.log_prob,
         finished.entropy,
@@ -288,7 +298,7 @@ def full_precision(device: torch.device) -> AbstractContextManager[None]:
 
 def softmax_loss(
     input: Tensor, target: Tensor, numbers: Sequence[float], params: Sequence[Tensor]
-) -> tuple[Tensor, Stats]:
+) -> tuple[Tensor, RowStats]:
     """Any loss of the family, reduced, and its row statistics: each row is one piece.
 
     Args:
@@ -313,4 +323,4 @@ def softmax_loss(
         loss, stats = reduced(finished, values), row_stats(rows, u_y, finished, values)
     if values.reduction == Reduction.NONE:
         loss = loss.reshape(target.shape)
-    return loss, Stats(*(row.reshape(target.shape) for row in stats))
+    return loss, RowStats(*(row.reshape(target.shape) for row in stats))

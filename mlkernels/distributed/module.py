@@ -15,13 +15,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as ShardPlacement
 
+from ..backends.reference import RowStats
 from ..checks import check_flag, check_input, check_plain
 from ..linear.functional import Strategy, check_call, check_callable, check_classifier, check_plan, loss_of
 from ..linear.module import streamed_topk
 from ..linear.plan import Cut
 from ..linear.sampling import ClassSampler, Correction, check_sample
 from ..linear.update import TileSGD, TileUpdate
-from ..softmax import RowStats
 from . import agreement, weights
 from .group import Group, Traffic, check_untraced, offsets, padded
 from .logits import ShardedLogits

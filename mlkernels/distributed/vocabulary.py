@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from torch.distributed.tensor import DTensor, Shard
 
 from ..backends import reference
+from ..backends.reference import RowStats
 from ..checks import accumulated, check_input, check_plain, wrong_type
 from ..linear.autograd import check_upstream, has_hooks, later
 from ..linear.functional import loss_of
@@ -24,8 +25,7 @@ from ..linear.loop import Call, Head, Known, Sums, Wanted, forward, kept_rows
 from ..linear.pieces import pieces_for
 from ..linear.plan import TILE, Plan
 from ..numbering import TRAINABLE
-from ..softmax import RowStats
-from ..spec import BackendName
+from ..softmax import Asked
 from ..tracing import is_dual
 from . import agreement
 from .group import Group, check_untraced, group_of
@@ -156,29 +156,14 @@ class SlicedLogits(PartLogits):
         leading, _, *others = self.input.shape
         return self.input.detach().new_empty(()).expand(leading, self.classes, *others)
 
-    def loss(
-        self,
-        target: Tensor,
-        numbers: Sequence[float],
-        params: Sequence[Tensor],
-        tables: frozenset[int],
-        return_stats: bool,
-        backend: BackendName | None,
-    ) -> tuple[Tensor, RowStats | None]:
+    def loss(self, target: Tensor, asked: Asked) -> tuple[Tensor, RowStats | None]:
         loss = self._loss
         if torch.compiler.is_compiling():
             loss = torch.compiler.disable(loss)  # a graph break: collectives and their agreement are no graph
-        return loss(target, numbers, params, tables, return_stats, backend)
+        return loss(target, asked)
 
-    def _loss(
-        self,
-        target: Tensor,
-        numbers: Sequence[float],
-        params: Sequence[Tensor],
-        tables: frozenset[int],
-        return_stats: bool,
-        backend: BackendName | None,
-    ) -> tuple[Tensor, RowStats | None]:
+    def _loss(self, target: Tensor, asked: Asked) -> tuple[Tensor, RowStats | None]:
+        numbers, params, tables, return_stats, backend = asked
         pieces = pieces_for(target.device, backend)
         if forward_ad._current_level >= 0 and any(map(is_dual, (self.input, *params))):
             raise RuntimeError("slices of logits know no forward-mode AD: take the loss of whole logits")
@@ -194,10 +179,7 @@ class SlicedLogits(PartLogits):
         call = call._replace(kept=kept_rows(label, call, False))
         loss, *stats = _sliced_loss(call, part, logits, label, *flat.values())
         self.met = False  # what another look at these logits is refused for is told again
-        loss = loss if loss.dim() == 0 else loss.reshape(target.shape)
-        if with_stats:
-            self.stats = RowStats(*(row.reshape(target.shape) for row in stats))
-        return loss, self.stats if return_stats else None
+        return self.shown(loss, stats, target, return_stats)
 
     def _meet(
         self, target: Tensor, numbers: Sequence[float], params: dict[int, Tensor], return_stats: bool, kernels: str

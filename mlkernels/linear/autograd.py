@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 from ..backends import reference
 from ..backends.reference import Finished, Rows
-from ..spec import REDUCTION, TRAINABLE, Reduction
+from ..numbering import REDUCTION, TRAINABLE, Reduction
 from ..tracing import functorch_level, is_batched, is_dual, traced
 from .loop import Call, Head, Known, Sums, Wanted, add_chunk, chunk_coefficients, forward, upstream_of
 

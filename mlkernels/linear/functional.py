@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import functional
+from ..backends.reference import RowStats
 from ..call import COMMON, Options
 from ..checks import check_flag, check_input, check_plain, unknown_keywords
-from ..softmax import RowStats
 from .logits import LinearLogits
 from .plan import STRATEGIES, Cut
 from .sampling import ClassSampler

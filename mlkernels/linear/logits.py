@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from typing_extensions import Never
 
+from ..backends.reference import RowStats
 from ..checks import accumulated
-from ..numbering import IGNORE_INDEX, slots_of
-from ..softmax import ProductLogits, RowStats
-from ..spec import BackendName, Slot
+from ..numbering import IGNORE_INDEX, Slot, slots_of
+from ..softmax import Asked, ProductLogits
 from ..tracing import functorch_level, is_dual, traced
 from . import graph
 from .autograd import WHOLE, has_hooks, linear_loss
@@ -80,16 +80,9 @@ class LinearLogits(ProductLogits):
         leading, classes = self.input.shape[:-1], self.weight.shape[0]
         return self.input.detach().new_empty(()).expand(leading[0], classes, *leading[1:])
 
-    def loss(
-        self,
-        target: Tensor,
-        numbers: Sequence[float],
-        params: Sequence[Tensor],
-        tables: frozenset[int],
-        return_stats: bool,
-        backend: BackendName | None,
-    ) -> tuple[Tensor, RowStats | None]:
+    def loss(self, target: Tensor, asked: Asked) -> tuple[Tensor, RowStats | None]:
         """The loss and its row statistics, in the shape of target."""
+        numbers, params, tables, return_stats, backend = asked
         x, weight, bias = self.input, self.weight, self.bias
         given = [t for t in (x, weight, bias, target, *params) if t is not None]
         compiled = torch.compiler.is_compiling()
@@ -98,7 +91,7 @@ class LinearLogits(ProductLogits):
         ):
             raise RuntimeError(f"heads know no torch.func transforms and no forward-mode AD: {WHOLE}")
         if traced(*given) and self.graphs():
-            return self.in_graph(target, numbers, params, tables, return_stats, backend)
+            return self.in_graph(target, asked)
         if traced(*given) and not compiled:
             raise RuntimeError(
                 "a head with tile_update= or sample= looks at numbers as it runs, which fake tensors and those that "
@@ -122,28 +115,26 @@ class LinearLogits(ProductLogits):
             call, label, flat, classes = self.sampled(self.sampler, call, label, flat, tables)
         call = planned(call, self.cut, classes, x, weight, label)
         loss, *stats = self.run(call, x.reshape(target.numel(), weight.shape[1]), label, list(flat.values()))
-        loss = loss if loss.dim() == 0 else loss.reshape(target.shape)
-        if with_stats:
-            if self.sample is not None:
-                stats[3] = self.classes_of(self.sample, stats[3])
+        if with_stats and self.sample is not None:
+            stats[3] = self.classes_of(self.sample, stats[3])
+        return self.shown(loss, stats, target, return_stats)
+
+    def shown(
+        self, loss: Tensor, stats: Sequence[Tensor], target: Tensor, return_stats: bool
+    ) -> tuple[Tensor, RowStats | None]:
+        """In the shape of target; the statistics, where there are any, are kept too."""
+        if stats:
             self.stats = RowStats(*(row.reshape(target.shape) for row in stats))
-        return loss, self.stats if return_stats else None
+        return loss if loss.dim() == 0 else loss.reshape(target.shape), self.stats if return_stats else None
 
     def graphs(self) -> bool:
         """Whether a graph may hold this head."""
         return self.begin is None and self.sampler is None
 
-    def in_graph(
-        self,
-        target: Tensor,
-        numbers: Sequence[float],
-        params: Sequence[Tensor],
-        tables: frozenset[int],
-        return_stats: bool,
-        backend: BackendName | None,
-    ) -> tuple[Tensor, RowStats | None]:
+    def in_graph(self, target: Tensor, asked: Asked) -> tuple[Tensor, RowStats | None]:
         """The same as one operator."""
         self.visits += 1
+        numbers, params, tables, return_stats, backend = asked
         with_stats = return_stats or self.return_stats
         slots, rows = slots_of(numbers), 0
         flat = list(params)
@@ -157,10 +148,7 @@ class LinearLogits(ProductLogits):
             x, self.weight, self.bias, target.reshape(-1), flat, numbers, rows, self.normalize, with_stats,
             *self.cut, backend,
         )  # fmt: skip
-        loss = loss if loss.dim() == 0 else loss.reshape(target.shape)
-        if with_stats:
-            self.stats = RowStats(*(row.reshape(target.shape) for row in stats))
-        return loss, self.stats if return_stats else None
+        return self.shown(loss, stats, target, return_stats)
 
     def most(self, rows: int, call: Call, params: dict[int, Tensor]) -> int:
         """How many classes the loop has."""

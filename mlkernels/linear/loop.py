@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..backends import reference
 from ..backends.reference import Coefficients, Finished, Rows, Values
-from ..spec import IGNORE_INDEX, Slot
+from ..numbering import IGNORE_INDEX, Slot
 from . import threads
 from .pieces import Factors, Pieces, Want
 from .plan import Cut, Plan

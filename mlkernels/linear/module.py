@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ..backends.reference import full_precision
+from ..backends.reference import RowStats, full_precision
 from ..checks import accumulated, check_flag, check_input, check_size
-from ..softmax import RowStats
 from .functional import Strategy, check_callable, check_classifier, check_plan, logits_of, loss_of
 from .loop import lengths
 from .plan import TILE, Cut

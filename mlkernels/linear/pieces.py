@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..backends import reference, refusal
 from ..backends.reference import Coefficients, Finished, Rows, Values
-from ..spec import Slot
+from ..numbering import Slot
 
 
 class Want(NamedTuple):

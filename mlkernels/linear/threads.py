@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..backends.reference import Coefficients, Rows, Values
 from ..checks import accumulated
-from ..spec import Slot
+from ..numbering import Slot
 from .pieces import CPU, TRITON, Pieces, Want, rows_of
 from .plan import Plan, on_device, plan, room, shared
 
