@@ -111,10 +111,7 @@ def general(compose: Callable, fixed_names: tuple = ()) -> Callable:
     return call
 
 
-_OPTIONS = {
-    "weight", "ignore_index", "reduction", "label_smoothing", "z_loss", "softcap", "logit_adjustment", "backend",
-    "row_weight", "normalizer", "group", "return_stats",
-}  # fmt: skip
+_OPTIONS = {*mlkernels.call.COMMON, "group", "return_stats"}
 
 
 def _modulated(p):

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from scripts import EXAMPLES, script
+from scripts import command, script
 
 from mlkernels import data
 from mlkernels.search import Record
 
 pytestmark = pytest.mark.usefixtures("threads_put_back")
 
-SCRIPT = EXAMPLES / "am_lfs.py"
 SMALL = ["--candidates", "8", "--pieces", "4", "--limit", "600", "--width", "32", "--threads", "1"]
 
 
@@ -76,43 +72,10 @@ def test_wrong_labels(example: ModuleType) -> None:
     assert not any(tuple(row) in pixels for row in clean.held_out[0].tolist()), "nothing rewarded was trained on"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["--data", "/nowhere"], "no train-images-idx3-ubyte[.gz] in /nowhere"),
-        (["--noise", "10,95"], "--noise: must be from 0 to 90, got 95"),
-        (["--noise", "some"], "--noise: invalid"),
-        (["--epochs", "0"], "--epochs: must be > 0, got 0"),
-        (["--lr", "nan"], "--lr: must be > 0, got nan"),
-        (["--candidates", "1"], "--candidates: must be >= 2, got 1"),
-        (["--limit", "5"], "--limit: must be from 10 to 1347, got 5"),
-        (["--limit", "5000"], "--limit: must be from 10 to 1347, got 5000"),
-        (["--search", "all"], "--search: invalid choice: 'all'"),
-        (["--out", str(SCRIPT)], "--out: "),
-    ],
-)
-def test_bad_arguments(
-    example: ModuleType, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
-) -> None:
-    with pytest.raises(SystemExit) as left:
-        example.main(arguments)
-    assert left.value.code == 2
-    assert says in capsys.readouterr().err
-
-
 def test_as_a_command(tmp_path: Path) -> None:
     """A process of its own."""
-    path = os.pathsep.join([str(SCRIPT.parent.parent), os.environ.get("PYTHONPATH", "")])
     options = [*SMALL, "--noise", "0", "--epochs", "1", "--population", "1", "--out", str(tmp_path / "deep" / "out")]
-    done = subprocess.run(
-        [sys.executable, SCRIPT, *options],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = command("am_lfs", *options)
     assert repr(data.digits()) in done.stdout
     assert "candidate/s" not in done.stderr  # no bar where nobody watches
     assert (tmp_path / "deep" / "out" / "am_lfs.json").exists()

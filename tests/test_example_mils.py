@@ -7,11 +7,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from scripts import EXAMPLES, script
+from scripts import script
 
 pytestmark = pytest.mark.usefixtures("threads_put_back")
 
-SCRIPT = EXAMPLES / "mils.py"
 SMALL = ["--seeds", "2", "--epochs", "2", "--limit", "640", "--batch", "32", "--participation", "0.3"]
 
 
@@ -54,27 +53,6 @@ def test_runs_repeat_and_no_attempt_is_plain(
     assert errors() == errors()
     primary, scheduled = errors("--participation", "0")
     assert primary == scheduled
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["--participation", "1.5"], "--participation: must be in [0, 1], got 1.5"),
-        (["--auxiliary", "hinge"], "--auxiliary: invalid choice: 'hinge'"),
-        (["--accept", "always"], "--accept: invalid choice: 'always'"),
-        (["--seeds", "0"], "--seeds: must be >= 1, got 0"),
-        (["--data", "/nowhere"], "no train-images-idx3-ubyte[.gz] in /nowhere"),
-        (["--lr", "nan"], "--lr: must be > 0, got nan"),
-        (["--out", str(SCRIPT)], "--out: "),
-    ],
-)
-def test_bad_arguments(
-    example: ModuleType, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
-) -> None:
-    with pytest.raises(SystemExit) as left:
-        example.main(arguments)
-    assert left.value.code == 2
-    assert says in capsys.readouterr().err
 
 
 def test_divergence_is_said(example: ModuleType, tmp_path: Path) -> None:

@@ -189,42 +189,61 @@ def test_runs_repeat(name: str, options: list[str], tmp_path: Path, monkeypatch:
     assert first[0] != first[1], "another seed is another run"
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["--data", "/nowhere"], "--data: no train-images-idx3-ubyte[.gz] in /nowhere"),
-        (["--seeds", "0"], "--seeds: must be >= 1, got 0"),
-        (["--steps", "-3"], "--steps: must be >= 1, got -3"),
-        (["--batch", "many"], "--batch: invalid"),
-        (["--lr", "nan"], "--lr: must be > 0, got nan"),
-        (["--limit", "0"], "--limit: must be >= 1, got 0"),
-        (["--out", __file__], "--out: "),
-    ],
-)
-def test_bad_arguments(name: str, arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as left:
-        script(name).main(arguments)
-    assert left.value.code == 2
-    assert says in capsys.readouterr().err
+#: What those of NAMES all say.
+REFUSED = [
+    (["--data", "/nowhere"], "--data: no train-images-idx3-ubyte[.gz] in /nowhere"),
+    (["--seeds", "0"], "--seeds: must be >= 1, got 0"),
+    (["--steps", "-3"], "--steps: must be >= 1, got -3"),
+    (["--batch", "many"], "--batch: invalid"),
+    (["--lr", "nan"], "--lr: must be > 0, got nan"),
+    (["--limit", "0"], "--limit: must be >= 1, got 0"),
+    (["--out", __file__], "--out: "),
+]
 
 
 @pytest.mark.parametrize(
     ("name", "arguments", "says"),
     [
+        *((name, *case) for name in NAMES for case in REFUSED),
         ("two_scale", ["--eta", "0.1,x"], "--eta: invalid float value: '0.1,x'"),
         ("two_scale", ["--eta", "nan"], "--eta: must be numbers, got [nan]"),
         ("modulated", ["--beta", "4,0"], "--beta: must be > 0, got 0.0"),
         ("modulated", ["--gamma", ""], "--gamma: invalid"),
         ("modulated", ["--limit", "19"], "--limit: a tenth is held out, so at least 20 images, got 19"),
         ("margins", ["--loss", "softmax,hinge"], "--loss: no loss 'hinge'; there are softmax, sphereface"),
+        ("am_lfs", ["--data", "/nowhere"], "no train-images-idx3-ubyte[.gz] in /nowhere"),
+        ("am_lfs", ["--noise", "10,95"], "--noise: must be from 0 to 90, got 95"),
+        ("am_lfs", ["--noise", "some"], "--noise: invalid"),
+        ("am_lfs", ["--epochs", "0"], "--epochs: must be > 0, got 0"),
+        ("am_lfs", ["--lr", "nan"], "--lr: must be > 0, got nan"),
+        ("am_lfs", ["--candidates", "1"], "--candidates: must be >= 2, got 1"),
+        ("am_lfs", ["--limit", "5"], "--limit: must be from 10 to 1347, got 5"),
+        ("am_lfs", ["--limit", "5000"], "--limit: must be from 10 to 1347, got 5000"),
+        ("am_lfs", ["--search", "all"], "--search: invalid choice: 'all'"),
+        ("am_lfs", ["--out", __file__], "--out: "),
+        ("mils", ["--participation", "1.5"], "--participation: must be in [0, 1], got 1.5"),
+        ("mils", ["--auxiliary", "hinge"], "--auxiliary: invalid choice: 'hinge'"),
+        ("mils", ["--accept", "always"], "--accept: invalid choice: 'always'"),
+        ("mils", ["--seeds", "0"], "--seeds: must be >= 1, got 0"),
+        ("mils", ["--data", "/nowhere"], "no train-images-idx3-ubyte[.gz] in /nowhere"),
+        ("mils", ["--lr", "nan"], "--lr: must be > 0, got nan"),
+        ("mils", ["--out", __file__], "--out: "),
+        ("train_images", ["--loss", "hinge"], "no loss 'hinge'; there are cross_entropy, focal"),
+        ("train_images", ["--loss", "focal,"], "no loss ''"),
+        ("train_images", ["--data", "/nowhere"], "no train-images-idx3-ubyte[.gz] in /nowhere"),
+        ("train_images", ["--epochs", "0"], "--epochs: must be >= 1, got 0"),
+        ("train_images", ["--batch", "many"], "--batch: invalid"),
+        ("train_images", ["--lr", "-1"], "--lr: must be > 0, got -1.0"),
+        ("train_images", ["--lr", "nan"], "--lr: must be > 0, got nan"),
+        ("train_images", ["--backend", "abacus"], "--backend: invalid choice: 'abacus'"),
+        ("train_images", ["--out", __file__], "--out: "),
     ],
 )
-def test_bad_arguments_of_one(
+def test_bad_arguments(
     name: str, arguments: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as left:
-        script(name).main([*arguments, "--out", str(tmp_path)])
+        script(name).main(["--out", str(tmp_path), *arguments])
     assert left.value.code == 2
     assert says in capsys.readouterr().err
 

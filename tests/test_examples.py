@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import struct
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from scripts import EXAMPLES, script
+from scripts import command, script
 
 import mlkernels
 
 pytestmark = pytest.mark.usefixtures("threads_put_back")
-
-SCRIPT = EXAMPLES / "train_images.py"
 
 
 @pytest.fixture(scope="module")
@@ -88,29 +83,6 @@ def test_network_takes_any_size(example: ModuleType, size: tuple[int, int]) -> N
     assert output.abs().max() <= 1 + 1e-6
 
 
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["--loss", "hinge"], "no loss 'hinge'; there are cross_entropy, focal"),
-        (["--loss", "focal,"], "no loss ''"),
-        (["--data", "/nowhere"], "no train-images-idx3-ubyte[.gz] in /nowhere"),
-        (["--epochs", "0"], "--epochs: must be >= 1, got 0"),
-        (["--batch", "many"], "--batch: invalid"),
-        (["--lr", "-1"], "--lr: must be > 0, got -1.0"),
-        (["--lr", "nan"], "--lr: must be > 0, got nan"),
-        (["--backend", "abacus"], "--backend: invalid choice: 'abacus'"),
-        (["--out", str(SCRIPT)], "--out: "),
-    ],
-)
-def test_bad_arguments(
-    example: ModuleType, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
-) -> None:
-    with pytest.raises(SystemExit) as left:
-        example.main(arguments)
-    assert left.value.code == 2
-    assert says in capsys.readouterr().err
-
-
 def test_backend_that_is_not_here(
     example: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,16 +114,7 @@ def test_as_a_command(tmp_path: Path) -> None:
         (tmp_path / f"{part}-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1]) + sizes[:4] + bytes(labels.tolist()))
     out = tmp_path / "out" / "deep"
     options = ["--data", tmp_path, "--loss", "focal", "--epochs", "2", "--batch", "32", "--threads", "1", "--out", out]
-    path = os.pathsep.join([str(SCRIPT.parent.parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, SCRIPT, "--backend", "reference", *map(str, options)],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = command("train_images", "--backend", "reference", *map(str, options))
     assert "Images(train=1347, test=450, size=8x8, classes=10" in done.stdout
     assert "batch/s" not in done.stderr  # no bar where nobody watches
     (run,) = json.loads((out / "train_images.json").read_text())["runs"]

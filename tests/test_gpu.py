@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from table import BY_NAME, F64, FEW, LOSSES, check, draw, expected, leaves, placed, run
 from test_multi_copy import bits, mixed
 from test_snapshot import OPTIONS, Network, same
-from test_values import CAPPED, EVERYTHING, UNMASKED, upstream_for
+from test_values import CAPPED, UNMASKED, check_everything, upstream_for
 
 import mlkernels
 from mlkernels.ops import multi_copy_
@@ -73,13 +73,7 @@ def test_forms(loss, form, dtype, backend):
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_everything(loss, reduction, backend):
-    input, target, params = draw(loss, form=loss.forms[-1], kinds=UNMASKED, seed=1)
-    target[3] = -7
-    input[3] = float("nan")
-    compare(
-        loss, backend, input, target, params, torch.float32, upstream_for(reduction, len(target)), reduction=reduction,
-        ignore_index=-7, **EVERYTHING,
-    )  # fmt: skip
+    check_everything(loss, backend, reduction, check=compare)
 
 
 def test_capped_and_adjusted(loss, backend):

@@ -102,10 +102,8 @@ def by_pieces(input, target, numbers, tensors, needs, cuts, together, upstream):
     return reference.reduced(finished, values), reference.row_stats(rows, u_y, finished, values), grad, by_slot
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("loss", LOSSES, ids=str)
-def test_pieces_are_the_whole_row(loss, options, monkeypatch):
-    options = OPTIONS[options]
+def whole_rows(loss, options, monkeypatch):
+    """The arguments of by_pieces, its upstream gradients, and what it has to find: by the reference of whole rows."""
     input, target, params = drawn(loss, options)
     numbers, tensors = as_called(loss, input, target, params, options, monkeypatch)
     if options["reduction"] == "none":
@@ -118,15 +116,27 @@ def test_pieces_are_the_whole_row(loss, options, monkeypatch):
     shape = (ROWS,) if numbers[REDUCTION] == Reduction.NONE else ()
     upstream = [torch.randn(s, dtype=F64, generator=generator) for s in (shape, *[(ROWS,)] * 3)]
     outputs = [value, stats.logsumexp, stats.log_prob, stats.entropy]
-    wanted = torch.autograd.grad(outputs, [x, *(own[s] for s in needs)], upstream, materialize_grads=True)
+    grad, *by_slot = torch.autograd.grad(outputs, [x, *(own[s] for s in needs)], upstream, materialize_grads=True)
+    wanted = value.detach(), stats, grad, dict(zip(needs, by_slot, strict=True))
+    return (input, target, numbers, tensors, needs), upstream, wanted
 
+
+def check_pieces(found, wanted, name, **tolerance):
+    """Loss, statistics and gradients; those of parameters relative to the largest."""
+    same = {**tolerance, "equal_nan": True}
+    (value, rows, grad, by_slot), (its_value, its_rows, its_grad, its_slots) = found, wanted
+    torch.testing.assert_close(value, its_value, **same)
+    for ours, theirs, field in zip(rows, its_rows, its_rows._fields, strict=True):
+        torch.testing.assert_close(ours, theirs.detach(), **same, msg=lambda m, f=field: f"{name}, {f}: {m}")
+    torch.testing.assert_close(grad, its_grad, **same)
+    for slot, theirs in its_slots.items():
+        size = 1 + theirs.nan_to_num().abs().max()
+        torch.testing.assert_close(by_slot[slot] / size, theirs / size, **same)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("loss", LOSSES, ids=str)
+def test_pieces_are_the_whole_row(loss, options, monkeypatch):
+    arguments, upstream, wanted = whole_rows(loss, OPTIONS[options], monkeypatch)
     for (name, cuts), together in itertools.product(CUTS.items(), (folded, in_any_order)):
-        found, rows, grad, by_slot = by_pieces(input, target, numbers, tensors, needs, cuts, together, upstream)
-        same = {"rtol": 1e-11, "atol": 1e-12, "equal_nan": True}
-        torch.testing.assert_close(found, value.detach(), **same)
-        for ours, theirs, field in zip(rows, stats, stats._fields, strict=True):
-            torch.testing.assert_close(ours, theirs.detach(), **same, msg=lambda m, f=field: f"{name}, {f}: {m}")
-        torch.testing.assert_close(grad, wanted[0], **same)
-        for slot, theirs in zip(needs, wanted[1:], strict=True):
-            size = 1 + theirs.nan_to_num().abs().max()
-            torch.testing.assert_close(by_slot[slot] / size, theirs / size, **same)
+        check_pieces(by_pieces(*arguments, cuts, together, upstream), wanted, name, rtol=1e-11, atol=1e-12)

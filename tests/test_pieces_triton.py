@@ -10,13 +10,12 @@ import torch
 from table import BY_NAME, F64, LOSSES, NAN, usable_backends
 from test_linear import rows_of
 from test_no_sync import Forbid
-from test_pieces import CLASSES, OPTIONS, ROWS, as_called, drawn
+from test_pieces import CLASSES, OPTIONS, check_pieces, whole_rows
 
 from mlkernels import linear_softmax_loss, tracing
 from mlkernels.backends import reference
 from mlkernels.backends.reference import Finished, Values
 from mlkernels.linear.pieces import TRITON, Want
-from mlkernels.numbering import REDUCTION, TRAINABLE, Reduction, slots_of
 
 FULL = os.environ.get("MLKERNELS_FULL") == "1"
 CASES = [
@@ -78,29 +77,8 @@ def partition(seed):
 def test_pieces_are_the_whole_row(index, monkeypatch):
     """Each way through finish, under options that take turns; MLKERNELS_FULL=1: each loss under each of them."""
     loss, options = BY_NAME[CASES[index][0]], OPTIONS[CASES[index][1]]
-    input, target, params = drawn(loss, options)
-    numbers, tensors = as_called(loss, input, target, params, options, monkeypatch)
-    if options["reduction"] == "none":
-        target[9] = CLASSES  # as a device would meet it
-    own = dict(zip(slots_of(numbers), tensors, strict=True))
-    needs = [slot for slot in own if slot in TRAINABLE]
-    x = input.clone().requires_grad_()
-    own |= {slot: own[slot].clone().requires_grad_() for slot in needs}
-    value, stats = reference.softmax_loss(x, target, numbers, list(own.values()))
-    generator = torch.Generator().manual_seed(5)
-    shape = (ROWS,) if numbers[REDUCTION] == Reduction.NONE else ()
-    upstream = [torch.randn(s, dtype=F64, generator=generator) for s in (shape, *[(ROWS,)] * 3)]
-    outputs = [value, stats.logsumexp, stats.log_prob, stats.entropy]
-    wanted = torch.autograd.grad(outputs, [x, *(own[s] for s in needs)], upstream, materialize_grads=True)
-    found, rows, grad, by_slot = by_pieces(input, target, numbers, tensors, needs, partition(index), upstream)
-    same = {"rtol": 1e-9, "atol": 1e-10, "equal_nan": True}
-    torch.testing.assert_close(found, value.detach(), **same)
-    for ours, theirs, field in zip(rows, stats, stats._fields, strict=True):
-        torch.testing.assert_close(ours, theirs.detach(), **same, msg=lambda m, f=field: f"{f}: {m}")
-    torch.testing.assert_close(grad, wanted[0], **same)
-    for slot, theirs in zip(needs, wanted[1:], strict=True):
-        size = 1 + theirs.nan_to_num().abs().max()
-        torch.testing.assert_close(by_slot[slot] / size, theirs / size, **same)
+    arguments, upstream, wanted = whole_rows(loss, options, monkeypatch)
+    check_pieces(by_pieces(*arguments, partition(index), upstream), wanted, loss, rtol=1e-9, atol=1e-10)
 
 
 # ---- heads -----------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 import torch
 from table import BY_NAME, F64, FEW, LOSSES, check, draw, leaves, run
 from test_no_sync import Forbid
-from test_values import CAPPED, EVERYTHING, UNMASKED, upstream_for
+from test_values import CAPPED, check_everything, upstream_for
 
 import mlkernels
 import mlkernels.call as door
@@ -165,13 +165,7 @@ def streamed(monkeypatch):
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_streamed_everything(loss, reduction, streamed):
-    input, target, params = draw(loss, form=loss.forms[-1], kinds=UNMASKED, seed=1)
-    target[3] = -7
-    input[3] = float("nan")
-    check(
-        loss, "triton", input, target, params, torch.float32, upstream_for(reduction, len(target)),
-        reduction=reduction, ignore_index=-7, **EVERYTHING,
-    )  # fmt: skip
+    check_everything(loss, "triton", reduction)
 
 
 @pytest.mark.parametrize("form", [0, -1])
