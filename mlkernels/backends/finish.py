@@ -61,6 +61,8 @@ class Values:
         #: 1, or NaN where a row is: a factor of every tensor's number, whose gradient is NaN there too.
         self.mark = torch.ones((), dtype=dtype, device=label.device)
         self.smoothing, self.z_loss = self.consts[int(Slot.SMOOTHING)], self.consts[int(Slot.Z_LOSS)]
+        #: Whether a row's loss has a term that class weights do not weigh.
+        self.has_row_term = self.z_loss > 0
 
     def __getitem__(self, slot: int) -> Tensor:
         """0-d where the number is shared, else (rows,)."""
@@ -363,7 +365,7 @@ def finish(rows: Rows, u_y: Tensor, s: Tensor, values: Values) -> Finished:
         assert rows.weighted is not None and rows.weights is not None
         spread = omega_y * nll + rows.weights * above_top - s * rows.weighted
         loss = (1 - values.smoothing) * loss + values.smoothing / values.classes * spread
-    penalty = values.z_loss * lse * lse if values.z_loss > 0 else None
+    penalty = values.z_loss * lse * lse if values.has_row_term else None
 
     def of_kept(value: Tensor) -> Tensor:
         return torch.where(values.kept, value, 0)

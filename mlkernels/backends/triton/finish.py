@@ -51,8 +51,10 @@ from .constants import (
     TRANSFORM_C,
     TRUNCATED,
     TWO_SCALE,
+    Z_LOSS,
 )
 from .elementary import PI, acos, expm1, log1p, power, sincos
+from .operands import shared
 
 #: The floor of sqrt(1 - x^2) where it divides: derivatives of angles stay finite, and within fp16 at s = 64.
 ROOT_FLOOR = tl.constexpr(2.0**-10)
@@ -344,12 +346,26 @@ def finish(
 
 
 @triton.jit
-def row_loss(classes, smoothing, z_loss, weight_sum, s, at, phi, weight, weighted):
+def batch_of(values, MODES: tl.constexpr, T: tl.constexpr, classes, smoothing, weight_sum):
+    """What the losses of all rows share; weight_sum: of all class weights, the classes without any."""
+    return classes, smoothing, shared(values, Z_LOSS, MODES, T), weight_sum
+
+
+@triton.jit
+def has_row_term(batch):
+    """Whether a row's loss has a term that class weights do not weigh."""
+    _classes, _smoothing, z_loss, _weight_sum = batch
+    return z_loss > 0
+
+
+@triton.jit
+def row_loss(batch, s, at, phi, weight, weighted):
     """The terms of a row's loss that class weights weigh, and those that they do not; each has a factor of its own.
 
     weighted: the sum over j != y of w_j (u_j - m); used with smoothing only.
     """
     nll, _q, _p, others, lse, alone = at
+    classes, smoothing, z_loss, weight_sum = batch
     by_class = weight * phi
     if smoothing > 0:
         spread = tl.where(alone, INF, (weight_sum - weight) * others - s * weighted)
@@ -374,7 +390,7 @@ def entropy(share, s, at, shift):
 
 
 @triton.jit
-def coefficients(classes, smoothing, z_loss, weight_sum, share, s, slope, at, h, w, weight, up, g_entropy):
+def coefficients(batch, share, s, slope, at, h, w, weight, up, g_entropy):
     """dL/du_j = e_j (a + b (u_j - m)) - d w_j for j != y, and g at the target: (a, b, d, g). And what that and the
     derivative by s are made of: (pull, part, flat, dL/dz_y), where pull is the coefficient of p_j - 1[j = y], part that
     of -w_j, flat that of p_j alone.
@@ -383,6 +399,7 @@ def coefficients(classes, smoothing, z_loss, weight_sum, share, s, slope, at, h,
     without it there are no b and h, the entropy itself.
     """
     nll, q, p, others, lse, alone = at
+    classes, smoothing, z_loss, weight_sum = batch
     g_class, g_row, g_lse, g_log_prob = up
     pull = g_class * (1.0 - smoothing) * weight * w - g_log_prob
     part = g_class * smoothing / classes

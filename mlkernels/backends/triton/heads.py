@@ -176,4 +176,4 @@ def row_finish(
         row.packed = packed
     by_slot = {} if by_parameter is None else {slot: loss.parameter(slot, by_parameter[slot], bins) for slot in slots}
     by_class, by_row, lse, log_prob, h = finished
-    return Finished(by_class, by_row if values.z_loss > 0 else None, lse, log_prob, h), row, by_slot
+    return Finished(by_class, by_row if values.has_row_term else None, lse, log_prob, h), row, by_slot

@@ -14,9 +14,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .constants import INF, LOGIT_NORM, NEED_SHIFT, ROW_SCALE, SMOOTHING, SOFTCAP, TWO_SCALE, Z_LOSS
+from .constants import INF, LOGIT_NORM, NEED_SHIFT, ROW_SCALE, SMOOTHING, SOFTCAP, TWO_SCALE
 from .elements import LOG2_E, is_label, moved, multiple, of_row, product, read_logits, row_offset
-from .finish import by_scale, coefficients, entropy, finish, kind, row_loss, row_scale
+from .finish import batch_of, by_scale, coefficients, entropy, finish, kind, row_loss, row_scale
 from .operands import label_of, leave_parameters, numbers, shared, upstream_of
 from .rows import gradient
 from .statistics import accumulated
@@ -228,7 +228,6 @@ def row_finish(
         tau_tables = (tau_tables[0], tau_tables[1], tau_bins, groups)
     scale = kind(structure, ROW_SCALE)
     smoothing = shared(values, SMOOTHING, MODES, T)
-    z_loss = shared(values, Z_LOSS, MODES, T)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < rows
     y, kept, exists = label_of(tl.load(target + row, inside, 0), inside, classes, ignore_index)
@@ -265,7 +264,8 @@ def row_finish(
     h = None
     if known[2] is not None:
         h = entropy(share, s, at, shift)
-    by_class, by_row = row_loss(classes, smoothing, z_loss, every_weight, s, at, head[0], w_y, weighted)
+    batch = batch_of(values, MODES, T, classes, smoothing, every_weight)
+    by_class, by_row = row_loss(batch, s, at, head[0], w_y, weighted)
     results = (by_class, by_row, at[4], -at[0], zero if h is None else h)
     for i in tl.static_range(FINISHED):
         tl.store(finished + i * rows.to(tl.int64) + row, tl.where(kept, results[i], 0.0), inside)
@@ -279,9 +279,7 @@ def row_finish(
         g_h = None
         if upstream[4] is not None:
             g_h = upstream_of(upstream[4], 1, row, kept, T)
-        of_gradient, z = coefficients(
-            classes, smoothing, z_loss, every_weight, share, s, own[1], at, h, head[1], w_y, up, g_h
-        )
+        of_gradient, z = coefficients(batch, share, s, own[1], at, h, head[1], w_y, up, g_h)
         if row_coefficients is not None:
             top = tl.where(m < INF, m, float("nan"))  # else a probability of 0 would be left out of a row that is NaN
             results = (of_gradient[0], of_gradient[1], of_gradient[2], of_gradient[3], s, top)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .constants import INF, LOGIT_NORM, MEAN, NEED_SHIFT, ROW_SCALE, SMOOTHING, SOFTCAP, TWO_SCALE, Z_LOSS
+from .constants import INF, LOGIT_NORM, MEAN, NEED_SHIFT, ROW_SCALE, SMOOTHING, SOFTCAP, TWO_SCALE
 from .elementary import tanh
 from .elements import (
     LOG2_E,
@@ -30,7 +30,7 @@ from .elements import (
     row_sum,
     thread_sum,
 )
-from .finish import by_scale, coefficients, entropy, finish, kind, row_loss, row_scale
+from .finish import batch_of, by_scale, coefficients, entropy, finish, has_row_term, kind, row_loss, row_scale
 from .operands import (
     label_of,
     leave_loss,
@@ -186,10 +186,10 @@ def visit(
     blocks = tl.cdiv(classes, BLOCK)
     cap = shared(values, SOFTCAP, MODES, T)
     smoothing = shared(values, SMOOTHING, MODES, T)
-    z_loss = shared(values, Z_LOSS, MODES, T)
     every_weight = tl.full((), classes, T)
     if weight_sum is not None:
         every_weight = tl.load(weight_sum).to(T)
+    batch = batch_of(values, MODES, T, classes, smoothing, every_weight)
     TILTED: tl.constexpr = upstream[3] is not None
     SHIFTED: tl.constexpr = TILTED or stats is not None
     if REDUCTION == MEAN:
@@ -261,7 +261,7 @@ def visit(
             if CONDITIONAL:
                 f_class, f_row = earlier
             else:
-                f_class, f_row = factors_of(all_weights, all_kept, z_loss, T)
+                f_class, f_row = factors_of(all_weights, all_kept, has_row_term(batch), T)
                 nothing = 0.0 * f_class
                 if factors is not None:
                     if tile == 0:
@@ -271,7 +271,7 @@ def visit(
             own_weight = tl.load(row_weight + row, kept, 0.0).to(T)
             f_class, f_row = own_weight * f_class, own_weight * f_row
         if losses is not None:
-            by_class, by_row = row_loss(classes, smoothing, z_loss, every_weight, s, at, head[0], w_y, weighted)
+            by_class, by_row = row_loss(batch, s, at, head[0], w_y, weighted)
             leave_loss(losses, tile, row, rows, kept, by_class * f_class, by_row * f_row, nothing, REDUCTION)
         if save is not None:
             tl.store(save + 2 * row, tl.where(kept, m, 0.0), inside)
@@ -294,9 +294,7 @@ def visit(
             if TILTED:
                 g_h = upstream_of(upstream[3], up_entropy, row, kept, T)
             up = (g_loss * f_class, g_loss * f_row, g_lse, g_log_prob)
-            row_coefficients, z = coefficients(
-                classes, smoothing, z_loss, every_weight, share, s, own[1], at, h, head[1], w_y, up, g_h
-            )
+            row_coefficients, z = coefficients(batch, share, s, own[1], at, h, head[1], w_y, up, g_h)
             out = base
             if grad is not None:
                 out = row_offset(row, sizes, out_strides, UNIT, DIMS, ACROSS)

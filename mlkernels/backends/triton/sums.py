@@ -61,13 +61,13 @@ def divisors_of(normalizer, parts, count, target, weight, rows, classes, ignore_
 
 
 @triton.jit
-def factors_of(weights, kept, z_loss, T: tl.constexpr):
+def factors_of(weights, kept, per_row, T: tl.constexpr):
     """What "mean" multiplies a row's terms by, per class weight and, where there are any, per row. Smoothing has a loss
     where the weights sum to 0: that is no mean either."""
     by_weight = tl.sum(weights, 0)
     f_class = legal(by_weight != 0, 1.0 / by_weight).to(T)
     f_row = f_class
-    if z_loss > 0:
+    if per_row:
         f_row = (1.0 / tl.sum(kept, 0)).to(T)
     return f_class, f_row
 
