@@ -157,7 +157,8 @@ def bind(  # noqa: C901 - one visit to every argument, and each may be refused
     observed = _is_compiling() or modes() > 0 or type(input) not in PLAIN_TENSORS
     grad = _is_grad_enabled()
     needs = ONLY_INPUT if grad and input.requires_grad else 0
-    numbers: tuple[Any, ...] = (reduction, ignore_index, label_smoothing, z_loss, softcap, normalizer, *values)
+    shared = (reduction, ignore_index, label_smoothing, z_loss, softcap)  # and normalizer: in the order of _NUMBERS
+    numbers: tuple[Any, ...] = (*shared, normalizer, *values)
     plain = _PLAIN.issuperset(map(type, numbers))
     tensors: dict[int, Tensor] = {}
     params: list[Tensor] = []
@@ -172,7 +173,7 @@ def bind(  # noqa: C901 - one visit to every argument, and each may be refused
             if group is not None:
                 tensors[_GROUP] = group
             _check_tensors(spec, tensors, input, target)
-            numbers = (*numbers[:5], normalizer, *own)
+            numbers = (*shared, normalizer, *own)
             plain = _PLAIN.issuperset(map(type, numbers))
         for slot, vector in ((_WEIGHT, weight), (_ADJUSTMENT, logit_adjustment)):
             if vector is not None:
