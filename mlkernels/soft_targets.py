@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy as torchs_cross_entropy  # its own, whatever mlkernels.patch does
 
 from . import named
+from .backends.finish import row_term
 from .backends.reference import Finished, Values, final_logits, full_precision, reduced
 from .call import COMMON, Common, bind
 from .checks import accumulated, check_index, check_input, check_scalar, unknown_keywords
@@ -61,7 +62,7 @@ def soft_cross_entropy(
         probabilities = by_rows(target.reshape(batch.shape))
         weight = values.vector(Slot.WEIGHT)
         losses = torchs_cross_entropy(logits, probabilities, weight, reduction="none", label_smoothing=values.smoothing)
-        if values.z_loss > 0:
-            losses = losses + values.z_loss * logits.logsumexp(1).square()
+        term = row_term(logits.logsumexp(1), values)
+        losses = losses if term is None else losses + term
         loss = reduced(Finished(None, losses, None, None, None), values)
     return loss.reshape(labels.shape) if values.reduction == Reduction.NONE else loss

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field
 from enum import IntEnum
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, ClassVar, Literal, TypeAlias, TypeVar, get_args
 
 from torch import Tensor
 from typing_extensions import Self
@@ -159,7 +159,18 @@ def spec(
 
 
 class _Part:
-    """Of a composition: a keyword that it does not take is an error that says which there are."""
+    """Of a composition: the numbers of its kind by name, and options. A keyword that it does not take is an error."""
+
+    kind: ClassVar[IntEnum]
+    _numbers: ClassVar[tuple[str, ...]]
+    _options: ClassVar[tuple[str, ...]]
+
+    def __init_subclass__(cls, kind: TransformKind | ScaleKind | HeadKind | None = None) -> None:
+        if kind is None:  # a class of the user's own
+            return
+        known: Any = {TransformKind: TRANSFORM_VALUES, ScaleKind: SCALE_VALUES, HeadKind: HEAD_VALUES}[type(kind)]
+        cls.kind, cls._numbers = kind, tuple(value.composed.partition(".")[2] for value in known[kind])
+        cls._options = tuple(name for name in cls.__annotations__ if name not in (*cls._numbers, "_"))
 
     def __new__(cls, *_: object, **keywords: object) -> Self:
         fields: tuple[str, ...] = tuple(cls.__dataclass_fields__)  # type: ignore[attr-defined]
@@ -168,9 +179,19 @@ class _Part:
                 raise TypeError(f"{cls.__name__}() takes no {name!r}; there are {', '.join(fields)}")
         return super().__new__(cls)
 
+    @property
+    def values(self) -> tuple[Number | None, ...]:
+        """The numbers in the order of the slots."""
+        return tuple([getattr(self, name) for name in self._numbers])
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What is no number."""
+        return {name: getattr(self, name) for name in self._options}
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Margin(_Part):
+class Margin(_Part, kind=TransformKind.MARGIN):
     r"""Angular margins on the target's cosine: :math:`t(x) = \cos(m_1\theta + m_2) - m_3`, :math:`\theta=\arccos x`.
 
     Args:
@@ -199,28 +220,18 @@ class Margin(_Part):
     gradient: GradientName = "exact"
     norm: Number | None = None
 
-    @property
-    def values(self) -> tuple[Number | None, ...]:
-        """The numbers in the order of the slots."""
-        return (self.m1, self.m2, self.m3, self.norm)
-
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Affine(_Part):
+class Affine(_Part, kind=TransformKind.AFFINE):
     r"""An affine target transform: :math:`t(f) = a f + b`; slope and offset as in :class:`Margin` (a number, 0-d,
     (C,) or (N, 1))."""
 
     slope: Number = 1.0
     offset: Number = 0.0
 
-    @property
-    def values(self) -> tuple[Number | None, ...]:
-        """The numbers in the order of the slots."""
-        return (self.slope, self.offset)
-
 
 @dataclass(frozen=True, eq=False)
-class PiecewiseLinear(_Part):
+class PiecewiseLinear(_Part, kind=TransformKind.PIECEWISE):
     r"""A piecewise-linear target transform: :math:`t(x) = a_k x + b_k` on the k-th of M equal bins of ``domain``.
 
     Args:
@@ -251,7 +262,7 @@ class PiecewiseLinear(_Part):
 
 
 @dataclass(frozen=True, eq=False)
-class TwoScale(_Part):
+class TwoScale(_Part, kind=ScaleKind.TWO_SCALE):
     r"""A row's scale by its confidence: :math:`r/R`, with r = low where :math:`\delta X < \eta`, else high.
 
     Args:
@@ -269,14 +280,9 @@ class TwoScale(_Part):
     eta: float = 0.01
     norm: Number | None = None
 
-    @property
-    def values(self) -> tuple[Number | None, ...]:
-        """The numbers in the order of the slots."""
-        return (self.low, self.high, self.eta, self.norm)
-
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Modulated(_Part):
+class Modulated(_Part, kind=HeadKind.MODULATED):
     r"""The head :math:`\alpha(1-p^\beta)^\gamma(-\log p)^\kappa`; see :func:`mlkernels.modulated_cross_entropy`."""
 
     beta: Number = 4.0
@@ -284,14 +290,9 @@ class Modulated(_Part):
     alpha: Number = 1.0
     kappa: Number = 1.0
 
-    @property
-    def values(self) -> tuple[Number | None, ...]:
-        """The numbers in the order of the slots."""
-        return (self.beta, self.gamma, self.alpha, self.kappa)
-
 
 @dataclass(frozen=True, eq=False)
-class Tau(_Part):
+class Tau(_Part, kind=HeadKind.TAU):
     r"""The head :math:`-\log\tau(p)`, :math:`\tau(p) = a_j p + b_j` on the j-th of M equal bins of [0, 1].
 
     Args:
@@ -310,14 +311,9 @@ class Tau(_Part):
     minimum: float = 1e-6
     clamp: ClampName = "min"
 
-    @property
-    def values(self) -> tuple[Number | None, ...]:
-        """The numbers in the order of the slots."""
-        return (self.slope, self.bias, self.minimum)
-
 
 @dataclass(frozen=True, eq=False)
-class Truncated(_Part):
+class Truncated(_Part, kind=HeadKind.TRUNCATED):
     r"""The head :math:`-\log\max(p, k)`: a single row costs at most :math:`-\log k`, with gradient 0 there.
 
     Source: the two-scale paper, equation (12).
@@ -325,14 +321,18 @@ class Truncated(_Part):
 
     k: Number
 
-    @property
-    def values(self) -> tuple[Number | None, ...]:
-        """The numbers in the order of the slots."""
-        return (self.k,)
-
 
 Transform: TypeAlias = Margin | Affine | PiecewiseLinear
 Head: TypeAlias = Modulated | Tau | Truncated
+
+
+def _names(parts: tuple[type, ...]) -> str:
+    *others, last = ("None", *(part.__name__ for part in parts))
+    return f"{', '.join(others)} or {last}"
+
+
+_TRANSFORMS, _HEADS = get_args(Transform), get_args(Head)
+_TRANSFORM_NAMES, _HEAD_NAMES = _names(_TRANSFORMS), _names(_HEADS)
 
 
 def compose(
@@ -341,42 +341,30 @@ def compose(
     """The Spec and the values of a composition."""
     options: dict[str, Any] = {}
     values: tuple[Number | None, ...] = ()
+    transform_kind: Any = TransformKind.IDENTITY
+    head_kind: Any = HeadKind.LOG
     if target_logit is not None:
         if transform is not None:
             raise ValueError(
                 f"target_logit replaces the target transform: transform must be None, got {type(transform).__name__}"
             )
         transform_kind, values = TransformKind.GIVEN, (target_logit,)
-    elif transform is None:
-        transform_kind = TransformKind.IDENTITY
-    elif isinstance(transform, Margin):
-        transform_kind, values = TransformKind.MARGIN, transform.values
-        options.update(beyond_pi=transform.beyond_pi, gradient=transform.gradient)
-    elif isinstance(transform, Affine):
-        transform_kind, values = TransformKind.AFFINE, transform.values
-    elif isinstance(transform, PiecewiseLinear):
-        transform_kind, values = TransformKind.PIECEWISE, transform.values
-    else:
+    elif isinstance(transform, _TRANSFORMS):
+        transform_kind, values, options = transform.kind, transform.values, transform.options
+    elif transform is not None:
         raise TypeError(
-            f"transform takes None, Margin, Affine or PiecewiseLinear, got {type(transform).__name__}; "
-            "a transform of your own goes through target_logit"
+            f"transform takes {_TRANSFORM_NAMES}, got {type(transform).__name__}; a transform of your own goes through "
+            "target_logit"
         )
     if isinstance(scale, TwoScale):
         scale_kind, values = ScaleKind.TWO_SCALE, values + scale.values
     else:
         scale_kind, values = ScaleKind.SINGLE, (*values, scale)
-    if head is None:
-        head_kind = HeadKind.LOG
-    elif isinstance(head, Modulated):
-        head_kind, values = HeadKind.MODULATED, values + head.values
-    elif isinstance(head, Tau):
-        head_kind, values = HeadKind.TAU, values + head.values
-        options.update(clamp=head.clamp)
-    elif isinstance(head, Truncated):
-        head_kind, values = HeadKind.TRUNCATED, values + head.values
-    else:
+    if isinstance(head, _HEADS):
+        head_kind, values, options = head.kind, values + head.values, options | head.options
+    elif head is not None:
         raise TypeError(
-            f"head takes None, Modulated, Tau or Truncated, got {type(head).__name__}; "
-            'a head of your own is a function of the result with reduction="none"'
+            f"head takes {_HEAD_NAMES}, got {type(head).__name__}; a head of your own is a function of the result with "
+            'reduction="none"'
         )
     return spec(transform_kind, scale_kind, head_kind, **options), values
