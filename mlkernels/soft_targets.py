@@ -10,15 +10,24 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy as torchs_cross_entropy  # its own, whatever mlkernels.patch does
 
 from . import named
-from .backends.finish import row_term
-from .backends.reference import Finished, Values, final_logits, full_precision, reduced
-from .call import COMMON, Common, bind
-from .checks import accumulated, check_index, check_input, check_scalar, unknown_keywords
-from .numbering import Reduction, Slot
+from .backends.reference import full_precision
+from .call import COMMON, Common, check_loss, per_class
+from .checks import (
+    accumulated,
+    check_class_vector,
+    check_index,
+    check_input,
+    check_normalizer,
+    check_range,
+    check_row_weight,
+    check_scalar,
+    unknown_keywords,
+)
 from .spec import Number
+from .tracing import traced
 
 
-def soft_cross_entropy(
+def soft_cross_entropy(  # noqa: C901 - checks, one after the other
     of: Callable[..., Tensor], input: Tensor, target: Tensor, scale: Number, common: Common
 ) -> Tensor:
     """The loss of logits and class probabilities of their shape; "mean" divides by the number of rows, as torch's does.
@@ -28,41 +37,58 @@ def soft_cross_entropy(
     """
     given: dict[str, Any] = {**COMMON, **common}
     if len(given) > len(COMMON):
-        raise unknown_keywords(of, {name: given[name] for name in given if name not in COMMON}, COMMON)
+        raise unknown_keywords(of, {name: value for name, value in given.items() if name not in COMMON}, COMMON)
     check_input(input)
     if target.shape != input.shape:
         raise ValueError(
             f"a floating target holds class probabilities and must have input's shape {tuple(input.shape)}, got "
             f"{tuple(target.shape)}; class indices are integers: target.long()"
         )
-    if given["backend"] not in (None, "reference"):
+    backend, ignored = given["backend"], given["ignore_index"]
+    if backend not in (None, "reference"):
         raise TypeError(
-            "target holds class probabilities, which only the reference backend serves; got "
-            f"backend={given['backend']!r}"
+            f"target holds class probabilities, which only the reference backend serves; got backend={backend!r}"
         )
-    if check_index("ignore_index", given["ignore_index"]) >= 0:
+    if check_index("ignore_index", ignored) >= 0:
         raise ValueError(
-            "ignore_index has no meaning where target holds class probabilities: it must be < 0, got "
-            f"{given['ignore_index']}"
+            f"ignore_index has no meaning where target holds class probabilities: it must be < 0, got {ignored}"
         )
     if target.device != input.device:
         raise ValueError(f"target must be on input's device {input.device}, got {target.device}")
+    row_weight, normalizer, reduction = given.pop("row_weight"), given.pop("normalizer"), given["reduction"]
+    check_loss(*named.cross_entropy(scale), **given)
+    classes = 1 if input.dim() > 1 else 0
+    for name in per_class.values():
+        if given[name] is not None:
+            check_class_vector(name, given[name], input, input.shape[classes])
     scale = check_scalar("scale", scale)  # not per class, of which a row has no one
-    # All else is checked as with labels, of which there are none.
-    labels = input.new_zeros(input.shape[:1] + input.shape[2:] if input.dim() > 1 else (), dtype=torch.long)
-    checked: Common = {**common, "backend": "reference"}
-    call, batch, rows, params = bind(*named.cross_entropy(scale), input, labels, None, **checked)
+    if normalizer is not None:
+        normalizer = check_normalizer(normalizer, input, reduction)
+        if isinstance(normalizer, Tensor) and normalizer.device.type == "cpu" and not traced(normalizer):
+            check_range("normalizer", normalizer)
+    if row_weight is not None:
+        check_row_weight(row_weight, input, input.select(classes, 0).shape)
     with full_precision(input.device):
-        values = Values(call.numbers, params, rows.reshape(-1), batch.shape[1], accumulated(input.dtype))
-
-        def by_rows(tensor: Tensor) -> Tensor:
-            return tensor.movedim(1, -1).reshape(-1, values.classes).to(values.dtype)
-
-        logits = final_logits(by_rows(batch), values) * values[Slot.SCALE]
-        probabilities = by_rows(target.reshape(batch.shape))
-        weight = values.vector(Slot.WEIGHT)
-        losses = torchs_cross_entropy(logits, probabilities, weight, reduction="none", label_smoothing=values.smoothing)
-        term = row_term(logits.logsumexp(1), values)
-        losses = losses if term is None else losses + term
-        loss = reduced(Finished(None, losses, None, None, None), values)
-    return loss.reshape(labels.shape) if values.reduction == Reduction.NONE else loss
+        weight, adjustment, softcap = given["weight"], given["logit_adjustment"], given["softcap"]
+        logits = input.to(accumulated(input.dtype))
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        if adjustment is not None:
+            logits = logits + adjustment.to(logits.dtype).reshape(-1, *[1] * (logits.dim() - 1 - classes))
+        logits = logits * scale
+        rows = torchs_cross_entropy(
+            logits,
+            target.to(logits.dtype),
+            None if weight is None else weight.to(logits.dtype),
+            reduction="none",
+            label_smoothing=given["label_smoothing"],
+        )
+        if given["z_loss"] > 0:
+            rows = rows + given["z_loss"] * logits.logsumexp(classes).square()
+        if row_weight is not None:
+            rows = rows * row_weight.to(rows.dtype)
+    if reduction == "none":
+        return rows
+    if reduction == "sum":
+        return rows.sum()
+    return rows.mean() if normalizer is None else rows.sum() / normalizer

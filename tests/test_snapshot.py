@@ -191,8 +191,7 @@ def test_a_flag_decides(name: str, options: dict[str, Any], reject: bool) -> Non
     run = Training(name, options)
     run.step(run.batches)
     layers = nn.ModuleList([run.model.embedding, run.model.inner, run.model.norm, run.model.head])
-    snapshot = Snapshot(layers, run.optimizer)  # not the buffer that is rebound: about that a flag cannot decide
-    snapshot.save()
+    snapshot = snapshot_of(layers, run.optimizer)  # not the buffer that is rebound: about that a flag cannot decide
     saved = copy.deepcopy((layers.state_dict(), run.optimizer.state_dict()))
     run.optimizer.zero_grad()
     run.model(torch.arange(12)).square().sum().backward()
@@ -204,6 +203,12 @@ def test_a_flag_decides(name: str, options: dict[str, Any], reject: bool) -> Non
     now = layers.state_dict(), run.optimizer.state_dict()
     assert same(now, saved if reject else stepped)
     assert [t.data_ptr() for t in run.tensors()] == pointers
+
+
+def snapshot_of(*parts: Any) -> Snapshot:
+    snapshot = Snapshot(*parts)
+    snapshot.save()
+    return snapshot
 
 
 def small() -> tuple[nn.Module, torch.optim.SGD]:
@@ -221,8 +226,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 def test_a_flag_cannot_decide_about_what_is_new(reject: bool) -> None:
     """Whatever the flag holds: an error that came only on a rejection would come rarely."""
     model, optimizer = small()
-    snapshot = Snapshot(model, optimizer)
-    snapshot.save()
+    snapshot = snapshot_of(model, optimizer)
     step(model, optimizer)
     weight = model.weight.detach().clone()
     with pytest.raises(RuntimeError, match=r"parts\[1\] \(SGD\) state\[0\]\.momentum_buffer is new since; use restore"):
@@ -280,8 +284,7 @@ def test_the_flag_is_never_looked_at_on_a_device() -> None:
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    snapshot = Snapshot(model, optimizer)
-    snapshot.save()
+    snapshot = snapshot_of(model, optimizer)
     assert snapshot.nbytes == 2 * 4 * (6 + 2)
     optimizer.step()
     snapshot.restore_if(torch.zeros((), dtype=torch.bool, device="meta"))
@@ -351,8 +354,7 @@ def test_memory_is_kept_once() -> None:
 def test_twins_are_made_once() -> None:
     model, optimizer = small()
     step(model, optimizer)
-    snapshot = Snapshot(model, optimizer)
-    snapshot.save()
+    snapshot = snapshot_of(model, optimizer)
     twins = {name: twin.data_ptr() for name, twin in snapshot._twins.items()}
     step(model, optimizer)
     snapshot.save()
@@ -371,8 +373,7 @@ def test_layouts_and_dtypes() -> None:
     }
     for name, tensor in tensors.items():
         model.register_buffer(name, tensor.clone(memory_format=torch.preserve_format))
-    snapshot = Snapshot(model)
-    snapshot.save()
+    snapshot = snapshot_of(model)
     strides = {name: buffer.stride() for name, buffer in model.named_buffers()}
     for buffer in model.buffers():
         buffer.zero_()
@@ -385,8 +386,7 @@ def test_parameter_groups_and_states_that_came_later_go() -> None:
     model, optimizer = small()
     step(model, optimizer)
     state = copy.deepcopy(optimizer.state_dict())
-    snapshot = Snapshot(model, optimizer)
-    snapshot.save()
+    snapshot = snapshot_of(model, optimizer)
     late = nn.Parameter(torch.ones(2))
     optimizer.add_param_group({"params": [late], "lr": 3.0})
     optimizer.state[late]["momentum_buffer"] = torch.ones(2)
@@ -400,8 +400,7 @@ def test_load_state_dict_in_between() -> None:
     """It replaces every tensor of an optimizer; the first ones come back."""
     model, optimizer = small()
     step(model, optimizer)
-    snapshot = Snapshot(model, optimizer)
-    snapshot.save()
+    snapshot = snapshot_of(model, optimizer)
     state, buffer = copy.deepcopy(optimizer.state_dict()), optimizer.state[model.weight]["momentum_buffer"]
     other = copy.deepcopy(state)
     other["param_groups"][0]["lr"] = 7.0
@@ -414,8 +413,7 @@ def test_load_state_dict_in_between() -> None:
 
 def test_a_scaler_before_its_first_scale() -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    snapshot = Snapshot(scaler)
-    snapshot.save()
+    snapshot = snapshot_of(scaler)
     scaler.scale(torch.ones(1))
     with pytest.raises(RuntimeError, match=r"parts\[0\] \(GradScaler\)\._scale is new since"):
         snapshot.restore_if(torch.tensor(False))
@@ -442,8 +440,7 @@ def test_schedulers_within_schedulers() -> None:
     first = torch.optim.lr_scheduler.LambdaLR(optimizer, rule)
     second = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5)
     scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, [first, second], milestones=[2])
-    snapshot = Snapshot(scheduler, optimizer)
-    snapshot.save()
+    snapshot = snapshot_of(scheduler, optimizer)
     saved = copy.deepcopy((scheduler.state_dict(), optimizer.state_dict(), rule.worst, rule.history))
     for _ in range(4):
         optimizer.step()
@@ -478,8 +475,7 @@ class Meter(Average):
 
 def test_anything_with_a_state_dict() -> None:
     live, copies = Average(), Meter()
-    snapshot = Snapshot(live, copies)
-    snapshot.save()
+    snapshot = snapshot_of(live, copies)
     assert snapshot.nbytes == 24
     for part in (live, copies):
         part.shadow[0] += 1
@@ -517,8 +513,7 @@ def test_extra_state_of_a_module() -> None:
             self.amax = state["amax"]
 
     model = nn.Sequential(Quantized(2, 2))
-    snapshot = Snapshot(model)
-    snapshot.save()
+    snapshot = snapshot_of(model)
     model[0].amax = 5.0
     snapshot.restore()
     assert model[0].amax == 1.0
@@ -529,8 +524,7 @@ def test_a_loss_with_parameters_and_an_averaged_model() -> None:
     loss = mlkernels.CenterLoss(num_features=3, num_classes=2, rate=0.5)
     average = torch.optim.swa_utils.AveragedModel(model)
     saved = copy.deepcopy((loss.state_dict(), average.state_dict()))
-    snapshot = Snapshot(loss, average)
-    snapshot.save()
+    snapshot = snapshot_of(loss, average)
     loss(torch.randn(4, 3), torch.tensor([0, 1, 1, 0]))
     average.update_parameters(model)
     snapshot.restore()
@@ -542,8 +536,7 @@ def test_wrapped_modules() -> None:
     model, _ = small()
     for wrapped in (torch.compile(model, backend="eager"), torch.jit.script(model), nn.DataParallel(model)):
         weight = model.weight.detach().clone()
-        snapshot = Snapshot(wrapped)
-        snapshot.save()
+        snapshot = snapshot_of(wrapped)
         assert snapshot.nbytes == 32
         with torch.no_grad():
             model.weight.zero_()
@@ -554,8 +547,7 @@ def test_wrapped_modules() -> None:
 def test_an_optimizer_alone_brings_its_parameters_back() -> None:
     model, optimizer = small()
     weight = model.weight.detach().clone()
-    snapshot = Snapshot(optimizer)
-    snapshot.save()
+    snapshot = snapshot_of(optimizer)
     step(model, optimizer)
     snapshot.restore()
     assert torch.equal(model.weight, weight)
@@ -568,8 +560,7 @@ def test_casts_of_an_enclosing_autocast(flag: torch.Tensor | None) -> None:
     x = torch.ones(1, 3)
     with torch.autocast("cpu", torch.bfloat16):
         before = model(x)
-        snapshot = Snapshot(model)
-        snapshot.save()
+        snapshot = snapshot_of(model)
         with torch.no_grad():
             model.weight.add_(1)
         torch.clear_autocast_cache()
@@ -595,8 +586,7 @@ def test_bad_parts(parts: tuple[Any, ...], error: type[Exception], message: str)
 
 
 def test_bad_flags() -> None:
-    snapshot = Snapshot(nn.Linear(1, 1))
-    snapshot.save()
+    snapshot = snapshot_of(nn.Linear(1, 1))
     with pytest.raises(TypeError, match="reject takes a boolean tensor, got bool"):
         snapshot.restore_if(True)  # type: ignore[arg-type]
     for flag in (torch.tensor(1), torch.tensor([True, False])):
@@ -622,8 +612,7 @@ def test_what_cannot_be_saved() -> None:
 
 def test_a_failed_save_keeps_the_one_before() -> None:
     model, _ = small()
-    snapshot = Snapshot(model)
-    snapshot.save()
+    snapshot = snapshot_of(model)
     weight = model.weight.detach().clone()
     with torch.no_grad():
         model.weight.zero_()
@@ -669,8 +658,7 @@ def test_a_flag_and_a_tensor_that_moved(reject: bool) -> None:
     """Its numbers are put back where it is now, unless another one had shared its memory: both would need the host."""
     model, optimizer = small()
     step(model, optimizer)
-    snapshot = Snapshot(model, optimizer)
-    snapshot.save()
+    snapshot = snapshot_of(model, optimizer)
     weight = model.weight.detach().clone()
     model.weight.data = weight + 1
     snapshot.restore_if(torch.tensor(reject))
@@ -765,8 +753,7 @@ def test_a_flag_and_an_optimizer_s_own_state() -> None:
     model, optimizer = small()
     step(model, optimizer)
     optimizer.state[model.weight]["history"] = history = np.zeros(3, dtype=np.int32)
-    snapshot = Snapshot(optimizer)
-    snapshot.save()
+    snapshot = snapshot_of(optimizer)
     history += 1
     snapshot.restore_if(torch.tensor(True))
     assert history.tolist() == [0, 0, 0]
@@ -837,8 +824,7 @@ def test_state_that_cannot_be_kept_is_refused(value: Any, words: str) -> None:
     """At save(), by the name of where it is; the state saved before is there still."""
     model, optimizer = small()
     step(model, optimizer)
-    snapshot = Snapshot(model, optimizer)
-    snapshot.save()
+    snapshot = snapshot_of(model, optimizer)
     weight = model.weight.detach().clone()
     step(model, optimizer)
     optimizer.state[model.bias]["own"] = value
@@ -881,8 +867,7 @@ class Named(dict):  # type: ignore[type-arg]
 def test_containers_with_attributes() -> None:
     model, optimizer = small()
     optimizer.state[model.weight]["own"] = own = Named(a=1)
-    snapshot = Snapshot(optimizer)
-    snapshot.save()
+    snapshot = snapshot_of(optimizer)
     own.calls, own["a"] = 3, 2
     snapshot.restore()
     assert own.calls == 0 and own == {"a": 1}
@@ -892,8 +877,7 @@ def test_containers_with_attributes() -> None:
 def test_attributes_in_slots(kind: Any) -> None:
     model, optimizer = small()
     optimizer.state[model.weight]["own"] = own = kind()
-    snapshot = Snapshot(optimizer)
-    snapshot.save()
+    snapshot = snapshot_of(optimizer)
     own.count, own.born = 3, 1
     own.past[0] += 1
     own.past.append(2)
@@ -912,8 +896,7 @@ def test_what_cannot_change_is_no_state() -> None:
         logging.getLogger("x"), threading.Lock(), functools.partial(print), print, len, Counting, math, slice(2), ...,
         frozenset({1}), range(3), np.float64(2), object(), torch.utils.data.TensorDataset(torch.ones(1)),
     ]  # fmt: skip
-    snapshot = Snapshot(model)
-    snapshot.save()
+    snapshot = snapshot_of(model)
     fixed = list(model.fixed)
     model.fixed.pop()
     snapshot.restore()
@@ -927,8 +910,7 @@ def test_a_load_that_fails_stops_nothing_else() -> None:
 
     model, optimizer = small()
     one, other = Broken(), Meter()
-    snapshot = Snapshot(one, model, optimizer, other)
-    snapshot.save()
+    snapshot = snapshot_of(one, model, optimizer, other)
     saved = copy.deepcopy(model.state_dict())
     step(model, optimizer)
     one.updates = other.updates = 3

@@ -326,11 +326,6 @@ def sound(top: Tensor, u_y: Tensor, values: Values) -> Tensor:
     return values.legal & (top < math.inf) & (u_y < math.inf) & (torch.maximum(top, u_y) > -math.inf)
 
 
-def row_term(lse: Tensor, values: Values) -> Tensor | None:
-    """What class weights do not weigh."""
-    return values.z_loss * lse * lse if values.has_row_term else None
-
-
 def finish(rows: Rows, u_y: Tensor, s: Tensor, values: Values) -> Finished:
     """From what is known of all classes, at the row's scale s, to its loss: scalar work per row.
 
@@ -370,7 +365,7 @@ def finish(rows: Rows, u_y: Tensor, s: Tensor, values: Values) -> Finished:
         assert rows.weighted is not None and rows.weights is not None
         spread = omega_y * nll + rows.weights * above_top - s * rows.weighted
         loss = (1 - values.smoothing) * loss + values.smoothing / values.classes * spread
-    penalty = row_term(lse, values)
+    penalty = values.z_loss * lse * lse if values.has_row_term else None
 
     def of_kept(value: Tensor) -> Tensor:
         return torch.where(values.kept, value, 0)

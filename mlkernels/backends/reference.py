@@ -262,9 +262,11 @@ def normalized(values: Values) -> bool:
 
 def reduced(finished: Finished, values: Values) -> Tensor:
     """The rows' losses, or their sum: the mean is in the factors."""
-    terms = zip((finished.by_class, finished.by_row), factors(values), strict=True)
-    loss = sum(term * factor for term, factor in terms if term is not None)
-    assert isinstance(loss, Tensor)
+    by_class, by_row = factors(values)
+    assert finished.by_class is not None
+    loss = finished.by_class * by_class
+    if finished.by_row is not None:
+        loss = loss + finished.by_row * by_row
     if values.reduction == Reduction.NONE:
         return loss
     total = loss.sum()
