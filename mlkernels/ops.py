@@ -7,8 +7,8 @@ them their backward, at half the boundary cost of a registered one.
 The arguments that every operator of the family shares:
 
 * ``numbers``: ``Spec.ids``, then reduction, ignore_index and the mask of the slots that hold tensors (each exactly a
-  float), then one float per :class:`mlkernels.spec.Slot`; those that are left out at the end are 0. One list, because
-  every list that crosses the boundary costs microseconds;
+  float), then one float per :class:`mlkernels.numbering.Slot`; those that are left out at the end are 0. One list,
+  because every list that crosses the boundary costs microseconds;
 * ``params``: the tensors, in the order of their slots;
 * ``needs``: bit s asks for the gradient of slot s, bit ``INPUT`` for that of the logits.
 """
