@@ -201,7 +201,9 @@ def compiling_library(torch: Path, compiler: list[str]) -> list[str]:
 
 def make_library(output: Path, compiler: list[str], units: Sequence[Unit], *options: str) -> Path:
     # The shim is all of torch that is used, and in the process already when this is loaded.
-    command = [*compiler, "-shared", *(relative(unit.output) for unit in units), *options]
+    # Some builds of torch export parts of the C++ library, without its versions: the library itself comes first.
+    first = ["-lstdc++"] if sys.platform == "linux" else []
+    command = [*compiler, "-shared", *(relative(unit.output) for unit in units), *first, *options]
     if sys.platform == "linux":
         command += ["-Wl,--allow-shlib-undefined", f"-fsanitize={SANITIZE}" if SANITIZE else "-s"]
     command += shlex.split(os.environ.get("LDFLAGS", ""))

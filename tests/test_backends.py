@@ -209,3 +209,26 @@ def test_each_gpu_by_itself(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert "no kernel image" in backends.available_backends()["cuda"]
     backends._preferred.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "runs"),
+    [("3.6.0", "2.3.5", True), ("3.6.0", "2.4.6", False), ("3.6.0+git1", "3.0.0rc1", False), ("3.10.0", "2.4.6", True)],
+)
+def test_an_interpreter_that_numpy_has_left_behind(triton, numpy, runs):
+    """The oldest torch brings Triton 3.6, and pip beside it the newest numpy."""
+    why = backends._why_not_interpreted(triton, numpy)
+    assert (why is None) == runs
+    assert runs or (triton in why and numpy in why and "numpy<2.4" in why)
+
+
+def test_a_driver_that_is_too_old_is_no_missing_gpu(monkeypatch):
+    def init():
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 12020). Please update it.")
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "init", init)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(native, "_cuda", object())
+    said = "torch can use no GPU: The NVIDIA driver on your system is too old (found version 12020)"
+    assert native.cuda_missing() == said

@@ -43,8 +43,12 @@ inline bool unwatched() {
     included = included.remove(c10::DispatchKey::ADInplaceOrView);
     excluded = excluded | c10::autograd_dispatch_keyset;
   }
-  return here.included_ == included && here.excluded_ == excluded &&
-         at::impl::PythonTorchFunctionTLS::stack_len() == 0 && !torch::autograd::ForwardADLevel::try_get_by_idx(0);
+  c10::DispatchKeySet without = here.excluded_;
+#if __has_include(<ATen/core/NamedTensor.h>)
+  without = without.remove(c10::DispatchKey::Named);  // torch 2.11 excludes it in every backward
+#endif
+  return here.included_ == included && without == excluded && at::impl::PythonTorchFunctionTLS::stack_len() == 0 &&
+         !torch::autograd::ForwardADLevel::try_get_by_idx(0);
 }
 
 inline bool is_plain(const Tensor& tensor) {

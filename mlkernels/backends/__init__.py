@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import json
 import os
@@ -10,6 +11,7 @@ import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 
 from ..spec import constant_when_compiled
@@ -24,6 +26,15 @@ CHOICE = Path(__file__).with_name("choice.json")
 LAYOUTS = ("classes_side_by_side", "rows_side_by_side")
 
 
+def _why_not_interpreted(triton: str, numpy: str) -> str | None:
+    def older(version: str, major: int, minor: int) -> bool:
+        return tuple(map(int, version.split(".")[:2])) < (major, minor)
+
+    if older(triton, 3, 7) and not older(numpy, 2, 4):  # it converts arrays of one element, which numpy has given up
+        return f"the interpreter of triton {triton} does not run with numpy {numpy}; pip install 'numpy<2.4'"
+    return None
+
+
 @functools.cache
 def _why_not(name: str) -> str | None:
     if name == "cpu":
@@ -31,9 +42,11 @@ def _why_not(name: str) -> str | None:
     if name == "triton":
         if importlib.util.find_spec("triton") is None:
             return "the package triton is not installed"
-        if interpreted() or torch.cuda.is_available():
+        if interpreted():
+            return _why_not_interpreted(importlib.import_module("triton").__version__, numpy.__version__)
+        if torch.cuda.is_available():
             return None
-        return "there is no GPU (under TRITON_INTERPRET=1 its interpreter runs on the CPU, slowly)"
+        return f"{native.no_gpu()} (under TRITON_INTERPRET=1 Triton's interpreter runs on the CPU, slowly)"
     if name == "cuda":
         return native.cuda_missing()
     return None

@@ -53,11 +53,21 @@ else:
     _cuda, _cuda_missing = _load("_cuda")
 
 
+def no_gpu() -> str:
+    """Why torch has no device, as it says itself: a driver that is missing or too old is no missing GPU."""
+    if torch.version.cuda is not None or torch.version.hip is not None:
+        try:
+            torch.cuda.init()
+        except (AssertionError, RuntimeError) as error:
+            return f"torch can use no GPU: {str(error).split('. ')[0]}"
+    return "there is no GPU"
+
+
 def cuda_missing() -> str | None:
     """Why there are no CUDA kernels on any device; asks for devices, which importing the package must not."""
     if _cuda is None:
         return _cuda_missing
-    return None if torch.cuda.is_available() else "there is no GPU"
+    return None if torch.cuda.is_available() else no_gpu()
 
 
 def cuda_unusable(index: int) -> str | None:
