@@ -5,6 +5,7 @@ test_gpu.py.
 """
 
 import functools
+import itertools
 import math
 import os
 
@@ -44,6 +45,8 @@ def _unary(x, out, WHICH: tl.constexpr, N: tl.constexpr):
         r = elementary.expm1(v)
     elif WHICH == "tanh":
         r = elementary.tanh(v)
+    elif WHICH == "tanh_slope":
+        r = elementary.tanh_slope(v)
     elif WHICH == "acos":
         r = elementary.acos(v)
     elif WHICH == "sin":
@@ -82,15 +85,15 @@ def points(low, high, dtype, tiny=True):
 @pytest.mark.parametrize(
     ("name", "low", "high", "allowed"),
     [("log1p", -0.5, 1, 3), ("expm1", -1, 0, 3), ("expm1", -30, -1, 3), ("tanh", -12, 12, 4), ("tanh", 0, 0.7, 4),
-     ("acos", -1, 1, 3), ("sin", -0.78, 0.78, 2), ("cos", -0.78, 0.78, 2)],
+     ("tanh_slope", -12, 12, 6), ("acos", -1, 1, 3), ("sin", -0.78, 0.78, 2), ("cos", -0.78, 0.78, 2)],
 )  # fmt: skip
 def test_elementary_functions(name, low, high, allowed, dtype):
     x = points(low, high, dtype, tiny=high > 0 or low == -1)
     out = torch.empty_like(x)
     _unary[(1,)](x, out, WHICH=name, N=len(x))
     with mpmath.workdps(40):
-        wanted = [getattr(mpmath, name)(mpmath.mpf(v)) for v in x.double().tolist()]
-        assert ulps(out, wanted) <= allowed
+        function = {"tanh_slope": lambda v: mpmath.sech(v) ** 2}.get(name) or getattr(mpmath, name)
+        assert ulps(out, [function(mpmath.mpf(v)) for v in x.double().tolist()]) <= allowed
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
@@ -382,6 +385,55 @@ def test_the_host_never_looks(loss, reduction, monkeypatch):
             row_weight=weight, backend="triton", **options,
         ).backward(up)  # fmt: skip
     assert bool(x.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_launches_of_a_step(reduction, monkeypatch):
+    """Forward and backward: 3 launches, 2 where nothing is summed, whichever loss it is. To count more than FEW labels
+    is one more, and where float16's gradient waits for its upstream one in each direction."""
+    names = []
+    monkeypatch.setattr(replay, "launch", lambda kernel, *arguments, **options: names.append(kernel.__name__))
+    total = [] if reduction == "none" else ["total"]
+    cases = [(64, torch.float32, True), (64, torch.float16, False), (5000, torch.float32, False)]
+    for loss, (rows, dtype, trained) in itertools.product(LOSSES, [*cases, (5000, torch.float16, True)]):
+        counted = ["count"] if reduction == "mean" and rows > arguments._FEW else []
+        again = counted if dtype == torch.float16 else []
+        target = torch.randint(0, 10, (rows,))
+        options = {"group": loss.group(target)} if loss.groups else {}
+        params = loss.values("shared" if trained else "number", target, 10, dtype=torch.float32)
+        trainable = [v.requires_grad_() for v in params.values() if trained and isinstance(v, torch.Tensor)]
+        # A parameter's gradient is one launch, and one more that adds up the parts of many rows; one per row is there.
+        summed = [v for v in trainable if v.shape != (rows, 1)]
+        sums = len(summed) * ["bucket"] * (2 if rows > arguments._SUM_CHUNK else 1)
+        x = torch.randn(rows, 10).to(dtype).requires_grad_()
+        names.clear()
+        value = loss(x, target, params, reduction=reduction, backend="triton", **options)
+        value.backward(torch.ones_like(value))
+        assert sorted(names) == sorted([*counted, "visit", *total, *again, "visit", *sums]), (loss, rows, dtype)
+
+
+@pytest.mark.parametrize("classes", [10, 20000])
+def test_gradient_through_a_saturated_softcap(classes):
+    """1 - tanh^2 has a few units in the last place of its own, not of 1: at 40 / 6 that would be 2 %."""
+    x, y = torch.randn(2, classes), torch.tensor([0, 1])
+    x[:, 0] = 40.0
+    found = []
+    for input, backend in ((x, "triton"), (x.double(), "reference")):
+        input = input.clone().requires_grad_()
+        mlkernels.cross_entropy(input, y, softcap=6.0, z_loss=0.01, backend=backend).backward()
+        found.append(input.grad[:, 0].double())
+    torch.testing.assert_close(*found, rtol=2e-5, atol=0)
+    # A head whose logits are one column of weights: the label's class goes a way of its own.
+    heads = []
+    for dtype, backend in ((torch.float32, "triton"), (torch.float32, "reference"), (torch.float64, "reference")):
+        weight = x[:1].mT.to(dtype).requires_grad_()
+        one = torch.ones(1, 1, dtype=dtype)
+        mlkernels.linear_cross_entropy(
+            one, weight, y[:1], softcap=6.0, z_loss=0.01, strategy="tiles", memory=2**20, backend=backend
+        ).backward()
+        heads.append(weight.grad[0].double())
+    for head in heads[:2]:
+        torch.testing.assert_close(head, heads[2], rtol=2e-5, atol=0)
 
 
 def test_bad_labels_are_nan_where_nobody_looks(monkeypatch):

@@ -69,8 +69,8 @@ def through_cap(gradient: Tensor, f: Tensor, values: Values) -> Tensor:
     """dL/df from dL/du."""
     cap = values.consts[int(Slot.SOFTCAP)]
     if cap > 0:
-        t = torch.tanh(f / cap)
-        gradient = gradient * ((1 - t) * (1 + t))
+        e = torch.exp(-2 * (f / cap).abs())  # 1 - tanh^2 without the difference, which cancels where tanh is near 1
+        gradient = gradient * (4 * e / (1 + e).square())
     return gradient
 
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .constants import INF, LOGIT_NORM, MEAN, NEED_SHIFT, ROW_SCALE, SMOOTHING, SOFTCAP, TWO_SCALE
-from .elementary import tanh
+from .elementary import tanh_slope
 from .elements import (
     LOG2_E,
     afresh,
@@ -68,8 +68,7 @@ def gradient(
         g -= apart
     g = tl.where(is_label(y, first, CHUNKS, LANES, VECTOR), of_row(tl.where(kept, own, 0.0)), g)
     if CAPPED:
-        slack = tanh(raw / cap)
-        g = g * ((1.0 - slack) * (1.0 + slack))
+        g = g * tanh_slope(raw / cap)
     if factors is not None:
         g *= element_factors(factors, col, valid, T)
     if factors is not None or ACROSS or CHUNKS * LANES * VECTOR <= 32:
