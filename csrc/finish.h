@@ -365,10 +365,9 @@ MLK_FN T finish(const Batch<T>& batch, const Factors<T>& factors, const Statisti
                 const HeadLoss<T>& head, T weight) {
   T by_class = weight * head.value;
   if (batch.smoothing > 0) {
-    T spread = weight * at.nll;
-    if (batch.classes > 1) {
-      spread += at.alone ? infinity<T>() : (batch.weight_sum - weight) * at.others - at.scale.value * row.weighted;
-    }
+    // Where no other class has a chance, weighted alone knows whether there is one.
+    const T others = at.alone ? T(0) : (batch.weight_sum - weight) * at.others;
+    const T spread = weight * at.nll + others - at.scale.value * row.weighted;
     by_class = (1 - batch.smoothing) * by_class + batch.smoothing_part * spread;
   }
   const T loss = by_class * factors.by_class;
@@ -395,7 +394,7 @@ template <class T>
 struct Coefficients {
   T factor, slope, spread, target;
   T dz_y;
-  T by_probability;  // the coefficient of p_j alone: what smoothing and z-loss add to every class
+  T by_probability;  // the coefficient of p_j alone: what z-loss and logsumexp add to every class
 };
 
 template <class T>
@@ -404,10 +403,12 @@ MLK_FN Coefficients<T> coefficients(const Batch<T>& batch, const Statistics<T>& 
   Coefficients<T> out;
   const T pull = up.by_class * (1 - batch.smoothing) * weight * head.slope - up.log_prob;  // of (p_j - 1[j = y])
   const T part = up.by_class * batch.smoothing_part;
-  const T flat = part * batch.weight_sum + (batch.z_loss > 0 ? up.by_row * 2 * batch.z_loss * at.lse : T(0)) + up.lse;
+  const T every = (batch.z_loss > 0 ? up.by_row * 2 * batch.z_loss * at.lse : T(0)) + up.lse;
+  const T flat = every + part * batch.weight_sum;
   const T s = at.scale.value;
-  out.by_probability = flat;
-  out.dz_y = flat * at.p - pull * at.q - part * weight;
+  out.by_probability = every;
+  // Of a single class smoothing leaves exactly nothing.
+  out.dz_y = every * at.p - pull * at.q + part * (batch.weight_sum * at.p - weight);
   out.spread = s * part;
   // The largest other class has exp(0) = 1, so log_sum >= 0 wherever there is one.
   out.factor = at.alone ? 0 * out.dz_y : s * (pull + flat) * (at.q * row.share);
@@ -446,13 +447,16 @@ MLK_FN void row_parameters(const Spec& spec, const Values<T>& values, const Batc
                            const Upstream<T>& up, T weight, T of_entropy, T* out /* TRAINABLE_SLOTS */) {
   for (int slot = 0; slot < TRAINABLE_SLOTS; ++slot) out[slot] = 0;
   const T t = at.target.value;
-  const T flat = gradient.by_probability;
+  const T every = gradient.by_probability;
   const T pull = up.by_class * (1 - batch.smoothing) * weight * head.slope - up.log_prob;
   const T part = up.by_class * batch.smoothing_part;
-  const T expected = at.p > 0 ? at.p * t : T(0);              // p_y t: 0 where p is, also when t is -inf
-  const T absent = batch.classes > 1 ? infinity<T>() : T(0);  // smoothing counts classes that have no chance
-  T by_scale = flat * expected - (part != 0 ? part * (weight * t - absent) : T(0));
-  if (!at.alone) {
+  const T expected = at.p > 0 ? at.p * t : T(0);  // p_y t: 0 where p is, also when t is -inf
+  // Smoothing counts classes that have no chance, in weighted.
+  T by_scale = every * expected;
+  if (at.alone) {
+    if (part != 0) by_scale += part * ((batch.weight_sum * at.p - weight) * t - row.weighted);
+  } else {
+    const T flat = every + part * batch.weight_sum;
     const T mean = row.other_max + row.shift * row.share;  // of u_j for j != y, under p
     by_scale = flat * (at.q * mean + expected);
     if (pull != 0) by_scale += pull * at.q * (mean - t);  // t may be -inf

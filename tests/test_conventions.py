@@ -127,17 +127,36 @@ def test_weights_that_sum_to_nothing_are_nan_as_in_torch(backend):
         assert bool(ours[1].isnan().all()) and bool(theirs[1].isnan().all()), smoothing
 
 
+@pytest.mark.parametrize("weight", [None, WEIGHT], ids=["plain", "weight"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2, 1.0])
 @pytest.mark.parametrize("name", ["cross_entropy", "modulated", "two_scale", "affine"])
-def test_masked_classes_as_in_torch(name, backend, smoothing):
-    """-inf logits are classes of probability 0; smoothing one costs infinitely much, its gradient does not."""
+def test_masked_classes_as_in_torch(name, backend, smoothing, weight):
+    """-inf logits are classes of probability 0; smoothing one costs infinitely much, or NaN where its weight is 0; its
+    gradient does not. The last rows hold no other class."""
     loss = BY_NAME[name]
-    input, target = logits(8)
-    input[torch.arange(8), (target + 1) % CLASSES] = -INF
+    input, target = logits(10)
+    input[torch.arange(8), (target[:8] + 1) % CLASSES] = -INF
     input[:4, 5] = torch.where(target[:4] == 5, input[:4, 5], -INF)
-    ours, theirs = both(loss, input, target, loss.neutral, "none", backend, label_smoothing=smoothing)
-    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-12, atol=1e-13)
+    input[8:] = torch.full_like(input[8:], -INF).scatter(1, target[8:, None], 1.5)
+    options = {"label_smoothing": smoothing, "weight": weight}
+    ours, theirs = both(loss, input, target, loss.neutral, "none", backend, **options)
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-12, atol=1e-13, equal_nan=True)
     torch.testing.assert_close(ours[1], theirs[1], rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("weight", [None, torch.tensor([0.7])], ids=["plain", "weight"])
+def test_a_single_class_has_no_gradient(backend, weight):
+    """What smoothing takes from the label it gives to it, to the bit: only z-loss is left."""
+    input, target = torch.tensor([[3.3], [-0.7], [1.0]]), torch.zeros(3, dtype=torch.long)
+    for z_loss, smoothing in ((0.0, 0.1), (0.0, 1.0), (0.01, 0.3)):
+        found = []
+        for epsilon in (smoothing, 0.0):
+            x, scale = input.clone().requires_grad_(), torch.tensor(7.3, requires_grad=True)
+            options = {"label_smoothing": epsilon, "z_loss": z_loss, "weight": weight, "reduction": "sum"}
+            mlkernels.cross_entropy(x, target, scale=scale, backend=backend, **options).backward(torch.tensor(0.9))
+            found.append((x.grad, scale.grad))
+        assert all(map(torch.equal, *found)), (z_loss, smoothing, found)
+        assert bool(found[0][0].any()) == bool(z_loss)
 
 
 SCALES = {"scale", "scale_low", "scale_high", "logit_norm"}

@@ -2,6 +2,7 @@
 // one, and its gradient. A tile is read where its product has just left it, in the cache, and written in place.
 #include "pieces.h"
 
+#include <numeric>
 #include <vector>
 
 #include "products.h"
@@ -17,17 +18,6 @@ inline void each_part(int64_t y, int64_t classes, Body body) {
   if (y < 0 || y >= classes) return body(0, classes);
   if (y > 0) body(0, y);
   if (y + 1 < classes) body(y + 1, classes - y - 1);
-}
-
-// A class of weight 0 does not count, whatever its logit.
-template <class T>
-T weighted_sum(const T* u, const T* w, int64_t n, T m, T& weights) {
-  T total = 0;
-  for (int64_t j = 0; j < n; ++j) {
-    if (w[j] != 0) total += w[j] * (u[j] - m);
-    weights += w[j];
-  }
-  return total;
 }
 
 template <class T>
@@ -90,12 +80,9 @@ void statistics(const PieceStatistics<T>& p, int64_t begin, int64_t end) {
         if (p.square) p.square[at] += sweep_square(u + from, n, m, p.scales[at]);
       }
       if (p.weighted) {
-        if (p.weight) {
-          p.weighted[row] += weighted_sum(u + from, p.weight + from, n, m, p.weights[row]);
-        } else {
-          p.weighted[row] += sweep_weighted<T>(u + from, nullptr, n, m);
-          p.weights[row] += T(n);
-        }
+        const T* const w = p.weight ? p.weight + from : nullptr;
+        p.weighted[row] += sweep_weighted(u + from, w, n, m);
+        p.weights[row] += w ? std::accumulate(w, w + n, T(0)) : T(n);
       }
     });
     // A NaN, which maxima pass over and sums carry.

@@ -122,12 +122,11 @@ def statistics(
     e = torch.where(absent, 0, torch.exp(scales.unsqueeze(2) * d))
     weighted = weights = None
     if values.smoothing > 0:
-        # But smoothing counts such a class: the loss is infinite, and grows with s.
+        # But smoothing counts such a class: the loss is infinite, and grows with s; NaN where its weight is 0.
         omega = values.vector(Slot.WEIGHT)
         omega = u.new_ones(u.shape[1]) if omega is None else omega[start : start + u.shape[1]]
-        counts = ~is_target & (omega != 0)
-        weighted = torch.where(counts, omega * torch.where(absent, others, d), 0).sum(1)
-        weights = torch.where(counts, omega, 0).sum(1)
+        weighted = torch.where(is_target, 0, omega * torch.where(absent, u, d)).sum(1)
+        weights = torch.where(is_target, 0, omega).sum(1)
     squares = (e * d * d).sum(2) if second else None
     return Rows(largest, e.sum(2), (e * d).sum(2), squares, weighted, weights, first, above)
 

@@ -368,8 +368,8 @@ def row_loss(batch, s, at, phi, weight, weighted):
     classes, smoothing, z_loss, weight_sum = batch
     by_class = weight * phi
     if smoothing > 0:
-        spread = tl.where(alone, INF, (weight_sum - weight) * others - s * weighted)
-        spread = weight * nll + tl.where(classes > 1, spread, 0.0)
+        # Where no other class has a chance, weighted alone knows whether there is one.
+        spread = weight * nll + tl.where(alone, 0.0, (weight_sum - weight) * others) - s * weighted
         by_class = (1.0 - smoothing) * by_class + smoothing / classes * spread
     by_row = tl.zeros_like(nll)
     if z_loss > 0:
@@ -392,8 +392,8 @@ def entropy(share, s, at, shift):
 @triton.jit
 def coefficients(batch, share, s, slope, at, h, w, weight, up, g_entropy):
     """dL/du_j = e_j (a + b (u_j - m)) - d w_j for j != y, and g at the target: (a, b, d, g). And what that and the
-    derivative by s are made of: (pull, part, flat, dL/dz_y), where pull is the coefficient of p_j - 1[j = y], part that
-    of -w_j, flat that of p_j alone.
+    derivative by s are made of: (pull, part, every, dL/dz_y), where pull is the coefficient of p_j - 1[j = y], part that
+    of p_j sum w - w_j, every that of p_j alone.
 
     up, g_entropy: the upstream gradients of the loss's two terms, logsumexp and log_prob, and, or None, of the entropy:
     without it there are no b and h, the entropy itself.
@@ -403,12 +403,13 @@ def coefficients(batch, share, s, slope, at, h, w, weight, up, g_entropy):
     g_class, g_row, g_lse, g_log_prob = up
     pull = g_class * (1.0 - smoothing) * weight * w - g_log_prob
     part = g_class * smoothing / classes
-    flat = part * weight_sum + g_lse
+    every = g_lse
     if z_loss > 0:
-        flat += g_row * 2.0 * z_loss * lse
-    dz_y = flat * p - pull * q - part * weight
+        every += g_row * 2.0 * z_loss * lse
+    # Of a single class smoothing leaves exactly nothing.
+    dz_y = every * p - pull * q + part * (weight_sum * p - weight)
     # The largest other class has exp(0) = 1, so log_sum >= 0 wherever there is one.
-    a = tl.where(alone, 0.0 * dz_y, s * (pull + flat) * (q * share))
+    a = tl.where(alone, 0.0 * dz_y, s * (pull + every + part * weight_sum) * (q * share))
     b = tl.zeros_like(a)
     if g_entropy is not None:  # dH/dz_j = -p_j (log p_j + H)
         each = s * g_entropy * (q * share)
@@ -416,7 +417,7 @@ def coefficients(batch, share, s, slope, at, h, w, weight, up, g_entropy):
         a = tl.where(absent, a, a - each * (h - others))
         b = tl.where(absent, 0.0, -s * each)
         dz_y = tl.where(p == 0, dz_y, dz_y - g_entropy * p * (h - nll))
-    return (a, b, s * part, s * slope * dz_y), (pull, part, flat, dz_y)
+    return (a, b, s * part, s * slope * dz_y), (pull, part, every, dz_y)
 
 
 @triton.jit
@@ -424,13 +425,13 @@ def by_scale(classes, weight_sum, share, m, s, t, at, h, weight, weighted, shift
     """The derivative of a row's loss by s. shift and second: the sums over j != y of e_j (u_j - m) and e_j (u_j - m)^2,
     this where the entropy's upstream gradient is given; z: the second of what coefficients returns."""
     nll, q, p, others, _lse, alone = at
-    pull, part, flat, _dz_y = z
+    pull, part, every, _dz_y = z
     expected = tl.where(p > 0, p * t, 0.0)  # p_y t: 0 where p is, also when t is -inf
     smooth = part != 0
-    absent = tl.where(classes > 1, INF, 0.0)  # smoothing counts classes that have no chance
-    bare = flat * expected - tl.where(smooth, part * (weight * t - absent), 0.0)
+    # Smoothing counts classes that have no chance, in weighted.
+    bare = every * expected + tl.where(smooth, part * ((weight_sum * p - weight) * t - weighted), 0.0)
     mean = m + shift * share  # of u_j for j != y, under p
-    full = flat * (q * mean + expected)
+    full = (every + part * weight_sum) * (q * mean + expected)
     full += tl.where(pull == 0, 0.0, pull * q * (mean - t))  # t may be -inf
     full -= tl.where(smooth, part * (weighted + m * (weight_sum - weight) + weight * t), 0.0)
     if g_entropy is not None:  # the sum of dH/dz_j is 0: m may be taken from every u_j

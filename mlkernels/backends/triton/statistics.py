@@ -114,7 +114,6 @@ def accumulated(
             weights = tl.full((CHUNKS, ROWS, LANES, VECTOR), 1.0, T)
             if weight is not None:
                 weights = tl.load(weight + col, valid, 0.0).to(T)
-                skipped |= weights == 0
             weights = tl.where(skipped, 0.0, weights)
             counted += rise * seen + thread_sum(product(tl.where(skipped, 0.0, d), weights))
             seen += thread_sum(weights)
