@@ -278,8 +278,11 @@ struct Call {
     std::string said = std::to_string(value);
     if (labels.scalar_type() == ScalarType::UInt64)  // as it was given, which may be more than int64 holds
       said = std::to_string(static_cast<const uint64_t*>(labels.data_ptr())[layout_of(labels, false).offset(row)]);
+    // What data sets mark rows without a class by.
+    const bool marks = name == std::string("target") && (value < 0 || value == 255);
     throw std::out_of_range(std::string(name) + " " + said + " at row " + std::to_string(row) +
-                            " is out of range [0, " + std::to_string(count) + ")");
+                            " is out of range [0, " + std::to_string(count) + ")" +
+                            (marks ? "; to leave such rows out pass ignore_index=" + said : ""));
   }
 
   // One over what "mean" divides by; NaN where that is nothing.

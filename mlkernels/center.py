@@ -22,12 +22,13 @@ from .checks import (
     wrong_type,
 )
 from .loss_module import Loss
+from .positional import positional_arguments
 from .spec import ReductionName
 from .tracing import traced
 
 
 def center_loss(
-    input: Tensor, target: Tensor, centers: Tensor, *, reduction: ReductionName = "mean", **unknown: Never
+    input: Tensor, target: Tensor, centers: Tensor, *rest: Never, reduction: ReductionName = "mean", **unknown: Never
 ) -> Tensor:
     r"""Center loss, :math:`L = \tfrac12\lVert x - c_y\rVert^2`. O(N D): each row meets its own center only.
 
@@ -52,6 +53,8 @@ def center_loss(
 
     Source: Wen et al., A Discriminative Feature Learning Approach for Deep Face Recognition, equation (2).
     """
+    if rest:
+        raise positional_arguments(center_loss, rest)
     if unknown:
         raise unknown_keywords(center_loss, unknown)
     target = check_tensors(input, target)

@@ -317,12 +317,14 @@ def check_indices(name: str, index: Tensor, count: int, ignore_index: int | None
         bad &= index != ignore_index
     if bool(bad.any()):
         row = int(bad.reshape(-1).nonzero()[0])
-        raise index_error(name, row, int(index.reshape(-1)[row]), count)
+        raise index_error(name, row, int(index.reshape(-1)[row]), count, ignore_index is not None)
 
 
-def index_error(name: str, row: int, value: int, count: int) -> IndexError:
+def index_error(name: str, row: int, value: int, count: int, ignores: bool = False) -> IndexError:
     """The error for one bad index; the compiled kernels say it in the same words."""
-    return IndexError(f"{name} {value} at row {row} is out of range [0, {count})")
+    # What data sets mark rows without a class by.
+    hint = f"; to leave such rows out pass ignore_index={value}" if ignores and (value < 0 or value == 255) else ""
+    return IndexError(f"{name} {value} at row {row} is out of range [0, {count}){hint}")
 
 
 def check_floating(name: str, value: Tensor) -> None:

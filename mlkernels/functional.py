@@ -28,7 +28,7 @@ from __future__ import annotations
 from typing import Literal, overload
 
 from torch import Tensor
-from typing_extensions import Unpack
+from typing_extensions import Never, Unpack
 
 from . import named, softmax
 from .backends.reference import RowStats
@@ -60,7 +60,7 @@ __doc__ = filled(__doc__)
 
 
 @family
-def cross_entropy(input: Tensor, target: Tensor, *, scale: Number = 1.0, **common: Unpack[Common]) -> Tensor:
+def cross_entropy(input: Tensor, target: Tensor, *rest: Never, scale: Number = 1.0, **common: Unpack[Common]) -> Tensor:
     r"""Cross entropy of scaled logits, :math:`L = -\log\operatorname{softmax}(s f)_y`.
 
     Gradient: :math:`\partial L/\partial f_j = s\,(p_j - [j=y])`.
@@ -77,13 +77,13 @@ def cross_entropy(input: Tensor, target: Tensor, *, scale: Number = 1.0, **commo
         >>> mlkernels.cross_entropy(torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([0]))
         tensor(0.2395)
     """
-    if isinstance(target, Tensor) and target.is_floating_point():
+    if isinstance(target, Tensor) and target.is_floating_point() and not rest:
         return soft_cross_entropy(cross_entropy, input, target, scale, common)
-    return softmax.loss(named.CROSS_ENTROPY, (scale,), input, target, None, common)
+    return softmax.loss(named.CROSS_ENTROPY, (scale,), input, target, None, common, rest)
 
 
 @family
-def focal_loss(input: Tensor, target: Tensor, *, gamma: Number = 2.0, **common: Unpack[Common]) -> Tensor:
+def focal_loss(input: Tensor, target: Tensor, *rest: Never, gamma: Number = 2.0, **common: Unpack[Common]) -> Tensor:
     r"""Focal loss of the softmax, :math:`L = (1-p_y)^\gamma(-\log p_y)`.
 
     Gradient: :math:`\partial L/\partial f_j = w\,(p_j - [j=y])`,
@@ -102,14 +102,14 @@ def focal_loss(input: Tensor, target: Tensor, *, gamma: Number = 2.0, **common: 
 
     Source: Lin et al., Focal Loss for Dense Object Detection, equation (4), with the softmax's p.
     """
-    return softmax.loss(*named.focal_loss(gamma), input, target, None, common)
+    return softmax.loss(*named.focal_loss(gamma), input, target, None, common, rest)
 
 
 @family
 def modulated_cross_entropy(
     input: Tensor,
     target: Tensor,
-    *,
+    *rest: Never,
     beta: Number = 4.0,
     gamma: Number = 5.0,
     alpha: Number = 1.0,
@@ -144,14 +144,14 @@ def modulated_cross_entropy(
     Source: the modulated cross entropy paper, equations (1) and (4). Reconstructed: the formula did not survive in the
     text at hand; this is the candidate with every property that the text states (see docs/losses.md).
     """
-    return softmax.loss(*named.modulated_cross_entropy(beta, gamma, alpha, kappa), input, target, None, common)
+    return softmax.loss(*named.modulated_cross_entropy(beta, gamma, alpha, kappa), input, target, None, common, rest)
 
 
 @family
 def margin_cross_entropy(
     input: Tensor,
     target: Tensor,
-    *,
+    *rest: Never,
     m1: Number = 1.0,
     m2: Number = 0.0,
     m3: Number = 0.0,
@@ -185,14 +185,14 @@ def margin_cross_entropy(
     Source: ArcFace, equation (4) (the combined margin).
     """
     parts = named.margin_cross_entropy(m1, m2, m3, scale, beyond_pi, gradient, norm)
-    return softmax.loss(*parts, input, target, None, common)
+    return softmax.loss(*parts, input, target, None, common, rest)
 
 
 @family
 def arcface_loss(
     input: Tensor,
     target: Tensor,
-    *,
+    *rest: Never,
     margin: Number = 0.5,
     scale: Number = 64.0,
     beyond_pi: BeyondPiName | None = None,
@@ -217,14 +217,14 @@ def arcface_loss(
 
     Source: Deng et al., ArcFace, equation (3).
     """
-    return softmax.loss(*named.arcface_loss(margin, scale, beyond_pi, gradient), input, target, None, common)
+    return softmax.loss(*named.arcface_loss(margin, scale, beyond_pi, gradient), input, target, None, common, rest)
 
 
 @family
 def cosface_loss(
     input: Tensor,
     target: Tensor,
-    *,
+    *rest: Never,
     margin: Number = 0.35,
     scale: Number = 64.0,
     beyond_pi: BeyondPiName | None = None,
@@ -248,14 +248,14 @@ def cosface_loss(
 
     Source: Wang et al., CosFace, equation (4).
     """
-    return softmax.loss(*named.cosface_loss(margin, scale, beyond_pi, gradient), input, target, None, common)
+    return softmax.loss(*named.cosface_loss(margin, scale, beyond_pi, gradient), input, target, None, common, rest)
 
 
 @family
 def sphereface_loss(
     input: Tensor,
     target: Tensor,
-    *,
+    *rest: Never,
     margin: Number = 4,
     scale: Number = 64.0,
     beyond_pi: BeyondPiName | None = None,
@@ -282,7 +282,7 @@ def sphereface_loss(
 
     Source: Liu et al., SphereFace, equation (7).
     """
-    return softmax.loss(*named.sphereface_loss(margin, scale, beyond_pi, gradient), input, target, None, common)
+    return softmax.loss(*named.sphereface_loss(margin, scale, beyond_pi, gradient), input, target, None, common, rest)
 
 
 @family
@@ -291,7 +291,7 @@ def two_scale_cross_entropy(
     target: Tensor,
     scale_low: Number,
     scale_high: Number,
-    *,
+    *rest: Never,
     eta: float = 0.01,
     logit_norm: Tensor | None = None,
     **common: Unpack[Common],
@@ -320,14 +320,14 @@ def two_scale_cross_entropy(
     Source: the two-scale loss, equations (13), (14), (16), (17).
     """
     parts = named.two_scale_cross_entropy(scale_low, scale_high, eta, logit_norm)
-    return softmax.loss(*parts, input, target, None, common)
+    return softmax.loss(*parts, input, target, None, common, rest)
 
 
 @family
 def piecewise_cross_entropy(
     input: Tensor,
     target: Tensor,
-    *,
+    *rest: Never,
     t_slope: Tensor | None = None,
     t_bias: Tensor | None = None,
     tau_slope: Tensor | None = None,
@@ -368,7 +368,7 @@ def piecewise_cross_entropy(
     Source: Li et al., AM-LFS, equation (16).
     """
     parts = named.piecewise_cross_entropy(t_slope, t_bias, tau_slope, tau_bias, scale, tau_min, clamp, norm)
-    return softmax.loss(*parts, input, target, group, common)
+    return softmax.loss(*parts, input, target, group, common, rest)
 
 
 @overload
@@ -405,7 +405,7 @@ def softmax_loss(
 def softmax_loss(
     input: Tensor,
     target: Tensor,
-    *,
+    *rest: Never,
     transform: Transform | None = None,
     scale: Number | TwoScale = 1.0,
     head: Head | None = None,
@@ -445,6 +445,6 @@ def softmax_loss(
         tensor(1.8966)
     """
     structure, values = compose(transform, scale, head, target_logit)
-    if return_stats:
+    if return_stats and not rest:
         return softmax.apply(structure, values, input, target, group, common, True)  # type: ignore[return-value]
-    return softmax.loss(structure, values, input, target, group, common)
+    return softmax.loss(structure, values, input, target, group, common, rest)

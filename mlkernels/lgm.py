@@ -27,6 +27,7 @@ from .checks import (
 )
 from .loss_module import Loss
 from .numbering import TransformKind
+from .positional import positional_arguments
 from .spec import BackendName, Number, ReductionName, spec
 
 _GIVEN = spec(TransformKind.GIVEN)
@@ -36,7 +37,7 @@ def lgm_loss(
     input: Tensor,
     target: Tensor,
     means: Tensor,
-    *,
+    *rest: Never,
     log_variance: Tensor | None = None,
     alpha: Number = 0.1,
     lambda_: float = 0.1,
@@ -84,6 +85,8 @@ def lgm_loss(
 
     Source: Wan et al., Rethinking Feature Distribution for Loss Functions in Image Classification, the L-GM loss.
     """
+    if rest:
+        raise positional_arguments(lgm_loss, rest)
     if unknown:
         raise unknown_keywords(lgm_loss, unknown)
     ignore_index = check_index("ignore_index", ignore_index)

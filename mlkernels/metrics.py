@@ -31,6 +31,7 @@ from .checks import (
     widened,
     wrong_type,
 )
+from .positional import positional_arguments
 from .spec import spec
 
 __all__ = [
@@ -54,8 +55,12 @@ _sums: dict[Callable[..., Tensor | float], Callable[..., _Sum]] = {}
 def _measure(sums: Callable[_P, _Sum]) -> Callable[_P, Tensor]:
     """The quotient of the two; :class:`Running` adds each of them up."""
 
+    few = sum(one.kind == one.POSITIONAL_OR_KEYWORD for one in inspect.signature(sums).parameters.values())
+
     @functools.wraps(sums)
     def measure(*args: _P.args, **kwargs: _P.kwargs) -> Tensor:
+        if len(args) > few:
+            raise positional_arguments(measure, args[few:])
         total, count = sums(*args, **kwargs)
         return total / count
 

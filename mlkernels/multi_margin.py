@@ -13,6 +13,7 @@ from typing_extensions import Never
 from . import buffers
 from .checks import check_class_vector, check_indices, check_number, check_reduction, check_tensors, unknown_keywords
 from .loss_module import Loss
+from .positional import positional_arguments
 from .spec import ReductionName
 
 
@@ -22,7 +23,7 @@ def multi_margin_loss(
     p: int = 1,
     margin: float = 1.0,
     weight: Tensor | None = None,
-    *,
+    *rest: Never,
     reduction: ReductionName = "mean",
     **unknown: Never,
 ) -> Tensor:
@@ -51,6 +52,8 @@ def multi_margin_loss(
         >>> mlkernels.multi_margin_loss(torch.tensor([[0.1, 0.2, 0.4, 0.8]]), torch.tensor([3]))
         tensor(0.3250)
     """
+    if rest:
+        raise positional_arguments(multi_margin_loss, rest)
     if unknown:
         raise unknown_keywords(multi_margin_loss, unknown)
     shape = target.shape if isinstance(target, Tensor) else ()

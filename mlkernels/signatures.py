@@ -30,7 +30,7 @@ def filled(doc: str | None, *shared: type) -> str:
 
 def _shown(of: Callable[..., Any], shared: Iterable[str]) -> inspect.Signature:
     found = inspect.signature(of)
-    own = [one for one in found.parameters.values() if one.kind is not one.VAR_KEYWORD]
+    own = [one for one in found.parameters.values() if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)]
     for name in shared:
         kind = Common.__annotations__[name]
         kind = getattr(kind, "__forward_arg__", kind)

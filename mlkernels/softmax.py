@@ -7,12 +7,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Never
 
 from . import autograd, fast_path
 from .backends import reference
 from .backends.reference import RowStats
-from .call import Common, bind
+from .call import Common, bind, functions
 from .ops import REFERENCE
+from .positional import positional_arguments
 from .spec import BackendName, Number, Spec
 from .tracing import PLAIN_TENSORS
 
@@ -64,8 +66,14 @@ def loss(
     target: Tensor,
     group: Tensor | None,
     common: Common,
+    rest: Sequence[Never] = (),
 ) -> Tensor:
-    """The loss of :func:`apply`, with the arguments that it shares with others as they came."""
+    """The loss of :func:`apply`, with the arguments that it shares with others as they came.
+
+    rest: arguments by position that are taken by name only.
+    """
+    if rest:
+        raise positional_arguments(functions[spec.function], rest)
     if not _is_compiling() and fast_path.loss is not None:
         found = fast_path.loss(spec, values, input, target, group, common)
         if found is not None:

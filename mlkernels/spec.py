@@ -28,6 +28,7 @@ from .numbering import (
     Structure,
     TransformKind,
 )
+from .positional import positional_arguments
 
 Number: TypeAlias = float | Tensor
 """A parameter of a loss: a Python number, or a tensor (0-d: shared; (C,): per class; (N, 1): per row)."""
@@ -172,8 +173,11 @@ class _Part:
         cls.kind, cls._numbers = kind, tuple(value.composed.partition(".")[2] for value in known[kind])
         cls._options = tuple(name for name in cls.__annotations__ if name not in (*cls._numbers, "_"))
 
-    def __new__(cls, *_: object, **keywords: object) -> Self:
+    def __new__(cls, *given: object, **keywords: object) -> Self:
         fields: tuple[str, ...] = tuple(cls.__dataclass_fields__)  # type: ignore[attr-defined]
+        few = sum(not one.kw_only for one in cls.__dataclass_fields__.values())  # type: ignore[attr-defined]
+        if len(given) > few:
+            raise positional_arguments(cls, given[few:])
         for name in keywords:
             if name not in fields:
                 raise TypeError(f"{cls.__name__}() takes no {name!r}; there are {', '.join(fields)}")

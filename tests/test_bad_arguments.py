@@ -368,3 +368,53 @@ def test_bad_arguments(of, words, error, change):
 @pytest.mark.parametrize("of", REFUSED, ids=name_of)
 def test_good_arguments(of):
     of(**REFUSED[of][0])
+
+
+POSITIONAL = [
+    (
+        lambda: mlkernels.focal_loss(x, y, 2.0),
+        "focal_loss() takes input and target by position|focal_loss(input, target, gamma=2.0)",
+    ),
+    (lambda: mlkernels.arcface_loss(x, y, 0.5, 30.0), "write arcface_loss(input, target, margin=0.5, scale=30.0)"),
+    (lambda: mlkernels.cross_entropy(x, y, torch.ones(C)), "write cross_entropy(input, target, weight=...)"),
+    (lambda: mlkernels.cross_entropy(x, x.softmax(1), torch.ones(C)), "write cross_entropy(input, target, weight=...)"),
+    (
+        lambda: mlkernels.piecewise_cross_entropy(x, y, TABLE),
+        "write piecewise_cross_entropy(input, target, t_slope=...)",
+    ),
+    (lambda: mlkernels.two_scale_cross_entropy(x, y, 1.0, 2.0, 0.1), "(input, target, scale_low, scale_high, eta=0.1)"),
+    (lambda: mlkernels.softmax_loss(x, y, None, return_stats=True), "write softmax_loss(input, target, transform=...)"),
+    (lambda: mlkernels.center_loss(x, y, x, "sum"), "center_loss(input, target, centers, reduction='sum')"),
+    (lambda: mlkernels.lgm_loss(x, y, x, None, 0.1), "(input, target, means, log_variance=..., alpha=0.1)"),
+    (lambda: mlkernels.multi_margin_loss(x, y, 1, 1.0, None, "sum"), "reduction='sum'"),
+    (lambda: mlkernels.metrics.top_n_accuracy(x, y, 5), "write top_n_accuracy(input, target, n=5)"),
+    (lambda: modules.FocalLoss(2.0), "FocalLoss() takes nothing by position|write FocalLoss(gamma=2.0)"),
+    (lambda: modules.CrossEntropyLoss(torch.ones(C)), "write CrossEntropyLoss(weight=...)"),
+    (lambda: modules.CenterLoss(4, 3), "CenterLoss(num_features=4, num_classes=3)"),
+    (lambda: modules.TwoScaleLoss(1.0, 0.1), "write TwoScaleLoss(initial_norm, eta=0.1)"),
+    (lambda: Modulated(4.0, 5.0), "write Modulated(beta=4.0, gamma=5.0)"),
+    (lambda: TwoScale(1.0, 2.0, 0.1), "write TwoScale(low, high, eta=0.1)"),
+]
+
+
+@pytest.mark.parametrize(("call", "words"), POSITIONAL, ids=[words for _, words in POSITIONAL])
+def test_names_instead_of_positions(call, words):
+    with pytest.raises(TypeError) as caught:
+        call()
+    for word in words.split("|"):
+        assert word in str(caught.value), str(caught.value)
+
+
+@pytest.mark.parametrize("label", [-1, 255, C])
+def test_labels_that_may_mean_ignore_index(label):
+    """A label that marks rows without a class is told from one too large; not where there is no ignore_index."""
+    target = T([0, label, 0, 0])
+    for backend in (None, "reference"):
+        with pytest.raises(IndexError) as caught:
+            mlkernels.cross_entropy(x, target, backend=backend)
+        words = f"target {label} at row 1 is out of range [0, {C})"
+        assert str(caught.value) == words + (
+            f"; to leave such rows out pass ignore_index={label}" if label != C else ""
+        )
+    with pytest.raises(IndexError, match=r"\)$"):
+        mlkernels.multi_margin_loss(x, target)

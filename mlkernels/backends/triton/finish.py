@@ -392,8 +392,8 @@ def entropy(share, s, at, shift):
 @triton.jit
 def coefficients(batch, share, s, slope, at, h, w, weight, up, g_entropy):
     """dL/du_j = e_j (a + b (u_j - m)) - d w_j for j != y, and g at the target: (a, b, d, g). And what that and the
-    derivative by s are made of: (pull, part, every, dL/dz_y), where pull is the coefficient of p_j - 1[j = y], part that
-    of p_j sum w - w_j, every that of p_j alone.
+    derivative by s are made of: (pull, part, every, dL/dz_y), where pull is the coefficient of p_j - 1[j = y], part
+    that of p_j sum w - w_j, every that of p_j alone.
 
     up, g_entropy: the upstream gradients of the loss's two terms, logsumexp and log_prob, and, or None, of the entropy:
     without it there are no b and h, the entropy itself.
