@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from typing_extensions import Never
 
 from . import buffers
@@ -15,6 +16,7 @@ from .checks import check_class_vector, check_indices, check_number, check_reduc
 from .loss_module import Loss
 from .positional import positional_arguments
 from .spec import ReductionName
+from .tracing import is_dual
 
 
 def multi_margin_loss(
@@ -74,12 +76,23 @@ def multi_margin_loss(
     legal = (label >= 0) & (label < classes)
     y = torch.where(legal, label, 0)
     kept = input.requires_grad and torch.is_grad_enabled() and buffers.serves(input.nbytes, input)
-    if kept and not (weight is not None and weight.requires_grad):
+    if forward_ad._current_level >= 0 and is_dual(input):  # torch's kernel has no tangents
+        rows = _in_plain_torch(input.to(accumulate), y, int(p), margin, weight)
+    elif kept and not (weight is not None and weight.requires_grad):
         rows = _kept_rows(input, y, int(p), margin, weight)
     else:
         rows = F.multi_margin_loss(input.to(accumulate), y, int(p), margin, weight, reduction="none")
     rows = (rows * torch.where(legal, 1.0, torch.nan).to(rows.dtype)).reshape(shape)
     return rows if reduction == "none" else rows.mean() if reduction == "mean" else rows.sum()
+
+
+def _in_plain_torch(logits: Tensor, y: Tensor, p: int, margin: float, weight: Tensor | None) -> Tensor:
+    """The loss of each row."""
+    own = logits.gather(1, y.unsqueeze(1))
+    excess = (margin - own + logits).clamp(min=0) ** p
+    others = torch.arange(logits.shape[1], device=logits.device) != y.unsqueeze(1)
+    rows = torch.where(others, excess, 0).sum(1) / logits.shape[1]
+    return rows if weight is None else rows * weight[y]
 
 
 class _MultiMargin(torch.autograd.Function):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 import mlkernels
 from mlkernels import buffers
@@ -125,3 +126,20 @@ def test_kept_memory_changes_no_bit(dtype, monkeypatch):
     monkeypatch.setattr(buffers, "BUFFER_FROM", 0)
     assert all(torch.equal(got, expected) for got, expected in zip(go(), wanted, strict=True))
     assert len(made) == (4 if dtype == torch.bfloat16 else 1)
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_forward_mode(p):
+    """torch's own kernel refuses tangents: ours are the gradient's product with them."""
+    torch.manual_seed(p)
+    input, tangent, target = torch.randn(5, 4).double(), torch.randn(5, 4).double(), torch.tensor([0, 1, 2, 3, 0])
+    weight = torch.tensor([0.5, 1.0, 2.0, 0.25]).double()
+
+    def loss(x):
+        return mlkernels.multi_margin_loss(x, target, p, 0.7, weight)
+
+    wanted = torch.autograd.functional.jacobian(loss, input)
+    with forward_ad.dual_level():
+        value, found = forward_ad.unpack_dual(loss(forward_ad.make_dual(input, tangent)))
+        torch.testing.assert_close(value, loss(input))
+        torch.testing.assert_close(found, (wanted * tangent).sum())
