@@ -118,10 +118,11 @@ def lgm_loss(
         if half_log_det_y is not None:
             target_logit = target_logit - half_log_det_y
             likelihood = likelihood + half_log_det_y
-        options = Common(
-            weight=weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
-            backend=backend,
-        )  # fmt: skip
+        # No call of Common, which Dynamo does not trace.
+        options: Common = {
+            "weight": weight, "ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing,
+            "backend": backend,
+        }  # fmt: skip
         loss, _ = softmax.apply(_GIVEN, (target_logit.unsqueeze(1), 1.0), logits, target, None, options)
         if lambda_ == 0:
             return loss

@@ -340,7 +340,7 @@ def _rows(
         if not isinstance(input, Tensor):
             raise wrong_type("input", "logits or RowStats", input)
         with torch.no_grad():
-            options = Common(ignore_index=ignore_index, reduction="sum")
+            options: Common = {"ignore_index": ignore_index, "reduction": "sum"}
             _, found = softmax.apply(_PLAIN, (scale,), input, target, None, options, True)
         rows, classes = cast(RowStats, found), input.shape[1 if input.dim() > 1 else 0]
     label = widened("target", target, classes, ignore_index)

@@ -247,3 +247,10 @@ def test_running_takes_the_measures_of_the_module():
         metrics.Running(lambda x, y: 0.0)
     with pytest.raises(TypeError, match=r"top_n_accuracy\(\) takes no 'm'; there are n, ignore_index"):
         metrics.Running(metrics.top_n_accuracy, m=2)
+
+
+def test_compiled():
+    """In one graph, from logits."""
+    input, target = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, -100, 0])
+    compiled = torch.compile(metrics.accuracy, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(input, target), metrics.accuracy(input, target))
