@@ -19,12 +19,12 @@ BUFFER_FROM = 4 << 20
 def serves(nbytes: int, *tensors: Tensor) -> bool:
     """Whether so much memory shall come from here: of plain tensors on the CPU, whose autograd is the usual one."""
     return (
-        nbytes >= BUFFER_FROM
-        and all(tensor.device.type == "cpu" for tensor in tensors)
+        all(tensor.device.type == "cpu" for tensor in tensors)
         and native.cpu_missing is None
         and functorch_level() is None
         and forward_ad._current_level < 0
-        and not observed(*tensors)
+        and not observed(*tensors)  # before sizes, which may be symbols
+        and nbytes >= BUFFER_FROM
         and not any(map(_is_batched, tensors))
     )
 

@@ -195,7 +195,7 @@ class _Logits(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
         rows, columns, clamped = ctx.saved_tensors
-        kept = not torch.is_grad_enabled() and buffers.serves(upstream.nbytes, upstream)
+        kept = not torch.is_grad_enabled() and buffers.serves(upstream.numel() * upstream.element_size(), upstream)
         room = {"out": buffers.empty(upstream, upstream.shape)} if kept else {}
         # By minus the distance: its sign is the last to be taken.
         by = torch.where(clamped, upstream.new_zeros(()), upstream, **room)

@@ -75,7 +75,7 @@ def multi_margin_loss(
     label = target.long()
     legal = (label >= 0) & (label < classes)
     y = torch.where(legal, label, 0)
-    kept = input.requires_grad and torch.is_grad_enabled() and buffers.serves(input.nbytes, input)
+    kept = input.requires_grad and torch.is_grad_enabled() and buffers.serves(input.numel() * input.element_size(), input)
     if forward_ad._current_level >= 0 and is_dual(input):  # torch's kernel has no tangents
         rows = _in_plain_torch(input.to(accumulate), y, int(p), margin, weight)
     elif kept and not (weight is not None and weight.requires_grad):
@@ -110,7 +110,7 @@ class _MultiMargin(torch.autograd.Function):
         input, label, weight = ctx.saved_tensors
         p, margin = ctx.options
         again = torch.is_grad_enabled()
-        if again or not buffers.serves(input.nbytes, input, upstream):
+        if again or not buffers.serves(input.numel() * input.element_size(), input, upstream):
             with torch.enable_grad():
                 rows = F.multi_margin_loss(input.to(upstream.dtype), label, p, margin, weight, reduction="none")
             return *torch.autograd.grad(rows, input, upstream, create_graph=again), None, None, None, None

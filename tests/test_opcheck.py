@@ -297,7 +297,7 @@ def test_a_head_in_a_graph(name, normalize, reduction, stats):
         p.reshape(-1, 1) if slot in (Slot.GROUP, Slot.ROW_WEIGHT) else p for slot, p in zip(slots, params, strict=True)
     ]
     rows = 1 << Slot.GROUP | 1 << Slot.ROW_WEIGHT
-    head = (x, weight, None, target, params, numbers, rows, normalize, stats, None, None, None, wanted)
+    head = (x, weight, None, target, params, numbers, rows, normalize, stats, None, None, False, None, wanted)
     checks = (*CHECKS, "test_autograd_registration", "test_aot_dispatch_static")
     torch.library.opcheck(torch.ops.mlkernels.linear_loss.default, head, test_utils=checks)
     if stats:

@@ -87,7 +87,7 @@ SUBJECTS: dict[str, Subject] = {
         "apply|check_(indices|range)",
     ),
     "opcheck": Subject(
-        (_ops,), _of("opcheck"), "needed|slots_of|_accumulate|_gradients|_loss_like|_softmax.*|_factors"
+        (_ops,), _of("opcheck"), "needed|slots_of|_gradients|_loss_like|_softmax.*|_factors"
     ),
     "operators": _cpu(
         ("csrc/rows.h", "csrc/call.h", "csrc/library_cpu.cpp"),
@@ -97,7 +97,7 @@ SUBJECTS: dict[str, Subject] = {
     "precision": Subject(
         (_reference, _softmax, _autograd, _ops),
         _of("precision", "-k", "not triton"),
-        "apply|_LossWithGradients|_accumulate|softmax_loss|_softmax_loss|Values|factors",
+        "apply|_LossWithGradients|accumulated|softmax_loss|_softmax_loss|Values|factors",
     ),
     "schedule": Subject(("mlkernels/schedule/*.py",), (*_of("mils"), *_of("snapshot"))),
     "search_state": Subject(

@@ -219,8 +219,7 @@ AOTITorchError __wrap_aoti_torch_get_data_ptr(AtenTensorHandle tensor, void** da
   aoti_torch_get_storage_size(tensor, &bytes);
   aoti_torch_get_dtype(tensor, &dtype);
   if (*data && bytes > 0) {
-    const uint64_t base =
-        reinterpret_cast<uint64_t>(*data) - uint64_t(offset) * aoti_torch_dtype_element_size(dtype);
+    const uint64_t base = reinterpret_cast<uint64_t>(*data) - uint64_t(offset) * aoti_torch_dtype_element_size(dtype);
     // What overlaps it was freed since: its memory is handed out again within one call.
     auto first = storages.lower_bound(base);
     if (first != storages.begin() && std::prev(first)->first + std::prev(first)->second > base) --first;
