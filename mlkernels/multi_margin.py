@@ -75,15 +75,20 @@ def multi_margin_loss(
     label = target.long()
     legal = (label >= 0) & (label < classes)
     y = torch.where(legal, label, 0)
-    kept = input.requires_grad and torch.is_grad_enabled() and buffers.serves(input.numel() * input.element_size(), input)
-    if forward_ad._current_level >= 0 and is_dual(input):  # torch's kernel has no tangents
-        rows = _in_plain_torch(input.to(accumulate), y, int(p), margin, weight)
-    elif kept and not (weight is not None and weight.requires_grad):
-        rows = _kept_rows(input, y, int(p), margin, weight)
-    else:
-        rows = F.multi_margin_loss(input.to(accumulate), y, int(p), margin, weight, reduction="none")
+    rows = _row_losses(input, y, int(p), margin, weight, accumulate)
     rows = (rows * torch.where(legal, 1.0, torch.nan).to(rows.dtype)).reshape(shape)
     return rows if reduction == "none" else rows.mean() if reduction == "mean" else rows.sum()
+
+
+def _row_losses(
+    input: Tensor, y: Tensor, p: int, margin: float, weight: Tensor | None, accumulate: torch.dtype
+) -> Tensor:
+    if forward_ad._current_level >= 0 and is_dual(input):  # torch's kernel has no tangents
+        return _in_plain_torch(input.to(accumulate), y, p, margin, weight)
+    alone = input.requires_grad and torch.is_grad_enabled() and not (weight is not None and weight.requires_grad)
+    if alone and buffers.serves(input.numel() * input.element_size(), input):
+        return _kept_rows(input, y, p, margin, weight)
+    return F.multi_margin_loss(input.to(accumulate), y, p, margin, weight, reduction="none")
 
 
 def _in_plain_torch(logits: Tensor, y: Tensor, p: int, margin: float, weight: Tensor | None) -> Tensor:
