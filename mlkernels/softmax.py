@@ -27,7 +27,7 @@ class Asked(NamedTuple):
 
     numbers: Sequence[float]
     params: Sequence[Tensor]
-    tables: frozenset[int]
+    tables: tuple[int, ...]
     return_stats: bool
     backend: BackendName | None
 

@@ -74,7 +74,7 @@ class Spec:
     #: What the caller of the function calls each of them.
     words: tuple[str, ...] = field(init=False, repr=False, compare=False)
     #: The slots that hold tables.
-    tables: frozenset[int] = field(init=False, repr=False, compare=False)
+    tables: tuple[int, ...] = field(init=False, repr=False, compare=False)
     #: How many of the consts are not zero by default: no more of them need to cross an op boundary.
     width: int = field(init=False, repr=False, compare=False)
     #: The structure flattened, as it crosses an op boundary.
@@ -90,7 +90,7 @@ class Spec:
         )
         object.__setattr__(self, "slots", tuple((int(value.slot), value.name) for value in values))
         object.__setattr__(self, "words", tuple(words))
-        object.__setattr__(self, "tables", frozenset(int(value.slot) for value in values if value.is_table))
+        object.__setattr__(self, "tables", tuple(int(value.slot) for value in values if value.is_table))
         object.__setattr__(self, "width", max(value.slot for value in values) + 1)
         object.__setattr__(self, "ids", Structure(*map(int, kinds)))
 

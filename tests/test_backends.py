@@ -30,6 +30,7 @@ def machine(tmp_path, monkeypatch):
         path.write_text(json.dumps(table))
         monkeypatch.setattr(backends, "CHOICE", path)
         monkeypatch.setattr(backends, "architecture", lambda device: architecture)
+        monkeypatch.setattr(native, "_cuda", None)  # it would ask a driver for the device
         monkeypatch.setattr(backends, "_why_not", lambda name: None if name in usable else "it is not there")
         backends._preferred.cache_clear()
 

@@ -359,6 +359,7 @@ if __name__ == "__main__":
     # Triton warns once a process: before anything filters.
     with warnings.catch_warnings(record=True) as warned, stub_driver.served():
         warnings.simplefilter("always")
+        warnings.filterwarnings("ignore", "CUDA initialization")  # a torch that has CUDA misses the rest of the driver
         print(
             json.dumps(
                 {

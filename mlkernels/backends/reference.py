@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ..checks import accumulated
 from ..numbering import Reduction, Slot
+from ..spec import constant_when_compiled
 from .finish import Finished, Rows, Values, finish, row_scale, scales, sound, well_classified
 
 # The rest of the steps, for those who take a row in pieces.
@@ -292,9 +293,14 @@ def row_stats(rows: Rows, u_y: Tensor, finished: Finished, values: Values) -> Ro
     )
 
 
+@constant_when_compiled  # Dynamo of torch 2.11 does not ask it
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
 def full_precision(device: torch.device) -> AbstractContextManager[None]:
     """No autocast, where the device has such a thing."""
-    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
+    return torch.autocast(device.type, enabled=False) if _has_autocast(device.type) else nullcontext()
 
 
 def softmax_loss(

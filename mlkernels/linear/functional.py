@@ -19,6 +19,8 @@ from .update import TileSGD, Updating
 
 Strategy: TypeAlias = Literal["stored", "tiles", "rows"]
 
+_OF_A_LOSS = frozenset({"transform", "scale", "head", "target_logit", *Options.__annotations__})
+
 
 def linear_cross_entropy(
     input: Tensor,
@@ -178,7 +180,7 @@ def loss_of(
     if loss is None:
         value = functional.softmax_loss(logits, _flat(target), **arguments)  # type: ignore[call-overload]
     else:
-        given = sorted({"transform", "scale", "head", "target_logit", *Options.__annotations__} & arguments.keys())
+        given = sorted(name for name in arguments if name in _OF_A_LOSS)
         if given:
             raise TypeError(f"loss has its own {given[0]}: give the loss another one, or leave loss=None")
         check_callable(loss)

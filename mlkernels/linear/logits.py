@@ -159,11 +159,11 @@ class LinearLogits(ProductLogits):
         return target
 
     def sampled(
-        self, sampler: ClassSampler, call: Call, label: Tensor, params: dict[int, Tensor], tables: frozenset[int]
+        self, sampler: ClassSampler, call: Call, label: Tensor, params: dict[int, Tensor], tables: tuple[int, ...]
     ) -> tuple[Call, Tensor, dict[int, Tensor], int]:
         """Call, labels and tensors for the classes that are drawn now, and how many these are at most on a rank."""
         sample = sampler.draw(label, int(call.numbers[IGNORE_INDEX]))
-        numbers, params = sample.bound(call.numbers, params, call.per_row | tables, sampler.correction)
+        numbers, params = sample.bound(call.numbers, params, call.per_row.union(tables), sampler.correction)
         self.sample = sample
         self.part = (
             self.weight.index_select(0, sample.classes),
@@ -200,7 +200,7 @@ for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "matmul", 
 
 
 def by_rows(
-    numbers: Sequence[float], params: Sequence[Tensor], tables: frozenset[int]
+    numbers: Sequence[float], params: Sequence[Tensor], tables: tuple[int, ...]
 ) -> tuple[dict[int, Tensor], frozenset[int]]:
     """A loss's tensors by slot, those that have a row each as (rows, 1), and which these are."""
     by_slot = dict(zip(slots_of(numbers), params, strict=True))

@@ -34,11 +34,14 @@ def add_product(sum: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 @functools.cache
 def _adds_in_place(device: torch.device, operands: torch.dtype, dtype: torch.dtype) -> bool:
-    """Whether this torch adds such a product to a sum of another dtype; some take one of the operands' alone."""
+    """Whether this torch adds such a product to a sum of another dtype; some take one of the operands' alone.
+
+    The meta tensors of torch 2.11 take the dtype for beta.
+    """
     a, sum = (torch.zeros(16, 16, dtype=kind, device=device) for kind in (operands, dtype))
     try:
         torch.ops.aten.addmm.dtype_out(sum, a, a, dtype, out=sum)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         return False
     return True
 
