@@ -6,7 +6,6 @@ rows. Autograd takes their derivatives, so each is right at its edges too: p = 0
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -75,15 +74,22 @@ class Values:
             param = param[self.label] if param.dim() == 1 else torch.where(self.kept, param.reshape(-1), 1)
         return param * self.mark
 
+    def _again(self) -> Values:
+        """A copy; not by the module copy, which Dynamo of torch 2.11 refuses."""
+        own = [self.params[slot] for slot in slots_of(self.numbers)]
+        other = Values(self.numbers, own, self.target, self.classes, self.dtype)
+        other.params, other.mark = self.params, self.mark
+        return other
+
     def replaced(self, params: dict[int, Tensor]) -> Values:
         """The same with some other tensors."""
-        other = copy.copy(self)
+        other = self._again()
         other.params = self.params | params
         return other
 
     def marked(self, sound: Tensor) -> Values:
         """The same where rows are sound, else NaN."""
-        other = copy.copy(self)
+        other = self._again()
         other.mark = torch.where(sound, 1.0, math.nan).to(self.dtype)
         return other
 
