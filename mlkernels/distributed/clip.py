@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 
 
 @torch.no_grad()
@@ -39,7 +39,10 @@ def clip_grad_norm_(parameters: Iterable[Tensor] | Tensor, max_norm: float, norm
     gradients = [p.grad for p in parameters if p.grad is not None]
     norms = []
     for gradient in gradients:
-        norm = torch.linalg.vector_norm(gradient, norm_type)
+        if isinstance(gradient, DTensor) and norm_type == math.inf:
+            norm = _largest(gradient)
+        else:
+            norm = torch.linalg.vector_norm(gradient, norm_type)
         norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     if not norms:
         return torch.zeros(())
@@ -49,3 +52,11 @@ def clip_grad_norm_(parameters: Iterable[Tensor] | Tensor, max_norm: float, norm
         own = gradient.to_local() if isinstance(gradient, DTensor) else gradient
         own.mul_(factor.clamp(max=1.0).to(own.device, own.dtype))
     return total
+
+
+def _largest(gradient: DTensor) -> Tensor:
+    """Its infinity norm; torch refuses that of an empty shard, on its rank alone, while the others wait."""
+    own = gradient.to_local().detach().abs()
+    largest = own.max() if own.numel() else own.new_zeros(())
+    mesh = gradient.device_mesh
+    return DTensor.from_local(largest, mesh, [Partial("max")] * mesh.ndim, run_check=False).full_tensor()
