@@ -246,16 +246,23 @@ class ClassParallelLoss(nn.Module):
     @torch.no_grad()
     def export_weight(self, path: str | os.PathLike[str] | None = None) -> Tensor | None:
         """The whole weight: without a path as a tensor (C, D), on every rank; with one as a safetensors file that all
-        ranks reach, into which each writes its own rows. On all ranks."""
+        ranks reach, into which each writes its own rows: beside it first, as ``path.part``, which takes its place once
+        it is whole. On all ranks, alike."""
         if path is None:
             return cast(DTensor, self.weight).full_tensor()
-        # Where a rank cannot write, all are told.
+        # Where a rank cannot write, all are told, and a file that was there stays as it is.
+        path, part = os.fspath(path), f"{os.fspath(path)}.part"
+        self._group.meet({"call": "export_weight", "path": path})
         with self._group.telling():
             if self._group.rank == 0:
-                weights.write_header(path, (self.num_classes, self.in_features), self.weight.dtype)
+                weights.write_header(part, (self.num_classes, self.in_features), self.weight.dtype)
         self._group.meet({"call": "export_weight"})
         with self._group.telling():
-            weights.write_rows(path, self.first_class, self._own()[0])
+            weights.write_rows(part, self.first_class, self._own()[0])
+        self._group.meet({"call": "export_weight"})
+        with self._group.telling():
+            if self._group.rank == 0:
+                os.replace(part, path)
         self._group.meet({"call": "export_weight"})
         return None
 
@@ -268,10 +275,14 @@ class ClassParallelLoss(nn.Module):
         with self._group.telling():
             each = [source] if isinstance(source, (Tensor, str, os.PathLike)) else source
             shards = [shard if isinstance(shard, Tensor) else weights.mapped(shard) for shard in each]
+            if not shards:
+                raise ValueError("source must hold a weight, got an empty sequence")
             for shard in shards:
+                if not shard.is_floating_point():
+                    raise TypeError(f"source must be floating, got {shard.dtype}")
                 check_plain("source", shard, "torch.distributed.checkpoint loads what is sharded")
             shapes = [tuple(shard.shape) for shard in shards]
-            width = shapes[0][-1] if shapes else self.in_features
+            width = shapes[0][-1]
             if any(len(shape) != 2 or shape[1] != width for shape in shapes):
                 raise ValueError(f"source must hold (C_r, D) alike, got {shapes}")
             count = sum(shape[0] for shape in shapes)
