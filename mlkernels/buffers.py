@@ -9,9 +9,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .backends import native
-from .tracing import functorch_level, observed
+from .tracing import functorch_level, is_batched, observed
 
-_is_batched = torch._C._functorch.is_legacy_batchedtensor
 #: As csrc/cpu/buffers.h has it: smaller ones torch's allocator keeps itself.
 BUFFER_FROM = 4 << 20
 
@@ -25,7 +24,7 @@ def serves(nbytes: int, *tensors: Tensor) -> bool:
         and forward_ad._current_level < 0
         and not observed(*tensors)  # before sizes, which may be symbols
         and nbytes >= BUFFER_FROM
-        and not any(map(_is_batched, tensors))
+        and not any(map(is_batched, tensors))
     )
 
 

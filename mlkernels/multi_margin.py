@@ -12,7 +12,15 @@ from torch.autograd import forward_ad
 from typing_extensions import Never
 
 from . import buffers
-from .checks import check_class_vector, check_indices, check_number, check_reduction, check_tensors, unknown_keywords
+from .checks import (
+    accumulated,
+    check_class_vector,
+    check_indices,
+    check_number,
+    check_reduction,
+    check_tensors,
+    unknown_keywords,
+)
 from .loss_module import Loss
 from .positional import positional_arguments
 from .spec import ReductionName
@@ -68,7 +76,7 @@ def multi_margin_loss(
     margin = _check(p, margin, reduction)
     classes = input.shape[-1]
     check_indices("target", target, classes)
-    accumulate = torch.float64 if input.dtype == torch.float64 else torch.float32
+    accumulate = accumulated(input.dtype)
     if weight is not None:
         check_class_vector("weight", weight, input, classes)
         weight = weight.to(accumulate)

@@ -26,12 +26,12 @@ CHOICE = Path(__file__).with_name("choice.json")
 LAYOUTS = ("classes_side_by_side", "rows_side_by_side")
 
 
-def _why_not_interpreted(triton: str, numpy: str) -> str | None:
+def _why_not_interpreted(of_triton: str, of_numpy: str) -> str | None:
     def older(version: str, major: int, minor: int) -> bool:
         return tuple(map(int, version.split(".")[:2])) < (major, minor)
 
-    if older(triton, 3, 7) and not older(numpy, 2, 4):  # it converts arrays of one element, which numpy has given up
-        return f"the interpreter of triton {triton} does not run with numpy {numpy}; pip install 'numpy<2.4'"
+    if older(of_triton, 3, 7) and not older(of_numpy, 2, 4):  # it converts arrays of one element, which numpy gave up
+        return f"the interpreter of triton {of_triton} does not run with numpy {of_numpy}; pip install 'numpy<2.4'"
     return None
 
 
