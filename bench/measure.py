@@ -27,6 +27,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+import mlkernels
 from mlkernels.ops import multi_copy_
 
 from . import heads, peers
@@ -85,8 +86,9 @@ def peak_memory(step: Step, device: torch.device) -> int | None:
         return 1024 * int(line.split()[1])
 
     try:
+        mlkernels.empty_cache()  # or what the last steps left, here and in the heap, would count for nothing
         with suppress(AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)  # or what the last step left in the heap would count for nothing
+            ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
         before = pages("VmRSS")
         step()

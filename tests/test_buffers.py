@@ -95,6 +95,29 @@ def test_a_live_gradient_stays_when_the_cache_is_emptied():
     assert torch.equal(gradient, expected)
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="the system does not say what it may take")
+def test_what_stays_idle_is_lent_to_the_system():
+    code = """
+    import time
+    def lent():
+        lines = open("/proc/self/smaps_rollup").read().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("LazyFree:"))
+    step(0)
+    begin = time.monotonic()
+    step(0)
+    at_once = lent()
+    if time.monotonic() - begin > 0.2:  # others kept the machine busy
+        at_once = 0
+    stop = begin + 60
+    while lent() < 8192 and time.monotonic() < stop:
+        time.sleep(0.05)
+    later = lent()
+    grad = step(0)
+    print(at_once, later, lent(), torch.equal(grad, step(0)))
+    """
+    assert run(_STEP + code) == "0 8192 0 True"
+
+
 def test_small_gradients_are_not_kept():
     step(2)
     assert mlkernels.empty_cache() == 0

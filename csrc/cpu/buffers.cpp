@@ -1,6 +1,7 @@
 #include "buffers.h"
 
 #include <pthread.h>
+#include <signal.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -8,13 +9,20 @@
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <system_error>
+#include <thread>
 #include <vector>
 
 namespace mlkernels {
 namespace {
 
+using Clock = std::chrono::steady_clock;
+
 constexpr size_t HUGE_PAGE = size_t(2) << 20;
-// What no step has taken for so long is another loop's: it goes when the next step comes.
+// What no step has taken for as long is lent to the system, which takes it when memory is short: not at once, because
+// that is a walk through the page tables at every step, a tenth of it and more.
+constexpr std::chrono::milliseconds LENT(250);
+// As long: it is another loop's, and goes.
 constexpr std::chrono::seconds KEPT(10);
 
 struct Store {
@@ -22,6 +30,7 @@ struct Store {
   std::vector<Buffer*> idle;  // the one given last is last
   size_t in_use = 0, mapped = 0;
   size_t most_in_use = 0;  // since all was released; no more is ever mapped: the peak of an allocator that keeps none
+  bool watched = false;    // by a thread of this process
 
   void unmap(size_t index) {
     Buffer* buffer = idle[index];
@@ -36,7 +45,11 @@ struct Store {
 Store& store() {
   static Store* const only = [] {
     // A lock that another thread holds while the process forks would stay locked in the child.
-    pthread_atfork([] { store().mutex.lock(); }, [] { store().mutex.unlock(); }, [] { store().mutex.unlock(); });
+    pthread_atfork([] { store().mutex.lock(); }, [] { store().mutex.unlock(); },
+                   [] {
+                     store().watched = false;  // threads stay in the parent
+                     store().mutex.unlock();
+                   });
     return new Store;
   }();
   return *only;
@@ -64,6 +77,47 @@ void* map(size_t bytes) {
   return begin + before;
 }
 
+void lend(Buffer* buffer) {
+#ifdef MADV_FREE
+  (void)madvise(buffer->data, buffer->bytes, MADV_FREE);
+#endif
+  buffer->lent = true;
+}
+
+// Until nothing is idle any more.
+void watch() {
+  Store& s = store();
+  for (;;) {
+    std::this_thread::sleep_for(LENT);
+    const std::lock_guard<std::mutex> lock(s.mutex);
+    const auto now = Clock::now();
+    for (size_t i = s.idle.size(); i-- > 0;) {
+      Buffer* buffer = s.idle[i];
+      if (now - buffer->idle_since > KEPT)
+        s.unmap(i);
+      else if (!buffer->lent && now - buffer->idle_since > LENT)
+        lend(buffer);
+    }
+    s.watched = !s.idle.empty();
+    if (!s.watched) return;
+  }
+}
+
+// With the store's mutex held; false where there is no thread to be had.
+bool start_watching() noexcept {
+  sigset_t all, before;
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &before);  // signals are the threads' that wait for them
+  bool started = true;
+  try {
+    std::thread(watch).detach();
+  } catch (const std::system_error&) {
+    started = false;
+  }
+  pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  return started;
+}
+
 }  // namespace
 
 Buffer* take_buffer(size_t bytes) {
@@ -75,9 +129,6 @@ Buffer* take_buffer(size_t bytes) {
   for (Buffer* buffer : s.idle)
     if (buffer->bytes >= bytes && !(found && found->bytes < buffer->bytes)) found = buffer;
   if (found) s.idle.erase(std::find(s.idle.begin(), s.idle.end(), found));
-  const auto now = std::chrono::steady_clock::now();
-  for (size_t i = s.idle.size(); i-- > 0;)
-    if (now - s.idle[i]->idle_since > KEPT) s.unmap(i);
   if (!found) {
     s.most_in_use = std::max(s.most_in_use, s.in_use + bytes);
     while (!s.idle.empty() && s.mapped + bytes > s.most_in_use) s.unmap(0);
@@ -88,21 +139,21 @@ Buffer* take_buffer(size_t bytes) {
     }
     if (!data) return nullptr;
     s.mapped += bytes;
-    found = new Buffer{data, bytes, {}};
+    found = new Buffer{data, bytes, {}, false};
   }
   s.in_use += found->bytes;
   return found;
 }
 
 void give_buffer(Buffer* buffer) noexcept {
-#ifdef MADV_FREE
-  (void)madvise(buffer->data, buffer->bytes, MADV_FREE);  // the system's, should it run short of memory meanwhile
-#endif
   Store& s = store();
   const std::lock_guard<std::mutex> lock(s.mutex);
   s.in_use -= buffer->bytes;
-  buffer->idle_since = std::chrono::steady_clock::now();
+  buffer->idle_since = Clock::now();
+  buffer->lent = false;
   s.idle.push_back(buffer);
+  if (!s.watched) s.watched = start_watching();
+  if (!s.watched) lend(buffer);
 }
 
 size_t release_buffers() {

@@ -14,6 +14,7 @@ struct Buffer {
   void* data;
   size_t bytes;
   std::chrono::steady_clock::time_point idle_since;
+  bool lent;  // to the system, since then
 };
 
 // At least so many bytes, with anything in them, aligned to huge pages. Null where buffers are switched off

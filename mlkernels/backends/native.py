@@ -97,8 +97,8 @@ def empty_cache() -> int:
     """Gives the memory that the CPU kernels keep for large gradients back to the system.
 
     They take gradients of 4 MB and more from buffers that earlier steps have left, because every page of fresh memory
-    is a fault; never more is kept than gradients were alive at once, what no step takes for ten seconds goes with the
-    next one, and the system may take idle buffers itself when it is short of memory. ``MLKERNELS_CPU_BUFFERS=0`` in the
+    is a fault; never more is kept than gradients were alive at once, the system may take what is idle for a quarter of
+    a second when it is short of memory, and what no step takes for ten seconds goes. ``MLKERNELS_CPU_BUFFERS=0`` in the
     environment leaves all of it to torch's allocator.
 
     Returns:
