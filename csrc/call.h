@@ -160,13 +160,19 @@ inline void check_table(const Tensor& slope, const Tensor& bias, const Tensor* g
   groups = slope.size(0);
 }
 
-inline void check_shapes(const Arguments& call, const Tensor& input, const Tensor& target) {
+// How many classes there are.
+inline int64_t check_shapes(const Tensor& input, const Tensor& target) {
   const int64_t dims = input.dim();
   STD_TORCH_CHECK(dims >= 2 && target.dim() == dims - 1, "input must be (N, C, d...) and target (N, d...)");
   for (int64_t d = 0; d < dims - 1; ++d)
     STD_TORCH_CHECK(target.size(d) == input.size(d > 0 ? d + 1 : 0), "target must have input's shape without C");
+  return input.size(1);
+}
+
+inline void check_tensors(const Arguments& call, const Tensor& target, int64_t classes) {
   STD_TORCH_CHECK(is_integer(target.scalar_type()), "target must hold integers");
-  const int64_t rows = target.numel(), classes = input.size(1);
+  STD_TORCH_CHECK(classes >= 0, "there are less than no classes");
+  const int64_t rows = target.numel();
   const auto& tensors = call.tensors;
   for (int slot = 0; slot < LOSS_SLOTS; ++slot) {
     if (!tensors[size_t(slot)]) continue;
@@ -214,20 +220,23 @@ inline void check_backward(const Arguments& call, const Tensor& target, const st
 
 // What of a problem is said by shapes and numbers.
 template <class T>
-void lay_out(Problem<T>& p, const Arguments& call, const Tensor& input, const Tensor& target) {
-  check_shapes(call, input, target);
+void lay_out(Problem<T>& p, const Arguments& call, const Tensor& target, int64_t classes) {
+  check_tensors(call, target, classes);
   p.spec = call.spec;
   p.rows = target.numel();
-  p.classes = input.size(1);
-  p.storage = storage_of(input.scalar_type());
-  p.input = input.data_ptr();
-  p.in = layout_of(input);
+  p.classes = classes;
   for (int slot = 0; slot < LOSS_SLOTS; ++slot)
     p.values[slot] = {T(call.numbers[size_t(slot)]), nullptr, Mode::BY_VALUE, Storage::DOUBLE};
   p.preparation.softcap = T(call.numbers[SOFTCAP]);
   p.smoothing = T(call.numbers[SMOOTHING]);
   p.z_loss = T(call.numbers[Z_LOSS]);
   p.weight_sum = T(p.classes);
+}
+template <class T>
+void lay_out_input(Problem<T>& p, const Tensor& input) {
+  p.storage = storage_of(input.scalar_type());
+  p.input = input.data_ptr();
+  p.in = layout_of(input);
 }
 
 // The vectors of all classes, each where vector_of(slot) has it.

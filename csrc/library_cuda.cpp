@@ -92,7 +92,8 @@ struct Call {
 
   Call(const Tensor& input, const Tensor& target, const std::vector<double>& numbers, const std::vector<Tensor>& params)
       : place(input), arguments(numbers, params), tensors(arguments.tensors) {
-    lay_out(v, arguments, input, target);
+    lay_out(v, arguments, target, check_shapes(input, target));
+    lay_out_input(v, input);
     int64_t reach = 0;
     for (int64_t d = 0; d < input.dim(); ++d) reach += (input.size(d) - 1) * input.stride(d);
     v.begin = static_cast<const char*>(v.input);

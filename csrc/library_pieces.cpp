@@ -1,16 +1,9 @@
 // The CPU's operators for heads (mlkernels/linear): of pieces of rows, and of all classes of a chunk of rows at once.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
-#include <algorithm>
-#include <optional>
 #include <tuple>
-#include <vector>
 
-#include "call.h"
-#include "cpu/buffers.h"
+#include "cpu/call.h"
 #include "cpu/pieces.h"
 
 extern "C" int mlkernels_cpu_isa();
@@ -350,10 +343,6 @@ struct Numbers {
   }
 };
 
-Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return empty_on(aoti_torch_device_type_cpu(), 0, sizes, dtype);
-}
-
 enum Want : int64_t { SHIFT = 1, SECOND = 2, RANKS = 4, SMOOTHING = 8 };  // mlkernels/linear/classes.py
 
 template <class T>
@@ -549,12 +538,7 @@ Tensor room_like(const Tensor& like, std::vector<int64_t> sizes) {
   const size_t bytes = size_t(count) * like.element_size();
   Buffer* const buffer = bytes >= BUFFER_FROM ? take_buffer(bytes) : nullptr;
   if (!buffer) return empty_on(aoti_torch_device_type_cpu(), 0, sizes, like.scalar_type());
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(torch_from_blob(
-      buffer->data, int64_t(sizes.size()), sizes.data(), strides.data(), 0, int32_t(like.scalar_type()),
-      aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0,
-      [](void*, void* context) { give_buffer(static_cast<Buffer*>(context)); }, buffer));
-  return Tensor(handle);
+  return in_buffer(buffer, sizes, strides, like.scalar_type());
 }
 
 }  // namespace

@@ -1,0 +1,300 @@
+// What the CPU's operators make of the arguments that they share: numbers and labels read, checked and laid out; and of
+// derivatives by row the gradients of parameters. For library_*.cpp alone.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+
+#include "../call.h"
+#include "buffers.h"
+#include "problem.h"
+
+namespace mlkernels {
+
+// ---- new tensors -----------------------------------------------------------------------------------------------------
+
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return empty_on(aoti_torch_device_type_cpu(), 0, sizes, dtype);
+}
+
+// Contiguous, of another's sizes.
+inline Tensor empty_of(const Tensor& like, ScalarType dtype) {
+  return empty_on(aoti_torch_device_type_cpu(), 0, like.sizes(), dtype);
+}
+
+// In memory that an earlier one has left, and this one leaves to later ones.
+template <class Sizes>
+Tensor in_buffer(Buffer* buffer, const Sizes& sizes, const Sizes& strides, ScalarType dtype) {
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(torch_from_blob(
+      buffer->data, int64_t(sizes.size()), sizes.data(), strides.data(), 0, int32_t(dtype),
+      aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0,
+      [](void*, void* context) { give_buffer(static_cast<Buffer*>(context)); }, buffer));
+  return Tensor(handle);
+}
+
+// ---- tensors to plain arrays -----------------------------------------------------------------------------------------
+
+// A tensor's elements in row order as U: borrowed where they lie so already, else converted.
+template <class U>
+struct Array {
+  const U* data = nullptr;
+  int64_t stride = 1;  // 0: one value for all
+  std::unique_ptr<U[]> owned;
+
+  // Gives each its place.
+  void repeat(int64_t count) {
+    if (stride != 0 || count < 2) return;
+    std::unique_ptr<U[]> all(new U[size_t(count)]);
+    std::fill_n(all.get(), count, data[0]);
+    owned = std::move(all);
+    data = owned.get();
+    stride = 1;
+  }
+};
+
+template <class U, class S>
+void convert(const void* from, const Layout& layout, int64_t count, U* to) {
+  const S* in = static_cast<const S*>(from);
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<U>(in[layout.offset(i)]);
+}
+
+template <class U>
+Array<U> array_of(const Tensor& tensor) {
+  Array<U> out;
+  const int64_t count = tensor.numel();
+  const void* data = tensor.data_ptr();
+  const ScalarType type = tensor.scalar_type();
+  if (type == type_of<U>()) {
+    bool flat = true;  // every element is the same one
+    for (const int64_t stride : tensor.strides()) flat &= stride == 0;
+    if (flat || tensor.is_contiguous()) {
+      out.data = static_cast<const U*>(data);
+      out.stride = flat ? 0 : 1;
+      return out;
+    }
+  }
+  out.owned.reset(new U[size_t(count) + 1]);
+  out.data = out.owned.get();
+  const Layout layout = layout_of(tensor, false);
+  U* to = out.owned.get();
+  switch (type) {
+    case ScalarType::Float: convert<U, float>(data, layout, count, to); break;
+    case ScalarType::Double: convert<U, double>(data, layout, count, to); break;
+    case ScalarType::Half: convert<U, torch::headeronly::Half>(data, layout, count, to); break;
+    case ScalarType::BFloat16: convert<U, torch::headeronly::BFloat16>(data, layout, count, to); break;
+    case ScalarType::Long: convert<U, int64_t>(data, layout, count, to); break;
+    case ScalarType::Int: convert<U, int32_t>(data, layout, count, to); break;
+    case ScalarType::Short: convert<U, int16_t>(data, layout, count, to); break;
+    case ScalarType::Char: convert<U, int8_t>(data, layout, count, to); break;
+    case ScalarType::Byte: convert<U, uint8_t>(data, layout, count, to); break;
+    case ScalarType::UInt16: convert<U, uint16_t>(data, layout, count, to); break;
+    case ScalarType::UInt32: convert<U, uint32_t>(data, layout, count, to); break;
+    case ScalarType::UInt64: {
+      const uint64_t* in = static_cast<const uint64_t*>(data);
+      for (int64_t i = 0; i < count; ++i) to[i] = static_cast<U>(MLKERNELS_ISA::signed_label(in[layout.offset(i)]));
+      break;
+    }
+    default: throw std::invalid_argument("a tensor has a dtype that the CPU kernels do not read");
+  }
+  return out;
+}
+
+template <class S>
+void write_as(void* to, const double* from, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) static_cast<S*>(to)[i] = static_cast<S>(from[i]);
+}
+
+inline void write(const Tensor& to, const double* from) {
+  const int64_t count = to.numel();
+  switch (to.scalar_type()) {
+    case ScalarType::Float: return write_as<float>(to.data_ptr(), from, count);
+    case ScalarType::Double: return write_as<double>(to.data_ptr(), from, count);
+    case ScalarType::Half: {
+      for (int64_t i = 0; i < count; ++i)
+        static_cast<torch::headeronly::Half*>(to.data_ptr())[i] = static_cast<float>(from[i]);
+      return;
+    }
+    default: {
+      for (int64_t i = 0; i < count; ++i)
+        static_cast<torch::headeronly::BFloat16*>(to.data_ptr())[i] = static_cast<float>(from[i]);
+    }
+  }
+}
+
+// ---- a call ----------------------------------------------------------------------------------------------------------
+
+// The arguments that the operators share, checked and laid out. The order of the numbers is that of ops.py.
+template <class T>
+struct Call {
+  CpuProblem<T> p{};
+  Array<int64_t> label, group;
+  std::array<Array<T>, SLOTS> arrays;
+  const Arguments arguments;
+  const std::array<const Tensor*, SLOTS>& tensors;
+  int64_t groups = 0;
+  double weight_total = 0, kept = 0;  // over the rows that are not ignored
+  Reduction reduction;
+
+  // Of rows whose logits are there.
+  Call(const Tensor& input, const Tensor& target, const std::vector<double>& numbers, const std::vector<Tensor>& params)
+      : Call(target, numbers, params, check_shapes(input, target)) {
+    lay_out_input(p, input);
+  }
+
+  Call(const Tensor& target, const std::vector<double>& numbers, const std::vector<Tensor>& params, int64_t classes)
+      : arguments(numbers, params), tensors(arguments.tensors), reduction(arguments.spec.reduction) {
+    lay_out(p, arguments, target, classes);
+    p.uniform = !tensors[GROUP];
+    for (int slot = 0; slot < SLOTS; ++slot) {
+      if (!tensors[slot] || slot == GROUP) continue;
+      arrays[slot] = array_of<T>(*tensors[slot]);
+      if (!arguments.is_tensor_number(slot)) continue;
+      const Mode mode = arrays[slot].stride == 0 ? Mode::SHARED : mode_of(*tensors[slot]);
+      p.values[slot] = {T(0), arrays[slot].data, mode, sizeof(T) == 8 ? Storage::DOUBLE : Storage::FLOAT};
+      if (mode != Mode::SHARED) p.uniform = false;
+    }
+    lay_out_vectors(p, [&](int slot) {
+      arrays[slot].repeat(p.classes);
+      return arrays[slot].data;
+    });
+    p.row_weight = arrays[ROW_WEIGHT].data;
+    p.row_weight_stride = arrays[ROW_WEIGHT].stride;
+    if (p.weight) {
+      double sum = 0;
+      for (int64_t j = 0; j < p.classes; ++j) sum += double(p.weight[j]);
+      p.weight_sum = T(sum);
+    }
+    read_labels(target);
+    set_factors();
+    if (p.spec.transform == Transform::PIECEWISE) p.t = tables(TRANSFORM_A, TRANSFORM_B);
+    if (p.spec.head == Head::TAU) p.tau = tables(HEAD_A, HEAD_B);
+    if (tensors[GROUP]) read_groups();
+  }
+  Call(const Call&) = delete;
+
+  bool is_table(int slot) const { return mlkernels::is_table(p.spec, slot); }
+
+  Tables<T> tables(int slope, int bias) {
+    const Tensor& table = *tensors[slope];
+    for (const int slot : {slope, bias}) arrays[slot].repeat(tensors[slot]->numel());
+    if (table.dim() == 2) groups = table.size(0);
+    return {arrays[slope].data, arrays[bias].data, int(table.size(table.dim() - 1)), groups};
+  }
+
+  void read_labels(const Tensor& target) {
+    label = array_of<int64_t>(target);
+    label.repeat(p.rows);
+    p.label = label.data;
+    for (int64_t i = 0; i < p.rows; ++i) {
+      const int64_t y = p.label[i];
+      if (y == p.spec.ignore_index) continue;
+      if (y < 0 || y >= p.classes) out_of_range("target", target, y, i, p.classes);
+      kept += 1;
+      weight_total += p.weight ? double(p.weight[y]) : 1.0;
+    }
+  }
+
+  void read_groups() {
+    group = array_of<int64_t>(*tensors[GROUP]);
+    group.repeat(p.rows);
+    p.group = group.data;
+    for (int64_t i = 0; i < p.rows; ++i)
+      if (p.group[i] < 0 || p.group[i] >= groups) out_of_range("group", *tensors[GROUP], p.group[i], i, groups);
+  }
+
+  [[noreturn]] static void out_of_range(const char* name, const Tensor& labels, int64_t value, int64_t row,
+                                        int64_t count) {
+    std::string said = std::to_string(value);
+    if (labels.scalar_type() == ScalarType::UInt64)  // as it was given, which may be more than int64 holds
+      said = std::to_string(static_cast<const uint64_t*>(labels.data_ptr())[layout_of(labels, false).offset(row)]);
+    // What data sets mark rows without a class by.
+    const bool marks = name == std::string("target") && (value < 0 || value == 255);
+    throw std::out_of_range(std::string(name) + " " + said + " at row " + std::to_string(row) +
+                            " is out of range [0, " + std::to_string(count) + ")" +
+                            (marks ? "; to leave such rows out pass ignore_index=" + said : ""));
+  }
+
+  // One over what "mean" divides by; NaN where that is nothing.
+  void set_factors() {
+    p.by_class_factor = p.by_row_factor = 1;
+    if (reduction != Reduction::MEAN) return;
+    const double given = tensors[NORMALIZER] ? double(*arrays[NORMALIZER].data) : arguments.numbers[NORMALIZER];
+    if (tensors[NORMALIZER] || given != 0) {
+      p.by_class_factor = p.by_row_factor = T(1 / MLKERNELS_ISA::legal(given > 0 && std::isfinite(given), given));
+    } else {
+      p.by_class_factor = T(1 / MLKERNELS_ISA::legal(weight_total != 0, weight_total));
+      p.by_row_factor = T(1 / MLKERNELS_ISA::legal(kept != 0, kept));
+    }
+  }
+};
+
+// The derivatives by parameters, by row: where row loops write those that `needs` asks for, and the gradients that these
+// sum up to.
+template <class T>
+struct ByParameter {
+  Call<T>& call;
+  const int64_t needs;
+  std::unique_ptr<T[]> by_row[TRAINABLE_SLOTS];
+  std::unique_ptr<int[]> t_bin, tau_bin;
+
+  ByParameter(Call<T>& call_, int64_t needs_) : call(call_), needs(needs_) {
+    check_needs(call.arguments, needs);
+    CpuProblem<T>& p = call.p;
+    const size_t rows = size_t(p.rows);
+    for (int slot = 0; slot < TRAINABLE_SLOTS; ++slot) {
+      if (!(needs >> slot & 1)) continue;
+      by_row[slot].reset(new T[rows + 1]);
+      p.by_parameter[slot] = by_row[slot].get();
+      p.want_parameters = true;
+      if (OF_SCALE >> slot & 1) p.want_shift = true, p.want_square = p.up_entropy;
+      if (!call.is_table(slot)) continue;
+      const bool of_t = is_table_of_t(p.spec, slot);
+      std::unique_ptr<int[]>& bin = of_t ? t_bin : tau_bin;
+      bin.reset(new int[rows + 1]);
+      (of_t ? p.t_bin : p.tau_bin) = bin.get();
+    }
+  }
+
+  // In row order and in double: the same bits on every run, whatever the number of threads.
+  // Not in Python: torch's functions take 4 us for a number and 19 us for the tables of a small step (bench/NOTES.md).
+  std::vector<Tensor> sums() const {
+    const CpuProblem<T>& p = call.p;
+    const size_t rows = size_t(p.rows);
+    std::vector<Tensor> gradients;
+    for (int slot = 0; slot < TRAINABLE_SLOTS; ++slot) {
+      if (!(needs >> slot & 1)) continue;
+      const Tensor& tensor = *call.tensors[slot];
+      Tensor out = empty_of(tensor, tensor.scalar_type());
+      const int64_t count = tensor.numel();
+      std::vector<double> total(size_t(count), 0.0);
+      const T* values = by_row[slot].get();
+      if (call.is_table(slot)) {
+        const bool of_t = is_table_of_t(p.spec, slot);
+        const int bins = of_t ? p.t.bins : p.tau.bins;
+        const int* bin = of_t ? t_bin.get() : tau_bin.get();
+        for (size_t i = 0; i < rows; ++i) {
+          if (p.label[i] == p.spec.ignore_index) continue;
+          total[size_t((p.group ? p.group[i] : 0) * bins + bin[i])] += double(values[i]);
+        }
+      } else if (tensor.dim() == 0) {
+        for (size_t i = 0; i < rows; ++i) total[0] += double(values[i]);
+      } else if (tensor.dim() == 1) {
+        for (size_t i = 0; i < rows; ++i)
+          if (p.label[i] != p.spec.ignore_index) total[size_t(p.label[i])] += double(values[i]);
+      } else {
+        for (size_t i = 0; i < rows; ++i) total[i] = double(values[i]);
+      }
+      write(out, total.data());
+      gradients.push_back(std::move(out));
+    }
+    return gradients;
+  }
+};
+
+}  // namespace mlkernels
