@@ -84,6 +84,14 @@ _libraries[0].define(
 )
 # What pieces know of each row together, in their order.
 _libraries[0].define("row_combine(Tensor reals, Tensor whole, Tensor scales) -> (Tensor, Tensor)", tags=_tags)
+# From there to what backends/finish.py's Finished holds, (5, rows); with `derive` also to the coefficients of the
+# gradient, (6, rows), and for whatever `needs` asks, given the upstream gradients of what is finished.
+_libraries[0].define(
+    "row_finish(Tensor target, Tensor target_logit, Tensor top, Tensor total, Tensor? shift, Tensor? second, "
+    "Tensor? weighted, float[] numbers, Tensor[] params, int classes, Tensor? by_class, Tensor? by_row, "
+    "Tensor? logsumexp, Tensor? log_prob, Tensor? entropy, bool derive, int needs) -> (Tensor, Tensor, Tensor[])",
+    tags=_tags,
+)
 _libraries[0].define("room_like(Tensor like, int[] sizes) -> Tensor", tags=_tags)
 # Each dst from the src at its place, bit for bit; with a flag (one boolean) only where the device finds it true.
 _libraries[0].define("multi_copy_(Tensor(a!)[] dst, Tensor[] src, Tensor? flag=None) -> ()", tags=_tags)
@@ -245,6 +253,12 @@ def _row_combine(reals: Tensor, whole: Tensor, scales: Tensor) -> tuple[Tensor, 
     return torch.empty_like(reals[0]), torch.empty_like(whole[0])
 
 
+def _row_finish(target: Tensor, target_logit: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    numbers, params, (derive, needs) = arguments[5], arguments[6], arguments[-2:]
+    of_rows = [target_logit.new_empty(count, target.numel()) for count in (5, 6 * derive)]
+    return *of_rows, _gradients(target_logit, numbers, params, needs)  # type: ignore[return-value]
+
+
 def _room_like(like: Tensor, sizes: Sequence[int]) -> Tensor:
     return like.new_empty(sizes)
 
@@ -255,6 +269,7 @@ _HEADS: dict[str, Callable[..., Any]] = {
     "linear_statistics": _linear_statistics,
     "linear_gradient": _nothing,
     "row_combine": _row_combine,
+    "row_finish": _row_finish,
     "room_like": _room_like,
 }
 for _name, _fake in _HEADS.items():

@@ -279,6 +279,11 @@ def test_all_classes_of_a_head(dtype):
         check(torch.ops.mlkernels.linear_gradient.default, given)
     reals, whole = torch.randn(4, 9, 3, dtype=dtype), torch.randint(6, (4, 2, 3))
     check(torch.ops.mlkernels.row_combine.default, (reals, whole, scales))
+    finish = torch.ops.mlkernels.row_finish.default
+    sums, numbers = scales[:1] + 1, numbers_of(compose(None, 1.0, None, None)[0], DEFAULTS, 1)
+    for derive, ups in ((False, [None] * 5), (True, [rows] * 5)):
+        given = (label, rows, rows, sums, sums, sums, rows, numbers, [rows.sum()], 6)
+        check(finish, (*given, *ups, derive, int(derive)))
     check(torch.ops.mlkernels.room_like.default, (x, [2, 3]))
 
 

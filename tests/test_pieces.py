@@ -5,11 +5,12 @@ import random
 
 import pytest
 import torch
-from table import F64, INF, LOSSES, NAN, draw
+from table import F64, INF, LOSSES, NAN, draw, usable_backends
 
 from mlkernels import softmax
 from mlkernels.backends import reference
 from mlkernels.backends.reference import Finished, Values
+from mlkernels.linear.pieces import CPU, Want
 from mlkernels.numbering import REDUCTION, TRAINABLE, Reduction, Slot, slots_of
 
 CLASSES, ROWS = 7, 12
@@ -102,11 +103,39 @@ def by_pieces(input, target, numbers, tensors, needs, cuts, together, upstream):
     return reference.reduced(finished, values), reference.row_stats(rows, u_y, finished, values), grad, by_slot
 
 
-def whole_rows(loss, options, monkeypatch):
+def by_kernels(pieces, input, target, numbers, tensors, needs, cuts, upstream):
+    """The same by those of a head (linear/pieces.py), of tiles that hold NaN at the target; cuts are spans."""
+    values = Values(numbers, tensors, target, CLASSES, F64)
+    # Who masks ignored rows lets the tiles hold what they like; else they are no rows of a head.
+    held = input if pieces.masks else torch.where(values.kept[:, None], input, 0)
+    f_y = torch.where(values.kept, input.gather(1, values.label[:, None])[:, 0], 0)
+    want = Want(True, True, True)
+    u_y, scales = reference.final_target(f_y, values), reference.scales(values)
+    rows = pieces.begin(u_y, values, want)
+    tiles = [(a, held[:, a:b].masked_fill(torch.arange(a, b) == values.label[:, None], NAN)) for a, b in cuts]
+    for start, tile in tiles:
+        rows = pieces.statistics(tile, u_y, values, start, rows, scales, want, None)
+    by_class, by_row = reference.factors(values)
+    up_loss, *ups = upstream
+    ups = Finished(up_loss * by_class, up_loss * by_row, *ups)
+    finished, coefficients, by_slot = pieces.finish(rows, u_y, values, ups, needs, want)
+    of_target = reference.through_cap(coefficients.target, f_y, values)
+    grad = []
+    for start, tile in tiles:
+        out = torch.full_like(tile, 7.0) if start % 2 else None  # in place, or apart
+        grad.append(pieces.gradient(tile, coefficients, values, start, True, None, out))
+        assert not grad[-1][torch.arange(start, start + tile.shape[1]) == values.label[:, None]].any()
+    grad = torch.cat(grad, 1)
+    assert not grad[~values.kept].any()
+    grad = grad.scatter(1, values.label[:, None], of_target[:, None])
+    return reference.reduced(finished, values), reference.row_stats(rows, u_y, finished, values), grad, by_slot
+
+
+def whole_rows(loss, options, monkeypatch, illegal=True):
     """The arguments of by_pieces, its upstream gradients, and what it has to find: by the reference of whole rows."""
     input, target, params = drawn(loss, options)
     numbers, tensors = as_called(loss, input, target, params, options, monkeypatch)
-    if options["reduction"] == "none":
+    if illegal and options["reduction"] == "none":
         target[9] = CLASSES  # as a device would meet it
     x, own = input.clone().requires_grad_(), dict(zip(slots_of(numbers), tensors, strict=True))
     needs = [slot for slot in own if slot in TRAINABLE]
@@ -140,3 +169,13 @@ def test_pieces_are_the_whole_row(loss, options, monkeypatch):
     arguments, upstream, wanted = whole_rows(loss, OPTIONS[options], monkeypatch)
     for (name, cuts), together in itertools.product(CUTS.items(), (folded, in_any_order)):
         check_pieces(by_pieces(*arguments, cuts, together, upstream), wanted, name, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.skipif("cpu" not in usable_backends(), reason="no library")
+@pytest.mark.parametrize("loss", LOSSES, ids=str)
+def test_the_cpus_pieces_are_the_whole_row(loss, monkeypatch):
+    """Whatever is asked of a row at once: upstream gradients of loss, logsumexp, log_prob and entropy."""
+    for (name, options), cuts in zip(OPTIONS.items(), itertools.cycle(CUTS.values()), strict=False):
+        arguments, upstream, wanted = whole_rows(loss, options, monkeypatch, illegal=False)
+        found = by_kernels(CPU, *arguments, [*itertools.pairwise(cuts)], upstream)
+        check_pieces(found, wanted, name, rtol=1e-9, atol=1e-10)

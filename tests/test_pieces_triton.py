@@ -7,15 +7,13 @@ import random
 
 import pytest
 import torch
-from table import BY_NAME, F64, LOSSES, NAN, usable_backends
+from table import BY_NAME, LOSSES, NAN, usable_backends
 from test_linear import rows_of
 from test_no_sync import Forbid
-from test_pieces import CLASSES, OPTIONS, check_pieces, whole_rows
+from test_pieces import CLASSES, OPTIONS, by_kernels, check_pieces, whole_rows
 
 from mlkernels import linear_softmax_loss, tracing
-from mlkernels.backends import reference
-from mlkernels.backends.reference import Finished, Values
-from mlkernels.linear.pieces import TRITON, Want
+from mlkernels.linear.pieces import TRITON
 
 FULL = os.environ.get("MLKERNELS_FULL") == "1"
 CASES = [
@@ -37,35 +35,6 @@ def one_program(monkeypatch):
     monkeypatch.setattr("mlkernels.backends.triton.tiles.piece", lambda *_: Tile(2, 16, 2, 1, 1, False))
 
 
-def by_pieces(input, target, numbers, tensors, needs, cuts, upstream, factors=None):
-    """What test_pieces.by_pieces finds, by Triton's kernels, of tiles that hold NaN at the target."""
-    values = Values(numbers, tensors, target, CLASSES, F64)
-    kept = input
-    input = torch.where(values.kept[:, None], input, 0)  # as a head has them; the tiles hold what they like
-    want = Want(True, True, True)
-    u_y = reference.final_target(input.gather(1, values.label[:, None])[:, 0], values)
-    scales = reference.scales(values)
-    rows = TRITON.begin(u_y, values, want)
-    tiles = [(a, kept[:, a:b].masked_fill(torch.arange(a, b) == values.label[:, None], NAN)) for a, b in cuts]
-    for start, tile in tiles:
-        rows = TRITON.statistics(tile.contiguous(), u_y, values, start, rows, scales, want, None)
-    by_class, by_row = reference.factors(values)
-    up_loss, *ups = upstream
-    ups = Finished(up_loss * by_class, up_loss * by_row, *ups)
-    finished, coefficients, by_slot = TRITON.finish(rows, u_y, values, ups, needs, want)
-    f_y = input.gather(1, values.label[:, None])[:, 0]
-    of_target = reference.through_cap(coefficients.target, f_y, values)
-    grad = []
-    for start, tile in tiles:
-        out = torch.full_like(tile, 7.0) if start % 2 else None  # in place, or apart
-        grad.append(TRITON.gradient(tile.contiguous(), coefficients, values, start, True, None, out))
-        assert not grad[-1][torch.arange(start, start + tile.shape[1]) == values.label[:, None]].any()
-    grad = torch.cat(grad, 1)
-    assert not grad[~values.kept].any()
-    grad = grad.scatter(1, values.label[:, None], of_target[:, None])
-    return reference.reduced(finished, values), reference.row_stats(rows, u_y, finished, values), grad, by_slot
-
-
 def partition(seed):
     """Some cuts of the classes; single ones, which for some rows hold the target alone, are among them."""
     pick = random.Random(seed)
@@ -78,7 +47,7 @@ def test_pieces_are_the_whole_row(index, monkeypatch):
     """Each way through finish, under options that take turns; MLKERNELS_FULL=1: each loss under each of them."""
     loss, options = BY_NAME[CASES[index][0]], OPTIONS[CASES[index][1]]
     arguments, upstream, wanted = whole_rows(loss, options, monkeypatch)
-    check_pieces(by_pieces(*arguments, partition(index), upstream), wanted, loss, rtol=1e-9, atol=1e-10)
+    check_pieces(by_kernels(TRITON, *arguments, partition(index), upstream), wanted, loss, rtol=1e-9, atol=1e-10)
 
 
 # ---- heads -----------------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import test_opcheck  # noqa: E402
 
 import mlkernels  # noqa: E402, F401
+from mlkernels.numbering import INPUT  # noqa: E402
 
 DTYPES = [
     *(torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8),
@@ -37,7 +38,10 @@ DTYPES = [
 ]  # fmt: skip
 NUMBERS = [0.0, -1.0, 1.0, 2.0, 3.0, 7.0, 0.5, 1e300, -1e300, 2.0**63, -(2.0**63), 2.0**23, float("nan"), float("inf")]
 INTEGERS = [0, -1, 1, 2, 3, 5, 7, 64, 2**23, 2**31, 2**40, 2**62, 2**63 - 1, -(2**63)]
-PER_CALL = ("piece_statistics", "piece_gradient", "linear_statistics", "linear_gradient", "row_combine", "room_like")
+PER_CALL = (
+    "piece_statistics", "piece_gradient", "linear_statistics", "linear_gradient", "row_combine", "row_finish",
+    "room_like",
+)  # fmt: skip
 
 
 def legal(rng: random.Random) -> tuple[str, list[Any]]:
@@ -62,6 +66,12 @@ def legal(rng: random.Random) -> tuple[str, list[Any]]:
             saved = torch.zeros(given[1].numel() if rng.random() < 0.8 else 0, 2, dtype=dtype)
             given = [*up, *given, saved, needs]
         return name, given
+    if name == "row_finish":
+        loss = rng.choice(test_opcheck.FEW)
+        (_, target, numbers, params), needs = test_opcheck.flattened(loss, "shared", dtype=dtype)
+        sums = [torch.rand(2 if numbers[1] else 1, 6, dtype=dtype) for _ in "STU"]
+        rows = [torch.rand(6, dtype=dtype) for _ in range(8)]
+        return name, [target, *rows[:2], *sums, rows[2], numbers, params, 6, *rows[3:], True, needs ^ 1 << INPUT]
     n, c, width, count = rng.randint(0, 5), rng.randint(0, 7), rng.randint(0, 5), rng.randint(1, 2)
 
     def of(*shape: int) -> Tensor:

@@ -126,6 +126,24 @@ class CpuPieces(TorchPieces):
         )  # fmt: skip
         return known
 
+    def finish(
+        self, known: Rows, u_y: Tensor, values: Values, upstream: Finished | None, slots: Sequence[int], want: Want
+    ) -> tuple[Finished, Coefficients | None, dict[int, Tensor]]:
+        shift = known.shift if want.shift else None
+        (by_class, by_row, *others), found, gradients = torch.ops.mlkernels.row_finish(
+            values.target, u_y, known.top, known.total, shift, known.second, known.weighted, values.numbers,
+            [*values.params.values()], values.classes, *(upstream or Finished(None)), upstream is not None,
+            sum(1 << slot for slot in slots),
+        )  # fmt: skip
+        finished = Finished(by_class, by_row if values.has_row_term else None, *others)
+        if upstream is None:
+            return finished, None, {}
+        factor, slope, spread, *others = found
+        row = Coefficients(
+            factor, None if upstream.entropy is None else slope, spread if values.smoothing > 0 else None, *others
+        )
+        return finished, row, dict(zip(sorted(slots), gradients, strict=True))
+
     def gradient(
         self, f: Tensor, row: Coefficients, values: Values, start: int, seen: bool, factors: Factors | None,
         out: Tensor | None,
