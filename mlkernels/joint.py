@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_function, check_number, check_several
+from .positional import by_name
 
 __all__ = ["Alternating", "JointLoss", "Turn"]
 
@@ -29,6 +30,7 @@ class _Called(nn.Module):
         return str(getattr(self.function, "__name__", self.function))
 
 
+@by_name
 class JointLoss(nn.Module):
     r"""Several losses at once.
 
@@ -157,6 +159,7 @@ class Turn(NamedTuple):
     which: int
 
 
+@by_name
 class Alternating:
     r"""Alternating optimization: step i minimises one loss :math:`L_k`, with its own optimizer, and the next another.
 

@@ -14,7 +14,7 @@ from typing_extensions import Unpack
 from .call import COMMON, Options, PerCall, check_loss, per_class
 from .checks import unknown_keywords
 from .named import Composition
-from .positional import names_positional
+from .positional import by_name
 
 _PLAIN: frozenset[type] = frozenset({int, float, bool})
 
@@ -28,7 +28,7 @@ class Loss(nn.Module):
     """What ``reset_parameters`` draws: everything else it puts back."""
 
     def __init_subclass__(cls) -> None:
-        cls.__init__ = names_positional(cls, cls.__init__)  # type: ignore[method-assign]
+        by_name(cls)
 
     def __init__(self, own: dict[str, Any], common: dict[str, Any]) -> None:
         super().__init__()

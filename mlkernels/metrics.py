@@ -31,7 +31,7 @@ from .checks import (
     widened,
     wrong_type,
 )
-from .positional import positional_arguments
+from .positional import by_name
 from .spec import spec
 
 __all__ = [
@@ -55,12 +55,9 @@ _sums: dict[Callable[..., Tensor | float], Callable[..., _Sum]] = {}
 def _measure(sums: Callable[_P, _Sum]) -> Callable[_P, Tensor]:
     """The quotient of the two; :class:`Running` adds each of them up."""
 
-    few = sum(one.kind == one.POSITIONAL_OR_KEYWORD for one in inspect.signature(sums).parameters.values())
-
+    @by_name
     @functools.wraps(sums)
     def measure(*args: _P.args, **kwargs: _P.kwargs) -> Tensor:
-        if len(args) > few:
-            raise positional_arguments(measure, args[few:])
         total, count = sums(*args, **kwargs)
         return total / count
 
@@ -214,6 +211,7 @@ def classification_confidence(
     return torch.where(kept, confidence, 0).sum(), kept.sum()
 
 
+@by_name
 def macro_f1(input: Tensor | RowStats, target: Tensor, *, ignore_index: int = -100) -> float:
     """The mean over the classes, those that occur or are predicted, of F1. Needs scikit-learn.
 
@@ -238,6 +236,7 @@ def macro_f1(input: Tensor | RowStats, target: Tensor, *, ignore_index: int = -1
     return float(score(label, found, labels=classes, average="macro", zero_division=0))
 
 
+@by_name
 def nmi(input: Tensor | RowStats, target: Tensor, *, ignore_index: int = -100) -> float:
     """Normalised mutual information of labels and predictions, or of labels and clusters. Needs scikit-learn.
 

@@ -6,8 +6,11 @@ import functools
 import inspect
 import numbers
 from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 from torch import Tensor
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def positional_arguments(of: Callable[..., object], given: Sequence[object]) -> TypeError:
@@ -26,17 +29,22 @@ def positional_arguments(of: Callable[..., object], given: Sequence[object]) -> 
     return TypeError(f"{what}, everything else by name: write {of.__name__}({', '.join([*first, *written])})")
 
 
-def names_positional(cls: type, init: Callable[..., None]) -> Callable[..., None]:
-    """The ``__init__`` of a class, with :func:`positional_arguments` for Python's own words."""
-    taken = inspect.signature(init).parameters.values()
+def by_name(of: _F) -> _F:
+    """A function, or a class with its ``__init__``, with :func:`positional_arguments` for Python's own words."""
+    init = getattr(of, "__init__") if isinstance(of, type) else None  # noqa: B009
+    function: Callable[..., Any] = init or of
+    taken = inspect.signature(function).parameters.values()
     few = sum(one.kind == one.POSITIONAL_OR_KEYWORD for one in taken)
     if any(one.kind == one.VAR_POSITIONAL for one in taken):
-        return init
+        return of
 
-    @functools.wraps(init)
-    def checked(self: object, *given: object, **named: object) -> None:
-        if len(given) >= few:
-            raise positional_arguments(cls, given[few - 1 :])
-        init(self, *given, **named)
+    @functools.wraps(function)
+    def checked(*given: Any, **named: Any) -> Any:
+        if len(given) > few:
+            raise positional_arguments(of, given[few:])
+        return function(*given, **named)
 
-    return checked
+    if init is None:
+        return cast(_F, checked)
+    of.__init__ = checked  # type: ignore[method-assign]
+    return of

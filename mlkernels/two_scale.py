@@ -21,6 +21,7 @@ from . import named
 from .call import Options, PerCall
 from .checks import accumulated, check_number, check_scalar
 from .loss_module import FamilyLoss
+from .positional import by_name
 from .signatures import family
 from .tracing import traced
 
@@ -280,6 +281,7 @@ def cached_weight_norm() -> Iterator[None]:
         _entries.reset(token)
 
 
+@by_name
 def weight_norm_product(
     model: nn.Module,
     *,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import random
 from typing import Any
@@ -36,6 +37,17 @@ class Both(Network):
     def forward(self, input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
         features = self.body(input)
         return features, self.head(features)
+
+
+class Around(nn.Module):
+    """A loss of the user's own, which takes no more than outputs and targets."""
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return self.loss(output, target)
 
 
 def samples(n: int = 96) -> tuple[torch.Tensor, torch.Tensor]:
@@ -361,7 +373,6 @@ CLASS_WEIGHTS = torch.tensor([0.2, 3.0, 1.0, 0.5])
     "loss, labels, counts",
     [
         (mlkernels.CrossEntropyLoss(), IGNORED, None),
-        (mlkernels.CrossEntropyLoss(weight=CLASS_WEIGHTS, label_smoothing=0.1), IGNORED, None),
         (nn.CrossEntropyLoss(weight=CLASS_WEIGHTS), IGNORED, None),
         (mlkernels.JointLoss([nn.CrossEntropyLoss(weight=CLASS_WEIGHTS)]), IGNORED, None),
         (nn.CrossEntropyLoss(ignore_index=1, reduction="sum"), Y, None),
@@ -395,6 +406,52 @@ def test_accumulated_batches_are_one(loss: Any, labels: torch.Tensor, counts: An
     torch.testing.assert_close(*ends)
 
 
+W = torch.tensor([0.0, 3.0, 1.0, 0.5], dtype=torch.float64)
+OPTIONS = {"weight": W, "z_loss": 0.1, "label_smoothing": 0.1, "ignore_index": 3}
+#: The second batch holds nothing but a class of weight 0, the third nothing that is kept.
+LABELS = torch.where(IGNORED < 0, 3, IGNORED).index_fill(0, torch.arange(*UNEVEN[1]), 0)
+TABLES = torch.rand(2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.5
+SEVERAL = {
+    "cross_entropy": mlkernels.CrossEntropyLoss(**OPTIONS),
+    "plain": mlkernels.CrossEntropyLoss(weight=W, label_smoothing=0.1, ignore_index=3),
+    "focal": mlkernels.FocalLoss(**OPTIONS),
+    "modulated": mlkernels.ModulatedCrossEntropyLoss(**OPTIONS),
+    "margin": mlkernels.MarginLoss(m2=nn.Parameter(torch.tensor(0.3, dtype=torch.float64)), scale=4.0, **OPTIONS),
+    "arcface": mlkernels.ArcFaceLoss(scale=4.0, **OPTIONS),
+    "cosface": mlkernels.CosFaceLoss(scale=4.0, **OPTIONS),
+    "sphereface": mlkernels.SphereFaceLoss(scale=4.0, **OPTIONS),
+    "two_scale": mlkernels.JointLoss([mlkernels.TwoScaleLoss(2.0, **OPTIONS)], inputs=[(0, 2)]),
+    "groups": mlkernels.JointLoss([mlkernels.PiecewiseLoss(t_slope=TABLES, **OPTIONS)], inputs=[(0, 1)]),
+    "weighed beside plain": mlkernels.JointLoss(
+        [mlkernels.CrossEntropyLoss(**OPTIONS), mlkernels.FocalLoss(ignore_index=3, z_loss=0.2)], mode="uncertainty"
+    ),
+    "weighed twice": mlkernels.JointLoss(
+        [mlkernels.FocalLoss(**OPTIONS), mlkernels.JointLoss([mlkernels.FocalLoss(**OPTIONS | {"weight": W.sqrt()})])]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_accumulated_means_of_several_divisors(name: str) -> None:
+    """Class weights are divided by their sum, a z-loss by the rows: both as those of one batch, to rounding."""
+
+    def forward(model: nn.Module, input: torch.Tensor) -> Any:
+        logits = model(input)
+        group, norm = (input[:, 5] > 0).long(), torch.tensor(1.5, dtype=torch.float64)
+        return (logits, group, norm) if name in ("two_scale", "groups") else logits
+
+    ends = []
+    for parts in (UNEVEN, ((0, 96),)):
+        torch.manual_seed(0)
+        model, loss = nn.Linear(6, CLASSES).double(), copy.deepcopy(SEVERAL[name]).double()
+        trained = [*model.parameters(), *loss.parameters()]
+        mils = build(model, torch.optim.SGD(trained, lr=0.1), participation=0.0, primary=loss, forward=forward)
+        step = mils.accumulate([(X[start:end].double(), LABELS[start:end]) for start, end in parts])
+        ends.append([*(parameter.detach() for parameter in trained), step.loss])
+        assert same(dict(loss.named_buffers()), dict(SEVERAL[name].named_buffers()))
+    torch.testing.assert_close(*ends, rtol=1e-13, atol=1e-15)
+
+
 def test_a_batch_without_rows_is_no_failed_attempt() -> None:
     empty = X[:8], torch.full((8,), -100)
     auxiliary = mlkernels.FocalLoss()
@@ -423,6 +480,12 @@ def test_a_batch_without_rows_is_no_failed_attempt() -> None:
          ValueError, r"differ: reduction \['mean', 'sum'\]"),
         ({"primary": mlkernels.JointLoss([nn.CrossEntropyLoss(weight=torch.ones(4)), mlkernels.MultiMarginLoss()])}, Y,
          None, ValueError, r"class weights in 1 of 2"),
+        ({"primary": mlkernels.JointLoss([nn.CrossEntropyLoss(weight=torch.ones(4)), mlkernels.focal_loss])}, Y, None,
+         ValueError, r"class weights in 1 of 1"),
+        ({"primary": Around(mlkernels.CrossEntropyLoss(weight=torch.ones(4), z_loss=0.1))}, Y, None,
+         ValueError, r"class weights in 1 of 1 beside a z_loss"),
+        ({"primary": functools.partial(mlkernels.focal_loss, weight=torch.ones(4), reduction="mean")}, Y, None,
+         ValueError, r"counts must be given where primary is a function with its own weight: a module tells them"),
     ],
 )  # fmt: skip
 def test_bad_counts(options: Any, targets: Any, counts: Any, error: type[Exception], message: str) -> None:

@@ -271,48 +271,6 @@ def test_unknown_arguments_are_refused(module, function, taken):
                 call(**old)
 
 
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda x, y: mlkernels.FocalLoss(torch.ones(C)),  # a weight is no gamma
-        lambda x, y: mlkernels.CrossEntropyLoss(torch.ones(C)),
-        lambda x, y: mlkernels.ArcFaceLoss(5, 16),  # sizes are no margin and scale
-        lambda x, y: mlkernels.CosFaceLoss(0.2),
-        lambda x, y: mlkernels.SphereFaceLoss(4),
-        lambda x, y: mlkernels.MarginLoss(1.0, 0.5),
-        lambda x, y: mlkernels.ModulatedCrossEntropyLoss(4.0, 5.0),
-        lambda x, y: mlkernels.PiecewiseLoss(TABLE[0]),
-        lambda x, y: mlkernels.TwoScaleLoss(1.0, 0.1),
-        lambda x, y: mlkernels.CenterLoss(2, C),
-        lambda x, y: mlkernels.LGMLoss(2, C),
-        lambda x, y: mlkernels.JointLoss([mlkernels.FocalLoss()], [1.0]),
-        lambda x, y: mlkernels.MultiMarginLoss(1, 1.0, None, None),
-        lambda x, y: mlkernels.Modulated(4.0, 5.0),
-        lambda x, y: mlkernels.Margin(1.0),
-        lambda x, y: mlkernels.Affine(1.0),
-        lambda x, y: mlkernels.TwoScale(1.0, 2.0, 0.1),
-        lambda x, y: mlkernels.Tau(*TABLE, 1e-3),
-        lambda x, y: mlkernels.PiecewiseLinear(*TABLE, (-1.0, 1.0)),
-        lambda x, y: F.focal_loss(x, y, torch.ones(C)),
-        lambda x, y: F.cross_entropy(x, y, torch.ones(C)),
-        lambda x, y: F.modulated_cross_entropy(x, y, 4.0),
-        lambda x, y: F.margin_cross_entropy(x, y, 1.0),
-        lambda x, y: F.arcface_loss(x, y, 0.5),
-        lambda x, y: F.cosface_loss(x, y, 0.5),
-        lambda x, y: F.sphereface_loss(x, y, 4),
-        lambda x, y: F.two_scale_cross_entropy(x, y, 1.0, 2.0, 0.1),
-        lambda x, y: F.piecewise_cross_entropy(x, y, TABLE[0]),
-        lambda x, y: F.lgm_loss(x, y, x, x),
-        lambda x, y: F.center_loss(x, y, x, "sum"),
-        lambda x, y: F.multi_margin_loss(x, y, 1, 1.0, None, None),
-    ],
-)
-def test_numbers_are_keywords(call):
-    """A positional weight, number of classes or margin in degrees must not be swallowed as something else."""
-    with pytest.raises(TypeError, match=r"by position|positional argument"):
-        call(*draw())
-
-
 @pytest.mark.parametrize("module", [row[0] for row in EVERY], ids=lambda module: module.__name__)
 def test_docstrings_have_every_argument(module):
     described = module.__doc__.split("Args:\n")[1].split("Example:")[0]

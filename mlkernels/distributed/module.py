@@ -22,6 +22,7 @@ from ..linear.module import streamed_topk
 from ..linear.plan import Cut
 from ..linear.sampling import ClassSampler, Correction, check_sample
 from ..linear.update import TileSGD, TileUpdate
+from ..positional import by_name
 from . import agreement, weights
 from .group import Group, Traffic, check_untraced, offsets, padded
 from .logits import ShardedLogits
@@ -30,6 +31,7 @@ from .logits import ShardedLogits
 Source: TypeAlias = Tensor | str | os.PathLike[str]
 
 
+@by_name
 class ClassParallelLoss(nn.Module):
     r"""A classifier and a loss of the family on its output, the classes spread over ranks: no rank has all of the
     weight, and nobody has the logits.

@@ -10,7 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ..positional import by_name
 
+
+@by_name
 class GradScaler(torch.amp.GradScaler):
     """``torch.amp.GradScaler`` for plain and sharded parameters together, which torch refuses to mix; a step that is
     skipped is skipped on all ranks.

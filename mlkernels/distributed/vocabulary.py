@@ -25,6 +25,7 @@ from ..linear.loop import Call, Head, Known, Sums, Wanted, forward, kept_rows
 from ..linear.pieces import pieces_for
 from ..linear.plan import TILE, Plan
 from ..numbering import TRAINABLE
+from ..positional import by_name
 from ..softmax import Asked
 from ..tracing import is_dual
 from . import agreement
@@ -268,6 +269,7 @@ def class_parallel_softmax_loss(
 ) -> tuple[Tensor, RowStats]: ...
 
 
+@by_name
 def class_parallel_softmax_loss(
     logits: Tensor,
     target: Tensor,

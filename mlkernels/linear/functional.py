@@ -12,6 +12,7 @@ from .. import functional
 from ..backends.reference import RowStats
 from ..call import COMMON, Options
 from ..checks import check_flag, check_input, check_plain, unknown_keywords
+from ..positional import by_name
 from .logits import LinearLogits
 from .plan import STRATEGIES, Cut
 from .sampling import ClassSampler
@@ -22,6 +23,7 @@ Strategy: TypeAlias = Literal["stored", "tiles", "rows"]
 _OF_A_LOSS = frozenset({"transform", "scale", "head", "target_logit", *Options.__annotations__})
 
 
+@by_name
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -101,6 +103,7 @@ def linear_softmax_loss(
 ) -> tuple[Tensor, RowStats]: ...
 
 
+@by_name
 def linear_softmax_loss(
     input: Tensor,
     linear_weight: Tensor,

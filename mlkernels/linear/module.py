@@ -13,6 +13,7 @@ from typing_extensions import Self
 
 from ..backends.reference import RowStats, full_precision
 from ..checks import accumulated, check_flag, check_input, check_size
+from ..positional import by_name
 from .functional import Strategy, check_callable, check_classifier, check_plan, logits_of, loss_of
 from .loop import lengths
 from .plan import TILE, Cut
@@ -20,6 +21,7 @@ from .sampling import ClassSampler, Correction, check_sample
 from .update import TileSGD, TileUpdate
 
 
+@by_name
 class LinearLoss(nn.Module):
     r"""A classifier and a loss of the family on its output, which is never whole; see :func:`linear_softmax_loss`.
 

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from typing_extensions import Never
 
 from ..backends.reference import Finished
+from ..positional import by_name
 from . import threads
 from .autograd import chunks_of
 from .loop import Head, Known, Sums, chunk_coefficients
@@ -27,6 +28,7 @@ STEP = 4 << 20
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
+@by_name
 class TileSGD(Optimizer):
     r"""SGD for the weight of a head, which steps in the loss's backward: the weight's gradient is never whole.
 

@@ -1,10 +1,10 @@
-"""Batches: the observation set, and how much a batch holds."""
+"""Batches: the observation set."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,37 +66,6 @@ def draw(dataset: Any, n: int, model: nn.Module, generator: torch.Generator, ran
         raise ValueError("observation's dataset must hold pairs (input, target); for others give a function")
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     return _to(batch[0], device), _to(batch[1], device)
-
-
-def kept_rows(name: str, loss: Callable[[Any, Any], Tensor], targets: list[Any]) -> list[float | Tensor] | None:
-    """What a loss's mean over each batch is divided by; None where it is a sum."""
-    parts = [part for part in loss.modules() if hasattr(part, "reduction")] if isinstance(loss, nn.Module) else []
-    reductions = {str(part.reduction) for part in parts}
-    ignored = {int(cast(Any, part.ignore_index)) for part in parts if hasattr(part, "ignore_index")}
-    weights = [cast(Tensor, part.weight) for part in parts if getattr(part, "weight", None) is not None]
-    if len(reductions) > 1 or len(ignored) > 1 or (weights and len(parts) > 1):
-        raise ValueError(
-            f"counts must be given where the parts of {name} differ: reduction {sorted(reductions)}, "
-            f"ignore_index {sorted(ignored)}, class weights in {len(weights)} of {len(parts)}"
-        )
-    if reductions == {"sum"}:
-        return None
-    ignore_index = next(iter(ignored), -100)
-    # Losses that ignore no rows, multi-margin for one, divide by their number.
-    weight = weights[0] if weights and ignored else None
-    rows: list[float | Tensor] = []
-    for target in targets:
-        if not isinstance(target, Tensor):
-            raise TypeError(f"counts must be given where target is no tensor, got {type(target).__name__}")
-        if target.is_floating_point():  # class probabilities (N, C, ...), or a number per row
-            rows.append(float(target.numel() // (target.shape[1] if target.dim() > 1 else 1)))
-            continue
-        label = target.long()
-        kept = label.ne(ignore_index)
-        if weight is not None:
-            kept = torch.where(kept, weight[label.clamp(0, len(weight) - 1)], 0)
-        rows.append(kept.sum())
-    return rows
 
 
 def _to(value: Any, device: torch.device) -> Any:

@@ -13,10 +13,12 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from ..checks import check_function, check_generator, check_number
+from ..positional import by_name
 from .batches import observe
+from .means import Counts, Loss
 from .modes import Randomness, evaluation
 from .snapshot import Snapshot
-from .update import Batch, Counts, Loss, Update
+from .update import Batch, Update
 
 __all__ = ["MILS", "Statistics", "Step"]
 
@@ -61,6 +63,7 @@ class Statistics(NamedTuple):
         return self.acceptances / self.attempts if self.attempts else math.nan
 
 
+@by_name
 class MILS:
     r"""Multiple independent losses scheduling: with probability P an auxiliary loss takes the step on trial.
 
@@ -215,12 +218,13 @@ class MILS:
             counts: :math:`n_k`, >= 0, what each batch's mean is over, tokens for instance: numbers or tensors of one
                 element. None: the rows that the loss keeps, whose label is not its ``ignore_index`` (-100 where it has
                 none), each by its class's weight where it has a 1-D ``weight``. Losses with ``reduction="sum"`` are
-                added up. A batch without such rows adds nothing. One count serves all terms of a loss: a z-loss beside
-                a ``weight``, which alone is divided by the rows, is weighed like the rest and not exactly one batch's.
+                added up. A batch without such rows adds nothing. A mean of several divisors, class weights for one term
+                and rows for a z-loss or for another loss, is that of one batch where all losses are of this package.
 
         Raises:
-            ValueError: no batches, counts that do not fit them, or losses in one that ignore different labels and so
-                need counts. TypeError: targets that are no tensors, without counts. Otherwise as :meth:`step`.
+            ValueError: no batches, counts that do not fit them, or a loss of which it cannot be seen what it divides
+                by, which so needs counts. TypeError: targets that are no tensors, without counts. Otherwise as
+                :meth:`step`.
         """
         batches = [(input, target) for input, target in batches]
         if not batches:

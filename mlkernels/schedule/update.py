@@ -12,11 +12,9 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from ..checks import check_function
-from .batches import kept_rows
+from .means import ADDED_UP, Counts, Loss, Shares, shares
 
-Loss: TypeAlias = Callable[[Any, Any], Tensor]
 Batch: TypeAlias = tuple[Any, Any]
-Counts: TypeAlias = Sequence[float | Tensor] | None
 
 
 class Update:
@@ -89,45 +87,28 @@ class Update:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         if len(batches) == 1:
-            return self._backward(name, loss_function, batches[0], None, 1.0)
+            return self._backward(name, loss_function, batches[0])
         if getattr(loss_function, "tile_update", None) is not None:
             raise ValueError(
                 f"{name} steps in its backward (tile_update), so {len(batches)} batches would be as many steps"
             )
-        if counts is None:
-            counts = kept_rows(name, loss_function, [target for _, target in batches])
-        total: float | Tensor = 1.0
-        work: list[tuple[Batch, float | Tensor | None, float | Tensor]] = [(batch, None, 1.0) for batch in batches]
-        if counts is not None:
-            total = sum(counts, 0.0)
-            work = [
-                (batch, n, torch.where(total > 0, n / total, 0) if isinstance(total, Tensor) else n / total)
-                for batch, n in zip(batches, counts, strict=True)
-            ]
-        # All but the last batch without an exchange between ranks.
-        with getattr(self.model, "no_sync", nullcontext)():
-            parts = [self._backward(name, loss_function, *one) for one in work[:-1]]
-        parts.append(self._backward(name, loss_function, *work[-1]))
+        with shares(name, loss_function, [target for _, target in batches], counts) as of_all:
+            work = [(batch, of_all, k) for k, batch in enumerate(batches)]
+            # All but the last batch without an exchange between ranks.
+            with getattr(self.model, "no_sync", nullcontext)():
+                parts = [self._backward(name, loss_function, *one) for one in work[:-1]]
+            parts.append(self._backward(name, loss_function, *work[-1]))
         loss = torch.stack(parts).sum()
-        return torch.where(total > 0, loss, math.nan) if isinstance(total, Tensor) else loss
+        return torch.where(of_all.kept > 0, loss, math.nan) if isinstance(of_all.kept, Tensor) else loss
 
-    def _backward(
-        self, name: str, loss_function: Loss, batch: Batch, count: float | Tensor | None, factor: float | Tensor
-    ) -> Tensor:
+    def _backward(self, name: str, loss_function: Loss, batch: Batch, of_all: Shares = ADDED_UP, k: int = 0) -> Tensor:
         input, target = batch
         with self.autocast:
-            loss = loss_function(self.output(input), target)
+            loss = loss_function(self.output(input), target, **of_all.keywords)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"{name} must return a scalar loss, got {got}")
-        if count is not None:
-            # A mean over nothing is NaN.
-            nothing = count == 0
-            if isinstance(nothing, Tensor):
-                loss = torch.where(nothing, 0, loss)
-            elif nothing:
-                loss = loss.nan_to_num()
-            loss = loss * factor
+        loss = of_all.of(k, loss)
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         loss = loss.detach()
         return loss.reshape(()) if loss.dim() else loss

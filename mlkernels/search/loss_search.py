@@ -18,6 +18,7 @@ from typing_extensions import Unpack
 from ..call import Options
 from ..checks import check_function, check_generator, check_number, check_size
 from ..modules import PiecewiseLoss
+from ..positional import by_name
 from .population import PopulationLoss, check_population
 from .ranks import Ranks
 from .record import ROWS, SETTINGS, Record, Round, identity
@@ -27,6 +28,7 @@ _ROUNDS = ("theta", "rewards", "best", "mu")
 _SEARCHED = {"both": (1.0, 1.0, 1.0, 1.0), "t": (1.0, 1.0, 0.0, 0.0), "tau": (0.0, 0.0, 1.0, 1.0)}
 
 
+@by_name
 class LossSearch:
     r"""The search for a loss while the model is trained, AM-LFS.
 
@@ -114,8 +116,7 @@ class LossSearch:
         check_generator(generator, "candidates are drawn")
         if progress and find_spec("tqdm") is None:
             raise ImportError("progress=True needs tqdm: pip install tqdm")
-        self.generator = generator
-        self.progress = progress
+        self.generator, self.progress = generator, progress
         self.record = Record(pieces, candidates, sigma, lr, search, tau_min, clamp)
         self._options: dict[str, Any] = {"scale": scale, "tau_min": tau_min, "clamp": clamp, **common}
         self._searched = torch.tensor(_SEARCHED[search], dtype=torch.float64).unsqueeze(1)
@@ -303,7 +304,7 @@ class LossSearch:
             with self._bar(len(mine), ranks) as done:
                 return trainer.earn(theta[mine], self.loss, seed, done)
 
-        theta, seed = rank_0[3], rank_0[4]
+        theta, seed = rank_0[3:]
         mine = list(range(ranks.rank, len(theta), ranks.size))
         rewards = torch.empty(len(theta), dtype=torch.float64)
         for rank, found in enumerate(ranks.collect(work)):
@@ -317,8 +318,7 @@ class LossSearch:
             return
         from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
-        # disable=None: no bar where nobody watches.
-        disable = None if self.progress is None else False
+        disable = None if self.progress is None else False  # None: no bar where nobody watches
         unit = "candidate" if ranks.size == 1 else f"candidate of rank {ranks.rank}"
         with tqdm(total=total, desc=f"epoch {self.epoch + 1}", unit=unit, disable=disable, leave=False) as bar:
 
