@@ -22,6 +22,9 @@ from torch.distributed.tensor.parallel import loss_parallel
 import mlkernels
 from mlkernels.distributed import ClassParallelLoss, class_parallel_softmax_loss, communication
 
+#: torch 2.13 has a new name for it, and warns of the old one.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class _MegatronCrossEntropy(torch.autograd.Function):
     """Three all-reduces: the maximum, the target's logit, the sum of exponentials (Shoeybi et al., 2019)."""
@@ -89,8 +92,8 @@ def heads(options: argparse.Namespace) -> None:
     parts = torch.empty(ranks, rows * options.width)
 
     def collectives() -> None:
-        dist.all_gather_into_tensor(parts.view(-1), own.detach().reshape(-1))
-        dist.all_gather_into_tensor(torch.empty(ranks * options.rows * 3), torch.empty(options.rows * 3))
+        _all_gather(parts.view(-1), own.detach().reshape(-1))
+        _all_gather(torch.empty(ranks * options.rows * 3), torch.empty(options.rows * 3))
         dist.all_to_all_single(torch.empty_like(parts), parts)
 
     head.communication()
