@@ -47,7 +47,8 @@ _SCHEMAS = (
 _REFRESH = f"softmax_loss_refresh(Tensor grad_loss, {_COMMON}, Tensor(a!) gradient) -> ()"
 for _schema in (*_SCHEMAS, _REFRESH):
     _libraries[0].define(_schema, tags=_tags)
-    # What "mean" makes of a row's terms comes last of what a loss with gradients returns, and refresh takes it.
+    # What "mean" makes of a row's terms, so that the labels are counted once: behind the rows' (m, log S), which the
+    # backward takes; last of what a loss with gradients returns, which refresh takes.
     if "_with_gradient" in _schema:
         _schema = _schema[:-1] + ", Tensor)"
     _schema = _schema.replace("refresh(Tensor grad_loss,", "refresh(Tensor grad_loss, Tensor factors,")
@@ -131,8 +132,15 @@ def _softmax_loss_with_gradients(
     return _loss_like(input, target, numbers), _gradients(input, numbers, params, needs)
 
 
-def _factors(input: Tensor, numbers: Sequence[float]) -> Tensor:
-    return input.new_empty((int(numbers[REDUCTION] == Reduction.MEAN), 2), dtype=accumulated(input.dtype))
+def _factors(input: Tensor, numbers: Sequence[float], rows: int = 0) -> Tensor:
+    return input.new_empty((rows + int(numbers[REDUCTION] == Reduction.MEAN), 2), dtype=accumulated(input.dtype))
+
+
+def _softmax_loss_and_factors(
+    input: Tensor, target: Tensor, numbers: Sequence[float], params: Sequence[Tensor], save: bool
+) -> tuple[Tensor, Tensor]:
+    loss, saved = _softmax_loss(input, target, numbers, params, save)
+    return loss, _factors(input, numbers, target.numel()) if save else saved
 
 
 def _softmax_loss_with_gradient_and_factors(
@@ -158,6 +166,13 @@ def _softmax_stats(
     return loss, saved, logsumexp, log_prob, entropy, prediction, confidence, rank
 
 
+def _softmax_stats_and_factors(
+    input: Tensor, target: Tensor, numbers: Sequence[float], params: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    loss, _, *rows = _softmax_stats(input, target, numbers, params)
+    return loss, _factors(input, numbers, target.numel()), *rows
+
+
 def _softmax_loss_backward(
     grad_loss: Tensor | None,
     grad_logsumexp: Tensor | None,
@@ -181,6 +196,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "softmax_loss_backward": _softmax_loss_backward,
 }
 _TRITON_FAKES = _FAKES | {
+    "softmax_loss": _softmax_loss_and_factors,
+    "softmax_stats": _softmax_stats_and_factors,
     "softmax_loss_with_gradient": _softmax_loss_with_gradient_and_factors,
     "softmax_loss_with_gradients": _softmax_loss_with_gradients_and_factors,
 }

@@ -259,6 +259,10 @@ class Arguments(Loss):
         self.modes += Mode.SHARED * len(Mode) ** Slot.NORMALIZER
         return given
 
+    def statistics(self) -> Tensor:
+        """Where a visit leaves (m, log S) of each row for the next, and behind them its factors."""
+        return self.empty(self.rows + int(self.reduction == Reduction.MEAN), 2)
+
     def divisors(self, programs: int) -> tuple[Tensor | None, int]:
         """What "mean" divides by, in parts; none where the labels are few enough for each of so many programs to count
         them."""
@@ -316,7 +320,7 @@ class Arguments(Loss):
         grid = triton.cdiv(programs, turns)
         divisors, parts, factors = None, 1, None
         if self.reduction == Reduction.MEAN:
-            if not conditional:
+            if not conditional and saved is None:
                 divisors, parts = self.divisors(grid)
             if conditional or (losses and (gradient is not None or wanted)):
                 factors = self.factors

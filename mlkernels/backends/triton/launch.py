@@ -17,7 +17,7 @@ def softmax_loss(
     input: Tensor, target: Tensor, numbers: Sequence[float], params: Sequence[Tensor], save: bool
 ) -> tuple[Tensor, Tensor]:
     call = Arguments(input, target, numbers, params)
-    saved = call.empty(call.rows if save else 0, 2)
+    saved = call.statistics() if save else call.empty(0, 2)
     loss, _ = call.run(losses=True, save=saved if save else None)
     assert loss is not None
     return loss, saved
@@ -56,7 +56,7 @@ def softmax_stats(
     input: Tensor, target: Tensor, numbers: Sequence[float], params: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     call = Arguments(input, target, numbers, params)
-    saved = call.empty(call.rows, 2)
+    saved = call.statistics()
     logsumexp, log_prob, entropy, confidence = [call.empty(*target.shape) for _ in range(4)]
     prediction, rank = [call.empty(*target.shape, dtype=torch.int64) for _ in range(2)]
     rows = (logsumexp, log_prob, entropy, prediction, confidence, rank)

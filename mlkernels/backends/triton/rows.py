@@ -133,10 +133,10 @@ def visit(
     divisors,  # (parts, 2): sums of weights and of rows; for MEAN, where there are not FEW rows
     factors,  # (2): what MEAN makes of a row's terms, left here, or CONDITIONAL: of an earlier visit; or None
     upstream,  # the upstream gradients of loss, logsumexp, log_prob and entropy, each or None
-    saved,  # (rows, 2): m and log_sum of an earlier visit, or None
+    saved,  # (rows, 2): m and log_sum of an earlier visit, behind them, for MEAN, its factors; or None
     # results, each or None
     losses,  # (rows), or (tiles) where it is reduced
-    save,  # (rows, 2)
+    save,  # (rows, 2): what saved is to a later visit
     stats,  # RowStats, (rows) each
     grad,  # the gradient: as input, by the out_ strides
     by_parameter,  # (TRAINABLE_SLOTS, rows)
@@ -191,8 +191,14 @@ def visit(
     batch = batch_of(values, MODES, T, classes, smoothing, every_weight)
     TILTED: tl.constexpr = upstream[3] is not None
     SHIFTED: tl.constexpr = TILTED or stats is not None
+    KNOWN: tl.constexpr = CONDITIONAL or saved is not None
     if REDUCTION == MEAN:
-        if CONDITIONAL:
+        behind = tl.full((), 2, tl.int64) * rows
+        if saved is not None:
+            factors = saved + behind
+        elif save is not None:
+            factors = save + behind
+        if KNOWN:
             earlier = (tl.load(factors), tl.load(factors + 1))
         else:
             all_weights, all_kept = divisors_of(
@@ -257,7 +263,7 @@ def visit(
         )
         f_class, f_row, nothing = 1.0, 1.0, 0.0
         if REDUCTION == MEAN:
-            if CONDITIONAL:
+            if KNOWN:
                 f_class, f_row = earlier
             else:
                 f_class, f_row = factors_of(all_weights, all_kept, has_row_term(batch), T)
