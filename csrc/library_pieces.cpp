@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "cpu/call.h"
+#include "cpu/heads.h"
 #include "cpu/pieces.h"
 
 extern "C" int mlkernels_cpu_isa();
@@ -388,6 +389,8 @@ std::tuple<Tensor, Tensor> all_statistics(const Chunk<T>& chunk, const Tensor& t
   return {known, places};
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor> linear_statistics(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
                                              std::optional<Tensor> inverse, const Tensor& label, int64_t offset,
                                              std::optional<Tensor> class_weight, std::optional<Tensor> adjustment,
@@ -401,6 +404,8 @@ std::tuple<Tensor, Tensor> linear_statistics(const Tensor& x, const Tensor& weig
   };
   return x.scalar_type() == ScalarType::Double ? run(double()) : run(float());
 }
+
+namespace {
 
 template <class T>
 struct Gradients {
@@ -476,6 +481,8 @@ void all_gradients(const Chunk<T>& chunk, PieceGradient<T> p, const Gradients<T>
   });
 }
 
+}  // namespace
+
 void linear_gradient(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, std::optional<Tensor> inverse,
                      const Tensor& label, int64_t offset, std::optional<Tensor> class_weight,
                      std::optional<Tensor> adjustment, double softcap, const Tensor& room, bool kept,
@@ -500,6 +507,8 @@ void linear_gradient(const Tensor& x, const Tensor& weight, std::optional<Tensor
   };
   x.scalar_type() == ScalarType::Double ? run(double()) : run(float());
 }
+
+namespace {
 
 // What pieces know of each row, (pieces, 3 + 3 scales, rows) and (pieces, 2, rows), together: one after another, so
 // that the same pieces give the same bits.
@@ -526,6 +535,8 @@ std::tuple<Tensor, Tensor> row_combine(const Tensor& reals, const Tensor& whole,
   return reals.scalar_type() == ScalarType::Double ? run(double()) : run(float());
 }
 
+}  // namespace
+
 // Contiguous, of another's dtype, with anything in it; a large one in memory that an earlier one has left.
 Tensor room_like(const Tensor& like, std::vector<int64_t> sizes) {
   std::vector<int64_t> strides(sizes.size());
@@ -541,7 +552,6 @@ Tensor room_like(const Tensor& like, std::vector<int64_t> sizes) {
   return in_buffer(buffer, sizes, strides, like.scalar_type());
 }
 
-}  // namespace
 }  // namespace mlkernels
 
 STABLE_TORCH_LIBRARY_IMPL(mlkernels, CPU, m) {

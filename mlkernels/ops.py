@@ -83,6 +83,13 @@ _libraries[0].define(
     "Tensor top, Tensor(b!)? dx, Tensor(c!)? dw, Tensor(d!)? db, bool first, bool last) -> ()",
     tags=_tags,
 )
+# Both, and the finish between them, of a head: the loss of rows of which none is ignored; the gradients for an upstream
+# of 1 of what `needs` asks for: of parameters by the bits of their slots, then of x, weight and bias.
+_libraries[0].define(
+    "linear_loss_with_gradients(Tensor x, Tensor weight, Tensor? bias, Tensor? inverse, Tensor target, "
+    "Tensor(a!) room, int[] plan, float[] numbers, Tensor[] params, int needs) -> (Tensor, Tensor[])",
+    tags=_tags,
+)
 # What pieces know of each row together, in their order.
 _libraries[0].define("row_combine(Tensor reals, Tensor whole, Tensor scales) -> (Tensor, Tensor)", tags=_tags)
 # From there to what backends/finish.py's Finished holds, (5, rows); with `derive` also to the coefficients of the
@@ -276,6 +283,16 @@ def _row_finish(target: Tensor, target_logit: Tensor, *arguments: Any) -> tuple[
     return *of_rows, _gradients(target_logit, numbers, params, needs)  # type: ignore[return-value]
 
 
+def _linear_loss_with_gradients(
+    x: Tensor, weight: Tensor, bias: Tensor | None, inverse: Tensor | None, target: Tensor, room: Tensor,
+    plan: Sequence[int], numbers: Sequence[float], params: Sequence[Tensor], needs: int,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    found = _gradients(x, numbers, params, needs & (1 << INPUT) - 1)
+    shapes = ((x.shape, 0), (weight.shape, 1), (weight.shape[:1], 2))
+    found += [x.new_empty(shape) for shape, bit in shapes if needs >> INPUT + bit & 1]
+    return _loss_like(x, target, numbers), found
+
+
 def _room_like(like: Tensor, sizes: Sequence[int]) -> Tensor:
     return like.new_empty(sizes)
 
@@ -285,6 +302,7 @@ _HEADS: dict[str, Callable[..., Any]] = {
     "piece_gradient": _nothing,
     "linear_statistics": _linear_statistics,
     "linear_gradient": _nothing,
+    "linear_loss_with_gradients": _linear_loss_with_gradients,
     "row_combine": _row_combine,
     "row_finish": _row_finish,
     "room_like": _room_like,

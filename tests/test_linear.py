@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mlkernels
 from mlkernels import linear_cross_entropy, linear_softmax_loss
 from mlkernels.linear.plan import Plan, plan, shared
+from mlkernels.numbering import INPUT
 
 ROWS, CLASSES, WIDTH = 10, 23, 5
 VECTOR = torch.linspace(0.0, 2.0, CLASSES, dtype=F64)
@@ -144,6 +145,9 @@ class Watched(TorchDispatchMode):
         if "linear_gradient" in str(function):
             kept, (dx, dw) = arguments[10], arguments[18:20]
             self.products += (not kept) + (dx is not None) + (dw is not None)
+        if "linear_loss_with_gradients" in str(function):
+            (*_, stored), of_tiles = arguments[6], [arguments[9] >> INPUT + i & 1 for i in range(2)]
+            self.products += 1 + (any(of_tiles) and not stored) + sum(of_tiles)
         old = {t.untyped_storage()._cdata for t in arguments if isinstance(t, torch.Tensor)}
         for tensor in result if isinstance(result, (tuple, list)) else [result]:
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in old:

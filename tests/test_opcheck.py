@@ -280,10 +280,13 @@ def test_all_classes_of_a_head(dtype):
     reals, whole = torch.randn(4, 9, 3, dtype=dtype), torch.randint(6, (4, 2, 3))
     check(torch.ops.mlkernels.row_combine.default, (reals, whole, scales))
     finish = torch.ops.mlkernels.row_finish.default
-    sums, numbers = scales[:1] + 1, numbers_of(compose(None, 1.0, None, None)[0], DEFAULTS, 1)
+    sums, numbers = scales[:1] + 1, numbers_of(compose(None, 1.0, None, None)[0], DEFAULTS, 1, Reduction.MEAN)
     for derive, ups in ((False, [None] * 5), (True, [rows] * 5)):
         given = (label, rows, rows, sums, sums, sums, rows, numbers, [rows.sum()], 6)
         check(finish, (*given, *ups, derive, int(derive)))
+    whole = (x, weight, classes[:5], classes[:5], label - label, room, [2, 2, 2, 2, True], numbers, [rows.sum()])
+    for needs in (0, 1, 1 | 7 << ops.INPUT):
+        check(torch.ops.mlkernels.linear_loss_with_gradients.default, (*whole, needs))
     check(torch.ops.mlkernels.room_like.default, (x, [2, 3]))
 
 

@@ -40,7 +40,7 @@ NUMBERS = [0.0, -1.0, 1.0, 2.0, 3.0, 7.0, 0.5, 1e300, -1e300, 2.0**63, -(2.0**63
 INTEGERS = [0, -1, 1, 2, 3, 5, 7, 64, 2**23, 2**31, 2**40, 2**62, 2**63 - 1, -(2**63)]
 PER_CALL = (
     "piece_statistics", "piece_gradient", "linear_statistics", "linear_gradient", "row_combine", "row_finish",
-    "room_like",
+    "linear_loss_with_gradients", "room_like",
 )  # fmt: skip
 
 
@@ -66,11 +66,15 @@ def legal(rng: random.Random) -> tuple[str, list[Any]]:
             saved = torch.zeros(given[1].numel() if rng.random() < 0.8 else 0, 2, dtype=dtype)
             given = [*up, *given, saved, needs]
         return name, given
-    if name == "row_finish":
+    if name in ("row_finish", "linear_loss_with_gradients"):
         loss = rng.choice(test_opcheck.FEW)
         (_, target, numbers, params), needs = test_opcheck.flattened(loss, "shared", dtype=dtype)
         sums = [torch.rand(2 if numbers[1] else 1, 6, dtype=dtype) for _ in "STU"]
         rows = [torch.rand(6, dtype=dtype) for _ in range(8)]
+        if name != "row_finish":
+            x, weight, room = (torch.rand(6, k, dtype=dtype) for k in (2, 2, 40))
+            plan = [*(rng.randint(1, 6) for _ in range(4)), rng.randrange(2)]
+            return name, [x, weight, rows[0], rows[1], target, room, plan, numbers, params, needs | 3 << INPUT + 1]
         return name, [target, *rows[:2], *sums, rows[2], numbers, params, 6, *rows[3:], True, needs ^ 1 << INPUT]
     n, c, width, count = rng.randint(0, 5), rng.randint(0, 7), rng.randint(0, 5), rng.randint(1, 2)
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from ..backends import reference
 from ..backends.reference import Rows, Values
 from ..linear.autograd import check_upstream, later, makes_at_once, scaled
-from ..linear.loop import SCALES, Call, Head, Known, Wanted, along_length, forward, lengths
+from ..linear.loop import SCALES, Call, Head, Known, Wanted, forward
+from ..linear.products import along_length, lengths
 from ..numbering import IGNORE_INDEX, REDUCTION, Reduction, Slot
 from .group import Group, padded, slices
 
@@ -55,6 +56,7 @@ def gathered(call: Call, shard: Shard, x: Tensor, params: Sequence[Tensor]) -> t
 class PartHead(Head):
     """Of all rows this rank has some of the classes."""
 
+    alone = False
     group: Group
     #: How many classes all ranks have.
     classes_of_all: int
@@ -142,7 +144,7 @@ class _ClassParallelLoss(torch.autograd.Function):
         with reference.full_precision(x.device):
             x_all, params_all = gathered(call, shard, x, params)
             head = _ShardHead(call, shard, x_all, weight, bias, target, params_all)
-            results, known, gradients = forward(head, wanted if at_once else None)
+            results, known, gradients = forward(head, wanted if at_once else None, not at_once)
         ctx.call, ctx.shard, ctx.wanted, ctx.at_once = call, shard, wanted, at_once
         ctx.set_materialize_grads(False)
         results = tuple(r if r.dim() == 0 else r[shard.mine] for r in results)

@@ -76,7 +76,7 @@ class _LinearLoss(torch.autograd.Function):
         at_once = makes_at_once(call, wanted)
         with reference.full_precision(x.device):
             head = Head(call, x, weight, bias, target, params)
-            results, known, gradients = forward(head, wanted if at_once else None)
+            results, known, gradients = forward(head, wanted if at_once else None, bool(wanted) and not at_once)
         ctx.call, ctx.wanted, ctx.at_once = call, wanted, at_once
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*results[4:])

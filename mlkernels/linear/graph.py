@@ -92,7 +92,7 @@ def _linear_loss(*arguments: Any) -> list[Tensor]:
     with _loop(arguments[0].device):
         problem = _Problem(*arguments)
         at_once = makes_at_once(numbers, return_stats, needs)
-        found, known, gradients = forward(problem.head, problem.wanted if at_once else None)
+        found, known, gradients = forward(problem.head, problem.wanted if at_once else None, any(needs) and not at_once)
         if gradients is not None:
             return [*found, *(g for g in gradients if g is not None)]
         return [*found, *(_packed(problem.head, known) if any(needs) else ())]

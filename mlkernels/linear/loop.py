@@ -11,7 +11,7 @@ rounds with the tile that it lies in. Products and sums are in float32 (float64 
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -24,8 +24,10 @@ from ..numbering import IGNORE_INDEX, Slot
 from . import threads
 from .pieces import Factors, Pieces, Want
 from .plan import Cut, Plan
-from .products import add_at, add_product, multiply_into
+from .products import add_at, add_product, along_length, lengths, multiply_into
 
+#: Until somebody needs some.
+NO_ROOM = torch.empty(0)
 SCALES = frozenset({Slot.SCALE, Slot.SCALE_HIGH, Slot.LOGIT_NORM})
 
 
@@ -92,8 +94,8 @@ class Known(NamedTuple):
 class Head:
     """A call's tensors as the loop reads them: ignored rows left out, or masked where nobody knows which they are."""
 
-    #: Where the classes of this head begin among those of the loss, of which there may be more.
-    offset = 0
+    #: Where the classes of this head begin among those of the loss, and whether it has them all.
+    offset, alone = 0, True
 
     def __init__(
         self,
@@ -143,11 +145,15 @@ class Head:
         plan = call.plan
         # Once for all: fresh memory costs more than what is done in it.
         size = plan.rows * (self.classes if plan.stored else plan.classes)
-        self.room = x.new_empty(0 if plan.parts else size, dtype=call.dtype)
+        self.room = NO_ROOM if plan.parts else x.new_empty(size, dtype=call.dtype)
         self.gradient_room: Tensor | None = None
         if self.operands != call.dtype:
             self.gradient_room = x.new_empty(plan.rows * plan.classes)
-        self.values = self.of(slice(None))
+
+    @functools.cached_property
+    def values(self) -> Values:
+        """The loss as all rows see it."""
+        return self.of(slice(None))
 
     @property
     def copies(self) -> bool:
@@ -247,22 +253,16 @@ class Head:
             return rows
         return rows.new_full((self.count, *rows.shape[1:]), fill).index_copy_(0, self.index, rows)
 
+    def gradients(
+        self, dx: Tensor | None, dw: Tensor | None, db: Tensor | None, by_slot: dict[int, Tensor]
+    ) -> tuple[Tensor | None, ...]:
+        """As they are handed out, those of the parameters in the order of their slots."""
+        slots = (self.scattered(g) if slot in self.call.per_row else g for slot, g in by_slot.items())
+        return (None if dx is None else self.of_features(dx), dw, db, *slots)
+
     def gathered(self, upstream: Tensor | None) -> Tensor | None:
         """An upstream gradient (N,) of the rows that are left."""
         return upstream if upstream is None or self.index is None else upstream[self.index]
-
-
-def lengths(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """The norms (..., 1) of rows (..., D). NaN where the squares overflow: no direction is 0, as 1/inf would say."""
-    found: Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=dtype)
-    return torch.where(found < math.inf, found, math.nan)
-
-
-def along_length(gradient: Tensor, direction: Tensor, length: Tensor | None) -> Tensor:
-    """The gradient of features from that of their directions, where it is these that are multiplied."""
-    if length is None:
-        return gradient
-    return (gradient - (gradient * direction).sum(1, keepdim=True) * direction) / length
 
 
 class Sums:
@@ -314,10 +314,7 @@ class Sums:
         if self.weight is not None and head.inverse is not None and not head.call.plan.parts:
             for start, vectors in head.tiles():
                 head.along_lengths(self.weight[start : start + vectors.shape[0]], start, vectors)
-        if self.input is not None:
-            self.input = head.of_features(self.input)
-        slots = [head.scattered(g) if s in head.call.per_row else g for s, g in self.slots.items()]
-        return (self.input, self.weight, self.bias, *slots)
+        return head.gradients(self.input, self.weight, self.bias, self.slots)
 
 
 def _known(head: Head, part: slice, values: Values, want: Want, keep: bool) -> tuple[Known, list[Tensor]]:
@@ -405,10 +402,14 @@ def want(call: Call) -> Want:
 
 
 def forward(
-    head: Head, wanted: Wanted | None
+    head: Head, wanted: Wanted | None, later: bool
 ) -> tuple[tuple[Tensor, ...], Known | None, tuple[Tensor | None, ...] | None]:
-    """The results; what is known of each row; and where they are wanted at once, the gradients at an upstream of 1."""
+    """The results; what is known of each row, which gradients made later take; and where they are wanted at once, the
+    gradients at an upstream of 1."""
     call = head.call
+    if head.alone and call.plan.parts and not (later or call.return_stats):
+        loss, gradients = threads.whole(head, wanted)
+        return (loss,), None, gradients
     sums = None if wanted is None else head.sums(wanted)
     one = torch.ones((), dtype=call.dtype, device=head.x.device)
     finished: list[Finished] = []

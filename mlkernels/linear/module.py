@@ -15,8 +15,8 @@ from ..backends.reference import RowStats, full_precision
 from ..checks import accumulated, check_flag, check_input, check_size
 from ..positional import by_name
 from .functional import Strategy, check_callable, check_classifier, check_plan, logits_of, loss_of
-from .loop import lengths
 from .plan import TILE, Cut
+from .products import lengths
 from .sampling import ClassSampler, Correction, check_sample
 from .update import TileSGD, TileUpdate
 

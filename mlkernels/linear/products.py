@@ -6,6 +6,7 @@ On a GPU the tensor cores do that where ``out_dtype`` says so. The CPU has no su
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -52,3 +53,16 @@ def add_at(sums: Tensor, index: Tensor, rows: Tensor) -> None:
         sums.index_add_(0, index, rows)
     else:
         sums.index_put_((index,), rows, accumulate=True)
+
+
+def lengths(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """The norms (..., 1) of rows (..., D). NaN where the squares overflow: no direction is 0, as 1/inf would say."""
+    found: Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=dtype)
+    return torch.where(found < math.inf, found, math.nan)
+
+
+def along_length(gradient: Tensor, direction: Tensor, length: Tensor | None) -> Tensor:
+    """The gradient of features from that of their directions, where it is these that are multiplied."""
+    if length is None:
+        return gradient
+    return (gradient - (gradient * direction).sum(1, keepdim=True) * direction) / length

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from ..backends.reference import Coefficients, Rows, Values
 from ..checks import accumulated
-from ..numbering import Slot
+from ..numbering import INPUT, Slot
 from .pieces import CPU, TRITON, Pieces, Want, rows_of
 from .plan import Plan, on_device, plan, room, shared
 
 if TYPE_CHECKING:
-    from .loop import Head, Sums
+    from .loop import Head, Sums, Wanted
     from .update import Updating
 
 ops = torch.ops.mlkernels
@@ -50,6 +50,27 @@ def planned(
         copies += 0 if update is None else update.temporaries
     strategy = strategy if update is None else "tiles"
     return cut(rows, classes, width, itemsize, copies, of_pieces, strategy, memory)
+
+
+def whole(head: Head, wanted: Wanted | None) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:
+    """The loss, and the gradients of features, weight, bias and parameters for an upstream of 1, by one operator."""
+    plan, slots = head.call.plan, () if wanted is None else wanted.slots
+    of_tiles = () if wanted is None else (wanted.input, wanted.weight, wanted.bias)
+    needs = sum(1 << slot for slot in slots) + sum(1 << INPUT + i for i, needed in enumerate(of_tiles) if needed)
+    rows = min(plan.rows, head.x.shape[0])
+    space = room_of(head, room(plan, plan.stored and any(of_tiles), rows, head.classes, head.x.shape[1], head.copies))
+    cut = [plan.parts, plan.classes, plan.block, plan.rows, plan.stored]
+    loss, found = ops.linear_loss_with_gradients(
+        head.x, head.weight, head.bias, head.inverse, head.target, space, cut, head.call.numbers,
+        [*head.params.values()], needs,
+    )  # fmt: skip
+    loss = head.scattered(loss) if loss.dim() else loss
+    if wanted is None:
+        return loss, None
+    made = iter(found)
+    by_slot = {slot: next(made) for slot in slots}
+    dx, dw, db = (next(made) if needed else None for needed in of_tiles)
+    return loss, head.gradients(dx, dw, db, by_slot)
 
 
 def statistics(head: Head, part: slice, values: Values, u_y: Tensor, scales: Tensor, want: Want, keep: bool) -> Rows:
@@ -87,10 +108,15 @@ def _of(head: Head, part: slice, values: Values, keep: bool, classes: slice = sl
     x, plan = head.x[part], head.call.plan
     weight, bias, inverse = (None if t is None else t[classes] for t in (head.weight, head.bias, head.inverse))
     size = room(plan, keep, x.shape[0], head.classes, head.x.shape[1], head.copies)
-    if head.room.numel() < size:
-        head.room = ops.room_like(x, [size])
     return (
         x, weight, bias, inverse, values.label, head.offset + classes.start, values.params.get(Slot.WEIGHT),
-        values.params.get(Slot.ADJUSTMENT), values.consts[Slot.SOFTCAP], head.room, keep,
+        values.params.get(Slot.ADJUSTMENT), values.consts[Slot.SOFTCAP], room_of(head, size), keep,
         [plan.parts, plan.classes, plan.block],
     )  # fmt: skip
+
+
+def room_of(head: Head, size: int) -> Tensor:
+    """So many elements at least, the same ones for all of a head's chunks."""
+    if head.room.numel() < size:
+        head.room = ops.room_like(head.x, [size])
+    return head.room
