@@ -197,7 +197,7 @@ def unknown_keywords(of: Callable[..., object], unknown: Mapping[str, object], s
 def wrong_type(word: str, takes: str, value: object) -> TypeError:
     """The error for what is no tensor; of lists and arrays with what makes one of them."""
     if hasattr(value, "instead"):  # a ProductLogits
-        return TypeError(f"{word} takes {takes}, got the logits of a head: {value.instead}")
+        return TypeError(f"loss calculates with the logits of a head: {value.instead}")
     many = isinstance(value, (list, tuple)) or hasattr(value, "__array_interface__")
     hint = f": write torch.as_tensor({word})" if many else ""
     return TypeError(f"{word} takes {takes}, got {type(value).__name__}{hint}")
@@ -253,18 +253,7 @@ def check_tensors(input: Tensor, target: Tensor, ignore_index: int | None = None
 
 def check_target(input: Tensor, shape: torch.Size, target: Tensor, ignore_index: int | None = None) -> Tensor:
     """The labels of logits of that shape, returned as every backend reads them."""
-    if not isinstance(target, Tensor):
-        raise wrong_type("target", "an integer tensor", target)
-    unread = target.dtype not in _INTEGER
-    if unread and target.dtype not in UNSIGNED:
-        raise TypeError(
-            f"target must hold integer class indices, got {target.dtype}"
-            + (
-                "; write target.long(), or take cross_entropy for class probabilities"
-                if target.is_floating_point()
-                else ""
-            )
-        )
+    unread = check_class_indices(target)
     labels = target.shape
     # (N, C) with (N) is nearly every call; the general rule costs microseconds.
     if len(shape) == 2 and len(labels) == 1 and shape[0] == labels[0]:
@@ -284,6 +273,18 @@ def check_target(input: Tensor, shape: torch.Size, target: Tensor, ignore_index:
     if not (input.is_cpu and target.is_cpu) and target.device != input.device:
         raise ValueError(f"target must be on input's device {input.device}, got {target.device}")
     return widened("target", target, classes, ignore_index) if unread else target
+
+
+def check_class_indices(target: Tensor, of_probabilities: str = "cross_entropy") -> bool:
+    """The type of the labels; whether it is one that no backend reads."""
+    if not isinstance(target, Tensor):
+        raise wrong_type("target", "an integer tensor", target)
+    unread = target.dtype not in _INTEGER
+    if unread and target.dtype not in UNSIGNED:
+        hint = f"; write target.long(), or take {of_probabilities} for class probabilities"
+        hint = hint if target.is_floating_point() else ""
+        raise TypeError(f"target must hold integer class indices, got {target.dtype}{hint}")
+    return unread
 
 
 def check_index_dtype(name: str, index: Tensor) -> None:

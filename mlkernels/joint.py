@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .checks import check_function, check_number, check_several
+from .checks import check_function, check_number, check_several, check_size
 from .positional import by_name
 
 __all__ = ["Alternating", "JointLoss", "Turn"]
@@ -218,9 +218,7 @@ class Alternating:
         periods = [1] * len(turns) if periods is None else list(periods)
         if len(periods) != len(turns):
             raise ValueError(f"periods must be one per turn, {len(turns)}, got {len(periods)}")
-        for period in periods:
-            if isinstance(period, bool) or not isinstance(period, int) or period < 1:
-                raise ValueError(f"periods must be integers >= 1, got {periods}")
+        periods = [check_size(f"periods[{at}]", period) for at, period in enumerate(periods)]
         self.model, self.scaler, self.periods = model, scaler, periods
         self.losses = [loss for loss, _ in turns]
         self.optimizers = [optimizer for _, optimizer in turns]

@@ -276,9 +276,9 @@ REFUSED = {
             ("turns takes a sequence of pairs|CrossEntropyLoss", TypeError, {"turns": pair[0]}),
             ("periods takes a sequence of integers|int", TypeError, {"periods": 2}),
             ("periods must be one per turn, 1, got 2", ValueError, {"periods": [1, 2]}),
-            ("periods must be integers >= 1, got [0]", ValueError, {"periods": [0]}),
-            ("periods must be integers", ValueError, {"periods": [1.5]}),
-            ("periods must be integers", ValueError, {"periods": [True]}),
+            ("periods[0] must be an integer >= 1, got 0", ValueError, {"periods": [0]}),
+            ("periods[0] takes an int, got float", TypeError, {"periods": [1.5]}),
+            ("periods[0] takes an int, got bool", TypeError, {"periods": [True]}),
         ],
     ),
     mlkernels.metrics.accuracy: (

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import math
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 import torch.distributed as dist
 import training_scenes
 import vocabulary_scenes
+import weight_scenes
 import wire_scenes
 from table import BY_NAME, F64, LOSSES
 from test_linear import OPTIONS, leaves_of, unfused
@@ -204,7 +204,7 @@ def gathered_by_its_own_wrap(group: dist.ProcessGroup) -> None:
     agrees(features.grad, leaf.grad[own])
     agrees(head.weight.grad.full_tensor() * dist.get_world_size(group), w.grad)
     head.reshard()
-    with pytest.raises(TypeError, match=r"linear_weight takes a plain tensor.*fully_shard makes it one within forward"):
+    with pytest.raises(TypeError, match=r"^weight takes a plain tensor.*fully_shard makes it one within forward"):
         head.logits(x[own])
 
 
@@ -286,6 +286,11 @@ def stepping_in_tiles(group: dist.ProcessGroup) -> None:
         (head(x[own], target[own]) + head(x[own], target[own])).backward()
     with pytest.raises(ValueError, match=r"tile_update must be the same on all ranks: rank 0 has None, rank 1 \{'lr'"):
         ClassParallelLoss(loss, WIDTH, 6, process_group=group, tile_update=TileSGD(0.1) if rank == 1 else None)
+    with pytest.raises(ValueError, match=r"tile_update takes a TileSGD of its own for every head"):
+        ClassParallelLoss(loss, WIDTH, 6, process_group=group, tile_update=sgd if rank == 1 else TileSGD(0.1))
+    sgd.param_groups[0]["lr"] += rank == 1  # a scheduler that has gone another way here
+    with pytest.raises(ValueError, match=r"tile_update must be the same on .* has \{'lr': 0.03.*rank 1 \{'lr': 1.03"):
+        head(x[own], target[own])
 
 
 def sampled(group: dist.ProcessGroup) -> None:
@@ -295,8 +300,9 @@ def sampled(group: dist.ProcessGroup) -> None:
     adjustment, upstream = torch.linspace(-1, 1, CLASSES, dtype=F64), torch.linspace(-1, 2, ranks, dtype=F64)
     for sample, correction in ((1, None), (3, "importance"), (CLASSES, None)):
         margins = [torch.linspace(0.1, 0.4, CLASSES, dtype=F64).requires_grad_() for _ in range(2)]
-        loss = lambda f, y, m=margins[0], a=adjustment: mlkernels.softmax_loss(
-            f, y, transform=mlkernels.Margin(m3=m), scale=2.0, logit_adjustment=a
+        of_rows = torch.linspace(0.1, 0.5, ROWS, dtype=F64).unsqueeze(1)
+        loss = lambda f, y, m=margins[0], a=adjustment, r=of_rows[own]: mlkernels.softmax_loss(
+            f, y, transform=mlkernels.Margin(m2=r, m3=m), scale=2.0, logit_adjustment=a
         )
         sgd = TileSGD(0.1, momentum=0.9, weight_decay=0.1)
         heads = [
@@ -322,8 +328,8 @@ def sampled(group: dist.ProcessGroup) -> None:
         logits = unfused(leaves[0], leaves[1][classes], leaves[2][classes])
         added = adjustment[classes] + (shares if correction else 0)
         wanted, whole = mlkernels.softmax_loss(
-            logits, label, transform=mlkernels.Margin(m3=margins[1][classes]), scale=2.0, logit_adjustment=added,
-            return_stats=True,
+            logits, label, transform=mlkernels.Margin(m2=of_rows, m3=margins[1][classes]), scale=2.0,
+            logit_adjustment=added, return_stats=True,
         )  # fmt: skip
         (wanted * upstream.mean()).backward()
         shard = slice(heads[0].first_class, heads[0].last_class)
@@ -417,7 +423,7 @@ def errors_everywhere(group: dist.ProcessGroup) -> None:
         features, labels = x[:2], torch.tensor([3, CLASSES])
     with pytest.raises(IndexError, match=rf"^{prefix}target {CLASSES} at row 1 is out of range \[0, {CLASSES}\)"):
         head(features, labels)
-    with pytest.raises(TypeError, match=rf"^{prefix}linear_weight must have input's dtype"):
+    with pytest.raises(TypeError, match=rf"^{prefix}input must have weight's dtype torch.float64, got torch.float32"):
         head(features.float() if rank == 1 else features, target[: len(features)])
     head.strategy = "tiles" if rank == 1 else None
     with pytest.raises(ValueError, match=r"^strategy must be the same on all ranks: rank 0 has None, rank 1 tiles$"):
@@ -463,43 +469,9 @@ def bytes_as_promised(group: dist.ProcessGroup) -> None:
     assert set(found.collectives.values()) == {1}
 
 
-def weights_in_files(group: dist.ProcessGroup, folder: Path) -> None:
-    """One file that no rank holds whole, read by any number of ranks and by safetensors; shards; more classes."""
-    ranks = dist.get_world_size(group)
-    _, weight, _, _ = problem()
-    for dtype in (F64, torch.bfloat16):
-        path, second = folder / f"weight-{ranks}-{dtype}.safetensors", folder / f"second-{dist.get_rank(group)}.pt"
-        head = head_of(group, mlkernels.CrossEntropyLoss(), weight.to(dtype))
-        assert head.export_weight(path) is None
-        assert torch.equal(head.export_weight(), weight.to(dtype))
-        other = ClassParallelLoss(mlkernels.CrossEntropyLoss(), WIDTH, CLASSES + 5, process_group=group, dtype=dtype)
-        drawn = other.export_weight()
-        other.load_weight(path)
-        assert torch.equal(other.export_weight(), torch.cat([weight.to(dtype), drawn[CLASSES:]]))
-        # insightface's ranks write one torch file each.
-        torch.save({"step": 1, "state_dict_softmax_fc": {"weight": weight[9:].to(dtype)}}, second)
-        dist.barrier(group)
-        other.load_weight([weight[:9].to(dtype), second])
-        assert torch.equal(other.export_weight(), torch.cat([weight.to(dtype), drawn[CLASSES:]]))
-        assert len(drawn.unique(dim=0)) == len(drawn), "ranks drew the same rows"
-    cut = folder / f"cut-{dist.get_rank(group)}.safetensors"
-    cut.write_bytes(path.read_bytes()[: -1 if dist.get_rank(group) == ranks - 1 else None])
-    with pytest.raises(ValueError, match=r"must have .* bytes, got .*: it was cut off"):
-        other.load_weight(cut)
-    with pytest.raises((FileNotFoundError, RuntimeError), match="No such file"):
-        head.export_weight(folder / "nowhere" / "weight.safetensors")
-    before = path.read_bytes()
-    if ranks > 1:
-        with pytest.raises(ValueError, match="path must be the same on all ranks"):
-            head.export_weight(path if dist.get_rank(group) else cut)
-    assert path.read_bytes() == before, "an export that is refused leaves the file that was there"
-    for wrong, error in ((weight.long(), TypeError), ([], ValueError)):
-        with pytest.raises(error, match=r"^source must"):
-            other.load_weight(wrong)
-
-
 def checkpoints(folder: Path) -> None:
-    """Saved by four ranks with the optimizer's state, loaded by three, two and one."""
+    """Saved by four ranks with the optimizer's state, loaded by three, two and one; what the tile update and sampling
+    keep too, where some ranks have no class."""
     import torch.distributed.checkpoint as dcp
 
     x, weight, _, target = problem()
@@ -521,6 +493,28 @@ def checkpoints(folder: Path) -> None:
             assert state["momentum"].full_tensor().abs().sum() > 0
         dist.barrier()
 
+    def made(group: dist.ProcessGroup, scale: float, weight: torch.Tensor) -> ClassParallelLoss:
+        loss = mlkernels.ArcFaceLoss(scale=nn.Parameter(torch.tensor(scale, dtype=F64)))
+        bias, sgd = torch.zeros(len(weight), dtype=F64), TileSGD(0.1, momentum=0.9)
+        return head_of(group, loss, weight, bias, tile_update=sgd, sample=2)
+
+    head = made(world, 2.0, weight[:5])
+    for _ in range(2):
+        head(x[own_rows(world)], target[own_rows(world)].clamp(max=4)).backward()
+    dcp.save(head.state_dict(), checkpoint_id=folder / "stepping")
+    whole = lambda value: value.full_tensor() if isinstance(value, DTensor) else value
+    saved_state = {name: whole(value) for name, value in head.state_dict().items()}
+    assert saved_state["update.momentum_buffer"].any() and saved_state["sampler._extra_state"]["count"] == 2
+    for ranks in (3, 2, 1):
+        if dist.get_rank() < ranks:
+            other = made(GROUPS[ranks], 9.0, torch.zeros_like(weight[:5]))
+            state = other.state_dict()
+            dcp.load(state, checkpoint_id=folder / "stepping", process_group=GROUPS[ranks])
+            other.load_state_dict(state)
+            found = {name: whole(value) for name, value in other.state_dict().items()}
+            torch.testing.assert_close(found, saved_state, rtol=0, atol=0)
+        dist.barrier()
+
 
 GROUPS: dict[int, dist.ProcessGroup] = {}
 SCENES: list[Callable[[dist.ProcessGroup], None]] = [
@@ -532,21 +526,34 @@ SCENES: list[Callable[[dist.ProcessGroup], None]] = [
 
 
 def scenes(rank: int, folder: str) -> None:
+    world, alone = dist.group.WORLD, dist.new_group([0])
+    for scene in SCENES:
+        scene(world)
+    weight_scenes.files(world, Path(folder))
+    weight_scenes.refused(world, Path(folder))
+    if dist.get_world_size() == 2 and rank == 0:
+        for scene in (statistics, recomputed, best_classes, training_scenes.twenty_steps):
+            scene(alone)
+        weight_scenes.files(alone, Path(folder))
+        weight_scenes.refused(alone, Path(folder))
+
+
+@pytest.mark.parametrize("ranks", [2, 3, RANKS])
+def test_ranks(ranks: int, tmp_path: Path) -> None:
+    processes.run(scenes, ranks, str(tmp_path))
+
+
+def between_ranks(_: int, folder: str) -> None:
     for ranks in (1, 2, 3, RANKS):
         GROUPS[ranks] = dist.new_group(list(range(ranks)))
-    for ranks in (1, 2, 3, RANKS):
-        if rank < ranks:
-            for scene in SCENES if ranks > 1 else (statistics, recomputed, best_classes, training_scenes.twenty_steps):
-                scene(GROUPS[ranks])
-            weights_in_files(GROUPS[ranks], Path(folder))
     checkpoints(Path(folder) / "checkpoint")
+    weight_scenes.exported(GROUPS, Path(folder))
     pairs = [dist.new_group([0, other]) for other in (1, 2, 3, 3)]
     training_scenes.lost_ranks(dict(zip((1, 2, 3), pairs, strict=False)), pairs[3])
 
 
-def test_ranks() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        processes.run(scenes, RANKS, folder)
+def test_other_numbers_of_ranks_and_lost_ones(tmp_path: Path) -> None:
+    processes.run(between_ranks, RANKS, str(tmp_path))
 
 
 def test_checksums_notice_changes() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from table import BY_NAME, F64, LOSSES, TABLES
+from test_inputs import CASES as BAD_ARGUMENTS
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -621,9 +622,18 @@ BAD = [
     (TypeError, "linear_weight takes a dense tensor", lambda: linear_cross_entropy(X, W.detach().to_sparse(), Y)),
     (ValueError, r"target must be \(10,\), .* got \(4,\)", lambda: linear_cross_entropy(X, W, Y[:4])),
     (TypeError, "target must hold integer class indices", lambda: linear_cross_entropy(X, W, Y.double())),
+    (TypeError, r"^target .*, got torch\.float32; write target\.long\(\), or take cross_entropy of whole logits",
+        lambda: head(5, 23)(X.float(), Y.float())),
+    (TypeError, r"^target must hold .* write target\.long\(\)", lambda: mlkernels.LinearLoss(
+        mlkernels.CrossEntropyLoss(), 5, 23)(X.float(), X.float())),
+    (TypeError, r"^target .*, got torch\.bool$", lambda: linear_cross_entropy(X, W, Y > 0)),
+    (ValueError, r"^input must be \(\.\.\., 5\), got \(10, 4\)$", lambda: head(5, 23)(X.float()[:, :4], Y)),
+    (TypeError, "^input must have weight's dtype torch.float32, got torch.float64$", lambda: head(5, 23)(X, Y)),
+    (ValueError, "^input must be on weight's device cpu, got meta$", lambda: head(5, 23).topk(X.float().to(_META), 2)),
     (IndexError, "target 23 at row 0 is out of range", lambda: linear_cross_entropy(X, W, torch.full_like(Y, 23))),
     (ValueError, "strategy must be one of 'stored', 'tiles'", lambda: linear_cross_entropy(X, W, Y, strategy="fast")),
-    (ValueError, "memory must be a number of bytes > 0", lambda: linear_cross_entropy(X, W, Y, memory=-1)),
+    (ValueError, "memory must be an integer >= 1, got -1", lambda: linear_cross_entropy(X, W, Y, memory=-1)),
+    (TypeError, "memory takes an int, got float", lambda: linear_cross_entropy(X, W, Y, memory=1e6)),
     (TypeError, "compact takes True or False, got 1", lambda: linear_cross_entropy(X, W, Y, compact=1)),
     (TypeError, "compact takes True or False", lambda: head(5, 23, compact=None)),
     (ValueError, "memory=7 is too small for one row", lambda: stored(X, W, Y, memory=7)),
@@ -649,9 +659,9 @@ BAD = [
         X, W, Y, loss=lambda f, y: mlkernels.cross_entropy(f, y) + mlkernels.focal_loss(f, y), return_stats=True)),
     (ValueError, "normalize=True", lambda: head(5, 23, bias=True, normalize=True)),
     (ValueError, "strategy must be one of", lambda: head(5, 23, strategy="tile")),
-    (ValueError, "memory must be a number of bytes", lambda: head(5, 23, memory=0)),
+    (ValueError, "memory must be an integer >= 1", lambda: head(5, 23, memory=0)),
     (TypeError, r"weight takes the nn\.Parameter", lambda: head(5, 23, weight=X)),
-    (ValueError, r"k must be in \[1, 23\]", lambda: head(5, 23).topk(X.float(), 24)),
+    (ValueError, r"k must be an integer in \[1, 23\], got 24", lambda: head(5, 23).topk(X.float(), 24)),
     (ValueError, "in_features must be an integer >= 0, got -5", lambda: head(-5, 23)),
     (TypeError, "in_features takes an int, got float", lambda: head(5.0, 23)),
     (ValueError, "num_classes must be an integer >= 1, got 0", lambda: head(5, 0)),
@@ -680,6 +690,22 @@ def test_losses_that_a_head_does_not_take(loss):
         (TypeError, AttributeError), match=r"head.*losses of the softmax family.*mlkernels\.softmax_loss"
     ):
         linear_softmax_loss(X, W, Y, loss=loss)
+
+
+def test_errors_of_losses_pass_through_heads():
+    """What a loss refuses of its own arguments it refuses in a head, in the same words."""
+    x, y, same = torch.linspace(-1, 1, 12).reshape(4, 3), torch.tensor([0, 2, 1, 0]), 0
+    for words, error, call in (case.values for case in BAD_ARGUMENTS):
+        # These calculate with the logits.
+        if words[0] not in ("input", "target") and words[-1] not in ("(1,)", "(4, 3)"):
+            found = []
+            for attempt in (call, lambda x, y, call=call: linear_softmax_loss(x, torch.eye(3), y, loss=call)):
+                with pytest.raises(error) as caught:
+                    attempt(x, y)
+                found.append(str(caught.value))
+            assert found[0] == found[1]
+            same += 1
+    assert same > 200
 
 
 @pytest.mark.parametrize("error, words, call", BAD, ids=[words for _, words, _ in BAD])

@@ -247,6 +247,10 @@ def disagreements(group: dist.ProcessGroup) -> None:
             lambda: made(mlkernels.ArcFaceLoss() if other else mlkernels.FocalLoss()))  # fmt: skip
     refused(ValueError, r"^memory must be the same on all ranks: rank 0 has None, rank 1 4096$",
             lambda: made(memory=4096 if other else None))  # fmt: skip
+    for name, value in {"in_features": WIDTH + 1, "dtype": torch.float32, "bias": True, "normalize": True,
+                        "strategy": "tiles", "sample": 3, "compact": True}.items():  # fmt: skip
+        refused(ValueError, rf"^{name} must be the same on all ranks: rank 0 has .*, rank 1 {value}$",
+                lambda name=name, value=value: made(**{name: value} if other else {}))  # fmt: skip
     refused(ValueError, rf"^{prefix}num_classes must be an integer >= 1, got 0$",
             lambda: made(num_classes=0 if other else CLASSES))  # fmt: skip
     refused(TypeError, rf"^{prefix}loss takes a loss module or function", lambda: made(3 if other else None))
@@ -257,7 +261,8 @@ def disagreements(group: dist.ProcessGroup) -> None:
             lambda: head.topk(x[part], 24 if other else 2))  # fmt: skip
     refused(ValueError, r"^k must be the same on all ranks: rank 0 has 2, rank 1 3$",
             lambda: head.topk(x[part], 2 + other))  # fmt: skip
-    refused(ValueError, rf"^{prefix}source must be at most", lambda: head.load_weight(weight[:, : WIDTH - other]))
+    refused(ValueError, rf"^{prefix}source must be \(C, 5\) with C <= 23, got \(23, 4\)",
+            lambda: head.load_weight(weight[:, : WIDTH - other]))  # fmt: skip
     refused(ValueError, r"^source must be the same on all ranks: rank 0 has \(23, 5\), rank 1 \(22, 5\)$",
             lambda: head.load_weight(weight[: CLASSES - other]))  # fmt: skip
     with torch.no_grad():
@@ -276,6 +281,11 @@ def disagreements(group: dist.ProcessGroup) -> None:
     ones = torch.ones(len(x[part]))
     refused(ValueError, r"^row_weight must be the same on all ranks: rank 0 has None, rank 1 one per row$",
             lambda: call(row_weight=ones if other else None))  # fmt: skip
+    moved = made()
+    if other:
+        moved.to(torch.float32)
+    refused(ValueError, r"^dtype must be the same on all .* has \('torch.float64'.*, rank 1 \('torch.float32'",
+            lambda: moved(x[part].to(moved.weight.dtype), target[part]))  # fmt: skip
     # Dtypes that do not matter may differ.
     label = target[part].int() if other else target[part]
     agrees(call(row_weight=ones.half() if other else ones), head(x[part], label))

@@ -19,7 +19,8 @@ from . import agreement
 
 #: torch 2.13 has a new name for it, and warns of the old one.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_ERRORS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (IndexError, TypeError, ValueError)}
+#: What an error of one rank is on the others.
+_ERRORS = (IndexError, TypeError, ValueError, OSError, RuntimeError)
 
 
 class Traffic(NamedTuple):
@@ -101,7 +102,7 @@ class Group:
         """Two numbers of each rank, if all came with the same call and nobody with an error.
 
         Raises:
-            IndexError, TypeError, ValueError, RuntimeError: what another rank's argument was refused for.
+            IndexError, TypeError, ValueError, OSError, RuntimeError: what another rank's argument was refused for.
             ValueError: what differs between the ranks.
         """
         code = agreement.code(signature)
@@ -113,14 +114,14 @@ class Group:
         said: list[Any] = [None] * self.size
         own: Any = {n: v.detach().cpu() if isinstance(v, Tensor) else v for n, v in signature.items()}
         if error is not None:
-            own = (type(error).__name__, str(error))
+            own = (next((at for at, kind in enumerate(_ERRORS) if isinstance(error, kind)), -1), str(error))
         dist.all_gather_object(said, own, self.process_group)
         if error is not None:
             raise error
         for rank, each in enumerate(found):
             if each[-1]:
                 kind, message = said[rank]
-                raise _ERRORS.get(kind, RuntimeError)(f"rank {rank}: {message}")
+                raise _ERRORS[kind](f"rank {rank}: {message}")
         raise ValueError(agreement.difference(said))
 
     @contextmanager

@@ -54,7 +54,7 @@ class ShardedLogits(PartLogits):
             "normalize": call.normalize,
             "return_stats": call.return_stats,
             **self.cut._asdict(),
-            "tile_update": self.begin is not None,
+            "tile_update": call.update and call.update.update.optimizer.numbers(),
             "sample": self.sampler and (self.sampler.sample, self.sampler.correction, self.sampler.count),
             "kernels": type(call.pieces).__name__,
             "what requires a gradient": self.wanted(params),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -16,9 +17,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as ShardPlacement
 
 from ..backends.reference import RowStats
-from ..checks import check_flag, check_input, check_plain
+from ..checks import check_flag, check_size
 from ..linear.functional import Strategy, check_call, check_callable, check_classifier, check_plan, loss_of
-from ..linear.module import streamed_topk
+from ..linear.module import check_k, streamed_topk
 from ..linear.plan import Cut
 from ..linear.sampling import ClassSampler, Correction, check_sample
 from ..linear.update import TileSGD, TileUpdate
@@ -26,9 +27,7 @@ from ..positional import by_name
 from . import agreement, weights
 from .group import Group, Traffic, check_untraced, offsets, padded
 from .logits import ShardedLogits
-
-#: A classifier's weight, or a part of it, or a file that has one.
-Source: TypeAlias = Tensor | str | os.PathLike[str]
+from .weights import Source
 
 
 @by_name
@@ -110,24 +109,23 @@ class ClassParallelLoss(nn.Module):
             check_flag("normalize", normalize)
             if bias and normalize:
                 raise ValueError("bias has no meaning beside normalize=True: cosines have none")
-            for name, number, least in (("in_features", in_features, 0), ("num_classes", num_classes, 1)):
-                if type(number) is not int or number < least:
-                    raise ValueError(f"{name} must be an integer >= {least}, got {number!r}")
-            check_plan(Cut(strategy, memory, compact), tile_update)
-            check_sample(sample, sample_correction)
+            in_features = check_size("in_features", in_features, 0)
+            num_classes = check_size("num_classes", num_classes)
+            cut = check_plan(Cut(strategy, memory, compact), tile_update)
+            sample = check_sample(sample, sample_correction)
             at = torch.empty(0, device=device, dtype=dtype)
         self._group.meet(
             {
                 "in_features": in_features, "num_classes": num_classes, "dtype": str(at.dtype), "bias": bias,
-                "normalize": normalize, "strategy": strategy, "memory": memory, "compact": compact,
-                "tile_update": tile_update and tile_update.defaults,
+                "normalize": normalize, **cut._asdict(),
+                "tile_update": tile_update and tile_update.numbers(),
                 "sample": sample, "sample_correction": sample_correction, **agreement.of_module(loss),
             }
         )  # fmt: skip
         self.loss = loss
         self.in_features, self.num_classes = in_features, num_classes
         self.normalize = normalize
-        self.strategy, self.memory, self.compact = strategy, memory, compact
+        self.strategy, self.memory, self.compact = cut
         if device_mesh is None:
             device_mesh = DeviceMesh.from_group(self._group.process_group, at.device.type)  # type: ignore[arg-type]
         self._mesh = device_mesh
@@ -194,11 +192,9 @@ class ClassParallelLoss(nn.Module):
     ) -> Tensor | tuple[Tensor, RowStats]:
         logits = None
         try:
-            check_input(input)
             weight, bias = self._own()
-            check_classifier(input, weight, bias, self.normalize, shard=True)
-            cut = Cut(self.strategy, self.memory, self.compact)
-            check_call(input, target, cut)
+            check_classifier(input, weight, bias, self.normalize, module=True, shard=True)
+            cut = check_call(input, target, Cut(self.strategy, self.memory, self.compact))
             input = input if input.dim() > 1 else input.unsqueeze(0)
             begin = None
             if self.update is not None and torch.is_grad_enabled() and self.weight.requires_grad:
@@ -223,11 +219,8 @@ class ClassParallelLoss(nn.Module):
         group = self._group
         check_untraced("class-parallel heads know", input)
         with group.telling():
-            check_input(input)
-            if input.shape[-1:] != (self.in_features,):
-                raise ValueError(f"input must be (..., {self.in_features}), got {tuple(input.shape)}")
-            if type(k) is not int or not 1 <= k <= self.num_classes:
-                raise ValueError(f"k must be an integer in [1, {self.num_classes}], got {k!r}")
+            check_classifier(input, *self._own(), self.normalize, module=True, shard=True)
+            k = check_k(k, self.num_classes)
             rows = input.reshape(input.shape[:-1].numel(), self.in_features)
         sizes = [n for n, _ in group.meet({"call": "topk", "k": k, "dtype": str(input.dtype)}, (rows.shape[0], 0))]
         every = group.gathered(padded(rows, max(sizes), 0), "features").flatten(0, 1)
@@ -247,58 +240,69 @@ class ClassParallelLoss(nn.Module):
 
     @torch.no_grad()
     def export_weight(self, path: str | os.PathLike[str] | None = None) -> Tensor | None:
-        """The whole weight: without a path as a tensor (C, D), on every rank; with one as a safetensors file that all
-        ranks reach, into which each writes its own rows: beside it first, as ``path.part``, which takes its place once
-        it is whole. On all ranks, alike."""
-        if path is None:
+        """The whole weight: without a path as a tensor (C, D), on every rank; with one as a file that all ranks reach,
+        into which each writes its own rows: safetensors, or for ``.pt`` and ``.pth`` a state dict that ``torch.load``
+        reads. It is written beside its place and takes that once it is whole. On all ranks, alike."""
+        group = self._group
+        with group.telling():
+            part = None if path is None else weights.part_of(path)
+        group.meet({"call": "export_weight", "path": None if path is None else os.fspath(path)})
+        if part is None or path is None:
             return cast(DTensor, self.weight).full_tensor()
-        # Where a rank cannot write, all are told, and a file that was there stays as it is.
-        path, part = os.fspath(path), f"{os.fspath(path)}.part"
-        self._group.meet({"call": "export_weight", "path": path})
-        with self._group.telling():
-            if self._group.rank == 0:
-                weights.write_header(part, (self.num_classes, self.in_features), self.weight.dtype)
-        self._group.meet({"call": "export_weight"})
-        with self._group.telling():
-            weights.write_rows(part, self.first_class, self._own()[0])
-        self._group.meet({"call": "export_weight"})
-        with self._group.telling():
-            if self._group.rank == 0:
-                os.replace(part, path)
-        self._group.meet({"call": "export_weight"})
+        start = 0
+        try:
+            with group.telling():
+                if group.rank == 0:
+                    start = weights.create(part, (self.num_classes, self.in_features), self.weight.dtype)
+            start = group.meet({"call": "export_weight"}, (start, 0))[0][0]
+            with group.telling():
+                weights.write_rows(part, start, self.first_class, self._own()[0])
+            group.meet({"call": "export_weight"})
+            with group.telling():
+                if group.rank == 0:
+                    part.replace(path)
+            group.meet({"call": "export_weight"})
+        except Exception:
+            if group.rank == 0:
+                with suppress(OSError):
+                    part.unlink()
+            raise
         return None
 
     @torch.no_grad()
     def load_weight(self, source: Source | Sequence[Source]) -> None:
-        """Takes over a weight of the same width: a tensor (C, D); a safetensors file with one, or a torch file with one
-        or with a state dict that has it; or shards of either kind in the order of their classes, as insightface's ranks
-        write them. Files are mapped: a rank reads its own rows. Where there are fewer classes than this head has, the
-        others stay as they are: as :meth:`reset_parameters` drew them. On all ranks, alike."""
+        """Takes over a weight of the same width: a tensor (C, D); a safetensors file, or one of ``torch.save``, with
+        one, alone or as ``weight`` of a state dict; or shards of either kind in the order of their classes, as
+        insightface's ranks write them. What a file holds tells its kind, not its name. Files are mapped: a rank reads
+        its own rows. Where there are fewer classes than this head has, the others stay as they are: as
+        :meth:`reset_parameters` drew them. On all ranks, alike; where it raises, on all of them, no class has changed.
+
+        Raises:
+            TypeError, ValueError: what is no weight, is not of this head's sizes, is cut off, or overflows in its
+                dtype. OSError: a file that cannot be read.
+        """
+        (own, _), placed = self._own(), []
         with self._group.telling():
-            each = [source] if isinstance(source, (Tensor, str, os.PathLike)) else source
-            shards = [shard if isinstance(shard, Tensor) else weights.mapped(shard) for shard in each]
-            if not shards:
-                raise ValueError("source must hold a weight, got an empty sequence")
-            for shard in shards:
-                if not shard.is_floating_point():
-                    raise TypeError(f"source must be floating, got {shard.dtype}")
-                check_plain("source", shard, "torch.distributed.checkpoint loads what is sharded")
-            shapes = [tuple(shard.shape) for shard in shards]
-            width = shapes[0][-1]
-            if any(len(shape) != 2 or shape[1] != width for shape in shapes):
-                raise ValueError(f"source must hold (C_r, D) alike, got {shapes}")
-            count = sum(shape[0] for shape in shapes)
+            shards = weights.opened(source)
+            shapes = [tuple(shard.shape) for _, shard in shards]
+            width, count = shapes[0][1], sum(shape[0] for shape in shapes)
+            if any(shape[1] != width for shape in shapes):
+                raise ValueError(f"source must hold shards of one width, got {shapes}")
             if width != self.in_features or count > self.num_classes:
                 raise ValueError(
-                    f"source must be at most ({self.num_classes}, {self.in_features}), got {(count, width)}"
+                    f"source must be (C, {self.in_features}) with C <= {self.num_classes}, got {(count, width)}"
                 )
+            start = 0
+            for name, shard in shards:
+                low, high = max(self.first_class, start), min(self.last_class, start + len(shard))
+                if low < high:
+                    rows = shard[low - start : high - start]
+                    weights.check_fits(name, rows, low, own.dtype)
+                    placed.append((own[low - self.first_class : high - self.first_class], rows))
+                start += len(shard)
         self._group.meet({"call": "load_weight", "source": (count, width)})
-        (own, _), first, last, start = self._own(), self.first_class, self.last_class, 0
-        for shard in shards:
-            low, high = max(first, start), min(last, start + len(shard))
-            if low < high:
-                own[low - first : high - first].copy_(shard[low - start : high - start])
-            start += len(shard)
+        for classes, rows in placed:
+            classes.copy_(rows)
 
     def communication(self) -> Traffic:
         """How many collectives this rank has taken part in, and how many bytes it has sent, by what for, since the last

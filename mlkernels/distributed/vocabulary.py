@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from ..backends import reference
 from ..backends.reference import RowStats
-from ..checks import accumulated, check_input, check_plain, wrong_type
+from ..checks import accumulated, check_class_indices, check_input, check_plain, check_size
 from ..linear.autograd import check_upstream, has_hooks, later
 from ..linear.functional import loss_of
 from ..linear.logits import by_rows
@@ -243,7 +243,7 @@ def of_dtensor(logits: Tensor, target: Tensor) -> tuple[SlicedLogits | Tensor, T
 
 @overload
 def class_parallel_softmax_loss(
-    logits: Tensor,
+    input: Tensor,
     target: Tensor,
     *,
     num_classes: int | None = None,
@@ -257,7 +257,7 @@ def class_parallel_softmax_loss(
 
 @overload
 def class_parallel_softmax_loss(
-    logits: Tensor,
+    input: Tensor,
     target: Tensor,
     *,
     num_classes: int | None = None,
@@ -271,7 +271,7 @@ def class_parallel_softmax_loss(
 
 @by_name
 def class_parallel_softmax_loss(
-    logits: Tensor,
+    input: Tensor,
     target: Tensor,
     *,
     num_classes: int | None = None,
@@ -289,7 +289,7 @@ def class_parallel_softmax_loss(
     gradient, the same on every rank. Nothing travels in the backward pass.
 
     Args:
-        logits: (N, C_r) or (N, C_r, d1, ...), this rank's classes of all rows; not written to.
+        input: (N, C_r) or (N, C_r, d1, ...), logits of this rank's classes of all rows; not written to.
         target: (N,) or (N, d1, ...), class indices in [0, C), the same on every rank.
         num_classes: C. Classes from C on, which a padded vocabulary has at its end, are not read, and their gradient
             is 0.
@@ -320,15 +320,15 @@ def class_parallel_softmax_loss(
     """
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError("class_parallel_softmax_loss needs torch.distributed: call init_process_group() first")
-    check_untraced("slices of logits know", logits, target)
+    check_untraced("slices of logits know", input, target)
     call = _called
     if torch.compiler.is_compiling():
         call = torch.compiler.disable(call)
-    return call(logits, target, num_classes, offset, group_of(process_group), loss, return_stats, arguments)
+    return call(input, target, num_classes, offset, group_of(process_group), loss, return_stats, arguments)
 
 
 def _called(
-    logits: Tensor,
+    input: Tensor,
     target: Tensor,
     num_classes: int | None,
     offset: int | None,
@@ -339,16 +339,17 @@ def _called(
 ) -> Tensor | tuple[Tensor, RowStats]:
     part = None
     try:
-        check_input(logits)
-        if logits.dim() < 2:
-            raise ValueError(f"logits must be (N, C_r) or (N, C_r, d1, ...), got {tuple(logits.shape)}")
-        for name, number, least in (("num_classes", num_classes, 1), ("offset", 0 if offset is None else offset, 0)):
-            if type(number) is not int or number < least:
-                raise ValueError(f"{name} must be an integer >= {least}, got {number!r}")
-        if not isinstance(target, Tensor):
-            raise wrong_type("target", "an integer tensor", target)
+        check_input(input)
+        if input.dim() < 2:
+            raise ValueError(f"input must be (N, C_r) or (N, C_r, d1, ...), got {tuple(input.shape)}")
+        check_class_indices(target, "cross_entropy of whole logits")
         check_plain("target", target, "pass target.to_local()")
-        part = SlicedLogits(group, num_classes, logits, offset, return_stats)  # type: ignore[arg-type]
+        shape, rows = tuple(input.shape), tuple(target.shape)
+        if rows != shape[:1] + shape[2:]:
+            raise ValueError(f"target must be {shape[:1] + shape[2:]} for an input of {shape}, got {rows}")
+        classes = check_size("num_classes", num_classes)  # type: ignore[arg-type]
+        offset = None if offset is None else check_size("offset", offset, 0)
+        part = SlicedLogits(group, classes, input, offset, return_stats)
         result: Tensor | tuple[Tensor, RowStats] = loss_of(part, target, loss, return_stats, arguments)
         return result
     except Exception as error:

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import functional
 from ..backends.reference import RowStats
 from ..call import COMMON, Options
-from ..checks import check_flag, check_input, check_plain, unknown_keywords
+from ..checks import check_class_indices, check_flag, check_input, check_plain, check_size, unknown_keywords, wrong_type
 from ..positional import by_name
 from .logits import LinearLogits
 from .plan import STRATEGIES, Cut
@@ -60,10 +60,6 @@ def linear_cross_entropy(
     unknown = {name: value for name, value in common.items() if name != "scale" and name not in COMMON}
     if unknown:
         raise unknown_keywords(linear_cross_entropy, unknown, ("scale", *COMMON))
-    if isinstance(target, Tensor) and target.is_floating_point():
-        raise TypeError(
-            f"target must hold integer class indices, got {target.dtype}: class probabilities are for cross_entropy"
-        )
     logits = logits_of(input, linear_weight, target, linear_bias, False, False, Cut(strategy, memory, compact))
     common = _flat_arguments(target, common)
     return _shaped(functional.cross_entropy(logits, _flat(target), **common), target)  # type: ignore[arg-type]
@@ -234,11 +230,11 @@ def logits_of(
     cut: Cut,
     begin: Callable[[], Updating] | None = None,
     sampler: ClassSampler | None = None,
+    module: bool = False,
 ) -> LinearLogits:
     """Checks what a head adds to a loss's arguments."""
-    check_input(input)
-    check_classifier(input, weight, bias, normalize)
-    check_call(input, target, cut)
+    check_classifier(input, weight, bias, normalize, module)
+    cut = check_call(input, target, cut)
     if input.dim() == 1:
         input = input.unsqueeze(0)
     return LinearLogits(
@@ -246,46 +242,53 @@ def logits_of(
     )
 
 
-def check_call(input: Tensor, target: Tensor, cut: Cut) -> None:
-    """What a head takes beside a classifier and a loss's own arguments."""
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target takes an integer tensor, got {type(target).__name__}: write torch.as_tensor(target)")
+def check_call(input: Tensor, target: Tensor, cut: Cut) -> Cut:
+    """What a head takes beside a classifier and a loss's own arguments; how its work is cut, as it is read."""
+    check_class_indices(target, "cross_entropy of whole logits")
     check_plain("target", target, "pass target.to_local(), beside features of this rank's rows")
     if target.shape != input.shape[:-1]:
         raise ValueError(
             f"target must be {tuple(input.shape[:-1])}, a label for each row of an input of {tuple(input.shape)}, got "
             f"{tuple(target.shape)}"
         )
-    check_plan(cut)
+    return check_plan(cut)
 
 
-def check_plan(cut: Cut, tile_update: TileSGD | None = None) -> None:
-    """How a head's work is to be cut."""
+def check_plan(cut: Cut, tile_update: TileSGD | None = None) -> Cut:
+    """How a head's work is to be cut, as it is read."""
     strategy, memory, compact = cut
     if tile_update is not None and not isinstance(tile_update, TileSGD):
         raise TypeError(f"tile_update takes a TileSGD, got {type(tile_update).__name__}")
-    if tile_update is not None and strategy == "stored":
-        raise ValueError(
-            "tile_update goes through the weight tile by tile: strategy takes 'tiles' or None, got 'stored'"
-        )
+    if tile_update is not None:
+        tile_update.check_free()
+        if strategy == "stored":
+            raise ValueError(
+                "tile_update goes through the weight tile by tile: strategy takes 'tiles' or None, got 'stored'"
+            )
     if strategy is not None and strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {', '.join(map(repr, STRATEGIES))} or None, got {strategy!r}")
-    if memory is not None and (type(memory) is not int or memory <= 0):
-        raise ValueError(f"memory must be a number of bytes > 0 or None, got {memory!r}")
+    if memory is not None and (type(memory) is not int or memory < 1):
+        memory = check_size("memory", memory)
     check_flag("compact", compact)
+    return Cut(strategy, memory, compact)
 
 
-def check_classifier(input: Tensor, weight: Tensor, bias: Tensor | None, normalize: bool, shard: bool = False) -> None:
-    """Types, shapes and devices of a classifier and its input."""
+def check_classifier(
+    input: Tensor, weight: Tensor, bias: Tensor | None, normalize: bool, module: bool = False, shard: bool = False
+) -> None:
+    """Types, shapes and devices of features and a classifier: arguments, or a module's, which input has to fit."""
+    check_input(input)
     if not isinstance(weight, Tensor):
-        raise TypeError(f"linear_weight takes a floating tensor (C, D), got {type(weight).__name__}")
+        raise wrong_type("linear_weight", "a floating tensor (C, D)", weight)
     if input.dim() == 0:
         raise ValueError("input must be (..., D), got a 0-d tensor")
     check_flag("normalize", normalize)
     width = input.shape[-1]
     if weight.dim() != 2 or weight.shape[1] != width:
         raise ValueError(
-            f"linear_weight must be (C, {width}) for an input of {tuple(input.shape)}, got {tuple(weight.shape)}"
+            f"input must be (..., {weight.shape[-1]}), got {tuple(input.shape)}"
+            if module
+            else f"linear_weight must be (C, {width}) for an input of {tuple(input.shape)}, got {tuple(weight.shape)}"
         )
     if weight.shape[0] == 0 and not shard:
         raise ValueError(f"linear_weight must have at least one class, got {tuple(weight.shape)}")
@@ -293,22 +296,28 @@ def check_classifier(input: Tensor, weight: Tensor, bias: Tensor | None, normali
         if normalize:
             raise ValueError("linear_bias has no meaning beside normalize=True: cosines have none")
         if not isinstance(bias, Tensor):
-            raise TypeError(f"linear_bias takes a floating tensor (C,), got {type(bias).__name__}")
+            raise wrong_type("linear_bias", "a floating tensor (C,)", bias)
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"linear_bias must be ({weight.shape[0]},), one per class, got {tuple(bias.shape)}")
-    for name, tensor in (("linear_weight", weight), ("linear_bias", bias)):
-        if tensor is None:
-            continue
-        if tensor.layout != torch.strided:
-            raise TypeError(f"{name} takes a dense tensor, got a {str(tensor.layout).removeprefix('torch.')} one")
-        check_plain(
-            name, tensor, "fully_shard makes it one within forward() and after unshard(); ClassParallelLoss spreads "
-            f"the classes over ranks; else {name}.full_tensor()",
-        )  # fmt: skip
-        if tensor.device != input.device:
-            raise ValueError(f"{name} must be on input's device {input.device}, got {tensor.device}")
-        # Under autocast the features are in half precision and the weight is not: each is read as it is.
-        if tensor.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
-            raise TypeError(f"{name} must have input's dtype {input.dtype}, got {tensor.dtype}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be floating, got {tensor.dtype}")
+    prefix = "" if module else "linear_"
+    for name, tensor in ((f"{prefix}weight", weight), (f"{prefix}bias", bias)):
+        if tensor is not None:
+            _check_beside(input, name, tensor, module)
+
+
+def _check_beside(input: Tensor, name: str, tensor: Tensor, module: bool) -> None:
+    """A classifier's tensor beside features: of the two, what the caller gave is refused."""
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} takes a dense tensor, got a {str(tensor.layout).removeprefix('torch.')} one")
+    check_plain(
+        name, tensor, "fully_shard makes it one within forward() and after unshard(); ClassParallelLoss spreads "
+        f"the classes over ranks; else {name}.full_tensor()",
+    )  # fmt: skip
+    (mine, given), (its, own) = ((name, tensor), ("input", input))[:: -1 if module else 1]
+    if tensor.device != input.device:
+        raise ValueError(f"{mine} must be on {its}'s device {own.device}, got {given.device}")
+    # Under autocast the features are in half precision and the weight is not: each is read as it is.
+    if tensor.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
+        raise TypeError(f"{mine} must have {its}'s dtype {own.dtype}, got {given.dtype}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be floating, got {tensor.dtype}")

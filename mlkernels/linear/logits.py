@@ -61,7 +61,7 @@ class LinearLogits(ProductLogits):
         self.visits = 0
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"loss reads input.{name}, which the logits of a head do not have: {self.instead}")
+        raise AttributeError(f"loss reads .{name} of the logits of a head, which have none: {self.instead}")
 
     @classmethod
     def __torch_function__(cls, function: Callable[..., Any], *_: Any) -> Never:
@@ -195,7 +195,10 @@ class LinearLogits(ProductLogits):
         return weight if call.update is None else weight.detach().requires_grad_()
 
 
-for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "matmul", "neg", "getitem", "len", "iter"):
+for _name in (
+    "add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "matmul", "neg", "pow", "gt", "ge", "lt", "le",
+    "getitem", "len", "iter",
+):  # fmt: skip
     setattr(LinearLogits, f"__{_name}__", _refused)
 
 

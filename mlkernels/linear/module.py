@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ..backends.reference import RowStats, full_precision
-from ..checks import accumulated, check_flag, check_input, check_size
+from ..checks import accumulated, check_flag, check_size
 from ..positional import by_name
 from .functional import Strategy, check_callable, check_classifier, check_plan, logits_of, loss_of
 from .plan import TILE, Cut
@@ -87,12 +87,11 @@ class LinearLoss(nn.Module):
         check_flag("normalize", normalize)
         if bias and normalize:
             raise ValueError("bias has no meaning beside normalize=True: cosines have none")
-        check_plan(Cut(strategy, memory, compact), tile_update)
-        check_sample(sample, sample_correction)
+        self.strategy, self.memory, self.compact = check_plan(Cut(strategy, memory, compact), tile_update)
+        sample = check_sample(sample, sample_correction)
         self.loss = loss
         self.in_features, self.num_classes = in_features, num_classes
         self.normalize = normalize
-        self.strategy, self.memory, self.compact = strategy, memory, compact
         if weight is None:
             self.weight = nn.Parameter(torch.empty(num_classes, in_features, device=device, dtype=dtype))
         elif device is not None or dtype is not None:
@@ -167,15 +166,14 @@ class LinearLoss(nn.Module):
             begin = partial(self.update.begun, self.weight, self.weight)
         logits = logits_of(
             input, self.weight, target, self.bias, self.normalize, return_stats,
-            Cut(self.strategy, self.memory, self.compact), begin, self.sampler if self.training else None,
+            Cut(self.strategy, self.memory, self.compact), begin, self.sampler if self.training else None, module=True,
         )  # fmt: skip
         result: Tensor | tuple[Tensor, RowStats] = loss_of(logits, target, self.loss, return_stats, per_call)
         return result
 
     def logits(self, input: Tensor) -> Tensor:
         """The whole logits, (..., D) to (..., C), as ``nn.Linear`` or cosines: for few rows or few classes."""
-        check_input(input)
-        check_classifier(input, self.weight, self.bias, self.normalize)
+        check_classifier(input, self.weight, self.bias, self.normalize, module=True)
         if not self.normalize:
             return nn.functional.linear(input, self.weight, self.bias)
         return nn.functional.linear(_direction(input), _direction(self.weight))
@@ -186,10 +184,8 @@ class LinearLoss(nn.Module):
 
         They are in float32, float64 for float64; no loss has a part in them.
         """
-        check_input(input)
-        check_classifier(input, self.weight, self.bias, self.normalize)
-        if check_size("k", k) > self.num_classes:
-            raise ValueError(f"k must be in [1, {self.num_classes}], got {k}")
+        check_classifier(input, self.weight, self.bias, self.normalize, module=True)
+        k = check_k(k, self.num_classes)
         x = input.reshape(input.shape[:-1].numel(), self.in_features)
         values, classes = streamed_topk(x, self.weight, self.bias, k, self.normalize)
         shape = (*input.shape[:-1], k)
@@ -201,6 +197,13 @@ class LinearLoss(nn.Module):
             f"in_features={self.in_features}, num_classes={self.num_classes}, bias={self.bias is not None}, "
             f"normalize={self.normalize}"
         )
+
+
+def check_k(k: int, classes: int) -> int:
+    """How many of the best classes are wanted."""
+    if check_size("k", k) > classes:
+        raise ValueError(f"k must be an integer in [1, {classes}], got {k}")
+    return int(k)
 
 
 def streamed_topk(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, normalize: bool) -> tuple[Tensor, Tensor]:

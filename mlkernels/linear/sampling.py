@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_size
 from ..numbering import CONSTS, IGNORE_INDEX, MASK, ScaleKind, Slot, structure_of
 
 Correction: TypeAlias = Literal["importance"]
@@ -171,14 +172,15 @@ class ClassSampler(Draws):
         return Sample(classes[:size], many[rank], compact, ends, rank, first, share, unique)
 
 
-def check_sample(sample: int | None, correction: Correction | None) -> None:
-    """How many classes are drawn, and what makes up for the others."""
-    if sample is not None and (type(sample) is not int or sample < 1):
-        raise ValueError(f"sample must be an integer >= 1, how many classes are drawn, or None, got {sample!r}")
+def check_sample(sample: int | None, correction: Correction | None) -> int | None:
+    """How many classes are drawn, which is returned, and what makes up for the others."""
+    if sample is not None:
+        sample = check_size("sample", sample)
     if correction not in (None, "importance"):
         raise ValueError(f"sample_correction must be 'importance' or None, got {correction!r}")
     if correction is not None and sample is None:
         raise ValueError("sample_correction makes up for classes that are not drawn: it goes with sample=")
+    return sample
 
 
 def _one_scale(numbers: Sequence[float], params: dict[int, Tensor]) -> Tensor | float:

@@ -113,12 +113,20 @@ class TileSGD(Optimizer):
             "TileSGD steps in the loss's backward(): there is no step() to call, and no gradient to scale"
         )
 
+    def check_free(self) -> None:
+        """Whether no head has it yet."""
+        if self.param_groups[0]["params"]:
+            raise ValueError("tile_update takes a TileSGD of its own for every head, got one that another head has")
+
     def bind(self, weight: nn.Parameter) -> None:
         """Makes a head's weight the one that is stepped."""
-        params = self.param_groups[0]["params"]
-        if params:
-            raise ValueError("tile_update takes a TileSGD of its own for every head, got one that another head has")
-        params.append(weight)
+        self.check_free()
+        self.param_groups[0]["params"].append(weight)
+
+    def numbers(self) -> dict[str, Any]:
+        """What the next step is made by."""
+        group = self.param_groups[0]
+        return {**{name: group[name] for name in self.defaults}, "stochastic_rounding": self.stochastic_rounding}
 
 
 class TileUpdate(nn.Module):
