@@ -67,13 +67,15 @@ if SANITIZE:
     FLAGS += ["-O1", "-g1", "-fno-omit-frame-pointer", f"-fsanitize={SANITIZE}"]
 # csrc/cpu/kernels.cpp and pieces.cpp are compiled once for each; library_cpu.cpp chooses among them at run time.
 ISAS: dict[str, list[str]] = {"baseline": []}
+# bfloat16.cpp alone, beside those of AVX-512.
+PAIRS: dict[str, list[str]] = {}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISAS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     ISAS["avx512"] = [
         *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"),
         "-mprefer-vector-width=512",
     ]
-
+    PAIRS["avx512_bf16"] = [*ISAS["avx512"], "-mavx512bf16"]
 
 # csrc/cuda/rows.cu is compiled once for each.
 STORAGES = ("float", "double", "bfloat16", "float16")
@@ -215,8 +217,8 @@ def make_cpu() -> Path:
     command, here = compiling(torch, compiler), OBJECTS / "cpu"
     units = [
         compiled(here / f"{name}_{isa}.o", CSRC / "cpu" / f"{name}.cpp", [*command, *flags, f"-DMLKERNELS_ISA={isa}"])
-        for name in ("kernels", "pieces")
-        for isa, flags in ISAS.items()
+        for name, isas in {"kernels": ISAS, "pieces": ISAS, "bfloat16": PAIRS}.items()
+        for isa, flags in isas.items()
     ]
     units.append(compiled(here / "buffers.o", CSRC / "cpu" / "buffers.cpp", command))
     library = compiling_library(torch, compiler)

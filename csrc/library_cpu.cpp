@@ -20,11 +20,16 @@ int choose_isa() {
   if (best == 1 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
     best = 2;
+  if (best == 2 && __builtin_cpu_supports("avx512bf16")) best = 3;
 #endif
   const char* forced = std::getenv("MLKERNELS_CPU");
   if (forced && *forced) {
     const std::string name = forced;
-    const int wanted = name == "baseline" ? 0 : name == "avx2" ? 1 : name == "avx512" ? 2 : -1;
+    const int wanted = name == "baseline"      ? 0
+                       : name == "avx2"        ? 1
+                       : name == "avx512"      ? 2
+                       : name == "avx512_bf16" ? 3
+                                               : -1;
     // Never an instruction that the machine lacks: an unknown or impossible wish is answered by the best there is.
     if (wanted >= 0 && wanted <= best) return wanted;
   }
@@ -35,7 +40,7 @@ const int isa = choose_isa();
 
 const Kernels& kernels() {
 #if defined(__x86_64__)
-  static const Kernels* const table[] = {&baseline::kernels, &avx2::kernels, &avx512::kernels};
+  static const Kernels* const table[] = {&baseline::kernels, &avx2::kernels, &avx512::kernels, &avx512::kernels};
   return *table[isa];
 #else
   return baseline::kernels;

@@ -97,25 +97,26 @@ Tensor contiguous_of(const Tensor& tensor) {
   return out;
 }
 
-template <class T, class S>
-T dot(const T* a, const S* b, int64_t n) {
+template <class T, class X, class S>
+T dot(const X* a, const S* b, int64_t n) {
+  using MLKERNELS_ISA::widen;
   constexpr int LANES = 16;
   T sums[LANES] = {};
   int64_t j = 0;
   for (; j + LANES <= n; j += LANES)
-    for (int k = 0; k < LANES; ++k) sums[k] += a[j + k] * T(MLKERNELS_ISA::widen(b[j + k]));
-  for (int k = 0; j < n; ++j, ++k) sums[k] += a[j] * T(MLKERNELS_ISA::widen(b[j]));
+    for (int k = 0; k < LANES; ++k) sums[k] += T(widen(a[j + k])) * T(widen(b[j + k]));
+  for (int k = 0; j < n; ++j, ++k) sums[k] += T(widen(a[j])) * T(widen(b[j]));
   for (int half = LANES / 2; half > 0; half /= 2)
     for (int k = 0; k < half; ++k) sums[k] += sums[k + half];
   return sums[0];
 }
-template <class T>
-T dot(const T* a, const void* b, Storage storage, int64_t at, int64_t n) {
+template <class T, class X>
+T dot(const X* a, const void* b, Storage storage, int64_t at, int64_t n) {
   switch (storage) {
-    case Storage::FLOAT: return dot(a, static_cast<const float*>(b) + at, n);
-    case Storage::DOUBLE: return dot(a, static_cast<const double*>(b) + at, n);
-    case Storage::BFLOAT16: return dot(a, static_cast<const bfloat16*>(b) + at, n);
-    default: return dot(a, static_cast<const float16*>(b) + at, n);
+    case Storage::FLOAT: return dot<T>(a, static_cast<const float*>(b) + at, n);
+    case Storage::DOUBLE: return dot<T>(a, static_cast<const double*>(b) + at, n);
+    case Storage::BFLOAT16: return dot<T>(a, static_cast<const bfloat16*>(b) + at, n);
+    default: return dot<T>(a, static_cast<const float16*>(b) + at, n);
   }
 }
 
@@ -163,7 +164,7 @@ struct WholeHead {
     if (const Tensor* given = call.tensors[WEIGHT]) class_weight = contiguous_of<T>(*given);
     if (const Tensor* given = call.tensors[ADJUSTMENT]) adjustment = contiguous_of<T>(*given);
     if (needs >> INPUT & 1) dx = empty({n, width}, type_of<T>());
-    if (needs >> WEIGHT_BIT & 1) dw = room_like(x, {classes, width});
+    if (needs >> WEIGHT_BIT & 1) dw = room_like(room, {classes, width});
     if (needs >> BIAS_BIT & 1) db = empty({classes}, type_of<T>());
     for (const auto& sum : {dw, db})
       if (sum && n == 0) std::memset(sum->data_ptr(), 0, size_t(sum->numel()) * sizeof(T));
@@ -176,25 +177,29 @@ struct WholeHead {
   int64_t checked() const {
     STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && weight.size(1) == x.size(1),
                     "x must be (rows, width), weight (classes, width)");
-    STD_TORCH_CHECK(x.scalar_type() == type_of<T>() && x.is_contiguous(), "x must be contiguous, float32 or float64");
+    const ScalarType stored = x.scalar_type();
+    STD_TORCH_CHECK((stored == type_of<T>() || stored == ScalarType::BFloat16) && x.is_contiguous(),
+                    "x must be contiguous, float32, float64 or bfloat16");
     STD_TORCH_CHECK(weight.size(1) < 2 || weight.stride(1) == 1, "weight must have a stride of 1 along width");
     STD_TORCH_CHECK(plan.size() == 5 && plan[3] > 0, "plan must be five numbers");
     for (const auto& of_class : {bias, inverse})
       STD_TORCH_CHECK(!of_class || (of_class->numel() == weight.size(0) && of_class->is_contiguous() &&
                                     of_class->scalar_type() == type_of<T>()),
-                      "bias and inverse are a number for each class, of x's dtype");
+                      "bias and inverse are a number for each class, of the room's dtype");
     return weight.size(0);
   }
 
   // The target's product of each row, never taken from a tile.
   void of_targets(int64_t first, int64_t count, T* f_y) const {
     const Storage storage = storage_of(weight.scalar_type());
-    const T* const rows = static_cast<const T*>(x.data_ptr());
+    const bool half = x.scalar_type() == ScalarType::BFloat16;
+    const void* const rows = x.data_ptr();
     const T* const add = bias ? static_cast<const T*>(bias->data_ptr()) : nullptr;
     const T* const factor = inverse ? static_cast<const T*>(inverse->data_ptr()) : nullptr;
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t y = p.label[first + i];
-      const T product = dot(rows + (first + i) * width, weight.data_ptr(), storage, y * weight.stride(0), width);
+      const int64_t y = p.label[first + i], at = (first + i) * width, from = y * weight.stride(0);
+      const T product = half ? dot<T>(static_cast<const bfloat16*>(rows) + at, weight.data_ptr(), storage, from, width)
+                             : dot<T>(static_cast<const T*>(rows) + at, weight.data_ptr(), storage, from, width);
       f_y[i] = (factor ? product * factor[y] : product) + (add ? add[y] : T(0));
     }
   }

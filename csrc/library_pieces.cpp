@@ -3,66 +3,11 @@
 
 #include <tuple>
 
-#include "cpu/call.h"
+#include "cpu/chunk.h"
 #include "cpu/heads.h"
-#include "cpu/pieces.h"
-
-extern "C" int mlkernels_cpu_isa();
 
 namespace mlkernels {
 namespace {
-
-const PieceKernels& kernels() {
-#if defined(__x86_64__)
-  static const PieceKernels* const table[] = {&baseline::piece_kernels, &avx2::piece_kernels, &avx512::piece_kernels};
-  return *table[mlkernels_cpu_isa()];
-#else
-  return baseline::piece_kernels;
-#endif
-}
-
-template <class T>
-struct Run;
-template <>
-struct Run<float> {
-  static void rows(const Product<float>& p, int64_t a, int64_t b) { kernels().multiply_float(p, a, b); }
-  static void rows(const PieceStatistics<float>& p, int64_t a, int64_t b) { kernels().statistics_float(p, a, b); }
-  static void rows(const PieceGradient<float>& p, int64_t a, int64_t b) { kernels().gradient_float(p, a, b); }
-  static void panels(const Classes<float>& c, float* to) { kernels().panels_float(c, to); }
-  static void directions(const Classes<float>& c, float* to) { kernels().directions_float(c, to); }
-  static void along_length(float* g, const float* direction, const float* inverse, int64_t classes, int64_t n) {
-    kernels().along_length_float(g, direction, inverse, classes, n);
-  }
-  static void add(float* to, const float* from, float factor, int64_t n) { kernels().add_float(to, from, factor, n); }
-};
-template <>
-struct Run<double> {
-  static void rows(const Product<double>& p, int64_t a, int64_t b) { kernels().multiply_double(p, a, b); }
-  static void rows(const PieceStatistics<double>& p, int64_t a, int64_t b) { kernels().statistics_double(p, a, b); }
-  static void rows(const PieceGradient<double>& p, int64_t a, int64_t b) { kernels().gradient_double(p, a, b); }
-  static void panels(const Classes<double>& c, double* to) { kernels().panels_double(c, to); }
-  static void directions(const Classes<double>& c, double* to) { kernels().directions_double(c, to); }
-  static void along_length(double* g, const double* direction, const double* inverse, int64_t classes, int64_t n) {
-    kernels().along_length_double(g, direction, inverse, classes, n);
-  }
-  static void add(double* to, const double* from, double factor, int64_t n) {
-    kernels().add_double(to, from, factor, n);
-  }
-};
-
-template <class U>
-U* array(const Tensor& tensor, int64_t count, const char* name) {
-  const ScalarType wanted = sizeof(U) == 4               ? ScalarType::Float
-                            : std::is_integral<U>::value ? ScalarType::Long
-                                                         : ScalarType::Double;
-  STD_TORCH_CHECK(tensor.scalar_type() == wanted && tensor.numel() == count && tensor.is_contiguous(), name,
-                  " must be contiguous, of ", count, " elements, of the tile's dtype, or int64 where it is an index");
-  return static_cast<U*>(tensor.data_ptr());
-}
-template <class U>
-U* array(const std::optional<Tensor>& tensor, int64_t count, const char* name) {
-  return tensor ? array<U>(*tensor, count, name) : nullptr;
-}
 
 // How many there are of a row.
 int64_t scales_of(const Tensor& scales, int64_t rows) {
@@ -88,24 +33,6 @@ Kind<T> piece_of(const Tensor& tile, const Tensor& label, int64_t start, const s
   if (weight) p.weight = array<T>(*weight, weight->numel(), "weight") + start;
   if (adjustment) p.preparation.adjustment = array<T>(*adjustment, adjustment->numel(), "adjustment") + start;
   return p;
-}
-
-// Rows from `first` on, of so much work each, on as many threads as there are; on this one where it is one of them.
-template <class T, class Work>
-void run(const Work& work, int64_t first, int64_t rows, int64_t each) {
-  // Below this much a second thread costs more than it brings.
-  constexpr int64_t GRAIN = 1 << 15;
-  torch::stable::parallel_for(0, rows, GRAIN / (each + 1) + 1, [&work, first](int64_t begin, int64_t end) {
-    Run<T>::rows(work, first + begin, first + end);
-  });
-}
-template <class T, class Piece>
-void run(const Piece& p, int64_t rows) {
-  if (rows > 0 && p.classes > 0) run<T>(p, p.first_row, rows, p.classes);
-}
-template <class T>
-void run(const Product<T>& p) {
-  run<T>(p, 0, p.rows, p.columns * (p.inner / 32 + 1));
 }
 
 template <class T>
@@ -166,126 +93,6 @@ void piece_gradient(const Tensor& tile, const Tensor& label, int64_t start, bool
 }
 
 // ---- all classes of a chunk of rows ----------------------------------------------------------------------------------
-
-// A chunk of rows and all classes of a weight. Each part is some tiles of classes, on a thread of its own; a tile has
-// `block` rows at a time, so that it stays in that thread's cache from the product to what is made of it.
-template <class T>
-struct Chunk {
-  int64_t rows, classes, width, parts, tile, block, tiles;
-  const T* x;      // (rows, width)
-  Classes<T> all;  // the weight
-  bool copies;     // whether a tile of it is widened or shortened for products along classes
-  const T* inverse;
-  const T *bias, *weight;
-  Preparation<T> preparation;
-  const int64_t* label;
-  int64_t offset;  // where these classes begin among those that labels, weight and adjustment know
-  T* room;
-  bool keeps;  // the products of all tiles, one after another, in front
-
-  Chunk(const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& bias_,
-        const std::optional<Tensor>& inverse_, const Tensor& label_, int64_t offset_,
-        const std::optional<Tensor>& class_weight, const std::optional<Tensor>& adjustment_, double softcap_,
-        const Tensor& room_, bool keeps_, const std::vector<int64_t>& plan) {
-    STD_TORCH_CHECK(x_.dim() == 2 && weight_.dim() == 2 && weight_.size(1) == x_.size(1) && plan.size() == 3 &&
-                        plan[0] > 0 && plan[1] > 0 && plan[2] > 0 && offset_ >= 0 && offset_ <= INT64_MAX / 2,
-                    "x must be (rows, width), weight (classes, width), plan three positive numbers");
-    rows = x_.size(0);
-    width = x_.size(1);
-    classes = weight_.size(0);
-    tile = std::min(plan[1], std::max<int64_t>(classes, 1));
-    block = std::min(plan[2], std::max<int64_t>(rows, 1));
-    tiles = (classes + tile - 1) / tile;
-    parts = std::min(plan[0], std::max<int64_t>(tiles, 1));
-    x = array<T>(x_, rows * width, "x");
-    STD_TORCH_CHECK(width < 2 || weight_.stride(1) == 1, "weight must have a stride of 1 along width");
-    const ScalarType stored = weight_.scalar_type();
-    STD_TORCH_CHECK((stored == ScalarType::Double) == (sizeof(T) == 8), "weight must be in float64 where x is");
-    inverse = array<T>(inverse_, classes, "inverse");
-    copies = inverse || stored != type_of<T>();
-    all = {weight_.data_ptr(), storage_of(stored), classes, width, weight_.stride(0), inverse};
-    bias = array<T>(bias_, classes, "bias");
-    label = array<int64_t>(label_, rows, "label");
-    offset = offset_;
-    for (const auto& vector : {class_weight, adjustment_})
-      STD_TORCH_CHECK(!vector || vector->numel() - offset >= classes, "a number for each class");
-    weight = class_weight ? array<T>(*class_weight, class_weight->numel(), "class_weight") : nullptr;
-    preparation.softcap = T(softcap_);
-    preparation.adjustment = adjustment_ ? array<T>(*adjustment_, adjustment_->numel(), "adjustment") : nullptr;
-    keeps = keeps_;
-    room = array<T>(room_, room_.numel(), "room");
-    STD_TORCH_CHECK(room_.numel() >= kept() + parts * of_part() + (parts - 1) * rows * width, "room is too small");
-  }
-
-  int64_t kept() const { return keeps ? rows * classes : 0; }
-  int64_t of_tile() const { return keeps ? 0 : std::min(block, rows) * tile; }
-  int64_t of_part() const { return of_tile() + tile * width * (copies ? 2 : 1); }
-  // Where a part sums up the gradient of x, if that is not where it is wanted.
-  T* partial(int64_t part) const { return room + kept() + parts * of_part() + (part - 1) * rows * width; }
-  int64_t first_tile(int64_t part) const { return tiles * part / parts; }
-
-  static int64_t size_of(Storage s) { return s == Storage::DOUBLE ? 8 : s == Storage::FLOAT ? 4 : 2; }
-  Classes<T> some(int64_t start, int64_t count) const {
-    Classes<T> these = all;
-    these.classes = count;
-    these.data = static_cast<const char*>(all.data) + start * all.stride * size_of(all.storage);
-    these.inverse = inverse ? inverse + start : nullptr;
-    return these;
-  }
-
-  // What lies in a part's own room, and how its tiles are walked through.
-  struct Tile {
-    int64_t start, classes;  // among this weight's
-    const T *weight, *transposed;
-    int64_t weight_stride;
-    T* products;
-    const Chunk& chunk;
-
-    Tile(const Chunk& c, int64_t part, int64_t index, bool multiplies, bool gradients) : chunk(c) {
-      start = index * c.tile;
-      classes = std::min(c.tile, c.classes - start);
-      T* const own = c.room + c.kept() + part * c.of_part();
-      products = c.keeps ? c.room + start * c.rows : own;
-      T* const panels = own + c.of_tile();
-      transposed = panels;
-      const Classes<T> these = c.some(start, classes);
-      if (multiplies) Run<T>::panels(these, panels);
-      weight = c.copies ? panels + c.tile * c.width : static_cast<const T*>(these.data);
-      weight_stride = c.copies ? c.width : c.all.stride;
-      if (gradients && c.copies) Run<T>::directions(these, panels + c.tile * c.width);
-    }
-
-    // Of rows from `row` on.
-    T* block(int64_t row) const { return chunk.keeps ? products + row * classes : products; }
-    void multiply(int64_t row, int64_t count) const {
-      run<T>(Product<T>{block(row), classes, chunk.x + row * chunk.width, chunk.width, 1, transposed, 0, count, classes,
-                        chunk.width, false});
-    }
-    template <class Piece>
-    void describe(Piece& p, int64_t row) const {
-      p.tile = block(row);
-      p.rows = chunk.rows;
-      p.first_row = row;
-      p.classes = classes;
-      p.start = chunk.offset + start;
-      p.label = chunk.label;
-      p.preparation = chunk.preparation.from(p.start);
-      p.bias = chunk.bias ? chunk.bias + start : nullptr;
-      p.weight = chunk.weight ? chunk.weight + p.start : nullptr;
-    }
-  };
-
-  template <class Body>
-  void each_part(Body body) const {
-    torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t part = begin; part < end; ++part) body(part);
-    });
-  }
-  template <class Body>
-  void each_block(Body body) const {
-    for (int64_t row = 0; row < rows; row += block) body(row, std::min(block, rows - row));
-  }
-};
 
 // The numbers of rows, as they lie one after another: (3 + 3 scales, rows) and (2, rows).
 template <class T>
@@ -411,8 +218,41 @@ template <class T>
 struct Gradients {
   T *x, *weight, *bias;  // (rows, width), (classes, width), (classes); null: not wanted
   const T* target;       // (rows), dL/df_y, which is added where its class is
+  const T* factor;       // (rows), that of the exponentials
   bool first, last;      // chunk: weight and bias are written, and not added to; complete, and follow from directions'
 };
+
+// The same of a gradient that is rounded to bfloat16: what the large ones of a row lose is added apart, as the target is.
+// The others' squares sum up to little, and so do those of their errors: dx and dw are hardly worse than by float32.
+template <class T>
+void add_pairs(const Chunk<T>& chunk, const typename Chunk<T>::Tile& tile, const Gradients<T>& out, T* dx, bool adds_dx,
+               T* dw, bool adds_dw, int64_t row, int64_t rows) {
+  if constexpr (std::is_same_v<T, float>) {
+    const int64_t width = chunk.width, classes = tile.classes, half = (classes + 1) / 2;
+    if (dx)
+      run<T>(Product<T, Pair>{dx + row * width, width, tile.pairs.by_class, half, 1, tile.pairs.weight, width, rows,
+                              width, half, adds_dx});
+    if (dw)
+      run<T>(Product<T, Pair>{dw, width, tile.pairs.by_row, 1, classes, chunk.pairs_of_rows() + row / 2 * width, width,
+                              classes, width, (rows + 1) / 2, adds_dw});
+    // Of a row's gradient, whose absolute values often sum up to the target's, so many can be of this share of it.
+    constexpr int MOST = 32;
+    const bfloat16* const weight = static_cast<const bfloat16*>(chunk.all.data) + tile.start * chunk.all.stride;
+    for (int64_t i = row; i < row + rows; ++i) {
+      const float* const g = tile.block(row) + (i - row) * classes;
+      const float limit = std::max(std::abs(out.target[i]), std::abs(out.factor[i])) / MOST;
+      int64_t j = chunk.pairs->next_large(g, 0, classes, limit);
+      for (int count = 0; j < classes && count < MOST; ++count, j = chunk.pairs->next_large(g, j + 1, classes, limit)) {
+        bfloat16 rounded;
+        MLKERNELS_ISA::narrow(g[j], rounded);
+        const float rest = g[j] - MLKERNELS_ISA::widen(rounded);
+        if (rest == 0 || !std::isfinite(rest)) continue;
+        if (dx) chunk.pairs->add(dx + i * width, weight + j * chunk.all.stride, rest, width);
+        if (dw) chunk.pairs->add(dw + j * width, chunk.halves + i * width, rest, width);
+      }
+    }
+  }
+}
 
 // What a tile's gradient contributes: to the part's own sum of dx, and to its classes.
 template <class T>
@@ -420,13 +260,16 @@ void add_tile(const Chunk<T>& chunk, const typename Chunk<T>::Tile& tile, const 
               int64_t row, int64_t rows) {
   const int64_t width = chunk.width, classes = tile.classes;
   const T* const g = tile.block(row);
-  if (dx)
-    run<T>(Product<T>{dx + row * width, width, g, classes, 1, tile.weight, tile.weight_stride, rows, width, classes,
-                      !begins});
   const bool adds = row > 0 || !out.first;
-  if (out.weight)
-    run<T>(Product<T>{out.weight + tile.start * width, width, g, 1, classes, chunk.x + row * width, width, classes,
-                      width, rows, adds});
+  T* const dw = out.weight ? out.weight + tile.start * width : nullptr;
+  if (chunk.pairs) {
+    add_pairs(chunk, tile, out, dx, !begins, dw, adds, row, rows);
+  } else {
+    if (dx)
+      run<T>(Product<T>{dx + row * width, width, g, classes, 1, tile.weight, tile.weight_stride, rows, width, classes,
+                        !begins});
+    if (dw) run<T>(Product<T>{dw, width, g, 1, classes, chunk.x + row * width, width, classes, width, rows, adds});
+  }
   if (!out.bias) return;
   T* const sums = out.bias + tile.start;
   if (!adds) std::fill(sums, sums + classes, T(0));
@@ -439,7 +282,7 @@ void add_targets(const Chunk<T>& chunk, const typename Chunk<T>::Tile& tile, con
   for (int64_t i = 0; i < chunk.rows; ++i) {
     const int64_t y = chunk.label[i] - chunk.offset;
     if (y < tile.start || y >= tile.start + tile.classes) continue;
-    if (out.weight) Run<T>::add(out.weight + y * chunk.width, chunk.x + i * chunk.width, out.target[i], chunk.width);
+    if (out.weight) chunk.add_features(out.weight + y * chunk.width, i, out.target[i]);
     if (out.bias) out.bias[y] += out.target[i];
   }
 }
@@ -447,6 +290,7 @@ void add_targets(const Chunk<T>& chunk, const typename Chunk<T>::Tile& tile, con
 template <class T>
 void all_gradients(const Chunk<T>& chunk, PieceGradient<T> p, const Gradients<T>& out) {
   const int64_t width = chunk.width;
+  if (chunk.pairs) chunk.pairs->interleave(chunk.halves, width, chunk.rows, width, chunk.pairs_of_rows());
   chunk.each_part([&](int64_t part) {
     PieceGradient<T> own = p;
     T* const dx = !out.x ? nullptr : part == 0 ? out.x : chunk.partial(part);
@@ -458,7 +302,7 @@ void all_gradients(const Chunk<T>& chunk, PieceGradient<T> p, const Gradients<T>
       chunk.each_block([&](int64_t row, int64_t rows) {
         if (!chunk.keeps) tile.multiply(row, rows);
         tile.describe(own, row);
-        run<T>(own, rows);
+        tile.differentiate(own, rows);
         add_tile(chunk, tile, out, dx, index == end - 1, row, rows);
       });
       add_targets(chunk, tile, out);
@@ -503,7 +347,7 @@ void linear_gradient(const Tensor& x, const Tensor& weight, std::optional<Tensor
     p.top = array<T>(top, n, "top");
     all_gradients(chunk, p,
                   {array<T>(dx, n * chunk.width, "dx"), array<T>(dw, chunk.classes * chunk.width, "dw"),
-                   array<T>(db, chunk.classes, "db"), array<T>(target, n, "target"), first, last});
+                   array<T>(db, chunk.classes, "db"), array<T>(target, n, "target"), p.factor, first, last});
   };
   x.scalar_type() == ScalarType::Double ? run(double()) : run(float());
 }

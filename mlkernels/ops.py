@@ -270,7 +270,7 @@ for _library in _libraries:
 
 def _linear_statistics(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     scales = arguments[-3]
-    return x.new_empty(3 + 3 * scales.shape[0], x.shape[0]), scales.new_empty((2, x.shape[0]), dtype=torch.int64)
+    return scales.new_empty(3 + 3 * scales.shape[0], x.shape[0]), scales.new_empty((2, x.shape[0]), dtype=torch.int64)
 
 
 def _row_combine(reals: Tensor, whole: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
@@ -287,10 +287,10 @@ def _linear_loss_with_gradients(
     x: Tensor, weight: Tensor, bias: Tensor | None, inverse: Tensor | None, target: Tensor, room: Tensor,
     plan: Sequence[int], numbers: Sequence[float], params: Sequence[Tensor], needs: int,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
-    found = _gradients(x, numbers, params, needs & (1 << INPUT) - 1)
+    found = _gradients(room, numbers, params, needs & (1 << INPUT) - 1)
     shapes = ((x.shape, 0), (weight.shape, 1), (weight.shape[:1], 2))
-    found += [x.new_empty(shape) for shape, bit in shapes if needs >> INPUT + bit & 1]
-    return _loss_like(x, target, numbers), found
+    found += [room.new_empty(shape) for shape, bit in shapes if needs >> INPUT + bit & 1]
+    return _loss_like(room, target, numbers), found
 
 
 def _room_like(like: Tensor, sizes: Sequence[int]) -> Tensor:

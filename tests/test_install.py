@@ -53,7 +53,7 @@ def test_library_is_built_where_it_can_be():
     if os.environ.get("MLKERNELS_NATIVE") == "0":
         pytest.skip("switched off")
     assert native.cpu_missing is None
-    assert native.cpu_isa() in ("baseline", "avx2", "avx512")
+    assert native.cpu_isa() in native.ISAS
 
 
 @pytest.mark.parametrize("stem", ["_cpu", "_cuda"])
@@ -80,16 +80,16 @@ def test_library_exports_no_kernel(stem):
     }
 
 
-@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512_bf16"])
 def test_instruction_sets_do_not_leak(isa):
     """The linker keeps one of several weak copies: one compiled for AVX-512 must not serve a machine without it."""
     library()
-    objects = list((ROOT / "build").glob(f"*/cpu/kernels_{isa}.o"))
+    objects = list((ROOT / "build").glob(f"*/cpu/*_{isa}.o"))
     if not objects:
         pytest.skip(f"not built here for {isa}")
     for path in objects:
         weak = {name for kind, name in nm(path, "--defined-only") if kind in ("W", "V", "u")}
-        assert {name for name in weak if isa not in name} == set()
+        assert {name for name in weak if isa not in name} <= {"DW.ref.__gxx_personality_v0"}  # the runtime's address
 
 
 def test_import_keeps_subnormals():

@@ -44,15 +44,20 @@ struct Classes {
   const T* inverse;                // (classes), 1 over their lengths, or null
 };
 
+// Two neighbours along the sum of a product.
+struct Pair {
+  bfloat16 low, high;
+};
+
 // out = a b, or out + a b.
-template <class T>
+template <class T, class E = T>
 struct Product {
   T* out;  // (rows, columns)
   int64_t out_stride;
-  const T* a;  // (rows, inner)
+  const E* a;  // (rows, inner)
   int64_t a_row, a_inner;
-  const T* b;        // (inner, columns)
-  int64_t b_stride;  // between rows; 0: panels_float has made it
+  const E* b;        // (inner, columns)
+  int64_t b_stride;  // between rows; 0: `panels` has made it
   int64_t rows, columns, inner;
   bool add;
 };
@@ -79,6 +84,31 @@ struct PieceKernels {
   void (*add_double)(double* to, const double* from, double factor, int64_t n);
 };
 
+// Some rows of the gradient of a tile, (rows, classes), rounded to bfloat16 for the two products that read it.
+struct Rounding {
+  const float* gradient;
+  int64_t rows, classes;
+  Pair *by_class, *by_row;  // (rows, half of the classes), (half of the rows, classes), what is odd filled up by 0
+};
+
+// Products of bfloat16 as it is, into float32, where the instruction set has them.
+struct PairKernels {
+  void (*multiply)(const Product<float, Pair>&, int64_t begin, int64_t end);
+  // Classes transposed, as a product takes them: pairs along the width, which is even.
+  void (*panels)(const Classes<float>&, Pair* to);
+  // Rows (rows, columns) as pairs of neighbours, what is odd filled up by 0.
+  void (*interleave)(const bfloat16* from, int64_t stride, int64_t rows, int64_t columns, Pair* to);
+  // begin is even.
+  void (*round)(const Rounding&, int64_t begin, int64_t end);
+  // The first index from `from` on of a number of at least `limit`; n: there is none.
+  int64_t (*next_large)(const float* x, int64_t from, int64_t n, float limit);
+  // to += factor from
+  void (*add)(float* to, const bfloat16* from, float factor, int64_t n);
+};
+
+namespace avx512_bf16 {
+extern const PairKernels pair_kernels;
+}
 namespace baseline {
 extern const PieceKernels piece_kernels;
 }

@@ -9,6 +9,27 @@
 
 namespace mlkernels {
 namespace MLKERNELS_ISA {
+
+template <class V>
+static inline V multiply_add(V a, V b, V sum) {
+  return sum + a * b;
+}
+
+#if defined(__AVX512BF16__)
+static inline vint splat(Pair x) {
+  int bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  return (vint)_mm512_set1_epi32(bits);
+}
+static inline vint load(const Pair* p) { return (vint)_mm512_loadu_si512(p); }
+static inline vint load_first(const Pair* p, int n, Pair) {
+  return (vint)_mm512_maskz_loadu_epi32((__mmask16)((1u << n) - 1), p);
+}
+static inline vfloat multiply_add(vint a, vint b, vfloat sum) {
+  return (vfloat)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
+#endif
+
 namespace {
 
 // Rows and vectors of a block: with 32 registers 24 sums, 4 vectors of b and one of a; with 16 12, 3 and 1.
@@ -17,16 +38,16 @@ template <class T>
 constexpr int PANEL = VECTORS * WIDTH<T>;
 
 // n: columns of the last of N vectors.
-template <int M, int N, bool PART, class T>
-void block(const Product<T>& p, const T* a, const T* b, int64_t stride, T* out, int n) {
+template <int M, int N, bool PART, class T, class E>
+void block(const Product<T, E>& p, const E* a, const E* b, int64_t stride, T* out, int n) {
   Vec<T> sums[M][N]{};
   for (int64_t k = 0; k < p.inner; ++k, a += p.a_inner, b += stride) {
-    Vec<T> columns[N];
+    decltype(load(b)) columns[N];
     for (int j = 0; j < N; ++j)
-      columns[j] = PART && j == N - 1 ? load_first(b + j * WIDTH<T>, n, T(0)) : load(b + j * WIDTH<T>);
+      columns[j] = PART && j == N - 1 ? load_first(b + j * WIDTH<T>, n, E{}) : load(b + j * WIDTH<T>);
     for (int i = 0; i < M; ++i) {
-      const Vec<T> row = splat(a[i * p.a_row]);
-      for (int j = 0; j < N; ++j) sums[i][j] += row * columns[j];
+      const auto row = splat(a[i * p.a_row]);
+      for (int j = 0; j < N; ++j) sums[i][j] = multiply_add(row, columns[j], sums[i][j]);
     }
   }
   for (int i = 0; i < M; ++i) {
@@ -40,8 +61,8 @@ void block(const Product<T>& p, const T* a, const T* b, int64_t stride, T* out, 
   }
 }
 
-template <int N, bool PART, class T>
-void strip(const Product<T>& p, int64_t begin, int64_t end, const T* b, int64_t stride, int64_t column, int n) {
+template <int N, bool PART, class T, class E>
+void strip(const Product<T, E>& p, int64_t begin, int64_t end, const E* b, int64_t stride, int64_t column, int n) {
   const auto at = [&](int64_t i) { return p.out + i * p.out_stride + column; };
   int64_t i = begin;
   for (; i + ROWS <= end; i += ROWS) block<ROWS, N, PART>(p, p.a + i * p.a_row, b, stride, at(i), n);
@@ -49,8 +70,8 @@ void strip(const Product<T>& p, int64_t begin, int64_t end, const T* b, int64_t 
   for (; i < end; ++i) block<1, N, PART>(p, p.a + i * p.a_row, b, stride, at(i), n);
 }
 
-template <class T, int... N>
-void strip_of(const Product<T>& p, int64_t begin, int64_t end, const T* b, int64_t stride, int64_t column,
+template <class T, class E, int... N>
+void strip_of(const Product<T, E>& p, int64_t begin, int64_t end, const E* b, int64_t stride, int64_t column,
               int64_t columns, std::integer_sequence<int, N...>) {
   const int vectors = int((columns + WIDTH<T> - 1) / WIDTH<T>), n = int(columns - (vectors - 1) * WIDTH<T>);
   const auto one = [&](auto count) {
@@ -62,11 +83,11 @@ void strip_of(const Product<T>& p, int64_t begin, int64_t end, const T* b, int64
 }
 
 // Rows [begin, end) of a product.
-template <class T>
-void multiply(const Product<T>& p, int64_t begin, int64_t end) {
+template <class T, class E>
+void multiply(const Product<T, E>& p, int64_t begin, int64_t end) {
   for (int64_t column = 0; column < p.columns; column += PANEL<T>) {
     const int64_t columns = std::min<int64_t>(PANEL<T>, p.columns - column);
-    const T* const b = p.b + (p.b_stride ? column : column * p.inner);
+    const E* const b = p.b + (p.b_stride ? column : column * p.inner);
     strip_of(p, begin, end, b, p.b_stride ? p.b_stride : columns, column, columns,
              std::make_integer_sequence<int, VECTORS>{});
   }
@@ -89,29 +110,36 @@ inline void transpose_square(V* rows) {
   }
 }
 
-// (width, classes) by panels of columns, as `multiply` takes them where b_stride is 0.
-template <class T, class S>
-void panels_of(const Classes<T>& c, T* to) {
+// (width, classes) by panels of columns, as `multiply` takes them where b_stride is 0. Of class j from k on there are
+// a vector, whole(j, k), and a number, one(j, k).
+template <class T, class Whole, class One>
+void transpose(int64_t classes, int64_t width, Whole whole, One one, T* to) {
   constexpr int W = WIDTH<T>;
-  for (int64_t first = 0; first < c.classes; first += PANEL<T>) {
-    const int64_t columns = std::min<int64_t>(PANEL<T>, c.classes - first);
-    T* const panel = to + first * c.width;
+  for (int64_t first = 0; first < classes; first += PANEL<T>) {
+    const int64_t columns = std::min<int64_t>(PANEL<T>, classes - first);
+    T* const panel = to + first * width;
     for (int64_t column = 0; column < columns; column += W) {
-      const int64_t count = std::min<int64_t>(W, columns - column);
-      const S* const from = static_cast<const S*>(c.data) + (first + column) * c.stride;
-      const T* const inverse = c.inverse ? c.inverse + first + column : nullptr;
+      const int64_t count = std::min<int64_t>(W, columns - column), j = first + column;
       int64_t k = 0;
-      for (; count == W && k + W <= c.width; k += W) {
+      for (; count == W && k + W <= width; k += W) {
         Vec<T> square[W];
-        for (int i = 0; i < W; ++i) square[i] = get(from + i * c.stride + k) * (inverse ? inverse[i] : T(1));
+        for (int i = 0; i < W; ++i) square[i] = whole(j + i, k);
         transpose_square<1, W>(square);
         for (int i = 0; i < W; ++i) store(panel + (k + i) * columns + column, square[i]);
       }
-      for (; k < c.width; ++k)
-        for (int64_t i = 0; i < count; ++i)
-          panel[k * columns + column + i] = T(widen(from[i * c.stride + k])) * (inverse ? inverse[i] : T(1));
+      for (; k < width; ++k)
+        for (int64_t i = 0; i < count; ++i) panel[k * columns + column + i] = one(j + i, k);
     }
   }
+}
+
+template <class T, class S>
+void panels_of(const Classes<T>& c, T* to) {
+  const S* const from = static_cast<const S*>(c.data);
+  const auto factor = [&](int64_t j) { return c.inverse ? c.inverse[j] : T(1); };
+  transpose(
+      c.classes, c.width, [&](int64_t j, int64_t k) -> Vec<T> { return get(from + j * c.stride + k) * factor(j); },
+      [&](int64_t j, int64_t k) { return T(widen(from[j * c.stride + k])) * factor(j); }, to);
 }
 
 }  // namespace

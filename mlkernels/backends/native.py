@@ -15,6 +15,8 @@ _ENTRY_POINTS = {
     "_cpu": ("numbering", "cpu_isa", "cpu_direct", "cpu_release_buffers"),
     "_cuda": ("numbering", "cuda_unusable"),
 }
+#: Each with what the one before it has; the last differs in the heads' products of bfloat16.
+ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
 
 
 def _load(stem: str) -> tuple[ctypes.CDLL | None, str | None]:
@@ -80,8 +82,8 @@ def cuda_unusable(index: int) -> str | None:
 
 
 def cpu_isa() -> str | None:
-    """The instruction set that the CPU kernels use: baseline, avx2 or avx512 (MLKERNELS_CPU forces one)."""
-    return None if _cpu is None else ("baseline", "avx2", "avx512")[_cpu.mlkernels_cpu_isa()]
+    """The instruction set that the CPU kernels use: one of ISAS (MLKERNELS_CPU forces one)."""
+    return None if _cpu is None else ISAS[_cpu.mlkernels_cpu_isa()]
 
 
 def cpu_direct() -> int | None:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import buffers
 from ..backends import reference
 from ..backends.reference import Coefficients, Finished, Rows, Values
 from ..numbering import IGNORE_INDEX, Slot
@@ -124,6 +125,8 @@ class Head:
             x = torch.where(mask, x, 0)
         #: What products are made of; they are in the dtype of the call.
         self.operands = call.pieces.operands(x.dtype, weight.dtype) or call.dtype
+        if call.plan.parts and threads.multiplies_pairs(x.dtype, weight, call.normalize):
+            self.operands = x.dtype
         x = x.to(self.operands)
         if call.plan.parts:
             x = x.contiguous()
@@ -147,7 +150,7 @@ class Head:
         size = plan.rows * (self.classes if plan.stored else plan.classes)
         self.room = NO_ROOM if plan.parts else x.new_empty(size, dtype=call.dtype)
         self.gradient_room: Tensor | None = None
-        if self.operands != call.dtype:
+        if self.operands != call.dtype and not plan.parts:
             self.gradient_room = x.new_empty(plan.rows * plan.classes)
 
     @functools.cached_property
@@ -274,10 +277,8 @@ class Sums:
         self.input = torch.zeros_like(head.x, dtype=dtype) if wanted.input else None
         self.weight: Tensor | None = None
         if wanted.weight and head.call.update is None:  # the first chunk of rows writes it
-            if head.call.plan.parts:
-                self.weight = torch.ops.mlkernels.room_like(head.x, head.weight.shape)
-            else:
-                self.weight = head.x.new_empty(head.weight.shape, dtype=dtype)
+            x, shape = head.x, head.weight.shape
+            self.weight = buffers.empty(x, shape, dtype) if head.call.plan.parts else x.new_empty(shape, dtype=dtype)
             if head.x.shape[0] == 0:
                 self.weight.zero_()
         self.bias = head.x.new_zeros(head.classes, dtype=dtype) if wanted.bias else None

@@ -60,11 +60,21 @@ class Plan(NamedTuple):
     block: int = 0
 
 
-def room(plan: Plan, keep: bool, rows: int, classes: int, width: int, copies: int) -> int:
+def room(plan: Plan, keep: bool, rows: int, classes: int, width: int, copies: int, pairs: bool = False) -> int:
     """Elements that ``threads`` takes for a chunk: its products, tiles of the weight transposed and, where so asked,
-    copied, and sums of dX by thread."""
-    products = rows * classes if keep else plan.parts * min(plan.block, rows) * plan.classes
-    return products + plan.parts * plan.classes * width * (1 + copies) + (plan.parts - 1) * rows * width
+    copied, and sums of dX by thread.
+
+    pairs: operands are two to an element. Then tiles of the weight are copied, and gradients and the features are, too.
+    """
+    block, tile = min(plan.block, rows), plan.classes
+    products = rows * classes if keep else plan.parts * block * tile
+    sums = (plan.parts - 1) * rows * width
+    if not pairs:
+        return products + sums + plan.parts * tile * width * (1 + copies)
+    block = min(block + block % 2, rows)
+    products = products if keep else plan.parts * block * tile
+    of_part = tile * (width // 2) + -(-tile // 2) * (width + block) + -(-block // 2) * tile
+    return products + sums + plan.parts * of_part + -(-rows // 2) * width
 
 
 def shared(
@@ -76,13 +86,14 @@ def shared(
     threads: int,
     strategy: str | None = None,
     memory: int | None = None,
+    pairs: bool = False,
 ) -> Plan:
     """The same where threads share the classes. How rows are cut depends on the memory, and not on the threads."""
     allowed = DEFAULT_MEMORY if memory is None else memory
     rows = max(rows, 1)
 
     def bytes_of(made: Plan) -> int:
-        return itemsize * room(made, made.stored, made.rows, classes, width, copies)
+        return itemsize * room(made, made.stored, made.rows, classes, width, copies, pairs)
 
     def cut(stored: bool, chunk: int) -> Plan | None:
         """Tiles as large as there is memory for, of as many threads."""
@@ -101,6 +112,7 @@ def shared(
                 return None
             parts //= 2
 
+    least = bytes_of(Plan(False, 1, 1, 1, 1))
     if strategy == "rows":
         chunk = rows
         while chunk > 1 and bytes_of(Plan(True, chunk, classes, 1, chunk)) > allowed:
@@ -109,10 +121,10 @@ def shared(
         if bytes_of(whole) > allowed:
             raise ValueError(
                 f"memory={allowed} is too small for one row of {classes} logits: that takes {bytes_of(whole)} bytes; "
-                f"strategy='tiles' takes {itemsize * (1 + width * (1 + copies))}"
+                f"strategy='tiles' takes {least}"
             )
         return whole
-    a_row, least = itemsize * classes, itemsize * (1 + width * (1 + copies))
+    a_row = itemsize * classes
     if strategy in (None, "stored"):
         # More rows than these at a time gained nothing: W and dW then come from memory seldom enough.
         most = min(rows, BLOCK, max(1, allowed * 7 // 8 // a_row))

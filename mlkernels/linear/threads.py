@@ -5,12 +5,15 @@ So a product is one thread's, the threads meet twice for a chunk, and what they 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .. import buffers
+from ..backends import native
 from ..backends.reference import Coefficients, Rows, Values
 from ..checks import accumulated
 from ..numbering import INPUT, Slot
@@ -29,6 +32,12 @@ def count() -> int:
     return torch.get_num_threads()
 
 
+def multiplies_pairs(x: torch.dtype, weight: Tensor, normalize: bool) -> bool:
+    """Whether features and weight are multiplied as they are, and not widened: two of bfloat16 at a time."""
+    half = x == weight.dtype == torch.bfloat16 and weight.shape[1] % 2 == 0
+    return half and not normalize and native.cpu_isa() == "avx512_bf16"
+
+
 def planned(
     rows: int, classes: int, x: Tensor, weight: Tensor, normalize: bool, update: Updating | None, pieces: Pieces,
     strategy: str | None, memory: int | None,
@@ -40,7 +49,8 @@ def planned(
     cut: Callable[..., Plan] = plan
     of_pieces = pieces.temporaries
     if pieces is CPU:
-        cut, of_pieces = shared, count()
+        cut = functools.partial(shared, pairs=multiplies_pairs(x.dtype, weight, normalize))
+        of_pieces = count()
         memory = memory if update is None else update.cut(itemsize, width, memory)
     else:
         if pieces is TRITON:
@@ -58,7 +68,7 @@ def whole(head: Head, wanted: Wanted | None) -> tuple[Tensor, tuple[Tensor | Non
     of_tiles = () if wanted is None else (wanted.input, wanted.weight, wanted.bias)
     needs = sum(1 << slot for slot in slots) + sum(1 << INPUT + i for i, needed in enumerate(of_tiles) if needed)
     rows = min(plan.rows, head.x.shape[0])
-    space = room_of(head, room(plan, plan.stored and any(of_tiles), rows, head.classes, head.x.shape[1], head.copies))
+    space = room_of(head, plan.stored and any(of_tiles), rows)
     cut = [plan.parts, plan.classes, plan.block, plan.rows, plan.stored]
     loss, found = ops.linear_loss_with_gradients(
         head.x, head.weight, head.bias, head.inverse, head.target, space, cut, head.call.numbers,
@@ -107,16 +117,17 @@ def _of(head: Head, part: slice, values: Values, keep: bool, classes: slice = sl
     """What these take."""
     x, plan = head.x[part], head.call.plan
     weight, bias, inverse = (None if t is None else t[classes] for t in (head.weight, head.bias, head.inverse))
-    size = room(plan, keep, x.shape[0], head.classes, head.x.shape[1], head.copies)
     return (
         x, weight, bias, inverse, values.label, head.offset + classes.start, values.params.get(Slot.WEIGHT),
-        values.params.get(Slot.ADJUSTMENT), values.consts[Slot.SOFTCAP], room_of(head, size), keep,
+        values.params.get(Slot.ADJUSTMENT), values.consts[Slot.SOFTCAP], room_of(head, keep, x.shape[0]), keep,
         [plan.parts, plan.classes, plan.block],
     )  # fmt: skip
 
 
-def room_of(head: Head, size: int) -> Tensor:
-    """So many elements at least, the same ones for all of a head's chunks."""
+def room_of(head: Head, keep: bool, rows: int) -> Tensor:
+    """What a chunk of so many rows takes, the same for all of a head's chunks."""
+    plan, (classes, width), pairs = head.call.plan, head.weight.shape, head.x.dtype == torch.bfloat16
+    size = room(plan, keep, rows, classes, width, head.copies, pairs)
     if head.room.numel() < size:
-        head.room = ops.room_like(head.x, [size])
+        head.room = buffers.empty(head.x, [size], head.call.dtype)
     return head.room

@@ -1,0 +1,294 @@
+// A chunk of rows and all classes of a head, as threads share the classes: what library_pieces.cpp's loops walk through.
+#pragma once
+
+#include <array>
+#include <type_traits>
+
+#include "call.h"
+#include "pieces.h"
+
+extern "C" int mlkernels_cpu_isa();
+
+namespace mlkernels {
+namespace {
+
+const PieceKernels& kernels() {
+#if defined(__x86_64__)
+  static const PieceKernels* const table[] = {&baseline::piece_kernels, &avx2::piece_kernels, &avx512::piece_kernels,
+                                              &avx512::piece_kernels};
+  return *table[mlkernels_cpu_isa()];
+#else
+  return baseline::piece_kernels;
+#endif
+}
+
+// Null where the instruction set has no products of bfloat16.
+const PairKernels* pair_kernels() {
+#if defined(__x86_64__)
+  return mlkernels_cpu_isa() == 3 ? &avx512_bf16::pair_kernels : nullptr;
+#else
+  return nullptr;
+#endif
+}
+
+// The gradient of a tile, and the same rounded while it is in the first cache.
+struct RoundedGradient {
+  PieceGradient<float> gradient;
+  Rounding rounding;
+};
+
+template <class T>
+struct Run;
+template <>
+struct Run<float> {
+  static void rows(const Product<float>& p, int64_t a, int64_t b) { kernels().multiply_float(p, a, b); }
+  static void rows(const PieceStatistics<float>& p, int64_t a, int64_t b) { kernels().statistics_float(p, a, b); }
+  static void rows(const PieceGradient<float>& p, int64_t a, int64_t b) { kernels().gradient_float(p, a, b); }
+  static void rows(const Product<float, Pair>& p, int64_t a, int64_t b) { pair_kernels()->multiply(p, a, b); }
+  // Of pairs of the tile's rows.
+  static void rows(const RoundedGradient& p, int64_t a, int64_t b) {
+    constexpr int64_t STEP = 16;
+    const int64_t first = p.gradient.first_row, last = std::min(2 * b, p.rounding.rows);
+    for (int64_t row = 2 * a; row < last; row += STEP) {
+      const int64_t end = std::min(row + STEP, last);
+      kernels().gradient_float(p.gradient, first + row, first + end);
+      pair_kernels()->round(p.rounding, row, end);
+    }
+  }
+  static void panels(const Classes<float>& c, float* to) { kernels().panels_float(c, to); }
+  static void directions(const Classes<float>& c, float* to) { kernels().directions_float(c, to); }
+  static void along_length(float* g, const float* direction, const float* inverse, int64_t classes, int64_t n) {
+    kernels().along_length_float(g, direction, inverse, classes, n);
+  }
+  static void add(float* to, const float* from, float factor, int64_t n) { kernels().add_float(to, from, factor, n); }
+};
+template <>
+struct Run<double> {
+  static void rows(const Product<double>& p, int64_t a, int64_t b) { kernels().multiply_double(p, a, b); }
+  static void rows(const PieceStatistics<double>& p, int64_t a, int64_t b) { kernels().statistics_double(p, a, b); }
+  static void rows(const PieceGradient<double>& p, int64_t a, int64_t b) { kernels().gradient_double(p, a, b); }
+  static void panels(const Classes<double>& c, double* to) { kernels().panels_double(c, to); }
+  static void directions(const Classes<double>& c, double* to) { kernels().directions_double(c, to); }
+  static void along_length(double* g, const double* direction, const double* inverse, int64_t classes, int64_t n) {
+    kernels().along_length_double(g, direction, inverse, classes, n);
+  }
+  static void add(double* to, const double* from, double factor, int64_t n) {
+    kernels().add_double(to, from, factor, n);
+  }
+};
+
+template <class U>
+U* array(const Tensor& tensor, int64_t count, const char* name) {
+  const ScalarType wanted = sizeof(U) == 4               ? ScalarType::Float
+                            : std::is_integral<U>::value ? ScalarType::Long
+                                                         : ScalarType::Double;
+  STD_TORCH_CHECK(tensor.scalar_type() == wanted && tensor.numel() == count && tensor.is_contiguous(), name,
+                  " must be contiguous, of ", count, " elements, of the tile's dtype, or int64 where it is an index");
+  return static_cast<U*>(tensor.data_ptr());
+}
+template <class U>
+U* array(const std::optional<Tensor>& tensor, int64_t count, const char* name) {
+  return tensor ? array<U>(*tensor, count, name) : nullptr;
+}
+// Rows from `first` on, of so much work each, on as many threads as there are; on this one where it is one of them.
+template <class T, class Work>
+void run(const Work& work, int64_t first, int64_t rows, int64_t each) {
+  // Below this much a second thread costs more than it brings.
+  constexpr int64_t GRAIN = 1 << 15;
+  torch::stable::parallel_for(0, rows, GRAIN / (each + 1) + 1, [&work, first](int64_t begin, int64_t end) {
+    Run<T>::rows(work, first + begin, first + end);
+  });
+}
+template <class T, class Piece>
+void run(const Piece& p, int64_t rows) {
+  if (rows > 0 && p.classes > 0) run<T>(p, p.first_row, rows, p.classes);
+}
+template <class T, class E>
+void run(const Product<T, E>& p) {
+  run<T>(p, 0, p.rows, p.columns * (p.inner / 32 + 1));
+}
+// A chunk of rows and all classes of a weight. Each part is some tiles of classes, on a thread of its own; a tile has
+// `block` rows at a time, so that it stays in that thread's cache from the product to what is made of it.
+template <class T>
+struct Chunk {
+  int64_t rows, classes, width, parts, tile, block, tiles;
+  const T* x;                        // (rows, width)
+  const bfloat16* halves = nullptr;  // the same instead, where it and the weight are multiplied as they are
+  const PairKernels* pairs = nullptr;
+  Classes<T> all;  // the weight
+  bool copies;     // whether a tile of it is widened or shortened for products along classes
+  const T* inverse;
+  const T *bias, *weight;
+  Preparation<T> preparation;
+  const int64_t* label;
+  int64_t offset;  // where these classes begin among those that labels, weight and adjustment know
+  T* room;
+  bool keeps;  // the products of all tiles, one after another, in front
+
+  Chunk(const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& bias_,
+        const std::optional<Tensor>& inverse_, const Tensor& label_, int64_t offset_,
+        const std::optional<Tensor>& class_weight, const std::optional<Tensor>& adjustment_, double softcap_,
+        const Tensor& room_, bool keeps_, const std::vector<int64_t>& plan) {
+    STD_TORCH_CHECK(x_.dim() == 2 && weight_.dim() == 2 && weight_.size(1) == x_.size(1) && plan.size() == 3 &&
+                        plan[0] > 0 && plan[1] > 0 && plan[2] > 0 && offset_ >= 0 && offset_ <= INT64_MAX / 2,
+                    "x must be (rows, width), weight (classes, width), plan three positive numbers");
+    rows = x_.size(0);
+    width = x_.size(1);
+    classes = weight_.size(0);
+    tile = std::min(plan[1], std::max<int64_t>(classes, 1));
+    block = std::min(plan[2], std::max<int64_t>(rows, 1));
+    tiles = (classes + tile - 1) / tile;
+    parts = std::min(plan[0], std::max<int64_t>(tiles, 1));
+    const bool multiplies_pairs = x_.scalar_type() == ScalarType::BFloat16;
+    x = multiplies_pairs ? nullptr : array<T>(x_, rows * width, "x");
+    STD_TORCH_CHECK(width < 2 || weight_.stride(1) == 1, "weight must have a stride of 1 along width");
+    const ScalarType stored = weight_.scalar_type();
+    STD_TORCH_CHECK((stored == ScalarType::Double) == (sizeof(T) == 8), "weight must be in float64 where x is");
+    inverse = array<T>(inverse_, classes, "inverse");
+    copies = inverse || stored != type_of<T>();
+    if (multiplies_pairs) {
+      pairs = pair_kernels();
+      STD_TORCH_CHECK(
+          pairs && stored == ScalarType::BFloat16 && width % 2 == 0 && !inverse && x_.is_contiguous(),
+          "x in bfloat16 must be contiguous, of an even width, the weight in bfloat16 too, as it is, and the "
+          "instruction set avx512_bf16");
+      halves = static_cast<const bfloat16*>(x_.data_ptr());
+      if (block < rows) block += block % 2;
+    }
+    all = {weight_.data_ptr(), storage_of(stored), classes, width, weight_.stride(0), inverse};
+    bias = array<T>(bias_, classes, "bias");
+    label = array<int64_t>(label_, rows, "label");
+    offset = offset_;
+    for (const auto& vector : {class_weight, adjustment_})
+      STD_TORCH_CHECK(!vector || vector->numel() - offset >= classes, "a number for each class");
+    weight = class_weight ? array<T>(*class_weight, class_weight->numel(), "class_weight") : nullptr;
+    preparation.softcap = T(softcap_);
+    preparation.adjustment = adjustment_ ? array<T>(*adjustment_, adjustment_->numel(), "adjustment") : nullptr;
+    keeps = keeps_;
+    room = array<T>(room_, room_.numel(), "room");
+    const int64_t of_features = pairs ? (rows + 1) / 2 * width : 0;
+    STD_TORCH_CHECK(room_.numel() >= kept() + parts * of_part() + (parts - 1) * rows * width + of_features,
+                    "room is too small");
+  }
+
+  int64_t kept() const { return keeps ? rows * classes : 0; }
+  int64_t of_tile() const { return keeps ? 0 : std::min(block, rows) * tile; }
+  // How many pairs are in each of Tile::Pairs, one after another.
+  std::array<int64_t, 4> of_pairs() const {
+    const int64_t count = std::min(block, rows), half = (tile + 1) / 2;
+    return {tile * (width / 2), half * width, count * half, (count + 1) / 2 * tile};
+  }
+  int64_t of_part() const {
+    const std::array<int64_t, 4> each = of_pairs();
+    return of_tile() + (pairs ? each[0] + each[1] + each[2] + each[3] : tile * width * (copies ? 2 : 1));
+  }
+  T* own(int64_t part) const { return room + kept() + part * of_part(); }
+  // Where a part sums up the gradient of x, if that is not where it is wanted.
+  T* partial(int64_t part) const { return room + kept() + parts * of_part() + (part - 1) * rows * width; }
+  // The features as pairs of rows.
+  Pair* pairs_of_rows() const { return reinterpret_cast<Pair*>(partial(parts)); }
+  int64_t first_tile(int64_t part) const { return tiles * part / parts; }
+
+  static int64_t size_of(Storage s) { return s == Storage::DOUBLE ? 8 : s == Storage::FLOAT ? 4 : 2; }
+  Classes<T> some(int64_t start, int64_t count) const {
+    Classes<T> these = all;
+    these.classes = count;
+    these.data = static_cast<const char*>(all.data) + start * all.stride * size_of(all.storage);
+    these.inverse = inverse ? inverse + start : nullptr;
+    return these;
+  }
+
+  // What lies in a part's own room, and how its tiles are walked through.
+  struct Tile {
+    int64_t start, classes;  // among this weight's
+    const T *weight, *transposed;
+    int64_t weight_stride;
+    T* products;
+    // Of the weight: transposed, along the width, and along the classes. Of a gradient: along the classes, and the rows.
+    struct Pairs {
+      Pair *transposed, *weight, *by_class, *by_row;
+    } pairs{};
+    const Chunk& chunk;
+
+    Tile(const Chunk& c, int64_t part, int64_t index, bool multiplies, bool gradients) : chunk(c) {
+      start = index * c.tile;
+      classes = std::min(c.tile, c.classes - start);
+      T* const own = c.own(part);
+      products = c.keeps ? c.room + start * c.rows : own;
+      T* const panels = own + c.of_tile();
+      transposed = panels;
+      const Classes<T> these = c.some(start, classes);
+      if constexpr (std::is_same_v<T, float>) {
+        if (c.pairs) {
+          const std::array<int64_t, 4> each = c.of_pairs();
+          Pair* const first = reinterpret_cast<Pair*>(panels);
+          pairs = {first, first + each[0], first + each[0] + each[1], first + each[0] + each[1] + each[2]};
+          if (multiplies) c.pairs->panels(these, pairs.transposed);
+          const auto* const from = static_cast<const bfloat16*>(these.data);
+          if (gradients) c.pairs->interleave(from, these.stride, classes, c.width, pairs.weight);
+          return;
+        }
+      }
+      if (multiplies) Run<T>::panels(these, panels);
+      weight = c.copies ? panels + c.tile * c.width : static_cast<const T*>(these.data);
+      weight_stride = c.copies ? c.width : c.all.stride;
+      if (gradients && c.copies) Run<T>::directions(these, panels + c.tile * c.width);
+    }
+
+    // Of rows from `row` on.
+    T* block(int64_t row) const { return chunk.keeps ? products + row * classes : products; }
+    void multiply(int64_t row, int64_t count) const {
+      if constexpr (std::is_same_v<T, float>) {
+        const int64_t half = chunk.width / 2;
+        const Pair* const x = reinterpret_cast<const Pair*>(chunk.halves) + row * half;
+        if (chunk.pairs)
+          return run<T>(
+              Product<T, Pair>{block(row), classes, x, half, 1, pairs.transposed, 0, count, classes, half, false});
+      }
+      run<T>(Product<T>{block(row), classes, chunk.x + row * chunk.width, chunk.width, 1, transposed, 0, count, classes,
+                        chunk.width, false});
+    }
+    // The gradient of rows that `p` describes.
+    void differentiate(const PieceGradient<T>& p, int64_t count) const {
+      if constexpr (std::is_same_v<T, float>) {
+        const Rounding rounding{p.tile, count, classes, pairs.by_class, pairs.by_row};
+        if (chunk.pairs) return run<T>(RoundedGradient{p, rounding}, 0, (count + 1) / 2, 2 * classes);
+      }
+      run<T>(p, count);
+    }
+    template <class Piece>
+    void describe(Piece& p, int64_t row) const {
+      p.tile = block(row);
+      p.rows = chunk.rows;
+      p.first_row = row;
+      p.classes = classes;
+      p.start = chunk.offset + start;
+      p.label = chunk.label;
+      p.preparation = chunk.preparation.from(p.start);
+      p.bias = chunk.bias ? chunk.bias + start : nullptr;
+      p.weight = chunk.weight ? chunk.weight + p.start : nullptr;
+    }
+  };
+
+  // to += factor x_row
+  void add_features(T* to, int64_t row, T factor) const {
+    if constexpr (std::is_same_v<T, float>) {
+      if (pairs) return pairs->add(to, halves + row * width, factor, width);
+    }
+    Run<T>::add(to, x + row * width, factor, width);
+  }
+
+  template <class Body>
+  void each_part(Body body) const {
+    torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part) body(part);
+    });
+  }
+  template <class Body>
+  void each_block(Body body) const {
+    for (int64_t row = 0; row < rows; row += block) body(row, std::min(block, rows - row));
+  }
+};
+
+}  // namespace
+}  // namespace mlkernels

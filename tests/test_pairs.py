@@ -1,0 +1,139 @@
+"""Products of bfloat16 by pairs (csrc/cpu/bfloat16.cpp): the operators of a head on numbers whose sums are exact.
+
+With a scale of 0 every exponential is 1, and a tile's gradient is factor - spread * weight: whole numbers too.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from mlkernels import linear_cross_entropy
+from mlkernels.backends import native
+from mlkernels.linear.plan import Plan, room, shared
+
+pytestmark = pytest.mark.skipif(native.cpu_isa() != "avx512_bf16", reason="no such products here")
+
+ops = torch.ops.mlkernels
+# Rows, classes, width; parts, tile, block. Nothing even but the width; whole panels, vectors and parts of these.
+SIZES = [
+    (13, 331, 150, (1, 331, 13)),
+    (29, 203, 66, (2, 67, 7)),
+    (1, 3, 2, (1, 1, 1)),
+    (12, 256, 128, (2, 64, 6)),
+    (7, 45, 34, (3, 5, 3)),
+]
+
+
+class Problem:
+    def __init__(self, rows: int, classes: int, width: int, plan: tuple[int, int, int]) -> None:
+        whole = lambda *shape: torch.randint(-3, 4, shape).float()
+        self.plan, self.sizes = plan, (rows, classes, width)
+        self.x, self.label = whole(rows, width).bfloat16(), torch.randint(classes, (rows,))
+        self.weight = whole(classes, width + 3).bfloat16()[:, 2:-1]  # rows of an odd stride, at odd places
+        self.factor, self.spread = whole(rows) * 8, whole(rows)
+        self.class_weight, self.target = whole(classes), whole(rows)
+
+    def head(self, keep: bool, more: int = 0) -> list[object]:
+        rows, classes, width = self.sizes
+        size = room(Plan(keep, rows, self.plan[1], self.plan[0], self.plan[2]), keep, rows, classes, width, 1, True)
+        self.room = torch.full((size + more,), float("nan"))
+        return [
+            self.x, self.weight, None, None, self.label, 0, self.class_weight, None, 0.0, self.room, keep, self.plan,
+        ]  # fmt: skip
+
+    def statistics(self, keep: bool = True, more: int = 0) -> tuple[Tensor, Tensor]:
+        """The row numbers, and the products, which are kept by tile."""
+        rows, classes, _ = self.sizes
+        known, _ = ops.linear_statistics(*self.head(keep, more), torch.zeros(rows), torch.ones(1, rows), classes, 0)
+        tiles = self.room[: rows * classes].split(rows * self.plan[1])
+        return known, torch.cat([tile.view(rows, -1) for tile in tiles], 1)
+
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        rows, classes, width = self.sizes
+        dx, dw = (torch.full((n, width), float("nan")) for n in (rows, classes))
+        row = self.factor, None, self.spread, self.target, self.factor * 0, self.factor * 0
+        ops.linear_gradient(*self.head(False), *row, dx, dw, None, True, True)
+        return dx, dw
+
+    def exact(self) -> tuple[Tensor, Tensor]:
+        x, weight = self.x.double(), self.weight.double()
+        g = self.factor.double()[:, None] - self.spread.double()[:, None] * self.class_weight.double()
+        g[torch.arange(len(x)), self.label] = self.target.double()
+        return g @ weight, g.T @ x
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_exact(sizes):
+    """To the bit, with the room that is planned and no more; without one element of it the call is refused."""
+    torch.manual_seed(0)
+    problem = Problem(*sizes)
+    known, products = problem.statistics()
+    wanted = problem.x.double() @ problem.weight.double().T
+    assert torch.equal(products.double(), wanted)
+    wanted[torch.arange(len(wanted)), problem.label] = -torch.inf
+    assert torch.equal(known[0].double(), wanted.amax(1))
+    for ours, exact in zip(problem.gradients(), problem.exact(), strict=True):
+        assert torch.equal(ours.double(), exact)
+    with pytest.raises(RuntimeError, match="room is too small"):
+        problem.statistics(more=-1)
+
+
+def test_what_large_gradients_lose_is_added():
+    """259 is no bfloat16; few of a row are large, and these are as exact as in float32."""
+    torch.manual_seed(0)
+    problem = Problem(13, 331, 150, (2, 100, 6))
+    problem.factor.zero_()
+    problem.spread.fill_(-1)
+    problem.class_weight.zero_()[torch.tensor([0, 99, 100, 250, 330])] = 259.0
+    problem.target.fill_(1000.0)
+    for ours, exact in zip(problem.gradients(), problem.exact(), strict=True):
+        assert torch.equal(ours.double(), exact)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")], ids=str)
+def test_what_is_not_finite_stays_in_its_row(bad):
+    torch.manual_seed(0)
+    problem = Problem(13, 75, 34, (2, 20, 6))
+    exact = problem.exact()[0].index_fill(0, torch.tensor(4), float("nan"))  # whatever follows from its logits
+    problem.x[4, 33] = bad
+    torch.testing.assert_close(problem.gradients()[0].double(), exact, rtol=0, atol=0, equal_nan=True)
+    problem.weight[51, 0] = bad
+    wanted = problem.x.double() @ problem.weight.double().T
+    torch.testing.assert_close(problem.statistics()[1].double(), wanted, rtol=0, atol=0, equal_nan=True)
+
+
+def test_who_is_refused():
+    problem = Problem(5, 7, 6, (1, 7, 5))
+    head, rest = problem.head(True, 100), (torch.zeros(5), torch.ones(1, 5), 7, 0)
+    odd = problem.x[:, :5].contiguous(), problem.weight[:, :5]
+    for changed in (
+        [problem.x, problem.weight.float(), *head[2:]],
+        [*odd, *head[2:]],
+        [*head[:3], torch.ones(7), *head[4:]],
+        [problem.x.T.contiguous().T, *head[1:]],
+    ):
+        with pytest.raises(RuntimeError, match="avx512_bf16"):
+            ops.linear_statistics(*changed, *rest)
+
+
+@pytest.mark.parametrize("strategy", ["stored", "tiles", "rows"])
+def test_memory_is_bounded(strategy):
+    plan = shared(100, 5000, 128, 4, 1, 2, strategy, 3_000_000, pairs=True)
+    assert 4 * room(plan, plan.stored, plan.rows, 5000, 128, 1, True) <= 3_000_000
+
+
+@pytest.mark.parametrize("width", [31, 32])
+@pytest.mark.parametrize("spread", [0.1, 1.0], ids=["flat", "peaked"])
+def test_hardly_worse_than_float32_rounded_once(width, spread):
+    torch.manual_seed(0)
+    x, weight = torch.randn(64, width).bfloat16(), (spread * torch.randn(500, width)).bfloat16()
+    target = torch.randint(500, (64,))
+    a, w = (t.double().requires_grad_() for t in (x, weight))
+    exact = torch.autograd.grad(torch.nn.functional.cross_entropy(a @ w.T, target), [a, w])
+    x.requires_grad_()
+    found = torch.autograd.grad(linear_cross_entropy(x, weight.requires_grad_(), target), [x, weight])
+    for ours, wanted in zip(found, exact, strict=True):
+        error, once = ((t.double() - wanted).norm() for t in (ours, wanted.bfloat16()))
+        assert error < 1.05 * once
