@@ -5,6 +5,7 @@
 // lie apart, go a vector of rows at a time. All others (half types, softcap, adjustment, medium length) are widened into
 // a scratch row first and narrowed from one at the end.
 #include <cstdlib>
+#include <utility>
 
 #include "problem.h"
 #include "sweeps.h"
@@ -105,15 +106,15 @@ inline void each_piece(const CpuProblem<T>& p, int64_t y, Body body) {
 }
 
 // Exponentials into the gradient where there is one, and the sums.
-template <bool PADDED, class T, class Factor>
-inline void exponentials(const CpuProblem<T>& p, Work<T>& w, Factor factor) {
+template <bool PADDED, class T, class Factor, class Beside>
+inline void exponentials(const CpuProblem<T>& p, Work<T>& w, Factor factor, Beside* with) {
   each_piece<PADDED>(p, w.y, [&](int64_t begin, int64_t n) {
     const T* u = w.u + begin;
     T* out = w.g ? w.g + begin : nullptr;
     const T s = w.scale.value;
     const Ahead next{w.ahead.row + begin * w.ahead.bytes, w.ahead.bytes};
-    const Sums<T> sums = out ? (p.want_shift ? sweep_exp<T, true, true>(u, out, n, w.m, s, factor, next)
-                                             : sweep_exp<T, true, false>(u, out, n, w.m, s, factor, next))
+    const Sums<T> sums = out ? (p.want_shift ? sweep_exp<T, true, true>(u, out, n, w.m, s, factor, next, with)
+                                             : sweep_exp<T, true, false>(u, out, n, w.m, s, factor, next, with))
                              : (p.want_shift ? sweep_exp<T, false, true>(u, nullptr, n, w.m, s, factor, next)
                                              : sweep_exp<T, false, false>(u, nullptr, n, w.m, s, factor, next));
     w.sum += sums.e;
@@ -123,8 +124,9 @@ inline void exponentials(const CpuProblem<T>& p, Work<T>& w, Factor factor) {
 
 // The statistics: maximum (unless it is known already), scale and, unless an earlier visit left log S, the sum of
 // exponentials.
-template <bool PADDED, class T>
-inline void measure(const CpuProblem<T>& p, const Values<T>* shared, T target, Work<T>& w, const T* top = nullptr) {
+template <bool PADDED, class T, class Beside>
+inline void measure(const CpuProblem<T>& p, const Values<T>* shared, T target, Work<T>& w, Beside* with,
+                    const T* top = nullptr) {
   if (!shared) fetch(p, w.row, w.y, p.group ? p.group[w.row] : 0, w.own);
   w.values = shared ? shared : &w.own;
   w.sum = 0;
@@ -138,7 +140,7 @@ inline void measure(const CpuProblem<T>& p, const Values<T>* shared, T target, W
                        [&](int64_t begin, int64_t n) { w.r.other_max = sweep_max(w.u + begin, n, w.r.other_max); });
   w.scale = row_scale(p.spec, *w.values, target - w.r.other_max);
   w.m = w.r.other_max == -infinity<T>() ? T(0) : w.r.other_max;
-  if (!p.saved || p.want_shift) exponentials<PADDED>(p, w, One{});
+  if (!p.saved || p.want_shift) exponentials<PADDED>(p, w, One{}, with);
   if (p.smoothing > 0 && (p.want_shift || !p.saved)) {
     const T* weight = p.weight;
     w.r.weighted = sweep_weighted(w.u, weight, w.y, w.m);
@@ -209,8 +211,8 @@ __attribute__((noinline)) void slope_out(const CpuProblem<T>& p, Work<T>& w) {
 }
 
 // The loss and, where wanted, what the gradient is made of.
-template <bool PADDED, class T>
-inline void finish(const CpuProblem<T>& p, const Batch<T>& batch, Work<T>& w) {
+template <bool PADDED, class T, class Beside>
+inline void finish(const CpuProblem<T>& p, const Batch<T>& batch, Work<T>& w, Beside* with) {
   const T weight = p.weight ? p.weight[w.y] : T(1);
   const Factors<T> factors{p.by_class_factor, p.by_row_factor};
   const T loss = finish_row<true>(static_cast<const Problem<T>&>(p), p.spec, batch, factors, w.row, *w.values, w.r,
@@ -218,7 +220,7 @@ inline void finish(const CpuProblem<T>& p, const Batch<T>& batch, Work<T>& w) {
   if (p.losses) p.losses[w.row] = loss;
   if (p.logsumexp) describe(p, w);
   if (p.saved && w.g && !p.want_shift) {
-    exponentials<PADDED>(p, w, w.gradient.factor);
+    exponentials<PADDED>(p, w, w.gradient.factor, with);
     w.gradient.factor = 1;
   }
   if (p.up_entropy && w.g) slope_out<PADDED>(p, w);
@@ -289,7 +291,10 @@ void run_in_place(const CpuProblem<T>& p, int64_t begin, int64_t end) {
   const bool fits = p.classes * int64_t(sizeof(T)) <= ROW_IN_CACHE;
   const bool streamed = p.grad && p.streamed && fits, fetch_ahead = fits;
   const int64_t size = tile_of(p.classes * int64_t(sizeof(T)));
-  T* row_scratch = streamed ? static_cast<T*>(scratch.get(size_t(size * p.classes) * sizeof(T))) : nullptr;
+  // One half is being written while the other leaves.
+  T* half = streamed ? static_cast<T*>(scratch.get(size_t(2 * size * p.classes) * sizeof(T))) : nullptr;
+  T* other = half + size * p.classes;
+  Leaving<T, S> leaving[MAX_TILE];
   for (int64_t next = begin; next < end;) {
     Work<T> tile[MAX_TILE];
     S* to[MAX_TILE];
@@ -305,28 +310,32 @@ void run_in_place(const CpuProblem<T>& p, int64_t begin, int64_t end) {
         continue;
       }
       w.u = static_cast<const T*>(p.input) + p.in.offset(next);
-      w.g = streamed ? row_scratch + count * p.classes : g;
-      to[count++] = g;
+      w.g = streamed ? half + count * p.classes : g;
+      to[count] = g;
       const int64_t after = next + 1 < end ? next + 1 : next;
       w.ahead = {static_cast<const char*>(p.input) + p.in.offset(after) * int64_t(sizeof(S)),
                  fetch_ahead ? int(sizeof(S)) : 0};
-      measure<false>(p, p.uniform ? &values : nullptr, w.u[w.y], w);
+      measure<false>(p, p.uniform ? &values : nullptr, w.u[w.y], w, &leaving[count++]);
     }
     stand(p, tile, count);
     for (int b = 0; b < count; ++b) {
       Work<T>& w = tile[b];
       S* const g = to[b];
-      finish<false>(p, batch, w);
+      finish<false>(p, batch, w, &leaving[b]);
       if (g) spread_out(p, w);
       if (streamed) {
-        sweep_out(g, w.g, p.classes, w.gradient.factor, w.y, w.gradient.target, true);
+        leaving[b].rest();
+        leaving[b] = {g, w.g, p.classes, w.gradient.factor, w.y, w.gradient.target};
       } else if (g) {
         if (w.gradient.factor != 1)
           each_piece<false>(p, w.y, [&](int64_t from, int64_t n) { sweep_multiply(g + from, n, w.gradient.factor); });
         g[w.y] = w.gradient.target;
       }
     }
+    for (int b = count; b < size; ++b) leaving[b].rest();
+    std::swap(half, other);
   }
+  for (Leaving<T, S>& row : leaving) row.rest();
   if (streamed) fence();
 }
 
@@ -335,8 +344,11 @@ void run_through_scratch(const CpuProblem<T>& p, int64_t begin, int64_t end) {
   constexpr int W = WIDTH<T>;
   const int64_t pitch = (p.classes + W - 1) / W * W;
   const int64_t size = tile_of(pitch * int64_t(sizeof(T)));  // where classes are far apart, rows share cache lines
-  T* logits = static_cast<T*>(scratch.get(size_t(2 * size * pitch) * sizeof(T)));
-  T* grads = logits + size * pitch;
+  const bool streamed = p.streamed && size == 1 && p.grad && p.preparation.softcap <= 0 && p.out.class_stride == 1;
+  // Logits and gradients; one half is being written while the other leaves.
+  T* half = static_cast<T*>(scratch.get(size_t((streamed ? 4 : 2) * size * pitch) * sizeof(T)));
+  T* other = streamed ? half + 2 * size * pitch : half;
+  Leaving<T, S> leaving;
   const S* input = static_cast<const S*>(p.input);
   S* output = static_cast<S*>(p.grad);
   const Batch<T> batch = batch_of(p);
@@ -370,6 +382,7 @@ void run_through_scratch(const CpuProblem<T>& p, int64_t begin, int64_t end) {
       to[count++] = g;
     }
     if (count == 0) continue;
+    T *const logits = half, *const grads = half + size * pitch;
     if (!searched) gather_rows(from, count, p.in.class_stride, p.classes, logits, pitch);
     for (int b = 0; b < count; ++b) {
       T* u = logits + b * pitch;
@@ -387,15 +400,19 @@ void run_through_scratch(const CpuProblem<T>& p, int64_t begin, int64_t end) {
       tile[b].u = u;
       tile[b].g = !output ? nullptr : overwrite ? u : grads + b * pitch;
       tile[b].ahead = {reinterpret_cast<const char*>(input + p.in.offset(next < end ? next : next - 1)), lookahead};
-      measure<true>(p, p.uniform ? &values : nullptr, target[b], tile[b], searched ? &top : nullptr);
+      measure<true>(p, p.uniform ? &values : nullptr, target[b], tile[b], &leaving, searched ? &top : nullptr);
     }
     stand(p, tile, count);
     for (int b = 0; b < count; ++b) {
       Work<T>& w = tile[b];
-      finish<true>(p, batch, w);
+      finish<true>(p, batch, w, &leaving);
       if (output) spread_out(p, w);
-      if (direct) {
-        sweep_out(to[b], w.g, p.classes, w.gradient.factor, w.y, w.gradient.target, p.streamed && size == 1);
+      if (streamed) {
+        leaving.rest();
+        leaving = {to[b], w.g, p.classes, w.gradient.factor, w.y, w.gradient.target};
+      } else if (direct) {
+        sweep_put(to[b], w.g, p.classes, w.gradient.factor);
+        narrow(w.gradient.target, to[b][w.y]);
       } else if (output) {
         sweep_multiply(w.g, p.classes, w.gradient.factor);
         w.g[w.y] = w.gradient.target;
@@ -407,8 +424,10 @@ void run_through_scratch(const CpuProblem<T>& p, int64_t begin, int64_t end) {
       }
     }
     if (output && !direct) scatter_rows(to, count, p.out.class_stride, p.classes, tile[0].g, pitch);
+    std::swap(half, other);
   }
-  if (direct && p.streamed) fence();
+  leaving.rest();
+  if (streamed) fence();
 }
 
 // Short rows, and rows whose classes lie apart: a vector holds one class of W rows. Every sweep is then C vectors long
@@ -503,7 +522,7 @@ void run_lanes(const CpuProblem<T>& given, int64_t begin, int64_t end) {
     stand(p, tile, count);
     Vec<T> factor{}, spread{};
     for (int b = 0; b < count; ++b) {
-      finish<true>(p, batch, tile[b]);
+      finish<true>(p, batch, tile[b], static_cast<Alone*>(nullptr));
       factor[b] = tile[b].gradient.factor;
       spread[b] = tile[b].gradient.spread;
     }

@@ -43,12 +43,18 @@ static inline V operator*(V x, One) {
   return x;
 }
 
+// What else to do with each vector: nothing.
+struct Alone {
+  void vector() {}
+};
+
 // e_j = factor exp(s (u_j - m)) to out (which may be u), their sum without the factor, and on demand the shifted sum.
-template <class T, bool STORE, bool SHIFT, class Factor>
-Sums<T> sweep_exp(const T* u, T* out, int64_t n, T m, T s, Factor factor, Ahead ahead) {
+template <class T, bool STORE, bool SHIFT, class Factor, class Beside = Alone>
+Sums<T> sweep_exp(const T* u, T* out, int64_t n, T m, T s, Factor factor, Ahead ahead, Beside* with = nullptr) {
   constexpr int W = WIDTH<T>;
   Vec<T> sum0{}, sum1{}, shift0{};
   const Vec<T> vm = splat(m), vs = splat(s);
+  Beside beside = with ? *with : Beside{};  // in registers
   auto one = [&](Vec<T> x, Vec<T>& sum) {
     const Vec<T> d = x - vm;
     const Vec<T> e = exp_nonpositive(d * vs);
@@ -68,6 +74,8 @@ Sums<T> sweep_exp(const T* u, T* out, int64_t n, T m, T s, Factor factor, Ahead 
       store(out + j, e0 * factor);
       store(out + j + W, e1 * factor);
     }
+    beside.vector();
+    beside.vector();
   }
   for (; j < n; j += W) {
     const bool whole = j + W <= n;
@@ -79,6 +87,7 @@ Sums<T> sweep_exp(const T* u, T* out, int64_t n, T m, T s, Factor factor, Ahead 
         store_first(out + j, int(n - j), e * factor);
     }
   }
+  if (with) *with = beside;
   return {sum_of<T>(sum0 + sum1), SHIFT ? sum_of<T>(shift0) : T(0)};
 }
 
@@ -134,27 +143,42 @@ void sweep_put(S* out, const T* e, int64_t n, T factor) {
   for (; j < n; ++j) narrow(e[j] * factor, out[j]);
 }
 
-// The same, and the target at y; streamed: past the caches.
+// A gradient, factor e_j and the target at y, on its way past the caches. A vector leaves whenever one of the next row's
+// exponentials is made, so that memory has something to do while there is arithmetic.
 template <class T, class S>
-void sweep_out(S* out, const T* e, int64_t n, T factor, int64_t y, T target, bool streamed) {
-  constexpr int W = WIDTH<T>;
-  const auto plain = [&](int64_t from, int64_t to) { sweep_put(out + from, e + from, to - from, factor); };
-  if (!streamed) {
-    plain(0, n);
-    return narrow(target, out[y]);
+struct Leaving {
+  static constexpr int W = WIDTH<T>;
+  S* out = nullptr;
+  const T* e = nullptr;
+  T factor{};
+  int64_t next = 0, label = 0, tail = 0;
+
+  Leaving() = default;
+  // A streamed vector goes to its own alignment; what is left at both ends, and the one that holds the label, go at once.
+  Leaving(S* out_, const T* e_, int64_t n, T factor_, int64_t y, T target) : out(out_), e(e_), factor(factor_) {
+    const auto plain = [&](int64_t from, int64_t to) { sweep_put(out + from, e + from, to - from, factor); };
+    const int64_t past = int64_t(reinterpret_cast<uintptr_t>(out) % (W * sizeof(S)) / sizeof(S));
+    const int64_t first = past ? W - past : 0;
+    const int64_t head = first < n ? first : n;
+    tail = head + (n - head) / W * W;
+    label = y < head || y >= tail ? tail : head + (y - head) / W * W;
+    next = label == head ? head + W : head;
+    plain(0, head);
+    if (label < tail) plain(label, label + W);
+    plain(tail, n);
+    narrow(target, out[y]);
   }
-  // A streamed vector goes to its own alignment, and the one that holds the label is left to plain stores.
-  const int64_t past = int64_t(reinterpret_cast<uintptr_t>(out) % (W * sizeof(S)) / sizeof(S));
-  const int64_t first = past ? W - past : 0;
-  const int64_t head = first < n ? first : n, tail = head + (n - head) / W * W;
-  const int64_t label = y < head || y >= tail ? tail : head + (y - head) / W * W;
-  plain(0, head);
-  for (int64_t j = head; j < label; j += W) put(out + j, load(e + j) * factor, true);
-  if (label < tail) plain(label, label + W);
-  for (int64_t j = label + W; j < tail; j += W) put(out + j, load(e + j) * factor, true);
-  plain(tail, n);
-  narrow(target, out[y]);
-}
+  void vector() {
+    if (next >= tail) return;
+    put(out + next, load(e + next) * factor, true);
+    next += W;
+    if (next == label) next += W;
+  }
+  void rest() {
+    for (Leaving left = *this; left.next < left.tail;) left.vector();
+    next = tail;
+  }
+};
 
 // to_j += factor from_j
 template <class T>
