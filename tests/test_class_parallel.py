@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 import mlkernels
 from mlkernels import TileSGD
 from mlkernels.distributed import ClassParallelLoss, agreement, clip_grad_norm_
+from mlkernels.distributed.group import Group
 from mlkernels.linear.loop import Head
 from mlkernels.linear.pieces import TORCH
 
@@ -345,6 +346,23 @@ def sampled(group: dist.ProcessGroup) -> None:
         agrees(heads[1].export_weight(), moved)
 
 
+def lost_late(group: dist.ProcessGroup) -> None:
+    """The last exchange of a forward: its error is not taken for an argument's, which all would be told of."""
+    (x, weight, _, target), own, seen = problem(), own_rows(group), []
+    gathered = Group.gathered
+
+    def failing(self: Group, tensor: torch.Tensor, what: str) -> torch.Tensor:
+        seen.append(what)
+        if what == "classes":
+            raise RuntimeError("lost")
+        return gathered(self, tensor, what)
+
+    head = head_of(group, mlkernels.CrossEntropyLoss(), weight, sample=2)
+    with mock.patch.object(Group, "gathered", failing), pytest.raises(RuntimeError, match=r"^lost$"):
+        head(x[own], target[own], return_stats=True)
+    assert seen.count("sizes") == 1 and seen[-1] == "classes"
+
+
 def recomputed(group: dist.ProcessGroup) -> None:
     """Under checkpointing, and with a backward that comes twice."""
     x, weight, _, target = problem()
@@ -448,6 +466,22 @@ def best_classes(group: dist.ProcessGroup) -> None:
         assert torch.equal(classes, wanted.indices)
 
 
+def from_one_device(group: dist.ProcessGroup) -> None:
+    """A state_dict of LinearLoss, whose tensors are whole, the momentum of its tile update among them."""
+    x, weight, _, target = problem()
+    heads = [
+        made(mlkernels.CrossEntropyLoss(), WIDTH, CLASSES, bias=True, dtype=F64, tile_update=TileSGD(0.1, momentum=0.9))
+        for made in (mlkernels.LinearLoss, functools.partial(ClassParallelLoss, process_group=group))
+    ]
+    heads[0](x, target).backward()
+    heads[1].load_state_dict(heads[0].state_dict())
+    for name, value in heads[1].state_dict().items():
+        wanted = heads[0].state_dict()[name]
+        assert torch.equal(value.full_tensor(), wanted) if isinstance(value, DTensor) else value == wanted
+    with pytest.raises(RuntimeError, match="size mismatch for weight"):
+        heads[1].load_state_dict({**heads[0].state_dict(), "weight": weight[:4]})
+
+
 def bytes_as_promised(group: dist.ProcessGroup) -> None:
     """One packed collective of statistics, features out, gradients home; docs/distributed.md says how many bytes."""
     ranks, own = dist.get_world_size(group), own_rows(group)
@@ -519,8 +553,8 @@ def checkpoints(folder: Path) -> None:
 GROUPS: dict[int, dist.ProcessGroup] = {}
 SCENES: list[Callable[[dist.ProcessGroup], None]] = [
     every_loss, statistics, batches_of_nothing, compacted, gathered_by_its_own_wrap, half_precision, averaged_backbones,
-    stepping_in_tiles, sampled, recomputed, copied_and_compiled, sharded_tensors, errors_everywhere, best_classes,
-    bytes_as_promised,
+    stepping_in_tiles, sampled, lost_late, recomputed, copied_and_compiled, sharded_tensors, errors_everywhere,
+    best_classes, bytes_as_promised, from_one_device,
     *vocabulary_scenes.SCENES, *training_scenes.SCENES,
 ]  # fmt: skip
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends.reference import RowStats
 from ..linear.autograd import has_hooks
 from ..linear.logits import LinearLogits
 from ..linear.loop import Call, Wanted
@@ -33,6 +34,10 @@ class PartLogits(LinearLogits):
     def shaped(self) -> Tensor:
         leading = self.input.shape[:-1]
         return self.input.detach().new_empty(()).expand(leading[0], self.classes, *leading[1:])
+
+    def shown(self, *found: Any) -> tuple[Tensor, RowStats | None]:
+        self.met = False  # what another look at these logits is refused for is told again
+        return super().shown(*found)
 
     def refused(self, error: Exception) -> None:
         if not self.met:
@@ -92,6 +97,4 @@ class ShardedLogits(PartLogits):
         wanted = self.wanted(dict(zip(call.slots, params, strict=True)))
         starts = offsets(self.classes, self.group.size) if self.sample is None else self.sample.starts
         shard = Shard(self.group, self.sizes, starts[-1], starts[self.group.rank])
-        results = class_parallel_loss(call, shard, wanted, x, self.leaf(call), self.part[1], target, *params)
-        self.met = False  # what another look at these logits is refused for is told again
-        return results
+        return class_parallel_loss(call, shard, wanted, x, self.leaf(call), self.part[1], target, *params)

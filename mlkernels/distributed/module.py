@@ -24,6 +24,7 @@ from ..linear.plan import Cut
 from ..linear.sampling import ClassSampler, Correction, check_sample
 from ..linear.update import TileSGD, TileUpdate
 from ..positional import by_name
+from ..tracing import PLAIN_TENSORS
 from . import agreement, weights
 from .group import Group, Traffic, check_untraced, offsets, padded
 from .logits import ShardedLogits
@@ -150,6 +151,16 @@ class ClassParallelLoss(nn.Module):
         shape = torch.Size((self.num_classes, *local.shape[1:]))
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(local, self._mesh, [ShardPlacement(0)], run_check=False, shape=shape, stride=stride)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Of whole tensors, as LinearLoss saves them, this rank's classes."""
+        for name, own in self.state_dict().items():
+            given = state_dict.get(prefix + name)
+            if not isinstance(own, DTensor) or not isinstance(given, Tensor) or type(given) not in PLAIN_TENSORS:
+                continue
+            if given.shape == own.shape:
+                state_dict[prefix + name] = self._sharded(given[self.first_class : self.last_class].to(own.to_local()))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

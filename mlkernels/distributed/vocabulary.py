@@ -179,7 +179,6 @@ class SlicedLogits(PartLogits):
         part, label = Slice(self.group, offset, self.classes), target.reshape(-1)
         call = call._replace(kept=kept_rows(label, call, False))
         loss, *stats = _sliced_loss(call, part, logits, label, *flat.values())
-        self.met = False  # what another look at these logits is refused for is told again
         return self.shown(loss, stats, target, return_stats)
 
     def _meet(
