@@ -142,11 +142,24 @@ CPU_EDGES = [
 SETS = {
     "edges": [Problem(shape, "float32") for shape in CPU_EDGES],
     # meta-pytorch/tritonbench, tritonbench/operators/cross_entropy/operator.py: B = 8, T = 2048, V = 2^12 to 2^17.
-    # Helion's cross_entropy is measured on these too (pytorch/helion, benchmarks/run.py).
     "tritonbench": [Problem((8 * 2048, 2**power), "float32") for power in range(12, 18)],
     # pytorch/pytorch, benchmarks/dynamo/genai_layers/kernels.py, CrossEntropyForward.get_shapes; quack's are the same.
     "genai_layers": [Problem((32768, 2**power), "bfloat16") for power in range(8, 17)]
     + [Problem((16384, 131072), "bfloat16"), Problem((8192, 262144), "bfloat16")],
+    # pytorch/helion, pretuned_kernels/cross_entropy/cross_entropy.py: 21 shapes, the forward alone there.
+    "helion": [
+        Problem((tokens, vocabulary), "bfloat16")
+        for vocabulary, sizes in {
+            32000: (2048, 4096, 8192),
+            128000: (8192, 16384, 32768),
+            128256: (2048, 4096, 8192, 16384),
+            129280: (2048, 4096, 8192),
+            151936: (2048, 4096, 8192),
+            152064: (2048, 4096, 8192),
+            256000: (1024, 2048),
+        }.items()
+        for tokens in sizes
+    ],
     # huggingface/trl, pull request 6858: bench/loss_bench.py, tokens x hidden x vocabulary.
     "trl": [Problem((rows, 248320), "bfloat16", 2048) for rows in (16384, 4096)],
 }

@@ -171,6 +171,7 @@ def test_the_lists_of_others_are_measured_as_they_stand():
         return plan_of(parse(["--set", name]), CPU, ["cpu"]).problems
 
     assert [str(one) for one in problems("tritonbench")][::5] == ["16384x4096 float32", "16384x131072 float32"]
+    assert len(problems("helion")) == len(set(problems("helion"))) == 21
     assert len(problems("genai_layers")) == 11 and str(problems("genai_layers")[-1]) == "8192x262144 bfloat16"
     assert [one.sizes for one in problems("trl")] == [(16384, 2048, 248320), (4096, 2048, 248320)]
 
