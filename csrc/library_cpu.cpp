@@ -6,6 +6,7 @@
 
 #include "cpu/call.h"
 #include "cpu/direct.h"
+#include "cpu/heads.h"
 
 namespace mlkernels {
 namespace {
@@ -249,6 +250,7 @@ bool directly(const DirectCall& call, With with) {
 
 const Direct direct{
     NUMBERING,
+    sizeof(Direct),
     [](const DirectCall& call, bool save, AtenTensorHandle* loss, AtenTensorHandle* saved) {
       return directly(call, [&](const Tensor& input, const Tensor& target, std::vector<double> numbers,
                                 std::vector<Tensor> params) {
@@ -274,6 +276,18 @@ const Direct direct{
                                                             std::move(numbers), std::move(params), owned(saved), needs))
           *gradients++ = handed_out(gradient);
       });
+    },
+    [](const DirectCall& call, const DirectHead& head, int64_t needs, AtenTensorHandle* loss,
+       AtenTensorHandle* gradients) {
+      return directly(
+          call, [&](const Tensor& x, const Tensor& target, std::vector<double> numbers, std::vector<Tensor> params) {
+            const std::optional<Tensor> bias = head.bias ? std::optional<Tensor>(owned(head.bias)) : std::nullopt;
+            const auto [result, made] = linear_loss_with_gradients(
+                x, owned(head.weight), bias, {}, target, room_like(x, {head.room}),
+                std::vector<int64_t>(head.plan, head.plan + 5), std::move(numbers), std::move(params), needs);
+            *loss = handed_out(result);
+            for (const Tensor& gradient : made) *gradients++ = handed_out(gradient);
+          });
     },
 };
 

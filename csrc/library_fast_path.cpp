@@ -31,22 +31,28 @@ Tensor run(const Call& call, const Arguments& of) {
     if (of.key.mask >> slot & 1) params.push_back(of.by_slot[size_t(slot)]);
   const Handles handles(*call, of.input, of.target, params);
   AtenTensorOpaque* loss;
-  std::array<AtenTensorOpaque*, SLOTS + 1> made;
+  std::array<AtenTensorOpaque*, SLOTS + 3> made;
   const bool at_once = call->needs && !call->apart, later = call->needs && call->apart;
-  const int count = at_once ? __builtin_popcountll(uint64_t(call->needs)) : 1;
+  const int count = at_once ? __builtin_popcountll(uint64_t(call->needs)) : call->head ? 0 : 1;
   const bool one = call->needs == int64_t(1) << INPUT;
   {
     at::RecordFunction function(at::RecordScope::FUNCTION), kernels(at::RecordScope::FUNCTION);
-    if (call->needs) record(function, at_once ? "_LossWithGradients" : "_SoftmaxLoss", of);
+    if (call->needs || call->head)
+      record(function, call->head ? "_LinearLoss" : at_once ? "_LossWithGradients" : "_SoftmaxLoss", of);
     record(kernels,
-           !at_once ? "mlkernels::softmax_loss"
-           : one    ? "mlkernels::softmax_loss_with_gradient"
-                    : "mlkernels::softmax_loss_with_gradients",
+           call->head ? "mlkernels::linear_loss_with_gradients"
+           : !at_once ? "mlkernels::softmax_loss"
+           : one      ? "mlkernels::softmax_loss_with_gradient"
+                      : "mlkernels::softmax_loss_with_gradients",
            of);
-    const bool unlocked = of.input.numel() >= UNLOCK_FROM;
+    const bool unlocked = of.target.numel() * of.classes >= UNLOCK_FROM;
+    const DirectHead head{handle_of(of.weight), of.bias.defined() ? handle_of(of.bias) : nullptr, call->plan.data(),
+                          call->room};
     PyThreadState* const state = unlocked ? PyEval_SaveThread() : nullptr;
-    const bool good = at_once ? direct->loss_with_gradients(handles.call, call->needs, &loss, made.data())
-                              : direct->loss(handles.call, later, &loss, made.data());
+    const bool good = call->head
+                          ? direct->linear_loss_with_gradients(handles.call, head, call->needs, &loss, made.data())
+                      : at_once ? direct->loss_with_gradients(handles.call, call->needs, &loss, made.data())
+                                : direct->loss(handles.call, later, &loss, made.data());
     if (unlocked) PyEval_RestoreThread(state);
     if (!good) return Tensor();
   }
@@ -74,6 +80,17 @@ PyObject* loss(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+// (type, attribute, backward): heads are served from now on.
+PyObject* serve_heads(PyObject*, PyObject* arguments) {
+  PyObject *type, *name, *left;
+  if (!PyArg_ParseTuple(arguments, "OOO", &type, &name, &left)) return nullptr;
+  Py_INCREF(arguments);  // and all that it holds, for ever
+  head_type = type;
+  plain_name = name;
+  head_backward = left;
+  Py_RETURN_NONE;
+}
+
 // (address of mlkernels_cpu_direct's result, names, defaults, reductions, describe, resolve, backward)
 PyObject* set_up(PyObject*, PyObject* arguments) {
   HANDLE_TH_ERRORS
@@ -84,7 +101,8 @@ PyObject* set_up(PyObject*, PyObject* arguments) {
     return nullptr;
   Py_INCREF(arguments);  // and all that it holds, for ever
   direct = reinterpret_cast<const Direct*>(address);
-  TORCH_CHECK(std::strcmp(direct->numbering, NUMBERING) == 0, "the two libraries were built from different numberings");
+  TORCH_CHECK(std::strcmp(direct->numbering, NUMBERING) == 0 && direct->size == sizeof(Direct),
+              "the two libraries were built from different sources");
   TORCH_CHECK(PyTuple_GET_SIZE(given_names) == OPTIONS && PyTuple_GET_SIZE(given_defaults) == OPTIONS &&
                   PyTuple_GET_SIZE(given_reductions) == Py_ssize_t(reductions.size()),
               "other arguments than those of mlkernels/call.py");
@@ -106,7 +124,9 @@ PyObject* set_up(PyObject*, PyObject* arguments) {
   static PyGetSetDef properties[] = {THP_FUNCTION_DEFAULT_PROPERTIES,
                                      {"saved_tensors", saved_tensors, nullptr, nullptr, nullptr},
                                      {nullptr, nullptr, nullptr, nullptr, nullptr}};
-  static PyTypeObject made, later;
+  static PyTypeObject made, later, head;
+  torch::autograd::registerCppFunction(typeid(GradientsOfHead), torch::autograd::_initFunctionPyTypeObject(
+                                                                    head, "_LinearLossBackward", properties, nullptr));
   torch::autograd::registerCppFunction(
       typeid(GradientsMade),
       torch::autograd::_initFunctionPyTypeObject(made, "_LossWithGradientsBackward", properties, nullptr));
@@ -119,6 +139,7 @@ PyObject* set_up(PyObject*, PyObject* arguments) {
 PyMethodDef methods[] = {
     {"loss", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(loss)), METH_FASTCALL, nullptr},
     {"set_up", set_up, METH_VARARGS, nullptr},
+    {"serve_heads", serve_heads, METH_VARARGS, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 PyModuleDef module{PyModuleDef_HEAD_INIT, "_fast_path", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};

@@ -121,14 +121,13 @@ T dot(const X* a, const void* b, Storage storage, int64_t at, int64_t n) {
 }
 
 constexpr int64_t PARAMETERS = (int64_t(1) << TRAINABLE_SLOTS) - 1;
-constexpr int WEIGHT_BIT = INPUT + 1, BIAS_BIT = INPUT + 2;  // of `needs`, which mlkernels/linear/threads.py makes
 
 template <class T>
 struct WholeHead {
   const Tensor &x, &weight;
   const std::optional<Tensor>&bias, &inverse;
   const Tensor& room;
-  const std::vector<int64_t>& plan;  // parts, classes, block; rows of a chunk; whether its products are kept
+  const std::vector<int64_t>& plan;
   Call<T> call;
   CpuProblem<T>& p;
   const int64_t needs, n, classes, width;
@@ -277,6 +276,8 @@ struct WholeHead {
   }
 };
 
+}  // namespace
+
 std::tuple<Tensor, std::vector<Tensor>> linear_loss_with_gradients(const Tensor& x, const Tensor& weight,
                                                                    std::optional<Tensor> bias,
                                                                    std::optional<Tensor> inverse, const Tensor& target,
@@ -288,7 +289,6 @@ std::tuple<Tensor, std::vector<Tensor>> linear_loss_with_gradients(const Tensor&
   });
 }
 
-}  // namespace
 }  // namespace mlkernels
 
 STABLE_TORCH_LIBRARY_IMPL(mlkernels, CPU, m) {

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -37,19 +37,26 @@ def _describe(spec: Spec) -> list[tuple[int, bool, bool, float, float, float]]:
     return [(slot, slot in spec.tables, slot in TRAINABLE, *range_of(name)) for slot, name in spec.slots]
 
 
+#: A call, its numbers, needs, half and apart, and of a head the numbers of its plan and how much room it takes.
+Resolved: TypeAlias = tuple[Call, list[float], int, bool, bool, tuple[int, ...]]
+
+
 def _resolve(
     spec: Spec,
     values: Sequence[Number | None],
-    input: Tensor,
+    input: Any,  # logits, or those of a head
     target: Tensor,
     group: Tensor | None,
     common: Common,
-) -> tuple[Call, list[float], int, bool, bool] | None:
+) -> Resolved | None:
     """What a call of a kind that was not seen before comes to; None where other kernels than the CPU's serve it."""
+    if not isinstance(input, Tensor):
+        of_head: Resolved | None = input.resolved(spec, values, target, group, common)
+        return of_head
     call = bind(spec, values, input, target, group, **common)[0]
     if call.kernels is not ops.CPU:
         return None
-    return call, call.numbers, call.needs, call.half, call.apart
+    return call, call.numbers, call.needs, call.half, call.apart, ()
 
 
 def _load() -> tuple[Any, str | None]:
@@ -85,3 +92,10 @@ _library, missing = _load()
 #: ``(spec, values, input, target, group, common)``: the loss, or None where :func:`mlkernels.softmax.apply` is to be
 #: called; None where the library is not there.
 loss: Callable[..., Tensor | None] | None = None if _library is None else _library.loss
+
+
+def serve_heads(kind: type, left: Callable[..., Any]) -> None:
+    """From now on logits of this type, which have ``plain`` and ``resolved``, are served too; left: of their backward,
+    (gradients, upstream), what is not plain."""
+    if _library is not None:
+        _library.serve_heads(kind, "plain", left)

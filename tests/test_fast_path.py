@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 from table import BY_NAME, LOSSES, draw, run
+from table import leaves as leaves_of
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.profiler import profile
@@ -258,6 +259,101 @@ def test_a_profiler_sees_the_same_names():
         return {event.name for event in seen.events() if "oss" in event.name}
 
     assert names() == by_python(names) >= {"_LossWithGradients", "mlkernels::softmax_loss_with_gradient"}
+
+
+# ---- heads -----------------------------------------------------------------------------------------------------------
+
+
+def head(rows=6, classes=5, width=4, dtype=torch.float32):
+    """Features, weight and bias whose logits are cosines' size."""
+    torch.default_generator.manual_seed(2)
+    return [
+        (0.3 * torch.randn(*shape)).to(dtype).requires_grad_()
+        for shape in ((rows, width), (classes, width), (classes,))
+    ]
+
+
+def same(go):
+    """Value and gradients, to the bit."""
+    for found, wanted in zip(go(), by_python(go), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=str)
+def test_heads_are_those_of_python(loss, served):
+    vector = torch.linspace(0.5, 2, 5)
+    both = {"weight": vector, "logit_adjustment": vector, "label_smoothing": 0.1, "z_loss": 0.01, "softcap": 3.0}
+    for form in loss.forms:
+        _, target, params = draw(loss, rows=7, form=form, classes=5)
+        for dtype in (torch.float32, torch.float64):
+            for options in ({}, {"reduction": "sum", **both}, {"row_weight": torch.linspace(-1, 2, 7)}):
+                x, weight, bias = head(7, dtype=dtype)
+                own = leaves_of(params, dtype)
+                options = options | ({"group": loss.group(target)} if loss.groups else {})
+                leaves = [x, weight, bias, *(v for v in own.values() if isinstance(v, torch.Tensor))]
+
+                def go():
+                    value = mlkernels.linear_softmax_loss(
+                        x, weight, target, linear_bias=bias, loss=lambda f, y: loss(f, y, own, **options)
+                    )
+                    return value.detach(), *torch.autograd.grad(1.5 * value, leaves)
+
+                same(go)
+                assert served[-1], options
+
+
+def test_which_heads_are_served(served):
+    """Plain ones, whatever needs a gradient; what a call has in its key is one of each number of rows and classes."""
+    call, y = mlkernels.linear_cross_entropy, TARGET.clamp(0)
+    for rows, classes in ((6, 5), (3, 5), (6, 7), (0, 5)):
+        x, weight, bias = head(rows, classes)
+        for leaves in ([x, weight], [x.detach(), weight], [x, weight.detach()]):
+            for options in ({}, {"linear_bias": bias}, {"linear_bias": bias.detach(), "reduction": "sum"}):
+                value = lambda leaves=leaves, options=options: call(*leaves, y[:rows], **options)
+                asked = [t for t in (*leaves, bias) if t.requires_grad]
+                same(lambda value=value, asked=asked: torch.autograd.grad(value(), asked, materialize_grads=True))
+    with torch.no_grad():
+        same(lambda: [call(*head()[:2], y), call(*head()[:2], y, reduction="none")])
+    assert all(served)
+    x, weight, _ = head()
+    left = [
+        lambda: call(x, weight, TARGET), lambda: call(x, weight.T.contiguous().T, y),
+        lambda: call(x, weight, y, memory=10_000), lambda: call(x, weight, y, strategy="rows"),
+        lambda: call(x, weight, y, reduction="none").sum(),
+        lambda: call(x.bfloat16(), weight.bfloat16(), y), lambda: call(x[:, None], weight, y[:, None]),
+        lambda: mlkernels.linear_softmax_loss(x, weight, y, normalize=True),
+        lambda: mlkernels.linear_softmax_loss(x, weight, y, return_stats=True)[0],
+        lambda: call(x, weight, y, scale=torch.ones((), dtype=torch.bfloat16, requires_grad=True)),
+    ]  # fmt: skip
+    for index, go in enumerate(left):
+        served.clear()
+        same(lambda go=go: torch.autograd.grad(go(), [x, weight]))
+        assert not any(served), index
+    for bad in (TARGET + 3, TARGET.repeat(2)):
+        said = []
+        for way in (lambda go: go(), by_python):
+            with pytest.raises((IndexError, ValueError)) as found:
+                way(lambda bad=bad: call(x, weight, bad))
+            said.append(str(found.value))
+        assert said[0] == said[1]
+
+
+def test_unusual_backwards_of_heads(served):
+    """Batched, without an upstream gradient, infinite, kept: in both ways the same; differentiated: refused."""
+    x, weight, bias = leaves = head()
+    value = lambda: mlkernels.linear_cross_entropy(x, weight, TARGET.clamp(0), linear_bias=bias)
+    upstream = torch.linspace(0, 1, 3)
+    same(lambda: torch.autograd.grad(value(), leaves, upstream, is_grads_batched=True))
+    same(lambda: torch.autograd.grad(value() * torch.inf, leaves))
+    same(lambda: torch.autograd.grad(NoGradient.apply(value()), leaves))
+    kept = value()
+    first = torch.autograd.grad(kept, leaves, retain_graph=True)
+    first[1].zero_()  # whose it is may write into it
+    second = torch.autograd.grad(kept, leaves)
+    assert second[1].any() and torch.equal(first[0], second[0])
+    with pytest.raises(RuntimeError, match="second-order"):
+        torch.autograd.grad(value(), leaves, create_graph=True)
+    assert all(served) and kept.grad_fn.name() == "_LinearLossBackward"
 
 
 # ---- the library -----------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 // What csrc/library_fast_path.cpp calls of the CPU library: the bodies of its operators, without a dispatcher in between.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 struct AtenTensorOpaque;
@@ -16,14 +17,24 @@ struct DirectCall {
   int64_t params_size;
 };
 
+// A head: the call's input is its features.
+struct DirectHead {
+  AtenTensorOpaque *weight, *bias;  // the bias may be null
+  const int64_t* plan;              // the five numbers of the operator
+  int64_t room;
+};
+
 // What is made belongs to the caller, gradients in the order of the bits of `needs`. False: the call was refused, and
 // nothing was made; the operator says why.
 struct Direct {
   const char* numbering;
+  size_t size;  // of this, by which libraries that were not built together know each other
   bool (*loss)(const DirectCall&, bool save, AtenTensorOpaque** loss, AtenTensorOpaque** saved);
   bool (*loss_with_gradients)(const DirectCall&, int64_t needs, AtenTensorOpaque** loss, AtenTensorOpaque** gradients);
   bool (*loss_backward)(const DirectCall&, AtenTensorOpaque* grad_loss, AtenTensorOpaque* saved, int64_t needs,
                         AtenTensorOpaque** gradients);
+  bool (*linear_loss_with_gradients)(const DirectCall&, const DirectHead&, int64_t needs, AtenTensorOpaque** loss,
+                                     AtenTensorOpaque** gradients);
 };
 
 }  // namespace mlkernels

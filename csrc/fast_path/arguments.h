@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <c10/core/InferenceMode.h>
 #include <torch/csrc/Exceptions.h>
@@ -22,10 +23,13 @@ namespace mlkernels {
 
 using at::Tensor;
 
-constexpr int INPUT = SLOTS;  // the bit of `needs` that stands for the logits
+constexpr int INPUT = SLOTS;  // the bit of `needs` that stands for the logits, or for a head's features
+constexpr int WEIGHT_BIT = INPUT + 1, BIAS_BIT = INPUT + 2;
 
 // Of mlkernels/fast_path.py.
 inline PyObject *describe, *resolve, *backward;
+// Of mlkernels/linear: the type of logits that are a product, its attribute `plain`, and what its backward leaves.
+inline PyObject *head_type, *plain_name, *head_backward;
 // The names and the defaults of the shared arguments.
 enum Option { OPT_WEIGHT, IGNORED, REDUCED, SMOOTHED, Z, CAP, ADJUSTED, BACKEND, BY_ROW, DIVISOR, OPTIONS };
 inline std::array<PyObject*, OPTIONS> names, defaults;
@@ -118,10 +122,10 @@ inline bool in_range(const Value& value, const Tensor& tensor) {
 }
 
 // A tensor in the place of a number: 0-d, (C,) or (rows..., 1).
-inline bool is_legal(const Value& value, const Tensor& tensor, const Tensor& input, const Tensor& target) {
+inline bool is_legal(const Value& value, const Tensor& tensor, int64_t classes, const Tensor& target) {
   if (!is_real(tensor) || (!value.trainable && (value.slot != ETA || tensor.requires_grad()))) return false;
   const auto sizes = tensor.sizes(), rows = target.sizes();
-  const bool per_class = sizes.size() == 1 && sizes[0] == input.size(1);
+  const bool per_class = sizes.size() == 1 && sizes[0] == classes;
   const bool per_row = sizes.size() == rows.size() + 1 && sizes.back() == 1 && sizes.slice(0, rows.size()) == rows;
   if (!(sizes.empty() || per_class || per_row)) return false;
   if (!(value.above > -INFINITY || value.low > -INFINITY || value.high < INFINITY)) return true;
@@ -141,6 +145,7 @@ struct Key {
   const Structure* structure;
   int64_t ignore_index, mask, needs;
   int32_t reduction, backend, dtype, half_param;
+  int64_t rows, width, classes, threads;  // of a head, which decide how it is cut; else 0
   std::array<double, 4 + LOSS_SLOTS> numbers;
 
   bool operator==(const Key& other) const { return std::memcmp(this, &other, sizeof *this) == 0; }
@@ -161,6 +166,9 @@ struct Resolved {
   std::vector<double> numbers;
   int64_t needs = 0, mask = 0;
   bool half = false, apart = false;
+  bool head = false;
+  std::array<int64_t, 5> plan{};
+  int64_t room = 0;
 
   ~Resolved() {
     if (!call || !Py_IsInitialized()) return;
@@ -179,11 +187,16 @@ inline Call ask_python(const Key& key, PyObject* const* arguments) {
   THPObjectPtr found(PyObject_Vectorcall(resolve, arguments, 6, nullptr));
   if (!found) throw python_error();
   if (found.get() != Py_None) {
-    PyObject *call, *numbers;
+    PyObject *call, *numbers, *cut;
     long long needs;
     int half, apart;
-    if (!PyArg_ParseTuple(found.get(), "OO!Lpp", &call, &PyList_Type, &numbers, &needs, &half, &apart))
+    if (!PyArg_ParseTuple(found.get(), "OO!LppO!", &call, &PyList_Type, &numbers, &needs, &half, &apart, &PyTuple_Type,
+                          &cut))
       throw python_error();
+    made->head = PyTuple_GET_SIZE(cut) > 0;
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(cut); ++i)
+      (i < 5 ? made->plan[size_t(i)] : made->room) = PyLong_AsLongLong(PyTuple_GET_ITEM(cut, i));
+    if (PyErr_Occurred()) throw python_error();
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(numbers); ++i)
       made->numbers.push_back(PyFloat_AsDouble(PyList_GET_ITEM(numbers, i)));
     made->needs = needs;
@@ -225,6 +238,8 @@ inline const Structure& structure_of(PyObject* spec) {
 struct Arguments {
   Key key;
   Tensor input, target;
+  Tensor weight, bias;  // of a head, whose features the input is
+  int64_t classes = 0;
   std::array<Tensor, SLOTS> by_slot;
   bool grad = at::GradMode::is_enabled();
 
@@ -233,18 +248,65 @@ struct Arguments {
     std::memset(&key, 0, sizeof key);
     PyObject* const values = arguments[1];
     PyObject* const common = arguments[5];
-    const Tensor *logits = tensor_of(arguments[2]), *labels = tensor_of(arguments[3]);
-    if (!logits || !labels || !PyTuple_CheckExact(values) || !PyDict_CheckExact(common)) return false;
-    input = *logits;
+    const Tensor* const labels = tensor_of(arguments[3]);
+    if (!labels || !is_index(*labels) || !PyTuple_CheckExact(values) || !PyDict_CheckExact(common)) return false;
     target = *labels;
-    const auto sizes = input.sizes(), rows = target.sizes();
-    if (!is_real(input) || !is_index(target) || sizes.size() < 2 || rows.size() + 1 != sizes.size() || sizes[1] == 0 ||
-        rows[0] != sizes[0] || rows.slice(1) != sizes.slice(2))
+    if (!(reinterpret_cast<PyObject*>(Py_TYPE(arguments[2])) == head_type ? read_head(arguments[2])
+                                                                          : read_logits(arguments[2])))
       return false;
     key.structure = &structure_of(arguments[0]);
     key.dtype = int(input.scalar_type());
-    if (grad && input.requires_grad()) key.needs = int64_t(1) << INPUT;
+    need(input, INPUT);
     return read_options(common) && read_values(values) && read_group(arguments[4]);
+  }
+
+  void need(const Tensor& tensor, int bit) {
+    if (grad && tensor.requires_grad()) key.needs |= int64_t(1) << bit;
+  }
+
+  bool read_logits(PyObject* object) {
+    const Tensor* const logits = tensor_of(object);
+    if (!logits || !is_real(*logits)) return false;
+    input = *logits;
+    const auto sizes = input.sizes(), rows = target.sizes();
+    if (sizes.size() < 2 || rows.size() + 1 != sizes.size() || sizes[1] == 0 || rows[0] != sizes[0] ||
+        rows.slice(1) != sizes.slice(2))
+      return false;
+    classes = sizes[1];
+    return true;
+  }
+
+  // Features and weight that products take as they are.
+  bool read_head(PyObject* object) {
+    THPObjectPtr plain(PyObject_GetAttr(object, plain_name));
+    if (!plain) throw python_error();
+    if (plain.get() == Py_None) return false;
+    const Tensor* tensors[3] = {};
+    for (int i = 0; i < 3; ++i) {
+      PyObject* const one = PyTuple_GET_ITEM(plain.get(), i);
+      if (i == 2 && one == Py_None) continue;
+      tensors[i] = tensor_of(one);
+      if (!tensors[i] || is_half(*tensors[i]) || !tensors[i]->is_contiguous() || tensors[i]->dim() != (i < 2 ? 2 : 1) ||
+          tensors[i]->scalar_type() != tensors[0]->scalar_type() || (grad && tensors[i]->is_inference()))
+        return false;
+    }
+    input = *tensors[0];
+    weight = *tensors[1];
+    classes = weight.size(0);
+    if (!is_real(input) || classes == 0 || weight.size(1) != input.size(1) || target.dim() != 1 ||
+        target.size(0) != input.size(0))
+      return false;
+    need(weight, WEIGHT_BIT);
+    if (tensors[2]) {
+      bias = *tensors[2];
+      if (bias.size(0) != classes) return false;
+      need(bias, BIAS_BIT);
+    }
+    key.rows = input.size(0);
+    key.width = input.size(1);
+    key.classes = classes;
+    key.threads = at::get_num_threads();
+    return true;
   }
 
   bool read_options(PyObject* common) {
@@ -275,7 +337,7 @@ struct Arguments {
     const Tensor* const vector = tensor_of(object);
     if (!vector || !is_real(*vector) || vector->requires_grad()) return false;
     const bool fits =
-        slot == ROW_WEIGHT ? vector->sizes() == target.sizes() : vector->dim() == 1 && vector->size(0) == input.size(1);
+        slot == ROW_WEIGHT ? vector->sizes() == target.sizes() : vector->dim() == 1 && vector->size(0) == classes;
     if (fits) take(*vector, slot);
     return fits;
   }
@@ -293,7 +355,7 @@ struct Arguments {
       const Value& value = known[i];
       if (!value.table && number_of(object, key.numbers[4 + i])) continue;
       const Tensor* const tensor = tensor_of(object);
-      if (!tensor || !(value.table ? is_real(*tensor) : is_legal(value, *tensor, input, target))) return false;
+      if (!tensor || !(value.table ? is_real(*tensor) : is_legal(value, *tensor, classes, target))) return false;
       key.numbers[4 + i] = 0;
       take(*tensor, value.slot);
       if (!grad || !value.trainable || !tensor->requires_grad()) continue;

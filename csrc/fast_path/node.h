@@ -56,11 +56,13 @@ inline bool run_backward(const Resolved& of, const Tensor& upstream, const Tenso
 // What mlkernels/autograd.py's two Functions of a loss are, with their names: gradients made with the loss, or once the
 // upstream gradient is known. Its edges are those of what needs a gradient, in the order of the bits.
 struct LossNode : Node {
-  Call call;
+  Call call;                             // of a head: nothing but the gradients is kept
   std::vector<SavedVariable> made;       // gradients; or of each row the maximum and the logarithm of the sum
   std::vector<SavedVariable> arguments;  // input, target, params
 
-  std::string name() const override { return call->apart ? "_SoftmaxLossBackward" : "_LossWithGradientsBackward"; }
+  std::string name() const override {
+    return call->head ? "_LinearLossBackward" : call->apart ? "_SoftmaxLossBackward" : "_LossWithGradientsBackward";
+  }
 
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -126,7 +128,7 @@ struct LossNode : Node {
   }
 
   variable_list by_python(const Tensor& grad) {
-    const variable_list tensors = unpack(arguments);
+    const variable_list tensors = unpack(call->head ? made : arguments);
     const Tensor saved = call->apart ? unpack(made)[0] : Tensor();
     const pybind11::gil_scoped_acquire gil;
     THPObjectPtr wrapped(PyTuple_New(Py_ssize_t(tensors.size())));
@@ -134,8 +136,9 @@ struct LossNode : Node {
     for (size_t i = 0; i < tensors.size(); ++i)
       PyTuple_SET_ITEM(wrapped.get(), Py_ssize_t(i), THPVariable_Wrap(tensors[i]));
     THPObjectPtr statistics(THPVariable_Wrap(saved)), upstream(THPVariable_Wrap(grad));
-    THPObjectPtr found(
-        PyObject_CallFunctionObjArgs(backward, call->call, wrapped.get(), statistics.get(), upstream.get(), nullptr));
+    THPObjectPtr found(call->head ? PyObject_CallFunctionObjArgs(head_backward, wrapped.get(), upstream.get(), nullptr)
+                                  : PyObject_CallFunctionObjArgs(backward, call->call, wrapped.get(), statistics.get(),
+                                                                 upstream.get(), nullptr));
     if (!found) {
       python_error error;
       error.persist();
@@ -153,6 +156,7 @@ struct LossNode : Node {
 // So that Python has a type of either name.
 struct GradientsLater : LossNode {};
 struct GradientsMade : LossNode {};
+struct GradientsOfHead : LossNode {};
 
 inline PyObject* saved_tensors(PyObject* self, void*) {
   HANDLE_TH_ERRORS
@@ -179,20 +183,26 @@ NodePointer make_node() {
 // The loss, with its history where a gradient is needed.
 inline Tensor with_history(const Call& call, const Arguments& of, const std::vector<Tensor>& params, Tensor loss,
                            std::vector<Tensor> made) {
-  const NodePointer pointer = call->apart ? make_node<GradientsLater>() : make_node<GradientsMade>();
+  const NodePointer pointer = call->head    ? make_node<GradientsOfHead>()
+                              : call->apart ? make_node<GradientsLater>()
+                                            : make_node<GradientsMade>();
   auto& node = static_cast<LossNode&>(*pointer);
   node.call = call;
   torch::autograd::edge_list edges;
   for (int slot = 0; slot < SLOTS; ++slot)
     if (call->needs >> slot & 1) edges.push_back(torch::autograd::impl::gradient_edge(of.by_slot[size_t(slot)]));
   if (call->needs >> INPUT & 1) edges.push_back(torch::autograd::impl::gradient_edge(of.input));
+  if (call->needs >> WEIGHT_BIT & 1) edges.push_back(torch::autograd::impl::gradient_edge(of.weight));
+  if (call->needs >> BIAS_BIT & 1) edges.push_back(torch::autograd::impl::gradient_edge(of.bias));
   node.set_next_edges(std::move(edges));
   node.made.reserve(made.size());
   for (const Tensor& one : made) node.made.emplace_back(one, false);
-  node.arguments.reserve(2 + params.size());
-  node.arguments.emplace_back(of.input, false);
-  node.arguments.emplace_back(of.target, false);
-  for (const Tensor& one : params) node.arguments.emplace_back(one, false);
+  if (!call->head) {
+    node.arguments.reserve(2 + params.size());
+    node.arguments.emplace_back(of.input, false);
+    node.arguments.emplace_back(of.target, false);
+    for (const Tensor& one : params) node.arguments.emplace_back(one, false);
+  }
   const auto output = node.add_input_metadata(loss);
   torch::autograd::impl::set_gradient_edge(loss, {pointer, output});
   return loss;

@@ -169,10 +169,9 @@ class _ClassParallelLoss(torch.autograd.Function):
         if call.update is not None:
             call.update.check()
         if ctx.at_once:
-            saved = iter(ctx.saved_tensors)
             assert upstream[0] is not None
-            factor = shard.group.mean(upstream[0])
-            gradients = [scaled(next(saved), factor) if there else None for there in ctx.present]
+            saved = iter(scaled(ctx.saved_tensors, shard.group.mean(upstream[0])))
+            gradients = [next(saved) if there else None for there in ctx.present]
         else:
             x, weight, bias, target, *rest = ctx.saved_tensors
             params, numbers = rest[: len(call.slots)], iter(rest[len(call.slots) :])

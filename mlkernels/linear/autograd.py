@@ -98,10 +98,8 @@ class _LinearLoss(torch.autograd.Function):
         if call.update is not None:
             call.update.check()
         if ctx.at_once:
-            grad_loss = upstream[0]
-            assert grad_loss is not None
-            saved = iter(ctx.saved_tensors)
-            gradients = [scaled(next(saved), grad_loss) if there else None for there in ctx.present]
+            saved = iter(scaled(ctx.saved_tensors, upstream[0]))
+            gradients = [next(saved) if there else None for there in ctx.present]
             dtypes = ctx.dtypes
         else:
             x, weight, bias, target, *rest = ctx.saved_tensors
@@ -145,16 +143,24 @@ def chunks_of(head: Head, known: Known, upstream: Sequence[Tensor | None]) -> It
         yield part, of_part, upstream_of(head, part, loss, rows)
 
 
-def scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """A gradient made for an upstream of 1, for another; rows that are not read keep their 0 whatever comes."""
+def fast_path_backward(gradients: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
+    """What the fast path leaves to Python: an upstream gradient that is watched, batched, or not finite."""
+    check_upstream([upstream], "heads have", True)
+    return scaled(gradients, upstream)
+
+
+def scaled(gradients: Sequence[Tensor], upstream: Tensor | None) -> list[Tensor]:
+    """Gradients made for an upstream of 1, for another; rows that are not read keep their 0 whatever comes."""
+    if upstream is None:
+        return [torch.zeros_like(gradient) for gradient in gradients]
     if upstream.device.type == "cpu" and not (traced(upstream) or _looks_within([upstream])):
         factor = upstream.item()
         if factor == 1:
             # Whose it is may write into it; another backward needs it.
-            return gradient.clone() if _keeps_graph() else gradient
+            return [gradient.clone() for gradient in gradients] if _keeps_graph() else list(gradients)
         if math.isfinite(factor):
-            return gradient * factor
-    return torch.where(gradient == 0, 0, gradient * upstream)
+            return [gradient * factor for gradient in gradients]
+    return [torch.where(gradient == 0, 0, gradient * upstream) for gradient in gradients]
 
 
 linear_loss: Callable[..., tuple[Tensor, ...]] = _LinearLoss.apply

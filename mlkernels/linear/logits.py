@@ -10,16 +10,19 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from typing_extensions import Never
 
+from .. import fast_path
 from ..backends.reference import RowStats
+from ..call import Common, bind
 from ..checks import accumulated
-from ..numbering import IGNORE_INDEX, Slot, slots_of
+from ..numbering import IGNORE_INDEX, INPUT, Slot, slots_of
 from ..softmax import Asked, ProductLogits
+from ..spec import Number, Spec
 from ..tracing import functorch_level, is_dual, traced
-from . import graph
-from .autograd import WHOLE, has_hooks, linear_loss
+from . import graph, threads
+from .autograd import WHOLE, fast_path_backward, has_hooks, linear_loss
 from .loop import Call, planned
-from .pieces import pieces_for
-from .plan import DEFAULT, Cut
+from .pieces import CPU, pieces_for
+from .plan import DEFAULT, Cut, room
 from .sampling import ClassSampler, Sample
 from .update import Updating
 
@@ -56,6 +59,9 @@ class LinearLogits(ProductLogits):
         self.part = weight, bias
         self.input, self.weight, self.bias, self.normalize = input, weight, bias, normalize
         self.return_stats, self.cut = return_stats, cut
+        forced = normalize or return_stats or begin or sampler or cut.strategy or cut.memory
+        #: What the fast path takes, where a head may be one that it serves.
+        self.plain = None if forced else (input, weight, bias)
         #: The row statistics of the loss that was taken, where they were asked for.
         self.stats: RowStats | None = None
         self.visits = 0
@@ -126,6 +132,24 @@ class LinearLogits(ProductLogits):
         if stats:
             self.stats = RowStats(*(row.reshape(target.shape) for row in stats))
         return loss if loss.dim() == 0 else loss.reshape(target.shape), self.stats if return_stats else None
+
+    def resolved(
+        self, spec: Spec, values: Sequence[Number | None], target: Tensor, group: Tensor | None, common: Common
+    ) -> fast_path.Resolved | None:
+        """What the fast path asks of a kind of call that it has not seen before."""
+        checked: Common = {**common, "backend": "reference"}
+        bound = bind(spec, values, self.shaped(), target, group, **checked)[0]
+        grad = torch.is_grad_enabled()
+        tiles = [grad and t is not None and t.requires_grad for t in (self.input, self.weight, self.bias)]
+        needs = bound.needs + sum(1 << INPUT + i for i, needed in enumerate(tiles) if needed)
+        pieces = pieces_for(self.device, common.get("backend"))
+        if pieces is not CPU or bound.half or (needs and bound.apart):
+            return None
+        x, weight = self.input, self.weight
+        plan = threads.planned(target.numel(), weight.shape[0], x, weight, False, None, pieces, None, None)
+        keep, rows = plan.stored and any(tiles), min(plan.rows, x.shape[0])
+        size = room(plan, keep, rows, weight.shape[0], x.shape[1], 0)
+        return bound, bound.numbers, needs, False, False, (*threads.cut(plan), size)
 
     def graphs(self) -> bool:
         """Whether a graph may hold this head."""
@@ -200,6 +224,9 @@ for _name in (
     "getitem", "len", "iter",
 ):  # fmt: skip
     setattr(LinearLogits, f"__{_name}__", _refused)
+
+
+fast_path.serve_heads(LinearLogits, fast_path_backward)
 
 
 def by_rows(

@@ -62,6 +62,11 @@ def planned(
     return cut(rows, classes, width, itemsize, copies, of_pieces, strategy, memory)
 
 
+def cut(plan: Plan) -> tuple[int, ...]:
+    """As the operator takes it."""
+    return plan.parts, plan.classes, plan.block, plan.rows, int(plan.stored)
+
+
 def whole(head: Head, wanted: Wanted | None) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:
     """The loss, and the gradients of features, weight, bias and parameters for an upstream of 1, by one operator."""
     plan, slots = head.call.plan, () if wanted is None else wanted.slots
@@ -69,9 +74,8 @@ def whole(head: Head, wanted: Wanted | None) -> tuple[Tensor, tuple[Tensor | Non
     needs = sum(1 << slot for slot in slots) + sum(1 << INPUT + i for i, needed in enumerate(of_tiles) if needed)
     rows = min(plan.rows, head.x.shape[0])
     space = room_of(head, plan.stored and any(of_tiles), rows)
-    cut = [plan.parts, plan.classes, plan.block, plan.rows, plan.stored]
     loss, found = ops.linear_loss_with_gradients(
-        head.x, head.weight, head.bias, head.inverse, head.target, space, cut, head.call.numbers,
+        head.x, head.weight, head.bias, head.inverse, head.target, space, cut(plan), head.call.numbers,
         [*head.params.values()], needs,
     )  # fmt: skip
     loss = head.scattered(loss) if loss.dim() else loss
