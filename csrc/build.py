@@ -285,8 +285,8 @@ def cuda_units(nvcc: Path, compiler: list[str], here: Path, archs: Sequence[str]
 def library_cuda(torch: Path, compiler: list[str], root: Path, archs: Sequence[str]) -> list[str]:
     """The command that compiles library_cuda.cpp."""
     command = [*compiling_library(torch, compiler), "-isystem", str(root / "include")]
-    command += ["-DUSE_CUDA", "-DMLKERNELS_ISA=cuda", "-DMLK_LIBRARY=mlkernels", "-DMLK_KEY=CUDA"]
-    return [*command, f'-DMLK_ARCHS="{",".join(archs)}"']
+    command += ["-DUSE_CUDA", "-DMLKERNELS_ISA=cuda", "-DMLK_LIBRARY=mlkernels_cuda", "-DMLK_KEY=CUDA"]
+    return [*command, "-DMLK_LIBRARY_OF_COPIES=mlkernels", f'-DMLK_ARCHS="{",".join(archs)}"']
 
 
 def make_cuda() -> Path:
@@ -325,7 +325,7 @@ def make_simt() -> Path:
     rows = CSRC / "cuda" / "rows.cu"
     units = [compiled(here / f"rows_{s}.o", rows, [*as_cpp, f"-DMLK_STORAGE={s}"]) for s in STORAGES]
     units.append(compiled(here / "others.o", CSRC / "cuda" / "others.cu", as_cpp))
-    library = [*command, "-DMLK_LIBRARY=mlkernels_simt", "-DMLK_KEY=CPU"]
+    library = [*command, "-DMLK_LIBRARY=mlkernels_simt", "-DMLK_LIBRARY_OF_COPIES=mlkernels_simt", "-DMLK_KEY=CPU"]
     units.append(compiled(here / "library.o", CSRC / "library_cuda.cpp", library))
     return make_library(here / "_simt.abi3.so", compiler, units, f"-L{torch / 'lib'}", "-ltorch_cpu")
 

@@ -208,14 +208,14 @@ inline void check_needs(const Arguments& call, int64_t needs) {
 
 inline void check_backward(const Arguments& call, const Tensor& target, const std::optional<Tensor>& of_loss,
                            std::initializer_list<const std::optional<Tensor>*> of_rows, const Tensor& saved,
-                           ScalarType accumulated) {
+                           int64_t saved_rows, ScalarType accumulated) {
   const int64_t rows = target.numel();
   STD_TORCH_CHECK(!of_loss || of_loss->numel() == (call.spec.reduction == Reduction::NONE ? rows : 1),
                   "grad_loss must have the loss's shape");
   for (const auto* one : of_rows) STD_TORCH_CHECK(!*one || (*one)->numel() == rows, "an upstream gradient per row");
-  STD_TORCH_CHECK(
-      saved.numel() == 0 || (saved.numel() == 2 * rows && saved.is_contiguous() && saved.scalar_type() == accumulated),
-      "saved must be what the loss returned, or empty");
+  STD_TORCH_CHECK(saved.numel() == 0 ||
+                      (saved.numel() == 2 * saved_rows && saved.is_contiguous() && saved.scalar_type() == accumulated),
+                  "saved must be what the loss returned, or empty");
 }
 
 // What of a problem is said by shapes and numbers.

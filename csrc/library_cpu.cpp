@@ -200,7 +200,7 @@ std::vector<Tensor> softmax_loss_backward(std::optional<Tensor> grad_loss, std::
     using T = decltype(zero);
     Call<T> call(input, target, numbers, params);
     check_backward(call.arguments, target, grad_loss, {&grad_logsumexp, &grad_log_prob, &grad_entropy}, saved,
-                   type_of<T>());
+                   target.numel(), type_of<T>());
     CpuProblem<T>& p = call.p;
     std::array<Array<T>, 4> arrays;
     const auto take = [&](const std::optional<Tensor>& tensor, Array<T>& array, const T*& data, int64_t& stride) {

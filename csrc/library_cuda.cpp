@@ -158,6 +158,16 @@ struct Call {
       data = static_cast<const T*>(keep(plain(*tensor, type_of<T>(), place)).data_ptr());
   }
 
+  // What is known of each row, for a backward, and behind it what "mean" makes of its terms.
+  int64_t saved_rows() const { return v.rows + factor_rows(); }
+  int64_t factor_rows() const { return v.spec.reduction == Reduction::MEAN; }
+  Tensor save_rows() {
+    Tensor saved = place.empty({saved_rows(), 2}, type_of<T>());
+    v.save = static_cast<T*>(saved.data_ptr());
+    if (factor_rows()) v.factors = v.save + 2 * v.rows;
+    return saved;
+  }
+
   // Everything of the visit is wanted by now: the rows, and the sums around them.
   void run(Tensor* loss) {
     if (loss && v.spec.reduction == Reduction::NONE) v.losses = static_cast<T*>(loss->data_ptr());
@@ -286,32 +296,33 @@ std::tuple<Tensor, Tensor> softmax_loss(const Tensor& input, const Tensor& targe
     using T = decltype(zero);
     Call<T> call(input, target, numbers, params);
     Tensor loss = call.loss_like(target);
-    Tensor saved = call.place.empty({save ? call.v.rows : 0, 2}, type_of<T>());
-    if (save) call.v.save = static_cast<T*>(saved.data_ptr());
+    Tensor saved = save ? call.save_rows() : call.place.empty({0, 2}, type_of<T>());
     call.run(&loss);
     return std::tuple<Tensor, Tensor>{std::move(loss), std::move(saved)};
   });
 }
 
-std::tuple<Tensor, std::vector<Tensor>> softmax_loss_with_gradients(const Tensor& input, const Tensor& target,
-                                                                    std::vector<double> numbers,
-                                                                    std::vector<Tensor> params, int64_t needs) {
+std::tuple<Tensor, std::vector<Tensor>, Tensor> softmax_loss_with_gradients(const Tensor& input, const Tensor& target,
+                                                                            std::vector<double> numbers,
+                                                                            std::vector<Tensor> params, int64_t needs) {
   const DeviceGuard guard(input);
   return by_type(input, [&](auto zero) {
     using T = decltype(zero);
     Call<T> call(input, target, numbers, params);
     Tensor loss = call.loss_like(target);
+    Tensor factors = call.place.empty({call.factor_rows(), 2}, type_of<T>());
+    if (call.factor_rows()) call.v.factors = static_cast<T*>(factors.data_ptr());
     call.v.up_value = 1;
     std::vector<Tensor> gradients = call.run_with_gradients(input, needs, &loss);
-    return std::tuple<Tensor, std::vector<Tensor>>{std::move(loss), std::move(gradients)};
+    return std::tuple<Tensor, std::vector<Tensor>, Tensor>{std::move(loss), std::move(gradients), std::move(factors)};
   });
 }
 
-std::tuple<Tensor, Tensor> softmax_loss_with_gradient(const Tensor& input, const Tensor& target,
-                                                      std::vector<double> numbers, std::vector<Tensor> params) {
-  auto [loss, gradients] =
+std::tuple<Tensor, Tensor, Tensor> softmax_loss_with_gradient(const Tensor& input, const Tensor& target,
+                                                              std::vector<double> numbers, std::vector<Tensor> params) {
+  auto [loss, gradients, factors] =
       softmax_loss_with_gradients(input, target, std::move(numbers), std::move(params), int64_t(1) << INPUT);
-  return {std::move(loss), std::move(gradients[0])};
+  return {std::move(loss), std::move(gradients[0]), std::move(factors)};
 }
 
 using Stats = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -323,8 +334,7 @@ Stats softmax_stats(const Tensor& input, const Tensor& target, std::vector<doubl
     using T = decltype(zero);
     Call<T> call(input, target, numbers, params);
     Tensor loss = call.loss_like(target);
-    Tensor saved = call.place.empty({call.v.rows, 2}, type_of<T>());
-    call.v.save = static_cast<T*>(saved.data_ptr());
+    const Tensor saved = call.save_rows();
     const auto of = [&](auto*& data) {
       Tensor made = call.place.empty_of(target, type_of<std::decay_t<decltype(*data)>>());
       data = static_cast<std::decay_t<decltype(data)>>(made.data_ptr());
@@ -347,10 +357,12 @@ std::vector<Tensor> softmax_loss_backward(std::optional<Tensor> grad_loss, std::
     using T = decltype(zero);
     Call<T> call(input, target, numbers, params);
     check_backward(call.arguments, target, grad_loss, {&grad_logsumexp, &grad_log_prob, &grad_entropy}, saved,
-                   type_of<T>());
+                   call.saved_rows(), type_of<T>());
+    if (saved.numel() > 0 && call.factor_rows())
+      call.v.known = static_cast<const T*>(saved.data_ptr()) + 2 * call.v.rows;
     if (grad_entropy && saved.numel() == 0) {  // its derivative by s adds up what needs the maximum first
-      saved = call.keep(call.place.empty({call.v.rows, 2}, type_of<T>()));
-      call.v.save = static_cast<T*>(saved.data_ptr());
+      saved = call.keep(call.save_rows());
+      call.v.factors = nullptr;  // nothing is counted for it
       call.run(nullptr);
       call.v.save = nullptr;
     }
@@ -364,12 +376,16 @@ std::vector<Tensor> softmax_loss_backward(std::optional<Tensor> grad_loss, std::
   });
 }
 
-void softmax_loss_refresh(const Tensor& grad_loss, const Tensor& input, const Tensor& target,
+void softmax_loss_refresh(const Tensor& grad_loss, const Tensor& factors, const Tensor& input, const Tensor& target,
                           std::vector<double> numbers, std::vector<Tensor> params, Tensor gradient) {
   const DeviceGuard guard(input);
   by_type(input, [&](auto zero) {
     using T = decltype(zero);
     Call<T> call(input, target, numbers, params);
+    STD_TORCH_CHECK(
+        factors.numel() == 2 * call.factor_rows() && factors.is_contiguous() && factors.scalar_type() == type_of<T>(),
+        "factors must be what the loss returned");
+    if (call.factor_rows()) call.v.known = static_cast<const T*>(factors.data_ptr());
     call.take(grad_loss, call.v.up_loss, call.v.up_loss_stride);
     call.v.up_loss_stride = 0;
     call.v.unless_one = call.v.up_loss;
@@ -501,6 +517,8 @@ STABLE_TORCH_LIBRARY_IMPL(MLK_LIBRARY, MLK_KEY, m) {
   m.impl("softmax_stats", TORCH_BOX(&mlkernels::softmax_stats));
   m.impl("softmax_loss_backward", TORCH_BOX(&mlkernels::softmax_loss_backward));
   m.impl("softmax_loss_refresh", TORCH_BOX(&mlkernels::softmax_loss_refresh));
+}
+STABLE_TORCH_LIBRARY_IMPL(MLK_LIBRARY_OF_COPIES, MLK_KEY, m) {
   m.impl("multi_copy_", TORCH_BOX(&mlkernels::multi_copy_));
 }
 
@@ -530,6 +548,10 @@ extern "C" __attribute__((visibility("default"))) void mlkernels_simt_banks(int 
   *least = machine.banks.least;
   machine.counts_banks = counts != 0;
   machine.banks = {};
+}
+// How many launches there were so far.
+extern "C" __attribute__((visibility("default"))) uint64_t mlkernels_simt_launches() {
+  return mlkernels::simt::Machine::get().launches;
 }
 // A device that the kernels do not run on, for this reason; null: they do.
 extern "C" __attribute__((visibility("default"))) void mlkernels_simt_unusable(const char* why) {

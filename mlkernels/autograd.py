@@ -137,7 +137,7 @@ class _LossWithGradients(torch.autograd.Function):
         count = call.needs.bit_count()
         refresh = call.kernels.refresh
         if not _usual(grad_loss) or (refresh is not None and is_batched(grad_loss)):
-            tensors = ctx.saved_tensors[count + call.kernels.kept :]
+            tensors = ctx.saved_tensors[count + (refresh is not None) :]
             return _placed(call, _unusual(call, False, tensors, None, (grad_loss,)))
         if refresh is not None:
             return _placed(call, _refreshed(call, ctx.saved_tensors, grad_loss))
@@ -172,8 +172,7 @@ class _LossWithGradients(torch.autograd.Function):
 def _refreshed(call: Call, saved: Sequence[Tensor], grad_loss: Tensor) -> list[Tensor]:
     """What was made for an upstream gradient of 1, for this one, which only the device knows."""
     count = call.needs.bit_count()
-    end = count + call.kernels.kept
-    gradients, kept, (input, target, *params) = list(saved[:count]), saved[count:end], saved[end:]
+    gradients, (factors, input, target, *params) = list(saved[:count]), saved[count:]
     # Handed out as they are, unless there will be another backward: else autograd clears what was saved.
     if _keeps_graph():
         gradients = [gradient.clone() for gradient in gradients]
@@ -181,7 +180,7 @@ def _refreshed(call: Call, saved: Sequence[Tensor], grad_loss: Tensor) -> list[T
     if call.needs & ONLY_INPUT:
         assert call.kernels.refresh is not None
         # A second look at the rows where the upstream gradient is not 1.
-        call.kernels.refresh(grad_loss, *kept, input, target, call.numbers, params, gradients[-1])
+        call.kernels.refresh(grad_loss, factors, input, target, call.numbers, params, gradients[-1])
         own -= 1
     for index in range(own):
         # Not 0 * inf where only rows that are not read count.

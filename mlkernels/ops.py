@@ -1,8 +1,8 @@
 """The schemas of the package's operators, and what they return without being run.
 
 The operators are defined here, so they exist without a compiler; the backends only implement them: C++ those of the
-library ``mlkernels``, Triton those of ``mlkernels_triton``. They carry no autograd of their own: ``softmax.py`` gives
-them their backward, at half the boundary cost of a registered one.
+libraries ``mlkernels`` and ``mlkernels_cuda``, Triton those of ``mlkernels_triton``. They carry no autograd of their
+own: ``softmax.py`` gives them their backward, at half the boundary cost of a registered one.
 
 The arguments that every operator of the family shares:
 
@@ -25,8 +25,7 @@ from torch import Tensor
 from .checks import accumulated
 from .numbering import INPUT, REDUCTION, Reduction, needed, slots_of
 
-_libraries = [torch.library.Library(name, "DEF") for name in ("mlkernels", "mlkernels_triton")]
-library = _libraries[0]
+library, *_of_gpus = (torch.library.Library(f"mlkernels{name}", "DEF") for name in ("", "_cuda", "_triton"))
 _tags = (torch.Tag.pt2_compliant_tag,)
 _COMMON = "Tensor input, Tensor target, float[] numbers, Tensor[] params"
 
@@ -44,25 +43,25 @@ _SCHEMAS = (
     f"softmax_loss_backward({_UPSTREAM}, {_COMMON}, Tensor saved, int needs) -> Tensor[]",
 )
 # Writes a gradient that was made for an upstream gradient of 1 anew, unless the device finds that it is 1.
-_REFRESH = f"softmax_loss_refresh(Tensor grad_loss, {_COMMON}, Tensor(a!) gradient) -> ()"
-for _schema in (*_SCHEMAS, _REFRESH):
-    _libraries[0].define(_schema, tags=_tags)
-    # What "mean" makes of a row's terms, so that the labels are counted once: behind the rows' (m, log S), which the
-    # backward takes; last of what a loss with gradients returns, which refresh takes.
-    if "_with_gradient" in _schema:
-        _schema = _schema[:-1] + ", Tensor)"
-    _schema = _schema.replace("refresh(Tensor grad_loss,", "refresh(Tensor grad_loss, Tensor factors,")
-    _libraries[1].define(_schema, tags=_tags)
+_REFRESH = f"softmax_loss_refresh(Tensor grad_loss, Tensor factors, {_COMMON}, Tensor(a!) gradient) -> ()"
+for _schema in _SCHEMAS:
+    library.define(_schema, tags=_tags)
+for _library in _of_gpus:
+    # Factors are what "mean" makes of a row's terms, (1, 2), else (0, 2): labels are counted once. They come last of
+    # what a loss with gradients returns, for refresh, and lie behind the (m, log S) of rows, for the backward.
+    for _schema in _SCHEMAS:
+        _library.define(_schema[:-1] + ", Tensor)" if "_with_gradient" in _schema else _schema, tags=_tags)
+    _library.define(_REFRESH, tags=_tags)
 # Of heads (mlkernels/linear): what a tile of classes adds to what is known of its rows, and its gradient, in place. The
 # arguments are those of backends/reference.py's functions of these names.
 _TILE = "Tensor(a!) tile, {}Tensor label, int start, {}Tensor? weight, Tensor? adjustment, float softcap"
-_libraries[0].define(
+library.define(
     f"piece_statistics({_TILE.format('Tensor target_logit, ', 'Tensor scales, ')}, Tensor(b!) top, Tensor(c!) total, "
     "Tensor(d!)? shift, Tensor(e!)? second, Tensor(f!)? weighted, Tensor(g!)? weights, Tensor(h!) first, "
     "Tensor(i!) above) -> ()",
     tags=_tags,
 )
-_libraries[0].define(
+library.define(
     f"piece_gradient({_TILE.format('', 'bool seen, ')}, Tensor factor, Tensor? slope, Tensor? spread, Tensor scale, "
     "Tensor top) -> ()",
     tags=_tags,
@@ -74,35 +73,35 @@ _CLASSES = (
     "Tensor x, Tensor weight, Tensor? bias, Tensor? inverse, Tensor label, int offset, Tensor? class_weight, "
     "Tensor? adjustment, float softcap, Tensor(a!) room, bool kept, int[] plan"
 )
-_libraries[0].define(
+library.define(
     f"linear_statistics({_CLASSES}, Tensor target_logit, Tensor scales, int classes, int want) -> (Tensor, Tensor)",
     tags=_tags,
 )
-_libraries[0].define(
+library.define(
     f"linear_gradient({_CLASSES}, Tensor factor, Tensor? slope, Tensor? spread, Tensor target, Tensor scale, "
     "Tensor top, Tensor(b!)? dx, Tensor(c!)? dw, Tensor(d!)? db, bool first, bool last) -> ()",
     tags=_tags,
 )
 # Both, and the finish between them, of a head: the loss of rows of which none is ignored; the gradients for an upstream
 # of 1 of what `needs` asks for: of parameters by the bits of their slots, then of x, weight and bias.
-_libraries[0].define(
+library.define(
     "linear_loss_with_gradients(Tensor x, Tensor weight, Tensor? bias, Tensor? inverse, Tensor target, "
     "Tensor(a!) room, int[] plan, float[] numbers, Tensor[] params, int needs) -> (Tensor, Tensor[])",
     tags=_tags,
 )
 # What pieces know of each row together, in their order.
-_libraries[0].define("row_combine(Tensor reals, Tensor whole, Tensor scales) -> (Tensor, Tensor)", tags=_tags)
+library.define("row_combine(Tensor reals, Tensor whole, Tensor scales) -> (Tensor, Tensor)", tags=_tags)
 # From there to what backends/finish.py's Finished holds, (5, rows); with `derive` also to the coefficients of the
 # gradient, (6, rows), and for whatever `needs` asks, given the upstream gradients of what is finished.
-_libraries[0].define(
+library.define(
     "row_finish(Tensor target, Tensor target_logit, Tensor top, Tensor total, Tensor? shift, Tensor? second, "
     "Tensor? weighted, float[] numbers, Tensor[] params, int classes, Tensor? by_class, Tensor? by_row, "
     "Tensor? logsumexp, Tensor? log_prob, Tensor? entropy, bool derive, int needs) -> (Tensor, Tensor, Tensor[])",
     tags=_tags,
 )
-_libraries[0].define("room_like(Tensor like, int[] sizes) -> Tensor", tags=_tags)
+library.define("room_like(Tensor like, int[] sizes) -> Tensor", tags=_tags)
 # Each dst from the src at its place, bit for bit; with a flag (one boolean) only where the device finds it true.
-_libraries[0].define("multi_copy_(Tensor(a!)[] dst, Tensor[] src, Tensor? flag=None) -> ()", tags=_tags)
+library.define("multi_copy_(Tensor(a!)[] dst, Tensor[] src, Tensor? flag=None) -> ()", tags=_tags)
 
 
 def _gradients(input: Tensor, numbers: Sequence[float], params: Sequence[Tensor], needs: int) -> list[Tensor]:
@@ -202,7 +201,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "softmax_stats": _softmax_stats,
     "softmax_loss_backward": _softmax_loss_backward,
 }
-_TRITON_FAKES = _FAKES | {
+_GPU_FAKES = _FAKES | {
     "softmax_loss": _softmax_loss_and_factors,
     "softmax_stats": _softmax_stats_and_factors,
     "softmax_loss_with_gradient": _softmax_loss_with_gradient_and_factors,
@@ -221,10 +220,16 @@ def _by_triton(name: str) -> Callable[..., Any]:
     return run
 
 
-for _name in _FAKES:
-    for _library, _fakes in zip(_libraries, (_FAKES, _TRITON_FAKES), strict=True):
-        torch.library.register_fake(f"{_library.ns}::{_name}", _fakes[_name], lib=_library)
-    _libraries[1].impl(_name, _by_triton(_name), "CompositeExplicitAutograd")
+def _nothing(*arguments: Any) -> None:
+    pass
+
+
+for _name, _fake in _FAKES.items():
+    torch.library.register_fake(f"mlkernels::{_name}", _fake, lib=library)
+for _name, _fake in (*_GPU_FAKES.items(), ("softmax_loss_refresh", _nothing)):
+    for _library in _of_gpus:
+        torch.library.register_fake(f"{_library.ns}::{_name}", _fake, lib=_library)
+    _of_gpus[-1].impl(_name, _by_triton(_name), "CompositeExplicitAutograd")
 
 
 def _multi_copy_(dst: list[Tensor], src: list[Tensor], flag: Tensor | None = None) -> None:
@@ -258,14 +263,6 @@ def check_copies(dst: Sequence[Tensor], src: Sequence[Tensor], flag: Tensor | No
         for index, to in enumerate(dst):
             if to.device != flag.device:
                 raise ValueError(f"dst[{index}] must be on flag's device {flag.device}, got {to.device}")
-
-
-def _nothing(*arguments: Any) -> None:
-    pass
-
-
-for _library in _libraries:
-    torch.library.register_fake(f"{_library.ns}::softmax_loss_refresh", _nothing, lib=_library)
 
 
 def _linear_statistics(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -308,16 +305,15 @@ _HEADS: dict[str, Callable[..., Any]] = {
     "room_like": _room_like,
 }
 for _name, _fake in _HEADS.items():
-    torch.library.register_fake(f"mlkernels::{_name}", _fake, lib=_libraries[0])
-_libraries[1].impl("softmax_loss_refresh", _by_triton("softmax_loss_refresh"), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mlkernels::{_name}", _fake, lib=library)
 
 
 def _multi_copy_fake(dst: list[Tensor], src: list[Tensor], flag: Tensor | None = None) -> None:
     check_copies(dst, src, flag)
 
 
-_libraries[0].impl("multi_copy_", _multi_copy_, "CompositeExplicitAutograd")
-torch.library.register_fake("mlkernels::multi_copy_", _multi_copy_fake, lib=_libraries[0])
+library.impl("multi_copy_", _multi_copy_, "CompositeExplicitAutograd")
+torch.library.register_fake("mlkernels::multi_copy_", _multi_copy_fake, lib=library)
 
 
 def multi_copy_(dst: Sequence[Tensor], src: Sequence[Tensor], flag: Tensor | None = None) -> None:
@@ -356,11 +352,9 @@ class Kernels(NamedTuple):
     softmax_loss_with_gradients: Callable[..., Any]
     softmax_stats: Callable[..., Any]
     softmax_loss_backward: Callable[..., Any]
-    #: Writes a gradient made for an upstream gradient of 1 anew unless the device finds that it is 1; None where the
-    #: host may look for itself.
+    #: Writes a gradient made for an upstream gradient of 1 anew unless the device finds that it is 1, and takes the
+    #: factors that a loss with gradients returns behind these; None where the host may look for itself.
     refresh: Callable[..., None] | None = None
-    #: How many tensors a loss with gradients returns behind these, for refresh: Triton's factors.
-    kept: int = 0
     #: The same by way of the dispatcher, where these are not.
     dispatched: Kernels | None = None
 
@@ -372,10 +366,13 @@ CPU = NATIVE._replace(
     softmax_loss_with_gradient=_native["softmax_loss_with_gradient"]._op,
     softmax_loss_with_gradients=_native["softmax_loss_with_gradients"]._op,
 )
-CUDA = NATIVE._replace(refresh=torch.ops.mlkernels.softmax_loss_refresh.default)
-#: Where operators are observed. Else Triton's functions are called as they are, without a dispatcher in between.
-TRITON = Kernels(*(getattr(torch.ops.mlkernels_triton, name).default for name in _FAKES))
-TRITON = TRITON._replace(refresh=torch.ops.mlkernels_triton.softmax_loss_refresh.default, kept=1)
+#: Triton's where operators are observed. Else its functions are called as they are, without a dispatcher in between.
+CUDA, TRITON = (
+    Kernels(*(getattr(operators, name).default for name in _FAKES))._replace(
+        refresh=operators.softmax_loss_refresh.default
+    )
+    for operators in (torch.ops.mlkernels_cuda, torch.ops.mlkernels_triton)
+)
 
 
 @functools.cache
@@ -385,7 +382,7 @@ def triton() -> Kernels:
 
     operators: Any = launch.EAGER
     refresh = operators["softmax_loss_refresh"]
-    return Kernels(*(operators[name] for name in _FAKES))._replace(refresh=refresh, kept=1, dispatched=TRITON)
+    return Kernels(*(operators[name] for name in _FAKES))._replace(refresh=refresh, dispatched=TRITON)
 
 
 _nowhere: dict[str, Any] = dict.fromkeys(_FAKES, _nothing)

@@ -443,7 +443,7 @@ def launches(name: str, calls: Callable[[], None]) -> list[Launch]:
 
     # The operators as they are: nothing is replayed, and meta tensors are no reason to ask a dispatcher.
     operators = {function.__name__: function for function in launch._FUNCTIONS}
-    kernels = ops.Kernels(*(operators[name] for name in ops._FAKES), refresh=operators["softmax_loss_refresh"], kept=1)
+    kernels = ops.Kernels(*(operators[name] for name in ops._FAKES), refresh=operators["softmax_loss_refresh"])
     kept = JITFunction.__getitem__, tiles.architecture, call.choose, ops.triton, pieces.refusal
     JITFunction.__getitem__ = launcher  # type: ignore[method-assign]
     tiles.architecture, call.choose = lambda device: name, lambda *arguments: "triton"

@@ -32,10 +32,9 @@ def library() -> tuple[ctypes.CDLL | None, str | None]:
     except build.CannotBuild as error:
         return None, str(error)
     operators = torch.library.Library("mlkernels_simt", "DEF")
-    for name in (*ops._FAKES, "softmax_loss_refresh", "multi_copy_"):
-        schema = str(getattr(torch.ops.mlkernels, name).default._schema)
-        operators.define(schema.removeprefix("mlkernels::"), tags=(torch.Tag.pt2_compliant_tag,))
-    for name, fake in ops._FAKES.items():
+    for overload in (*ops.CUDA[: len(ops._GPU_FAKES)], ops.CUDA.refresh, torch.ops.mlkernels.multi_copy_.default):
+        operators.define(str(overload._schema).split("::")[1], tags=(torch.Tag.pt2_compliant_tag,))
+    for name, fake in ops._GPU_FAKES.items():
         torch.library.register_fake(f"mlkernels_simt::{name}", fake, lib=operators)
     library.keep = operators
     torch.ops.load_library(str(path))
@@ -86,6 +85,13 @@ def unusable(why: str) -> Iterator[None]:
         yield
     finally:
         found.mlkernels_simt_unusable(None)
+
+
+def launches() -> int:
+    """How many there were so far."""
+    found, _ = library()
+    assert found is not None
+    return found.mlkernels_simt_launches()
 
 
 @contextmanager

@@ -324,6 +324,20 @@ def test_extreme_logits(way, value):
     torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("way", simt.WAYS)
+def test_launches_of_a_step(way, reduction):
+    """Forward and backward, also where the gradient waits for its upstream one. The labels of many rows are counted
+    once, for both; those of few by whoever needs them."""
+    for many, dtype in ((40, torch.float32), (600, torch.float32), (600, torch.float16)):
+        input, target = rows(many, 6, dtype)
+        target[::3] = -100
+        before = simt.launches()
+        check(input, target, {"way": way, "cluster": -1}, reduction=reduction, z_loss=0.1)
+        wanted = {"none": 2, "sum": 3, "mean": 3 + (many > 512)}[reduction]
+        assert simt.launches() - before == wanted, (many, dtype)
+
+
 @pytest.mark.parametrize("upstream", [1.0, 0.25])
 def test_refresh_looks_at_the_upstream_gradient_itself(upstream):
     """An upstream gradient of 1 leaves what is there, right or not."""
@@ -334,7 +348,8 @@ def test_refresh_looks_at_the_upstream_gradient_itself(upstream):
     consts[0] = 1.0
     numbers = numbers_of(mlkernels.spec.compose(None, 1.0, None, None)[0], consts, 0, 1)
     gradient = torch.full_like(x, 7.0)
-    ops.CUDA.refresh(torch.tensor(upstream), input, target, numbers, [], gradient)
+    factors = ops.CUDA.softmax_loss_with_gradient(input, target, numbers, [])[2]
+    ops.CUDA.refresh(torch.tensor(upstream), factors, input, target, numbers, [], gradient)
     torch.testing.assert_close(gradient, torch.full_like(x, 7.0) if upstream == 1 else x.grad * upstream)
 
 

@@ -61,7 +61,7 @@ OPERATORS = [
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_operators_exist_without_a_compiler(name):
-    for library in (torch.ops.mlkernels, torch.ops.mlkernels_triton):
+    for library in (torch.ops.mlkernels, torch.ops.mlkernels_cuda, torch.ops.mlkernels_triton):
         op = getattr(library, name).default
         assert torch.Tag.pt2_compliant_tag in op.tags
         assert not op._schema.is_mutable
@@ -70,7 +70,8 @@ def test_operators_exist_without_a_compiler(name):
 def test_every_operator_is_checked_here():
     """A new operator comes with its check."""
     for library, others in (
-        ("mlkernels", {"multi_copy_", "softmax_loss_refresh", "linear_loss", "linear_loss_backward", *ops._HEADS}),
+        ("mlkernels", {"multi_copy_", "linear_loss", "linear_loss_backward", *ops._HEADS}),
+        ("mlkernels_cuda", {"softmax_loss_refresh"}),
         ("mlkernels_triton", {"softmax_loss_refresh"}),
     ):
         defined = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith(f"{library}::")}
@@ -106,7 +107,7 @@ def test_softmax_loss_with_gradients(loss, form, reduction, dtype, shape, kernel
     again, gradients, *same = kernels.softmax_loss_with_gradients(*arguments, needs)
     assert torch.equal(loss, again)
     assert torch.equal(gradient, gradients[-1])
-    assert len(kept) == len(same) == (kernels is ops.TRITON)
+    assert len(kept) == len(same) == (kernels is not ops.NATIVE)
     for a, b in zip(kept, same, strict=True):  # what "mean" divided by
         assert torch.equal(a, b)
 
@@ -218,6 +219,16 @@ def test_malformed_backwards_are_refused(kernels):
     ]:
         with pytest.raises(RuntimeError):
             kernels.softmax_loss_backward(*grads, *arguments, kept, asked)
+    if kernels is ops.NATIVE:
+        return
+    arguments, needs = flattened(FEW[0], reduction=1)
+    _, saved = kernels.softmax_loss(*arguments, True)
+    _, gradient, factors = kernels.softmax_loss_with_gradient(*arguments)
+    with pytest.raises(RuntimeError, match="saved must be"):
+        kernels.softmax_loss_backward(up[0], None, None, None, *arguments, saved[:-1], needs)
+    for other in (factors[0, :1], factors[:0], factors.double()):
+        with pytest.raises(RuntimeError, match="factors must be"):
+            kernels.refresh(up[0], other, *arguments, gradient)
 
 
 @pytest.mark.skipif("cpu" not in usable_backends(), reason="no library")

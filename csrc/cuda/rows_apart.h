@@ -29,6 +29,7 @@ struct RowsApart {
     if (v.unless_one && *v.unless_one == T(1)) return;
     const Batch<T> batch = batch_on_device(v);
     const Factors<T> shared = shared_factors(simt, v);
+    leave_factors(simt, v, shared);
     double loss = 0;
     const int64_t every = int64_t(simt.blocks()) * simt.threads();
     const int64_t first = int64_t(simt.block()) * simt.threads() + simt.thread();

@@ -572,6 +572,7 @@ struct RowsLong {
 
     const Batch<T> batch = batch_on_device(v);
     const Factors<T> shared = shared_factors(simt, v);
+    leave_factors(simt, v, shared);
     const bool leaves = team.part == 0 && simt.lane() == 0;
     double loss = 0;
     Label next = team.label_before(first);

@@ -117,6 +117,7 @@ struct RowsShort {
     } else {
       shared = shared_factors(simt, v);
     }
+    leave_factors(simt, v, shared);
     const Batch<T> batch = batch_on_device(v);
     const int shift = ONE ? 0 : plan.shift, together = LANES >> shift, own = simt.lane() >> shift;
     const Deal deal = deal_of(v, shift, own);

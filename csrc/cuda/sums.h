@@ -37,7 +37,6 @@ struct CountRows {
   };
   template <class Simt>
   static MLK_DEVICE void run(const Simt& simt, const Visit<T>& v, const Plan& plan) {
-    if (v.unless_one && *v.unless_one == T(1)) return;  // nobody will ask
     double weights = 0, rows = 0;
     count_rows(v, int64_t(simt.block()) * simt.threads() + simt.thread(), int64_t(simt.blocks()) * simt.threads(),
                weights, rows);
@@ -65,7 +64,11 @@ struct TotalLoss {
     }
     over_block(simt, sum, none);
     if (simt.warp() != 0) return;
-    if (v.rows == 0) sum = 0 * double(shared_factors(simt, v).by_class);  // the mean of none is NaN
+    if (v.rows == 0) {  // no visit
+      const Factors<T> shared = shared_factors(simt, v);
+      leave_factors(simt, v, shared);
+      sum = 0 * double(shared.by_class);  // the mean of none is NaN
+    }
     if (simt.lane() == 0) *v.losses = T(sum);
   }
 };

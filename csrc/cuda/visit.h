@@ -26,6 +26,8 @@ struct Visit : Problem<T> {
   Parameter<double> normalizer;
   const double* divisors;
   int parts;
+  const T* known;       // (2): what "mean" made of a row's terms in an earlier visit of the same rows; or null
+  T* factors;           // (2): the same of this one, left here; or null
   const T* unless_one;  // nothing is done where this upstream gradient is 1; or null
   bool simple;          // as is_simple says
   double* partials;     // (teams) where the loss is reduced
@@ -34,7 +36,7 @@ struct Visit : Problem<T> {
 // Whether what "mean" divides by has to be counted.
 template <class T>
 MLK_FN bool is_counted(const Visit<T>& v) {
-  return v.spec.reduction == Reduction::MEAN && !v.normalizer.data && v.normalizer.value == 0;
+  return v.spec.reduction == Reduction::MEAN && !v.known && !v.normalizer.data && v.normalizer.value == 0;
 }
 
 // A loss that is reduced, or its single visit: no transform, one scale, a head without tables, all numbers from the host, no
@@ -300,6 +302,7 @@ MLK_DEVICE Factors<T> factors_of(double weights, double rows) {
 // The factors of every row but for its own weight; by a whole warp.
 template <class Simt, class T>
 MLK_DEVICE Factors<T> shared_factors(const Simt& simt, const Visit<T>& v) {
+  if (v.known) return {v.known[0], v.known[1]};
   if (v.parts == 0) {
     double by = v.spec.reduction == Reduction::MEAN ? v.normalizer.value : 1.0;
     if (v.normalizer.data) by = read_number<double>(v.normalizer.data, v.normalizer.storage, 0);
@@ -316,6 +319,14 @@ MLK_DEVICE Factors<T> shared_factors(const Simt& simt, const Visit<T>& v) {
     }
   }
   return factors_of<T>(sum_over(simt, weights), sum_over(simt, rows));
+}
+
+// For a later visit of the same rows.
+template <class Simt, class T>
+MLK_DEVICE void leave_factors(const Simt& simt, const Visit<T>& v, const Factors<T>& shared) {
+  if (!v.factors || simt.block() != 0 || simt.thread() != 0) return;
+  v.factors[0] = shared.by_class;
+  v.factors[1] = shared.by_row;
 }
 
 template <class T>

@@ -152,6 +152,7 @@ class Machine {
   uint64_t seed = 1;
   bool counts_banks = false;
   Banks banks;
+  uint64_t launches = 0;  // so far
 
   static Machine& get() {
     static Machine machine;
@@ -161,6 +162,7 @@ class Machine {
   template <class Body>
   void run(int blocks, int warps, int cluster, int shared, Body body) {
     std::lock_guard<std::mutex> one_at_a_time(mutex_);
+    ++launches;
     if (blocks % cluster != 0) throw std::runtime_error("simt: blocks must fill their clusters");
     body_ = std::ref(body);
     threads_ = warps * LANES;

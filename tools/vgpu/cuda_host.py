@@ -171,7 +171,7 @@ class _Library:
 
     def operator(self, name: str) -> Callable[..., Any]:
         """One of the package's operators, by the implementation that it has on a GPU."""
-        overload = getattr(torch.ops.mlkernels, name).default
+        overload = getattr(torch.ops.mlkernels_cuda, name).default
         keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 
         def call(*arguments: Any, **keywords: Any) -> Any:
