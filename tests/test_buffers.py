@@ -123,6 +123,13 @@ def test_small_gradients_are_not_kept():
     assert mlkernels.empty_cache() == 0
 
 
+def test_half_gradients_of_heads_too():
+    x, weight = torch.randn(2, 512).bfloat16(), torch.randn(4096, 512).bfloat16().requires_grad_()
+    step = lambda: torch.autograd.grad(mlkernels.linear_cross_entropy(x, weight, torch.tensor([0, 1])), weight)[0]
+    place = step().data_ptr()
+    assert step().data_ptr() == place and place % (2 << 20) == 0  # aligned as buffers are
+
+
 def test_losses_of_torchs_own_functions_too():
     target = torch.randint(4096, (ROWS,))
     rows, means = torch.randn(ROWS, 2).requires_grad_(), torch.randn(4096, 2).requires_grad_()

@@ -50,7 +50,10 @@ void block(const Product<T, E>& p, const E* a, const E* b, int64_t stride, T* ou
       for (int j = 0; j < N; ++j) sums[i][j] = multiply_add(row, columns[j], sums[i][j]);
     }
   }
+  // Else the sums of a part would live in memory, where an index can find them.
+#pragma GCC unroll 8
   for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 8
     for (int j = 0; j < N; ++j) {
       T* const to = out + i * p.out_stride + j * WIDTH<T>;
       if (PART && j == N - 1)

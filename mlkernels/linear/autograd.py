@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .. import buffers
 from ..backends import reference
 from ..backends.reference import Finished, Rows
 from ..numbering import REDUCTION, TRAINABLE, Reduction
@@ -115,7 +116,7 @@ class _LinearLoss(torch.autograd.Function):
         by_slot = dict(zip(wanted.slots, gradients[3:], strict=True))
         ordered = [*gradients[:3], None, *(by_slot.get(slot) for slot in call.slots)]
         dtypes = [*dtypes[:3], torch.int64, *dtypes[3:]]
-        return (None, *(g if g is None else g.to(dtype) for g, dtype in zip(ordered, dtypes, strict=True)))
+        return (None, *(g if g is None else handed_out(g, dtype) for g, dtype in zip(ordered, dtypes, strict=True)))
 
 
 def later(sums: Sums, head: Head, known: Known | None, upstream: Sequence[Tensor | None]) -> None:
@@ -141,6 +142,13 @@ def chunks_of(head: Head, known: Known, upstream: Sequence[Tensor | None]) -> It
             known.u_y[part],
         )
         yield part, of_part, upstream_of(head, part, loss, rows)
+
+
+def handed_out(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """A gradient in the dtype of what it is of, a large one in memory that is kept."""
+    if gradient.dtype == dtype or not buffers.serves(gradient.numel() * dtype.itemsize, gradient):
+        return gradient.to(dtype)
+    return buffers.empty(gradient, gradient.shape, dtype).copy_(gradient)
 
 
 def fast_path_backward(gradients: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
