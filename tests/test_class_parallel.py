@@ -364,11 +364,11 @@ def lost_late(group: dist.ProcessGroup) -> None:
 
 
 def recomputed(group: dist.ProcessGroup) -> None:
-    """Under checkpointing, and with a backward that comes twice."""
+    """The same to the bit; under checkpointing, and with a backward that comes twice."""
     x, weight, _, target = problem()
     own = own_rows(group)
     grads = []
-    for checkpointed in (False, True):
+    for checkpointed in (False, False, True):
         head = head_of(group, mlkernels.CrossEntropyLoss(), weight)
         features = x[own].clone().requires_grad_()
         if checkpointed:
@@ -379,17 +379,24 @@ def recomputed(group: dist.ProcessGroup) -> None:
             features.grad = head.weight.grad = None
         loss.backward()
         grads.append((features.grad, head.weight.grad.to_local()))
-    for first, second in zip(*grads, strict=True):
+    for first, again, second in zip(*grads, strict=True):
+        assert torch.equal(first, again)
         agrees(first, second)
 
 
 def copied_and_compiled(group: dist.ProcessGroup) -> None:
-    """A copy is of the same ranks; compiled, a head is left out of the graph."""
+    """A copy is of the same ranks, and so is a head of their mesh; compiled, a head is left out of the graph."""
     x, weight, _, target = problem()
     own = own_rows(group)
     head = head_of(group, mlkernels.CrossEntropyLoss(), weight)
     loss = head(x[own], target[own])
     agrees(copy.deepcopy(head)(x[own], target[own]), loss)
+    mesh = DeviceMesh.from_group(group, "cpu")
+    of_mesh = ClassParallelLoss(mlkernels.CrossEntropyLoss(), WIDTH, CLASSES, device_mesh=mesh, dtype=F64)
+    of_mesh.load_weight(weight)
+    agrees(of_mesh(x[own], target[own]), loss)
+    with pytest.raises(ValueError, match="device_mesh and process_group say the same"):
+        ClassParallelLoss(head.loss, WIDTH, CLASSES, device_mesh=mesh, process_group=group)
     if dist.get_world_size(group) == 2:
         agrees(torch.compile(head, backend="eager")(x[own], target[own]), loss)
     features = x[own].requires_grad_()
