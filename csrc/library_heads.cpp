@@ -40,6 +40,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> row_finish(
     };
     const KnownRows<T> known{0,
                              n,
+                             nullptr,
                              take(target_logit, n),
                              take(top, n),
                              take(total, scales * n),
@@ -124,16 +125,18 @@ constexpr int64_t PARAMETERS = (int64_t(1) << TRAINABLE_SLOTS) - 1;
 
 template <class T>
 struct WholeHead {
-  const Tensor &x, &weight;
+  Tensor x;
+  const Tensor& weight;
   const std::optional<Tensor>&bias, &inverse;
   const Tensor& room;
   const std::vector<int64_t>& plan;
   Call<T> call;
   CpuProblem<T>& p;
-  const int64_t needs, n, classes, width;
-  const bool tiles;  // of whose gradient anything is needed
+  const int64_t needs, n, classes, width, left;  // left: rows that are not ignored
+  const bool tiles;                              // of whose gradient anything is needed
   ByParameter<T> parameters;
   Tensor label;
+  std::vector<int64_t> index;  // where the rows that are left were, if not all are
   std::optional<Tensor> class_weight, adjustment, dx, dw, db;
 
   WholeHead(const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& bias_,
@@ -152,21 +155,22 @@ struct WholeHead {
         n(p.rows),
         classes(p.classes),
         width(weight.size(1)),
+        left(int64_t(call.kept)),
         tiles(needs >> INPUT & 7),
         parameters(call, needs & PARAMETERS),
         label(contiguous_of<int64_t>(target)) {
     STD_TORCH_CHECK(x.size(0) == n && target.dim() == 1, "x must have a row for each label");
-    STD_TORCH_CHECK(call.kept == double(n), "ignored rows are left out before");
     STD_TORCH_CHECK(!(needs >> (INPUT + 3)) && (bias || !(needs >> BIAS_BIT & 1)),
                     "needs asks for the gradient of what is no tensor");
     STD_TORCH_CHECK(!needs || call.reduction != Reduction::NONE, "gradients are made with a loss that is reduced");
     if (const Tensor* given = call.tensors[WEIGHT]) class_weight = contiguous_of<T>(*given);
     if (const Tensor* given = call.tensors[ADJUSTMENT]) adjustment = contiguous_of<T>(*given);
-    if (needs >> INPUT & 1) dx = empty({n, width}, type_of<T>());
+    if (left < n) leave_out();
+    if (needs >> INPUT & 1) dx = empty({left, width}, type_of<T>());
     if (needs >> WEIGHT_BIT & 1) dw = room_like(room, {classes, width});
     if (needs >> BIAS_BIT & 1) db = empty({classes}, type_of<T>());
     for (const auto& sum : {dw, db})
-      if (sum && n == 0) std::memset(sum->data_ptr(), 0, size_t(sum->numel()) * sizeof(T));
+      if (sum && left == 0) std::memset(sum->data_ptr(), 0, size_t(sum->numel()) * sizeof(T));
     p.up_value = 1;
     p.grad = tiles ? &p : nullptr;  // that one is wanted: where it goes the tiles know
   }
@@ -188,6 +192,27 @@ struct WholeHead {
     return weight.size(0);
   }
 
+  // Rows that are ignored, before the first product.
+  void leave_out() {
+    const size_t bytes = size_t(width) * x.element_size();
+    Tensor rows = empty({left, width}, x.scalar_type()), labels = empty({left}, ScalarType::Long);
+    index.reserve(size_t(left));
+    for (int64_t row = 0; row < n; ++row) {
+      if (p.label[row] == p.spec.ignore_index) {
+        MLKERNELS_ISA::leave_parameters(p, row, T(0));
+        continue;
+      }
+      const size_t at = index.size();
+      std::memcpy(static_cast<char*>(rows.data_ptr()) + at * bytes,
+                  static_cast<const char*>(x.data_ptr()) + size_t(row) * bytes, bytes);
+      static_cast<int64_t*>(labels.data_ptr())[at] = p.label[row];
+      index.push_back(row);
+    }
+    x = rows;
+    label = labels;
+  }
+  int64_t place(int64_t i) const { return index.empty() ? i : index[size_t(i)]; }
+
   // The target's product of each row, never taken from a tile.
   void of_targets(int64_t first, int64_t count, T* f_y) const {
     const Storage storage = storage_of(weight.scalar_type());
@@ -196,7 +221,7 @@ struct WholeHead {
     const T* const add = bias ? static_cast<const T*>(bias->data_ptr()) : nullptr;
     const T* const factor = inverse ? static_cast<const T*>(inverse->data_ptr()) : nullptr;
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t y = p.label[first + i], at = (first + i) * width, from = y * weight.stride(0);
+      const int64_t y = p.label[place(first + i)], at = (first + i) * width, from = y * weight.stride(0);
       const T product = half ? dot<T>(static_cast<const bfloat16*>(rows) + at, weight.data_ptr(), storage, from, width)
                              : dot<T>(static_cast<const T*>(rows) + at, weight.data_ptr(), storage, from, width);
       f_y[i] = (factor ? product * factor[y] : product) + (add ? add[y] : T(0));
@@ -208,7 +233,8 @@ struct WholeHead {
     const T confidence[] = {-MLKERNELS_ISA::infinity<T>(), MLKERNELS_ISA::infinity<T>()};
     MLKERNELS_ISA::Values<T> values;
     for (int64_t i = 0; i < rows; ++i) {
-      if (i == 0 || !p.uniform) fetch(p, first + i, p.label[first + i], p.group ? p.group[first + i] : 0, values);
+      const int64_t row = place(first + i);
+      if (i == 0 || !p.uniform) fetch(p, row, p.label[row], p.group ? p.group[row] : 0, values);
       for (int64_t k = 0; k < count; ++k) scales[k * rows + i] = row_scale(p.spec, values, confidence[k]).value;
     }
   }
@@ -224,16 +250,24 @@ struct WholeHead {
     T* const u = static_cast<T*>(u_y.data_ptr());
     of_targets(first, count, u);
     const std::vector<T> f_y(u, u + (softcap > 0 ? count : 0));
-    for (int64_t i = 0; i < count; ++i) u[i] = MLKERNELS_ISA::prepare(p.preparation, u[i], p.label[first + i]);
+    for (int64_t i = 0; i < count; ++i) u[i] = MLKERNELS_ISA::prepare(p.preparation, u[i], p.label[place(first + i)]);
     scales_of(first, count, several, static_cast<T*>(scales.data_ptr()));
     const int64_t want = (p.want_shift ? 1 : 0) + (p.smoothing > 0 ? 8 : 0);
     const auto [numbers, places] = linear_statistics(rows, weight, bias, inverse, labels, 0, class_weight, adjustment,
                                                      softcap, room, keep, cut, u_y, scales, classes, want);
     const T* const reals = static_cast<const T*>(numbers.data_ptr());
     const T* const sums = reals + 3 * count;
-    const KnownRows<T> known{first,   count,   u,
-                             reals,   sums,    p.want_shift ? sums + several * count : nullptr,
-                             nullptr, several, p.smoothing > 0 ? reals + count : nullptr};
+    const int64_t* const where = index.empty() ? nullptr : index.data() + first;
+    const KnownRows<T> known{first,
+                             count,
+                             where,
+                             u,
+                             reals,
+                             sums,
+                             p.want_shift ? sums + several * count : nullptr,
+                             nullptr,
+                             several,
+                             p.smoothing > 0 ? reals + count : nullptr};
     FinishedRows<T> out{};
     Tensor row[6];
     if (tiles) {
@@ -243,7 +277,7 @@ struct WholeHead {
         *places_of[i] = static_cast<T*>(row[i].data_ptr());
       }
     }
-    torch::stable::parallel_for(first, first + count, 256,
+    torch::stable::parallel_for(0, count, 256,
                                 [&](int64_t begin, int64_t end) { finish_rows(p, known, out, begin, end); });
     if (!tiles) return;
     for (size_t i = 0; i < f_y.size(); ++i) out.target[i] *= cap_slope_at(f_y[i], p.preparation.softcap);
@@ -251,7 +285,7 @@ struct WholeHead {
     if (p.smoothing > 0) spread = row[2];
     if (dx) features = rows_of(*dx, first, count);
     linear_gradient(rows, weight, bias, inverse, labels, 0, class_weight, adjustment, softcap, room, keep, cut, row[0],
-                    {}, spread, row[3], row[4], row[5], features, dw, db, first == 0, first + count == n);
+                    {}, spread, row[3], row[4], row[5], features, dw, db, first == 0, first + count == left);
   }
 
   // Of c tanh(f / c). 1 - tanh^2 without the difference, which cancels where tanh is near 1.
@@ -260,10 +294,25 @@ struct WholeHead {
     return 4 * e / ((1 + e) * (1 + e));
   }
 
+  // Rows that were left at the places of all.
+  Tensor scattered(const Tensor& rows) const {
+    Tensor all = empty({n, width}, type_of<T>());
+    const T* from = static_cast<const T*>(rows.data_ptr());
+    T* const to = static_cast<T*>(all.data_ptr());
+    std::fill(to, to + n * width, T(0));
+    for (const int64_t row : index) {
+      std::copy(from, from + width, to + row * width);
+      from += width;
+    }
+    return all;
+  }
+
   std::tuple<Tensor, std::vector<Tensor>> run() {
     Tensor losses = empty({n}, type_of<T>());
     p.losses = static_cast<T*>(losses.data_ptr());
-    for (int64_t first = 0; first < n; first += plan[3]) visit(first, std::min(plan[3], n - first));
+    if (left < n) std::fill(p.losses, p.losses + n, T(0));
+    for (int64_t first = 0; first < left; first += plan[3]) visit(first, std::min(plan[3], left - first));
+    if (dx && left < n) dx = scattered(*dx);
     std::vector<Tensor> gradients = parameters.sums();
     for (const auto& one : {dx, dw, db})
       if (one) gradients.push_back(*one);

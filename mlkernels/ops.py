@@ -82,8 +82,8 @@ library.define(
     "Tensor top, Tensor(b!)? dx, Tensor(c!)? dw, Tensor(d!)? db, bool first, bool last) -> ()",
     tags=_tags,
 )
-# Both, and the finish between them, of a head: the loss of rows of which none is ignored; the gradients for an upstream
-# of 1 of what `needs` asks for: of parameters by the bits of their slots, then of x, weight and bias.
+# Both, and the finish between them, of a head: the loss, and for an upstream of 1 the gradients that `needs` asks for,
+# of parameters by the bits of their slots, then of x, weight and bias.
 library.define(
     "linear_loss_with_gradients(Tensor x, Tensor weight, Tensor? bias, Tensor? inverse, Tensor target, "
     "Tensor(a!) room, int[] plan, float[] numbers, Tensor[] params, int needs) -> (Tensor, Tensor[])",

@@ -314,10 +314,24 @@ def test_which_heads_are_served(served):
                 same(lambda value=value, asked=asked: torch.autograd.grad(value(), asked, materialize_grads=True))
     with torch.no_grad():
         same(lambda: [call(*head()[:2], y), call(*head()[:2], y, reduction="none")])
+    for labels in (TARGET, torch.full((6,), -100)):
+        x, weight, bias = head()
+        with torch.no_grad():
+            x[labels == -100] = torch.nan
+        norms = (torch.arange(6.0) + 1).unsqueeze(1).requires_grad_()
+        ignored = lambda x=x, w=weight, b=bias, y=labels, m=norms: torch.autograd.grad(
+            mlkernels.linear_softmax_loss(
+                x, w, y, linear_bias=b, scale=m, row_weight=m.detach()[:, 0], label_smoothing=0.1, softcap=2.0
+            ),
+            [x, w, b, m],
+        )
+        same(ignored)
+        with torch.no_grad():
+            same(lambda x=x, w=weight, y=labels: [call(x, w, y), call(x, w, y, reduction="none")])
     assert all(served)
     x, weight, _ = head()
     left = [
-        lambda: call(x, weight, TARGET), lambda: call(x, weight.T.contiguous().T, y),
+        lambda: call(x, weight.T.contiguous().T, y),
         lambda: call(x, weight, y, memory=10_000), lambda: call(x, weight, y, strategy="rows"),
         lambda: call(x, weight, y, reduction="none").sum(),
         lambda: call(x.bfloat16(), weight.bfloat16(), y), lambda: call(x[:, None], weight, y[:, None]),

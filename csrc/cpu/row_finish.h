@@ -9,7 +9,8 @@ namespace mlkernels {
 // What is known of some of the rows over all classes but the target.
 template <class T>
 struct KnownRows {
-  int64_t first, rows;              // which these are
+  int64_t first, rows;              // which these are,
+  const int64_t* index;             // (rows): or where they are, if not one after another
   const T *target_logit, *top;      // (rows): u_y, M
   const T *total, *shift, *square;  // (count, rows): S, T, the second moment; the latter two may be null
   int64_t count;                    // 2: at either scale that a row may turn out to have
@@ -33,8 +34,8 @@ void finish_rows(const CpuProblem<T>& p, const KnownRows<T>& known, const Finish
   class_terms.z_loss = row_terms.smoothing = 0;
   Values<T> values{};
   if (p.uniform) fetch(p, 0, 0, 0, values);
-  for (int64_t row = begin; row < end; ++row) {
-    const int64_t y = p.label[row], i = row - known.first;
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t row = known.index ? known.index[i] : known.first + i, y = p.label[row];
     if (y == p.spec.ignore_index) {
       if (p.losses) p.losses[row] = 0;
       for (T* const result : {out.by_class, out.by_row, out.logsumexp, out.log_prob, out.entropy, out.factor, out.slope,
