@@ -87,12 +87,12 @@ wheel: $(READY)
 
 # The compiled operators under gcc's sanitizers, in memory of their own: tests, then malformed calls. Then the ordinary
 # libraries again. Python itself is not built for them, so they are loaded first; what it leaves at its end is no leak.
-SANITIZED := test_buffers test_linear test_layouts test_conventions test_autograd test_values
+SANITIZED := test_buffers test_linear test_pairs test_layouts test_conventions test_autograd test_values
 sanitize: $(READY)
 	MLKERNELS_CUDA=0 MLKERNELS_SANITIZE=address,undefined $(PY) csrc/build.py
 	export LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1; \
-	$(PY) -m pytest -k "cpu or buffers" $(SANITIZED:%=tests/%.py) $(ARGS) && \
+	$(PY) -m pytest -k "cpu or buffers or pairs" $(SANITIZED:%=tests/%.py) $(ARGS) && \
 	  $(PY) -m tools.fuzz_operators --calls 1e4; status=$$?; unset LD_PRELOAD; \
 	$(PY) csrc/build.py; exit $$status
 

@@ -30,6 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import test_opcheck  # noqa: E402
 
 import mlkernels  # noqa: E402, F401
+from mlkernels.backends import native  # noqa: E402
 from mlkernels.numbering import INPUT  # noqa: E402
 
 DTYPES = [
@@ -48,6 +49,8 @@ def legal(rng: random.Random) -> tuple[str, list[Any]]:
     """An operator, and arguments that it takes."""
     name = rng.choice([*test_opcheck.OPERATORS * 2, *PER_CALL, "multi_copy_"])
     dtype = rng.choice([torch.float32, torch.float64])
+    # Features and weight of heads in bfloat16, where the machine multiplies these.
+    pairs = dtype == torch.float32 and native.cpu_isa() == "avx512_bf16" and rng.random() < 0.5
     if name in test_opcheck.OPERATORS:
         loss = rng.choice(test_opcheck.FEW)
         shape, reduction = rng.choice(["rows", "dense"]), rng.randrange(3)
@@ -73,17 +76,21 @@ def legal(rng: random.Random) -> tuple[str, list[Any]]:
         rows = [torch.rand(6, dtype=dtype) for _ in range(8)]
         if name != "row_finish":
             x, weight, room = (torch.rand(6, k, dtype=dtype) for k in (2, 2, 40))
+            inverse: Tensor | None = rows[1]
+            if pairs:
+                x, weight, inverse = x.bfloat16(), weight.bfloat16(), None
             plan = [*(rng.randint(1, 6) for _ in range(4)), rng.randrange(2)]
-            return name, [x, weight, rows[0], rows[1], target, room, plan, numbers, params, needs | 3 << INPUT + 1]
+            return name, [x, weight, rows[0], inverse, target, room, plan, numbers, params, needs | 3 << INPUT + 1]
         return name, [target, *rows[:2], *sums, rows[2], numbers, params, 6, *rows[3:], True, needs ^ 1 << INPUT]
-    n, c, width, count = rng.randint(0, 5), rng.randint(0, 7), rng.randint(0, 5), rng.randint(1, 2)
+    n, c, width, count = rng.randint(0, 5), rng.randint(0, 7), rng.randint(0, 5) * (1 + pairs), rng.randint(1, 2)
 
     def of(*shape: int) -> Tensor:
         return torch.rand(*shape, dtype=dtype)
 
     label, rows = torch.randint(-1, 9, (n,)), of(n)
     known = [of(n), of(count, n), of(count, n), of(count, n), of(n), of(n), label + 1, label * 0]
-    head = [of(n, width), of(c, width), of(c), of(c), label, 1, of(c + 1), of(c + 1), 5.0, of(400), False, [2, 2, 2]]
+    x, weight = (of(k, width).to(torch.bfloat16 if pairs else dtype) for k in (n, c))
+    head = [x, weight, of(c), None if pairs else of(c), label, 1, of(c + 1), of(c + 1), 5.0, of(400), False, [2, 2, 2]]
     return name, {
         "piece_statistics": [of(n, c), of(n), label, 1, of(count, n), of(c + 1), of(c + 1), 5.0, *known],
         "piece_gradient": [of(n, c), label, 1, False, of(c + 1), of(c + 1), 5.0, rows, rows, rows, rows, rows],
