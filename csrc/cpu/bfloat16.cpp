@@ -1,6 +1,6 @@
-// Products of bfloat16 by vdpbf16ps, which adds the two products of a pair to a sum of float32: twice the rate of
-// float32's. It takes subnormal numbers for 0, in what it reads and in what it writes, and rounds a sum by pairs.
-// Compiled for AVX-512 with BF16 alone; machines without it widen.
+// Products of bfloat16 by vdpbf16ps, which adds the two products of a pair to a sum of float32, one after the other: twice
+// the rate of float32's. It takes subnormal numbers for 0, in what it reads and in what it writes. Compiled for AVX-512 with
+// BF16 alone; machines without it widen.
 #include "pieces.h"
 #include "products.h"
 
