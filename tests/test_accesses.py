@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -53,3 +54,15 @@ def test_ordinary_tensors_are_accessed_as_widely_as_there_is(rows):
     }
     found = {(row["layout"], row["dtype"]): row["found"][-1] for row in rows if row["tensor"] == "grad"}
     assert {key: found[key] for key in ordinary} == ordinary
+
+
+def test_row_dimensions_that_continue_each_other_are_one():
+    from mlkernels.backends.triton.arguments import _collapsed
+
+    whole = torch.empty(2, 5, 3, 4, 6)
+    assert _collapsed(whole, whole) == ((72, 1), (72, 360, 1, 0), (72, 360, 1, 0))
+    rows_apart = torch.empty(2, 5, 3, 4, 7)[..., :6]
+    assert _collapsed(rows_apart, whole) == ((12, 6), (84, 420, 7, 1), (72, 360, 6, 1))
+    assert _collapsed(whole, rows_apart) == ((12, 6), (72, 360, 6, 1), (84, 420, 7, 1))
+    all_apart = torch.empty(2, 5, 3, 5, 7)[..., :4, :6]
+    assert _collapsed(all_apart, whole) is None and _collapsed(all_apart[:1], whole[:1]) is not None
