@@ -261,12 +261,12 @@ def _numbers(
             takes = "a number or a floating tensor" if slot in _TRAINABLE else "a number"
             consts[slot] = check_number(word, value, name, takes)  # type: ignore[arg-type]
     exponents = mask & (1 << _HEAD_C | 1 << _HEAD_D)
-    if spec.head == HeadKind.MODULATED and consts[_HEAD_C] + consts[_HEAD_D] < 1 and not exponents:
+    if spec.ids.head == HeadKind.MODULATED and consts[_HEAD_C] + consts[_HEAD_D] < 1 and not exponents:
         raise ValueError(
             "gamma + kappa must be >= 1, or the gradient diverges where p = 1; "
             f"got gamma = {consts[_HEAD_C]}, kappa = {consts[_HEAD_D]}"
         )
-    linear = spec.transform == TransformKind.MARGIN and spec.beyond_pi == BeyondPi.LINEAR
+    linear = spec.ids.transform == TransformKind.MARGIN and spec.ids.beyond_pi == BeyondPi.LINEAR
     if linear and consts[_M1] != 1 and not mask >> _M1 & 1:
         raise ValueError(f"beyond_pi='linear' needs {spec.words[0]} = 1, got {spec.words[0]} = {consts[_M1]}")
     return [*map(float, spec.ids), float(reduced), float(ignore_index), float(mask), *consts[:width]]

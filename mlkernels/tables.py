@@ -14,9 +14,9 @@ from .spec import Spec
 def _table_slots(spec: Spec) -> list[tuple[int, int]]:
     """The pairs of slope and bias."""
     pairs = []
-    if spec.transform == TransformKind.PIECEWISE:
+    if spec.ids.transform == TransformKind.PIECEWISE:
         pairs.append((int(Slot.TRANSFORM_A), int(Slot.TRANSFORM_B)))
-    if spec.head == HeadKind.TAU:
+    if spec.ids.head == HeadKind.TAU:
         pairs.append((int(Slot.HEAD_A), int(Slot.HEAD_B)))
     return pairs
 

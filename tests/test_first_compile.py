@@ -147,6 +147,8 @@ def cases(backend):
     found = {str(loss): of_table(loss, index, backend) for index, loss in enumerate(LOSSES)}
     if backend is None:
         found |= {name: of_module(make) for name, make in MODULES.items()}
+        transforms = {loss.structure.transform: (loss, index) for index, loss in enumerate(LOSSES)}
+        found |= {f"{name} (reference)": of_table(*one, "reference") for name, one in transforms.items()}
         found |= {"statistics": statistics, "soft targets": soft_targets, "head statistics": head_statistics}
     return found
 

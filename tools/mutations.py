@@ -77,7 +77,7 @@ SUBJECTS: dict[str, Subject] = {
         "_shape|_collapsed|_unit|exact|_reach|row_offset|offsets|places|of_row|read_logits",
     ),
     "layouts_cpu": _cpu(
-        ("csrc/library_cpu.cpp", "csrc/cpu/kernels.cpp"),
+        ("csrc/call.h", "csrc/cpu/call.h", "csrc/library_cpu.cpp", "csrc/cpu/kernels.cpp"),
         _of("layouts", *_CPU),
         "layout_of|gradient_like|array_of|gather_rows|scatter_rows|each_piece|run_.*",
     ),
