@@ -6,6 +6,7 @@ import importlib
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -21,11 +22,11 @@ def script(name: str) -> ModuleType:
         sys.path.remove(str(EXAMPLES))
 
 
-def command(name: str, *options: str) -> subprocess.CompletedProcess[str]:
-    """The script in a process of its own, which must end well."""
+def command(name: str, *options: str, by: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+    """The script in a process of its own, or in those that Python starts ``by`` its arguments, which must end well."""
     path = os.pathsep.join([str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    line = [sys.executable, str(EXAMPLES / f"{name}.py"), *options]
+    line = [sys.executable, *by, str(EXAMPLES / f"{name}.py"), *options]
     done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return done

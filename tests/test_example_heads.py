@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 
 import pytest
-from scripts import script
+import torch.distributed as dist
+from scripts import command, script
 
 pytestmark = pytest.mark.usefixtures("threads_put_back")
 
@@ -37,6 +38,18 @@ def test_language_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert "|log Z|" in capsys.readouterr().out
     if sys.platform.startswith("linux"):
         assert 0 < found["head"][1] < found["whole logits"][1] / 2  # the logits are 64 MB
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo")
+@pytest.mark.parametrize("by", [(), ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")])
+def test_faces_in_parallel(by: tuple[str, ...]) -> None:
+    """In two processes of its own, or torchrun's."""
+    lines = command("face_parallel", "--classes", "200", "--steps", "60", "--lr", "0.2", by=by).stdout.splitlines()
+    (scores,) = (line for line in lines if line.startswith("verification"))
+    before, after = (float(word) for word in scores.split()[1::2])
+    assert after > before + 0.01
+    assert "2 ranks, 200 classes, 100 of them on rank 0" in lines
+    assert lines[-1].endswith("a rank sends 68 KiB")
 
 
 def test_faces(capsys: pytest.CaptureFixture[str]) -> None:
