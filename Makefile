@@ -12,6 +12,8 @@ ARGS ?=
 # PyPI's wheel is the CUDA build, which runs on a CPU too; for the small CPU build set
 # PIP_EXTRA_INDEX_URL to PyTorch's own index of those.
 TORCH := torch==2.13.0
+# The oldest that is supported, and a numpy that goes with its Triton: for make test-versions.
+VERSIONS ?= torch==2.11.0 numpy==2.2.6
 
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
@@ -32,10 +34,17 @@ export MLKERNELS_CUDA_ARCHS ?= 90
 CLANG_FORMAT = $(PY) -c "from clang_format import clang_format; clang_format()"
 CPP = $(filter-out csrc/numbering.h, $(wildcard $(foreach d, csrc csrc/* tools/*/ tools/*/*, $(d)/*.h $(d)/*.cpp $(d)/*.cu)))
 
-.PHONY: test bench demo lint docs format build wheel clean sanitize
+.PHONY: test test-versions bench demo lint docs format build wheel clean sanitize
 
 test: build
 	$(PY) -m pytest -n auto --dist worksteal $(ARGS)
+
+# With other versions, in an environment of their own that is kept, and in a copy: the checkout's libraries stay as they are.
+OTHER = build/$(subst ==,-,$(firstword $(VERSIONS)))-$(shell $(PYTHON) -c 'import sys; print(sys.implementation.cache_tag)')
+test-versions:
+	rm -rf $(OTHER)/checkout && mkdir -p $(OTHER)/checkout
+	tar -c --exclude=./.git --exclude=./.venv --exclude=./build --exclude='*.so' --exclude='*.egg-info' . | tar -x -C $(OTHER)/checkout
+	$(MAKE) -C $(OTHER)/checkout test TORCH="$(VERSIONS)" VENV=../venv
 
 bench: build
 	$(PY) -m bench $(ARGS)
@@ -67,7 +76,7 @@ build: $(READY)
 # The installation is editable, so the environment is made again only when the dependencies may have changed.
 $(VENV)/.ready: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install "$(TORCH)" "setuptools>=77" ninja
+	$(PY) -m pip install $(TORCH) "setuptools>=77" ninja
 	$(PY) -m pip install --no-build-isolation -e ".[dev]"
 	touch $@
 

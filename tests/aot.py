@@ -678,7 +678,7 @@ def main() -> None:
                     _work.append((one, {"case": repr(case)}))
         if name == "sm_90":
             # Rows that do not fit: the checks must see it.
-            spilling = Case(32768, 256, mode="train", tile=tiles.Tile(4, 1, 1024, 8, 32, True))
+            spilling = Case(65536, 256, dtype="fp32", tile=tiles.Tile(16, 1, 1024, 4, 32, True))
             _work.extend((one, {"bad": True}) for one in of_case(name, spilling)[-1:])
     if arguments.list:
         for one, more in _work:

@@ -165,6 +165,6 @@ def test_a_bound_on_registers_costs_no_warps(rows):
 
 
 def test_a_spill_is_seen(everything):
-    """Rows of 32768 classes, held by 1024 threads with 64 registers each."""
+    """Rows of 65536 classes in float32, held by 1024 threads with 64 registers each."""
     (row,) = (row for row in everything if "bad" in row)
     assert row["spills"] > 0, _told([row])

@@ -6,6 +6,7 @@ So this file is also a program, which imports torch and the package, calls nothi
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import os
 import subprocess
@@ -171,8 +172,10 @@ def first(make):
 
 def main(backend, part, parts):
     torch.set_num_threads(1)
-    # Dynamo itself is warm, so that a case takes a third of a second.
-    torch.compile(lambda x: x.sin().sum(), fullgraph=True, backend="aot_eager")(torch.zeros(2, requires_grad=True))
+    # Dynamo itself is warm, and imported what graphs with gradients need, so that a case takes a third of a second. Not
+    # autograd: its threads, which a torch that has CUDA starts for real and for fake devices, do not survive a fork.
+    importlib.import_module("torch._inductor.lowering")
+    torch.compile(lambda x: x.sin().sum(), fullgraph=True, backend="aot_eager")(torch.zeros(2))
     for name, make in list(cases(backend).items())[part::parts]:
         sys.stdout.flush()
         child = os.fork()

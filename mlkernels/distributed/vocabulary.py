@@ -7,7 +7,7 @@ rank finishes all rows alike, and writes the gradient of its slice: nothing trav
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, cast, overload
 
 import torch
 import torch.distributed as dist
@@ -223,6 +223,21 @@ def offsets_of(slices: Sequence[Sequence[int]], classes: int) -> list[int]:
     return [begin for _, begin in slices]
 
 
+class _Local(torch.autograd.Function):
+    """``to_local()`` whose gradient has the logits' strides. That of torch up to 2.13 has those of as many classes on
+    every rank, and where they are not autograd keeps a copy in its own order: torch 2.11's has all classes."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: DTensor) -> Tensor:
+        ctx.of = logits.device_mesh, logits.placements
+        ctx.form = {"shape": logits.shape, "stride": logits.stride()}
+        return logits.to_local()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return DTensor.from_local(gradient, *ctx.of, run_check=False, **ctx.form)
+
+
 def of_dtensor(logits: Tensor, target: Tensor) -> tuple[SlicedLogits | Tensor, Tensor]:
     """What a loss is called with where its logits are a DTensor that is split by classes; others stay what they are."""
     if not isinstance(logits, DTensor) or logits.dim() < 2:
@@ -236,7 +251,7 @@ def of_dtensor(logits: Tensor, target: Tensor) -> tuple[SlicedLogits | Tensor, T
         if not all(placement.is_replicate() for placement in target.placements):
             raise ValueError(f"target must be on all ranks that share the classes, got {target.placements}")
         target = target.to_local()
-    local = logits.to_local()
+    local = cast(Tensor, _Local.apply(logits))  # type: ignore[no-untyped-call]
     return SlicedLogits(group_of(mesh.get_group(split[0])), logits.shape[1], local, None), target
 
 

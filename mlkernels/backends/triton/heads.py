@@ -101,6 +101,9 @@ def piece_statistics(
     two, smoothed, capped = scales.shape[0] == 2, consts[Slot.SMOOTHING] > 0, consts[Slot.SOFTCAP] > 0
     plain = not (two or shift or second or ranks or smoothed or capped)
     programs, options = _launched(tile, tile, aligned, plain)
+    registers = tiles.most_registers_of_statistics(tiles.architecture(tile.device), (1 + two) * (1 + shift + second))
+    if registers is not None:
+        options["maxnreg"] = registers
     replay.launch(
         pieces.piece_statistics, (programs,), tile, target, target_logit, scales, row_factor, column_factor, weight,
         adjustment, reals, wholes, values, *tile.shape, classes, int(numbers[IGNORE_INDEX]), tile.stride(0), start,
