@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from .cases import LOSSES, floor_bytes
 from .measure import Key
-from .saved import Results
+from .report import Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,22 +50,22 @@ def _axis(axes: Axes, which: str, values: Sequence[float], text: Callable[[float
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _steps(results: Results, heads: bool = False) -> list[Key]:
+def _steps(results: Report, heads: bool = False) -> list[Key]:
     """What can be shown beside each other: steps of losses that have a peer, by everyone."""
-    keys = [key for key in results.times if key.mode == "step" and key.loss != "-"]
+    keys = [key for key in results.measured() if key.mode == "step" and key.loss != "-"]
     return [key for key in keys if bool(key.problem.features) == heads]
 
 
-def _who(results: Results, keys: Sequence[Key]) -> list[str]:
+def _who(results: Report, keys: Sequence[Key]) -> list[str]:
     found = dict.fromkeys(key.by for key in keys)
-    return sorted(found, key=lambda by: (by not in results.backends and by not in ("head", "tiles"), by))
+    return sorted(found, key=lambda by: (by not in results.header["backends"] and by not in ("head", "tiles"), by))
 
 
 def _color(loss: str) -> str:
     return COLORS[LOSSES.index(loss) % len(COLORS)]
 
 
-def roofline(results: Results, axes: Axes) -> None:
+def roofline(results: Report, axes: Axes) -> None:
     """Bytes that a step has to move, over its time, beside what a copy of the same size reaches."""
     keys = [key for key in _steps(results) if key.loss in ("cross_entropy", "modulated", "arcface")]
     who = _who(results, keys)
@@ -77,15 +77,16 @@ def roofline(results: Results, axes: Axes) -> None:
             ]
             x, y = [size for size, _ in points], [size / time for size, time in points if time]
             sizes, rates = sizes + x, rates + y
-            face = _color(loss) if by in results.backends else "none"
+            face = _color(loss) if by in results.header["backends"] else "none"
             label = f"{loss.replace('_', ' ')}, {by}"
             axes.plot(
                 x, y, marker, color=_color(loss), markerfacecolor=face, label=label, markersize=6, linestyle="none"
             )
-    for dtype, style in zip(dict.fromkeys(problem.dtype for problem in results.copies), STYLES, strict=False):
-        own = sorted((problem for problem in results.copies if problem.dtype == dtype), key=lambda one: one.nbytes)
+    problems = results.problems()
+    for dtype, style in zip(dict.fromkeys(problem.dtype for problem in problems), STYLES, strict=False):
+        own = sorted((problem for problem in problems if problem.dtype == dtype), key=lambda one: one.nbytes)
         x = [2 * problem.nbytes for problem in own]
-        y = [size / (results.copy(problem) or math.nan) for size, problem in zip(x, own, strict=True)]
+        y = [size / results.copy(problem) for size, problem in zip(x, own, strict=True)]
         axes.plot(x, y, style, color="#8a8f98", label=f"copy, {dtype}")
         sizes, rates = sizes + x, rates + y
     _axis(axes, "x", sizes, size_text)
@@ -93,7 +94,7 @@ def roofline(results: Results, axes: Axes) -> None:
     axes.set(xlabel="bytes that a step has to move", title="bandwidth reached")
 
 
-def times(results: Results, axes: Axes, dtype: str = "float32") -> None:
+def times(results: Report, axes: Axes, dtype: str = "float32") -> None:
     """A step's time for each row, against the number of classes."""
     keys = [key for key in _steps(results) if key.problem.dtype == dtype and len(key.problem.shape) == 2]
     keys = [key for key in keys if key.loss in ("cross_entropy", "modulated", "arcface")]
@@ -111,9 +112,9 @@ def times(results: Results, axes: Axes, dtype: str = "float32") -> None:
     axes.set(xlabel="classes", title=f"time of a row, {dtype}")
 
 
-def memory(results: Results, axes: Axes) -> None:
+def memory(results: Report, axes: Axes) -> None:
     """The most bytes that a head's step had beside its inputs, against the number of classes."""
-    found = {key: size for key, size in results.memory.items() if key.mode == "step" and size > 0}
+    found = {key: size for key, size in results.memory().items() if key.mode == "step" and size > 0}
     for k, by in enumerate(_who(results, list(found))):
         for loss in dict.fromkeys(key.loss for key in found if key.by == by):
             own = sorted((key.problem.classes, size) for key, size in found.items() if key[1::2] == (loss, by))
@@ -124,12 +125,12 @@ def memory(results: Results, axes: Axes) -> None:
     axes.set(xlabel="classes", title="memory of a step, beside its inputs")
 
 
-def figure(results: Results) -> Figure:
+def figure(results: Report) -> Figure:
     """The panels that the run has something for."""
     from matplotlib.figure import Figure
 
     panels = [roofline, times] if _steps(results) else []
-    panels += [memory] if results.memory else []
+    panels += [memory] if results.memory() else []
     drawn = Figure(figsize=(4.6 * max(1, len(panels)), 4.2), layout="constrained")
     labels: dict[str, object] = {}
     for panel, axes in zip(panels, drawn.subplots(1, max(1, len(panels)), squeeze=False)[0], strict=False):

@@ -8,14 +8,15 @@ import statistics
 from pathlib import Path
 
 from .charts import time_text
-from .saved import Results, load
+from .report import Report
+from .saved import load
 
 
-def lines(a: Results, b: Results) -> list[str]:
+def lines(a: Report, b: Report) -> list[str]:
     """A line for each time that both have, the largest change first; apart where the processes' ranges do not meet."""
     found = []
-    for key in a.times.keys() & b.times.keys():
-        before, after = a.times[key], b.times[key]
+    for key in {*a.measured()} & {*b.measured()}:
+        before, after = a.medians(key), b.medians(key)
         ratio = statistics.median(after) / statistics.median(before)
         apart = min(after) > max(before) or max(after) < min(before)
         verdict = ("slower" if ratio > 1 else "faster") if apart and min(len(before), len(after)) > 1 else ""

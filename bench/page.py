@@ -10,7 +10,8 @@ from pathlib import Path
 from .cases import Problem
 from .charts import time_text
 from .measure import Key
-from .saved import FOLDER, Results, load
+from .report import Report
+from .saved import FOLDER, load
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 
@@ -44,22 +45,21 @@ def _ratio(value: float) -> str:
     return f"{value:.2g}" if value < 99.5 else f"{value:.0f}"
 
 
-def _ratios(results: Results, own: Key, other: Key) -> tuple[str, str]:
+def _ratios(results: Report, own: Key, other: Key) -> tuple[str, str]:
     """The median of the processes' and the smallest; nothing where a thing is its own peer."""
     found = [] if own == other else results.ratios(own, other)
     return (_ratio(statistics.median(found)), _ratio(min(found))) if found else ("", "")
 
 
-def _cells(results: Results, key: Key, peers: list[str]) -> dict[str, str]:
-    problem, times = key.problem, results.times[key]
+def _cells(results: Report, key: Key, peers: list[str]) -> dict[str, str]:
+    problem, times = key.problem, results.medians(key)
     dtype = "" if problem.dtype == "float32" else f" {problem.dtype}"
-    copy = results.copy(problem)
     cells = {
         "logits": "×".join(map(str, problem.sizes)) + dtype,
         "loss": f"`{key.loss}`",
         "ours": time_text(statistics.median(times)),
         "best … worst": f"{time_text(min(times))} … {time_text(max(times))}",
-        "copy": time_text(copy) if copy else "",
+        "copy": time_text(results.copy(problem)),
     }
     own = "F.cross_entropy"
     cells[f"{own} / ours"], cells[f"{own}: least"] = _ratios(
@@ -72,11 +72,11 @@ def _cells(results: Results, key: Key, peers: list[str]) -> dict[str, str]:
     return cells
 
 
-def table(results: Results, problems: list[Problem], ours: list[str]) -> list[str]:
+def table(results: Report, problems: list[Problem], ours: list[str]) -> list[str]:
     """Of one kind of problem, Markdown; what is said of a problem stands in its first line."""
-    keys = [key for key in results.times if key.mode == "step" and key.problem in problems and key.loss != "-"]
+    keys = [key for key in results.measured() if key.mode == "step" and key.problem in problems and key.loss != "-"]
     peers = [by for by in dict.fromkeys(key.by for key in keys) if by not in ours]
-    several = any(len(results.times[key]) > 1 for key in keys)
+    several = results.processes > 1
     lines: list[str] = []
     for problem in problems:
         own = [_cells(results, key, peers) for key in keys if key.problem == problem and key.by in ours]
@@ -91,7 +91,7 @@ def table(results: Results, problems: list[Problem], ours: list[str]) -> list[st
     return lines
 
 
-def section(results: Results) -> list[str]:
+def section(results: Report) -> list[str]:
     """One run: where, its tables, its pictures, its misses."""
     header = results.header
     versions = header["versions"]
@@ -102,14 +102,15 @@ def section(results: Results) -> list[str]:
     where = (
         f"{header['threads']} threads of {header['cpus']} processors{isa}, torch {versions['torch']}, commit {commit}"
     )
-    lines.append(f"{command}{where}; `bench/results/{results.name}.json`.")
+    lines.append(f"{command}{where}; `bench/results/{header['name']}.json`.")
     for caveat in header["caveats"]:
         lines += ["", f"**{caveat}**"]
-    lines += ["", f"<!-- chart: {results.name} -->", ""]
+    lines += ["", f"<!-- chart: {header['name']} -->", ""]
     for heads in (False, True):
-        problems = [one for one in results.problems if bool(one.features) == heads]
+        problems = [one for one in results.problems() if bool(one.features) == heads]
+        problems.sort(key=lambda one: (one.dtype != "float32", one.classes, one.rows))
         if problems:
-            lines += [*table(results, problems, ["head", "tiles"] if heads else results.backends), ""]
+            lines += [*table(results, problems, ["head", "tiles"] if heads else header["backends"]), ""]
     targets = header.get("targets") or []
     missed = [one for one in targets if not one["reached"]]
     if targets:
@@ -118,9 +119,8 @@ def section(results: Results) -> list[str]:
             "",
         ]
         for one in missed:
-            what = one.get("what") or f"{one['rows']}x{one['classes']} {one['dtype']}, {one['loss']}: {one['ratio']}"
             wanted = f"{'at least' if one['value'] < one['bound'] else 'at most'} {one['bound']:g}"
-            lines += [f"- {what}: {one['value']:.3g}, wanted {wanted}"]
+            lines += [f"- {one['what']}: {one['value']:.3g}, wanted {wanted}"]
         lines += [""]
     return lines
 

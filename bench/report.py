@@ -137,9 +137,14 @@ class Report:
     def fraction(self, key: Key) -> float | None:
         return statistics.median(found) if (found := self.fractions(key)) else None
 
-    def bandwidth(self, problem: Problem) -> float:
-        """Of the copy, bytes per second."""
-        return statistics.median(run.bandwidth[problem] for run in self.runs if problem in run.bandwidth)
+    def copy(self, problem: Problem) -> float:
+        """Of as many bytes as the logits have, seconds."""
+        rates = [run.bandwidth[problem] for run in self.runs if problem in run.bandwidth]
+        return 2 * problem.nbytes / statistics.median(rates)
+
+    def memory(self) -> dict[Key, int]:
+        """The most bytes that any process took."""
+        return {key: max(run.memory.get(key, 0) for run in self.runs) for run in self.runs for key in run.memory}
 
     def fastest(self, key: Key) -> Key | None:
         """The same by the one of our backends that takes least: a measured choice takes that."""
@@ -216,12 +221,13 @@ def _cpu_outcomes(report: Report) -> Iterator[Outcome]:
             for by, bound in (("eager", eager[k]), ("compile", compiled)):
                 if bound is not None and (found := report.ratio(key, key._replace(by=by))) is not None:
                     yield Outcome(f"{problem}, {loss}: {by} / cpu", found, bound, True)
-            if floor is None or report.median(key) is None:
+            own = report.median(key)
+            if floor is None or own is None:
                 continue
             if floor[0] == "clone":
                 found = report.ratio(key, Key(problem, "-", "step", "clone"))
             else:
-                found = report.median(key) and 2 * problem.nbytes / report.bandwidth(problem) / report.median(key)
+                found = report.copy(problem) / own
             if found:
                 yield Outcome(f"{problem}, {loss}: cpu / {floor[0]}", 1 / found, floor[1], False)
 
@@ -251,8 +257,8 @@ def _head_outcomes(report: Report) -> Iterator[Outcome]:
             continue
         key = Key(problems[problem], loss, "step", by)
         beside = key._replace(by=other, loss="-" if other == "products" else loss)
-        sizes = [run.memory[key] / 1e6 for run in report.runs if key in run.memory]
-        found = (max(sizes) if sizes else None) if other == "MB" else report.ratio(beside, key)
+        size = report.memory().get(key)
+        found = (size and size / 1e6) if other == "MB" else report.ratio(beside, key)
         if found is not None:
             yield Outcome(f"{problem}, {loss}: {by} {'in' if other == 'MB' else '/'} {other}", found, bound, False)
 
@@ -338,10 +344,8 @@ def _columns(report: Report) -> dict[str, Callable[[Key], str]]:
         else:
             title = "of floor" if modes == ["step"] else f"{mode} %"
             columns[title] = lambda key, mode=mode: _number(report.fraction(key._replace(mode=mode)), ".0%")
-    if any(run.memory for run in report.runs):
-        columns["MB"] = lambda key: _number(
-            max((run.memory[key] / 1e6 for run in report.runs if key in run.memory), default=None), ",.0f"
-        )
+    if memory := report.memory():
+        columns["MB"] = lambda key: f"{memory[key] / 1e6:,.0f}" if key in memory else "-"
     columns["F.ce/ours"] = lambda key: _number(report.ratio(key, key._replace(loss="cross_entropy", by="eager")), ".2f")
     for by in dict.fromkeys(key.by for key in keys if key.by in PEERS):
         columns[f"{by}/ours"] = lambda key, by=by: _number(report.ratio(key, key._replace(by=by)), ".2f")
@@ -369,11 +373,12 @@ def text(report: Report) -> str:
     lines += [f"WARNING: {caveat}" for caveat in report.caveats()]
     for problem in report.problems():
         floors = {by: report.median(Key(problem, "-", "step", by)) for by in ("clone", "products")}
-        floors = {"copy": 2 * problem.nbytes / report.bandwidth(problem), **floors}
+        copy = report.copy(problem)
+        floors = {"copy": copy, **floors}
         if problem.features:
             floors.pop("copy")  # nobody copies the logits
         said = ", ".join(f"{by} {time_text(time)}" for by, time in floors.items() if time)
-        rate = f"copy {report.bandwidth(problem) / 1e9:.1f} GB/s"
+        rate = f"copy {2e-9 * problem.nbytes / copy:.1f} GB/s"
         lines += ["", f"{problem}  (logits {problem.nbytes / 1e6:.2f} MB; {said}; {rate})"]
         lines.append(f"  {'loss':<14}{'by':<14}" + "".join(f"{title:>{widths[title]}}" for title in columns))
         for loss, by in report.own(problem):
