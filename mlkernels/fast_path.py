@@ -75,6 +75,7 @@ def _load() -> tuple[Any, str | None]:
             return None, f"not built: {reason.read_text().strip()}"
         others = ", ".join(other.name.removeprefix("_fast_path.").removesuffix(".so") for other in found)
         return None, f"built for {others}, not for this torch and this Python" if found else "not built"
+    older = f"{wanted} was built from older sources: build it again"
     try:
         spec = importlib.util.spec_from_file_location("mlkernels._fast_path", path)
         assert spec is not None and spec.loader is not None
@@ -83,9 +84,11 @@ def _load() -> tuple[Any, str | None]:
             table, _SHARED, tuple(COMMON[name] for name in _SHARED), get_args(ReductionName), _describe, _resolve,
             autograd.fast_path_backward,
         )  # fmt: skip
+        return (library, None) if hasattr(library, "serve_heads") else (None, older)
+    except TypeError:  # it is set up with something else
+        return None, older
     except (ImportError, RuntimeError) as error:
         return None, f"{wanted} does not load: {error}"
-    return library, None
 
 
 _library, missing = _load()

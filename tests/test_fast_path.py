@@ -1,6 +1,7 @@
 """Plain CPU calls in one crossing: what the fast path serves, that it is the same loss, and that it says the same."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -380,3 +381,10 @@ def test_a_library_for_another_torch_is_not_loaded(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setenv("MLKERNELS_FAST_PATH", "0")
     assert fast_path._load() == (None, "switched off by MLKERNELS_FAST_PATH=0")
+
+
+@pytest.mark.parametrize("set_up", [lambda *arguments: None, lambda one: None], ids=["no heads", "other arguments"])
+def test_a_library_of_older_sources_is_not_used(monkeypatch, set_up):
+    monkeypatch.setattr(fast_path.importlib.util, "module_from_spec", lambda spec: SimpleNamespace(set_up=set_up))
+    library, why = fast_path._load()
+    assert library is None and why.endswith("was built from older sources: build it again")
