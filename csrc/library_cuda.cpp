@@ -188,8 +188,9 @@ struct Call {
       v.parts = -1;
     } else if (counts) {
       v.parts = int(std::min<int64_t>(MLKERNELS_ISA::MOST_PARTS, (v.rows + 1023) / 1024));
-      double* parts = numbers_of(2 * v.parts);
+      double* parts = numbers_of(2 * v.parts + 1);
       v.divisors = parts;
+      if (reduced) v.arrived = reinterpret_cast<uint32_t*>(parts + 2 * v.parts);
       Sums::count(v, place.device, parts, v.parts);
     }
     const int blocks = kernels.blocks(v, place.device, choice);
@@ -200,7 +201,7 @@ struct Call {
       v.partials = numbers_of(partials);
     }
     kernels.run(v, place.device, choice, blocks);
-    if (partials > 0) Sums::total(v, place.device, partials);
+    if (partials > 0 && !v.arrived) Sums::total(v, place.device, partials);
   }
 
   Tensor loss_like(const Tensor& target) const {

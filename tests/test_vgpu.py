@@ -410,6 +410,15 @@ def test_branches_calls_and_local_memory():
     same(out, [3 * k * (k - 1) // 2 for k in range(32)])
 
 
+def test_atomic_addition():
+    """Each thread of each block gets a number of its own."""
+    counter, out = np.zeros(1, np.uint32), np.zeros(96, np.uint32)
+    body = "atom.global.add.u32 %r9, [%rd0], 1; mad.wide.u32 %rd10, %r9, 4, %rd1; st.global.u32 [%rd10], %r9;"
+    launch(body, counter, out, grid=3)
+    same(out, range(96))
+    assert counter[0] == 96
+
+
 def test_parameters():
     """As Triton and nvcc write them: a pointer says where it points, a struct how it is aligned."""
     text = """.visible .entry kernel(.param .u32 xf64, .param .u64 .ptr .global .align 1 there,
@@ -423,6 +432,7 @@ def test_parameters():
         ("frobnicate.b32 %r1, %r2;", "unsupported instruction frobnicate.b32"),
         ("add.sat.s32 %r1, %r2, %r3;", "unknown modifier .sat"),
         ("mul.f16 %h1, %h2, %h3;", "unsupported instruction mul.f16"),
+        ("atom.global.min.u32 %r1, [%rd0], %r2;", "unknown modifier .min"),
         ("add.u32 %r1, %r2;", "takes 3 operands"),
         ("mov.u32 %r1, %x;", "unknown operand '%x'"),
         ("bra NOWHERE;", "unknown label NOWHERE"),

@@ -41,6 +41,7 @@ struct RowsApart {
     if (!v.partials) return;
     loss = sum_over(simt, loss);
     if (simt.lane() == 0) v.partials[int64_t(simt.block()) * simt.warps() + simt.warp()] = loss;
+    add_up(simt, v, simt.blocks(), int64_t(simt.blocks()) * simt.warps());
   }
 
   static constexpr int MOST = CLASSES > 0 ? int(CLASSES) : 1, GROUP = 4;  // classes are worked on or left out together

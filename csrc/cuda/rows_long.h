@@ -589,6 +589,7 @@ struct RowsLong {
              team.part * LANES + simt.lane(), team.parts * LANES);
     }
     if (leaves && v.partials) v.partials[first] = loss;
+    if (simt.rank() == 0) add_up(simt, v, team.teams, team.teams);
   }
 };
 

@@ -169,6 +169,7 @@ struct RowsShort {
     } else {
       loss = sum_over(simt, loss);
       if (simt.lane() == 0) v.partials[mine] = loss;
+      add_up(simt, v, simt.blocks(), every);
     }
   }
 

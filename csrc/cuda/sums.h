@@ -1,5 +1,5 @@
 // The sums around a visit: what "mean" divides by, the reduced loss, the gradients of parameters. All in double and in a
-// fixed order: the same bits on every run, and no atomics.
+// fixed order: the same bits on every run, and none by atomics.
 #pragma once
 
 #include "visit.h"
@@ -42,12 +42,13 @@ struct CountRows {
                weights, rows);
     over_block(simt, weights, rows);
     if (simt.thread() != 0) return;
+    if (v.arrived && simt.block() == 0) *v.arrived = 0;
     plan.out[2 * simt.block()] = weights;
     plan.out[2 * simt.block() + 1] = rows;
   }
 };
 
-// The reduced loss from the teams' partial sums, by one block.
+// The reduced loss from the teams' partial sums, by one block: where no launch before the teams' could set a counter.
 template <class T>
 struct TotalLoss {
   static constexpr int THREADS = 256, BLOCKS = 2;
@@ -56,12 +57,7 @@ struct TotalLoss {
   };
   template <class Simt>
   static MLK_DEVICE void run(const Simt& simt, const Visit<T>& v, const Plan& plan) {
-    double sum = 0, none = 0;
-    for (int64_t i = simt.thread(); i < plan.partials; i += 2 * AT_ONCE * simt.threads()) {
-      double some[2 * AT_ONCE];
-      read_ahead(v.partials, i, simt.threads(), plan.partials, some);
-      sum += sum_of(some);
-    }
+    double sum = sum_of_partials(v, plan.partials, simt.thread(), simt.threads()), none = 0;
     over_block(simt, sum, none);
     if (simt.warp() != 0) return;
     if (v.rows == 0) {  // no visit

@@ -31,6 +31,7 @@ struct Visit : Problem<T> {
   const T* unless_one;  // nothing is done where this upstream gradient is 1; or null
   bool simple;          // as is_simple says
   double* partials;     // (teams) where the loss is reduced
+  uint32_t* arrived;    // how many teams' blocks have left theirs: the last one adds them up; null: another launch does
 };
 
 // Whether what "mean" divides by has to be counted.
@@ -436,6 +437,31 @@ MLK_DEVICE void leave_loss(const Visit<T>& v, int64_t row, T loss, double& total
   } else {
     total += double(loss);
   }
+}
+
+// The teams' sums, in an order that `every` threads share out.
+template <class T>
+MLK_DEVICE double sum_of_partials(const Visit<T>& v, int64_t partials, int64_t mine, int64_t every) {
+  double sum = 0;
+  for (int64_t i = mine; i < partials; i += 2 * AT_ONCE * every) {
+    double some[2 * AT_ONCE];
+    read_ahead(v.partials, i, every, partials, some);
+    sum += sum_of(some);
+  }
+  return sum;
+}
+// By all threads of a block, of `blocks`, whose teams have left their sums.
+template <class Simt, class T>
+MLK_DEVICE void add_up(const Simt& simt, const Visit<T>& v, int blocks, int64_t partials) {
+  if (!v.arrived) return;
+  simt.block_sync();
+  if (simt.warp() != 0) return;
+  int last = 0;
+  if (simt.lane() == 0) last = simt.comes_last(v.arrived, uint32_t(blocks));
+  if (!simt.exchange(last, 0)) return;
+  simt.warp_sync();
+  const double sum = sum_over(simt, sum_of_partials(v, partials, simt.lane(), LANES));
+  if (simt.lane() == 0) *v.losses = T(sum);
 }
 
 // What a row that is not looked at leaves, but for its gradient. The mean of no other rows is NaN.

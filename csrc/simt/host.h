@@ -84,6 +84,11 @@ struct Simt {
     write(block, at, &value, sizeof(V));
   }
 
+  bool comes_last(uint32_t* counter, uint32_t count) const {
+    if (*counter >= count) machine().fail("a block comes that was not counted on");
+    return ++*counter == count;
+  }
+
   void barrier_init(int barrier) const {
     check_place<uint64_t>(barrier);
     self().block->barriers[barrier] = simt::Barrier();

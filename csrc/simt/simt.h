@@ -123,6 +123,15 @@ struct Simt {
 #endif
   }
 
+  // By one thread of each of `count` blocks: whether all others have come here before. It may then read, and so may whom it
+  // meets at a barrier, what they and whom they had met at one wrote to global memory. The counter is 0 at first.
+  MLK_DEVICE bool comes_last(uint32_t* counter, uint32_t count) const {
+    __threadfence();
+    const bool last = atomicAdd(counter, 1u) + 1 == count;
+    __threadfence();
+    return last;
+  }
+
   // ---- asynchronous copies: a barrier of 8 bytes for each place that is filled again and again --------------------
 
   // By one lane of the warp that will copy. Afterwards, by every thread: barriers_ready, then block_sync.

@@ -202,6 +202,15 @@ bool decode_memory(Compiler& c, const Opcode& op) {
     decode_load(c, op);
   } else if (op.name == "st") {
     decode_store(c, op);
+  } else if (op.name == "atom") {
+    op.allow({"global", "add", "relaxed", "acq_rel", "gpu"});
+    if (!op.has("add") || op.type != Type::U32) op.unsupported();
+    c.expect(3, op);
+    i.bytes = 4;
+    i.out[0] = c.operand(c.operands[0], op.type);
+    c.address(c.operands[1], i.in[0], i.immediate);
+    i.in[1] = c.operand(c.operands[2], op.type);
+    i.run = add_global;
   } else if (op.name == "cp" && op.has("async")) {
     decode_async_copy(c, op);
   } else if (op.name == "mapa") {

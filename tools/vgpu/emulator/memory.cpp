@@ -117,6 +117,18 @@ Next store_global(Thread& t, const Instruction& i) {
   return Next::STEP;
 }
 
+Next add_global(Thread& t, const Instruction& i) {
+  ++t.machine->counts.loads;
+  ++t.machine->counts.stores;
+  const Access at(t, i);
+  u8* place = global_memory(t, at.address, at.bytes, true, at.bytes);
+  need(t, i.in[1], "a value added to global memory", i.bytes);
+  const u32 before = u32(load_bits(place, 4, false)), after = before + u32(value(t, i.in[1]));
+  memcpy(place, &after, 4);
+  set(t, i.out[0], before);
+  return Next::STEP;
+}
+
 // ---- parameters, and what calls pass ---------------------------------------------------------------------------------
 
 Next load_parameter(Thread& t, const Instruction& i) {
