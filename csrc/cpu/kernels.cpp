@@ -5,6 +5,7 @@
 // lie apart, go a vector of rows at a time. All others (half types, softcap, adjustment, medium length) are widened into
 // a scratch row first and narrowed from one at the end.
 #include <cstdlib>
+#include <type_traits>
 #include <utility>
 
 #include "problem.h"
@@ -267,11 +268,6 @@ struct Scratch {
 };
 thread_local Scratch scratch;
 
-template <class T, class S>
-constexpr bool SAME = false;
-template <class T>
-constexpr bool SAME<T, T> = true;
-
 // Rows in place pay two pieces and two tails; below this many columns a padded copy is cheaper.
 constexpr int64_t SHORT_ROW = 256;
 constexpr int64_t ROW_IN_CACHE = 1 << 19;  // bytes
@@ -339,6 +335,27 @@ void run_in_place(const CpuProblem<T>& p, int64_t begin, int64_t end) {
   if (streamed) fence();
 }
 
+// The next rows that are kept, at most `size` of them, where they lie and where their gradients do: how many these are.
+// Ignored ones are left as such.
+template <class T, class S>
+inline int next_tile(const CpuProblem<T>& p, int64_t& next, int64_t end, int64_t size, Work<T>* tile, const S** from,
+                     S** to) {
+  int count = 0;
+  for (; next < end && count < size; ++next) {
+    S* const g = p.grad ? static_cast<S*>(p.grad) + p.out.offset(next) : nullptr;
+    if (p.label[next] == p.spec.ignore_index) {
+      ignore_row(p, next);
+      if (g) clear_row(g, p.out.class_stride, p.classes);
+      continue;
+    }
+    tile[count].row = next;
+    tile[count].y = p.label[next];
+    from[count] = static_cast<const S*>(p.input) + p.in.offset(next);
+    to[count++] = g;
+  }
+  return count;
+}
+
 template <class T, class S>
 void run_through_scratch(const CpuProblem<T>& p, int64_t begin, int64_t end) {
   constexpr int W = WIDTH<T>;
@@ -350,13 +367,12 @@ void run_through_scratch(const CpuProblem<T>& p, int64_t begin, int64_t end) {
   T* other = streamed ? half + 2 * size * pitch : half;
   Leaving<T, S> leaving;
   const S* input = static_cast<const S*>(p.input);
-  S* output = static_cast<S*>(p.grad);
   const Batch<T> batch = batch_of(p);
   Values<T> values;
   if (p.uniform) fetch(p, 0, 0, 0, values);
   const bool capped = p.preparation.softcap > 0;
   const bool searched = p.in.class_stride == 1 && p.preparation.none();  // the maximum is found while widening
-  const bool direct = output && !capped && p.out.class_stride == 1;
+  const bool direct = p.grad && !capped && p.out.class_stride == 1;
   const bool overwrite =
       !capped && p.smoothing <= 0 && !p.up_entropy;  // nothing reads the logits after their exponentials
   // Long rows come one at a time: the next one is then the row after this one.
@@ -368,19 +384,7 @@ void run_through_scratch(const CpuProblem<T>& p, int64_t begin, int64_t end) {
     T target[MAX_TILE];
     const S* from[MAX_TILE];
     S* to[MAX_TILE];
-    int count = 0;
-    for (; next < end && count < size; ++next) {
-      S* g = output ? output + p.out.offset(next) : nullptr;
-      if (p.label[next] == p.spec.ignore_index) {
-        ignore_row(p, next);
-        if (g) clear_row(g, p.out.class_stride, p.classes);
-        continue;
-      }
-      tile[count].row = next;
-      tile[count].y = p.label[next];
-      from[count] = input + p.in.offset(next);
-      to[count++] = g;
-    }
+    const int count = next_tile(p, next, end, size, tile, from, to);
     if (count == 0) continue;
     T *const logits = half, *const grads = half + size * pitch;
     if (!searched) gather_rows(from, count, p.in.class_stride, p.classes, logits, pitch);
@@ -398,7 +402,7 @@ void run_through_scratch(const CpuProblem<T>& p, int64_t begin, int64_t end) {
       target[b] = u[tile[b].y];
       u[tile[b].y] = -infinity<T>();
       tile[b].u = u;
-      tile[b].g = !output ? nullptr : overwrite ? u : grads + b * pitch;
+      tile[b].g = !p.grad ? nullptr : overwrite ? u : grads + b * pitch;
       tile[b].ahead = {reinterpret_cast<const char*>(input + p.in.offset(next < end ? next : next - 1)), lookahead};
       measure<true>(p, p.uniform ? &values : nullptr, target[b], tile[b], &leaving, searched ? &top : nullptr);
     }
@@ -406,14 +410,14 @@ void run_through_scratch(const CpuProblem<T>& p, int64_t begin, int64_t end) {
     for (int b = 0; b < count; ++b) {
       Work<T>& w = tile[b];
       finish<true>(p, batch, w, &leaving);
-      if (output) spread_out(p, w);
+      if (p.grad) spread_out(p, w);
       if (streamed) {
         leaving.rest();
         leaving = {to[b], w.g, p.classes, w.gradient.factor, w.y, w.gradient.target};
       } else if (direct) {
         sweep_put(to[b], w.g, p.classes, w.gradient.factor);
         narrow(w.gradient.target, to[b][w.y]);
-      } else if (output) {
+      } else if (p.grad) {
         sweep_multiply(w.g, p.classes, w.gradient.factor);
         w.g[w.y] = w.gradient.target;
         if (capped) {
@@ -423,7 +427,7 @@ void run_through_scratch(const CpuProblem<T>& p, int64_t begin, int64_t end) {
         }
       }
     }
-    if (output && !direct) scatter_rows(to, count, p.out.class_stride, p.classes, tile[0].g, pitch);
+    if (p.grad && !direct) scatter_rows(to, count, p.out.class_stride, p.classes, tile[0].g, pitch);
     std::swap(half, other);
   }
   leaving.rest();
@@ -440,8 +444,6 @@ void run_lanes(const CpuProblem<T>& given, int64_t begin, int64_t end) {
   p.saved = nullptr;  // the maximum and the sum cost less than another way through here
   const int64_t classes = p.classes;
   T* e = static_cast<T*>(scratch.get(size_t(classes) * W * sizeof(T)));
-  const S* input = static_cast<const S*>(p.input);
-  S* output = static_cast<S*>(p.grad);
   const Batch<T> batch = batch_of(p);
   Values<T> values;
   if (p.uniform) fetch(p, 0, 0, 0, values);
@@ -451,22 +453,10 @@ void run_lanes(const CpuProblem<T>& given, int64_t begin, int64_t end) {
     Work<T> tile[MAX_TILE];
     const S* from[W];
     S* to[W];
-    int count = 0;
-    for (; next < end && count < W; ++next) {
-      S* g = output ? output + p.out.offset(next) : nullptr;
-      if (p.label[next] == p.spec.ignore_index) {
-        ignore_row(p, next);
-        if (g) clear_row(g, out_stride, classes);
-        continue;
-      }
-      tile[count].row = next;
-      tile[count].y = p.label[next];
-      from[count] = input + p.in.offset(next);
-      to[count++] = g;
-    }
+    const int count = next_tile(p, next, end, W, tile, from, to);
     if (count == 0) continue;
     bool side_by_side = count == W;
-    for (int b = 1; b < count; ++b) side_by_side &= from[b] == from[0] + b && (!output || to[b] == to[0] + b);
+    for (int b = 1; b < count; ++b) side_by_side &= from[b] == from[0] + b && (!p.grad || to[b] == to[0] + b);
     for (int b = count; b < W; ++b) from[b] = from[0];
     if (side_by_side) {
       for (int64_t j = 0; j < classes; ++j)
@@ -514,7 +504,7 @@ void run_lanes(const CpuProblem<T>& given, int64_t begin, int64_t end) {
     for (int b = 0; b < count; ++b) {
       Work<T>& w = tile[b];
       w.u = nullptr;
-      w.g = output ? e : nullptr;
+      w.g = p.grad ? e : nullptr;
       w.sum = sum[b];
       w.r.shift = shift[b];
       w.r.weighted = weighted[b];
@@ -526,7 +516,7 @@ void run_lanes(const CpuProblem<T>& given, int64_t begin, int64_t end) {
       factor[b] = tile[b].gradient.factor;
       spread[b] = tile[b].gradient.spread;
     }
-    if (!output) continue;
+    if (!p.grad) continue;
     for (int64_t j = 0; j < classes; ++j) {
       Vec<T> g = load(e + j * W) * factor;
       if (p.smoothing > 0) g -= p.weight ? spread * p.weight[j] : spread;
@@ -552,7 +542,7 @@ void run_as(const CpuProblem<T>& p, int64_t begin, int64_t end) {
   const bool apart = p.in.class_stride != 1 || (p.grad && p.out.class_stride != 1);
   const bool fits = p.classes * BYTES <= LANES_IN_CACHE;
   if (plain && (p.classes < LONG_ROW || (apart && fits))) return run_lanes<T, S>(p, begin, end);
-  if constexpr (SAME<T, S>) {
+  if constexpr (std::is_same<T, S>::value) {
     if (p.preparation.none() && !apart && p.classes >= SHORT_ROW) return run_in_place<T, S>(p, begin, end);
   }
   run_through_scratch<T, S>(p, begin, end);

@@ -157,25 +157,13 @@ static inline T fold(Vec<T> v, Combine combine) {
   for (int i = 1; i < QUARTER; ++i) out = combine(out, parts[0][i]);
   return out;
 }
-struct Add {
-  template <class V>
-  V operator()(V a, V b) const {
-    return a + b;
-  }
-};
-struct Larger {
-  template <class V>
-  V operator()(V a, V b) const {
-    return b > a ? b : a;
-  }
-};
 template <class T>
 static inline T sum_of(Vec<T> v) {
-  return fold<T>(v, Add{});
+  return fold<T>(v, [](auto a, auto b) { return a + b; });
 }
 template <class T>
 static inline T max_of(Vec<T> v) {
-  return fold<T>(v, Larger{});
+  return fold<T>(v, [](auto a, auto b) { return larger(a, b); });
 }
 
 // exp(x) for x <= 0, to 1 ulp or so; 0 below the smallest normal number; NaN for NaN.
