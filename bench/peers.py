@@ -236,13 +236,24 @@ def expected(reference: Function, inputs: Inputs, classes: int) -> Expected:
     return Expected(loss, (first, *(leaf.grad[:COMPARED].clone() for leaf in others)))
 
 
+def apart(found: Tensor, wanted: Tensor) -> float:
+    """The norm of the difference over that of what is wanted."""
+    difference = torch.linalg.vector_norm(found.to(wanted) - wanted)
+    return (difference / torch.linalg.vector_norm(wanted)).item()
+
+
+def wrong(what: str, found: Tensor, wanted: Tensor, allowed: float) -> str | None:
+    """What is wrong with a result, if something is."""
+    error = apart(found, wanted)
+    return None if error <= allowed else f"wrong {what}: off by {error:.3g} of its norm, {allowed:.1g} is allowed"
+
+
 def disagreement(function: Function, inputs: Inputs, wanted: Expected) -> float:
     """The largest of the loss's relative and the gradients' normwise relative differences."""
     loss = function(*inputs.leaves, inputs.target)
     gradients = torch.autograd.grad(loss, inputs.leaves)
     worst = ((loss.detach().double().cpu() - wanted.loss) / wanted.loss).abs().item()
     for gradient, right in zip(gradients, wanted.gradients, strict=True):
-        difference = torch.linalg.vector_norm(gradient[: len(right)].to(right.dtype) - right)
-        error = (difference / torch.linalg.vector_norm(right)).item()
+        error = apart(gradient[: len(right)], right)
         worst = error if math.isnan(error) else max(worst, error)
     return worst

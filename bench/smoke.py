@@ -24,7 +24,7 @@ from .ahead import SECONDS, compile_ahead, specialised
 from .cases import LOSSES, MODES, Problem, make_inputs
 from .measure import first_line
 from .options import backends_of, device_of, is_gpu, names_of, parser_of
-from .peers import losses, ours
+from .peers import losses, ours, wrong
 from .report import device_name
 
 LOSSES, MODES = LOSSES[:6], MODES[:3]  # each way through the kernels; graphs are for measuring
@@ -95,20 +95,10 @@ def results(function: Callable[..., Tensor], mode: str, input: Tensor, target: T
     return [loss.detach(), gradient]
 
 
-def apart(found: Tensor, wanted: Tensor) -> float:
-    """The norm of the difference over that of what is wanted."""
-    difference = torch.linalg.vector_norm(found.cpu().double() - wanted)
-    return (difference / torch.linalg.vector_norm(wanted)).item()
-
-
 def judge(step: Step, found: Sequence[Tensor], wanted: Sequence[Tensor]) -> str | None:
     """What is wrong with a step's results, if something is."""
     bounds = (LOSS_ERROR, GRADIENT_ERROR[TINY[step.problem].dtype])
-    for what, one, other, bound in zip(("loss", "gradient"), found, wanted, bounds, strict=False):
-        error = apart(one, other)
-        if not error <= bound:
-            return f"wrong {what}: off by {error:.3g} of its norm, {bound:.1g} is allowed"
-    return None
+    return next(filter(None, map(wrong, ("loss", "gradient"), found, wanted, bounds)), None)
 
 
 def copies(device: torch.device) -> str | None:

@@ -12,6 +12,8 @@ from torch import Tensor
 import mlkernels
 from mlkernels.linear.plan import STRATEGIES
 
+from .peers import wrong
+
 #: Several chunks of rows and tiles of classes, neither a multiple of anything.
 ROWS, WIDTH, CLASSES, MEMORY = 150, 16, 3001, 600_000
 #: Relative errors (of norms): bfloat16 rounds the gradient of a tile, then the result; float16 the result alone.
@@ -85,7 +87,6 @@ def check(step: HeadStep, device: torch.device) -> str | None:
     found, right = results(value, [x, weight]), wanted(step.name, x, weight, target)
     for what, ours, theirs, bound in zip(("loss", "gradient"), found, right, (LOSS_ERROR, ERROR[dtype]), strict=True):
         for one, other in zip(ours, theirs, strict=True):
-            error = torch.linalg.vector_norm(one.cpu().double() - other) / torch.linalg.vector_norm(other)
-            if not error <= bound:
-                return f"wrong {what}: off by {error:.3g} of its norm, {bound:.1g} is allowed"
+            if (error := wrong(what, one, other, bound)) is not None:
+                return error
     return None

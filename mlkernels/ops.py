@@ -52,56 +52,6 @@ for _library in _of_gpus:
     for _schema in _SCHEMAS:
         _library.define(_schema[:-1] + ", Tensor)" if "_with_gradient" in _schema else _schema, tags=_tags)
     _library.define(_REFRESH, tags=_tags)
-# Of heads (mlkernels/linear): what a tile of classes adds to what is known of its rows, and its gradient, in place. The
-# arguments are those of backends/reference.py's functions of these names.
-_TILE = "Tensor(a!) tile, {}Tensor label, int start, {}Tensor? weight, Tensor? adjustment, float softcap"
-library.define(
-    f"piece_statistics({_TILE.format('Tensor target_logit, ', 'Tensor scales, ')}, Tensor(b!) top, Tensor(c!) total, "
-    "Tensor(d!)? shift, Tensor(e!)? second, Tensor(f!)? weighted, Tensor(g!)? weights, Tensor(h!) first, "
-    "Tensor(i!) above) -> ()",
-    tags=_tags,
-)
-library.define(
-    f"piece_gradient({_TILE.format('', 'bool seen, ')}, Tensor factor, Tensor? slope, Tensor? spread, Tensor scale, "
-    "Tensor top) -> ()",
-    tags=_tags,
-)
-# The same for all classes of a weight and a chunk of rows, the products included: what is known of each row, that is
-# (3 + 3 scales, rows) of M, V, W, S, T, the second moment and (2, rows) of first and above; the gradients of rows and
-# classes.
-_CLASSES = (
-    "Tensor x, Tensor weight, Tensor? bias, Tensor? inverse, Tensor label, int offset, Tensor? class_weight, "
-    "Tensor? adjustment, float softcap, Tensor(a!) room, bool kept, int[] plan"
-)
-library.define(
-    f"linear_statistics({_CLASSES}, Tensor target_logit, Tensor scales, int classes, int want) -> (Tensor, Tensor)",
-    tags=_tags,
-)
-library.define(
-    f"linear_gradient({_CLASSES}, Tensor factor, Tensor? slope, Tensor? spread, Tensor target, Tensor scale, "
-    "Tensor top, Tensor(b!)? dx, Tensor(c!)? dw, Tensor(d!)? db, bool first, bool last) -> ()",
-    tags=_tags,
-)
-# Both, and the finish between them, of a head: the loss, and for an upstream of 1 the gradients that `needs` asks for,
-# of parameters by the bits of their slots, then of x, weight and bias.
-library.define(
-    "linear_loss_with_gradients(Tensor x, Tensor weight, Tensor? bias, Tensor? inverse, Tensor target, "
-    "Tensor(a!) room, int[] plan, float[] numbers, Tensor[] params, int needs) -> (Tensor, Tensor[])",
-    tags=_tags,
-)
-# What pieces know of each row together, in their order.
-library.define("row_combine(Tensor reals, Tensor whole, Tensor scales) -> (Tensor, Tensor)", tags=_tags)
-# From there to what backends/finish.py's Finished holds, (5, rows); with `derive` also to the coefficients of the
-# gradient, (6, rows), and for whatever `needs` asks, given the upstream gradients of what is finished.
-library.define(
-    "row_finish(Tensor target, Tensor target_logit, Tensor top, Tensor total, Tensor? shift, Tensor? second, "
-    "Tensor? weighted, float[] numbers, Tensor[] params, int classes, Tensor? by_class, Tensor? by_row, "
-    "Tensor? logsumexp, Tensor? log_prob, Tensor? entropy, bool derive, int needs) -> (Tensor, Tensor, Tensor[])",
-    tags=_tags,
-)
-library.define("room_like(Tensor like, int[] sizes) -> Tensor", tags=_tags)
-# Each dst from the src at its place, bit for bit; with a flag (one boolean) only where the device finds it true.
-library.define("multi_copy_(Tensor(a!)[] dst, Tensor[] src, Tensor? flag=None) -> ()", tags=_tags)
 
 
 def _gradients(input: Tensor, numbers: Sequence[float], params: Sequence[Tensor], needs: int) -> list[Tensor]:
@@ -149,16 +99,13 @@ def _softmax_loss_and_factors(
     return loss, _factors(input, numbers, target.numel()) if save else saved
 
 
-def _softmax_loss_with_gradient_and_factors(
-    input: Tensor, target: Tensor, numbers: Sequence[float], params: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    return *_softmax_loss_with_gradient(input, target, numbers, params), _factors(input, numbers)
+def _with_factors(fake: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """The same with what "mean" makes of a row's terms, which the operators of GPUs return too."""
 
+    def run(input: Tensor, target: Tensor, numbers: Sequence[float], *rest: Any) -> tuple[Any, ...]:
+        return *fake(input, target, numbers, *rest), _factors(input, numbers)
 
-def _softmax_loss_with_gradients_and_factors(
-    input: Tensor, target: Tensor, numbers: Sequence[float], params: Sequence[Tensor], needs: int
-) -> tuple[Tensor, list[Tensor], Tensor]:
-    return *_softmax_loss_with_gradients(input, target, numbers, params, needs), _factors(input, numbers)
+    return run
 
 
 def _softmax_stats(
@@ -194,6 +141,10 @@ def _softmax_loss_backward(
     return _gradients(input, numbers, params, needs)
 
 
+def _nothing(*arguments: Any) -> None:
+    pass
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "softmax_loss": _softmax_loss,
     "softmax_loss_with_gradient": _softmax_loss_with_gradient,
@@ -201,12 +152,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "softmax_stats": _softmax_stats,
     "softmax_loss_backward": _softmax_loss_backward,
 }
-_GPU_FAKES = _FAKES | {
-    "softmax_loss": _softmax_loss_and_factors,
-    "softmax_stats": _softmax_stats_and_factors,
-    "softmax_loss_with_gradient": _softmax_loss_with_gradient_and_factors,
-    "softmax_loss_with_gradients": _softmax_loss_with_gradients_and_factors,
-}
+_GPU_FAKES = {name: _with_factors(fake) if "_with_gradient" in name else fake for name, fake in _FAKES.items()}
+_GPU_FAKES |= {"softmax_loss": _softmax_loss_and_factors, "softmax_stats": _softmax_stats_and_factors}
 
 
 def _by_triton(name: str) -> Callable[..., Any]:
@@ -218,10 +165,6 @@ def _by_triton(name: str) -> Callable[..., Any]:
         return launch.OPERATORS[name](*arguments)
 
     return run
-
-
-def _nothing(*arguments: Any) -> None:
-    pass
 
 
 for _name, _fake in _FAKES.items():
@@ -294,26 +237,54 @@ def _room_like(like: Tensor, sizes: Sequence[int]) -> Tensor:
     return like.new_empty(sizes)
 
 
-_HEADS: dict[str, Callable[..., Any]] = {
-    "piece_statistics": _nothing,
-    "piece_gradient": _nothing,
-    "linear_statistics": _linear_statistics,
-    "linear_gradient": _nothing,
-    "linear_loss_with_gradients": _linear_loss_with_gradients,
-    "row_combine": _row_combine,
-    "row_finish": _row_finish,
-    "room_like": _room_like,
-}
-for _name, _fake in _HEADS.items():
-    torch.library.register_fake(f"mlkernels::{_name}", _fake, lib=library)
-
-
 def _multi_copy_fake(dst: list[Tensor], src: list[Tensor], flag: Tensor | None = None) -> None:
     check_copies(dst, src, flag)
 
 
+# Of heads (mlkernels/linear): what a tile of classes adds to what is known of its rows, and its gradient, in place. The
+# arguments are those of backends/reference.py's functions of these names.
+_TILE = "Tensor(a!) tile, {}Tensor label, int start, {}Tensor? weight, Tensor? adjustment, float softcap"
+# The same for all classes of a weight and a chunk of rows, the products included: what is known of each row, that is
+# (3 + 3 scales, rows) of M, V, W, S, T, the second moment and (2, rows) of first and above; the gradients of rows and
+# classes.
+_CLASSES = (
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? inverse, Tensor label, int offset, Tensor? class_weight, "
+    "Tensor? adjustment, float softcap, Tensor(a!) room, bool kept, int[] plan"
+)
+_OTHERS: dict[str, Callable[..., Any]] = {
+    f"piece_statistics({_TILE.format('Tensor target_logit, ', 'Tensor scales, ')}, Tensor(b!) top, Tensor(c!) total, "
+    "Tensor(d!)? shift, Tensor(e!)? second, Tensor(f!)? weighted, Tensor(g!)? weights, Tensor(h!) first, "
+    "Tensor(i!) above) -> ()": _nothing,
+    f"piece_gradient({_TILE.format('', 'bool seen, ')}, Tensor factor, Tensor? slope, Tensor? spread, Tensor scale, "
+    "Tensor top) -> ()": _nothing,
+    f"linear_statistics({_CLASSES}, Tensor target_logit, Tensor scales, int classes, int want) -> (Tensor, Tensor)": (
+        _linear_statistics
+    ),
+    f"linear_gradient({_CLASSES}, Tensor factor, Tensor? slope, Tensor? spread, Tensor target, Tensor scale, "
+    "Tensor top, Tensor(b!)? dx, Tensor(c!)? dw, Tensor(d!)? db, bool first, bool last) -> ()": _nothing,
+    # Both, and the finish between them, of a head: the loss, and for an upstream of 1 the gradients that `needs` asks
+    # for, of parameters by the bits of their slots, then of x, weight and bias.
+    "linear_loss_with_gradients(Tensor x, Tensor weight, Tensor? bias, Tensor? inverse, Tensor target, "
+    "Tensor(a!) room, int[] plan, float[] numbers, Tensor[] params, int needs) -> (Tensor, Tensor[])": (
+        _linear_loss_with_gradients
+    ),
+    # What pieces know of each row together, in their order.
+    "row_combine(Tensor reals, Tensor whole, Tensor scales) -> (Tensor, Tensor)": _row_combine,
+    # From there to what backends/finish.py's Finished holds, (5, rows); with `derive` also to the coefficients of the
+    # gradient, (6, rows), and for whatever `needs` asks, given the upstream gradients of what is finished.
+    "row_finish(Tensor target, Tensor target_logit, Tensor top, Tensor total, Tensor? shift, Tensor? second, "
+    "Tensor? weighted, float[] numbers, Tensor[] params, int classes, Tensor? by_class, Tensor? by_row, "
+    "Tensor? logsumexp, Tensor? log_prob, Tensor? entropy, bool derive, int needs) -> (Tensor, Tensor, Tensor[])": (
+        _row_finish
+    ),
+    "room_like(Tensor like, int[] sizes) -> Tensor": _room_like,
+    # Each dst from the src at its place, bit for bit; with a flag (one boolean) only where the device finds it true.
+    "multi_copy_(Tensor(a!)[] dst, Tensor[] src, Tensor? flag=None) -> ()": _multi_copy_fake,
+}
+for _schema, _fake in _OTHERS.items():
+    library.define(_schema, tags=_tags)
+    torch.library.register_fake(f"mlkernels::{_schema.partition('(')[0]}", _fake, lib=library)
 library.impl("multi_copy_", _multi_copy_, "CompositeExplicitAutograd")
-torch.library.register_fake("mlkernels::multi_copy_", _multi_copy_fake, lib=library)
 
 
 def multi_copy_(dst: Sequence[Tensor], src: Sequence[Tensor], flag: Tensor | None = None) -> None:
