@@ -30,7 +30,7 @@ from .checks import (
     unknown_keywords,
     wrong_type,
 )
-from .numbering import EXTRAS, INPUT, SLOTS, TRAINABLE, BeyondPi, HeadKind, Mode, Slot, TransformKind
+from .numbering import EXTRAS, INPUT, PER_CLASS, SLOTS, TRAINABLE, BeyondPi, HeadKind, Slot, TransformKind
 from .spec import BackendName, Number, ReductionName, Spec
 from .tables import check_tables, table_groups
 from .tracing import PLAIN_TENSORS, functorch_level, is_dual, modes
@@ -39,12 +39,9 @@ ONLY_INPUT = 1 << INPUT
 
 DEFAULTS = [0.0] * SLOTS
 DEFAULTS[Slot.LOGIT_NORM] = 1.0
-_WEIGHT, _ADJUSTMENT, _GROUP = int(Slot.WEIGHT), int(Slot.ADJUSTMENT), int(Slot.GROUP)
-_ROW_WEIGHT, _NORMALIZER = int(Slot.ROW_WEIGHT), int(Slot.NORMALIZER)
+_GROUP, _ROW_WEIGHT, _NORMALIZER = int(Slot.GROUP), int(Slot.ROW_WEIGHT), int(Slot.NORMALIZER)
 _NORM, _LOGIT_NORM, _ETA = int(Slot.NORM), int(Slot.LOGIT_NORM), int(Slot.ETA)
 _NUMBERS = tuple((int(slot), name) for slot, (name, _) in EXTRAS.items() if slot < Slot.WEIGHT)
-#: The options that are vectors of all classes, by slot.
-per_class = {int(slot): name for slot, (name, per) in EXTRAS.items() if per == Mode.PER_CLASS}
 _HEAD_C, _HEAD_D = int(Slot.HEAD_C), int(Slot.HEAD_D)
 _M1 = int(Slot.TRANSFORM_A)
 _TRAINABLE = frozenset(map(int, TRAINABLE))
@@ -175,9 +172,9 @@ def bind(  # noqa: C901 - one visit to every argument, and each may be refused
             _check_tensors(spec, tensors, input, target)
             numbers = (*shared, normalizer, *own)
             plain = _PLAIN.issuperset(map(type, numbers))
-        for slot, vector in ((_WEIGHT, weight), (_ADJUSTMENT, logit_adjustment)):
+        for slot, vector in zip(PER_CLASS, (weight, logit_adjustment), strict=True):
             if vector is not None:
-                check_class_vector(per_class[slot], vector, input, shape[1])
+                check_class_vector(PER_CLASS[slot], vector, input, shape[1])
                 tensors[slot] = vector
         if row_weight is not None:
             tensors[_ROW_WEIGHT] = row_weight
@@ -323,7 +320,7 @@ def check_loss(spec: Spec, values: Sequence[Number | None], **options: Unpack[Op
     extras = (given[name] for _, name in _NUMBERS)
     _numbers(spec, sum(1 << slot for slot in tensors), given["reduction"], given["ignore_index"], *extras, *own)
     check_backend(given["backend"])
-    for name in per_class.values():
+    for name in PER_CLASS.values():
         if given[name] is not None:
             check_class_vector(name, given[name])
     table_groups(spec, tensors)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from .call import COMMON, Options, PerCall, check_loss, per_class
+from .call import COMMON, Options, PerCall, check_loss
 from .checks import unknown_keywords
 from .named import Composition
+from .numbering import PER_CLASS
 from .positional import by_name
 
 _PLAIN: frozenset[type] = frozenset({int, float, bool})
@@ -23,7 +24,7 @@ class Loss(nn.Module):
     """A function and the arguments kept for it."""
 
     _function: ClassVar[Callable[..., Tensor]]
-    _buffers_always: ClassVar[frozenset[str]] = frozenset(per_class.values())
+    _buffers_always: ClassVar[frozenset[str]] = frozenset(PER_CLASS.values())
     _drawn: ClassVar[frozenset[str]] = frozenset()
     """What ``reset_parameters`` draws: everything else it puts back."""
 

@@ -217,6 +217,8 @@ EXTRAS: dict[Slot, Extra] = {
     Slot.GROUP: Extra("group", Mode.PER_ROW),
     Slot.ROW_WEIGHT: Extra("row_weight", Mode.PER_ROW),
 }
+#: Those of which a tensor has a number for each class.
+PER_CLASS: dict[int, str] = {slot: extra.name for slot, extra in EXTRAS.items() if extra.per == Mode.PER_CLASS}
 #: Where 0 stands for none.
 NONE_AT_0 = frozenset({Slot.NORM, Slot.SOFTCAP, Slot.NORMALIZER})
 

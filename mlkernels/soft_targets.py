@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy as torchs_cross_entropy  # its own, whatever mlkernels.patch does
 
 from . import named
-from .backends.reference import full_precision
-from .call import COMMON, Common, check_loss, per_class
+from .backends.reference import PREPARATION, full_precision, prepared
+from .call import COMMON, Common, check_loss
 from .checks import (
     accumulated,
     check_class_vector,
@@ -23,6 +23,7 @@ from .checks import (
     check_scalar,
     unknown_keywords,
 )
+from .numbering import PER_CLASS
 from .spec import Number
 from .tracing import traced
 
@@ -58,7 +59,7 @@ def soft_cross_entropy(  # noqa: C901 - checks, one after the other
     row_weight, normalizer, reduction = given.pop("row_weight"), given.pop("normalizer"), given["reduction"]
     check_loss(*named.cross_entropy(scale), **given)
     classes = 1 if input.dim() > 1 else 0
-    for name in per_class.values():
+    for name in PER_CLASS.values():
         if given[name] is not None:
             check_class_vector(name, given[name], input, input.shape[classes])
     scale = check_scalar("scale", scale)  # not per class, of which a row has no one
@@ -69,13 +70,8 @@ def soft_cross_entropy(  # noqa: C901 - checks, one after the other
     if row_weight is not None:
         check_row_weight(row_weight, input, input.select(classes, 0).shape)
     with full_precision(input.device):
-        weight, adjustment, softcap = given["weight"], given["logit_adjustment"], given["softcap"]
-        logits = input.to(accumulated(input.dtype))
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        if adjustment is not None:
-            logits = logits + adjustment.to(logits.dtype).reshape(-1, *[1] * (logits.dim() - 1 - classes))
-        logits = logits * scale
+        weight, logits = given["weight"], input.to(accumulated(input.dtype)).movedim(classes, -1)
+        logits = prepared(logits, **{name: given[name] for name in PREPARATION}).movedim(-1, classes) * scale
         rows = torchs_cross_entropy(
             logits,
             target.to(logits.dtype),

@@ -38,7 +38,7 @@ import mlkernels
 from mlkernels import ops
 from mlkernels.backends.triton import launch, sums, tiles
 from mlkernels.linear import pieces
-from mlkernels.numbering import Reduction
+from mlkernels.numbering import PER_CLASS, Reduction
 
 # By name: the package exports functions that are called like its modules.
 call = importlib.import_module("mlkernels.call")
@@ -349,14 +349,19 @@ class Launch:
         return self.constants.get(at) or dict(self.attributes.get(at, ())).get("tt.divisibility", 1)
 
     @property
+    def given(self) -> dict[str, Any]:
+        """The arguments by name, those of the classes each by its own."""
+        return self.arguments | dict(zip(PER_CLASS.values(), self.arguments.get("vectors", ()), strict=False))
+
+    @property
     def does(self) -> str:
         """What sets it apart, in words."""
-        given = self.arguments
+        given = self.given
         words = [
             name
             for name in (
                 "losses", "save", "stats", "grad", "by_parameter", "bins", "saved", "group", "weight", "weight_sum",
-                "adjustment", "row_weight", "normalizer", "divisors", "factors", "t_tables", "tau_tables",
+                "logit_adjustment", "row_weight", "normalizer", "divisors", "factors", "t_tables", "tau_tables",
             )
             if given.get(name) is not None
         ]  # fmt: skip
@@ -368,12 +373,12 @@ class Launch:
     @property
     def plain(self) -> bool:
         """Whether nothing but logits and labels is read, and nothing but losses and the gradient by logits written."""
-        given = self.arguments
+        given = self.given
         more = (
             "stats",
             "weight",
             "row_weight",
-            "adjustment",
+            "logit_adjustment",
             "by_parameter",
             "saved",
             "group",
@@ -594,7 +599,7 @@ def built(one: Launch) -> dict[str, Any]:
 
 def compiled(one: Launch) -> dict[str, Any]:
     """The specialisation's row of the table."""
-    given = one.arguments
+    given = one.given
     dtype = getattr(given.get("input", given.get("tile")), "dtype", None)
     row = {
         "kernel": one.kernel.__name__,
@@ -606,7 +611,7 @@ def compiled(one: Launch) -> dict[str, Any]:
         "wide_loads": one.wide("input", "in") if "input" in given else one.wide_tile("tile"),
         "wide_stores": one.wide("grad", "out") if "grad" in given else one.wide_tile("out"),
     }
-    others = ("weight", "row_weight", "adjustment", "group", "t_tables", "tau_tables")
+    others = ("weight", "row_weight", "logit_adjustment", "group", "t_tables", "tau_tables")
     if "input" in given and row["wide_loads"] and not given["MODES"] and all(given[name] is None for name in others):
         # Labels and sums are wide too; but where little else is read there are fewer narrow loads than logits.
         row["narrow_limit"] = row["wide_loads"] * 16

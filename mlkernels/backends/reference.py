@@ -58,12 +58,15 @@ class RowStats(NamedTuple):
 # ---- the four steps --------------------------------------------------------------------------------------------------
 
 
-def capped(f: Tensor, values: Values) -> Tensor:
-    """Softcapped: c tanh(f / c), and an overflow stays one."""
-    cap = values.consts[int(Slot.SOFTCAP)]
-    if cap > 0:
-        f = cap * torch.tanh(f / cap) * torch.where(f == math.inf, math.nan, 1.0).to(f.dtype)
-    return f
+#: What happens to a logit first, by the names of the options.
+PREPARATION = ("softcap", "logit_adjustment")
+
+
+def prepared(f: Tensor, softcap: float | None, logit_adjustment: Tensor | None) -> Tensor:
+    """u: logits, classes last, as a loss sees them: c tanh(f / c), where an overflow stays one, and adjusted."""
+    if softcap is not None and softcap > 0:
+        f = softcap * torch.tanh(f / softcap) * torch.where(f == math.inf, math.nan, 1.0).to(f.dtype)
+    return f if logit_adjustment is None else f + logit_adjustment.to(f.dtype)
 
 
 def through_cap(gradient: Tensor, f: Tensor, values: Values) -> Tensor:
@@ -75,18 +78,19 @@ def through_cap(gradient: Tensor, f: Tensor, values: Values) -> Tensor:
     return gradient
 
 
+def _of_classes(f: Tensor, values: Values, classes: slice | Tensor) -> Tensor:
+    vector = values.vector(Slot.ADJUSTMENT)
+    return prepared(f, values.consts[int(Slot.SOFTCAP)], None if vector is None else vector[classes])
+
+
 def final_logits(f: Tensor, values: Values, start: int = 0) -> Tensor:
-    """u: the logits of a piece that starts at a class, softcapped and adjusted."""
-    adjustment = values.vector(Slot.ADJUSTMENT)
-    f = capped(f, values)
-    return f if adjustment is None else f + adjustment[start : start + f.shape[1]]
+    """u of a piece that starts at a class."""
+    return _of_classes(f, values, slice(start, start + f.shape[1]))
 
 
 def final_target(f_y: Tensor, values: Values) -> Tensor:
     """u_y, (rows,)."""
-    adjustment = values.vector(Slot.ADJUSTMENT)
-    f_y = capped(f_y, values)
-    return f_y if adjustment is None else f_y + adjustment[values.label]
+    return _of_classes(f_y, values, values.label)
 
 
 def statistics(

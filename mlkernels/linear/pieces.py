@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..backends import reference, refusal
 from ..backends.reference import Coefficients, Finished, Rows, Values
-from ..numbering import Slot
+from ..numbering import PER_CLASS, Slot
 
 
 class Want(NamedTuple):
@@ -188,16 +188,16 @@ class TritonPieces:
 
         assert isinstance(known, heads.KnownRows)
         heads.STATISTICS(
-            f, values.target, u_y, scales, *(factors or (None, None)), *self.of_classes(values), known.reals,
-            known.wholes, values.numbers, (), values.classes, want.shift, want.second, want.ranks,
+            f, values.target, u_y, scales, *(factors or (None, None)), known.reals, known.wholes, values.numbers,
+            self.vectors(values), values.classes, want.shift, want.second, want.ranks,
             math.gcd(heads.ALIGNMENT, start), start,
         )  # fmt: skip
         return known
 
-    def of_classes(self, values: Values) -> tuple[Tensor | None, Tensor | None]:
-        """The weights, which tiles need under smoothing, and the adjustments."""
-        weight = values.params.get(Slot.WEIGHT) if values.smoothing > 0 else None
-        return weight, values.params.get(Slot.ADJUSTMENT)
+    def vectors(self, values: Values) -> list[Tensor | None]:
+        """Of all classes; of weights tiles know under smoothing only."""
+        known = (slot != Slot.WEIGHT or values.smoothing > 0 for slot in PER_CLASS)
+        return [values.params.get(slot) if used else None for slot, used in zip(PER_CLASS, known, strict=True)]
 
     def finish(
         self, known: Rows, u_y: Tensor, values: Values, upstream: Finished | None, slots: Sequence[int], want: Want
@@ -214,7 +214,7 @@ class TritonPieces:
 
         assert isinstance(row, heads.RowCoefficients)
         heads.GRADIENT(
-            f, out, values.target, row.packed, *(factors or (None, None)), *self.of_classes(values), values.numbers, (),
+            f, out, values.target, row.packed, *(factors or (None, None)), values.numbers, self.vectors(values),
             values.classes, row.slope is not None, math.gcd(heads.ALIGNMENT, start), start,
         )  # fmt: skip
         return f if out is None else out

@@ -20,6 +20,7 @@ from ...numbering import (
     HEAD_TABLES,
     IGNORE_INDEX,
     INPUT,
+    PER_CLASS,
     REDUCTION,
     SLOTS,
     TRAINABLE_SLOTS,
@@ -162,17 +163,14 @@ class Loss:
                 mode = (Mode.SHARED, Mode.PER_CLASS, Mode.PER_ROW)[min(param.dim(), 2)]
                 self.modes += mode * len(Mode) ** slot
         self.values = tuple(values)
-        self.weight = self._vector(Slot.WEIGHT)
-        self.adjustment = self._vector(Slot.ADJUSTMENT)
+        found = (by_slot.get(slot) for slot in PER_CLASS)
+        self.vectors = tuple(None if vector is None else vector.contiguous() for vector in found)
+        self.weight = self.vectors[0]
         group = by_slot.get(Slot.GROUP)
         self.group = None if group is None else group.reshape(-1).contiguous()
 
     def is_table(self, slot: int) -> bool:
         return slot in self.structure.tables
-
-    def _vector(self, slot: int) -> Tensor | None:
-        vector = self.by_slot.get(slot)
-        return None if vector is None else vector.contiguous()
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return replay.empty(shape, dtype or self.accumulate, self.device)
@@ -326,8 +324,8 @@ class Arguments(Loss):
                 factors = self.factors
         if programs > 0:
             arguments = (
-                input, self.target, self.values, *self.tables, self.group, self.weight, self.weight_sum,
-                self.adjustment, self.row_weight, self.normalizer, divisors, factors, ups, saved,
+                input, self.target, self.values, *self.tables, self.group, self.vectors, self.weight_sum,
+                self.row_weight, self.normalizer, divisors, factors, ups, saved,
                 row_losses, save, stats, None if gradient is None else out, by_parameter, bins,
                 rows, self.classes, *sizes, *in_strides, *out_strides, *up_strides, *self.bins, self.groups, parts,
                 self.structure.packed, self.ignore_index, turns,

@@ -147,12 +147,14 @@ def places(
 
 
 @triton.jit
-def prepared(u, cap, adjustment, col, valid, T: tl.constexpr, CAPPED: tl.constexpr):
-    """Logits after softcap and adjustment."""
+def prepared(u, preparation, col, valid, T: tl.constexpr, CAPPED: tl.constexpr):
+    """Logits after softcap and adjustment. preparation: the cap, the class of col 0, and the vectors of all classes."""
+    cap, start, vectors = preparation
+    adjustment = vectors[1]
     if CAPPED:
         u = tl.where(u == INF, float("nan"), cap * tanh(u / cap))  # tanh would hide an overflow
     if adjustment is not None:
-        u += tl.load(adjustment + col, valid, 0.0).to(T)
+        u += tl.load(adjustment + start + col, valid, 0.0).to(T)
     return u
 
 
@@ -168,7 +170,7 @@ def read_logits(
     CHUNKS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """The logits of the classes from the first on, as they lie and prepared; their columns, and whether there are."""
-    input, base, read, classes, cap, adjustment, strides, factors = source
+    input, base, read, classes, preparation, strides, factors = source
     col = first + (tl.arange(0, LANES) * VECTOR)[None, None, :, None] + offsets(CHUNKS, LANES, VECTOR)
     # In the tile's whole shape: what is read by class is then read by the threads that need it.
     col += of_row(tl.zeros_like(base).to(tl.int32))
@@ -177,7 +179,7 @@ def read_logits(
     raw = tl.load(place, of_row(read) & valid, -INF).to(T)
     if factors is not None:
         raw *= element_factors(factors, col, valid, T)
-    u = prepared(raw, cap, adjustment, col, valid, T, CAPPED)
+    u = prepared(raw, preparation, col, valid, T, CAPPED)
     if CAPPED:
         u = tl.where(valid, u, -INF)
     return raw, u, col, valid

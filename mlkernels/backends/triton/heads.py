@@ -88,9 +88,8 @@ def _launched(tile: Tensor, out: Tensor, aligned: int, plain: bool) -> tuple[int
 
 def piece_statistics(
     tile: Tensor, target: Tensor, target_logit: Tensor, scales: Tensor, row_factor: Tensor | None,
-    column_factor: Tensor | None, weight: Tensor | None, adjustment: Tensor | None, reals: Tensor, wholes: Tensor,
-    numbers: Sequence[float], params: Sequence[Tensor], classes: int, shift: bool, second: bool, ranks: bool,
-    aligned: int, start: int,
+    column_factor: Tensor | None, reals: Tensor, wholes: Tensor, numbers: Sequence[float],
+    vectors: Sequence[Tensor | None], classes: int, shift: bool, second: bool, ranks: bool, aligned: int, start: int,
 ) -> None:  # fmt: skip
     """Adds a tile (rows, some classes from start on) of products to what is known of its rows.
 
@@ -105,8 +104,8 @@ def piece_statistics(
     if registers is not None:
         options["maxnreg"] = registers
     replay.launch(
-        pieces.piece_statistics, (programs,), tile, target, target_logit, scales, row_factor, column_factor, weight,
-        adjustment, reals, wholes, values, *tile.shape, classes, int(numbers[IGNORE_INDEX]), tile.stride(0), start,
+        pieces.piece_statistics, (programs,), tile, target, target_logit, scales, row_factor, column_factor,
+        (*vectors,), reals, wholes, values, *tile.shape, classes, int(numbers[IGNORE_INDEX]), tile.stride(0), start,
         MODES=modes, TWO=two, SHIFTED=shift, SECOND=second, DESCRIBED=ranks, SMOOTHED=smoothed, CAPPED=capped,
         **options,
     )  # fmt: skip
@@ -114,8 +113,8 @@ def piece_statistics(
 
 def piece_gradient(
     tile: Tensor, out: Tensor | None, target: Tensor, row_coefficients: Tensor, row_factor: Tensor | None,
-    column_factor: Tensor | None, weight: Tensor | None, adjustment: Tensor | None, numbers: Sequence[float],
-    params: Sequence[Tensor], classes: int, tilted: bool, aligned: int, start: int,
+    column_factor: Tensor | None, numbers: Sequence[float], vectors: Sequence[Tensor | None], classes: int,
+    tilted: bool, aligned: int, start: int,
 ) -> None:  # fmt: skip
     """The gradient of a tile of products, in its place or in out; 0 at the target. row_coefficients: (6, rows)."""
     consts = _consts(numbers)
@@ -124,15 +123,15 @@ def piece_gradient(
     smoothed, capped = consts[Slot.SMOOTHING] > 0, consts[Slot.SOFTCAP] > 0
     programs, options = _launched(tile, out, aligned, not (tilted or smoothed or capped))
     replay.launch(
-        pieces.piece_gradient, (programs,), tile, out, target, row_coefficients, row_factor, column_factor, weight,
-        adjustment, values, *tile.shape, classes, int(numbers[IGNORE_INDEX]), tile.stride(0), out.stride(0), start,
+        pieces.piece_gradient, (programs,), tile, out, target, row_coefficients, row_factor, column_factor,
+        (*vectors,), values, *tile.shape, classes, int(numbers[IGNORE_INDEX]), tile.stride(0), out.stride(0), start,
         MODES=modes, TILTED=tilted, SMOOTHED=smoothed, CAPPED=capped, **options,
     )  # fmt: skip
 
 
 #: The same, from tapes.
-STATISTICS: Callable[..., None] = replay.replayed(piece_statistics, 10, piece_statistics, started=True)
-GRADIENT: Callable[..., None] = replay.replayed(piece_gradient, 8, piece_gradient, started=True)
+STATISTICS: Callable[..., None] = replay.replayed(piece_statistics, 8, piece_statistics, started=True)
+GRADIENT: Callable[..., None] = replay.replayed(piece_gradient, 6, piece_gradient, started=True)
 
 
 class RowCoefficients(Coefficients):

@@ -53,7 +53,7 @@ def piece_statistics(
     target_logit,  # (rows): u_y, which is not in the tile
     scales,  # (1 or 2, rows)
     row_factor, column_factor,  # (rows), (classes), or None both
-    weight, adjustment,  # (every_class), each or None
+    vectors,  # of every class, as in rows.visit()
     reals, wholes,  # what is known, to which the tile is added
     values,  # numbers of the loss, see operands.number()
     rows, classes, every_class, ignore_index: tl.int64, stride, start: tl.int64,
@@ -71,11 +71,10 @@ def piece_statistics(
     row, inside, kept, y = tile_rows(target, start, rows, classes, every_class, ignore_index, WIDE, ROWS)
     base = row_offset(row, (1, 1), (1, stride, 0, 0), UNIT, 1, 0)
     begins = multiple(start, ALIGNED)
-    if adjustment is not None:
-        adjustment += begins
+    weight = vectors[0]
     if weight is not None:
         weight += begins
-    cap = shared(values, SOFTCAP, MODES, T)
+    preparation = (shared(values, SOFTCAP, MODES, T), begins, vectors)
     smoothing = 1.0 if SMOOTHED else 0.0
     at_target = tl.load(target_logit + row, inside, 0.0)
     apart = rows.to(tl.int64)
@@ -83,10 +82,10 @@ def piece_statistics(
     high = low
     if TWO:
         high = tl.load(scales + apart + row, kept, 1.0) * LOG2_E
-    source = (tile, base, kept, classes, cap, adjustment, (1, stride, 0, 0), None)
+    source = (tile, base, kept, classes, preparation, (1, stride, 0, 0), None)
     if column_factor is not None:
         factors = (tl.load(row_factor + row, inside, 1.0).to(T), column_factor)
-        source = (tile, base, kept, classes, cap, adjustment, (1, stride, 0, 0), factors)
+        source = (tile, base, kept, classes, preparation, (1, stride, 0, 0), factors)
     top, sums, smoothed, described = accumulated(
         source, tl.cdiv(classes, CHUNKS * LANES * VECTOR), y, at_target, low[:, None], high[:, None],
         weight, smoothing,
@@ -150,7 +149,7 @@ def piece_gradient(
     target,  # (rows)
     row_coefficients,  # (6, rows)
     row_factor, column_factor,  # (rows), (classes), or None both
-    weight, adjustment,  # (every_class), each or None
+    vectors,  # of every class, as in rows.visit()
     values,  # numbers of the loss, see operands.number()
     rows, classes, every_class, ignore_index: tl.int64, stride, out_stride, start: tl.int64,
     MODES: tl.constexpr, TILTED: tl.constexpr, SMOOTHED: tl.constexpr, CAPPED: tl.constexpr, WIDE: tl.constexpr,
@@ -164,11 +163,10 @@ def piece_gradient(
     base = row_offset(row, (1, 1), (1, stride, 0, 0), UNIT, 1, 0)
     out_base = row_offset(row, (1, 1), (1, out_stride, 0, 0), UNIT, 1, 0)
     begins = multiple(start, ALIGNED)
-    if adjustment is not None:
-        adjustment += begins
+    weight = vectors[0]
     if weight is not None:
         weight += begins
-    cap = shared(values, SOFTCAP, MODES, T)
+    preparation = (shared(values, SOFTCAP, MODES, T), begins, vectors)
     smoothing = 1.0 if SMOOTHED else 0.0
     apart = rows.to(tl.int64)
     at = row_coefficients + row
@@ -182,10 +180,10 @@ def piece_gradient(
     sharpness = of_row(tl.load(at + SHARPNESS * apart, kept, 1.0) * LOG2_E)
     top = tl.load(at + RELATIVE * apart, kept, 0.0)
     floor = of_row(tl.where(top == -INF, 0.0, top))
-    source = (tile, base, kept, classes, cap, adjustment, (1, stride, 0, 0), None)
+    source = (tile, base, kept, classes, preparation, (1, stride, 0, 0), None)
     if column_factor is not None:
         factors = (tl.load(row_factor + row, inside, 1.0).to(T), column_factor)
-        source = (tile, base, kept, classes, cap, adjustment, (1, stride, 0, 0), factors)
+        source = (tile, base, kept, classes, preparation, (1, stride, 0, 0), factors)
     BLOCK: tl.constexpr = CHUNKS * LANES * VECTOR
     for block in range(tl.cdiv(classes, BLOCK)):
         first = block * BLOCK
@@ -197,8 +195,8 @@ def piece_gradient(
         d = u - floor
         e = tl.exp2(d * sharpness)
         gradient(
-            out, out_base, first, inside, kept, y, raw, e, d, (factor, tilt, spread, zero), weight, smoothing, cap,
-            col, valid, (1, out_stride, 0, 0), source[7], T, TILTED, CAPPED, WIDE, 0, CHUNKS, LANES, VECTOR,
+            out, out_base, first, inside, kept, y, raw, e, d, (factor, tilt, spread, zero), weight, smoothing,
+            preparation[0], col, valid, (1, out_stride, 0, 0), source[6], T, TILTED, CAPPED, WIDE, 0, CHUNKS, LANES, VECTOR,
         )  # fmt: skip
 
 

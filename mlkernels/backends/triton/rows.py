@@ -97,7 +97,7 @@ def streamed_gradient(
             found += thread_sum(tl.where(e == 0, 0.0, e * d * d if TILTED else e * d))
         if out is not None:
             gradient(
-                out, base, start, inside, kept, y, raw, e, d, row_coefficients, weight, smoothing, source[4], col,
+                out, base, start, inside, kept, y, raw, e, d, row_coefficients, weight, smoothing, source[4][0], col,
                 valid, strides, None, T, TILTED, CAPPED, WIDE, ACROSS, CHUNKS, LANES, VECTOR,
             )  # fmt: skip
     return tl.sum(found, 1)
@@ -125,9 +125,8 @@ def visit(
     values,  # 18 numbers, each by value or a pointer; see number()
     t_tables, tau_tables,  # (slope, bias) of a piecewise t and of tau, (groups, bins) each; or None
     group,  # (rows) or None
-    weight,  # (classes) or None
-    weight_sum,  # its sum; or None
-    adjustment,  # (classes) or None
+    vectors,  # of all classes, (classes) each or None, in the order of numbering.PER_CLASS; the weights come first
+    weight_sum,  # their sum; or None
     row_weight,  # (rows) or None
     normalizer,  # what MEAN divides by, by value or a pointer; or None
     divisors,  # (parts, 2): sums of weights and of rows; for MEAN, where there are not FEW rows
@@ -184,6 +183,8 @@ def visit(
     DROPPED: tl.constexpr = ACROSS or BLOCK <= 32
     blocks = tl.cdiv(classes, BLOCK)
     cap = shared(values, SOFTCAP, MODES, T)
+    preparation = (cap, 0, vectors)
+    weight = vectors[0]
     smoothing = shared(values, SMOOTHING, MODES, T)
     every_weight = tl.full((), classes, T)
     if weight_sum is not None:
@@ -220,10 +221,10 @@ def visit(
             w_y = tl.load(weight + y, exists, 1.0).to(T)
         base = row_offset(row, sizes, in_strides, UNIT, DIMS, ACROSS)
         place = input + base + (y.to(tl.int64) if WIDE else y) * in_strides[0]
-        at_target = prepared(tl.load(place, exists, float("nan")).to(T), cap, adjustment, y, exists, T, CAPPED)
+        at_target = prepared(tl.load(place, exists, float("nan")).to(T), preparation, y, exists, T, CAPPED)
 
         # ---- statistics
-        source = (input, base, inside if DROPPED else kept, classes, cap, adjustment, in_strides, None)
+        source = (input, base, inside if DROPPED else kept, classes, preparation, in_strides, None)
         known = None
         if saved is not None:
             m = tl.load(saved + 2 * row, kept, 0.0)
