@@ -8,6 +8,7 @@ import numbers
 import operator
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -48,34 +49,24 @@ def check_labels(enabled: bool = True) -> None:
 
 # ---- numbers --------------------------------------------------------------------------------------------------------
 
-# What each argument takes: the open lower end, the closed lower end, the closed upper end, and words for it.
-_RANGES: dict[str, tuple[float, float, float, str]] = {
-    "scale": (0.0, -math.inf, math.inf, "> 0"),
-    "scale_low": (0.0, -math.inf, math.inf, "> 0"),
-    "scale_high": (0.0, -math.inf, math.inf, "> 0"),
-    "logit_norm": (0.0, -math.inf, math.inf, "> 0"),
-    "norm": (0.0, -math.inf, math.inf, "> 0"),
-    "m1": (0.0, -math.inf, math.inf, "> 0"),
-    "alpha": (-math.inf, 0.0, math.inf, ">= 0"),
-    "beta": (0.0, -math.inf, math.inf, "> 0"),
-    "gamma": (-math.inf, 0.0, math.inf, ">= 0"),
-    "kappa": (-math.inf, 0.0, math.inf, ">= 0"),
-    "k": (0.0, -math.inf, 1.0, "in (0, 1]"),
-    "tau_min": (0.0, -math.inf, 1.0, "in (0, 1]"),
-    "lambda_": (-math.inf, 0.0, math.inf, ">= 0"),
-    "label_smoothing": (-math.inf, 0.0, 1.0, "in [0, 1]"),
-    "a": (-math.inf, 0.0, math.inf, ">= 0"),
-    "rate": (0.0, -math.inf, math.inf, "> 0"),
-    "z_loss": (-math.inf, 0.0, math.inf, ">= 0"),
-    "sigma": (0.0, -math.inf, math.inf, "> 0"),
-    "lr": (-math.inf, 0.0, math.inf, ">= 0"),
-    "participation": (-math.inf, 0.0, 1.0, "in [0, 1]"),
-    "softcap": (0.0, -math.inf, math.inf, "> 0"),
+_Range: TypeAlias = tuple[float, float, float, str]
+"""The open lower end, the closed lower end, the closed upper end, and words for it."""
+
+_POSITIVE: _Range = (0.0, -math.inf, math.inf, "> 0")
+_NOT_NEGATIVE: _Range = (-math.inf, 0.0, math.inf, ">= 0")
+_SHARE: _Range = (-math.inf, 0.0, 1.0, "in [0, 1]")
+#: What each argument takes.
+_RANGES: dict[str, _Range] = {
+    **dict.fromkeys(("scale", "scale_low", "scale_high", "logit_norm", "norm"), _POSITIVE),
+    **dict.fromkeys(("m1", "beta", "softcap", "sigma", "rate"), _POSITIVE),
+    **dict.fromkeys(("alpha", "gamma", "kappa", "z_loss", "lambda_", "a", "lr"), _NOT_NEGATIVE),
+    **dict.fromkeys(("k", "tau_min"), (0.0, -math.inf, 1.0, "in (0, 1]")),
+    **dict.fromkeys(("label_smoothing", "participation"), _SHARE),
     "normalizer": (0.0, -math.inf, sys.float_info.max, "> 0 and finite"),
 }
 #: Half a turn, as float32 has it.
 _LARGEST_ANGLE = math.pi * (1 + 1e-7)
-_FINITE = (-math.inf, -math.inf, math.inf, "finite")
+_FINITE: _Range = (-math.inf, -math.inf, math.inf, "finite")
 
 
 def range_of(rule: str) -> tuple[float, float, float]:
@@ -351,8 +342,7 @@ def check_parameter(name: str, value: Tensor, input: Tensor, target: Tensor) -> 
     rows = (*target.shape, 1)
     raise ValueError(
         f"{name} must be a number or a tensor that is 0-d or (1,) (shared), ({classes},) (per class) or {rows} (per "
-        f"row), "
-        f"got {tuple(value.shape)}"
+        f"row), got {tuple(value.shape)}"
     )
 
 
@@ -378,19 +368,24 @@ def check_reduction(reduction: str) -> int:
     return found
 
 
+def _check_constant(name: str, value: Tensor, input: Tensor | None, local: str, instead: str) -> None:
+    """A tensor of the whole, on input's device where there is one yet, that is not to be differentiated."""
+    check_plain(name, value, f"pass {name}.{local}()")
+    if input is not None and value.device != input.device:
+        raise ValueError(f"{name} must be on input's device {input.device}, got {value.device}")
+    if value.requires_grad:
+        raise ValueError(f"{name} is not differentiated: {instead}")
+
+
 def check_class_vector(name: str, value: Tensor, input: Tensor | None = None, classes: int | None = None) -> None:
     """A (C,) floating tensor, on input's device where there is one yet, that is not to be differentiated."""
     wanted = "(C,)" if classes is None else f"({classes},)"
     if not isinstance(value, Tensor):
         raise wrong_type(name, f"a floating tensor of shape {wanted}", value)
     check_floating(name, value)
-    check_plain(name, value, f"pass {name}.full_tensor()")
-    if input is not None and value.device != input.device:
-        raise ValueError(f"{name} must be on input's device {input.device}, got {value.device}")
+    _check_constant(name, value, input, "full_tensor", f"it must not require a gradient; pass {name}.detach()")
     if value.dim() != 1 or (classes is not None and value.shape[0] != classes):
         raise ValueError(f"{name} must have one entry per class, {wanted}, got {tuple(value.shape)}")
-    if value.requires_grad:
-        raise ValueError(f"{name} is not differentiated: it must not require a gradient; pass {name}.detach()")
 
 
 def check_row_weight(value: Tensor, input: Tensor, rows: torch.Size) -> None:
@@ -399,15 +394,10 @@ def check_row_weight(value: Tensor, input: Tensor, rows: torch.Size) -> None:
     if not isinstance(value, Tensor):
         raise wrong_type("row_weight", f"a floating tensor of target's shape {wanted}", value)
     check_floating("row_weight", value)
-    check_plain("row_weight", value, "pass row_weight.to_local()")
-    if value.device != input.device:
-        raise ValueError(f"row_weight must be on input's device {input.device}, got {value.device}")
+    instead = "pass row_weight.detach(), or multiply the losses of reduction='none'"
+    _check_constant("row_weight", value, input, "to_local", instead)
     if value.shape != rows:
         raise ValueError(f"row_weight must have target's shape {wanted}, got {tuple(value.shape)}")
-    if value.requires_grad:
-        raise ValueError(
-            "row_weight is not differentiated: pass row_weight.detach(), or multiply the losses of reduction='none'"
-        )
 
 
 def check_normalizer(value: float | Tensor, input: Tensor, reduction: str) -> Number:
@@ -419,14 +409,9 @@ def check_normalizer(value: float | Tensor, input: Tensor, reduction: str) -> Nu
         return check_number("normalizer", value, takes="a number, or one in a tensor")
     if value.dtype not in _FLOATING and value.dtype not in _INTEGER:
         raise TypeError(f"normalizer must be floating or an integer, got {value.dtype}")
-    check_plain("normalizer", value, "pass normalizer.full_tensor()")
-    if value.device != input.device:
-        raise ValueError(f"normalizer must be on input's device {input.device}, got {value.device}")
+    instead = "pass normalizer.detach(), or divide the loss of reduction='sum'"
+    _check_constant("normalizer", value, input, "full_tensor", instead)
     if value.shape not in ((), (1,)):
         raise ValueError(f"normalizer must be a number or a tensor that is 0-d or (1,), got {tuple(value.shape)}")
-    if value.requires_grad:
-        raise ValueError(
-            "normalizer is not differentiated: pass normalizer.detach(), or divide the loss of reduction='sum'"
-        )
     value = value.reshape(())
     return value if value.dtype in _FLOATING else value.double()

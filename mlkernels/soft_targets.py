@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy as torchs_cross_entropy  # its own, whatever mlkernels.patch does
 
@@ -28,7 +27,7 @@ from .spec import Number
 from .tracing import traced
 
 
-def soft_cross_entropy(  # noqa: C901 - checks, one after the other
+def soft_cross_entropy(
     of: Callable[..., Tensor], input: Tensor, target: Tensor, scale: Number, common: Common
 ) -> Tensor:
     """The loss of logits and class probabilities of their shape; "mean" divides by the number of rows, as torch's does.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -288,9 +289,14 @@ class Arguments(Loss):
         needs: int = 0,
         upstream: Sequence[Tensor | None] = (None, None, None, None),
         conditional: bool = False,
-    ) -> tuple[Tensor | None, dict[int, Tensor]]:
-        """One visit of all rows: the loss, and the gradients of the parameters in needs by slot."""
+    ) -> tuple[Any, list[Tensor]]:
+        """One visit of all rows: the loss, or None, and the gradients that are needed, in the order of their bits.
+
+        gradient: where that of the logits is written, if not to new memory.
+        """
         input, rows = self.input, self.rows
+        if gradient is None and needs >> INPUT & 1:
+            gradient = replay.empty_like(input)
         out = input if gradient is None else gradient
         layout = _collapsed(input, out)
         if layout is None:  # more than three row dimensions: by way of copies
@@ -360,7 +366,8 @@ class Arguments(Loss):
         loss = None
         if row_losses is not None:
             loss = self._total(row_losses) if reduced else row_losses.view(self.shape)
-        return loss, {slot: self.parameter(slot, by_parameter[slot], bins) for slot in wanted}  # type: ignore[index]
+        found = [self.parameter(slot, by_parameter[slot], bins) for slot in wanted]  # type: ignore[index]
+        return loss, found if gradient is None else [*found, gradient]
 
     def _total(self, terms: Tensor) -> Tensor:
         """The reduced loss."""

@@ -18,29 +18,21 @@ def softmax_loss(
 ) -> tuple[Tensor, Tensor]:
     call = Arguments(input, target, numbers, params)
     saved = call.statistics() if save else call.empty(0, 2)
-    loss, _ = call.run(losses=True, save=saved if save else None)
-    assert loss is not None
-    return loss, saved
+    return call.run(losses=True, save=saved if save else None)[0], saved
 
 
 def softmax_loss_with_gradient(
     input: Tensor, target: Tensor, numbers: Sequence[float], params: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    call = Arguments(input, target, numbers, params)
-    gradient = replay.empty_like(input)
-    loss, _ = call.run(losses=True, gradient=gradient)
-    assert loss is not None
-    return loss, gradient, call.factors
+    loss, gradients, factors = softmax_loss_with_gradients(input, target, numbers, params, 1 << INPUT)
+    return loss, gradients[0], factors
 
 
 def softmax_loss_with_gradients(
     input: Tensor, target: Tensor, numbers: Sequence[float], params: Sequence[Tensor], needs: int
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     call = Arguments(input, target, numbers, params)
-    gradient = replay.empty_like(input) if needs >> INPUT & 1 else None
-    loss, found = call.run(losses=True, gradient=gradient, needs=needs)
-    assert loss is not None
-    return loss, [*found.values(), *([] if gradient is None else [gradient])], call.factors
+    return *call.run(losses=True, needs=needs), call.factors
 
 
 def softmax_loss_refresh(
@@ -60,9 +52,7 @@ def softmax_stats(
     logsumexp, log_prob, entropy, confidence = [call.empty(*target.shape) for _ in range(4)]
     prediction, rank = [call.empty(*target.shape, dtype=torch.int64) for _ in range(2)]
     rows = (logsumexp, log_prob, entropy, prediction, confidence, rank)
-    loss, _ = call.run(losses=True, save=saved, stats=rows)
-    assert loss is not None
-    return loss, saved, *rows
+    return call.run(losses=True, save=saved, stats=rows)[0], saved, *rows
 
 
 def softmax_loss_backward(
@@ -77,34 +67,24 @@ def softmax_loss_backward(
     saved: Tensor,
     needs: int,
 ) -> list[Tensor]:
+    upstream = (grad_loss, grad_logsumexp, grad_log_prob, grad_entropy)
     call = Arguments(input, target, numbers, params)
-    gradient = replay.empty_like(input) if needs >> INPUT & 1 else None
-    _, found = call.run(
-        saved=saved if saved.numel() else None,
-        gradient=gradient,
-        needs=needs,
-        upstream=(grad_loss, grad_logsumexp, grad_log_prob, grad_entropy),
-    )
-    return [*found.values(), *([] if gradient is None else [gradient])]
+    return call.run(saved=saved if saved.numel() else None, needs=needs, upstream=upstream)[1]
 
 
-_LEADING = {softmax_loss_refresh: 4, softmax_loss_backward: 6}
-_FUNCTIONS = (
-    softmax_loss,
-    softmax_loss_with_gradient,
-    softmax_loss_with_gradients,
-    softmax_stats,
-    softmax_loss_backward,
-    softmax_loss_refresh,
-)
-#: What the dispatcher calls, having made plain memory of every tensor.
-OPERATORS: dict[str, Callable[..., Any]] = {
-    function.__name__: replay.replayed(function, _LEADING.get(function, 2), function) for function in _FUNCTIONS
+#: Each with how many tensors its arguments begin with.
+_FUNCTIONS: dict[Callable[..., Any], int] = {
+    softmax_loss: 2,
+    softmax_loss_with_gradient: 2,
+    softmax_loss_with_gradients: 2,
+    softmax_stats: 2,
+    softmax_loss_backward: 6,
+    softmax_loss_refresh: 4,
 }
+#: What the dispatcher calls, having made plain memory of every tensor.
+OPERATORS = {one.__name__: replay.replayed(one, leading, one) for one, leading in _FUNCTIONS.items()}
 #: The same without a dispatcher in between, unless there is something for it to do.
-EAGER: dict[str, Callable[..., Any]] = {
-    function.__name__: replay.replayed(
-        function, _LEADING.get(function, 2), getattr(torch.ops.mlkernels_triton, function.__name__).default
-    )
-    for function in _FUNCTIONS
+EAGER = {
+    one.__name__: replay.replayed(one, leading, getattr(torch.ops.mlkernels_triton, one.__name__).default)
+    for one, leading in _FUNCTIONS.items()
 }

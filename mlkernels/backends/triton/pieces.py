@@ -196,7 +196,8 @@ def piece_gradient(
         e = tl.exp2(d * sharpness)
         gradient(
             out, out_base, first, inside, kept, y, raw, e, d, (factor, tilt, spread, zero), weight, smoothing,
-            preparation[0], col, valid, (1, out_stride, 0, 0), source[6], T, TILTED, CAPPED, WIDE, 0, CHUNKS, LANES, VECTOR,
+            preparation[0], col, valid, (1, out_stride, 0, 0), source[6], T, TILTED, CAPPED, WIDE, 0, CHUNKS, LANES,
+            VECTOR,
         )  # fmt: skip
 
 
