@@ -649,6 +649,10 @@ BAD = [
     (TypeError, r"^linear_cross_entropy\(\) takes no 'bias'; there are linear_bias, strategy, memory, compact, scale",
         lambda: linear_cross_entropy(X, W, Y, bias=B)),
     (TypeError, "takes no 'gamma'", lambda: linear_cross_entropy(X, W, Y, gamma=2.0)),
+    (TypeError, r"^linear_softmax_loss\(\) takes no 'bias'; there are linear_bias, .*, transform, .*, group",
+        lambda: linear_softmax_loss(X, W, Y, bias=B)),
+    (TypeError, r"^linear_softmax_loss\(\) takes no size_average", lambda: linear_softmax_loss(
+        X, W, Y, size_average=False)),
     (ValueError, "weight must have one entry per class", lambda: linear_cross_entropy(X, W, Y, weight=VECTOR[:3])),
     (TypeError, "loss has its own scale", lambda: linear_softmax_loss(X, W, Y, loss=mlkernels.FocalLoss(), scale=2.0)),
     (TypeError, "loss takes a loss module or function", lambda: linear_softmax_loss(X, W, Y, loss=3)),

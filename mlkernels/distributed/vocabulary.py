@@ -364,7 +364,8 @@ def _called(
         classes = check_size("num_classes", num_classes)  # type: ignore[arg-type]
         offset = None if offset is None else check_size("offset", offset, 0)
         part = SlicedLogits(group, classes, input, offset, return_stats)
-        result: Tensor | tuple[Tensor, RowStats] = loss_of(part, target, loss, return_stats, arguments)
+        made = loss_of(part, target, loss, return_stats, arguments, class_parallel_softmax_loss)
+        result: Tensor | tuple[Tensor, RowStats] = made
         return result
     except Exception as error:
         if part is None:

@@ -21,6 +21,8 @@ from .update import TileSGD, Updating
 Strategy: TypeAlias = Literal["stored", "tiles", "rows"]
 
 _OF_A_LOSS = frozenset({"transform", "scale", "head", "target_logit", *Options.__annotations__})
+#: What those take who are given no loss.
+_COMPOSED = ("transform", "scale", "head", "target_logit", "group", *COMMON)
 
 
 @by_name
@@ -173,10 +175,14 @@ def loss_of(
     loss: Callable[..., Tensor] | None,
     return_stats: bool,
     arguments: dict[str, Any],
+    of: Callable[..., Any] = linear_softmax_loss,
 ) -> Any:
-    """What a loss makes of logits that are a product."""
+    """What a loss makes of logits that are a product; of: what was called."""
     arguments = _flat_arguments(target, arguments)
     if loss is None:
+        unknown = {name: value for name, value in arguments.items() if name not in _COMPOSED}
+        if unknown:
+            raise unknown_keywords(of, unknown, _COMPOSED)
         value = functional.softmax_loss(logits, _flat(target), **arguments)  # type: ignore[call-overload]
     else:
         given = sorted(name for name in arguments if name in _OF_A_LOSS)
