@@ -243,9 +243,8 @@ void add_pairs(const Chunk<T>& chunk, const typename Chunk<T>::Tile& tile, const
       const float limit = std::max(std::abs(out.target[i]), std::abs(out.factor[i])) / MOST;
       int64_t j = chunk.pairs->next_large(g, 0, classes, limit);
       for (int count = 0; j < classes && count < MOST; ++count, j = chunk.pairs->next_large(g, j + 1, classes, limit)) {
-        bfloat16 rounded;
-        MLKERNELS_ISA::narrow(g[j], rounded);
-        const float rest = g[j] - MLKERNELS_ISA::widen(rounded);
+        const Pair pair = tile.pairs.by_class[(i - row) * half + j / 2];
+        const float rest = g[j] - MLKERNELS_ISA::widen(j % 2 ? pair.high : pair.low);
         if (rest == 0 || !std::isfinite(rest)) continue;
         if (dx) chunk.pairs->add(dx + i * width, weight + j * chunk.all.stride, rest, width);
         if (dw) chunk.pairs->add(dw + j * width, chunk.halves + i * width, rest, width);

@@ -1,6 +1,9 @@
+import hashlib
 import os
 import random
+import tempfile
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +12,10 @@ import torch
 # Without a GPU Triton's kernels are interpreted. The variable counts where Triton is imported, so before all else.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Inductor keeps what it has compiled by the names of operators, whatever an older checkout's returned.
+_OPERATORS = hashlib.sha256((Path(__file__).parents[1] / "mlkernels" / "ops.py").read_bytes()).hexdigest()[:16]
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/mlkernels-inductor-{_OPERATORS}")
 
 import simt
 from hypothesis import settings

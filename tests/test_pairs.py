@@ -137,3 +137,17 @@ def test_hardly_worse_than_float32_rounded_once(width, spread):
     for ours, wanted in zip(found, exact, strict=True):
         error, once = ((t.double() - wanted).norm() for t in (ours, wanted.bfloat16()))
         assert error < 1.05 * once
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.05], ids=["zeros", "alike"])
+def test_gradients_that_are_nearly_equal_do_not_round_alike(spread):
+    """Classes that have much in common, on what a ReLU leaves: rounded to the nearest, 5 and 15 times the error of once."""
+    torch.manual_seed(0)
+    x, target = torch.randn(1000, 64).relu().bfloat16(), torch.randint(120, (1000,))
+    weight = (torch.randn(1, 64) * spread * 20 + spread * torch.randn(120, 64)).bfloat16()
+    a, w = (t.double().requires_grad_() for t in (x, weight))
+    exact = torch.autograd.grad(torch.nn.functional.cross_entropy(a @ w.T, target), [a, w])
+    found = torch.autograd.grad(linear_cross_entropy(x.requires_grad_(), weight.requires_grad_(), target), [x, weight])
+    for ours, wanted, bound in zip(found, exact, (3, 1.1), strict=True):
+        error, once = ((t.double() - wanted).norm() for t in (ours, wanted.bfloat16()))
+        assert error <= bound * once

@@ -54,12 +54,49 @@ void interleave(const bfloat16* from, int64_t stride, int64_t rows, int64_t colu
   }
 }
 
-inline Halves rounded(const float* x) { return (Halves)_mm512_cvtne2ps_pbh((__m512)load(x + W), (__m512)load(x)); }
-inline bfloat16 rounded(float x) {
-  bfloat16 to;
-  narrow(x, to);
-  return to;
+// A number between two of bfloat16 goes up as often as it is far from the lower one, by where it lies. Many that are nearly
+// equal, as those of a fresh classifier, would all go the same way to the nearest, and their sum with them. What is added
+// before the lower bits go are the fractions of whole multiples of two numbers, spread evenly along rows and classes
+// (powers of the inverse of the plastic number, by 2^32).
+constexpr uint32_t ALONG_ROWS = 3242174889u, ALONG_CLASSES = 2447445414u;
+
+inline uint32_t fraction(int64_t row, int64_t column) {
+  return uint32_t(row) * ALONG_ROWS + uint32_t(column) * ALONG_CLASSES;
 }
+inline bfloat16 rounded(float x, uint32_t fraction) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  if ((bits & 0x7f800000) != 0x7f800000) bits += fraction >> 16;  // finite
+  return bfloat16{uint16_t(bits >> 16)};
+}
+
+// Along a row.
+class Rounded {
+  vuint fractions;
+
+  __m512i one(const float* x) {
+    const __m512 numbers = (__m512)load(x);
+    const __mmask16 finite = __mmask16(~_mm512_fpclass_ps_mask(numbers, 0x01 | 0x08 | 0x10 | 0x80));
+    const __m512i bits = _mm512_castps_si512(numbers);
+    const __m512i sum = _mm512_mask_add_epi32(bits, finite, bits, (__m512i)(fractions >> 16));
+    fractions += W * ALONG_CLASSES;
+    return sum;
+  }
+
+ public:
+  Rounded(int64_t row, int64_t column) {
+    for (int i = 0; i < W; ++i) fractions[i] = fraction(row, column + i);
+  }
+  // The next numbers, as many as a register has halves.
+  Halves next(const float* x) {
+    const Halves low = (Halves)one(x), high = (Halves)one(x + W);
+    return upper(low, high, std::make_integer_sequence<int, 2 * W>{});
+  }
+  template <int... I>
+  static Halves upper(Halves low, Halves high, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(low, high, (2 * I + 1)...);
+  }
+};
 
 void round(const Rounding& p, int64_t begin, int64_t end) {
   const int64_t half = (p.classes + 1) / 2;
@@ -68,17 +105,22 @@ void round(const Rounding& p, int64_t begin, int64_t end) {
     const float *const even = p.gradient + row * p.classes, *const odd = even + p.classes;
     Pair *const of_even = p.by_class + row * half, *const of_odd = of_even + half;
     Pair* const to = p.by_row + row / 2 * p.classes;
+    const int64_t place = p.first_row + row;
+    Rounded evens(place, p.start), odds(place + 1, p.start);
     int64_t j = 0;
     for (; j + 2 * W <= p.classes; j += 2 * W) {
-      const Halves first = rounded(even + j), second = both ? rounded(odd + j) : Halves{};
+      const Halves first = evens.next(even + j), second = both ? odds.next(odd + j) : Halves{};
       __builtin_memcpy(of_even + j / 2, &first, sizeof first);
       if (both) __builtin_memcpy(of_odd + j / 2, &second, sizeof second);
       interleave(first, second, to + j);
     }
     for (; j < p.classes; j += 2) {
       const bool last = j + 1 == p.classes;
-      const bfloat16 nothing{0}, a = rounded(even[j]), b = last ? nothing : rounded(even[j + 1]);
-      const bfloat16 c = both ? rounded(odd[j]) : nothing, d = both && !last ? rounded(odd[j + 1]) : nothing;
+      const auto one = [&](const float* x, int64_t row, int64_t column, bool there) {
+        return there ? rounded(x[column], fraction(row, p.start + column)) : bfloat16{0};
+      };
+      const bfloat16 a = one(even, place, j, true), b = one(even, place, j + 1, !last);
+      const bfloat16 c = one(odd, place + 1, j, both), d = one(odd, place + 1, j + 1, both && !last);
       of_even[j / 2] = {a, b};
       if (both) of_odd[j / 2] = {c, d};
       to[j] = {a, c};

@@ -251,7 +251,7 @@ struct Chunk {
     // The gradient of rows that `p` describes.
     void differentiate(const PieceGradient<T>& p, int64_t count) const {
       if constexpr (std::is_same_v<T, float>) {
-        const Rounding rounding{p.tile, count, classes, pairs.by_class, pairs.by_row};
+        const Rounding rounding{p.tile, count, classes, p.first_row, p.start, pairs.by_class, pairs.by_row};
         if (chunk.pairs) return run<T>(RoundedGradient{p, rounding}, 0, (count + 1) / 2, 2 * classes);
       }
       run<T>(p, count);

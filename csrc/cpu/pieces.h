@@ -88,7 +88,8 @@ struct PieceKernels {
 struct Rounding {
   const float* gradient;
   int64_t rows, classes;
-  Pair *by_class, *by_row;  // (rows, half of the classes), (half of the rows, classes), what is odd filled up by 0
+  int64_t first_row, start;  // where they lie in a chunk of rows and all classes
+  Pair *by_class, *by_row;   // (rows, half of the classes), (half of the rows, classes), what is odd filled up by 0
 };
 
 // Products of bfloat16 as it is, into float32, where the instruction set has them.
