@@ -96,7 +96,7 @@ def test_numbers_are_told_apart(served):
     calls = [
         {"scale": 2.0}, {"scale": 2}, {"scale": 3.0}, {"scale": s}, {"scale": s.detach()}, {"softcap": 2.0},
         {"z_loss": 2.0}, {"label_smoothing": 0.5}, {"ignore_index": 1}, {"reduction": "sum"}, {"normalizer": 2.0},
-        {"backend": "cpu"},
+        {"backend": "cpu"}, {"backend": "".join("cpu"), "reduction": "".join("sum")},  # as read from a file
     ]  # fmt: skip
     for y in (x, x.detach(), x.double(), x.bfloat16()):
         for _ in range(2):

@@ -8,8 +8,8 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -27,8 +27,9 @@ constexpr std::chrono::seconds KEPT(10);
 
 struct Store {
   std::mutex mutex;
-  std::vector<Buffer*> idle;  // the one given last is last
-  size_t in_use = 0, mapped = 0;
+  std::vector<Buffer*> idle;      // the one given last is last
+  size_t in_use = 0, mapped = 0;  // bytes
+  size_t buffers = 0;             // idle has room for all: to be given back takes no memory
   size_t most_in_use = 0;  // since all was released; no more is ever mapped: the peak of an allocator that keeps none
   bool watched = false;    // by a thread of this process
 
@@ -37,6 +38,7 @@ struct Store {
     idle.erase(idle.begin() + ptrdiff_t(index));
     munmap(buffer->data, buffer->bytes);
     mapped -= buffer->bytes;
+    --buffers;
     delete buffer;
   }
 };
@@ -111,7 +113,7 @@ bool start_watching() noexcept {
   bool started = true;
   try {
     std::thread(watch).detach();
-  } catch (const std::system_error&) {
+  } catch (const std::exception&) {  // no thread, or no memory for one
     started = false;
   }
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
@@ -130,6 +132,7 @@ Buffer* take_buffer(size_t bytes) {
     if (buffer->bytes >= bytes && !(found && found->bytes < buffer->bytes)) found = buffer;
   if (found) s.idle.erase(std::find(s.idle.begin(), s.idle.end(), found));
   if (!found) {
+    s.idle.reserve(s.buffers + 1);
     s.most_in_use = std::max(s.most_in_use, s.in_use + bytes);
     while (!s.idle.empty() && s.mapped + bytes > s.most_in_use) s.unmap(0);
     void* data = map(bytes);
@@ -138,8 +141,9 @@ Buffer* take_buffer(size_t bytes) {
       data = map(bytes);
     }
     if (!data) return nullptr;
-    s.mapped += bytes;
     found = new Buffer{data, bytes, {}, false};
+    s.mapped += bytes;
+    ++s.buffers;
   }
   s.in_use += found->bytes;
   return found;

@@ -1,6 +1,9 @@
 // One direction over n contiguous elements: what the loops over rows and over tiles are made of.
 #pragma once
 
+#include <algorithm>
+#include <limits>
+
 #include "../rows.h"
 #include "vec.h"
 
@@ -167,6 +170,15 @@ struct Leaving {
     if (label < tail) plain(label, label + W);
     plain(tail, n);
     narrow(target, out[y]);
+    if (subnormal()) rest();
+  }
+  // A product below the normal numbers takes so long that it holds up the exponentials beside it; a sample tells.
+  bool subnormal() const {
+    const Vec<T> least = splat(std::numeric_limits<T>::min() / (factor < 0 ? -factor : factor));
+    const int64_t step = std::max<int64_t>((tail - next) / (16 * W), 1) * W;
+    Vec<T> found{};
+    for (int64_t j = next; j < tail; j += step) found = larger(found, load(e + j) < least ? load(e + j) : Vec<T>{});
+    return max_of<T>(found) > 0;
   }
   void vector() {
     if (next >= tail) return;

@@ -34,6 +34,10 @@ inline PyObject *head_type, *plain_name, *head_backward;
 enum Option { OPT_WEIGHT, IGNORED, REDUCED, SMOOTHED, Z, CAP, ADJUSTED, BACKEND, BY_ROW, DIVISOR, OPTIONS };
 inline std::array<PyObject*, OPTIONS> names, defaults;
 inline std::array<PyObject*, 3> reductions;
+// Also where it was read from a file, and is another object.
+inline bool is_word(PyObject* given, PyObject* word) {
+  return given == word || (PyUnicode_CheckExact(given) && PyUnicode_Compare(given, word) == 0);
+}
 inline PyObject* cpu;                                     // the backend's name
 inline c10::DispatchKeySet ordinary, ordinary_inference;  // the keys of a tensor of which there is nothing to say
 
@@ -321,8 +325,8 @@ struct Arguments {
     if (!PyLong_CheckExact(given[IGNORED])) return false;
     int overflow;
     key.ignore_index = PyLong_AsLongLongAndOverflow(given[IGNORED], &overflow);
-    while (key.reduction < 3 && given[REDUCED] != reductions[size_t(key.reduction)]) ++key.reduction;
-    key.backend = given[BACKEND] == cpu;
+    while (key.reduction < 3 && !is_word(given[REDUCED], reductions[size_t(key.reduction)])) ++key.reduction;
+    key.backend = is_word(given[BACKEND], cpu);
     if (overflow || key.reduction == 3 || (!key.backend && given[BACKEND] != Py_None)) return false;
     size_t at = 0;
     for (const Option option : {SMOOTHED, Z, CAP, DIVISOR})
