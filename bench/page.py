@@ -7,6 +7,7 @@ import statistics
 import sys
 from pathlib import Path
 
+from . import heads
 from .cases import Problem
 from .charts import time_text
 from .measure import Key
@@ -26,6 +27,8 @@ held against the reference; on a machine that others use too, what can be compar
   drawn anew in each. A ratio is the median of the ratios within each process, *least* the smallest; over 1 ours is
   faster.
 - *eager* is the loss as a careful user writes it (`bench/peers.py`), *compile* that chain under `torch.compile`.
+- Of heads, `head` is what the package picks by itself, `tiles` the strategy that keeps no logits; *MB* is the most that a step
+  takes beyond input, weight and their gradients.
 - *copy* is `copy_` of as many bytes as the logits have: a step that reads the logits once and writes a gradient has as
   much to move.
 
@@ -56,7 +59,7 @@ def _cells(results: Report, key: Key, peers: list[str]) -> dict[str, str]:
     dtype = "" if problem.dtype == "float32" else f" {problem.dtype}"
     cells = {
         "logits": "×".join(map(str, problem.sizes)) + dtype,
-        "loss": f"`{key.loss}`",
+        "loss": f"`{key.loss}`" + (f", {key.by}" if key.by in heads.STRATEGIES else ""),
         "ours": time_text(statistics.median(times)),
         "best … worst": f"{time_text(min(times))} … {time_text(max(times))}",
         "copy": time_text(results.copy(problem)),
@@ -69,7 +72,15 @@ def _cells(results: Report, key: Key, peers: list[str]) -> dict[str, str]:
         once = (peer, key.loss) == ("eager", "cross_entropy")  # that is F.cross_entropy
         ratios = ("", "") if once else _ratios(results, key, key._replace(by=peer))
         cells[f"{peer} / ours"], cells[f"{peer}: least"] = ratios
+    if problem.features:
+        memory = results.memory()
+        cells["MB"] = _megabytes(memory.get(key))
+        cells["eager MB"] = _megabytes(memory.get(key._replace(by="eager")))
     return cells
+
+
+def _megabytes(size: int | None) -> str:
+    return "" if size is None else f"{size / 1e6:,.0f}"
 
 
 def table(results: Report, problems: list[Problem], ours: list[str]) -> list[str]:
@@ -106,22 +117,20 @@ def section(results: Report) -> list[str]:
     for caveat in header["caveats"]:
         lines += ["", f"**{caveat}**"]
     lines += ["", f"<!-- chart: {header['name']} -->", ""]
-    for heads in (False, True):
-        problems = [one for one in results.problems() if bool(one.features) == heads]
+    for of_heads in (False, True):
+        problems = [one for one in results.problems() if bool(one.features) == of_heads]
         problems.sort(key=lambda one: (one.dtype != "float32", one.classes, one.rows))
         if problems:
-            lines += [*table(results, problems, ["head", "tiles"] if heads else header["backends"]), ""]
+            lines += [*table(results, problems, list(heads.STRATEGIES) if of_heads else header["backends"]), ""]
     targets = header.get("targets") or []
     missed = [one for one in targets if not one["reached"]]
     if targets:
-        lines += [
-            f"{len(targets) - len(missed)} of the {len(targets)} targets that this run measured were reached. Missed:",
-            "",
-        ]
+        reached = f"{len(targets) - len(missed)} of the {len(targets)} targets that this run measured were reached."
+        lines += [reached + (" Missed:" if missed else ""), ""]
         for one in missed:
             wanted = f"{'at least' if one['value'] < one['bound'] else 'at most'} {one['bound']:g}"
             lines += [f"- {one['what']}: {one['value']:.3g}, wanted {wanted}"]
-        lines += [""]
+        lines += [""] if missed else []
     return lines
 
 
