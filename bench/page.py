@@ -27,8 +27,8 @@ held against the reference; on a machine that others use too, what can be compar
   drawn anew in each. A ratio is the median of the ratios within each process, *least* the smallest; over 1 ours is
   faster.
 - *eager* is the loss as a careful user writes it (`bench/peers.py`), *compile* that chain under `torch.compile`.
-- Of heads, `head` is what the package picks by itself, `tiles` the strategy that keeps no logits; *MB* is the most that a step
-  takes beyond input, weight and their gradients.
+- Of heads, `head` is what the package picks by itself, `tiles` the strategy that keeps no logits; *MB* is the most that
+  a step takes beyond input, weight and their gradients.
 - *copy* is `copy_` of as many bytes as the logits have: a step that reads the logits once and writes a gradient has as
   much to move.
 

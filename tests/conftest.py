@@ -13,15 +13,15 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Inductor keeps what it has compiled by the names of operators, whatever an older checkout's returned.
-_OPERATORS = hashlib.sha256((Path(__file__).parents[1] / "mlkernels" / "ops.py").read_bytes()).hexdigest()[:16]
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/mlkernels-inductor-{_OPERATORS}")
-
 import simt
 from hypothesis import settings
 from table import LOSSES, usable_backends
 
 import mlkernels
+
+# Inductor keeps what it has compiled by the names of operators, whatever an older checkout's returned.
+_OPERATORS = hashlib.sha256((Path(__file__).parents[1] / "mlkernels" / "ops.py").read_bytes()).hexdigest()[:16]
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/mlkernels-inductor-{_OPERATORS}")
 
 # Without a GPU the CUDA kernels run over fibers. Before any module asks which backends there are.
 if not torch.cuda.is_available():
