@@ -115,6 +115,8 @@ def times(results: Report, axes: Axes, dtype: str = "float32") -> None:
 def memory(results: Report, axes: Axes) -> None:
     """The most bytes that a head's step had beside its inputs, against the number of classes."""
     found = {key: size for key, size in results.memory().items() if key.mode == "step" and size > 0}
+    dtype = next(iter(found)).problem.dtype  # the first, or lines would join what is no series
+    found = {key: size for key, size in found.items() if key.problem.dtype == dtype}
     for k, by in enumerate(_who(results, list(found))):
         for loss in dict.fromkeys(key.loss for key in found if key.by == by):
             own = sorted((key.problem.classes, size) for key, size in found.items() if key[1::2] == (loss, by))
@@ -122,7 +124,7 @@ def memory(results: Report, axes: Axes) -> None:
             axes.plot(*zip(*own, strict=True), STYLES[LOSSES.index(loss) % 4], marker="o", color=COLORS[k], label=label)
     _axis(axes, "x", [key.problem.classes for key in found], count_text, own=True)
     _axis(axes, "y", list(found.values()), size_text)
-    axes.set(xlabel="classes", title="memory of a step, beside its inputs")
+    axes.set(xlabel="classes", title=f"memory of a step beside its inputs, {dtype}")
 
 
 def figure(results: Report) -> Figure:
@@ -130,7 +132,7 @@ def figure(results: Report) -> Figure:
     from matplotlib.figure import Figure
 
     panels = [roofline, times] if _steps(results) else []
-    panels += [memory] if results.memory() else []
+    panels += [memory] if any(results.memory().values()) else []
     drawn = Figure(figsize=(4.6 * max(1, len(panels)), 4.2), layout="constrained")
     labels: dict[str, object] = {}
     for panel, axes in zip(panels, drawn.subplots(1, max(1, len(panels)), squeeze=False)[0], strict=False):
@@ -138,5 +140,5 @@ def figure(results: Report) -> Figure:
         axes.title.set_size(10)
         handles, names = axes.get_legend_handles_labels()
         labels |= dict(zip(names, handles, strict=True))
-    drawn.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    drawn.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=max(2, 2 * len(panels)), frameon=False, fontsize=8)
     return drawn
