@@ -140,5 +140,6 @@ def figure(results: Report) -> Figure:
         axes.title.set_size(10)
         handles, names = axes.get_legend_handles_labels()
         labels |= dict(zip(names, handles, strict=True))
-    drawn.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=max(2, 2 * len(panels)), frameon=False, fontsize=8)
+    columns = max(2, 2 * len(panels))
+    drawn.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
     return drawn
