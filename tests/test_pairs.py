@@ -141,9 +141,10 @@ def test_hardly_worse_than_float32_rounded_once(width, spread):
 
 @pytest.mark.parametrize("spread", [0.0, 0.05], ids=["zeros", "alike"])
 def test_gradients_that_are_nearly_equal_do_not_round_alike(spread):
-    """Classes that have much in common, on what a ReLU leaves: to the nearest, 5 and 15 times the error of once."""
+    """A fresh classifier on what a ReLU leaves: its dW would lose 3.6 times as much to the nearest. And classes that have
+    much in common, whose dX is a small rest of large terms."""
     torch.manual_seed(0)
-    x, target = torch.randn(1000, 64).relu().bfloat16(), torch.randint(120, (1000,))
+    x, target = torch.randn(1024, 64).relu().bfloat16(), torch.randint(120, (1024,))
     weight = (torch.randn(1, 64) * spread * 20 + spread * torch.randn(120, 64)).bfloat16()
     a, w = (t.double().requires_grad_() for t in (x, weight))
     exact = torch.autograd.grad(torch.nn.functional.cross_entropy(a @ w.T, target), [a, w])
