@@ -31,7 +31,7 @@ def positional_arguments(of: Callable[..., object], given: Sequence[object]) -> 
 
 def by_name(of: _F) -> _F:
     """A function, or a class with its ``__init__``, with :func:`positional_arguments` for Python's own words."""
-    init = getattr(of, "__init__") if isinstance(of, type) else None  # noqa: B009
+    init = of.__init__ if isinstance(of, type) else None  # type: ignore[misc]
     function: Callable[..., Any] = init or of
     taken = inspect.signature(function).parameters.values()
     few = sum(one.kind == one.POSITIONAL_OR_KEYWORD for one in taken)
