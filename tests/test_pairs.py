@@ -141,8 +141,10 @@ def test_hardly_worse_than_float32_rounded_once(width, spread):
 
 @pytest.mark.parametrize("spread", [0.0, 0.05], ids=["zeros", "alike"])
 def test_gradients_that_are_nearly_equal_do_not_round_alike(spread):
-    """A fresh classifier on what a ReLU leaves: its dW would lose 3.6 times as much to the nearest. And classes that have
-    much in common, whose dX is a small rest of large terms."""
+    """A fresh classifier on what a ReLU leaves: its dW would lose 3.6 times as much to the nearest.
+
+    And classes that have much in common, whose dX is a small rest of large terms.
+    """
     torch.manual_seed(0)
     x, target = torch.randn(1024, 64).relu().bfloat16(), torch.randint(120, (1024,))
     weight = (torch.randn(1, 64) * spread * 20 + spread * torch.randn(120, 64)).bfloat16()
