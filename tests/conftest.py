@@ -9,6 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+# Torch warns of an operator whose results share memory, and raises in a process that CI runs: here as there. Counts
+# where torch's functorch is imported, and in the processes that tests start.
+os.environ.setdefault("CI", "true")
+
 # Without a GPU Triton's kernels are interpreted. The variable counts where Triton is imported, so before all else.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

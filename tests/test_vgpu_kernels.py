@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections import defaultdict
 
 import pytest
 
@@ -23,12 +24,13 @@ pytestmark = pytest.mark.skipif(vgpu.unavailable() is not None, reason=f"no emul
 
 @pytest.fixture(scope="module")
 def process():
-    """Runs functions in a process in which Triton is not interpreted, one for each backend that it pretends to have."""
-    workers = {backend: worker.Worker() for backend in ("triton", "cuda")}
+    """Runs functions in a process in which Triton is not interpreted, one for each backend and device that it pretends
+    to have: what a device has is asked once."""
+    workers = defaultdict(worker.Worker)
 
-    def run(backend, *call):
+    def run(backend, target, *call):
         try:
-            return workers[backend](*call)
+            return workers[backend, target](*call)
         except vgpu.Unavailable as error:
             pytest.skip(str(error))
 
@@ -40,7 +42,7 @@ def process():
 @pytest.fixture(scope="module")
 def run(process):
     """Checks a case."""
-    return lambda backend, target, case: process(backend, worker.check, backend, target, case)
+    return lambda backend, target, case: process(backend, target, worker.check, backend, target, case)
 
 
 # ---- calls -----------------------------------------------------------------------------------------------------------
@@ -95,7 +97,7 @@ def test_triton(run, target, case):
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize("dtype, everything", [("bfloat16", False), ("float32", True)])
 def test_heads(process, dtype, everything):
-    process("triton", heads.check, "sm_90", dtype, everything)
+    process("triton", "sm_90", heads.check, "sm_90", dtype, everything)
 
 
 @pytest.mark.parametrize("target,case", CUDA, ids=str)
@@ -103,9 +105,15 @@ def test_cuda(run, target, case):
     run("cuda", target, case)
 
 
+def test_a_process_has_one_device(process):
+    process("cuda", "sm_90", worker.prepare, "cuda", "sm_90")
+    with pytest.raises(ValueError, match="capability 90, got 80"):
+        process("cuda", "sm_90", worker.prepare, "cuda", "sm_80")
+
+
 @pytest.mark.parametrize("kind", faults.KINDS)
 def test_faults_in_nvcc_s_kernels_are_found(process, kind):
-    found = process("cuda", faults.put, kind, 8 if FULL else 1)
+    found = process("cuda", "sm_90", faults.put, kind, 8 if FULL else 1)
     assert None not in found, found
 
 
@@ -133,5 +141,8 @@ def test_everything(run, backend, target, part):
 
 def test_counts_what_a_class_costs(process):
     """More with the gradient, and between what an H100 has time for and what no kernel can do without."""
-    forward, both = (process("triton", count.of, "triton", "sm_90", 1000, "bfloat16", way) for way in (False, True))
+    target = "sm_90"
+    forward, both = (
+        process("triton", target, count.of, "triton", target, 1000, "bfloat16", way) for way in (False, True)
+    )
     assert 4 < forward < both < 38

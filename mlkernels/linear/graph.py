@@ -94,8 +94,8 @@ def _linear_loss(*arguments: Any) -> list[Tensor]:
         at_once = makes_at_once(numbers, return_stats, needs)
         found, known, gradients = forward(problem.head, problem.wanted if at_once else None, any(needs) and not at_once)
         if gradients is not None:
-            return [*found, *(g for g in gradients if g is not None)]
-        return [*found, *(_packed(problem.head, known) if any(needs) else ())]
+            return [*_apart(found), *(g for g in gradients if g is not None)]
+        return [*_apart(found), *(_packed(problem.head, known) if any(needs) else ())]
 
 
 def _linear_loss_backward(*arguments: Any) -> list[Tensor]:
@@ -105,6 +105,11 @@ def _linear_loss_backward(*arguments: Any) -> list[Tensor]:
         sums = problem.head.sums(problem.wanted)
         later(sums, problem.head, _unpacked(problem.head, reals, whole), upstream)
         return [g for g in sums.finished() if g is not None]
+
+
+def _apart(results: Sequence[Tensor]) -> list[Tensor]:
+    """What an operator returns may not share memory: statistics of rows that lie side by side are copied."""
+    return [t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for t in results]
 
 
 def _packed(head: Head, known: Known | None) -> tuple[Tensor, Tensor]:

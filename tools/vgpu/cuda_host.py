@@ -141,7 +141,7 @@ class _Library:
         torch.ops.load_library(str(path))
         self.library = ctypes.CDLL(str(path))
         self.library.vgpu_why.restype = ctypes.c_char_p
-        self.arch = "90"
+        self.arch: str | None = None
         self.error: BaseException | None = None
         self._callback = _Callback(self._launch)
         self.library.vgpu_on_launch(self._callback)
@@ -197,10 +197,13 @@ def library() -> _Library:
 
 
 def install(arch: str = "90") -> None:
-    """Backend "cuda" for CPU tensors, on a device of this compute capability."""
+    """Backend "cuda" for CPU tensors, on a device of this compute capability; a process has one, as the library asks
+    a device once what it has."""
     from mlkernels import backends, ops
 
     found = library()
+    if found.arch not in (None, arch):
+        raise ValueError(f"this process has a device of compute capability {found.arch}, got {arch}: start another")
     found.arch = arch
     multiprocessors, shared = DEVICES[arch]
     found.library.vgpu_device(multiprocessors, int(arch) // 10, shared)
