@@ -34,6 +34,9 @@ def test_ci_tries_the_oldest_that_is_promised():
     project, workflow = read("pyproject.toml"), read(".github/workflows/ci.yml")
     python, torch = found(r'requires-python = ">=([\d.]+)"', project), found(r'"torch>=([\d.]+)"', project)
     assert re.search(rf'python: "{python}", torch: "{torch}\.0"', workflow)
+    # What the package index shows are the Pythons that it tries.
+    tried = set(re.findall(r'"(3\.\d+)"', workflow))
+    assert set(re.findall(r'"Programming Language :: Python :: (3\.\d+)"', project)) == tried
     # And the one that the Makefile installs.
     assert found(r"^TORCH := torch==(.+)$", read("Makefile")) in workflow
 
