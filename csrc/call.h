@@ -227,7 +227,6 @@ void lay_out(Problem<T>& p, const Arguments& call, const Tensor& target, int64_t
   p.classes = classes;
   for (int slot = 0; slot < LOSS_SLOTS; ++slot)
     p.values[slot] = {T(call.numbers[size_t(slot)]), nullptr, Mode::BY_VALUE, Storage::DOUBLE};
-  p.preparation.softcap = T(call.numbers[SOFTCAP]);
   p.smoothing = T(call.numbers[SMOOTHING]);
   p.z_loss = T(call.numbers[Z_LOSS]);
   p.weight_sum = T(p.classes);
@@ -239,11 +238,11 @@ void lay_out_input(Problem<T>& p, const Tensor& input) {
   p.in = layout_of(input);
 }
 
-// The vectors of all classes, each where vector_of(slot) has it.
-template <class T, class VectorOf>
-void lay_out_vectors(Problem<T>& p, VectorOf vector_of) {
+// What the loops over classes see of a call: vector_of(slot) has a number for each of their classes, or is null.
+template <class T, template <class> class Kind, class VectorOf>
+void lay_out_classes(Kind<T>& p, const Arguments& call, VectorOf vector_of) {
   p.weight = vector_of(WEIGHT);
-  p.preparation.adjustment = vector_of(ADJUSTMENT);
+  p.preparation = {T(call.numbers[SOFTCAP]), vector_of(ADJUSTMENT)};
 }
 
 // Calls with(T{}) for the accumulation type.

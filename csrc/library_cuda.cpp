@@ -107,7 +107,7 @@ struct Call {
       const Tensor& number = keep(plain(tensor, tensor.scalar_type(), place));
       v.values[slot] = {T(0), number.data_ptr(), mode_of(tensor), storage_of(tensor.scalar_type())};
     }
-    lay_out_vectors(v, [&](int slot) { return vector_of(slot); });
+    lay_out_classes(v, arguments, [&](int slot) { return vector_of(slot); });
     if (const Tensor* weight = tensors[ROW_WEIGHT]) take(*weight, v.row_weight, v.row_weight_stride);
     v.normalizer = {arguments.numbers[NORMALIZER], nullptr, Mode::BY_VALUE, Storage::DOUBLE};
     if (const Tensor* given = tensors[NORMALIZER])

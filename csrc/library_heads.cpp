@@ -130,6 +130,8 @@ struct WholeHead {
   const std::optional<Tensor>&bias, &inverse;
   const Tensor& room;
   const std::vector<int64_t>& plan;
+  const std::vector<double>& numbers;
+  std::vector<Tensor> params;  // those of classes contiguous and in T
   Call<T> call;
   CpuProblem<T>& p;
   const int64_t needs, n, classes, width, left;  // left: rows that are not ignored
@@ -137,11 +139,11 @@ struct WholeHead {
   ByParameter<T> parameters;
   Tensor label;
   std::vector<int64_t> index;  // where the rows that are left were, if not all are
-  std::optional<Tensor> class_weight, adjustment, dx, dw, db;
+  std::optional<Tensor> dx, dw, db;
 
   WholeHead(const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& bias_,
             const std::optional<Tensor>& inverse_, const Tensor& target, const Tensor& room_,
-            const std::vector<int64_t>& plan_, const std::vector<double>& numbers, const std::vector<Tensor>& params,
+            const std::vector<int64_t>& plan_, const std::vector<double>& numbers_, const std::vector<Tensor>& params_,
             int64_t needs_)
       : x(x_),
         weight(weight_),
@@ -149,7 +151,9 @@ struct WholeHead {
         inverse(inverse_),
         room(room_),
         plan(plan_),
-        call(target, numbers, params, checked()),
+        numbers(numbers_),
+        params(params_),
+        call(target, numbers, params_, checked()),
         p(call.p),
         needs(needs_),
         n(p.rows),
@@ -163,8 +167,9 @@ struct WholeHead {
     STD_TORCH_CHECK(!(needs >> (INPUT + 3)) && (bias || !(needs >> BIAS_BIT & 1)),
                     "needs asks for the gradient of what is no tensor");
     STD_TORCH_CHECK(!needs || call.reduction != Reduction::NONE, "gradients are made with a loss that is reduced");
-    if (const Tensor* given = call.tensors[WEIGHT]) class_weight = contiguous_of<T>(*given);
-    if (const Tensor* given = call.tensors[ADJUSTMENT]) adjustment = contiguous_of<T>(*given);
+    for (const Extra& extra : EXTRAS)
+      if (const Tensor* given = call.tensors[extra.slot]; given && extra.per == Mode::PER_CLASS)
+        params[size_t(given - params_.data())] = contiguous_of<T>(*given);
     if (left < n) leave_out();
     if (needs >> INPUT & 1) dx = empty({left, width}, type_of<T>());
     if (needs >> WEIGHT_BIT & 1) dw = room_like(room, {classes, width});
@@ -253,9 +258,9 @@ struct WholeHead {
     for (int64_t i = 0; i < count; ++i) u[i] = MLKERNELS_ISA::prepare(p.preparation, u[i], p.label[place(first + i)]);
     scales_of(first, count, several, static_cast<T*>(scales.data_ptr()));
     const int64_t want = (p.want_shift ? 1 : 0) + (p.smoothing > 0 ? 8 : 0);
-    const auto [numbers, places] = linear_statistics(rows, weight, bias, inverse, labels, 0, class_weight, adjustment,
-                                                     softcap, room, keep, cut, u_y, scales, classes, want);
-    const T* const reals = static_cast<const T*>(numbers.data_ptr());
+    const auto [known_reals, places] = linear_statistics(rows, weight, bias, inverse, labels, 0, numbers, params, room,
+                                                         keep, cut, u_y, scales, classes, want);
+    const T* const reals = static_cast<const T*>(known_reals.data_ptr());
     const T* const sums = reals + 3 * count;
     const int64_t* const where = index.empty() ? nullptr : index.data() + first;
     const KnownRows<T> known{first,
@@ -284,8 +289,8 @@ struct WholeHead {
     std::optional<Tensor> spread, features;
     if (p.smoothing > 0) spread = row[2];
     if (dx) features = rows_of(*dx, first, count);
-    linear_gradient(rows, weight, bias, inverse, labels, 0, class_weight, adjustment, softcap, room, keep, cut, row[0],
-                    {}, spread, row[3], row[4], row[5], features, dw, db, first == 0, first + count == left);
+    linear_gradient(rows, weight, bias, inverse, labels, 0, numbers, params, room, keep, cut, row[0], {}, spread,
+                    row[3], row[4], row[5], features, dw, db, first == 0, first + count == left);
   }
 
   // Of c tanh(f / c). 1 - tanh^2 without the difference, which cancels where tanh is near 1.

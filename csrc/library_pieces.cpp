@@ -17,8 +17,7 @@ int64_t scales_of(const Tensor& scales, int64_t rows) {
 }
 
 template <class T, template <class> class Kind>
-Kind<T> piece_of(const Tensor& tile, const Tensor& label, int64_t start, const std::optional<Tensor>& weight,
-                 const std::optional<Tensor>& adjustment, double softcap) {
+Kind<T> piece_of(const Tensor& tile, const Tensor& label, int64_t start, const Arguments& call) {
   STD_TORCH_CHECK(tile.dim() == 2, "tile must be (rows, classes)");
   Kind<T> p{};
   p.rows = tile.size(0);
@@ -26,70 +25,56 @@ Kind<T> piece_of(const Tensor& tile, const Tensor& label, int64_t start, const s
   p.tile = array<T>(tile, p.rows * p.classes, "tile");
   p.start = start;
   p.label = array<int64_t>(label, p.rows, "label");
-  p.preparation.softcap = T(softcap);
-  for (const auto& vector : {weight, adjustment})
-    STD_TORCH_CHECK(start >= 0 && start <= INT64_MAX / 2 && (!vector || vector->numel() - start >= p.classes),
-                    "a tile must lie within the classes");
-  if (weight) p.weight = array<T>(*weight, weight->numel(), "weight") + start;
-  if (adjustment) p.preparation.adjustment = array<T>(*adjustment, adjustment->numel(), "adjustment") + start;
+  lay_out_classes(p, call, vectors_from<T>(call, start, p.classes));
   return p;
 }
 
-template <class T>
-void statistics_of(const Tensor& tile, const Tensor& target_logit, const Tensor& label, int64_t start,
-                   const Tensor& scales, const std::optional<Tensor>& weight, const std::optional<Tensor>& adjustment,
-                   double softcap, const Tensor& top, const Tensor& total, const std::optional<Tensor>& shift,
-                   const std::optional<Tensor>& second, const std::optional<Tensor>& weighted,
-                   const std::optional<Tensor>& weights, const Tensor& first, const Tensor& above) {
-  auto p = piece_of<T, PieceStatistics>(tile, label, start, weight, adjustment, softcap);
-  p.target_logit = array<T>(target_logit, p.rows, "target_logit");
-  p.count = scales_of(scales, p.rows);
-  const int64_t each = p.count * p.rows;
-  p.scales = array<T>(scales, each, "scales");
-  p.top = array<T>(top, p.rows, "top");
-  p.total = array<T>(total, each, "total");
-  p.shift = array<T>(shift, each, "shift");
-  p.square = array<T>(second, each, "second");
-  p.weighted = array<T>(weighted, p.rows, "weighted");
-  p.weights = array<T>(weights, p.rows, "weights");
-  STD_TORCH_CHECK(!p.weighted == !p.weights, "weighted and weights come together");
-  p.first = array<int64_t>(first, p.rows, "first");
-  p.above = array<int64_t>(above, p.rows, "above");
-  run<T>(p, p.rows);
-}
-
 void piece_statistics(const Tensor& tile, const Tensor& target_logit, const Tensor& label, int64_t start,
-                      const Tensor& scales, std::optional<Tensor> weight, std::optional<Tensor> adjustment,
-                      double softcap, const Tensor& top, const Tensor& total, std::optional<Tensor> shift,
-                      std::optional<Tensor> second, std::optional<Tensor> weighted, std::optional<Tensor> weights,
-                      const Tensor& first, const Tensor& above) {
-  (tile.scalar_type() == ScalarType::Double ? statistics_of<double>
-                                            : statistics_of<float>)(tile, target_logit, label, start, scales, weight,
-                                                                    adjustment, softcap, top, total, shift, second,
-                                                                    weighted, weights, first, above);
+                      const Tensor& scales, const std::vector<double>& numbers, const std::vector<Tensor>& params,
+                      const Tensor& top, const Tensor& total, std::optional<Tensor> shift, std::optional<Tensor> second,
+                      std::optional<Tensor> weighted, std::optional<Tensor> weights, const Tensor& first,
+                      const Tensor& above) {
+  by_type(tile, [&](auto zero) {
+    using T = decltype(zero);
+    auto p = piece_of<T, PieceStatistics>(tile, label, start, Arguments(numbers, params));
+    p.target_logit = array<T>(target_logit, p.rows, "target_logit");
+    p.count = scales_of(scales, p.rows);
+    const int64_t each = p.count * p.rows;
+    p.scales = array<T>(scales, each, "scales");
+    p.top = array<T>(top, p.rows, "top");
+    p.total = array<T>(total, each, "total");
+    p.shift = array<T>(shift, each, "shift");
+    p.square = array<T>(second, each, "second");
+    p.weighted = array<T>(weighted, p.rows, "weighted");
+    p.weights = array<T>(weights, p.rows, "weights");
+    STD_TORCH_CHECK(!p.weighted == !p.weights, "weighted and weights come together");
+    p.first = array<int64_t>(first, p.rows, "first");
+    p.above = array<int64_t>(above, p.rows, "above");
+    run<T>(p, p.rows);
+  });
 }
 
+// The numbers of each row that its gradient follows from.
 template <class T>
-void gradient_of(const Tensor& tile, const Tensor& label, int64_t start, bool seen, const std::optional<Tensor>& weight,
-                 const std::optional<Tensor>& adjustment, double softcap, const Tensor& factor,
-                 const std::optional<Tensor>& slope, const std::optional<Tensor>& spread, const Tensor& scale,
-                 const Tensor& top) {
-  auto p = piece_of<T, PieceGradient>(tile, label, start, weight, adjustment, softcap);
-  p.seen = seen;
-  p.factor = array<T>(factor, p.rows, "factor");
-  p.slope = array<T>(slope, p.rows, "slope");
-  p.spread = array<T>(spread, p.rows, "spread");
-  p.scale = array<T>(scale, p.rows, "scale");
-  p.top = array<T>(top, p.rows, "top");
-  run<T>(p, p.rows);
+void describe_rows(PieceGradient<T>& p, int64_t rows, const Tensor& factor, const std::optional<Tensor>& slope,
+                   const std::optional<Tensor>& spread, const Tensor& scale, const Tensor& top) {
+  p.factor = array<T>(factor, rows, "factor");
+  p.slope = array<T>(slope, rows, "slope");
+  p.spread = array<T>(spread, rows, "spread");
+  p.scale = array<T>(scale, rows, "scale");
+  p.top = array<T>(top, rows, "top");
 }
 
-void piece_gradient(const Tensor& tile, const Tensor& label, int64_t start, bool seen, std::optional<Tensor> weight,
-                    std::optional<Tensor> adjustment, double softcap, const Tensor& factor, std::optional<Tensor> slope,
-                    std::optional<Tensor> spread, const Tensor& scale, const Tensor& top) {
-  (tile.scalar_type() == ScalarType::Double
-       ? gradient_of<double>
-       : gradient_of<float>)(tile, label, start, seen, weight, adjustment, softcap, factor, slope, spread, scale, top);
+void piece_gradient(const Tensor& tile, const Tensor& label, int64_t start, bool seen,
+                    const std::vector<double>& numbers, const std::vector<Tensor>& params, const Tensor& factor,
+                    std::optional<Tensor> slope, std::optional<Tensor> spread, const Tensor& scale, const Tensor& top) {
+  by_type(tile, [&](auto zero) {
+    using T = decltype(zero);
+    auto p = piece_of<T, PieceGradient>(tile, label, start, Arguments(numbers, params));
+    p.seen = seen;
+    describe_rows(p, p.rows, factor, slope, spread, scale, top);
+    run<T>(p, p.rows);
+  });
 }
 
 // ---- all classes of a chunk of rows ----------------------------------------------------------------------------------
@@ -200,16 +185,15 @@ std::tuple<Tensor, Tensor> all_statistics(const Chunk<T>& chunk, const Tensor& t
 
 std::tuple<Tensor, Tensor> linear_statistics(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
                                              std::optional<Tensor> inverse, const Tensor& label, int64_t offset,
-                                             std::optional<Tensor> class_weight, std::optional<Tensor> adjustment,
-                                             double softcap, const Tensor& room, bool keep, std::vector<int64_t> plan,
+                                             const std::vector<double>& numbers, const std::vector<Tensor>& params,
+                                             const Tensor& room, bool keep, std::vector<int64_t> plan,
                                              const Tensor& target_logit, const Tensor& scales, int64_t classes,
                                              int64_t want) {
-  const auto run = [&](auto zero) {
-    const Chunk<decltype(zero)> chunk(x, weight, bias, inverse, label, offset, class_weight, adjustment, softcap, room,
-                                      keep, plan);
+  return by_type(x, [&](auto zero) {
+    const Chunk<decltype(zero)> chunk(x, weight, bias, inverse, label, offset, Arguments(numbers, params), room, keep,
+                                      plan);
     return all_statistics(chunk, target_logit, scales, classes, want);
-  };
-  return x.scalar_type() == ScalarType::Double ? run(double()) : run(float());
+  });
 }
 
 namespace {
@@ -327,28 +311,22 @@ void all_gradients(const Chunk<T>& chunk, PieceGradient<T> p, const Gradients<T>
 }  // namespace
 
 void linear_gradient(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, std::optional<Tensor> inverse,
-                     const Tensor& label, int64_t offset, std::optional<Tensor> class_weight,
-                     std::optional<Tensor> adjustment, double softcap, const Tensor& room, bool kept,
-                     std::vector<int64_t> plan, const Tensor& factor, std::optional<Tensor> slope,
-                     std::optional<Tensor> spread, const Tensor& target, const Tensor& scale, const Tensor& top,
-                     std::optional<Tensor> dx, std::optional<Tensor> dw, std::optional<Tensor> db, bool first,
-                     bool last) {
-  const auto run = [&](auto zero) {
+                     const Tensor& label, int64_t offset, const std::vector<double>& numbers,
+                     const std::vector<Tensor>& params, const Tensor& room, bool kept, std::vector<int64_t> plan,
+                     const Tensor& factor, std::optional<Tensor> slope, std::optional<Tensor> spread,
+                     const Tensor& target, const Tensor& scale, const Tensor& top, std::optional<Tensor> dx,
+                     std::optional<Tensor> dw, std::optional<Tensor> db, bool first, bool last) {
+  by_type(x, [&](auto zero) {
     using T = decltype(zero);
-    const Chunk<T> chunk(x, weight, bias, inverse, label, offset, class_weight, adjustment, softcap, room, kept, plan);
+    const Chunk<T> chunk(x, weight, bias, inverse, label, offset, Arguments(numbers, params), room, kept, plan);
     const int64_t n = chunk.rows;
     PieceGradient<T> p{};
     p.seen = kept;
-    p.factor = array<T>(factor, n, "factor");
-    p.slope = array<T>(slope, n, "slope");
-    p.spread = array<T>(spread, n, "spread");
-    p.scale = array<T>(scale, n, "scale");
-    p.top = array<T>(top, n, "top");
+    describe_rows(p, n, factor, slope, spread, scale, top);
     all_gradients(chunk, p,
                   {array<T>(dx, n * chunk.width, "dx"), array<T>(dw, chunk.classes * chunk.width, "dw"),
                    array<T>(db, chunk.classes, "db"), array<T>(target, n, "target"), p.factor, first, last});
-  };
-  x.scalar_type() == ScalarType::Double ? run(double()) : run(float());
+  });
 }
 
 namespace {
@@ -356,7 +334,7 @@ namespace {
 // What pieces know of each row, (pieces, 3 + 3 scales, rows) and (pieces, 2, rows), together: one after another, so
 // that the same pieces give the same bits.
 std::tuple<Tensor, Tensor> row_combine(const Tensor& reals, const Tensor& whole, const Tensor& scales) {
-  const auto run = [&](auto zero) {
+  return by_type(reals, [&](auto zero) {
     using T = decltype(zero);
     STD_TORCH_CHECK(reals.dim() == 3 && reals.size(0) > 0, "reals must be (pieces, numbers, rows)");
     const int64_t pieces = reals.size(0), n = reals.size(2), count = scales_of(scales, n);
@@ -374,8 +352,7 @@ std::tuple<Tensor, Tensor> row_combine(const Tensor& reals, const Tensor& whole,
       for (int64_t row = 0; row < n; ++row) known.add(other, s, row);
     }
     return std::tuple<Tensor, Tensor>{out, out_places};
-  };
-  return reals.scalar_type() == ScalarType::Double ? run(double()) : run(float());
+  });
 }
 
 }  // namespace

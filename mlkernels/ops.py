@@ -243,13 +243,13 @@ def _multi_copy_fake(dst: list[Tensor], src: list[Tensor], flag: Tensor | None =
 
 # Of heads (mlkernels/linear): what a tile of classes adds to what is known of its rows, and its gradient, in place. The
 # arguments are those of backends/reference.py's functions of these names.
-_TILE = "Tensor(a!) tile, {}Tensor label, int start, {}Tensor? weight, Tensor? adjustment, float softcap"
+_TILE = "Tensor(a!) tile, {}Tensor label, int start, {}float[] numbers, Tensor[] params"
 # The same for all classes of a weight and a chunk of rows, the products included: what is known of each row, that is
 # (3 + 3 scales, rows) of M, V, W, S, T, the second moment and (2, rows) of first and above; the gradients of rows and
 # classes.
 _CLASSES = (
-    "Tensor x, Tensor weight, Tensor? bias, Tensor? inverse, Tensor label, int offset, Tensor? class_weight, "
-    "Tensor? adjustment, float softcap, Tensor(a!) room, bool kept, int[] plan"
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? inverse, Tensor label, int offset, float[] numbers, "
+    "Tensor[] params, Tensor(a!) room, bool kept, int[] plan"
 )
 _OTHERS: dict[str, Callable[..., Any]] = {
     f"piece_statistics({_TILE.format('Tensor target_logit, ', 'Tensor scales, ')}, Tensor(b!) top, Tensor(c!) total, "

@@ -16,6 +16,8 @@ from oracle import TABLES, Structure
 
 import mlkernels
 from mlkernels import Affine, Margin, Modulated, PiecewiseLinear, Tau, Truncated, TwoScale
+from mlkernels.call import DEFAULTS
+from mlkernels.numbering import IGNORE_INDEX, Slot
 
 INF, NAN = math.inf, math.nan
 F64 = torch.float64
@@ -37,6 +39,18 @@ def usable_backends() -> list[str]:
 def numbers_of(structure: mlkernels.spec.Spec, consts: list[float], mask: int = 0, reduction: int = 0) -> list[float]:
     """A loss as it crosses an op boundary."""
     return [*map(float, structure.ids), float(reduction), -100.0, float(mask), *consts]
+
+
+def plain_numbers(*slots: int, reduction: int = 0, ignore_index: int = -100, **consts: float) -> list[float]:
+    """Those of cross entropy, with tensors in these slots and other numbers by the slots' names."""
+    values = DEFAULTS.copy()
+    values[Slot.SCALE] = 1.0
+    for name, value in consts.items():
+        values[Slot[name]] = value
+    structure, _ = mlkernels.spec.compose(None, 1.0, None, None)
+    numbers = numbers_of(structure, values, sum(1 << slot for slot in slots), reduction)
+    numbers[IGNORE_INDEX] = float(ignore_index)
+    return numbers
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import simt
 import torch
-from table import FEW, LOSSES, draw, numbers_of, run
+from table import FEW, LOSSES, draw, plain_numbers, run
 from test_multi_copy import bits, mixed
 
 import mlkernels
@@ -344,9 +344,7 @@ def test_refresh_looks_at_the_upstream_gradient_itself(upstream):
     input, target = rows(4, 50, torch.float32)
     x = input.clone().requires_grad_()
     mlkernels.cross_entropy(x, target, backend="cuda").backward()
-    consts = mlkernels.call.DEFAULTS.copy()
-    consts[0] = 1.0
-    numbers = numbers_of(mlkernels.spec.compose(None, 1.0, None, None)[0], consts, 0, 1)
+    numbers = plain_numbers(reduction=1)
     gradient = torch.full_like(x, 7.0)
     factors = ops.CUDA.softmax_loss_with_gradient(input, target, numbers, [])[2]
     ops.CUDA.refresh(torch.tensor(upstream), factors, input, target, numbers, [], gradient)

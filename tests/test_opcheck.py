@@ -4,11 +4,11 @@ import functools
 
 import pytest
 import torch
-from table import FEW, draw, numbers_of, usable_backends
+from table import FEW, draw, numbers_of, plain_numbers, usable_backends
 
 from mlkernels import ops
 from mlkernels.call import DEFAULTS
-from mlkernels.numbering import TRAINABLE, Reduction, Slot
+from mlkernels.numbering import PER_CLASS, TRAINABLE, Reduction, Slot
 from mlkernels.spec import compose
 
 #: Autograd lives in softmax.py's Functions: the operators themselves have none to test.
@@ -236,16 +236,19 @@ def test_malformed_backwards_are_refused(kernels):
 def test_malformed_heads_are_refused():
     x, weight, label, rows = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 2, 4]), torch.rand(3)
     room, huge = torch.zeros(400), 2**62
-    head = [x, weight, None, None, label, 0, None, None, 0.0, room, False, [2, 2, 2]]
+    head = [x, weight, None, None, label, 0, plain_numbers(), [], room, False, [2, 2, 2]]
     statistics = torch.ops.mlkernels.linear_statistics.default
     wanted = statistics(*head, rows, torch.ones(1, 3), 5, 15)
     for plan in ([huge, 2, 2], [1, huge, 2], [2, 2, huge]):  # no more than there is
         for one, other in zip(statistics(*head[:-1], plan, rows, torch.ones(1, 3), 5, 15), wanted, strict=True):
             torch.testing.assert_close(one, other)
     every_second = torch.randn(1, 8)[:, ::2]
-    for at, value in ((1, every_second), (5, 2**63 - 1), (6, rows), (9, room[:2])):
+    for at, value in ((1, every_second), (5, 2**63 - 1), (7, [rows]), (8, room[:2])):
         with pytest.raises(RuntimeError):
             statistics(*head[:at], value, *head[at + 1 :], rows, torch.ones(1, 3), 5, 15)
+    for slot in PER_CLASS:  # of fewer classes than there are
+        with pytest.raises(RuntimeError, match="a number for each class"):
+            statistics(*head[:6], plain_numbers(slot), [rows], *head[8:], rows, torch.ones(1, 3), 5, 15)
     for scales in (torch.ones(0, 3), torch.ones(1, 2), torch.ones(3)):
         with pytest.raises(RuntimeError):
             statistics(*head, rows, scales, 5, 15)
@@ -260,16 +263,17 @@ def test_pieces(dtype):
     """They write the tile and the numbers of the rows, and nothing else."""
     rows = lambda *shape: torch.zeros(*shape, 3, dtype=dtype)
     tile, label, weight = torch.randn(3, 4, dtype=dtype), torch.tensor([0, 2, 5]), torch.rand(6, dtype=dtype)
+    of_classes = (plain_numbers(*PER_CLASS, SOFTCAP=5.0), [weight, weight])
     numbers = (rows() - torch.inf, rows(2), rows(2), rows(2), rows(), rows(), label * 0 + 6, label * 0)
     torch.library.opcheck(
         torch.ops.mlkernels.piece_statistics.default,
-        (tile, rows(), label, 2, rows(2) + 1, weight, weight, 5.0, *numbers),
+        (tile, rows(), label, 2, rows(2) + 1, *of_classes, *numbers),
         test_utils=CHECKS,
     )
     for slope in (None, rows() + 1):
         torch.library.opcheck(
             torch.ops.mlkernels.piece_gradient.default,
-            (tile, label, 2, False, weight, weight, 5.0, rows() + 1, slope, rows() + 1, rows() + 1, rows() + 3),
+            (tile, label, 2, False, *of_classes, rows() + 1, slope, rows() + 1, rows() + 1, rows() + 3),
             test_utils=CHECKS,
         )
 
@@ -282,7 +286,19 @@ def test_all_classes_of_a_head(dtype):
     x, weight, label = torch.randn(3, 2, dtype=dtype), torch.randn(5, 2, dtype=dtype), torch.tensor([0, 2, 5])
     rows, classes = torch.rand(3, dtype=dtype), torch.rand(6, dtype=dtype)
     room, scales = torch.zeros(40, dtype=dtype), torch.ones(2, 3, dtype=dtype)
-    head = (x, weight, classes[:5], None, label, 1, classes, classes, 5.0, room, True, [2, 2, 2])
+    head = (
+        x,
+        weight,
+        classes[:5],
+        None,
+        label,
+        1,
+        plain_numbers(*PER_CLASS, SOFTCAP=5.0),
+        [classes, classes],
+        room,
+        True,
+        [2, 2, 2],
+    )
     check = functools.partial(torch.library.opcheck, test_utils=CHECKS)
     check(torch.ops.mlkernels.linear_statistics.default, (*head, rows, scales, 6, 15))
     grads = x.clone(), weight.clone(), classes[:5].clone()
@@ -292,7 +308,7 @@ def test_all_classes_of_a_head(dtype):
     reals, whole = torch.randn(4, 9, 3, dtype=dtype), torch.randint(6, (4, 2, 3))
     check(torch.ops.mlkernels.row_combine.default, (reals, whole, scales))
     finish = torch.ops.mlkernels.row_finish.default
-    sums, numbers = scales[:1] + 1, numbers_of(compose(None, 1.0, None, None)[0], DEFAULTS, 1, Reduction.MEAN)
+    sums, numbers = scales[:1] + 1, plain_numbers(Slot.SCALE, reduction=Reduction.MEAN)
     for derive, ups in ((False, [None] * 5), (True, [rows] * 5)):
         given = (label, rows, rows, sums, sums, sums, rows, numbers, [rows.sum()], 6)
         check(finish, (*given, *ups, derive, int(derive)))

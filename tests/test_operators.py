@@ -5,11 +5,11 @@ import math
 import pytest
 import simt
 import torch
-from table import numbers_of
+from table import plain_numbers
 
 import mlkernels
 from mlkernels import ops
-from mlkernels.numbering import IGNORE_INDEX, KINDS, MASK, SLOTS, Slot
+from mlkernels.numbering import KINDS, MASK, Slot
 
 NAN, INF = math.nan, math.inf
 KERNELS = [
@@ -31,17 +31,6 @@ def kernels(request):
     return getattr(ops, request.param)
 
 
-def cross_entropy(reduction=0, ignore_index=-100, **consts):
-    """The numbers of a plain loss."""
-    values = [0.0] * SLOTS
-    values[Slot.SCALE] = values[Slot.LOGIT_NORM] = 1.0
-    for name, value in consts.items():
-        values[Slot[name]] = value
-    numbers = numbers_of(mlkernels.spec.compose(None, 1.0, None, None)[0], values, 0, reduction)
-    numbers[IGNORE_INDEX] = float(ignore_index)
-    return numbers
-
-
 @pytest.mark.parametrize(
     "dtype",
     ["int64", "int32", "int16", "int8", "uint8", "uint16", "uint32", "uint64"],
@@ -60,14 +49,14 @@ def test_labels_are_compared_as_64_bits(kernels, dtype):
         ignored = []
         if twin < 300:
             target[1] = twin
-    loss, gradient = kernels.softmax_loss_with_gradient(x, target, cross_entropy(), [])[:2]
+    loss, gradient = kernels.softmax_loss_with_gradient(x, target, plain_numbers(), [])[:2]
     labels = target.to(torch.int64)
     wanted = torch.nn.functional.cross_entropy(x, labels, reduction="none")
     torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-6)
     assert [row for row in range(5) if not gradient[row].any()] == ignored
     # An ignore_index that only wider integers hold is nobody's label.
     loss, *_ = kernels.softmax_loss_with_gradient(
-        x[:1], labels[:1].to(dtype), cross_entropy(ignore_index=3 + 2**40), []
+        x[:1], labels[:1].to(dtype), plain_numbers(ignore_index=3 + 2**40), []
     )
     torch.testing.assert_close(loss, wanted[:1], rtol=1e-5, atol=1e-6)
 
@@ -77,7 +66,7 @@ def test_labels_are_compared_as_64_bits(kernels, dtype):
 def test_large_labels_are_no_classes(kernels, label, ignore_index):
     """uint64 labels that int64 does not hold: bad, whatever their bits are."""
     target = torch.tensor([1, label, 2], dtype=torch.uint64)
-    call = lambda: kernels.softmax_loss_with_gradient(torch.randn(3, 4), target, cross_entropy(0, ignore_index), [])
+    call = lambda: kernels.softmax_loss_with_gradient(torch.randn(3, 4), target, plain_numbers(ignore_index=ignore_index), [])
     if kernels is ops.NATIVE:
         with pytest.raises(IndexError, match=f"target {label} at row 1 is out of range"):
             call()
@@ -91,7 +80,7 @@ def test_large_labels_are_no_classes(kernels, label, ignore_index):
 def test_unknown_numbers_are_errors(kernels, field):
     kind, word = KINDS[field]
     for unknown in (len(kind), -1, 0.5, NAN):
-        numbers = cross_entropy()
+        numbers = plain_numbers()
         numbers[field] = unknown
         with pytest.raises(ValueError, match=f"there is no {word} with the number"):
             kernels.softmax_loss(torch.randn(2, 3), torch.tensor([0, 1]), numbers, [], False)
@@ -107,7 +96,7 @@ def test_ignored_rows_stay_zero(kernels, upstream, reduction, classes):
     for kept in ([1, 3], []):
         if not kept:
             target[:] = -100
-        numbers = cross_entropy(reduction)
+        numbers = plain_numbers(reduction=reduction)
         numbers[MASK] = float(1 << Slot.SCALE)
         for shape in ((4, 1), (classes,)):
             scale = torch.ones(shape)
@@ -125,5 +114,5 @@ def test_ignored_rows_stay_zero(kernels, upstream, reduction, classes):
     if reduction != 1:
         return
     # A mean over nothing: 0 / 0, and still no gradient.
-    loss, gradient = kernels.softmax_loss_with_gradient(x, target, cross_entropy(1), [])[:2]
+    loss, gradient = kernels.softmax_loss_with_gradient(x, target, plain_numbers(reduction=1), [])[:2]
     assert bool(loss.isnan()) and not gradient.any()

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from table import plain_numbers
 from torch import Tensor
 
 from mlkernels import linear_cross_entropy
 from mlkernels.backends import native
 from mlkernels.linear.plan import Plan, room, shared
+from mlkernels.numbering import Slot
 
 pytestmark = pytest.mark.skipif(native.cpu_isa() != "avx512_bf16", reason="no such products here")
 
@@ -40,7 +42,8 @@ class Problem:
         size = room(Plan(keep, rows, self.plan[1], self.plan[0], self.plan[2]), keep, rows, classes, width, 1, True)
         self.room = torch.full((size + more,), float("nan"))
         return [
-            self.x, self.weight, None, None, self.label, 0, self.class_weight, None, 0.0, self.room, keep, self.plan,
+            self.x, self.weight, None, None, self.label, 0, plain_numbers(Slot.WEIGHT), [self.class_weight], self.room,
+            keep, self.plan,
         ]  # fmt: skip
 
     def statistics(self, keep: bool = True, more: int = 0) -> tuple[Tensor, Tensor]:

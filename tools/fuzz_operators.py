@@ -28,10 +28,11 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import test_opcheck  # noqa: E402
+from table import plain_numbers  # noqa: E402
 
 import mlkernels  # noqa: E402, F401
 from mlkernels.backends import native  # noqa: E402
-from mlkernels.numbering import INPUT  # noqa: E402
+from mlkernels.numbering import INPUT, PER_CLASS  # noqa: E402
 
 DTYPES = [
     *(torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8),
@@ -90,10 +91,11 @@ def legal(rng: random.Random) -> tuple[str, list[Any]]:
     label, rows = torch.randint(-1, 9, (n,)), of(n)
     known = [of(n), of(count, n), of(count, n), of(count, n), of(n), of(n), label + 1, label * 0]
     x, weight = (of(k, width).to(torch.bfloat16 if pairs else dtype) for k in (n, c))
-    head = [x, weight, of(c), None if pairs else of(c), label, 1, of(c + 1), of(c + 1), 5.0, of(400), False, [2, 2, 2]]
+    of_classes = [plain_numbers(*PER_CLASS, SOFTCAP=5.0), [of(c + 1) for _ in PER_CLASS]]
+    head = [x, weight, of(c), None if pairs else of(c), label, 1, *of_classes, of(400), False, [2, 2, 2]]
     return name, {
-        "piece_statistics": [of(n, c), of(n), label, 1, of(count, n), of(c + 1), of(c + 1), 5.0, *known],
-        "piece_gradient": [of(n, c), label, 1, False, of(c + 1), of(c + 1), 5.0, rows, rows, rows, rows, rows],
+        "piece_statistics": [of(n, c), of(n), label, 1, of(count, n), *of_classes, *known],
+        "piece_gradient": [of(n, c), label, 1, False, *of_classes, rows, rows, rows, rows, rows],
         "linear_statistics": [*head, of(n), of(count, n), c + 1, 15],
         "linear_gradient": [*head, rows, rows, None, rows, rows, rows, of(n, width), of(c, width), of(c), True, True],
         "row_combine": [of(3, 3 + 3 * count, n), torch.randint(6, (3, 2, n)), of(count, n)],

@@ -159,7 +159,7 @@ struct Call {
       p.values[slot] = {T(0), arrays[slot].data, mode, sizeof(T) == 8 ? Storage::DOUBLE : Storage::FLOAT};
       if (mode != Mode::SHARED) p.uniform = false;
     }
-    lay_out_vectors(p, [&](int slot) {
+    lay_out_classes(p, arguments, [&](int slot) {
       arrays[slot].repeat(p.classes);
       return arrays[slot].data;
     });

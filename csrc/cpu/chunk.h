@@ -90,6 +90,17 @@ template <class U>
 U* array(const std::optional<Tensor>& tensor, int64_t count, const char* name) {
   return tensor ? array<U>(*tensor, count, name) : nullptr;
 }
+// Of a number for each class those from `start` on, at least so many.
+template <class T>
+auto vectors_from(const Arguments& call, int64_t start, int64_t classes) {
+  STD_TORCH_CHECK(start >= 0 && start <= INT64_MAX / 2, "classes begin at 0 or later");
+  return [&call, start, classes](int slot) -> const T* {
+    const Tensor* const vector = call.tensors[size_t(slot)];
+    if (!vector) return nullptr;
+    STD_TORCH_CHECK(vector->numel() - start >= classes, "params hold a number for each class");
+    return array<T>(*vector, vector->numel(), "a number for each class") + start;
+  };
+}
 // Rows from `first` on, of so much work each, on as many threads as there are; on this one where it is one of them.
 template <class T, class Work>
 void run(const Work& work, int64_t first, int64_t rows, int64_t each) {
@@ -118,19 +129,18 @@ struct Chunk {
   Classes<T> all;  // the weight
   bool copies;     // whether a tile of it is widened or shortened for products along classes
   const T* inverse;
-  const T *bias, *weight;
+  const T *bias, *weight;  // these and what is in the preparation: of these classes
   Preparation<T> preparation;
   const int64_t* label;
-  int64_t offset;  // where these classes begin among those that labels, weight and adjustment know
+  int64_t offset;  // where these classes begin among those of labels
   T* room;
   bool keeps;  // the products of all tiles, one after another, in front
 
   Chunk(const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& bias_,
-        const std::optional<Tensor>& inverse_, const Tensor& label_, int64_t offset_,
-        const std::optional<Tensor>& class_weight, const std::optional<Tensor>& adjustment_, double softcap_,
+        const std::optional<Tensor>& inverse_, const Tensor& label_, int64_t offset_, const Arguments& call,
         const Tensor& room_, bool keeps_, const std::vector<int64_t>& plan) {
     STD_TORCH_CHECK(x_.dim() == 2 && weight_.dim() == 2 && weight_.size(1) == x_.size(1) && plan.size() == 3 &&
-                        plan[0] > 0 && plan[1] > 0 && plan[2] > 0 && offset_ >= 0 && offset_ <= INT64_MAX / 2,
+                        plan[0] > 0 && plan[1] > 0 && plan[2] > 0,
                     "x must be (rows, width), weight (classes, width), plan three positive numbers");
     rows = x_.size(0);
     width = x_.size(1);
@@ -159,11 +169,7 @@ struct Chunk {
     bias = array<T>(bias_, classes, "bias");
     label = array<int64_t>(label_, rows, "label");
     offset = offset_;
-    for (const auto& vector : {class_weight, adjustment_})
-      STD_TORCH_CHECK(!vector || vector->numel() - offset >= classes, "a number for each class");
-    weight = class_weight ? array<T>(*class_weight, class_weight->numel(), "class_weight") : nullptr;
-    preparation.softcap = T(softcap_);
-    preparation.adjustment = adjustment_ ? array<T>(*adjustment_, adjustment_->numel(), "adjustment") : nullptr;
+    lay_out_classes(*this, call, vectors_from<T>(call, offset, classes));
     keeps = keeps_;
     room = array<T>(room_, room_.numel(), "room");
     const int64_t of_features = pairs ? (rows + 1) / 2 * width : 0;
@@ -264,9 +270,9 @@ struct Chunk {
       p.classes = classes;
       p.start = chunk.offset + start;
       p.label = chunk.label;
-      p.preparation = chunk.preparation.from(p.start);
+      p.preparation = chunk.preparation.from(start);
       p.bias = chunk.bias ? chunk.bias + start : nullptr;
-      p.weight = chunk.weight ? chunk.weight + p.start : nullptr;
+      p.weight = chunk.weight ? chunk.weight + start : nullptr;
     }
   };
 

@@ -9,18 +9,17 @@ namespace mlkernels {
 
 std::tuple<Tensor, Tensor> linear_statistics(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
                                              std::optional<Tensor> inverse, const Tensor& label, int64_t offset,
-                                             std::optional<Tensor> class_weight, std::optional<Tensor> adjustment,
-                                             double softcap, const Tensor& room, bool keep, std::vector<int64_t> plan,
+                                             const std::vector<double>& numbers, const std::vector<Tensor>& params,
+                                             const Tensor& room, bool keep, std::vector<int64_t> plan,
                                              const Tensor& target_logit, const Tensor& scales, int64_t classes,
                                              int64_t want);
 
 void linear_gradient(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, std::optional<Tensor> inverse,
-                     const Tensor& label, int64_t offset, std::optional<Tensor> class_weight,
-                     std::optional<Tensor> adjustment, double softcap, const Tensor& room, bool kept,
-                     std::vector<int64_t> plan, const Tensor& factor, std::optional<Tensor> slope,
-                     std::optional<Tensor> spread, const Tensor& target, const Tensor& scale, const Tensor& top,
-                     std::optional<Tensor> dx, std::optional<Tensor> dw, std::optional<Tensor> db, bool first,
-                     bool last);
+                     const Tensor& label, int64_t offset, const std::vector<double>& numbers,
+                     const std::vector<Tensor>& params, const Tensor& room, bool kept, std::vector<int64_t> plan,
+                     const Tensor& factor, std::optional<Tensor> slope, std::optional<Tensor> spread,
+                     const Tensor& target, const Tensor& scale, const Tensor& top, std::optional<Tensor> dx,
+                     std::optional<Tensor> dw, std::optional<Tensor> db, bool first, bool last);
 
 // needs: the bits of slots, then those of x, weight and bias.
 constexpr int WEIGHT_BIT = INPUT + 1, BIAS_BIT = INPUT + 2;

@@ -121,8 +121,8 @@ class CpuPieces(TorchPieces):
     ) -> Rows:  # fmt: skip
         top, total, shift, *others = known
         torch.ops.mlkernels.piece_statistics(
-            f, u_y, values.label, start, scales, values.params.get(Slot.WEIGHT), values.params.get(Slot.ADJUSTMENT),
-            values.consts[Slot.SOFTCAP], top, total, shift if want.shift else None, *others,
+            f, u_y, values.label, start, scales, values.numbers, [*values.params.values()], top, total,
+            shift if want.shift else None, *others,
         )  # fmt: skip
         return known
 
@@ -149,8 +149,8 @@ class CpuPieces(TorchPieces):
         out: Tensor | None,
     ) -> Tensor:  # fmt: skip
         torch.ops.mlkernels.piece_gradient(
-            f, values.label, start, seen, values.params.get(Slot.WEIGHT), values.params.get(Slot.ADJUSTMENT),
-            values.consts[Slot.SOFTCAP], row.factor, row.slope, row.spread, row.scale, row.top,
+            f, values.label, start, seen, values.numbers, [*values.params.values()], row.factor, row.slope, row.spread,
+            row.scale, row.top,
         )  # fmt: skip
         return f
 

@@ -16,7 +16,7 @@ from .. import buffers
 from ..backends import native
 from ..backends.reference import Coefficients, Rows, Values
 from ..checks import accumulated
-from ..numbering import INPUT, Slot
+from ..numbering import INPUT
 from .pieces import CPU, TRITON, Pieces, Want, rows_of
 from .plan import Plan, on_device, plan, room, shared
 
@@ -122,9 +122,8 @@ def _of(head: Head, part: slice, values: Values, keep: bool, classes: slice = sl
     x, plan = head.x[part], head.call.plan
     weight, bias, inverse = (None if t is None else t[classes] for t in (head.weight, head.bias, head.inverse))
     return (
-        x, weight, bias, inverse, values.label, head.offset + classes.start, values.params.get(Slot.WEIGHT),
-        values.params.get(Slot.ADJUSTMENT), values.consts[Slot.SOFTCAP], room_of(head, keep, x.shape[0]), keep,
-        [plan.parts, plan.classes, plan.block],
+        x, weight, bias, inverse, values.label, head.offset + classes.start, values.numbers,
+        [*values.params.values()], room_of(head, keep, x.shape[0]), keep, [plan.parts, plan.classes, plan.block],
     )  # fmt: skip
 
 
