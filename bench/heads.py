@@ -12,7 +12,7 @@ from torch import Tensor
 import mlkernels
 
 from .cases import Inputs
-from .peers import ANGLE, SCALE, Candidate, Function, losses
+from .peers import ANGLE, SCALE, Candidate, Function, installed, losses
 
 #: Of the family, the head that everybody has and one that none has: a margin on cosines.
 LOSSES = ["cross_entropy", "arcface"]
@@ -56,37 +56,26 @@ def chunked(rows: int) -> Function | None:
     return functools.partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows))
 
 
-def liger() -> Function | None:
-    """Liger-Kernel's, where it is installed."""
-    try:
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-    except ImportError:
-        return None
-    return liger_fused_linear_cross_entropy
-
-
-def cce() -> Function | None:
-    """Cut-cross-entropy's, exact, where it is installed."""
-    try:
-        from cut_cross_entropy import linear_cross_entropy
-    except ImportError:
-        return None
-    return functools.partial(linear_cross_entropy, impl="cce_exact")
-
-
 #: By name, and for whom: a function of the loss's name and the device, None where it is not there.
 PEERS: dict[str, Callable[[str, torch.device], Function | None]] = {
     "eager": lambda name, device: whole(name, device)["eager"],
     "compile": lambda name, device: torch.compile(whole(name, device)["eager"], fullgraph=True, dynamic=False),
     **{by: lambda name, device, rows=rows: of_cross_entropy(chunked(rows), name) for by, rows in CHUNKS.items()},
-    "liger": lambda name, device: of_cross_entropy(liger() if device.type == "cuda" else None, name),
-    "cce": lambda name, device: of_cross_entropy(cce() if device.type == "cuda" else None, name),
+    "liger": lambda name, device: on_gpu(
+        name, device, "liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy"
+    ),
+    "cce": lambda name, device: on_gpu(name, device, "cut_cross_entropy", "linear_cross_entropy", impl="cce_exact"),
 }
 
 
 def of_cross_entropy(peer: Function | None, name: str) -> Function | None:
     """A peer that knows no other loss."""
     return peer if name == "cross_entropy" else None
+
+
+def on_gpu(name: str, device: torch.device, *where: str, **options: object) -> Function | None:
+    """Such a peer's, that needs a GPU."""
+    return of_cross_entropy(installed(*where, **options), name) if device.type == "cuda" else None
 
 
 def candidates(device: torch.device, names: Sequence[str], peers: Sequence[str]) -> list[Candidate]:

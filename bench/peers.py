@@ -11,6 +11,7 @@ whole matrix. ``torch.compile`` is given the same chains.
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -131,25 +132,19 @@ def ours(device: torch.device, by: str | None) -> dict[str, functools.partial[Te
     return {name: functools.partial(loss.ours, backend=by) for name, loss in losses(device).items()}
 
 
-def liger() -> Function | None:
-    """Liger-Kernel's cross entropy, where it is installed."""
+def installed(module: str, name: str, **options: object) -> Function | None:
+    """Another package's function with these options, where that is installed."""
     try:
-        from liger_kernel.transformers.functional import liger_cross_entropy
+        return functools.partial(getattr(importlib.import_module(module), name), **options)
     except ImportError:
         return None
-    return liger_cross_entropy
 
 
-def quack() -> Function | None:
-    """quack's cross entropy, where it is installed."""
-    try:
-        from quack.cross_entropy import cross_entropy
-    except ImportError:
-        return None
-    # Named, for early versions return the row losses.
-    return functools.partial(cross_entropy, reduction="mean")
-
-
+#: Early versions of quack return the row losses unless asked for a mean.
+INSTALLED = {
+    "liger": functools.partial(installed, "liger_kernel.transformers.functional", "liger_cross_entropy"),
+    "quack": functools.partial(installed, "quack.cross_entropy", "cross_entropy", reduction="mean"),
+}
 PEERS = ["eager", "compile", "liger", "quack"]
 HEADLINE = ["cross_entropy", "modulated", "arcface"]
 #: On a GPU the peers run at these; at C = 10 eager sums millions of row losses with a single thread block.
@@ -197,7 +192,7 @@ def candidates(
                 found.append(Candidate(name, by, eager))
             elif by == "compile":
                 found.append(Candidate(name, by, torch.compile(eager, fullgraph=True, dynamic=False)))
-            elif (function := {"liger": liger, "quack": quack}[by]()) is not None:
+            elif (function := INSTALLED[by]()) is not None:
                 found.append(Candidate(name, by, function, destroys=by == "liger"))
     return found
 

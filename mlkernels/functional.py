@@ -69,8 +69,7 @@ def cross_entropy(input: Tensor, target: Tensor, *rest: Never, scale: Number = 1
         scale: s > 0, a number or a tensor (0-d, (C,) or (N, 1)).
         **common: as in :mod:`mlkernels.functional`.
 
-    Result and errors: see :mod:`mlkernels.functional`. A floating ``target`` of input's shape (class probabilities) is
-    served by the reference backend.
+    A floating ``target`` of input's shape (class probabilities) is served by the reference backend.
 
     Example:
         >>> import torch, mlkernels
@@ -92,8 +91,6 @@ def focal_loss(input: Tensor, target: Tensor, *rest: Never, gamma: Number = 2.0,
     Args:
         gamma: the focusing exponent, >= 0; 0 is cross entropy. Below 1 the gradient stays finite at p = 1.
         **common: as in :mod:`mlkernels.functional`.
-
-    The result and the errors are those of :mod:`mlkernels.functional`.
 
     Example:
         >>> import torch, mlkernels
@@ -129,8 +126,6 @@ def modulated_cross_entropy(
         beta: > 0. gamma: >= 0. alpha: >= 0. kappa: >= 0. Numbers or tensors (0-d, (C,) or (N, 1)).
             gamma + kappa must be >= 1, or the gradient diverges at p = 1.
         **common: as in :mod:`mlkernels.functional`.
-
-    The result and the errors are those of :mod:`mlkernels.functional`.
 
     Example:
         >>> import torch, mlkernels
@@ -174,8 +169,6 @@ def margin_cross_entropy(
         scale: s > 0, a number or a tensor (0-d, (C,) or (N, 1)).
         **common: as in :mod:`mlkernels.functional`.
 
-    The result and the errors are those of :mod:`mlkernels.functional`.
-
     Example:
         >>> import torch, mlkernels
         >>> cosines, target = torch.tensor([[0.8, 0.1], [0.3, 0.2]]), torch.tensor([0, 1])
@@ -208,8 +201,6 @@ def arcface_loss(
         margin, scale: numbers or tensors (0-d, (C,) or (N, 1)). beyond_pi, gradient: see :class:`mlkernels.Margin`.
         **common: as in :mod:`mlkernels.functional`.
 
-    The result and the errors are those of :mod:`mlkernels.functional`.
-
     Example:
         >>> import torch, mlkernels
         >>> mlkernels.arcface_loss(torch.tensor([[0.6, 0.5]]), torch.tensor([0]), scale=8.0)
@@ -238,8 +229,6 @@ def cosface_loss(
     Args:
         margin, scale: numbers or tensors (0-d, (C,) or (N, 1)). beyond_pi, gradient: see :class:`mlkernels.Margin`.
         **common: as in :mod:`mlkernels.functional`.
-
-    The result and the errors are those of :mod:`mlkernels.functional`.
 
     Example:
         >>> import torch, mlkernels
@@ -272,8 +261,6 @@ def sphereface_loss(
         margin, scale: numbers or tensors (0-d, (C,) or (N, 1)); margin > 0, not only an integer.
         beyond_pi, gradient: see :class:`mlkernels.Margin`.
         **common: as in :mod:`mlkernels.functional`.
-
-    The result and the errors are those of :mod:`mlkernels.functional`.
 
     Example:
         >>> import torch, mlkernels
@@ -309,7 +296,7 @@ def two_scale_cross_entropy(
         logit_norm: R > 0, 0-d; None: 1. Differentiated where it requires a gradient.
         **common: as in :mod:`mlkernels.functional`.
 
-    The separation variant (17) is ``scale_low=1, scale_high=R_s``. Result and errors: see :mod:`mlkernels.functional`.
+    The separation variant (17) is ``scale_low=1, scale_high=R_s``.
 
     Example:
         >>> import torch, mlkernels
@@ -355,8 +342,6 @@ def piecewise_cross_entropy(
         scale: s > 0. tau_min: where :math:`\tau \le` tau_min the loss is clamped.
         clamp: ``"min"`` or ``"cross_entropy"``; see :class:`mlkernels.Tau`.
         **common: as in :mod:`mlkernels.functional`.
-
-    The result and the errors are those of :mod:`mlkernels.functional`.
 
     Example:
         >>> import torch, mlkernels
@@ -429,8 +414,7 @@ def softmax_loss(
         return_stats: return ``(loss, RowStats)``.
         **common: as in :mod:`mlkernels.functional`.
 
-    The result and the errors are those of :mod:`mlkernels.functional`. A head of your own is any
-    torch function of the row losses, at the cost of N scalars more.
+    A head of your own is any torch function of the row losses, at the cost of N scalars more.
 
     Example:
         >>> import torch, mlkernels

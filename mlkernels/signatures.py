@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 from .call import COMMON, Common, Options, PerCall, functions
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+_SHARED = "The result and the errors are those of :mod:`mlkernels.functional`."
 
 
 def _meanings(*shared: type) -> str:
@@ -18,12 +19,12 @@ def _meanings(*shared: type) -> str:
     return "\n".join(textwrap.dedent(doc.partition("Args:\n")[2]).strip() for doc in docs)
 
 
-def filled(doc: str | None, *shared: type) -> str:
-    """A docstring with the meanings of all shared arguments in the place of its line ``**common: ...``."""
+def filled(doc: str | None, *shared: type, end: str = "") -> str:
+    """A docstring with the meanings of all shared arguments in the place of its line ``**common: ...``, and an end."""
     meanings = _meanings(*(shared or (Options, PerCall)))
 
     def here(line: re.Match[str]) -> str:
-        return textwrap.indent(meanings, line[1])
+        return textwrap.indent(meanings, line[1]) + (f"\n\n{line[1][4:]}{end}" if end else "")
 
     return re.sub(r"^( *)\*\*common:.*$", here, doc or "", flags=re.MULTILINE)
 
@@ -45,6 +46,6 @@ def family(of: _F) -> _F:
         of.__doc__ = filled(of.__doc__, Options)
     else:
         cast(Any, of).__signature__ = _shown(of, Common.__annotations__)
-        of.__doc__ = filled(of.__doc__)
+        of.__doc__ = filled(of.__doc__, end=_SHARED)
         functions[of.__name__] = of
     return of

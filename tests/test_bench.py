@@ -201,7 +201,7 @@ def test_edges_are_where_the_kernels_have_them():
 @pytest.mark.parametrize(("peer", "module"), [("liger", "liger_kernel"), ("quack", "quack")])
 def test_a_peer_is_optional(peer, module, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
-    assert getattr(peers, peer)() is None
+    assert peers.INSTALLED[peer]() is None
 
 
 def test_quack_where_it_is_installed(monkeypatch):
@@ -209,7 +209,7 @@ def test_quack_where_it_is_installed(monkeypatch):
     module.cross_entropy = lambda x, target, reduction="none": reduction
     monkeypatch.setitem(sys.modules, "quack", package)
     monkeypatch.setitem(sys.modules, "quack.cross_entropy", module)
-    assert peers.quack()(None, None) == "mean"
+    assert peers.INSTALLED["quack"]()(None, None) == "mean"
 
 
 def test_who_takes_part_where():
@@ -256,7 +256,7 @@ def measured(plan):
 
 
 def test_measures(stand_in, tmp_path, monkeypatch):
-    monkeypatch.setattr(peers, "liger", lambda: F.cross_entropy)
+    monkeypatch.setitem(peers.INSTALLED, "liger", lambda: F.cross_entropy)
     monkeypatch.setattr(peers, "peers_at", lambda problem, loss, kind: ["eager"] + ["liger"] * (loss == LOSSES[0]))
     run, saved = measured(plan(peers=["eager", "liger"], widths=[8, 3]))
     assert run.failures == run.skipped == []

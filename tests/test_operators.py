@@ -66,7 +66,9 @@ def test_labels_are_compared_as_64_bits(kernels, dtype):
 def test_large_labels_are_no_classes(kernels, label, ignore_index):
     """uint64 labels that int64 does not hold: bad, whatever their bits are."""
     target = torch.tensor([1, label, 2], dtype=torch.uint64)
-    call = lambda: kernels.softmax_loss_with_gradient(torch.randn(3, 4), target, plain_numbers(ignore_index=ignore_index), [])
+    call = lambda: kernels.softmax_loss_with_gradient(
+        torch.randn(3, 4), target, plain_numbers(ignore_index=ignore_index), []
+    )
     if kernels is ops.NATIVE:
         with pytest.raises(IndexError, match=f"target {label} at row 1 is out of range"):
             call()
