@@ -84,9 +84,13 @@ $(VENV)/.docs: $(READY) pyproject.toml
 	$(PY) -m pip install --no-build-isolation -e ".[docs]"
 	touch $@
 
+$(VENV)/.release: $(READY) pyproject.toml
+	$(PY) -m pip install --no-build-isolation -e ".[release]"
+	touch $@
+
 # What is published, in dist/: the source, and a wheel made of that source alone, for every torch from 2.11 on and every
 # Python from 3.10 on. auditwheel names the oldest glibc it runs with: that of this machine's compiler, so release on an old one.
-wheel: $(READY)
+wheel: $(if $(READY),$(VENV)/.release)
 	rm -rf dist
 	MLKERNELS_FAST_PATH=0 $(PY) -m build --no-isolation --outdir dist/local
 	mv dist/local/*.tar.gz dist

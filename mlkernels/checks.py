@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import tracing
 from .numbering import Reduction
+from .positional import classifier_of
 from .spec import Number
 
 _REDUCTIONS = {"none": int(Reduction.NONE), "mean": int(Reduction.MEAN), "sum": int(Reduction.SUM)}
@@ -180,6 +181,8 @@ def unknown_keywords(of: Callable[..., object], unknown: Mapping[str, object], s
         mean = unknown.get("size_average", True) is not False
         wanted = "mean" if kept and mean else "sum" if kept else "none"
         return TypeError(f"{what} takes no {name}, which torch has deprecated: write reduction={wanted!r}")
+    if isinstance(of, type) and name in ("num_classes", "embedding_size"):
+        return TypeError(f"{what} takes no {name}: {classifier_of(of)}")
     taken = inspect.signature(of).parameters.values()
     own = [one.name for one in taken if one.default is not one.empty or one.kind == one.KEYWORD_ONLY]
     return TypeError(f"{what} takes no {name!r}; there are {', '.join(dict.fromkeys([*own, *shared]))}")
@@ -256,7 +259,7 @@ def check_target(input: Tensor, shape: torch.Size, target: Tensor, ignore_index:
         if tuple(labels) != tuple(wanted):
             raise ValueError(
                 f"target must be {tuple(wanted)} for an input of {tuple(shape)} (classes are dimension "
-                f"{1 if len(shape) > 1 else 0}), got {tuple(labels)}"
+                f"{1 if len(shape) > 1 else 0}), got {tuple(labels)}{_to_fit(shape, labels)}"
             )
         classes = shape[1 if len(shape) > 1 else 0]
     if classes == 0:
@@ -266,14 +269,26 @@ def check_target(input: Tensor, shape: torch.Size, target: Tensor, ignore_index:
     return widened("target", target, classes, ignore_index) if unread else target
 
 
+def _to_fit(shape: torch.Size, labels: torch.Size) -> str:
+    """What makes labels fit that lack only a change of shape: of classes that come last, for instance."""
+    count = labels.numel()
+    if len(shape) > 2 and count == shape[:-1].numel():
+        return "; write input.flatten(0, -2) and target.flatten()"
+    if labels == shape:
+        return "; write target.argmax(1)"
+    if len(shape) == 2 and count == shape[0]:
+        return "; write target.flatten()"
+    return "; write input.T" if len(shape) == 2 and labels == shape[1:] else ""
+
+
 def check_class_indices(target: Tensor, of_probabilities: str = "cross_entropy") -> bool:
     """The type of the labels; whether it is one that no backend reads."""
     if not isinstance(target, Tensor):
         raise wrong_type("target", "an integer tensor", target)
     unread = target.dtype not in _INTEGER
     if unread and target.dtype not in UNSIGNED:
-        hint = f"; write target.long(), or take {of_probabilities} for class probabilities"
-        hint = hint if target.is_floating_point() else ""
+        probabilities = f", or take {of_probabilities} for class probabilities" if target.is_floating_point() else ""
+        hint = "" if target.is_complex() else f"; write target.long(){probabilities}"
         raise TypeError(f"target must hold integer class indices, got {target.dtype}{hint}")
     return unread
 

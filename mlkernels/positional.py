@@ -26,7 +26,17 @@ def positional_arguments(of: Callable[..., object], given: Sequence[object]) -> 
         plain = isinstance(value, (str, numbers.Real))
         written.append("weight=..." if weights else f"{one.name}={value!r}" if plain else f"{one.name}=...")
     what = f"{of.__name__}() takes {' and '.join(first) if first else 'nothing'} by position"
+    if isinstance(of, type) and len(given) > 1 and named[0].name == "margin":  # elsewhere: classes, features
+        return TypeError(
+            f"{what}, everything else by name: write {of.__name__}(margin=..., scale=...). {classifier_of(of)}"
+        )
     return TypeError(f"{what}, everything else by name: write {of.__name__}({', '.join([*first, *written])})")
+
+
+def classifier_of(of: Callable[..., object]) -> str:
+    """Where the classifier is that losses of other packages have in them."""
+    cosines = ", normalize=True" if inspect.signature(of).parameters.keys() & {"margin", "m2"} else ""
+    return f"the classifier belongs to LinearLoss({of.__name__}(...), in_features, num_classes{cosines})"
 
 
 def by_name(of: _F) -> _F:

@@ -92,7 +92,12 @@ REFUSED = {
     ),
     modules.ArcFaceLoss: (
         {},
-        [*of_all(scale=("> 0", 0.0)), ("margin|radians|degrees|0.4992", ValueError, {"margin": 28.6})],
+        [
+            *of_all(scale=("> 0", 0.0)),
+            ("margin|radians|degrees|0.4992", ValueError, {"margin": 28.6}),
+            ("margin|radians|degrees|0.5236", ValueError, {"margin": torch.tensor([0.5, -30.0])}),
+            ("num_classes|LinearLoss(|in_features|normalize=True", TypeError, {"num_classes": 10}),
+        ],
     ),
     modules.CosFaceLoss: ({}, [*of_all(scale=("> 0", 0.0)), ("margin|finite|nan", ValueError, {"margin": NAN})]),
     modules.SphereFaceLoss: ({}, of_all(margin=("> 0", -2.0), scale=("> 0", 0.0))),
@@ -409,6 +414,7 @@ POSITIONAL = [
     (lambda: mlkernels.center_loss(x, y, x, "sum"), "center_loss(input, target, centers, reduction='sum')"),
     (lambda: modules.CrossEntropyLoss(torch.ones(C)), "write CrossEntropyLoss(weight=...)"),
     (lambda: Modulated(4.0, 5.0), "write Modulated(beta=4.0, gamma=5.0)"),
+    (lambda: modules.ArcFaceLoss(10, 16), "LinearLoss(ArcFaceLoss(...), in_features, num_classes, normalize=True)"),
 ]
 
 
@@ -418,6 +424,24 @@ def test_names_instead_of_positions(call, words):
         call()
     for word in words.split("|"):
         assert word in str(caught.value), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("shape", "labels", "words"),
+    [
+        ((2, 5, C), (2, 5), "write input.flatten(0, -2) and target.flatten()"),  # classes last
+        ((2, 5, C), (10,), "write input.flatten(0, -2) and target.flatten()"),
+        ((10, C), (2, 5), "write target.flatten()"),
+        ((4, C), (4, 1), "write target.flatten()"),
+        ((4, C), (4, C), "write target.argmax(1)"),  # one-hot
+        ((C, 4), (4,), "write input.T"),
+        ((4, C), (5,), ""),
+    ],
+)
+def test_shapes_that_nearly_fit(shape, labels, words):
+    with pytest.raises(ValueError, match="target must be") as caught:
+        mlkernels.cross_entropy(torch.zeros(shape), torch.zeros(labels).long())
+    assert str(caught.value).endswith(f"; {words}" if words else f"got {labels}")
 
 
 @pytest.mark.parametrize("label", [-1, 255, C])

@@ -105,7 +105,7 @@ CASES = [
     ),
     case("target|list|torch.as_tensor", TypeError, lambda x, y, **o: ce(x, y.tolist(), **o)),
     case("target|int", TypeError, lambda x, y, **o: ce(x, 1, **o)),
-    case("target|integer|bool", TypeError, lambda x, y, **o: ce(x, y > 0, **o)),
+    case("target|integer|bool|target.long()", TypeError, lambda x, y, **o: ce(x, y > 0, **o)),
     case("target|integer|float32|target.long()|cross_entropy", TypeError, lambda x, y, **o: focal(x, y.float(), **o)),
     case("target|(4,)|(3,)", ValueError, lambda x, y, **o: ce(x, y[:3], **o)),
     case("target|(4,)|(4, 1)", ValueError, lambda x, y, **o: ce(x, y.unsqueeze(1), **o)),

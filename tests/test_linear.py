@@ -2,6 +2,7 @@
 
 import functools
 import operator
+import warnings
 
 import pytest
 import torch
@@ -626,7 +627,7 @@ BAD = [
         lambda: head(5, 23)(X.float(), Y.float())),
     (TypeError, r"^target must hold .* write target\.long\(\)", lambda: mlkernels.LinearLoss(
         mlkernels.CrossEntropyLoss(), 5, 23)(X.float(), X.float())),
-    (TypeError, r"^target .*, got torch\.bool$", lambda: linear_cross_entropy(X, W, Y > 0)),
+    (TypeError, r"^target .*, got torch\.bool; write target\.long\(\)$", lambda: linear_cross_entropy(X, W, Y > 0)),
     (ValueError, r"^input must be \(\.\.\., 5\), got \(10, 4\)$", lambda: head(5, 23)(X.float()[:, :4], Y)),
     (TypeError, "^input must have weight's dtype torch.float32, got torch.float64$", lambda: head(5, 23)(X, Y)),
     (ValueError, "^input must be on weight's device cpu, got meta$", lambda: head(5, 23).topk(X.float().to(_META), 2)),
@@ -654,7 +655,9 @@ BAD = [
     (TypeError, r"^linear_softmax_loss\(\) takes no size_average", lambda: linear_softmax_loss(
         X, W, Y, size_average=False)),
     (ValueError, "weight must have one entry per class", lambda: linear_cross_entropy(X, W, Y, weight=VECTOR[:3])),
-    (TypeError, "loss has its own scale", lambda: linear_softmax_loss(X, W, Y, loss=mlkernels.FocalLoss(), scale=2.0)),
+    (TypeError, "loss has its own scale: give it to the loss, or leave loss=None", lambda: linear_softmax_loss(
+        X, W, Y, loss=mlkernels.FocalLoss(), scale=2.0)),
+    (TypeError, "loss has its own weight: give it to the loss$", lambda: head(5, 23)(X.float(), Y, weight=VECTOR)),
     (TypeError, "loss takes a loss module or function", lambda: linear_softmax_loss(X, W, Y, loss=3)),
     (TypeError, "loss takes a loss module or function.*: call CrossEntropyLoss", lambda: linear_softmax_loss(
         X, W, Y, loss=mlkernels.CrossEntropyLoss)),
@@ -675,6 +678,18 @@ BAD = [
     (ValueError, "dtype has no meaning beside weight", lambda: mlkernels.LinearLoss.from_linear(
         mlkernels.FocalLoss(), nn.Linear(5, 23), dtype=F64)),
 ]  # fmt: skip
+
+
+def test_margins_beside_products():
+    """Angles of what is no cosine: said where the head is made, by the line that makes it."""
+    for loss in (mlkernels.ArcFaceLoss(), mlkernels.CosFaceLoss(), mlkernels.SphereFaceLoss()):
+        with pytest.warns(UserWarning, match=f"{type(loss).__name__} takes cosines: pass normalize=True") as said:
+            mlkernels.LinearLoss(loss, 5, 23)
+        assert said[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mlkernels.LinearLoss(mlkernels.ArcFaceLoss(), 5, 23, normalize=True)
+        mlkernels.LinearLoss(mlkernels.MarginLoss(m2=0.5), 5, 23)  # L-Softmax is of products, with their norm
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,15 @@ from torch.distributed.tensor import Shard as ShardPlacement
 
 from ..backends.reference import RowStats
 from ..checks import check_flag, check_size
-from ..linear.functional import Strategy, check_call, check_callable, check_classifier, check_plan, loss_of
+from ..linear.functional import (
+    Strategy,
+    check_call,
+    check_callable,
+    check_classifier,
+    check_cosines,
+    check_plan,
+    loss_of,
+)
 from ..linear.module import check_k, streamed_topk
 from ..linear.plan import Cut
 from ..linear.sampling import ClassSampler, Correction, check_sample
@@ -108,6 +116,7 @@ class ClassParallelLoss(nn.Module):
             check_callable(loss)
             check_flag("bias", bias)
             check_flag("normalize", normalize)
+            check_cosines(loss, normalize)
             if bias and normalize:
                 raise ValueError("bias has no meaning beside normalize=True: cosines have none")
             in_features = check_size("in_features", in_features, 0)
@@ -214,7 +223,9 @@ class ClassParallelLoss(nn.Module):
                 self._group, self.num_classes, input, weight, bias, normalize=self.normalize,
                 return_stats=return_stats, cut=cut, begin=begin, sampler=self.sampler if self.training else None,
             )  # fmt: skip
-            result: Tensor | tuple[Tensor, RowStats] = loss_of(logits, target, self.loss, return_stats, per_call)
+            result: Tensor | tuple[Tensor, RowStats] = loss_of(
+                logits, target, self.loss, return_stats, per_call, type(self)
+            )
             return result
         except Exception as error:
             if logits is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias, overload
 
@@ -12,6 +13,7 @@ from .. import functional
 from ..backends.reference import RowStats
 from ..call import COMMON, Options
 from ..checks import check_class_indices, check_flag, check_input, check_plain, check_size, unknown_keywords, wrong_type
+from ..modules import ArcFaceLoss, CosFaceLoss, SphereFaceLoss
 from ..positional import by_name
 from .logits import LinearLogits
 from .plan import STRATEGIES, Cut
@@ -187,7 +189,8 @@ def loss_of(
     else:
         given = sorted(name for name in arguments if name in _OF_A_LOSS)
         if given:
-            raise TypeError(f"loss has its own {given[0]}: give the loss another one, or leave loss=None")
+            without = "" if isinstance(of, type) else ", or leave loss=None"  # a module has one
+            raise TypeError(f"loss has its own {given[0]}: give it to the loss{without}")
         check_callable(loss)
         value = loss(logits, _flat(target), **arguments)
         if not isinstance(value, Tensor):
@@ -208,6 +211,13 @@ def check_callable(loss: Any) -> None:
         raise TypeError(f"{takes}, got a class: call {loss.__name__}(...)")
     if not callable(loss):
         raise TypeError(f"{takes}, got {type(loss).__name__}")
+
+
+def check_cosines(loss: Any, normalize: bool) -> None:
+    """What is nearly always forgotten: of products with lengths in them these losses have values, but no angles."""
+    if not normalize and isinstance(loss, (ArcFaceLoss, CosFaceLoss, SphereFaceLoss)):
+        name = type(loss).__name__
+        warnings.warn(f"{name} takes cosines: pass normalize=True beside {name}(...)", UserWarning, stacklevel=4)
 
 
 def _flat(target: Tensor) -> Tensor:

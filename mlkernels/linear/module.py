@@ -14,7 +14,7 @@ from typing_extensions import Self
 from ..backends.reference import RowStats, full_precision
 from ..checks import accumulated, check_flag, check_size
 from ..positional import by_name
-from .functional import Strategy, check_callable, check_classifier, check_plan, logits_of, loss_of
+from .functional import Strategy, check_callable, check_classifier, check_cosines, check_plan, logits_of, loss_of
 from .plan import TILE, Cut
 from .products import lengths
 from .sampling import ClassSampler, Correction, check_sample
@@ -85,6 +85,7 @@ class LinearLoss(nn.Module):
         num_classes = check_size("num_classes", num_classes)
         check_flag("bias", bias)
         check_flag("normalize", normalize)
+        check_cosines(loss, normalize)
         if bias and normalize:
             raise ValueError("bias has no meaning beside normalize=True: cosines have none")
         self.strategy, self.memory, self.compact = check_plan(Cut(strategy, memory, compact), tile_update)
@@ -168,7 +169,9 @@ class LinearLoss(nn.Module):
             input, self.weight, target, self.bias, self.normalize, return_stats,
             Cut(self.strategy, self.memory, self.compact), begin, self.sampler if self.training else None, module=True,
         )  # fmt: skip
-        result: Tensor | tuple[Tensor, RowStats] = loss_of(logits, target, self.loss, return_stats, per_call)
+        result: Tensor | tuple[Tensor, RowStats] = loss_of(
+            logits, target, self.loss, return_stats, per_call, type(self)
+        )
         return result
 
     def logits(self, input: Tensor) -> Tensor:
