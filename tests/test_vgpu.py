@@ -4,6 +4,7 @@ by faults that it must find, in small kernels and in nvcc's.
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 from fractions import Fraction
@@ -736,6 +737,123 @@ def test_faults_between_blocks_are_found(name):
     right = {"fence": FENCE, "barrier": CLUSTER_BARRIER, "to": 16, "wait": CLUSTER_WAIT}
     out = np.zeros(128, np.uint32)
     find(CLUSTER.format(**right | change), message, out, grid=4, cluster=2, dynamic_shared=64)
+
+
+# ---- global memory ---------------------------------------------------------------------------------------------------
+
+PLACE = """mov.u32 %r20, %ctaid.x; mov.u32 %r21, %ntid.x; mad.lo.u32 %r22, %r20, %r21, %r0;
+mad.wide.u32 %rd11, %r22, 4, %rd1; xor.b32 %r23, %r22, {flip}; mad.wide.u32 %rd12, %r23, 4, %rd1;
+setp.eq.u32 %p1, %r0, 0; mov.u32 %r5, 9;
+"""
+# Each thread writes its number, and reads what another has written.
+PASS_ON = PLACE + "st.global.u32 [%rd11], %r22; {order} ld.global.u32 %r9, [%rd12];"
+# Each thread leaves a 1, and the first of a block raises a counter; the block that comes last adds up all of them.
+LAST = PLACE.format(flip=0) + (
+    """st.global.u32 [%rd11], 1; mov.u32 %r9, 0;
+{left} {release} {add} {acquire} @%p1 st.shared.u32 [space], %r9; {met} ld.shared.u32 %r9, [space];
+setp.ne.u32 %p2, %r9, 3; @%p2 bra END; mov.u32 %r6, 0; mov.u32 %r7, 0; mov.u64 %rd13, %rd1;
+MORE: ld.global.u32 %r8, [%rd13]; add.u32 %r6, %r6, %r8; add.u64 %rd13, %rd13, 4; add.u32 %r7, %r7, 1;
+setp.lt.u32 %p2, %r7, 256; @%p2 bra MORE; @%p1 st.global.u32 [%rd0+4], %r6; END: """
+)
+ADDS = "@%p1 atom.global.{}add.u32 %r9, [%rd0], 1;"
+RIGHT = {"left": "bar.sync 0;", "release": "@%p1 membar.gl;", "add": ADDS.format(""),
+         "acquire": "@%p1 fence.acq_rel.gpu;", "met": "bar.sync 0;"}  # fmt: skip
+RACE = r"RACE: global memory is (read .* wrote|overwritten .* reads)"
+LAST_FAULTS = {
+    "no barrier before": ({"left": "bar.warp.sync -1;"}, RACE),
+    "no fence before": ({"release": ""}, RACE),
+    "a fence for the block": ({"release": "@%p1 membar.cta;"}, RACE),
+    "a fence before the barrier": ({"left": "@%p1 membar.gl; bar.sync 0;", "release": ""}, RACE),
+    "no fence behind": ({"acquire": ""}, RACE),
+    "no barrier behind": ({"met": "bar.warp.sync -1;"}, "RACE"),
+    "no atomic": (
+        {"add": "@%p1 ld.global.u32 %r9, [%rd0]; @%p1 add.u32 %r5, %r9, 1; @%p1 st.global.u32 [%rd0], %r5;"},
+        r"RACE: global memory is (read|overwritten) .* wrote",
+    ),
+    "a look at the counter": (
+        {"left": "@%p1 ld.global.u32 %r5, [%rd0]; bar.sync 0;"},
+        r"RACE: global memory is (read .* wrote|added to .* reads)",
+    ),
+}
+
+
+def last(seed: int, **change) -> int:
+    """What the last block finds."""
+    counter, out = np.zeros(2, np.uint32), np.zeros(256, np.uint32)
+    launch(LAST.format(**RIGHT | change), counter, out, head=SHARED, threads=64, grid=4, dynamic_shared=64, seed=seed)
+    return int(counter[1])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"release": "", "acquire": "", "add": ADDS.format("acq_rel.gpu.")},
+        {"release": "@%p1 fence.sc.gpu;", "acquire": "@%p1 membar.sys;", "add": ADDS.format("relaxed.gpu.")},
+    ],
+)
+def test_the_last_block_may_read_what_the_others_wrote(change):
+    assert [last(seed, **change) for seed in range(1, 6)] == [256] * 5
+
+
+@pytest.mark.parametrize("name", LAST_FAULTS)
+def test_the_last_block_without_what_orders_it(name):
+    change, message = LAST_FAULTS[name]
+    for seed in range(1, 6):
+        with pytest.raises(vgpu.Fault, match=message):
+            last(seed, **change)
+
+
+ORDERS = ["shfl.sync.bfly.b32 %r8, %r0, 1, 31, -1;", "bar.warp.sync -1;", "bar.sync 0;", CLUSTER_BARRIER]
+
+
+@pytest.mark.parametrize("reach", range(len(ORDERS)))
+def test_what_orders_accesses_to_global_memory(reach):
+    """Those of a thread nothing has to, of a warp, block or cluster a barrier; no barrier those of two clusters."""
+    out, order = np.zeros(256, np.uint32), ORDERS[reach]
+    for far, flip in enumerate((0, 1, 32, 64, 128)):
+        body = PASS_ON.format(flip=flip, order=order)
+        for seed in range(1, 4):
+            call = functools.partial(launch, body, out, out, threads=64, grid=4, cluster=2, seed=seed)
+            if far <= reach:
+                call()
+                continue
+            with pytest.raises(vgpu.Fault, match=RACE):
+                call()
+            call(flags=vgpu.NO_RACES)
+
+
+def test_stores_to_one_address_of_global_memory():
+    """Of one value they may be many in a block, as of lanes that Triton has duplicate."""
+    store = PLACE.format(flip=0) + "st.global.u32 [%rd0], {};"
+    out = np.zeros(64, np.uint32)
+    launch(store.format("%r5"), out, out, threads=64)
+    assert out[0] == 9
+    for value, grid in (("%r0", 1), ("%r5", 2)):
+        with pytest.raises(vgpu.Fault, match=r"RACE: global memory is overwritten .* wrote"):
+            launch(store.format(value), out, out, threads=64, grid=grid)
+
+
+@pytest.mark.parametrize(
+    "writer,order,grid", [("%r0, 1", "", 1), ("%r0, 33", "bar.warp.sync -1;", 1), ("%r22, 65", "bar.sync 0;", 2)]
+)
+def test_what_several_read_is_not_overwritten(writer, order, grid):
+    """By one of them, either: two lanes, warps or blocks."""
+    body = PLACE + "ld.global.u32 %r9, [%rd0]; {order} setp.eq.u32 %p2, {writer}; @%p2 st.global.u32 [%rd0], %r5;"
+    for seed in range(1, 6):
+        out = np.zeros(64, np.uint32)
+        with pytest.raises(vgpu.Fault, match=RACE):
+            launch(body.format(writer=writer, order=order, flip=0), out, out, threads=64, grid=grid, seed=seed)
+
+
+@pytest.mark.parametrize("body", [BULK.format(fence=FENCE, expect=512, bytes=512, wait=WAIT), COPY.format("")])
+def test_what_is_copied_is_not_written(body):
+    write = "xor.b32 %r6, %r0, 64; mad.wide.u32 %rd12, %r6, 4, %rd1; st.global.u32 [%rd12], %r0;"
+    call = lambda body: launch(body, np.zeros(128, np.uint32), aligned(np.zeros(128, np.uint32)), head=SHARED,
+                               threads=128, dynamic_shared=1040)  # fmt: skip
+    call(body.replace("bar.sync 0;", write + "bar.sync 0;"))
+    with pytest.raises(vgpu.Fault, match=RACE):
+        call(body.replace("bar.sync 0;", "bar.sync 0;" + write))
 
 
 @pytest.mark.parametrize(

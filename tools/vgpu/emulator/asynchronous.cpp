@@ -174,6 +174,7 @@ Next bulk_copy(Thread& t, const Instruction& i) {  // [to], [from], bytes, [barr
   if (from % 16) fault(t, "MISALIGNED bulk copy source " + hex(from));
   check_shared(t, block, to, bytes, 16, "bulk copy");
   global_memory(t, from, bytes, false, 16);
+  note_global_read(t, from, bytes);
   if (!barrier_at(t, block, at, "bulk copy").fenced)
     fault(t, "a bulk copy on an mbarrier whose initialisation was not fenced");
   mark(t, block, to, bytes, s32(at - SHARED_BASE), true);
@@ -225,7 +226,10 @@ Next async_copy(Thread& t, const Instruction& i) {  // cp.async [to], [from], by
     read = u32(value(t, i.in[2]));
     if (read > bytes) fault(t, "cp.async reads " + std::to_string(read) + " of " + std::to_string(bytes) + " bytes");
   }
-  if (read) global_memory(t, from, read, false, 1);
+  if (read) {
+    global_memory(t, from, read, false, 1);
+    note_global_read(t, from, read);
+  }
   if (from % bytes) fault(t, "MISALIGNED cp.async source " + hex(from));
   mark(t, block, to, bytes, Shadow::BY_THREAD, false);
   ++t.outstanding;

@@ -210,6 +210,7 @@ bool decode_memory(Compiler& c, const Opcode& op) {
     i.out[0] = c.operand(c.operands[0], op.type);
     c.address(c.operands[1], i.in[0], i.immediate);
     i.in[1] = c.operand(c.operands[2], op.type);
+    i.kind = op.has("acq_rel");
     i.run = add_global;
   } else if (op.name == "cp" && op.has("async")) {
     decode_async_copy(c, op);
@@ -380,7 +381,7 @@ bool decode_synchronize(Compiler& c, const Opcode& op) {
     else if (op.has("proxy"))
       i.run = op.text.find("async") != std::string::npos ? fence_proxy : nullptr;
     else
-      i.run = nothing;  // memory is coherent here; what orders accesses is barriers
+      i.run = op.has("gl") || op.has("gpu") || op.has("sys") ? device_fence : nothing;  // memory is coherent here
   } else {
     return false;
   }

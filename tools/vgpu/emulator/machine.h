@@ -1,8 +1,8 @@
 // The machine: an instruction is a function that moves one thread on; a cluster of blocks runs at a time.
 //
-// Every register and every byte of shared memory knows whether it is defined. Every byte of shared memory knows who touched
-// it last (Shadow), in epochs that barriers advance, so that two accesses which no barrier separates are a race even where
-// the values happen to agree.
+// Every register and every byte of shared memory knows whether it is defined. Every byte of shared and of global memory knows
+// who touched it last (Shadow, GlobalShadow), in epochs that barriers advance, so that two accesses which nothing orders are a
+// race even where the values happen to agree.
 #pragma once
 
 #include <array>
@@ -119,21 +119,22 @@ struct Shadow {
   }
 };
 
-// Shadows by pages that are cleared when first touched: most launches touch little of what they ask for.
-class Shadows {
+// Cells by pages that are cleared when first touched: most launches touch little of what they ask for.
+template <class Cell>
+class Pages {
  public:
   void restart(u32 bytes) {
     pages_.resize(bytes / PAGE + 1);
     ++now_;
   }
-  Shadow& operator[](u32 offset) { return *at(offset); }
+  Cell& operator[](u32 offset) { return *at(offset); }
   // And those after it, to the end of its page.
   static constexpr u32 PAGE = 256;
-  Shadow* at(u32 offset) {
+  Cell* at(u32 offset) {
     Page& page = pages_[offset / PAGE];
     if (page.made != now_) {
       page.made = now_;
-      page.cells.assign(PAGE, Shadow());
+      page.cells.assign(PAGE, Cell());
     }
     return &page.cells[offset % PAGE];
   }
@@ -141,11 +142,28 @@ class Shadows {
  private:
   struct Page {
     u32 made = 0;
-    std::vector<Shadow> cells;
+    std::vector<Cell> cells;
   };
   std::vector<Page> pages_;
   u32 now_ = 0;
 };
+
+// ---- global memory, see races.cpp -------------------------------------------------------------------------------------
+
+// Accesses of a thread that no barrier and no fence divides.
+struct Stretch {
+  s32 block, thread;
+  u32 block_epoch, warp_epoch, cluster_epoch;
+};
+using Known = std::shared_ptr<const std::vector<u32>>;  // stretches that ended with a fence, by block and thread
+
+// Who wrote and who read a byte last: numbers of stretches with flags below, 0: nobody.
+struct GlobalShadow {
+  u32 written = 0, read = 0;
+  bool operator==(const GlobalShadow&) const = default;
+};
+
+// ---- mbarriers -------------------------------------------------------------------------------------------------------
 
 struct Barrier {  // an mbarrier
   s64 expected = 0, pending = 0, transactions = 0;
@@ -173,7 +191,7 @@ struct Block {
   int index = 0, rank = 0;
   u32 at[3] = {};
   std::vector<u8> shared, defined;
-  Shadows shadows;
+  Pages<Shadow> shadows;
   std::map<u32, Barrier> barriers;
   std::vector<Warp> warps;
   int live = 0;  // threads
@@ -206,6 +224,10 @@ struct Thread {
   u32 committed;                            // groups of cp.async
   int outstanding;                          // copies of it
   std::vector<std::pair<u32, u32>> copies;  // (address, bytes) since the last arrive of cp.async
+  u32 stretch;                              // of its accesses to global memory, 0: one is to begin
+  Known known;                              // what other clusters did before
+  Known observed;                           // what its atomics saw of that, before a fence
+  Known published;                          // what its atomics show of it and of its own: all before the last fence
 
   void restart();
 };
@@ -223,10 +245,11 @@ struct Transfer {  // an asynchronous operation that has not arrived
 
 struct Allocation {
   u64 base, size;
+  u32 index;
 };
 
 enum Flag : int {
-  NO_RACES = 1,            // shared memory is not checked for races
+  NO_RACES = 1,            // memory is not checked for races
   UNDEFINED_WARNS = 2,     // undefined values are warnings
   APPROXIMATE = 4,         // see approximated()
   LANE_CONFLICTS_WARN = 8  // lanes of a warp that store different values to one address are warnings
@@ -247,6 +270,9 @@ struct Machine {
 
   std::vector<Allocation> allocations;
   Allocation recent[2] = {};
+  std::vector<Pages<GlobalShadow>> global_shadows;  // by allocation
+  std::vector<Stretch> stretches;
+  std::unordered_map<u64, Known> counters;  // by address: what whoever adds to it learns
 
   std::vector<std::unique_ptr<Block>> blocks;
   std::vector<std::unique_ptr<Thread>> running;
@@ -273,6 +299,7 @@ struct Machine {
     return function->texts[size_t(&instruction - function->code.data())];
   }
   int warps() const { return (block_threads + 31) / 32; }
+  int cluster_of(int block) const { return block / cluster_blocks; }
   void wake(std::vector<Thread*>& threads) {
     for (Thread* thread : threads) {
       thread->state = State::READY;
@@ -335,6 +362,13 @@ void check_shared(Thread& t, Block& block, u32 address, u32 bytes, u32 align, co
 void note_read(Thread& t, Block& block, u32 address, u32 bytes);
 void note_write(Thread& t, Block& block, u32 address, u32 bytes, bool same);
 bool ordered(const Thread& t, const Touch& touch, bool whole_warp);
+
+// races.cpp: the allocation is the one that global_memory() found last
+void note_global_read(Thread& t, u64 address, u32 bytes);
+void note_global_write(Thread& t, u64 address, u32 bytes, bool same);
+void note_global_add(Thread& t, u64 address, u32 bytes, bool fences);
+void fence(Thread& t);                                                   // for the whole device
+void meet(const Machine& m, Thread* const* first, Thread* const* last);  // at a barrier
 
 // synchronize.cpp
 void try_collective(Warp& warp, Thread& t);

@@ -102,6 +102,7 @@ Next load_global(Thread& t, const Instruction& i) {
   ++t.machine->counts.loads;
   const Access at(t, i);
   const u8* from = global_memory(t, at.address, at.bytes, false, at.bytes);
+  note_global_read(t, at.address, at.bytes);
   for (int e = 0; e < i.count; ++e) set(t, i.out[e], load_bits(from + e * i.bytes, i.bytes, i.extend));
   return Next::STEP;
 }
@@ -109,11 +110,14 @@ Next store_global(Thread& t, const Instruction& i) {
   ++t.machine->counts.stores;
   const Access at(t, i);
   u8* to = global_memory(t, at.address, at.bytes, true, at.bytes);
+  bool same = true;
   for (int e = 0; e < i.count; ++e) {
     need(t, i.in[1 + e], "a value stored to global memory", i.bytes);
     const u64 bits = value(t, i.in[1 + e]);
+    same &= !memcmp(to + e * i.bytes, &bits, i.bytes);
     memcpy(to + e * i.bytes, &bits, i.bytes);
   }
+  note_global_write(t, at.address, at.bytes, same);
   return Next::STEP;
 }
 
@@ -123,6 +127,7 @@ Next add_global(Thread& t, const Instruction& i) {
   const Access at(t, i);
   u8* place = global_memory(t, at.address, at.bytes, true, at.bytes);
   need(t, i.in[1], "a value added to global memory", i.bytes);
+  note_global_add(t, at.address, at.bytes, i.kind);
   const u32 before = u32(load_bits(place, 4, false)), after = before + u32(value(t, i.in[1]));
   memcpy(place, &after, 4);
   set(t, i.out[0], before);

@@ -136,6 +136,8 @@ void Thread::restart() {
   seen.clear();
   initialised.clear();
   copies.clear();
+  stretch = 0;
+  known = observed = published = nullptr;
 }
 
 // The blocks of a cluster, every byte of their memory undefined.
@@ -425,9 +427,14 @@ VGPU_EXPORT int vgpu_run(void* kernel, const vgpu_Launch* launch, uint64_t* coun
     m.flags = launch->flags;
     vgpu::approximate = launch->flags & vgpu::APPROXIMATE;
     m.allocations.clear();
-    for (int k = 0; k < launch->allocation_count; ++k)
-      m.allocations.push_back({launch->allocations[2 * k], launch->allocations[2 * k + 1]});
-    m.recent[0] = m.recent[1] = {0, 0};
+    m.global_shadows.resize(size_t(launch->allocation_count));
+    for (int k = 0; k < launch->allocation_count; ++k) {
+      m.allocations.push_back({launch->allocations[2 * k], launch->allocations[2 * k + 1], uint32_t(k)});
+      m.global_shadows[size_t(k)].restart(uint32_t(launch->allocations[2 * k + 1]) + m.global_shadows[0].PAGE);
+    }
+    m.recent[0] = m.recent[1] = {};
+    m.stretches.assign(1, {});
+    m.counters.clear();
     m.counts = {};
     m.warnings.clear();
     m.current = nullptr;

@@ -196,6 +196,7 @@ void try_collective(Warp& warp, Thread& t) {
     case SHUFFLE: shuffle(lanes, i); break;
     case WARP_BARRIER:
       for (Thread* other : lanes) ++other->warp_epoch;
+      meet(m, lanes.begin(), lanes.end());
       break;
     case REDUCE: reduce(lanes, i); break;
     case VOTE: vote(lanes, i); break;
@@ -231,6 +232,7 @@ void release(Machine& m, Block::Named& named) {
     ++t->pc;
     ++t->block_epoch;
   }
+  meet(m, named.inside.data(), named.inside.data() + named.inside.size());
   m.wake(named.inside);
 }
 
@@ -260,6 +262,10 @@ Next block_barrier(Thread& t, const Instruction& i) {
 void cluster_progress(Machine& m) {
   if (m.arrived < m.live || m.live == 0) return;
   m.arrived = 0;
+  std::vector<Thread*> came;
+  for (const auto& t : m.running)
+    if (t->arrival == Thread::Arrival::ARRIVED) came.push_back(t.get());
+  meet(m, came.data(), came.data() + came.size());
   for (Thread* t : m.at_cluster) {
     ++t->pc;
     ++t->block_epoch;
@@ -290,6 +296,12 @@ Next cluster_wait(Thread& t, const Instruction&) {
   t.state = State::AT_CLUSTER;
   t.machine->at_cluster.push_back(&t);
   return Next::BLOCKED;
+}
+
+// A fence for the whole device.
+Next device_fence(Thread& t, const Instruction&) {
+  fence(t);
+  return Next::STEP;
 }
 
 }  // namespace vgpu
