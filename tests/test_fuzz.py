@@ -21,6 +21,14 @@ def test_no_call_fails(backend: str) -> None:
         assert fuzz.wrong(case, backend) is None, case
 
 
+@pytest.mark.parametrize("backend", [b for b in table.usable_backends() if b in FEW])
+def test_gradients_at_the_cap(backend: str) -> None:
+    """1 - tanh(x/c)^2 is 0 to the reference from x = 19 c on, and 4e-17 there to kernels that form no difference."""
+    case = fuzz.drawn(6000446, 60, 300)
+    assert case.dtype == torch.float64 and case.options["softcap"] == 2.0 and case.spread == 20.0
+    assert fuzz.wrong(case, backend) is None
+
+
 def test_calls_repeat() -> None:
     case = fuzz.drawn(7, 100, 50)
     assert case == fuzz.drawn(7, 100, 50) != fuzz.drawn(8, 100, 50)
