@@ -156,7 +156,8 @@ def refused(group: dist.ProcessGroup, folder: Path) -> None:
     assert torch.equal(head.export_weight(), weight)
 
     for path, error, words in (
-        (folder.parent / "nowhere" / "weight.safetensors", OSError, "No such file"),
+        (folder.parent / "nowhere" / "weight.safetensors", OSError, "path must lie in a directory that exists, .*nowhere"),
+        (folder.parent / "nowhere" / "weight.pt", OSError, "path must lie in a directory that exists, .*nowhere"),
         (folder.parent / "weight.bin", ValueError, r"path must end in .safetensors, or in .pt or .pth .*weight.bin"),
         (3, TypeError, r"path takes a str or an os.PathLike, got int"),
     ):

@@ -39,6 +39,8 @@ def part_of(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     if path.suffix not in (_SAFETENSORS, *_TORCH):
         raise ValueError(f"path must end in .safetensors, or in .pt or .pth for a torch file, got {path}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"path must lie in a directory that exists, got {path}")
     return path.with_name(f"{path.stem}.part{path.suffix}")
 
 
