@@ -270,7 +270,12 @@ thread_local Scratch scratch;
 
 // Rows in place pay two pieces and two tails; below this many columns a padded copy is cheaper.
 constexpr int64_t SHORT_ROW = 256;
-constexpr int64_t ROW_IN_CACHE = 1 << 19;  // bytes
+constexpr int64_t ROW_IN_CACHE = 1 << 19;  // bytes: a row and its neighbour have to stay in the second cache
+
+template <class T>
+bool stays_in_cache(const CpuProblem<T>& p) {
+  return p.classes * int64_t(sizeof(T)) <= ROW_IN_CACHE;
+}
 
 // As many rows as stay in the first cache with what is made of them.
 int64_t tile_of(int64_t row_bytes) {
@@ -278,61 +283,54 @@ int64_t tile_of(int64_t row_bytes) {
   return size < 1 ? 1 : size > MAX_TILE ? MAX_TILE : size;
 }
 
-template <class T, class S>
+// Later: how a gradient is multiplied while the next rows' exponentials are made.
+template <class T, class Later>
 void run_in_place(const CpuProblem<T>& p, int64_t begin, int64_t end) {
+  constexpr bool STREAMED = std::is_same<Later, Leaving<T, T>>::value;
   const Batch<T> batch = batch_of(p);
   Values<T> values;
   if (p.uniform) fetch(p, 0, 0, 0, values);
-  // A row and its neighbour have to stay in the second cache for that.
-  const bool fits = p.classes * int64_t(sizeof(T)) <= ROW_IN_CACHE;
-  const bool streamed = p.grad && p.streamed && fits, fetch_ahead = fits;
   const int64_t size = tile_of(p.classes * int64_t(sizeof(T)));
   // One half is being written while the other leaves.
-  T* half = streamed ? static_cast<T*>(scratch.get(size_t(2 * size * p.classes) * sizeof(T))) : nullptr;
+  T* half = STREAMED ? static_cast<T*>(scratch.get(size_t(2 * size * p.classes) * sizeof(T))) : nullptr;
   T* other = half + size * p.classes;
-  Leaving<T, S> leaving[MAX_TILE];
+  Work<T> tile[MAX_TILE];
+  Later later[MAX_TILE];
   for (int64_t next = begin; next < end;) {
-    Work<T> tile[MAX_TILE];
-    S* to[MAX_TILE];
+    T* to[MAX_TILE];
     int count = 0;
     for (; next < end && count < size; ++next) {
       Work<T>& w = tile[count];
       w.row = next;
       w.y = p.label[next];
-      S* g = p.grad ? static_cast<S*>(p.grad) + p.out.offset(next) : nullptr;
+      T* g = p.grad ? static_cast<T*>(p.grad) + p.out.offset(next) : nullptr;
       if (w.y == p.spec.ignore_index) {
         ignore_row(p, next);
         if (g) clear_row(g, 1, p.classes);
         continue;
       }
       w.u = static_cast<const T*>(p.input) + p.in.offset(next);
-      w.g = streamed ? half + count * p.classes : g;
+      w.g = STREAMED ? half + count * p.classes : g;
       to[count] = g;
       const int64_t after = next + 1 < end ? next + 1 : next;
-      w.ahead = {static_cast<const char*>(p.input) + p.in.offset(after) * int64_t(sizeof(S)),
-                 fetch_ahead ? int(sizeof(S)) : 0};
-      measure<false>(p, p.uniform ? &values : nullptr, w.u[w.y], w, &leaving[count++]);
+      w.ahead = {static_cast<const char*>(p.input) + p.in.offset(after) * int64_t(sizeof(T)),
+                 stays_in_cache(p) ? int(sizeof(T)) : 0};
+      measure<false>(p, p.uniform ? &values : nullptr, w.u[w.y], w, &later[count++]);
     }
     stand(p, tile, count);
     for (int b = 0; b < count; ++b) {
       Work<T>& w = tile[b];
-      S* const g = to[b];
-      finish<false>(p, batch, w, &leaving[b]);
-      if (g) spread_out(p, w);
-      if (streamed) {
-        leaving[b].rest();
-        leaving[b] = {g, w.g, p.classes, w.gradient.factor, w.y, w.gradient.target};
-      } else if (g) {
-        if (w.gradient.factor != 1)
-          each_piece<false>(p, w.y, [&](int64_t from, int64_t n) { sweep_multiply(g + from, n, w.gradient.factor); });
-        g[w.y] = w.gradient.target;
-      }
+      finish<false>(p, batch, w, &later[b]);
+      if (!p.grad) continue;
+      spread_out(p, w);
+      later[b].rest();
+      later[b] = {to[b], w.g, p.classes, w.gradient.factor, w.y, w.gradient.target};
     }
-    for (int b = count; b < size; ++b) leaving[b].rest();
+    for (int b = count; b < size; ++b) later[b].rest();
     std::swap(half, other);
   }
-  for (Leaving<T, S>& row : leaving) row.rest();
-  if (streamed) fence();
+  for (Later& row : later) row.rest();
+  if (STREAMED) fence();
 }
 
 // The next rows that are kept, at most `size` of them, where they lie and where their gradients do: how many these are.
@@ -376,11 +374,11 @@ void run_through_scratch(const CpuProblem<T>& p, int64_t begin, int64_t end) {
   const bool overwrite =
       !capped && p.smoothing <= 0 && !p.up_entropy;  // nothing reads the logits after their exponentials
   // Long rows come one at a time: the next one is then the row after this one.
-  const bool fits = size == 1 && p.in.class_stride == 1 && p.classes * int64_t(sizeof(T)) <= ROW_IN_CACHE;
+  const bool fits = size == 1 && p.in.class_stride == 1 && stays_in_cache(p);
   const int lookahead = fits ? int(sizeof(S)) : 0;
+  Work<T> tile[MAX_TILE];
 
   for (int64_t next = begin; next < end;) {
-    Work<T> tile[MAX_TILE];
     T target[MAX_TILE];
     const S* from[MAX_TILE];
     S* to[MAX_TILE];
@@ -448,9 +446,9 @@ void run_lanes(const CpuProblem<T>& given, int64_t begin, int64_t end) {
   Values<T> values;
   if (p.uniform) fetch(p, 0, 0, 0, values);
   const int64_t in_stride = p.in.class_stride, out_stride = p.out.class_stride;
+  Work<T> tile[MAX_TILE];
 
   for (int64_t next = begin; next < end;) {
-    Work<T> tile[MAX_TILE];
     const S* from[W];
     S* to[W];
     const int count = next_tile(p, next, end, W, tile, from, to);
@@ -543,7 +541,10 @@ void run_as(const CpuProblem<T>& p, int64_t begin, int64_t end) {
   const bool fits = p.classes * BYTES <= LANES_IN_CACHE;
   if (plain && (p.classes < LONG_ROW || (apart && fits))) return run_lanes<T, S>(p, begin, end);
   if constexpr (std::is_same<T, S>::value) {
-    if (p.preparation.none() && !apart && p.classes >= SHORT_ROW) return run_in_place<T, S>(p, begin, end);
+    if (p.preparation.none() && !apart && p.classes >= SHORT_ROW) {
+      if (p.grad && p.streamed && stays_in_cache(p)) return run_in_place<T, Leaving<T, T>>(p, begin, end);
+      return run_in_place<T, Waiting<T>>(p, begin, end);
+    }
   }
   run_through_scratch<T, S>(p, begin, end);
 }

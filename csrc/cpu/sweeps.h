@@ -192,6 +192,32 @@ struct Leaving {
   }
 };
 
+// The same of a gradient that stays in the caches, where it lies: out is e.
+template <class T>
+struct Waiting {
+  static constexpr int W = WIDTH<T>;
+  T* g = nullptr;
+  T factor{}, target{};
+  int64_t next = 0, n = 0, label = 0;
+
+  Waiting() = default;
+  Waiting(T* out, const T*, int64_t n_, T factor_, int64_t y, T target_)
+      : g(out), factor(factor_), target(target_), next(factor == 1 ? n_ : 0), n(n_), label(y) {
+    g[label] = 0;
+  }
+  void vector() {
+    if (next + W > n) return;
+    store(g + next, load(g + next) * factor);
+    next += W;
+  }
+  void rest() {
+    if (!g) return;
+    sweep_multiply(g + next, n - next, factor);
+    g[label] = target;
+    g = nullptr;
+  }
+};
+
 // to_j += factor from_j
 template <class T>
 void sweep_add(T* to, const T* from, int64_t n, T factor) {
