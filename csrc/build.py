@@ -332,7 +332,7 @@ def make_simt() -> Path:
 
 def make_fast_path() -> Path:
     if os.environ.get("MLKERNELS_FAST_PATH") == "0":
-        raise CannotBuild("left out by MLKERNELS_FAST_PATH=0")
+        raise CannotBuild("left out by MLKERNELS_FAST_PATH=0, as of wheels: it serves one torch and one Python")
     torch, compiler = find_torch(), find_compiler()
     headers = Path(sysconfig.get_path("include"))
     if not (headers / "Python.h").exists():

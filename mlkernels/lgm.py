@@ -55,8 +55,8 @@ def lgm_loss(
         z_k = -(1+\alpha[k=y])\,d_k - \tfrac12\log|\Lambda_k|,\quad
         L = -\log\operatorname{softmax}(z)_y + \lambda\,(d_y + \tfrac12\log|\Lambda_y|)
 
-    Gradient: :math:`\partial L/\partial x = \sum_k \bigl((1+\alpha[k=y])([k=y] - p_k) + \lambda[k=y]\bigr)
-    \Lambda_k^{-1}(x-\mu_k)`.
+    .. math::
+        \partial L/\partial x = \sum_k \bigl((1+\alpha[k=y])([k=y] - p_k) + \lambda[k=y]\bigr)\Lambda_k^{-1}(x-\mu_k)
 
     Args:
         input: (N, D) features.

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import mlkernels
 from bench import errors, page
 
 ROOT = Path(__file__).parent.parent
@@ -90,6 +91,33 @@ def test_errors_are_as_small_as_the_page_says():
                 assert max(ours) < 1e-6, (name, rest, ours)
             if rest < 1e-4:
                 assert min(eager) > 1e-3, (name, rest, eager)
+
+
+def test_weights_of_the_readings_of_a_lost_formula():
+    """docs/losses.md's table of w = -dL/dl, to the digits that it gives."""
+    table = [
+        line for line in (DOCS / "losses.md").read_text().splitlines() if line.startswith("| ") and "w(.01)" in line
+    ]
+    lines = (DOCS / "losses.md").read_text().split(table[0] + "\n")[1].split("\n\n")[0].splitlines()[1:]
+    p = torch.tensor([float(one) for one in re.findall(r"w\(([.\d]+)\)", table[0])], dtype=torch.float64)
+    for line in lines:
+        reading, *given = [cell.strip(" *") for cell in line.strip("|").split("|")]
+        numbers = re.match(r"\((.*?)\)", reading)[1].replace("·", "1").replace("1/.7", str(1 / 0.7)).split(", ")
+        alpha, beta, gamma, kappa = map(float, numbers)
+        logits = torch.stack([p.log(), (1 - p).log()], 1).requires_grad_()
+        target = torch.zeros(len(p), dtype=torch.long)
+        loss = mlkernels.modulated_cross_entropy(
+            logits, target, alpha=alpha, beta=beta, gamma=gamma, kappa=kappa, reduction="sum"
+        )
+        loss.backward()
+        found = (-logits.grad[:, 0] / (1 - p)).tolist()  # dl/df_y = 1 - p
+        for w, shown in zip(found, given, strict=True):
+            digits = len(shown.split("e")[0].replace(".", "").lstrip("0"))
+            assert abs(w / float(shown) - 1) <= 0.51 * 10.0 ** (1 - digits) * (1 if shown != "1" else 1e-9), (
+                reading,
+                w,
+                shown,
+            )
 
 
 # ---- the site --------------------------------------------------------------------------------------------------------
