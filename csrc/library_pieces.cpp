@@ -136,7 +136,7 @@ struct Numbers {
   }
 };
 
-enum Want : int64_t { SHIFT = 1, SECOND = 2, RANKS = 4, SMOOTHING = 8 };  // mlkernels/linear/classes.py
+enum Want : int64_t { SHIFT = 1, SECOND = 2, RANKS = 4, SMOOTHING = 8 };  // mlkernels/linear/threads.py
 
 template <class T>
 std::tuple<Tensor, Tensor> all_statistics(const Chunk<T>& chunk, const Tensor& target_logit, const Tensor& scales,

@@ -36,6 +36,11 @@ def usable_backends() -> list[str]:
     return usable
 
 
+def preparation(classes: int) -> dict[str, object]:
+    """All that may happen to a logit first, at once."""
+    return {"softcap": 6.0, "logit_adjustment": torch.linspace(-0.5, 0.75, classes, dtype=F64).roll(2)}
+
+
 def numbers_of(structure: mlkernels.spec.Spec, consts: list[float], mask: int = 0, reduction: int = 0) -> list[float]:
     """A loss as it crosses an op boundary."""
     return [*map(float, structure.ids), float(reduction), -100.0, float(mask), *consts]
@@ -430,7 +435,7 @@ def _draw(
     params = loss.values(form, target, classes, seed)
     group = loss.group(target)
     input = torch.empty(rows, classes, dtype=F64)
-    allowed = {k: numbers(v) for k, v in options.items() if k in ("softcap", "logit_adjustment")}
+    allowed = {k: numbers(v) for k, v in options.items() if k in preparation(classes)}
     found = for_oracle(loss, params)
     for i in range(rows):
         kind = kinds[i % len(kinds)]

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from table import BY_NAME, F64, LOSSES, TABLES
+from table import BY_NAME, F64, LOSSES, TABLES, preparation
 from test_inputs import CASES as BAD_ARGUMENTS
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -24,7 +24,7 @@ VECTOR = torch.linspace(0.0, 2.0, CLASSES, dtype=F64)
 OPTIONS = {
     "plain": {"reduction": "none"},
     "smoothed": {"weight": VECTOR, "label_smoothing": 0.1, "z_loss": 0.01, "reduction": "mean"},
-    "capped": {"softcap": 3.0, "logit_adjustment": VECTOR - 1, "label_smoothing": 0.2, "reduction": "sum"},
+    "capped": {**preparation(CLASSES), "softcap": 3.0, "label_smoothing": 0.2, "reduction": "sum"},
     "weighted": {
         "row_weight": torch.linspace(-1, 2, ROWS, dtype=F64), "normalizer": 3.5, "z_loss": 0.1, "reduction": "mean",
     },

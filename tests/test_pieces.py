@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from table import F64, INF, LOSSES, NAN, draw, usable_backends
+from table import F64, INF, LOSSES, NAN, draw, preparation, usable_backends
 
 from mlkernels import softmax
 from mlkernels.backends import reference
@@ -18,7 +18,7 @@ VECTOR = torch.tensor([0.5, 1.5, 0.0, 2.0, 0.75, 1.25, 1.0], dtype=F64)
 OPTIONS = {
     "plain": {"reduction": "none"},
     "smoothed": {"weight": VECTOR, "label_smoothing": 0.1, "z_loss": 0.01, "reduction": "mean"},
-    "capped": {"softcap": 6.0, "logit_adjustment": VECTOR - 1, "label_smoothing": 0.2, "reduction": "sum"},
+    "capped": {**preparation(CLASSES), "label_smoothing": 0.2, "reduction": "sum"},
     "weighted": {
         "row_weight": torch.linspace(-1, 2, ROWS, dtype=F64), "normalizer": 3.5, "z_loss": 0.1, "reduction": "mean",
     },
@@ -33,7 +33,7 @@ def drawn(loss, options):
     kinds = ("random", "confident5", "confident40", "wrong40", "ties", "tied_top", "masked")
     if options.get("label_smoothing"):
         kinds = kinds[:-1]
-    extras = {k: options[k] for k in ("softcap", "logit_adjustment") if k in options}
+    extras = {k: options[k] for k in preparation(CLASSES) if k in options}
     input, target, params = draw(loss, rows=ROWS, classes=CLASSES, form=form, kinds=kinds, **extras)
     if not options.get("label_smoothing"):
         input[7] = torch.where(torch.arange(CLASSES) == target[7], input[7], -INF)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from table import BY_NAME, F64, FEW, INF, LOSSES, NAN, ROW_KINDS, check, draw, expected
+from table import BY_NAME, F64, FEW, INF, LOSSES, NAN, ROW_KINDS, check, draw, expected, preparation
 
 import mlkernels
 from mlkernels.numbering import HeadKind, ScaleKind, TransformKind
@@ -12,7 +12,7 @@ EVERYTHING = {
     "label_smoothing": 0.1,
     "z_loss": 0.01,
 }
-CAPPED = {"softcap": 6.0, "logit_adjustment": torch.tensor([0.25, -0.5, 0.125, 0.0, -0.25, 0.5], dtype=F64)}
+CAPPED = preparation(6)
 #: Smoothing a masked class costs infinitely much; test_conventions.py is about that.
 UNMASKED = tuple(k for k in ROW_KINDS if k != "masked")
 
