@@ -108,7 +108,7 @@ def main(given: list[str] | None = None) -> int:
     header = {"command": shlex.join(["python", "-m", "bench", *given]), **report.describe(device, backends)}
 
     def save(runs: list[Run]) -> Path:
-        return report.write_json(report.Report(header, runs), options.out)
+        return report.write_json(report.as_json(report.Report(header, runs)), options.out)
 
     count = options.processes or (1 if is_gpu(device) or any(one.features for one in plan.problems) else 4)
     if count == 1:
@@ -117,7 +117,7 @@ def main(given: list[str] | None = None) -> int:
         runs = [first, *in_fresh_processes(plan, count, started, save)]
     found = report.Report(header, runs)
     print(report.text(found))
-    data = report.write_json(found, options.out)
+    data = report.write_json(report.as_json(found), options.out)
     print(f"wrote {data}")
     try:
         charts.figure(saved.load(data)).savefig(data.with_suffix(".png"), dpi=150)

@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import datetime
 import functools
 import itertools
-import json
 import math
 import multiprocessing
 import os
-import re
 import statistics
 import sys
 import time
@@ -36,7 +33,7 @@ from mlkernels import Affine, Margin, Modulated, Truncated, TwoScale
 
 from .cases import Problem, make_inputs
 from .measure import Step, announce, cpu_clock, others_busy, stolen, take_turns
-from .report import describe
+from .report import describe, write_json
 
 FORMS = ("numbers", "tensors", "trained")
 SMALL = ((128, 10), (128, 100), (64, 1000), (256, 1000))
@@ -349,12 +346,8 @@ def main(given: Sequence[str] | None = None) -> int:
     print(text(processes))
     if options.out is not None:
         header = {"command": "python -m bench.limits", **describe(torch.device("cpu"), ["cpu"])}
-        stamp = datetime.datetime.now().strftime("%Y-%m-%dT%H%M%S")
-        name = re.sub(r"[^a-z0-9]+", "-", str(header["device"]).lower()).strip("-")
-        path = options.out / f"limits-{name}-{stamp}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(header | {"threads": options.threads, "processes": processes}, indent=1) + "\n")
-        print(f"wrote {path}")
+        content = header | {"threads": options.threads, "processes": processes}
+        print(f"wrote {write_json(content, options.out, 'limits-')}")
     return int(any(not one.reached for one in verdicts(processes)))
 
 

@@ -298,7 +298,7 @@ def _modes(problem: Problem, ours: bool, plan: Plan) -> list[str]:
     return [mode for mode in wanted if mode in plan.modes]
 
 
-class Field(NamedTuple):
+class Comparison(NamedTuple):
     """Who takes part in a problem, and what they are held against."""
 
     candidates: Sequence[peers.Candidate]
@@ -306,16 +306,16 @@ class Field(NamedTuple):
     cosines: dict[str, bool]
 
 
-def field_of(problem: Problem, plan: Plan) -> Field:
+def comparison_of(problem: Problem, plan: Plan) -> Comparison:
     """A loss's, or a head's."""
     device = plan.device
     if problem.features:
         names = [name for name in plan.names if name in heads.LOSSES]
         reference = {name: heads.whole(name, device)["reference"] for name in names}
-        return Field(heads.candidates(device, names, plan.peers), reference, dict.fromkeys(names, False))
+        return Comparison(heads.candidates(device, names, plan.peers), reference, dict.fromkeys(names, False))
     cosines = {name: loss.cosines for name, loss in peers.losses(device).items()}
     everybody = peers.candidates(problem, device, plan.backends, plan.names, plan.peers)
-    return Field(everybody, dict(peers.ours(device, "reference")), cosines)
+    return Comparison(everybody, dict(peers.ours(device, "reference")), cosines)
 
 
 def _steps(candidate: peers.Candidate, problem: Problem, sets: list[Inputs], plan: Plan, run: Run) -> dict[Key, Step]:
@@ -351,16 +351,16 @@ def measure_problem(problem: Problem, plan: Plan, copied: tuple[Tensor, Tensor] 
     sets: dict[bool, list[Inputs]] = {}
     wanted: dict[str, peers.Expected] = {}
     steps: dict[Key, Step] = {}
-    taking_part = field_of(problem, plan)
-    if any(candidate.by == "compile" for candidate in taking_part.candidates):
+    comparison = comparison_of(problem, plan)
+    if any(candidate.by == "compile" for candidate in comparison.candidates):
         torch._dynamo.reset()
-    for candidate in taking_part.candidates:
-        name, kind = candidate.loss, taking_part.cosines[candidate.loss]
+    for candidate in comparison.candidates:
+        name, kind = candidate.loss, comparison.cosines[candidate.loss]
         if kind not in sets:
             sets[kind] = [make_inputs(problem, kind, device) for _ in range(input_sets(problem, cache))]
         if plan.right is None:
             if name not in wanted:
-                wanted[name] = peers.expected(taking_part.reference[name], sets[kind][0], problem.classes)
+                wanted[name] = peers.expected(comparison.reference[name], sets[kind][0], problem.classes)
             right = _checked(candidate, problem, sets[kind][0], wanted[name], run)
         else:
             right = Key(problem, name, "step", candidate.by) in plan.right

@@ -150,10 +150,8 @@ HEADLINE = ["cross_entropy", "modulated", "arcface"]
 #: On a GPU the peers run at these; at C = 10 eager sums millions of row losses with a single thread block.
 PEERS_AT = {("bfloat16", classes) for classes in (1000, 8192, 32768, 50257, 128256)} | {("float32", 8192)}
 COMPILED_AT = {("bfloat16", 8192), ("bfloat16", 128256)}
-COMPILED_WHOLE = (
-    1024,
-    8000,
-)  # on a CPU all losses here, elsewhere the headline's: compiling takes longer than measuring
+#: On a CPU all losses here, elsewhere the headline's: compiling takes longer than measuring.
+COMPILED_WHOLE = (1024, 8000)
 
 
 def peers_at(problem: Problem, loss: str, kind: str) -> list[str]:

@@ -429,12 +429,12 @@ def as_json(report: Report) -> dict[str, Any]:
     }
 
 
-def write_json(report: Report, folder: Path) -> Path:
-    """Whole or not at all: a run may be stopped at any time."""
+def write_json(content: dict[str, Any], folder: Path, prefix: str = "") -> Path:
+    """What begins with a header: whole or not at all, for a run may be stopped at any time."""
     folder.mkdir(parents=True, exist_ok=True)
-    device = re.sub(r"[^a-z0-9]+", "-", report.header["device"].lower()).strip("-")
-    path = folder / f"{device}-{report.header['date'][:19].replace(':', '')}.json"
+    device = re.sub(r"[^a-z0-9]+", "-", content["device"].lower()).strip("-")
+    path = folder / f"{prefix}{device}-{content['date'][:19].replace(':', '')}.json"
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(as_json(report), indent=1) + "\n")
+    part.write_text(json.dumps(content, indent=1) + "\n")
     part.replace(path)
     return path

@@ -108,9 +108,9 @@ def use(table: Table) -> None:
     replay.forget()
 
 
-def problem_of(candidate: Candidate, classes: int, elements: int) -> Problem:
+def problem_of(table: str, classes: int, elements: int) -> Problem:
     """About so many elements, the classes or the rows side by side."""
-    if candidate.table == "classes_side_by_side":
+    if table == "classes_side_by_side":
         return with_classes(classes, "bfloat16", elements)
     side = min(512, math.isqrt(elements // classes))
     return Problem((max(1, elements // classes // side**2), classes, side, side), "bfloat16")
@@ -138,7 +138,8 @@ def prepare(table: Table, candidate: Candidate, kind: str, elements: int) -> Non
     """Compiles what a candidate runs; in a process of its own."""
     use(with_row(table, candidate))
     for classes in candidate.classes:
-        visit(few_rows(problem_of(candidate, classes, elements)), ["cross_entropy", "piecewise"], kind, "triton", MODES)
+        problem = problem_of(candidate.table, classes, elements)
+        visit(few_rows(problem), ["cross_entropy", "piecewise"], kind, "triton", MODES)
 
 
 def rate(table: Table, candidate: Candidate, copied: tuple[Tensor, Tensor], elements: int) -> float:
@@ -150,10 +151,9 @@ def rate(table: Table, candidate: Candidate, copied: tuple[Tensor, Tensor], elem
     fractions = []
     try:
         for classes in candidate.classes:
-            problem = problem_of(candidate, classes, elements)
-            visit(
-                few_rows(problem), ["piecewise"], device.type, "triton", MODES
-            )  # for its spills: the heaviest kernels
+            problem = problem_of(candidate.table, classes, elements)
+            # For its spills: the heaviest kernels.
+            visit(few_rows(problem), ["piecewise"], device.type, "triton", MODES)
             sets = [make_inputs(problem, False, device)]
             function = ours(device, "triton")["cross_entropy"]
             steps = {mode: step_of(function, sets, mode) for mode in ("step", "split")}
@@ -202,10 +202,9 @@ def tune(
 
 def problems_at(layout: str, classes: int, elements: int) -> list[Problem]:
     """What stands for so many classes: many rows, and a few where the launches count as well."""
-    if layout == "rows_side_by_side":
-        return [problem_of(Candidate(layout, classes, None, ()), classes, elements)]
-    found = [problem_of(Candidate(layout, classes, None, ()), classes, elements)]
-    return [*found, Problem((FEW_ROWS, classes), "bfloat16")] if classes <= FEW_ROWS_UP_TO else found
+    found = [problem_of(layout, classes, elements)]
+    few = layout != "rows_side_by_side" and classes <= FEW_ROWS_UP_TO
+    return [*found, Problem((FEW_ROWS, classes), "bfloat16")] if few else found
 
 
 def prepare_choice(layout: str, classes: int, kind: str, elements: int) -> None:

@@ -356,33 +356,23 @@ def piecewise_cross_entropy(
     return softmax.loss(*parts, input, target, group, common, rest)
 
 
+class _Composed(Common, total=False):
+    transform: Transform | None
+    scale: Number | TwoScale
+    head: Head | None
+    target_logit: Tensor | None
+    group: Tensor | None
+
+
 @overload
 def softmax_loss(
-    input: Tensor,
-    target: Tensor,
-    *,
-    transform: Transform | None = None,
-    scale: Number | TwoScale = 1.0,
-    head: Head | None = None,
-    target_logit: Tensor | None = None,
-    group: Tensor | None = None,
-    return_stats: Literal[False] = False,
-    **common: Unpack[Common],
+    input: Tensor, target: Tensor, *, return_stats: Literal[False] = False, **composed: Unpack[_Composed]
 ) -> Tensor: ...
 
 
 @overload
 def softmax_loss(
-    input: Tensor,
-    target: Tensor,
-    *,
-    transform: Transform | None = None,
-    scale: Number | TwoScale = 1.0,
-    head: Head | None = None,
-    target_logit: Tensor | None = None,
-    group: Tensor | None = None,
-    return_stats: Literal[True],
-    **common: Unpack[Common],
+    input: Tensor, target: Tensor, *, return_stats: Literal[True], **composed: Unpack[_Composed]
 ) -> tuple[Tensor, RowStats]: ...
 
 

@@ -2,7 +2,7 @@
 
 The operators are defined here, so they exist without a compiler; the backends only implement them: C++ those of the
 libraries ``mlkernels`` and ``mlkernels_cuda``, Triton those of ``mlkernels_triton``. They carry no autograd of their
-own: ``softmax.py`` gives them their backward, at half the boundary cost of a registered one.
+own: ``autograd.py`` gives them their backward, at half the boundary cost of a registered one.
 
 The arguments that every operator of the family shares:
 
@@ -76,34 +76,30 @@ def _softmax_loss(
     return _loss_like(input, target, numbers), saved
 
 
-def _softmax_loss_with_gradient(
-    input: Tensor, target: Tensor, numbers: Sequence[float], params: Sequence[Tensor]
-) -> tuple[Tensor, Tensor]:
-    return _loss_like(input, target, numbers), torch.empty_like(input)
-
-
 def _softmax_loss_with_gradients(
-    input: Tensor, target: Tensor, numbers: Sequence[float], params: Sequence[Tensor], needs: int
+    input: Tensor, target: Tensor, numbers: Sequence[float], params: Sequence[Tensor], needs: int = 1 << INPUT
 ) -> tuple[Tensor, list[Tensor]]:
     return _loss_like(input, target, numbers), _gradients(input, numbers, params, needs)
+
+
+def _softmax_loss_with_gradient(*arguments: Any) -> tuple[Tensor, Tensor]:
+    loss, (gradient,) = _softmax_loss_with_gradients(*arguments)
+    return loss, gradient
 
 
 def _factors(input: Tensor, numbers: Sequence[float], rows: int = 0) -> Tensor:
     return input.new_empty((rows + int(numbers[REDUCTION] == Reduction.MEAN), 2), dtype=accumulated(input.dtype))
 
 
-def _softmax_loss_and_factors(
-    input: Tensor, target: Tensor, numbers: Sequence[float], params: Sequence[Tensor], save: bool
-) -> tuple[Tensor, Tensor]:
-    loss, saved = _softmax_loss(input, target, numbers, params, save)
-    return loss, _factors(input, numbers, target.numel()) if save else saved
-
-
 def _with_factors(fake: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
-    """The same with what "mean" makes of a row's terms, which the operators of GPUs return too."""
+    """The same with what "mean" makes of a row's terms, which the operators of GPUs return or save too."""
 
     def run(input: Tensor, target: Tensor, numbers: Sequence[float], *rest: Any) -> tuple[Any, ...]:
-        return *fake(input, target, numbers, *rest), _factors(input, numbers)
+        loss, second, *others = fake(input, target, numbers, *rest)
+        if fake in (_softmax_loss, _softmax_stats):
+            saved = second if rest[-1] is False else _factors(input, numbers, target.numel())
+            return loss, saved, *others
+        return loss, second, _factors(input, numbers)
 
     return run
 
@@ -119,25 +115,8 @@ def _softmax_stats(
     return loss, saved, logsumexp, log_prob, entropy, prediction, confidence, rank
 
 
-def _softmax_stats_and_factors(
-    input: Tensor, target: Tensor, numbers: Sequence[float], params: Sequence[Tensor]
-) -> tuple[Tensor, ...]:
-    loss, _, *rows = _softmax_stats(input, target, numbers, params)
-    return loss, _factors(input, numbers, target.numel()), *rows
-
-
-def _softmax_loss_backward(
-    grad_loss: Tensor | None,
-    grad_logsumexp: Tensor | None,
-    grad_log_prob: Tensor | None,
-    grad_entropy: Tensor | None,
-    input: Tensor,
-    target: Tensor,
-    numbers: Sequence[float],
-    params: Sequence[Tensor],
-    saved: Tensor,
-    needs: int,
-) -> list[Tensor]:
+def _softmax_loss_backward(*arguments: Any) -> list[Tensor]:
+    input, _, numbers, params, _, needs = arguments[4:]
     return _gradients(input, numbers, params, needs)
 
 
@@ -152,8 +131,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "softmax_stats": _softmax_stats,
     "softmax_loss_backward": _softmax_loss_backward,
 }
-_GPU_FAKES = {name: _with_factors(fake) if "_with_gradient" in name else fake for name, fake in _FAKES.items()}
-_GPU_FAKES |= {"softmax_loss": _softmax_loss_and_factors, "softmax_stats": _softmax_stats_and_factors}
+_GPU_FAKES = {name: fake if "backward" in name else _with_factors(fake) for name, fake in _FAKES.items()}
 
 
 def _by_triton(name: str) -> Callable[..., Any]:
@@ -241,8 +219,8 @@ def _multi_copy_fake(dst: list[Tensor], src: list[Tensor], flag: Tensor | None =
     check_copies(dst, src, flag)
 
 
-# Of heads (mlkernels/linear): what a tile of classes adds to what is known of its rows, and its gradient, in place. The
-# arguments are those of backends/reference.py's functions of these names.
+# Of heads (mlkernels/linear): what a tile of classes adds to what is known of its rows, and its gradient, in place, as
+# statistics and gradient of backends/reference.py have them. Of numbers and params those of classes are read.
 _TILE = "Tensor(a!) tile, {}Tensor label, int start, {}float[] numbers, Tensor[] params"
 # The same for all classes of a weight and a chunk of rows, the products included: what is known of each row, that is
 # (3 + 3 scales, rows) of M, V, W, S, T, the second moment and (2, rows) of first and above; the gradients of rows and

@@ -467,7 +467,7 @@ def test_two_results_side_by_side(tmp_path, capsys):
     def stored(name, times):
         key = Key(Problem((4, 5), "float32"), "cross_entropy", "step", "cpu")
         runs = [Run(timings={key: timing(time)}, bandwidth={key.problem: 1e9}) for time in times]
-        return str(report.write_json(Report(HEADER | {"date": name}, runs), tmp_path))
+        return str(report.write_json(report.as_json(Report(HEADER | {"date": name}, runs)), tmp_path))
 
     a, b = stored("2026-01-01T00:00:00", [1.0, 1.1]), stored("2026-01-02T00:00:00", [2.0, 2.2])
     assert main(["compare", a, b]) == 0
@@ -479,7 +479,7 @@ def test_two_results_side_by_side(tmp_path, capsys):
 
 def written(found, folder):
     """JSON and picture of a report."""
-    path = report.write_json(found, folder)
+    path = report.write_json(report.as_json(found), folder)
     data = json.loads(path.read_text())
     assert data["device"] == found.header["device"] and len(data["timings"]) == len(found.measured())
     pytest.importorskip("matplotlib")
@@ -1034,7 +1034,7 @@ def test_candidates(capsys):
         [0, 8192, 8],
     ]
     assert tune.with_row(TABLE, groups[3][0]) == TABLE
-    assert tune.problem_of(groups[4][0], 19, 2**28).shape == (53, 19, 512, 512)
+    assert tune.problem_of(groups[4][0].table, 19, 2**28).shape == (53, 19, 512, 512)
     assert tune.main(["--dry-run"]) == 0
     listed = capsys.readouterr().out
     assert "classes_side_by_side  C <= 2048" in listed and "any C" in listed and "rows_side_by_side" in listed

@@ -11,7 +11,7 @@ from mlkernels.call import DEFAULTS
 from mlkernels.numbering import PER_CLASS, TRAINABLE, Reduction, Slot
 from mlkernels.spec import compose
 
-#: Autograd lives in softmax.py's Functions: the operators themselves have none to test.
+#: Autograd lives in autograd.py's Functions: the operators themselves have none to test.
 CHECKS = ("test_schema", "test_faketensor")
 KERNELS = {"cpu": ops.NATIVE, "triton": ops.TRITON, "cuda": ops.CUDA}
 

@@ -1,1 +1,1 @@
-"""The family on any device that Triton serves: kernels in rows.py and sums.py, operators in launch.py."""
+"""The family on any device that Triton serves: kernels in rows.py, sums.py, pieces.py, operators in launch.py."""
