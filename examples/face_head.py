@@ -94,9 +94,10 @@ def train(way: str, means: Tensor, options: argparse.Namespace) -> Result:
     numbers = {"lr": options.lr, "momentum": 0.9, "weight_decay": 1e-4}
     model = nn.Sequential(nn.Linear(WIDTH, 256), nn.ReLU(), nn.Linear(256, options.features))
     half = way == "bfloat16"
+    start = nn.Linear(options.features, options.classes, bias=False).weight.detach()  # bfloat16 would draw others
     head = mlkernels.LinearLoss(
         mlkernels.ArcFaceLoss(margin=0.3, scale=24.0), options.features, options.classes, normalize=True,
-        dtype=torch.bfloat16 if half else torch.float32,
+        weight=nn.Parameter(start.bfloat16() if half else start),
         tile_update=None if way == "stored" else mlkernels.TileSGD(**numbers, stochastic_rounding=half),
         sample=options.sample if way == "sample" else None,
     )  # fmt: skip
