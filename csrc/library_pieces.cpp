@@ -212,22 +212,20 @@ template <class T>
 void add_pairs(const Chunk<T>& chunk, const typename Chunk<T>::Tile& tile, const Gradients<T>& out, T* dx, bool adds_dx,
                T* dw, bool adds_dw, int64_t row, int64_t rows) {
   if constexpr (std::is_same_v<T, float>) {
-    const int64_t width = chunk.width, classes = tile.classes, half = (classes + 1) / 2;
+    const int64_t width = chunk.width, classes = tile.classes, along_classes = (classes + 1) / 2 + 1;
     if (dx)
-      run<T>(Product<T, Pair>{dx + row * width, width, tile.pairs.by_class, half, 1, tile.pairs.weight, width, rows,
-                              width, half, adds_dx});
+      run<T>(Product<T, Pair>{dx + row * width, width, tile.pairs.by_class, along_classes, 1, tile.pairs.weight, width,
+                              rows, width, along_classes, adds_dx});
     if (dw)
-      run<T>(Product<T, Pair>{dw, width, tile.pairs.by_row, 1, classes, chunk.pairs_of_rows() + row / 2 * width, width,
-                              classes, width, (rows + 1) / 2, adds_dw});
-    // Of a row's gradient, whose absolute values often sum up to the target's, so many can be of this share of it.
-    constexpr int MOST = 32;
+      run<T>(Product<T, Pair>{dw, width, tile.pairs.by_row, 1, classes, chunk.pairs_of_rows(row), width, classes, width,
+                              pair_rows(rows), adds_dw});
     const bfloat16* const weight = static_cast<const bfloat16*>(chunk.all.data) + tile.start * chunk.all.stride;
     for (int64_t i = row; i < row + rows; ++i) {
       const float* const g = tile.block(row) + (i - row) * classes;
-      const float limit = std::max(std::abs(out.target[i]), std::abs(out.factor[i])) / MOST;
+      const float limit = large_from(out.target[i], out.factor[i]);
       int64_t j = chunk.pairs->next_large(g, 0, classes, limit);
       for (int count = 0; j < classes && count < MOST; ++count, j = chunk.pairs->next_large(g, j + 1, classes, limit)) {
-        const Pair pair = tile.pairs.by_class[(i - row) * half + j / 2];
+        const Pair pair = tile.pairs.by_class[(i - row) * along_classes + j / 2];
         const float rest = g[j] - MLKERNELS_ISA::widen(j % 2 ? pair.high : pair.low);
         if (rest == 0 || !std::isfinite(rest)) continue;
         if (dx) chunk.pairs->add(dx + i * width, weight + j * chunk.all.stride, rest, width);
@@ -273,7 +271,10 @@ void add_targets(const Chunk<T>& chunk, const typename Chunk<T>::Tile& tile, con
 template <class T>
 void all_gradients(const Chunk<T>& chunk, PieceGradient<T> p, const Gradients<T>& out) {
   const int64_t width = chunk.width;
-  if (chunk.pairs) chunk.pairs->interleave(chunk.halves, width, chunk.rows, width, chunk.pairs_of_rows());
+  if (chunk.pairs)
+    chunk.each_block([&](int64_t row, int64_t rows) {
+      chunk.pairs->interleave(chunk.halves + row * width, width, rows, width, TOGETHER, chunk.pairs_of_rows(row));
+    });
   chunk.each_part([&](int64_t part) {
     PieceGradient<T> own = p;
     T* const dx = !out.x ? nullptr : part == 0 ? out.x : chunk.partial(part);
@@ -285,7 +286,7 @@ void all_gradients(const Chunk<T>& chunk, PieceGradient<T> p, const Gradients<T>
       chunk.each_block([&](int64_t row, int64_t rows) {
         if (!chunk.keeps) tile.multiply(row, rows);
         tile.describe(own, row);
-        tile.differentiate(own, rows);
+        tile.differentiate(own, out.target, rows);
         add_tile(chunk, tile, out, dx, index == end - 1, row, rows);
       });
       add_targets(chunk, tile, out);

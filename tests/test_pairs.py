@@ -25,6 +25,8 @@ SIZES = [
     (1, 3, 2, (1, 1, 1)),
     (12, 256, 128, (2, 64, 6)),
     (7, 45, 34, (3, 5, 3)),
+    (131, 45, 34, (2, 20, 70)),  # blocks of several groups, the last of each a part of one
+    (131, 601, 2, (1, 601, 131)),  # groups of a block for several threads
 ]
 
 
@@ -95,6 +97,20 @@ def test_what_large_gradients_lose_is_added():
         assert torch.equal(ours.double(), exact)
 
 
+@pytest.mark.parametrize("sizes", [SIZES[1], *SIZES[-2:]], ids=str)
+def test_what_equal_terms_lose_is_added(sizes):
+    """Most of 257 to 600 are no bfloat16, and here no large ones; features and classes have all in common."""
+    torch.manual_seed(0)
+    problem = Problem(*sizes)
+    problem.x[:], problem.weight[:] = problem.x[:1].clone(), problem.weight[:1].clone()
+    problem.factor.zero_()
+    problem.spread.copy_(torch.randint(-2, 0, problem.spread.shape))
+    problem.class_weight.copy_(torch.randint(129, 301, problem.class_weight.shape))
+    problem.target.fill_(32 * 640.0)
+    for ours, exact in zip(problem.gradients(), problem.exact(), strict=True):
+        assert torch.equal(ours.double(), exact)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")], ids=str)
 def test_what_is_not_finite_stays_in_its_row(bad):
     torch.manual_seed(0)
@@ -142,18 +158,33 @@ def test_hardly_worse_than_float32_rounded_once(width, spread):
         assert error < 1.05 * once
 
 
-@pytest.mark.parametrize("spread", [0.0, 0.05], ids=["zeros", "alike"])
-def test_gradients_that_are_nearly_equal_do_not_round_alike(spread):
-    """A fresh classifier on what a ReLU leaves: its dW would lose 3.6 times as much to the nearest.
+def terms(name):
+    """Features, weight and labels of gradients that are small sums of large terms, which rounding alone would not spare:
+    a fresh classifier's on what a ReLU leaves; those of classes with most in common; those of few contexts, of which the
+    labels are drawn as the classifier has them."""
+    rows, classes, width = 1024, 120, 64
+    features, classifier, label = torch.randn(rows, width), torch.randn(classes, width), torch.arange(rows) % classes
+    alike = lambda each, rest: torch.randn(1, width) + rest * each
+    if name == "fresh":
+        return features.relu(), 0 * classifier, torch.randint(classes, (rows,))
+    if name == "classes alike":
+        return features.relu(), alike(classifier, 0.01), label
+    which = torch.randint(8, (rows,))
+    label = torch.distributions.Categorical(logits=0.2 * features[:8] @ classifier.T).sample((rows,))
+    return features[which], 0.2 * classifier, label[torch.arange(rows), which]
 
-    And classes that have much in common, whose dX is a small rest of large terms.
-    """
+
+@pytest.mark.parametrize("strategy", ["stored", "tiles", "rows"])
+@pytest.mark.parametrize("name", ["fresh", "classes alike", "contexts"])
+def test_what_terms_have_in_common_is_not_lost(name, strategy):
+    """With numbers to the nearest dW would be off 1.2 times as much in the last; without the products of what is lost with
+    the means dX 12 times in the second."""
     torch.manual_seed(0)
-    x, target = torch.randn(1024, 64).relu().bfloat16(), torch.randint(120, (1024,))
-    weight = (torch.randn(1, 64) * spread * 20 + spread * torch.randn(120, 64)).bfloat16()
+    x, weight, target = terms(name)
+    x, weight = x.bfloat16(), weight.bfloat16()
     a, w = (t.double().requires_grad_() for t in (x, weight))
     exact = torch.autograd.grad(torch.nn.functional.cross_entropy(a @ w.T, target), [a, w])
-    found = torch.autograd.grad(linear_cross_entropy(x.requires_grad_(), weight.requires_grad_(), target), [x, weight])
-    for ours, wanted, bound in zip(found, exact, (3, 1.1), strict=True):
+    value = linear_cross_entropy(x.requires_grad_(), weight.requires_grad_(), target, strategy=strategy)
+    for ours, wanted in zip(torch.autograd.grad(value, [x, weight]), exact, strict=True):
         error, once = ((t.double() - wanted).norm() for t in (ours, wanted.bfloat16()))
-        assert error <= bound * once
+        assert error <= 1.05 * once

@@ -29,28 +29,72 @@ void panels(const Classes<float>& c, Pair* to) {
   transpose(c.classes, c.width / 2, whole, one, reinterpret_cast<float*>(to));
 }
 
-template <int... I>
-inline void interleave(Halves even, Halves odd, Pair* to, std::integer_sequence<int, I...>) {
-  const Halves low = __builtin_shufflevector(even, odd, (I / 2 + I % 2 * 2 * W)...);
-  const Halves high = __builtin_shufflevector(even, odd, (W + I / 2 + I % 2 * 2 * W)...);
-  __builtin_memcpy(to, &low, sizeof low);
-  __builtin_memcpy(to + W, &high, sizeof high);
-}
-inline void interleave(Halves even, Halves odd, Pair* to) {
-  interleave(even, odd, to, std::make_integer_sequence<int, 2 * W>{});
+// The first n of as many pairs as a register has.
+inline void put_first(Pair* to, int64_t n, Halves pairs) {
+  const __mmask16 there = n < W ? __mmask16((1u << n) - 1) : __mmask16(0xffff);
+  _mm512_mask_storeu_epi32(to, there, (__m512i)pairs);
 }
 
-void interleave(const bfloat16* from, int64_t stride, int64_t rows, int64_t columns, Pair* to) {
-  for (int64_t row = 0; row < rows; row += 2, from += 2 * stride, to += columns) {
-    const bool both = row + 1 < rows;
-    int64_t k = 0;
-    for (; k + 2 * W <= columns; k += 2 * W) {
-      Halves even, odd{};
-      __builtin_memcpy(&even, from + k, sizeof even);
-      if (both) __builtin_memcpy(&odd, from + stride + k, sizeof odd);
-      interleave(even, odd, to + k);
+// n columns of two rows as pairs, at most as many as a register has halves.
+template <int... I>
+inline void interleave(Halves even, Halves odd, int64_t n, Pair* to, std::integer_sequence<int, I...>) {
+  put_first(to, n, __builtin_shufflevector(even, odd, (I / 2 + I % 2 * 2 * W)...));
+  if (n > W) put_first(to + W, n - W, __builtin_shufflevector(even, odd, (W + I / 2 + I % 2 * 2 * W)...));
+}
+inline void interleave(Halves even, Halves odd, int64_t n, Pair* to) {
+  interleave(even, odd, n, to, std::make_integer_sequence<int, 2 * W>{});
+}
+
+inline Halves get_first(const bfloat16* from, int64_t n) {
+  return (Halves)_mm512_maskz_loadu_epi16(n < 2 * W ? __mmask32((1u << n) - 1) : __mmask32(-1), from);
+}
+
+// Calls body(column, how many) for as many columns as W, and for the rest.
+template <class Body>
+inline void each_vector(int64_t columns, int64_t width, Body body) {
+  int64_t k = 0;
+  for (; k + width <= columns; k += width) body(k, width);
+  if (k < columns) body(k, columns - k);
+}
+
+// A number as the sum of two.
+inline Pair two(float x) {
+  Pair pair;
+  narrow(x, pair.low);
+  narrow(x - widen(pair.low), pair.high);
+  return pair;
+}
+
+void interleave(const bfloat16* from, int64_t stride, int64_t rows, int64_t columns, int64_t group, Pair* to) {
+  for (int64_t first = 0; first < rows; first += group) {
+    const int64_t count = std::min(group, rows - first);
+    // Summed up by a power of two, so that nothing overflows.
+    int power = 0;
+    while (int64_t(1) << power < count) ++power;
+    const bfloat16 share{uint16_t((127 - power) << 7)};
+    const vint shares = splat(Pair{share, share});
+    Pair* const mean = to + (count + 1) / 2 * columns;
+    float* const sums = reinterpret_cast<float*>(mean);
+    each_vector(columns, W, [&](int64_t k, int64_t n) { store_first(sums + k, int(n), vfloat{}); });
+    for (int64_t row = 0; row < count; row += 2, from += 2 * stride, to += columns) {
+      const bool both = row + 1 < count;
+      each_vector(columns, 2 * W, [&](int64_t k, int64_t n) {
+        interleave(get_first(from + k, n), both ? get_first(from + stride + k, n) : Halves{}, n, to + k);
+      });
+      each_vector(columns, W, [&](int64_t k, int64_t n) {
+        const vfloat sum = load_first(sums + k, int(n), 0);
+        store_first(sums + k, int(n), multiply_add(load_first(to + k, int(n), Pair{}), shares, sum));
+      });
     }
-    for (; k < columns; ++k) to[k] = {from[k], both ? from[stride + k] : bfloat16{0}};
+    const float rest = float(int64_t(1) << power) / float(count);
+    for (int64_t k = 0; k < columns; ++k) {
+      float sum;
+      __builtin_memcpy(&sum, sums + k, sizeof sum);
+      bfloat16 one;
+      narrow(sum * rest, one);
+      mean[k] = {one, one};
+    }
+    to += columns;
   }
 }
 
@@ -60,72 +104,76 @@ void interleave(const bfloat16* from, int64_t stride, int64_t rows, int64_t colu
 // (powers of the inverse of the plastic number, by 2^32).
 constexpr uint32_t ALONG_ROWS = 3242174889u, ALONG_CLASSES = 2447445414u;
 
-inline uint32_t fraction(int64_t row, int64_t column) {
-  return uint32_t(row) * ALONG_ROWS + uint32_t(column) * ALONG_CLASSES;
-}
-inline bfloat16 rounded(float x, uint32_t fraction) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &x, sizeof bits);
-  if ((bits & 0x7f800000) != 0x7f800000) bits += fraction >> 16;  // finite
-  return bfloat16{uint16_t(bits >> 16)};
-}
-
 // Along a row.
 class Rounded {
   vuint fractions;
+  __m512 limit;
+  vfloat lost{};
 
-  __m512i one(const float* x) {
-    const __m512 numbers = (__m512)load(x);
+  __m512i one(const float* x, int64_t n, vfloat& rests) {
+    const __m512 numbers = (__m512)load_first(x, int(n), 0);
     const __mmask16 finite = __mmask16(~_mm512_fpclass_ps_mask(numbers, 0x01 | 0x08 | 0x10 | 0x80));
+    const __mmask16 small = _mm512_cmp_ps_mask(_mm512_abs_ps(numbers), limit, _CMP_LT_OQ);
     const __m512i bits = _mm512_castps_si512(numbers);
     const __m512i sum = _mm512_mask_add_epi32(bits, finite, bits, (__m512i)(fractions >> 16));
+    const __m512 upper = _mm512_castsi512_ps(_mm512_and_epi32(sum, _mm512_set1_epi32(int(0xffff0000))));
+    const vfloat rest = (vfloat)_mm512_maskz_sub_ps(small, numbers, upper);
+    lost += rest;
+    rests += rest;
     fractions += W * ALONG_CLASSES;
     return sum;
   }
 
  public:
-  Rounded(int64_t row, int64_t column) {
-    for (int i = 0; i < W; ++i) fractions[i] = fraction(row, column + i);
+  Rounded(int64_t row, int64_t column, float limit_) : limit(_mm512_set1_ps(limit_)) {
+    for (int i = 0; i < W; ++i) fractions[i] = uint32_t(row) * ALONG_ROWS + uint32_t(column + i) * ALONG_CLASSES;
   }
-  // The next numbers, as many as a register has halves.
-  Halves next(const float* x) {
-    const Halves low = (Halves)one(x), high = (Halves)one(x + W);
+  // The next n numbers, as many as a register has halves at most; what they lose is added to rests.
+  Halves next(const float* x, int64_t n, vfloat (&rests)[2]) {
+    const Halves low = (Halves)one(x, std::min<int64_t>(n, W), rests[0]);
+    const Halves high = n > W ? (Halves)one(x + W, n - W, rests[1]) : Halves{};
     return upper(low, high, std::make_integer_sequence<int, 2 * W>{});
   }
   template <int... I>
   static Halves upper(Halves low, Halves high, std::integer_sequence<int, I...>) {
     return __builtin_shufflevector(low, high, (2 * I + 1)...);
   }
+  float all_lost() const { return sum_of<float>(lost); }
 };
 
 void round(const Rounding& p, int64_t begin, int64_t end) {
-  const int64_t half = (p.classes + 1) / 2;
+  const int64_t half = (p.classes + 1) / 2, group = begin / TOGETHER, last = std::min((group + 1) * TOGETHER, p.rows);
+  Pair* const rest = p.by_row + (pair_rows(last) - 1) * p.classes;
+  float* const sums = reinterpret_cast<float*>(rest);
+  if (begin == group * TOGETHER)
+    each_vector(p.classes, W, [&](int64_t j, int64_t n) { store_first(sums + j, int(n), vfloat{}); });
   for (int64_t row = begin; row < end; row += 2) {
     const bool both = row + 1 < end;
     const float *const even = p.gradient + row * p.classes, *const odd = even + p.classes;
-    Pair *const of_even = p.by_class + row * half, *const of_odd = of_even + half;
-    Pair* const to = p.by_row + row / 2 * p.classes;
+    Pair *const of_even = p.by_class + row * (half + 1), *const of_odd = of_even + half + 1;
+    Pair* const to = p.by_row + (row / 2 + group) * p.classes;
     const int64_t place = p.first_row + row;
-    Rounded evens(place, p.start), odds(place + 1, p.start);
-    int64_t j = 0;
-    for (; j + 2 * W <= p.classes; j += 2 * W) {
-      const Halves first = evens.next(even + j), second = both ? odds.next(odd + j) : Halves{};
-      __builtin_memcpy(of_even + j / 2, &first, sizeof first);
-      if (both) __builtin_memcpy(of_odd + j / 2, &second, sizeof second);
-      interleave(first, second, to + j);
-    }
-    for (; j < p.classes; j += 2) {
-      const bool last = j + 1 == p.classes;
-      const auto one = [&](const float* x, int64_t row, int64_t column, bool there) {
-        return there ? rounded(x[column], fraction(row, p.start + column)) : bfloat16{0};
-      };
-      const bfloat16 a = one(even, place, j, true), b = one(even, place, j + 1, !last);
-      const bfloat16 c = one(odd, place + 1, j, both), d = one(odd, place + 1, j + 1, both && !last);
-      of_even[j / 2] = {a, b};
-      if (both) of_odd[j / 2] = {c, d};
-      to[j] = {a, c};
-      if (!last) to[j + 1] = {b, d};
-    }
+    const auto large = [&](int64_t at) { return large_from(p.target[at], p.factor[at]); };
+    Rounded evens(place, p.start, large(place)), odds(place + 1, p.start, both ? large(place + 1) : 0);
+    each_vector(p.classes, 2 * W, [&](int64_t j, int64_t n) {
+      vfloat rests[2] = {};
+      const Halves first = evens.next(even + j, n, rests), second = both ? odds.next(odd + j, n, rests) : Halves{};
+      put_first(of_even + j / 2, (n + 1) / 2, first);
+      if (both) put_first(of_odd + j / 2, (n + 1) / 2, second);
+      interleave(first, second, n, to + j);
+      each_vector(n, W, [&](int64_t k, int64_t m) {
+        float* const at = sums + j + k;
+        store_first(at, int(m), load_first(at, int(m), 0) + rests[k / W]);
+      });
+    });
+    of_even[half] = two(evens.all_lost());
+    if (both) of_odd[half] = two(odds.all_lost());
+  }
+  if (end < last) return;
+  for (int64_t j = 0; j < p.classes; ++j) {
+    float sum;
+    __builtin_memcpy(&sum, sums + j, sizeof sum);
+    rest[j] = two(sum);
   }
 }
 

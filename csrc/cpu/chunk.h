@@ -45,11 +45,12 @@ struct Run<float> {
   static void rows(const PieceStatistics<float>& p, int64_t a, int64_t b) { kernels().statistics_float(p, a, b); }
   static void rows(const PieceGradient<float>& p, int64_t a, int64_t b) { kernels().gradient_float(p, a, b); }
   static void rows(const Product<float, Pair>& p, int64_t a, int64_t b) { pair_kernels()->multiply(p, a, b); }
-  // Of pairs of the tile's rows.
+  // Of groups of the tile's rows.
   static void rows(const RoundedGradient& p, int64_t a, int64_t b) {
     constexpr int64_t STEP = 16;
-    const int64_t first = p.gradient.first_row, last = std::min(2 * b, p.rounding.rows);
-    for (int64_t row = 2 * a; row < last; row += STEP) {
+    static_assert(TOGETHER % STEP == 0 && STEP % 2 == 0, "a step is of one group, and of pairs");
+    const int64_t first = p.gradient.first_row, last = std::min(TOGETHER * b, p.rounding.rows);
+    for (int64_t row = TOGETHER * a; row < last; row += STEP) {
       const int64_t end = std::min(row + STEP, last);
       kernels().gradient_float(p.gradient, first + row, first + end);
       pair_kernels()->round(p.rounding, row, end);
@@ -172,7 +173,7 @@ struct Chunk {
     lay_out_classes(*this, call, vectors_from<T>(call, offset, classes));
     keeps = keeps_;
     room = array<T>(room_, room_.numel(), "room");
-    const int64_t of_features = pairs ? (rows + 1) / 2 * width : 0;
+    const int64_t of_features = pairs ? (rows + block - 1) / block * pair_rows(block) * width : 0;
     STD_TORCH_CHECK(room_.numel() >= kept() + parts * of_part() + (parts - 1) * rows * width + of_features,
                     "room is too small");
   }
@@ -182,7 +183,7 @@ struct Chunk {
   // How many pairs are in each of Tile::Pairs, one after another.
   std::array<int64_t, 4> of_pairs() const {
     const int64_t count = std::min(block, rows), half = (tile + 1) / 2;
-    return {tile * (width / 2), half * width, count * half, (count + 1) / 2 * tile};
+    return {tile * (width / 2), (half + 1) * width, count * (half + 1), pair_rows(count) * tile};
   }
   int64_t of_part() const {
     const std::array<int64_t, 4> each = of_pairs();
@@ -191,8 +192,10 @@ struct Chunk {
   T* own(int64_t part) const { return room + kept() + part * of_part(); }
   // Where a part sums up the gradient of x, if that is not where it is wanted.
   T* partial(int64_t part) const { return room + kept() + parts * of_part() + (part - 1) * rows * width; }
-  // The features as pairs of rows.
-  Pair* pairs_of_rows() const { return reinterpret_cast<Pair*>(partial(parts)); }
+  // The features of a block as pairs of rows, by groups.
+  Pair* pairs_of_rows(int64_t row) const {
+    return reinterpret_cast<Pair*>(partial(parts)) + row / block * pair_rows(block) * width;
+  }
   int64_t first_tile(int64_t part) const { return tiles * part / parts; }
 
   static int64_t size_of(Storage s) { return s == Storage::DOUBLE ? 8 : s == Storage::FLOAT ? 4 : 2; }
@@ -231,7 +234,7 @@ struct Chunk {
           pairs = {first, first + each[0], first + each[0] + each[1], first + each[0] + each[1] + each[2]};
           if (multiplies) c.pairs->panels(these, pairs.transposed);
           const auto* const from = static_cast<const bfloat16*>(these.data);
-          if (gradients) c.pairs->interleave(from, these.stride, classes, c.width, pairs.weight);
+          if (gradients) c.pairs->interleave(from, these.stride, classes, c.width, classes, pairs.weight);
           return;
         }
       }
@@ -255,10 +258,12 @@ struct Chunk {
                         chunk.width, false});
     }
     // The gradient of rows that `p` describes.
-    void differentiate(const PieceGradient<T>& p, int64_t count) const {
+    void differentiate(const PieceGradient<T>& p, const T* target, int64_t count) const {
       if constexpr (std::is_same_v<T, float>) {
-        const Rounding rounding{p.tile, count, classes, p.first_row, p.start, pairs.by_class, pairs.by_row};
-        if (chunk.pairs) return run<T>(RoundedGradient{p, rounding}, 0, (count + 1) / 2, 2 * classes);
+        const Rounding rounding{p.tile,         count,        classes, p.first_row, p.start,
+                                pairs.by_class, pairs.by_row, target,  p.factor};
+        if (chunk.pairs)
+          return run<T>(RoundedGradient{p, rounding}, 0, (count + TOGETHER - 1) / TOGETHER, TOGETHER * classes);
       }
       run<T>(p, count);
     }

@@ -1,6 +1,9 @@
 // What library_pieces.cpp hands to the loops over tiles: plain data, shared by every instruction set.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
+
 #include "../rows.h"
 
 namespace mlkernels {
@@ -84,12 +87,27 @@ struct PieceKernels {
   void (*add_double)(double* to, const double* from, double factor, int64_t n);
 };
 
-// Some rows of the gradient of a tile, (rows, classes), rounded to bfloat16 for the two products that read it.
+// Rows of which, as pairs, what they have in common is a pair too: their number is even, as pairs go.
+constexpr int64_t TOGETHER = 64;
+// The pairs of so many rows, and one more for each group.
+static inline int64_t pair_rows(int64_t rows) { return (rows + 1) / 2 + (rows + TOGETHER - 1) / TOGETHER; }
+
+// A row's gradient, whose absolute values often sum up to the target's, has MOST of this size at most. What these lose is
+// added by itself.
+constexpr int MOST = 32;
+static inline float large_from(float target, float factor) {
+  return std::max(std::abs(target), std::abs(factor)) / MOST;
+}
+
+// Some rows of the gradient of a tile, (rows, classes), rounded to bfloat16 for the two products that read it. What that
+// loses is summed up along each row, and in each group along the classes: a pair more of each, which meets the mean of what
+// is multiplied. So the products lose nothing of what their terms have in common.
 struct Rounding {
   const float* gradient;
   int64_t rows, classes;
   int64_t first_row, start;  // where they lie in a chunk of rows and all classes
-  Pair *by_class, *by_row;   // (rows, half of the classes), (half of the rows, classes), what is odd filled up by 0
+  Pair *by_class, *by_row;   // (rows, 1 + half of the classes), (pair_rows(rows), classes), what is odd filled up by 0
+  const float *target, *factor;  // (rows) of the chunk
 };
 
 // Products of bfloat16 as it is, into float32, where the instruction set has them.
@@ -97,9 +115,10 @@ struct PairKernels {
   void (*multiply)(const Product<float, Pair>&, int64_t begin, int64_t end);
   // Classes transposed, as a product takes them: pairs along the width, which is even.
   void (*panels)(const Classes<float>&, Pair* to);
-  // Rows (rows, columns) as pairs of neighbours, what is odd filled up by 0.
-  void (*interleave)(const bfloat16* from, int64_t stride, int64_t rows, int64_t columns, Pair* to);
-  // begin is even.
+  // Rows (rows, columns) as pairs of neighbours, what is odd filled up by 0; after those of each group, whose rows are an
+  // even number, their mean, twice.
+  void (*interleave)(const bfloat16* from, int64_t stride, int64_t rows, int64_t columns, int64_t group, Pair* to);
+  // Of one group, in order; begin is even.
   void (*round)(const Rounding&, int64_t begin, int64_t end);
   // The first index from `from` on of a number of at least `limit`; n: there is none.
   int64_t (*next_large)(const float* x, int64_t from, int64_t n, float limit);

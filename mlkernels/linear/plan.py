@@ -26,6 +26,8 @@ DEFAULT_MEMORY = 96 << 20
 TILE = 1 << 20
 #: The same where each thread has tiles of its own: rows at a time, and elements; the fewest that are worth a thread.
 BLOCK, PART, SMALL = 512, 1 << 17, 1 << 12
+#: Rows of which, where they are multiplied by pairs, what they have in common is a pair too.
+TOGETHER = 64
 #: From so many features on a fourth product costs more than W's and dW's way through memory once for each chunk. One
 #: thread of an EPYC, float32, of the unfused chain's time, stored and tiles: D = 64 (C = 100,000) .57 and .45, D = 256
 #: (50,000) .62 and .79, D = 512 (20,000, one chunk) .88 and 1.05.
@@ -73,8 +75,14 @@ def room(plan: Plan, keep: bool, rows: int, classes: int, width: int, copies: in
         return products + sums + plan.parts * tile * width * (1 + copies)
     block = min(block + block % 2, rows)
     products = products if keep else plan.parts * block * tile
-    of_part = tile * (width // 2) + -(-tile // 2) * (width + block) + -(-block // 2) * tile
-    return products + sums + plan.parts * of_part + -(-rows // 2) * width
+    half = -(-tile // 2) + 1  # with a pair of what they have in common
+    of_part = tile * (width // 2) + half * (width + block) + pair_rows(block) * tile
+    return products + sums + plan.parts * of_part + -(-rows // block) * pair_rows(block) * width
+
+
+def pair_rows(rows: int) -> int:
+    """The pairs of so many rows, and one more for each group of them; csrc/cpu/pieces.h."""
+    return -(-rows // 2) + -(-rows // TOGETHER)
 
 
 def shared(
