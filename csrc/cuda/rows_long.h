@@ -461,9 +461,9 @@ struct RowsLong {
             u[e] = x;
           }
           if (!together) {
-            simt.store(at, pack<T, S>(u));
+            simt.store(at, piece_from<S, Vec16>(u));
           } else if (i >= whole_from && i < whole_to) {
-            store_vector(to, pack<T, S>(u));
+            store_vector(to, piece_from<S, Vec16>(u));
           } else {
             MLK_UNROLL
             for (int e = 0; e < V; ++e)

@@ -133,45 +133,6 @@ MLK_DEVICE void narrow(float x, S& out) {
 template <class S>
 constexpr int PER_VECTOR = 16 / int(sizeof(S));
 
-template <class T, class S>
-MLK_DEVICE void unpack(const Vec16& in, T (&out)[PER_VECTOR<S>]) {
-  MLK_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    if constexpr (sizeof(S) == 4) {
-      memcpy(&out[i], &in.word[i], 4);
-    } else if constexpr (sizeof(S) == 8) {
-      if (i % 2 == 0) {
-        const uint64_t bits = uint64_t(in.word[i]) | uint64_t(in.word[i + 1]) << 32;
-        memcpy(&out[i / 2], &bits, 8);
-      }
-    } else {
-      out[2 * i] = widen(S{uint16_t(in.word[i])});
-      out[2 * i + 1] = widen(S{uint16_t(in.word[i] >> 16)});
-    }
-  }
-}
-
-template <class T, class S>
-MLK_DEVICE Vec16 pack(const T (&in)[PER_VECTOR<S>]) {
-  Vec16 out;
-  MLK_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    if constexpr (sizeof(S) == 4) {
-      memcpy(&out.word[i], &in[i], 4);
-    } else if constexpr (sizeof(S) == 8) {
-      if (i % 2 == 0) {
-        uint64_t bits;
-        memcpy(&bits, &in[i / 2], 8);
-        out.word[i] = uint32_t(bits);
-        out.word[i + 1] = uint32_t(bits >> 32);
-      }
-    } else {
-      out.word[i] = narrow_pair(in[2 * i], in[2 * i + 1], S());
-    }
-  }
-  return out;
-}
-
 // A piece of a row as it lies in memory: 16 bytes, two halves, or one element.
 template <int BYTES>
 using PieceOf =
@@ -209,26 +170,25 @@ MLK_DEVICE T element_of(const Piece& piece, int e) {
     return out;
   }
 }
+template <class T, class S>
+MLK_DEVICE void unpack(const Vec16& in, T (&out)[PER_VECTOR<S>]) {
+  MLK_UNROLL
+  for (int e = 0; e < PER_VECTOR<S>; ++e) out[e] = element_of<T, S>(in, e);
+}
 template <class S, class Piece, class T>
 MLK_DEVICE Piece piece_from(const T* in) {
   Piece out;
-  if constexpr (sizeof(Piece) == 16) {
-    constexpr int V = 16 / int(sizeof(S));
-    T all[V];
-    MLK_UNROLL
-    for (int e = 0; e < V; ++e) all[e] = in[e];
-    out = pack<T, S>(all);
-  } else if constexpr (sizeof(S) == 2 && sizeof(Piece) == 4) {
-    out = narrow_pair(in[0], in[1], S());
-  } else if constexpr (sizeof(S) == 4 && sizeof(Piece) == 8) {
-    uint32_t low, high;
-    memcpy(&low, &in[0], 4);
-    memcpy(&high, &in[1], 4);
-    out = uint64_t(low) | uint64_t(high) << 32;
-  } else {
+  if constexpr (sizeof(Piece) == 2) {
     S one;
     narrow(in[0], one);
-    memcpy(&out, &one, sizeof(Piece));
+    memcpy(&out, &one, 2);
+  } else if constexpr (sizeof(S) == 2) {
+    uint32_t words[sizeof(Piece) / 4];
+    MLK_UNROLL
+    for (int w = 0; w < int(sizeof(Piece) / 4); ++w) words[w] = narrow_pair(in[2 * w], in[2 * w + 1], S());
+    memcpy(&out, words, sizeof(Piece));
+  } else {
+    memcpy(&out, in, sizeof(Piece));
   }
   return out;
 }
@@ -517,18 +477,7 @@ MLK_DEVICE void write_out(const Simt& simt, int at, S* to, int64_t count) {
       S each[V];
       MLK_UNROLL
       for (int e = 0; e < V; ++e) each[e] = one(j + e);
-      MLK_UNROLL
-      for (int w = 0; w < 4; ++w) {
-        if constexpr (sizeof(S) == 2) {
-          vector.word[w] = uint32_t(each[2 * w].bits) | uint32_t(each[2 * w + 1].bits) << 16;
-        } else if constexpr (sizeof(S) == 4) {
-          memcpy(&vector.word[w], &each[w], 4);
-        } else {
-          uint64_t bits;
-          memcpy(&bits, &each[w / 2], 8);
-          vector.word[w] = uint32_t(w % 2 ? bits >> 32 : bits);
-        }
-      }
+      memcpy(&vector, each, sizeof vector);
     }
     store_vector(to + j, vector);
   }
@@ -545,10 +494,7 @@ MLK_DEVICE void fill(S* to, int64_t count, T value, int mine, int every) {
   const int64_t vectors = (count - head) / V, tail = head + vectors * V;
   S one;
   narrow(value, one);
-  T same[V];
-  MLK_UNROLL
-  for (int e = 0; e < V; ++e) same[e] = value;
-  const Vec16 vector = pack<T, S>(same);
+  const Vec16 vector = all_of<S, Vec16>(one);
   for (int64_t j = mine; j < head; j += every) to[j] = one;
   for (int64_t i = mine; i < vectors; i += every) store_vector(to + head + V * i, vector);
   for (int64_t j = tail + mine; j < count; j += every) to[j] = one;

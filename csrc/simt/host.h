@@ -73,15 +73,13 @@ struct Simt {
     machine().note(self(), at, int(sizeof(V)));
     write(*self().block, at, &value, sizeof(V));
   }
-  template <class V>
-  void store_remote(int rank, int at, V value) const {
-    static_assert(sizeof(V) == 4 || sizeof(V) == 8, "4 or 8 bytes");
-    check_place<V>(at);
+  void store_remote(int rank, int at, double value) const {
+    check_place<double>(at);
     simt::Block& block = machine().neighbour(rank);
     if (ranks() > 1 && self().cluster_epoch < 2)
       machine().fail("another block is reached before the first cluster_sync");
     if (block.finished == machine().threads()) machine().fail("a block is reached that has ended");
-    write(block, at, &value, sizeof(V));
+    write(block, at, &value, sizeof value);
   }
 
   bool comes_last(uint32_t* counter, uint32_t count) const {

@@ -43,6 +43,11 @@ __asm__(
     "  popq %r15\n  popq %r14\n  popq %r13\n  popq %r12\n  popq %rbx\n  popq %rbp\n"
     "  ret\n"
     ".size mlkernels_switch_local,.-mlkernels_switch_local\n");
+using Context = void*;
+inline void change(Context& from, Context& to) { mlkernels_switch(&from, to); }
+#else
+using Context = ucontext_t;
+inline void change(Context& from, Context& to) { swapcontext(&from, &to); }
 #endif
 
 struct Block;
@@ -50,11 +55,7 @@ struct Block;
 struct Fiber {
   static constexpr size_t STACK = 1 << 17;
   std::unique_ptr<char[]> stack;
-#if defined(__x86_64__)
-  void* place = nullptr;
-#else
-  ucontext_t place;
-#endif
+  Context place{};
   Block* block = nullptr;
   int thread = 0;
   // How many barriers this thread has passed: what lies before one is ordered before what lies after it.
@@ -128,7 +129,6 @@ struct Banks {
 
 struct Warp {
   std::vector<Request> requests;  // since the last collective, where banks are counted
-  uint32_t arrived = 0;
   int kind = 0;
   unsigned char value[2][LANES][16];
   std::vector<Fiber*> waiting;
@@ -175,6 +175,7 @@ class Machine {
   int threads() const { return threads_; }
   int blocks() const { return blocks_; }
   int cluster() const { return cluster_; }
+  int shared_bytes() const { return shared_bytes_; }
   uint64_t launch() const { return launch_; }
   Fiber& running() const { return *running_; }
   Block& neighbour(int rank) { return *team_[size_t(rank)]; }
@@ -221,6 +222,14 @@ class Machine {
   }
 
   void ask(const Copy& copy) { copies_.push_back(copy); }
+  void complete_told(Barrier& barrier) {
+    if (barrier.expected < 0 || barrier.arrived < barrier.expected) return;
+    if (barrier.arrived > barrier.expected) fail("more was told than a barrier expects");
+    barrier.expected = -1;
+    barrier.arrived = 0;
+    ++barrier.completed;
+    wake(barrier.waiting);
+  }
 
   uint32_t random() {
     state_ ^= state_ << 13;
@@ -232,7 +241,7 @@ class Machine {
  private:
   std::mutex mutex_;
   std::function<void()> body_;
-  int threads_ = 0, blocks_ = 0, cluster_ = 0, unfinished_ = 0;
+  int threads_ = 0, blocks_ = 0, cluster_ = 0, shared_bytes_ = 0, unfinished_ = 0;
   uint64_t state_ = 1, launch_ = 0;
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::vector<std::unique_ptr<Block>> team_;
@@ -240,11 +249,7 @@ class Machine {
   std::vector<Copy> copies_;
   Fiber* running_ = nullptr;
   std::string error_;
-#if defined(__x86_64__)
-  void* home_ = nullptr;
-#else
-  ucontext_t home_;
-#endif
+  Context home_{};
 
   void run_cluster(int first, int warps, int shared) {
     ++launch_;
@@ -264,10 +269,7 @@ class Machine {
       }
       block.barriers.clear();
       block.warps.resize(size_t(warps));
-      for (Warp& warp : block.warps) {
-        warp.arrived = 0;
-        warp.waiting.clear();
-      }
+      for (Warp& warp : block.warps) warp.waiting.clear();
       block.waiting.clear();
       block.finished = 0;
       for (int thread = 0; thread < threads_; ++thread) {
@@ -284,18 +286,14 @@ class Machine {
     }
     shared_bytes_ = shared;
     unfinished_ = cluster_ * threads_;
-    go_home_until_done();
+    running_ = ready_.back();
+    ready_.pop_back();
+    change(home_, running_->place);
     for (int rank = 0; rank < cluster_; ++rank)
       for (Warp& warp : team_[size_t(rank)]->warps) settle(warp);
     if (!error_.empty()) throw std::runtime_error(error_);
   }
 
-  int shared_bytes_ = 0;
-
- public:
-  int shared_bytes() const { return shared_bytes_; }
-
- private:
   static void entry() {
     Machine& machine = get();
     machine.enter();
@@ -341,17 +339,8 @@ class Machine {
     wake(barrier.waiting);
   }
 
- public:
-  void complete_told(Barrier& barrier) {
-    if (barrier.expected < 0 || barrier.arrived < barrier.expected) return;
-    if (barrier.arrived > barrier.expected) fail("more was told than a barrier expects");
-    barrier.expected = -1;
-    barrier.arrived = 0;
-    ++barrier.completed;
-    wake(barrier.waiting);
-  }
+  void leave() { change(running_->place, home_); }
 
- private:
   void give_turn() {
     while (true) {
       if (!copies_.empty() && (ready_.empty() || random() % 16 == 0)) deliver();
@@ -368,11 +357,7 @@ class Machine {
     Fiber* self = running_;
     if (next == self) return;
     running_ = next;
-#if defined(__x86_64__)
-    mlkernels_switch(&self->place, next->place);
-#else
-    swapcontext(&self->place, &next->place);
-#endif
+    change(self->place, next->place);
   }
 
 #if defined(__x86_64__)
@@ -385,15 +370,6 @@ class Machine {
     for (int i = 0; i < 6; ++i) *--at = nullptr;
     f.place = at;
   }
-  void go_home_until_done() {
-    running_ = ready_.back();
-    ready_.pop_back();
-    mlkernels_switch(&home_, running_->place);
-  }
-  void leave() {
-    void* ignored;
-    mlkernels_switch(&ignored, home_);
-  }
 #else
   void prepare(Fiber& f) {
     if (!f.stack) f.stack.reset(new char[Fiber::STACK]);
@@ -403,12 +379,6 @@ class Machine {
     f.place.uc_link = nullptr;
     makecontext(&f.place, &Machine::entry, 0);
   }
-  void go_home_until_done() {
-    running_ = ready_.back();
-    ready_.pop_back();
-    swapcontext(&home_, &running_->place);
-  }
-  void leave() { setcontext(&home_); }
 #endif
 };
 

@@ -102,22 +102,11 @@ struct Simt {
   MLK_DEVICE void store(int at, V value) const {
     *reinterpret_cast<V*>(shared_bytes + at) = value;
   }
-  // Into the shared memory of the cluster's block `rank`, 4 or 8 bytes.
-  template <class V>
-  MLK_DEVICE void store_remote(int rank, int at, V value) const {
+  // Into the shared memory of the cluster's block `rank`.
+  MLK_DEVICE void store_remote(int rank, int at, double value) const {
 #if __CUDA_ARCH__ >= 900
-    uint32_t address;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(local(at)), "r"(rank));
-    if constexpr (sizeof(V) == 4) {
-      uint32_t bits;
-      memcpy(&bits, &value, 4);
-      asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(address), "r"(bits) : "memory");
-    } else {
-      static_assert(sizeof(V) == 8, "4 or 8 bytes");
-      uint64_t bits;
-      memcpy(&bits, &value, 8);
-      asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(address), "l"(bits) : "memory");
-    }
+    asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(remote(rank, at)), "l"(__double_as_longlong(value))
+                 : "memory");
 #else
     store(at, value);
 #endif
@@ -176,26 +165,18 @@ struct Simt {
   }
   // Between the blocks of a cluster, without waiting for anything else that they do: a number for another block's memory,
   // which counts it at its own barrier; and, by one thread of each block, how many bytes that barrier is to wait for.
-  template <class V>
-  MLK_DEVICE void tell(int rank, int at, V value, int barrier) const {
+  MLK_DEVICE void tell(int rank, int at, float value, int barrier) const {
 #if __CUDA_ARCH__ >= 900
-    uint32_t address, counter;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(local(at)), "r"(rank));
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(counter) : "r"(local(barrier)), "r"(rank));
-    if constexpr (sizeof(V) == 4) {
-      uint32_t bits;
-      memcpy(&bits, &value, 4);
-      asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(address),
-                   "r"(bits), "r"(counter)
-                   : "memory");
-    } else {
-      static_assert(sizeof(V) == 8, "4 or 8 bytes");
-      uint64_t bits;
-      memcpy(&bits, &value, 8);
-      asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(address),
-                   "l"(bits), "r"(counter)
-                   : "memory");
-    }
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(remote(rank, at)),
+                 "r"(__float_as_uint(value)), "r"(remote(rank, barrier))
+                 : "memory");
+#endif
+  }
+  MLK_DEVICE void tell(int rank, int at, double value, int barrier) const {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(remote(rank, at)),
+                 "l"(__double_as_longlong(value)), "r"(remote(rank, barrier))
+                 : "memory");
 #endif
   }
   MLK_DEVICE void expect(int barrier, int bytes) const {
@@ -222,6 +203,13 @@ struct Simt {
 
  private:
   MLK_DEVICE static uint32_t local(int at) { return uint32_t(__cvta_generic_to_shared(shared_bytes + at)); }
+#if __CUDA_ARCH__ >= 900
+  MLK_DEVICE static uint32_t remote(int rank, int at) {
+    uint32_t address;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(local(at)), "r"(rank));
+    return address;
+  }
+#endif
 };
 
 // ---- arithmetic and storage ------------------------------------------------------------------------------------------
