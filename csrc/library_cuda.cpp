@@ -27,6 +27,8 @@ Forced forced;
 
 namespace {
 
+using namespace MLKERNELS_ISA;
+
 // ---- tensors -----------------------------------------------------------------------------------------------------------
 
 Index index_of(ScalarType type) {
@@ -120,7 +122,7 @@ struct Call {
     }
     if (v.smoothing > 0 && v.weight) {
       double* total = numbers_of(1);
-      Sums::total_of(v.weight, v.classes, total, place.device);
+      launch_sums<TotalOf<T>>(place.device, 1, {v.weight, v.classes, total});
       v.weight_total = total;
     }
   }
@@ -177,12 +179,12 @@ struct Call {
     if (v.rows == 0) {
       if (!reduced) return;
       v.parts = is_counted(v) ? -1 : 0;
-      Sums::total(v, place.device, 0);
+      launch_sums<TotalLoss<T>>(place.device, 1, {0}, v);
       return;
     }
     v.simple = is_simple(v);
     const Choice choice = kernels.choose(v, place.device);
-    const bool alone = choice.way == Way::SHORT && choice.tiles.alone;
+    const bool alone = choice.path == Path::SHORT && choice.tiles.alone;
     const bool counts = is_counted(v) && (v.losses || v.grad || v.want_parameters) && !alone;
     if (counts && v.rows <= FEW_ROWS) {
       v.parts = -1;
@@ -191,17 +193,17 @@ struct Call {
       double* parts = numbers_of(2 * v.parts + 1);
       v.divisors = parts;
       if (reduced) v.arrived = reinterpret_cast<uint32_t*>(parts + 2 * v.parts);
-      Sums::count(v, place.device, parts, v.parts);
+      launch_sums<CountRows<T>>(place.device, v.parts, {parts}, v);
     }
     const int blocks = kernels.blocks(v, place.device, choice);
     int64_t partials = 0;
     if (reduced && !alone) {
-      const bool by_warp = choice.way == Way::SHORT || choice.way == Way::APART;
+      const bool by_warp = choice.path == Path::SHORT || choice.path == Path::STRIDED;
       partials = by_warp ? int64_t(blocks) * choice.warps : blocks / choice.cluster;
       v.partials = numbers_of(partials);
     }
     kernels.run(v, place.device, choice, blocks);
-    if (partials > 0 && !v.arrived) Sums::total(v, place.device, partials);
+    if (partials > 0 && !v.arrived) launch_sums<TotalLoss<T>>(place.device, 1, {partials}, v);
   }
 
   Tensor loss_like(const Tensor& target) const {
@@ -251,8 +253,13 @@ struct Call {
     const Storage storage = storage_of(out.scalar_type());
     const int64_t count = out.numel(), rows = v.rows;
     const Device& device = place.device;
+    const auto store = [&](const auto* sums, int terms) {
+      using Sum = std::decay_t<decltype(*sums)>;
+      launch_sums<StoreSums<Sum>>(device, blocks_for(terms > 1 ? count * LANES : count, device),
+                                  {sums, count, terms, out.data_ptr(), storage});
+    };
     if (!is_table(slot) && out.dim() >= 2) {
-      if (count > 0) Sums::store(values, count, 1, out.data_ptr(), storage, device);
+      if (count > 0) store(values, 1);
       return;
     }
     if (!is_table(slot) && out.dim() == 1) {
@@ -260,8 +267,8 @@ struct Call {
       Tensor sums = place.empty({count}, ScalarType::Double);
       torch::stable::zero_(sums);
       double* at = static_cast<double*>(keep(std::move(sums)).data_ptr());
-      if (rows > 0) Sums::runs(v, device, values, keys, order, at);
-      Sums::store(at, count, 1, out.data_ptr(), storage, device);
+      if (rows > 0) launch_sums<SumRuns<T>>(device, blocks_for(rows * LANES, device), {values, keys, order, at}, v);
+      store(at, 1);
       return;
     }
     const bool of_t = is_table_of_t(v.spec, slot);
@@ -271,14 +278,16 @@ struct Call {
     const int chunks =
         int(std::clamp<int64_t>((rows + 4095) / 4096, 1, std::clamp<int64_t>((1 << 20) / (count + 1), 1, 64)));
     double* sums = numbers_of(count * chunks);
-    Sums::buckets(v, device, values, bins, per_group, count, chunks, sums);
-    Sums::store(sums, count, chunks, out.data_ptr(), storage, device);
+    launch_sums<SumBuckets<T>>(device, count * chunks, {values, bins, per_group, chunks, sums}, v);
+    store(sums, chunks);
   }
 
   // Rows in the order of their labels. The sort is stable: the same order, and so the same sums, on every run.
   void sort_labels(int64_t*& keys, int64_t*& order) {
     Tensor labels = place.empty({v.rows}, ScalarType::Long);
-    if (v.rows > 0) Sums::keys(v, place.device, static_cast<int64_t*>(labels.data_ptr()));
+    if (v.rows > 0)
+      launch_sums<SortKeys<T>>(place.device, blocks_for(v.rows, place.device),
+                               {static_cast<int64_t*>(labels.data_ptr())}, v);
     std::array<StableIValue, 4> stack{torch::stable::detail::from(labels),
                                       torch::stable::detail::from(std::optional<bool>(true)),
                                       torch::stable::detail::from(int64_t(-1)), torch::stable::detail::from(false)};
@@ -535,10 +544,10 @@ extern "C" __attribute__((visibility("default"))) const char* mlkernels_cuda_unu
 
 #ifdef MLK_HOST
 // For the tests: launches of a given shape, and the order of the fibers.
-extern "C" __attribute__((visibility("default"))) void mlkernels_simt_force(int way, int warps, int cluster, int chunk,
+extern "C" __attribute__((visibility("default"))) void mlkernels_simt_force(int path, int warps, int cluster, int chunk,
                                                                             int slots, int tile_rows, int teams,
                                                                             uint64_t seed) {
-  mlkernels::forced = {way, warps, cluster, chunk, slots, tile_rows, teams};
+  mlkernels::forced = {path, warps, cluster, chunk, slots, tile_rows, teams};
   mlkernels::simt::Machine::get().seed = seed;
 }
 // Counts from now on how shared memory is accessed, or reports: the turns that it took, and those that it had to.

@@ -54,10 +54,10 @@ def dumped(path, option):
 
 def short(name):
     """RowsLong<float, bfloat16, general, streamed> of a mangled name."""
-    kind = re.search(r"Rows(Long|Short|Apart)", name)[0]
+    kind = re.search(r"Rows(Long|Short|Strided)", name)[0]
     options = re.search(rf"{kind}I(.*?)EEN", name)
     flags = re.findall(r"L([ib])(\d+)E", options[1] + "E" if options else "")
-    names = {"RowsLong": ("general", "streamed"), "RowsShort": ("elements", "general"), "RowsApart": ()}[kind]
+    names = {"RowsLong": ("general", "streamed"), "RowsShort": ("elements", "general"), "RowsStrided": ()}[kind]
     said = [
         n if t == "b" else f"{value} {n}"
         for n, (t, value) in zip(names, flags, strict=False)
@@ -78,7 +78,7 @@ def test_rows(arch, storage, table):
     path = compiled(arch, storage)
     usage = re.findall(r"Function (\S+):\s*\n\s*(REG:.*)", dumped(path, "--dump-resource-usage"))
     kernels = [(name, dict(re.findall(r"(\w+):(\d+)", line))) for name, line in usage if "Rows" in name]
-    # 4 of long rows, 1 of rows apart, and 2 of short rows for each number of columns that a lane may hold.
+    # 4 of long rows, 1 of strided rows, and 2 of short rows for each number of columns that a lane may hold.
     assert len(kernels) == (7 if storage == "double" else 9)
     lines = []
     for name, used in sorted(kernels, key=lambda kernel: short(kernel[0])):
@@ -96,7 +96,7 @@ def test_rows(arch, storage, table):
         if "Rows" not in name:
             continue
         assert not re.search(r"\b(LDL|STL)\b", function), short(name)
-        if "RowsApart" in name:
+        if "RowsStrided" in name:
             continue
         assert "STG.E.NA.128" in function or re.search(r"STG.E\S*.128", function), short(name)
         assert re.search(r"LDS\S*.128", function), short(name)

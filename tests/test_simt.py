@@ -81,7 +81,7 @@ _LONG, _SHORT = "cuda/rows_long.h", "cuda/rows_short.h"
 _FENCE, _SYNC, _WRITE = "      simt.before_copy();\n", "      simt.warp_sync();\n", "      if (v.grad) write"
 BROKEN = {
     "the wait for a row's chunks": (_LONG, "simt.copy_wait(at.barriers + 8 * p.slot, p.parity);", ""),
-    "the barrier before a place is filled again": (_LONG, f"{_FENCE}{_SYNC}      ask();", "      ask();"),
+    "the barrier before a place is filled again": (_LONG, f"{_FENCE}{_SYNC}      prefetch();", "      prefetch();"),
     "the barrier between telling and reading": (
         _LONG,
         "        simt.block_sync();\n      }\n      return",
@@ -98,8 +98,8 @@ BROKEN = {
     "the barrier before a tile is written out": (_SHORT, f"{_SYNC}{_WRITE}", _WRITE),
     "the barrier between blanking a target and reading": (
         _SHORT,
-        "      simt.warp_sync();\n      stands.target = simt.exchange",
-        "      stands.target = simt.exchange",
+        "      simt.warp_sync();\n      state.target = simt.exchange",
+        "      state.target = simt.exchange",
     ),
     "the barrier between a row's gradient and its target's": (
         _SHORT,

@@ -1,10 +1,12 @@
 // Between library_cuda.cpp, which knows tensors, and the kernels, which know the machine. Plain C++.
 #pragma once
 
+#include <algorithm>
+
 #include "multi_copy.h"
 #include "rows_long.h"
 #include "rows_short.h"
-#include "visit.h"
+#include "sums.h"
 
 namespace mlkernels {
 
@@ -17,11 +19,11 @@ struct Device {
   void* stream;
 };
 
-enum class Way : int { SHORT, LONG, STREAMED, APART };
+enum class Path : int { SHORT, LONG, STREAMED, STRIDED };
 
 // How a visit runs.
 struct Choice {
-  Way way;
+  Path path;
   int warps, cluster;
   RowPlan rows;
   TilePlan tiles;
@@ -29,7 +31,7 @@ struct Choice {
 
 // What the tests on a host ask for instead; 0: nothing.
 struct Forced {
-  int way = 0;  // Way + 1
+  int path = 0;  // Path + 1
   int warps = 0, cluster = 0, chunk = 0, slots = 0, tile_rows = 0;
   int teams = 0;  // at most so many blocks or clusters
 };
@@ -39,32 +41,22 @@ extern Forced forced;
 template <class T>
 struct RowKernels {
   Choice (*choose)(const Visit<T>&, const Device&);
-  // Blocks, or clusters, of the launch; each of a SHORT or APART one's warps leaves a partial sum, each LONG team one.
+  // Blocks, or clusters, of the launch; each of a SHORT or STRIDED one's warps leaves a partial sum, each LONG team one.
   int (*blocks)(const Visit<T>&, const Device&, const Choice&);
   void (*run)(const Visit<T>&, const Device&, const Choice&, int blocks);
 };
 extern const RowKernels<float> rows_float, rows_bfloat16, rows_float16;
 extern const RowKernels<double> rows_double;
 
-struct Sums {
-  template <class T>
-  static void count(const Visit<T>& v, const Device& device, double* out, int blocks);
-  template <class T>
-  static void total(const Visit<T>& v, const Device& device, int64_t partials);
-  template <class T>
-  static void total_of(const T* in, int64_t count, double* out, const Device& device);
-  template <class T>
-  static void buckets(const Visit<T>& v, const Device& device, const T* values, const int* bins, int per_group,
-                      int64_t buckets, int chunks, double* out);
-  template <class T>
-  static void keys(const Visit<T>& v, const Device& device, int64_t* out);
-  template <class T>
-  static void runs(const Visit<T>& v, const Device& device, const T* values, const int64_t* keys, const int64_t* order,
-                   double* out);
-  // out[i] = the sum of in[i * terms ...], in the storage of a parameter.
-  template <class T>
-  static void store(const T* in, int64_t count, int terms, void* out, Storage storage, const Device& device);
-};
+// A kernel of sums.h, by blocks of so many warps.
+constexpr int SUM_WARPS = 8;
+template <class Kernel, class... Visits>
+void launch_sums(const Device&, int64_t blocks, const typename Kernel::Plan&, const Visits&...);
+
+inline int64_t blocks_for(int64_t threads, const Device& device) {
+  constexpr int64_t EACH = SUM_WARPS * LANES;
+  return std::clamp<int64_t>((threads + EACH - 1) / EACH, 1, 4 * device.multiprocessors);
+}
 
 // Whether the kernels run on this device: 0, or CUDA's number of the reason.
 int probe(int device);

@@ -2,7 +2,7 @@
 #include <algorithm>
 
 #include "launch.h"
-#include "rows_apart.h"
+#include "rows_strided.h"
 
 namespace mlkernels {
 namespace MLKERNELS_ISA {
@@ -48,7 +48,7 @@ constexpr int CHUNK = 256;                 // vectors: 4 kB; every chunk costs a
 constexpr int64_t ALONE_ROWS = 4096, ALONE_ELEMENTS = 1 << 19;  // one cluster is quicker than three launches up to here
 
 bool plan_short(const Visit<T>& v, const Device& device, Choice& out) {
-  out.way = Way::SHORT;
+  out.path = Path::SHORT;
   out.warps = forced.warps ? forced.warps : 4;
   const int64_t row_bytes = v.classes * int64_t(sizeof(S));
   TilePlan& tiles = out.tiles;
@@ -102,7 +102,7 @@ int64_t most_slots(const Choice& c, const Device& device) {
 
 // Rows that `cluster` blocks hold; false if they do not.
 bool plan_long(const Visit<T>& v, const Device& device, int cluster, Choice& out) {
-  out.way = Way::LONG;
+  out.path = Path::LONG;
   const int64_t vectors = vectors_of(v);
   out.cluster = cluster;
   const int most_warps =
@@ -124,22 +124,22 @@ bool deep(const Choice& c) { return 2 * c.rows.slots >= 3 * c.rows.chunks; }
 Choice plan_streamed(const Visit<T>& v, const Device& device) {
   Choice out{};
   (void)plan_long(v, device, 1, out);
-  out.way = Way::STREAMED;
+  out.path = Path::STREAMED;
   out.warps = std::min(out.warps, RowsLong<T, S, true, true>::THREADS / LANES);
   share_out(out, v, 1);
   out.rows.slots = forced.slots ? forced.slots : int(most_slots(out, device));
   return out;
 }
 
-// ---- which way -------------------------------------------------------------------------------------------------------
+// ---- which path ------------------------------------------------------------------------------------------------------
 
 template <bool GENERAL>
 using ShortFew = RowsShort<T, S, FEW, GENERAL>;
 template <bool GENERAL>
 using ShortMany = RowsShort<T, S, MANY, GENERAL>;
 
-ApartPlan apart_plan(const Visit<T>& v) {
-  return {v.simple && !general(v) && v.classes <= RowsApart<T, S>::CLASSES && in_pairs(v.in, v.input) &&
+StridedPlan strided_plan(const Visit<T>& v) {
+  return {v.simple && !general(v) && v.classes <= RowsStrided<T, S>::CLASSES && in_pairs(v.in, v.input) &&
           (!v.grad || in_pairs(v.out, v.grad))};
 }
 
@@ -148,21 +148,21 @@ template <class With>
 auto dispatch(const Visit<T>& v, const Choice& c, With with) {
   const bool g = general(v);
   const int64_t row_bytes = v.classes * int64_t(sizeof(S));
-  const int tile_bytes = c.way == Way::SHORT ? tile_shared_bytes(c.tiles, row_bytes, c.warps, c.cluster) : 0;
+  const int tile_bytes = c.path == Path::SHORT ? tile_shared_bytes(c.tiles, row_bytes, c.warps, c.cluster) : 0;
   const int ring_bytes =
-      c.way == Way::LONG || c.way == Way::STREAMED ? long_shared_bytes(c.rows, c.warps, c.cluster) : 0;
-  switch (c.way) {
-    case Way::SHORT:
+      c.path == Path::LONG || c.path == Path::STREAMED ? long_shared_bytes(c.rows, c.warps, c.cluster) : 0;
+  switch (c.path) {
+    case Path::SHORT:
       if (v.classes <= FEW_COLUMNS)
         return g ? with(ShortFew<true>(), c.tiles, tile_bytes) : with(ShortFew<false>(), c.tiles, tile_bytes);
       return g ? with(ShortMany<true>(), c.tiles, tile_bytes) : with(ShortMany<false>(), c.tiles, tile_bytes);
-    case Way::LONG:
+    case Path::LONG:
       return g ? with(RowsLong<T, S, true, false>(), c.rows, ring_bytes)
                : with(RowsLong<T, S, false, false>(), c.rows, ring_bytes);
-    case Way::STREAMED:
+    case Path::STREAMED:
       return g ? with(RowsLong<T, S, true, true>(), c.rows, ring_bytes)
                : with(RowsLong<T, S, false, true>(), c.rows, ring_bytes);
-    default: return with(RowsApart<T, S>(), apart_plan(v), 0);
+    default: return with(RowsStrided<T, S>(), strided_plan(v), 0);
   }
 }
 
@@ -174,10 +174,10 @@ int teams_of(const Visit<T>& v, const Device& device, const Choice& c) {
 }
 
 int blocks_of(const Visit<T>& v, const Device& device, const Choice& c) {
-  if (c.way == Way::SHORT && c.tiles.alone) return c.cluster;
-  const int64_t work = c.way == Way::SHORT   ? ((v.rows + c.tiles.rows - 1) / c.tiles.rows + c.warps - 1) / c.warps
-                       : c.way == Way::APART ? (v.rows + c.warps * LANES - 1) / (c.warps * LANES)
-                                             : v.rows;
+  if (c.path == Path::SHORT && c.tiles.alone) return c.cluster;
+  const int64_t work = c.path == Path::SHORT     ? ((v.rows + c.tiles.rows - 1) / c.tiles.rows + c.warps - 1) / c.warps
+                       : c.path == Path::STRIDED ? (v.rows + c.warps * LANES - 1) / (c.warps * LANES)
+                                                 : v.rows;
   const int teams = forced.teams ? forced.teams : teams_of(v, device, c);
   return int(std::max<int64_t>(1, std::min<int64_t>(work, teams))) * c.cluster;
 }
@@ -187,31 +187,25 @@ Choice choose(const Visit<T>& v, const Device& any) {
   Device device = any;
   device.major = compiled_major<RowsLong<T, S, true, false>, Visit<T>, RowPlan>(any);
   const bool grad = v.grad != nullptr;
-  const auto apart = [&] {
-    Choice way{};
-    way.way = Way::APART;
-    way.warps = forced.warps ? forced.warps : 8;
-    way.cluster = 1;
-    return way;
-  };
+  const Choice strided{Path::STRIDED, forced.warps ? forced.warps : 8, 1, {}, {}};
   const bool together =
       (v.in.class_stride == 1 || v.classes == 1) && (!grad || v.out.class_stride == 1 || v.classes == 1);
-  if (!together || forced.way == int(Way::APART) + 1) return apart();
+  if (!together || forced.path == int(Path::STRIDED) + 1) return strided;
   const bool packed = one_after_another(v.in, v.classes) && (!grad || one_after_another(v.out, v.classes));
   const bool may_be_short = packed && v.classes <= SHORT_ROW;
-  if (may_be_short && (!forced.way || forced.way == int(Way::SHORT) + 1) && plan_short(v, device, out)) return out;
-  if (v.classes < LANES && !forced.way) return apart();  // a few columns of a wider matrix
-  if (forced.way == int(Way::STREAMED) + 1) return plan_streamed(v, device);
+  if (may_be_short && (!forced.path || forced.path == int(Path::SHORT) + 1) && plan_short(v, device, out)) return out;
+  if (v.classes < LANES && !forced.path) return strided;  // a few columns of a wider matrix
+  if (forced.path == int(Path::STREAMED) + 1) return plan_streamed(v, device);
   const int most = forced.cluster > 0 ? forced.cluster : device.major >= 9 ? 16 : 1;
   // The smallest cluster that holds a row and a half, else the last one that holds a row.
   bool holds = false;
   for (int cluster = forced.cluster > 0 ? forced.cluster : 1; cluster <= most; cluster *= 2) {
-    Choice way{};
-    if (!plan_long(v, device, cluster, way)) continue;
-    if (forced.cluster > 0) return way;
+    Choice found{};
+    if (!plan_long(v, device, cluster, found)) continue;
+    if (forced.cluster > 0) return found;
     // A cluster of 16 is more than every device promises.
-    if (cluster > 1 && teams_of(v, device, way) == 0) break;
-    out = way;
+    if (cluster > 1 && teams_of(v, device, found) == 0) break;
+    out = found;
     holds = true;
     if (deep(out)) break;
   }

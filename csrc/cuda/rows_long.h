@@ -43,7 +43,7 @@ struct RowsLong {
     const Simt& simt;
     const Visit<T>& v;
     const RowPlan& plan;
-    const LongPlaces at;
+    const LongOffsets at;
     const int part, parts;
     int teams;
     int per_row;        // chunks asked for per row: forwards, backwards
@@ -74,7 +74,7 @@ struct RowsLong {
     }
 
     MLK_DEVICE Label label_before(int64_t row) const {
-      return row < v.rows ? label_of(v, row) : Label{0, 0, Fate::IGNORED};
+      return row < v.rows ? label_of(v, row) : Label{0, 0, LabelStatus::IGNORED};
     }
 
     // The first row from here on that is kept.
@@ -82,7 +82,7 @@ struct RowsLong {
       while (row < v.rows) {
         const Label label = ahead.next;
         ahead.next = label_before(row + teams);
-        if (label.fate == Fate::KEPT) break;
+        if (label.status == LabelStatus::VALID) break;
         row += teams;
       }
       ahead.row = row;
@@ -92,7 +92,7 @@ struct RowsLong {
       ahead.edge = ahead.span.base < v.begin || ahead.span.base + 16 * vectors > v.end;
     }
 
-    MLK_DEVICE void ask() {
+    MLK_DEVICE void prefetch() {
       if (ahead.row >= v.rows || per_row == 0) return;
       const Chunk chunk = chunk_of(ahead.span, ahead.place, ahead.order);
       fetch_vectors<S>(simt, v, at.barriers + 8 * ahead.place.slot, chunk.ring, ahead.span.base, chunk.from / V,
@@ -107,10 +107,10 @@ struct RowsLong {
     MLK_DEVICE void release() {
       simt.before_copy();
       simt.warp_sync();
-      ask();
+      prefetch();
     }
 
-    MLK_DEVICE void arrived(const RingSlot& p) const { simt.copy_wait(at.barriers + 8 * p.slot, p.parity); }
+    MLK_DEVICE void wait_for(const RingSlot& p) const { simt.copy_wait(at.barriers + 8 * p.slot, p.parity); }
 
     // Calls body(at, i, u) for this lane's vectors of a chunk: u the logits of the other classes, -inf where there is none.
     template <class Body>
@@ -153,11 +153,11 @@ struct RowsLong {
 
     // What the warps tell each other: K numbers of T's size each.
     template <int K>
-    MLK_DEVICE int tell(const T (&x)[K]) {
+    MLK_DEVICE int post(const T (&x)[K]) {
       // Two places in turn: whoever is told something for the second time has been heard by all in between.
       const int half = exchanges & 1, parity = exchanges >> 1 & 1;
       ++exchanges;
-      const int here = at.told + half * parts * SUMS * 8, mine = here + part * SUMS * 8;
+      const int here = at.mailbox + half * parts * SUMS * 8, mine = here + part * SUMS * 8;
       if (simt.ranks() > 1) {
         // No barrier of the cluster: it would wait until this row's gradient is written, here and elsewhere.
         if (simt.thread() == 0) simt.expect(8 * half, parts * K * int(sizeof(T)));
@@ -175,7 +175,7 @@ struct RowsLong {
       }
       return here;
     }
-    MLK_DEVICE T said(int here, int part, int k) const { return simt.template load<T>(here + (part * SUMS + k) * 8); }
+    MLK_DEVICE T posted(int here, int part, int k) const { return simt.template load<T>(here + (part * SUMS + k) * 8); }
 
     // Sums over the team, the same bits for all of it.
     template <int K>
@@ -183,11 +183,11 @@ struct RowsLong {
       MLK_UNROLL
       for (int k = 0; k < K; ++k) x[k] = sum_over(simt, x[k]);
       if (parts == 1) return;
-      const int here = tell(x), lanes = parts < LANES ? parts : LANES;
+      const int here = post(x), lanes = parts < LANES ? parts : LANES;
       MLK_UNROLL
       for (int k = 0; k < K; ++k) {
         x[k] = 0;
-        for (int i = simt.lane() % lanes; i < parts; i += lanes) x[k] += said(here, i, k);
+        for (int i = simt.lane() % lanes; i < parts; i += lanes) x[k] += posted(here, i, k);
         x[k] = sum_over(simt, x[k], lanes);
       }
     }
@@ -209,16 +209,16 @@ struct RowsLong {
       // A class in two numbers: a float does not hold every one.
       const T x[3] = {m, T(first < 0 ? -1 : first >> 16), T(first < 0 ? 0 : first & 0xffff)};
       const T y[1] = {m};
-      const int here = GENERAL ? tell(x) : tell(y), lanes = parts < LANES ? parts : LANES;
+      const int here = GENERAL ? post(x) : post(y), lanes = parts < LANES ? parts : LANES;
       m = -INF;
       first = -1;
       for (int i = simt.lane() % lanes; i < parts; i += lanes) {
         int64_t its = -1;
         if (GENERAL) {
-          const T high = said(here, i, 1), low = said(here, i, 2);
+          const T high = posted(here, i, 1), low = posted(here, i, 2);
           its = high < 0 ? -1 : (int64_t(high) << 16) + int64_t(low);
         }
-        merge(said(here, i, 0), its);
+        merge(posted(here, i, 0), its);
       }
       lanes_merge(lanes);
     }
@@ -274,16 +274,16 @@ struct RowsLong {
     }
 
     // The largest other logit, on chip.
-    MLK_DEVICE void find_max(const Span& span, int64_t y, Standing<T>& stands, Counts& counts) {
-      stands.m = -INF;
+    MLK_DEVICE void find_max(const Span& span, int64_t y, RowState<T>& state, Counts& counts) {
+      state.m = -INF;
       RingSlot p = place;
       for (int k = 0; k < plan.chunks; ++k, p.next(plan)) {
-        arrived(p);
+        wait_for(p);
         const Chunk chunk = chunk_of(span, p, k);
         blank(chunk, y);
-        search(chunk, y, stands.m, counts.first);
+        search(chunk, y, state.m, counts.first);
       }
-      max_all(stands.m, counts.first);
+      max_all(state.m, counts.first);
     }
 
     // A lane's sums before they are one.
@@ -292,26 +292,26 @@ struct RowsLong {
     };
 
     // The sums, on chip, once the scale is known.
-    MLK_DEVICE void add_up(const Span& span, int64_t y, const Standing<T>& stands, bool releases, RowSums<T>& sums,
-                           int& above) {
-      const Exponent<T> exponent(stands);
+    MLK_DEVICE void accumulate(const Span& span, int64_t y, const RowState<T>& state, bool releases, RowSums<T>& sums,
+                               int& above) {
+      const Exponent<T> exponent(state);
       Lanes lanes;
       if (exponent.fused)
-        add_chunks<sizeof(T) == 4>(span, y, stands, exponent, releases, lanes, above);
+        accumulate_chunks<sizeof(T) == 4>(span, y, state, exponent, releases, lanes, above);
       else
-        add_chunks<false>(span, y, stands, exponent, releases, lanes, above);
-      sums.e = in_order(lanes.e, span.phase) * exponent.slip();
+        accumulate_chunks<false>(span, y, state, exponent, releases, lanes, above);
+      sums.e = in_order(lanes.e, span.phase) * exponent.correction();
       if (!GENERAL) return;
-      sums.shift = in_order(lanes.shift, span.phase) * exponent.slip();
-      if (v.want_square) sums.square = in_order(lanes.square, span.phase) * exponent.slip();
+      sums.shift = in_order(lanes.shift, span.phase) * exponent.correction();
+      if (v.want_square) sums.square = in_order(lanes.square, span.phase) * exponent.correction();
       sums.weighted = in_order(lanes.weighted, span.phase);
     }
     template <bool FUSED>
-    MLK_DEVICE void add_chunks(const Span& span, int64_t y, const Standing<T>& stands, const Exponent<T>& exponent,
-                               bool releases, Lanes& sums, int& above) {
+    MLK_DEVICE void accumulate_chunks(const Span& span, int64_t y, const RowState<T>& state,
+                                      const Exponent<T>& exponent, bool releases, Lanes& sums, int& above) {
       RingSlot p = place;
       for (int k = 0; k < plan.chunks; ++k, p.next(plan)) {
-        arrived(p);
+        wait_for(p);
         const Chunk chunk = chunk_of(span, p, k);
         if (v.saved) blank(chunk, y);
         each(chunk, y, [&](int, int i, const T(&u)[V]) {
@@ -327,7 +327,7 @@ struct RowsLong {
             const int64_t j = chunk.first() + i * V + e;
             if (!chunk.holds(i * V + e) || j == y) continue;
             if (v.smoothing > 0) sums.weighted[e] += v.weight ? d * v.weight[j] : d;
-            above += u[e] > stands.target;
+            above += u[e] > state.target;
           }
         });
         if (releases) release();
@@ -336,11 +336,11 @@ struct RowsLong {
 
     // Maximum and sums at once, with a maximum that runs from chunk to chunk; for both scales where it will depend on the
     // maximum which counts.
-    struct Running {
+    struct RunningSums {
       T m = -INF;
       T e[2][V] = {}, shift[2][V] = {};
     };
-    MLK_DEVICE void lift(Running& r, T top, const T (&scale2)[2], int scales) const {
+    MLK_DEVICE void rescale(RunningSums& r, T top, const T (&scale2)[2], int scales) const {
       if (!(top > r.m)) return;
       MLK_UNROLL
       for (int s = 0; s < 2; ++s) {
@@ -356,34 +356,34 @@ struct RowsLong {
       r.m = top;
     }
     // Sums of (u - target), because the maximum is not known yet.
-    static MLK_DEVICE T origin(const Standing<T>& stands) {
-      return stands.target - stands.target == 0 ? stands.target : T(0);
+    static MLK_DEVICE T origin(const RowState<T>& state) {
+      return state.target - state.target == 0 ? state.target : T(0);
     }
 
-    MLK_DEVICE void run_through(const Span& span, int64_t y, Standing<T>& stands, Counts& counts, RowSums<T>& sums,
+    MLK_DEVICE void run_through(const Span& span, int64_t y, RowState<T>& state, Counts& counts, RowSums<T>& sums,
                                 int& above) {
       const int scales = v.spec.scale == Scale::TWO_SCALE && !v.saved ? 2 : 1;
       T scale2[2];
-      Running r;
+      RunningSums r;
       if (v.saved) {
-        r.m = stands.m;
-        stand(v, stands);
-        scale2[0] = scale2[1] = stands.scale2();
+        r.m = state.m;
+        select_scale(v, state);
+        scale2[0] = scale2[1] = state.scale2();
       } else {
         // On either side of the threshold, by the rule itself.
-        stands.scale = row_scale(v.spec, stands.values, -INF);
-        scale2[0] = stands.scale2();
-        stands.scale = row_scale(v.spec, stands.values, INF);
-        scale2[1] = stands.scale2();
+        state.scale = row_scale(v.spec, state.values, -INF);
+        scale2[0] = state.scale2();
+        state.scale = row_scale(v.spec, state.values, INF);
+        scale2[1] = state.scale2();
       }
       T mine = -INF, square[V] = {}, weighted[V] = {};
       for (int k = 0; k < plan.chunks; ++k, place.next(plan)) {
-        arrived(place);
+        wait_for(place);
         const Chunk chunk = chunk_of(span, place, k);
         blank(chunk, y);
         if (!v.saved) {
           search(chunk, y, mine, counts.first);
-          lift(r, largest_over(simt, mine), scale2, scales);
+          rescale(r, largest_over(simt, mine), scale2, scales);
         }
         const T m = r.m == -INF ? T(0) : r.m;
         each(chunk, y, [&](int, int i, const T(&u)[V]) {
@@ -400,20 +400,20 @@ struct RowsLong {
             }
             const int64_t j = chunk.first() + i * V + e;
             if (!GENERAL || !chunk.holds(i * V + e) || j == y) continue;
-            if (v.smoothing > 0) weighted[e] += (v.weight ? v.weight[j] : T(1)) * (u[e] - origin(stands));
-            above += u[e] > stands.target;
+            if (v.smoothing > 0) weighted[e] += (v.weight ? v.weight[j] : T(1)) * (u[e] - origin(state));
+            above += u[e] > state.target;
           }
         });
         release();
       }
       if (!v.saved) {
-        stands.m = mine;
-        max_all(stands.m, counts.first);
-        lift(r, stands.m, scale2, scales);
-        stand(v, stands);
+        state.m = mine;
+        max_all(state.m, counts.first);
+        rescale(r, state.m, scale2, scales);
+        select_scale(v, state);
       }
       // With a single scale there is one sum; with two, the first belongs to the lower side of the threshold.
-      const bool high = scales == 2 && stands.scale.selected == SCALE_HIGH;
+      const bool high = scales == 2 && state.scale.selected == SCALE_HIGH;
       T e[V], shift[V];
       MLK_UNROLL
       for (int i = 0; i < V; ++i) {
@@ -428,23 +428,23 @@ struct RowsLong {
     }
 
     // The gradient; the ring's places are given back one by one.
-    MLK_DEVICE void write_gradient(const Span& span, int64_t row, int64_t y, const Standing<T>& stands,
+    MLK_DEVICE void write_gradient(const Span& span, int64_t row, int64_t y, const RowState<T>& state,
                                    const Coefficients<T>& c) {
-      const Exponent<T> exponent(stands);
+      const Exponent<T> exponent(state);
       if (exponent.fused)
-        write_chunks<sizeof(T) == 4>(span, row, y, stands, c, exponent);
+        write_chunks<sizeof(T) == 4>(span, row, y, state, c, exponent);
       else
-        write_chunks<false>(span, row, y, stands, c, exponent);
+        write_chunks<false>(span, row, y, state, c, exponent);
     }
     template <bool FUSED>
-    MLK_DEVICE void write_chunks(const Span& span, int64_t row, int64_t y, const Standing<T>& stands,
+    MLK_DEVICE void write_chunks(const Span& span, int64_t row, int64_t y, const RowState<T>& state,
                                  const Coefficients<T>& c, const Exponent<T>& exponent) {
       S* const g = static_cast<S*>(v.grad) + v.out.offset(row);
       const bool together = phase_of(g) == span.phase, blanks = STREAMED || (v.saved && !v.want_shift);
-      const T factor = c.factor * exponent.slip();
-      const T at_target = GENERAL ? unprepare(v.preparation, c.target, stands.target, y) : c.target;
+      const T factor = c.factor * exponent.correction();
+      const T at_target = GENERAL ? unprepare(v.preparation, c.target, state.target, y) : c.target;
       for (int k = 0; k < plan.chunks; ++k, place.next(plan)) {
-        arrived(place);
+        wait_for(place);
         const Chunk chunk = chunk_of(span, place, STREAMED ? forwards + k : k);
         if (blanks) blank(chunk, y);
         // Vectors that the chunk fills; the others, its first and its last, are left to their lanes below.
@@ -490,32 +490,32 @@ struct RowsLong {
 
     // ---- a row ---------------------------------------------------------------------------------------------------------
 
-    MLK_DEVICE void visit(int64_t row, const Label& label, const Batch<T>& batch, const Factors<T>& shared, bool leaves,
+    MLK_DEVICE void visit(int64_t row, const Label& label, const Batch<T>& batch, const Factors<T>& shared, bool stores,
                           double& loss) {
       const S* x = row_at(row);
       const Span span = span_of(x, v.classes, plan, part);
-      Standing<T> stands;
+      RowState<T> state;
       Counts counts{-1, 0};
       RowSums<T> sums;
       int above = 0;
       const bool simple = !GENERAL && v.simple;
       if (simple)
-        numbers_of<true>(v, row, label, stands.values);
+        numbers_of<true>(v, row, label, state.values);
       else
-        numbers_of<false>(v, row, label, stands.values);
-      stands.target = widen(x[label.y]);
-      if (GENERAL) stands.target = prepare(v.preparation, stands.target, label.y);
-      if (v.saved) stands.m = v.saved[2 * row];
+        numbers_of<false>(v, row, label, state.values);
+      state.target = widen(x[label.y]);
+      if (GENERAL) state.target = prepare(v.preparation, state.target, label.y);
+      if (v.saved) state.m = v.saved[2 * row];
       const bool adds = !v.saved || v.want_shift;
       if (STREAMED) {
         if (adds)
-          run_through(span, label.y, stands, counts, sums, above);
+          run_through(span, label.y, state, counts, sums, above);
         else
-          stand(v, stands);
+          select_scale(v, state);
       } else {
-        if (!v.saved) find_max(span, label.y, stands, counts);
-        stand(v, stands);
-        if (adds) add_up(span, label.y, stands, !v.grad, sums, above);
+        if (!v.saved) find_max(span, label.y, state, counts);
+        select_scale(v, state);
+        if (adds) accumulate(span, label.y, state, !v.grad, sums, above);
       }
       if (adds && GENERAL) {
         // Also a count in two numbers.
@@ -533,8 +533,7 @@ struct RowsLong {
         }
         counts.above = int64_t(n[0]) + (int64_t(n[1]) << 16);
         if (STREAMED && v.smoothing > 0)
-          sums.weighted +=
-              (batch.weight_sum - (v.weight ? v.weight[label.y] : T(1))) * (origin(stands) - stands.floor());
+          sums.weighted += (batch.weight_sum - (v.weight ? v.weight[label.y] : T(1))) * (origin(state) - state.floor());
       } else if (adds) {
         T x[1] = {sums.e};
         sum_all(x);
@@ -542,13 +541,13 @@ struct RowsLong {
       }
       Coefficients<T> c{};
       const auto finished = [&](auto known) {
-        return finish_visit<GENERAL, decltype(known)::value>(v, batch, shared, row, label.y, stands, sums, counts,
-                                                             leaves, c);
+        return finish_visit<GENERAL, decltype(known)::value>(v, batch, shared, row, label.y, state, sums, counts,
+                                                             stores, c);
       };
       const T own = simple ? finished(std::integral_constant<bool, !GENERAL>()) : finished(std::false_type());
-      if (leaves) leave_loss(v, row, own, loss);
+      if (stores) store_loss(v, row, own, loss);
       if (v.grad)
-        write_gradient(span, row, label.y, stands, c);
+        write_gradient(span, row, label.y, state, c);
       else if (!STREAMED && adds)
         for (int k = 0; k < plan.chunks; ++k) place.next(plan);
     }
@@ -568,28 +567,29 @@ struct RowsLong {
     const int first = simt.block() / simt.ranks();
     team.ahead.next = team.label_before(first);
     team.seek(first);
-    for (int k = 0; k < plan.slots; ++k) team.ask();
+    for (int k = 0; k < plan.slots; ++k) team.prefetch();
 
     const Batch<T> batch = batch_on_device(v);
     const Factors<T> shared = shared_factors(simt, v);
-    leave_factors(simt, v, shared);
-    const bool leaves = team.part == 0 && simt.lane() == 0;
+    store_factors(simt, v, shared);
+    const bool stores = team.part == 0 && simt.lane() == 0;
     double loss = 0;
     Label next = team.label_before(first);
     for (int64_t row = first; row < v.rows; row += team.teams) {
       const Label label = next;
       next = team.label_before(row + team.teams);  // here by the time that it is looked at
-      if (label.fate == Fate::KEPT) {
-        team.visit(row, label, batch, shared, leaves, loss);
+      if (label.status == LabelStatus::VALID) {
+        team.visit(row, label, batch, shared, stores, loss);
         continue;
       }
-      if (leaves) leave_fate(v, shared, row, label.fate, loss);
+      if (stores) store_skipped(v, shared, row, label.status, loss);
       if (v.grad)
-        fill(static_cast<S*>(v.grad) + v.out.offset(row), v.classes, label.fate == Fate::BAD ? nan<T>() : T(0),
-             team.part * LANES + simt.lane(), team.parts * LANES);
+        fill(static_cast<S*>(v.grad) + v.out.offset(row), v.classes,
+             label.status == LabelStatus::INVALID ? nan<T>() : T(0), team.part * LANES + simt.lane(),
+             team.parts * LANES);
     }
-    if (leaves && v.partials) v.partials[first] = loss;
-    if (simt.rank() == 0) add_up(simt, v, team.teams, team.teams);
+    if (stores && v.partials) v.partials[first] = loss;
+    if (simt.rank() == 0) reduce_partials(simt, v, team.teams, team.teams);
   }
 };
 

@@ -29,18 +29,18 @@ struct TilePlan {
 
 namespace MLKERNELS_ISA {
 
-struct TilePlaces {
-  int barriers, told, ring, tile;
-  MLK_FN TilePlaces(const TilePlan& plan, int64_t row_bytes, int warp, int warps, int ranks) {
+struct TileOffsets {
+  int barriers, mailbox, ring, tile;
+  MLK_FN TileOffsets(const TilePlan& plan, int64_t row_bytes, int warp, int warps, int ranks) {
     tile = int((plan.rows * row_bytes + 15) / 16 * 16 + 16);
     barriers = warp * plan.slots * 8;
-    told = (warps * plan.slots * 8 + 127) / 128 * 128;
-    const int rings = told + (plan.alone ? (4 * warps * ranks * 8 + 127) / 128 * 128 : 0);
+    mailbox = (warps * plan.slots * 8 + 127) / 128 * 128;
+    const int rings = mailbox + (plan.alone ? (4 * warps * ranks * 8 + 127) / 128 * 128 : 0);
     ring = rings + warp * plan.slots * tile;
   }
 };
 inline int tile_shared_bytes(const TilePlan& plan, int64_t row_bytes, int warps, int ranks) {
-  return TilePlaces(plan, row_bytes, warps, warps, ranks).ring;
+  return TileOffsets(plan, row_bytes, warps, warps, ranks).ring;
 }
 
 template <class T_, class S_, int ELEMENTS, bool GENERAL>
@@ -54,39 +54,10 @@ struct RowsShort {
   // Whether pieces of this size may be dealt in turned order; others meet in twos at most.
   static constexpr bool turns(int bytes) { return GENERAL || bytes == 16; }
 
-  // Two sums over all threads of the launch, which is one block or cluster; the same bits for all of them.
-  template <class Simt>
-  static MLK_DEVICE void over_all(const Simt& simt, int told, double& a, double& b) {
-    a = sum_over(simt, a);
-    b = sum_over(simt, b);
-    const int parts = simt.warps() * simt.ranks(), part = simt.rank() * simt.warps() + simt.warp();
-    if (parts == 1) return;
-    if (simt.ranks() > 1) {
-      if (simt.lane() < simt.ranks()) {
-        simt.store_remote(simt.lane(), told + 16 * part, a);
-        simt.store_remote(simt.lane(), told + 16 * part + 8, b);
-      }
-      simt.cluster_sync();
-    } else {
-      if (simt.lane() == 0) {
-        simt.store(told + 16 * part, a);
-        simt.store(told + 16 * part + 8, b);
-      }
-      simt.block_sync();
-    }
-    a = b = 0;
-    for (int i = simt.lane(); i < parts; i += LANES) {
-      a += simt.template load<double>(told + 16 * i);
-      b += simt.template load<double>(told + 16 * i + 8);
-    }
-    a = sum_over(simt, a);
-    b = sum_over(simt, b);
-  }
-
   template <class Simt>
   static MLK_DEVICE void run(const Simt& simt, const Visit<T>& v, const TilePlan& plan) {
     if (v.unless_one && *v.unless_one == T(1)) return;
-    const TilePlaces at(plan, v.classes * int64_t(sizeof(S)), simt.warp(), simt.warps(), simt.ranks());
+    const TileOffsets at(plan, v.classes * int64_t(sizeof(S)), simt.warp(), simt.warps(), simt.ranks());
     const int64_t tiles = (v.rows + plan.rows - 1) / plan.rows;
     const int64_t every = int64_t(simt.blocks()) * simt.warps();
     const int64_t mine = int64_t(simt.block()) * simt.warps() + simt.warp();
@@ -112,15 +83,15 @@ struct RowsShort {
       double weights = 0, kept = 0;
       count_rows(v, int64_t(simt.block()) * simt.threads() + simt.thread(), int64_t(simt.blocks()) * simt.threads(),
                  weights, kept);
-      over_all(simt, at.told, weights, kept);
+      sum_over_cluster(simt, at.mailbox, weights, kept);
       shared = factors_of<T>(weights, kept);
     } else {
       shared = shared_factors(simt, v);
     }
-    leave_factors(simt, v, shared);
+    store_factors(simt, v, shared);
     const Batch<T> batch = batch_on_device(v);
     const int shift = ONE ? 0 : plan.shift, together = LANES >> shift, own = simt.lane() >> shift;
-    const Deal deal = deal_of(v, shift, own);
+    const Split split = split_of(v, shift, own);
     double loss = 0;
     int slot = 0, parity = 0;
     const auto label_at = [&](int64_t row) {
@@ -138,12 +109,12 @@ struct RowsShort {
         for (int r = own; r - own < int(rows); r += together) {
           constexpr bool SIMPLE = decltype(simple)::value;
           const bool exists = r < int(rows);
-          Label label{0, 0, Fate::IGNORED};
+          Label label{0, 0, LabelStatus::IGNORED};
           if (exists) label = label_of<SIMPLE>(v, first + r, next);
           // Read now, looked at after this row.
           const bool last = r - own + together >= int(rows);
           next = label_at(last ? after : first + r + together);
-          visit<SIMPLE>(simt, v, deal, batch, shared, first + r, exists, label,
+          visit<SIMPLE>(simt, v, split, batch, shared, first + r, exists, label,
                         begin + r * int(v.classes) * int(sizeof(S)), loss);
         }
       };
@@ -164,27 +135,27 @@ struct RowsShort {
     if (v.spec.reduction == Reduction::NONE || !v.losses) return;
     if (plan.alone) {
       double none = 0;
-      over_all(simt, at.told + 16 * simt.warps() * simt.ranks(), loss, none);
+      sum_over_cluster(simt, at.mailbox + 16 * simt.warps() * simt.ranks(), loss, none);
       if (simt.block() == 0 && simt.thread() == 0) *v.losses = T(loss);
     } else {
       loss = sum_over(simt, loss);
       if (simt.lane() == 0) v.partials[mine] = loss;
-      add_up(simt, v, simt.blocks(), every);
+      reduce_partials(simt, v, simt.blocks(), every);
     }
   }
 
   // How a row is dealt to its lanes: in pieces of 16 bytes, two halves, or an element, whichever is the largest that rows
   // of this size are made of. In general it is the element: each has to be looked at by itself.
-  struct Deal {
+  struct Split {
     int shift;     // a row has 1 << shift lanes
     int piece;     // bytes
     int most;      // elements of a lane, at most
     int turn;      // a lane's i-th piece is its (i ^ turn)-th
     bool aligned;  // whether pieces lie at multiples of their size
   };
-  static MLK_DEVICE Deal deal_of(const Visit<T>& v, int shift, int own) {
+  static MLK_DEVICE Split split_of(const Visit<T>& v, int shift, int own) {
     const int bytes = int(v.classes) * int(sizeof(S));
-    Deal out;
+    Split out;
     out.shift = shift;
     out.piece = GENERAL ? int(sizeof(S)) : bytes % 16 == 0 ? 16 : sizeof(S) == 2 && bytes % 4 == 0 ? 4 : int(sizeof(S));
     const int per = out.piece / int(sizeof(S));
@@ -246,43 +217,43 @@ struct RowsShort {
 
   // A row by its lanes; all lanes of the warp come here, also those that have no row.
   template <bool SIMPLE, class Simt>
-  static MLK_DEVICE void visit(const Simt& simt, const Visit<T>& v, const Deal& deal, const Batch<T>& batch,
+  static MLK_DEVICE void visit(const Simt& simt, const Visit<T>& v, const Split& split, const Batch<T>& batch,
                                const Factors<T>& shared, int64_t row, bool exists, const Label& label, int at,
                                double& loss) {
-    const int shift = ONE ? 0 : deal.shift, lanes = 1 << shift, sub = simt.lane() & (lanes - 1);
-    const bool kept = exists && label.fate == Fate::KEPT;
+    const int shift = ONE ? 0 : split.shift, lanes = 1 << shift, sub = simt.lane() & (lanes - 1);
+    const bool kept = exists && label.status == LabelStatus::VALID;
     const int y = kept ? int(label.y) : 0, target_at = at + y * int(sizeof(S));
-    const int mine = at + sub * deal.piece, turn = deal.turn * (deal.piece << shift);
+    const int mine = at + sub * split.piece, turn = split.turn * (split.piece << shift);
     const auto place_of = [&](int i, int bytes) {
       const int place = i * (bytes << shift);
       return mine + (turns(bytes) ? place ^ turn : place);
     };
     const auto pieces_of = [&](int per) { return kept ? (int(v.classes) / per - sub + lanes - 1) >> shift : 0; };
     // In general a piece is an element, and this is its class.
-    const auto class_of = [&](int i) { return (i ^ deal.turn) * lanes + sub; };
+    const auto class_of = [&](int i) { return (i ^ split.turn) * lanes + sub; };
 
-    Standing<T> stands;
-    stands.target = 0;
+    RowState<T> state;
+    state.target = 0;
     S nothing;
     narrow(-INF, nothing);
     if (kept && sub == 0) {
-      stands.target = T(widen(simt.template load<S>(target_at)));
+      state.target = T(widen(simt.template load<S>(target_at)));
       // -inf in its place: no element has to be asked whether it is the target. Softcap would make a number of it.
       if (!GENERAL) simt.store(target_at, nothing);
     }
     if (lanes > 1) {
       simt.warp_sync();
-      stands.target = simt.exchange(stands.target, simt.lane() - sub);
+      state.target = simt.exchange(state.target, simt.lane() - sub);
     }
     if (kept) {
-      if (GENERAL) stands.target = prepare(v.preparation, stands.target, y);
-      numbers_of<SIMPLE>(v, row, label, stands.values);
+      if (GENERAL) state.target = prepare(v.preparation, state.target, y);
+      numbers_of<SIMPLE>(v, row, label, state.values);
     }
 
     T u[ELEMENTS];
     int first = -1;
-    stands.m = -INF;
-    by_piece(deal.piece, [&](auto kind) {
+    state.m = -INF;
+    by_piece(split.piece, [&](auto kind) {
       using Piece = decltype(kind);
       constexpr int PER = int(sizeof(Piece) / sizeof(S));
       const int count = pieces_of(PER);
@@ -290,9 +261,9 @@ struct RowsShort {
       if constexpr (sizeof(S) == 2) pair = all_of<S, uint32_t>(nothing);
       MLK_UNROLL
       for (int i = 0; i < ELEMENTS / PER; ++i) {
-        if (i * PER % GROUP == 0 && i * PER >= deal.most) break;
+        if (i * PER % GROUP == 0 && i * PER >= split.most) break;
         Piece one = all_of<S, Piece>(nothing);
-        if (i < count) one = load_piece<Piece>(simt, place_of(i, int(sizeof(Piece))), deal.aligned);
+        if (i < count) one = load_piece<Piece>(simt, place_of(i, int(sizeof(Piece))), split.aligned);
         if constexpr (sizeof(S) == 2 && PER > 1) {  // two halves at a time
           MLK_UNROLL
           for (int w = 0; w < PER / 2; ++w) pair = larger_pair(pair, word_of(one, w), S());
@@ -304,36 +275,36 @@ struct RowsShort {
           if (GENERAL) {
             const int j = class_of(i);
             if (i < count) x = prepare(v.preparation, x, j);
-            if (i < count && j != y && (x > stands.m || first < 0 || (x == stands.m && j < first))) first = j;
+            if (i < count && j != y && (x > state.m || first < 0 || (x == state.m && j < first))) first = j;
             if (j == y) x = -INF;
           }
-          if constexpr (sizeof(S) != 2 || PER == 1) stands.m = larger(stands.m, x);
+          if constexpr (sizeof(S) != 2 || PER == 1) state.m = larger(state.m, x);
         }
       }
-      if constexpr (sizeof(S) == 2 && PER > 1) stands.m = larger(element_of<T, S>(pair, 0), element_of<T, S>(pair, 1));
+      if constexpr (sizeof(S) == 2 && PER > 1) state.m = larger(element_of<T, S>(pair, 0), element_of<T, S>(pair, 1));
     });
     Counts counts{-1, 0};
     for (int mask = lanes / 2; mask > 0; mask /= 2) {
-      const T m = simt.butterfly(stands.m, mask);
+      const T m = simt.butterfly(state.m, mask);
       if (GENERAL) {
         const int other = simt.butterfly(first, mask);
-        if (other >= 0 && (first < 0 || m > stands.m || (m == stands.m && other < first))) first = other;
+        if (other >= 0 && (first < 0 || m > state.m || (m == state.m && other < first))) first = other;
       }
-      stands.m = larger(stands.m, m);
+      state.m = larger(state.m, m);
     }
     counts.first = first;
-    if (!SIMPLE && v.saved && kept) stands.m = v.saved[2 * row];
+    if (!SIMPLE && v.saved && kept) state.m = v.saved[2 * row];
     RowSums<T> all;
     int above = 0;
     if (kept) {
-      stand<SIMPLE>(v, stands);
-      const T m = stands.floor(), scale2 = stands.scale2();
+      select_scale<SIMPLE>(v, state);
+      const T m = state.floor(), scale2 = state.scale2();
       const int count = pieces_of(1);
       Tree<ELEMENTS / GROUP, T> sums, shifts, squares, weights;
       MLK_UNROLL
       for (int group = 0; group < ELEMENTS / GROUP; ++group) {
         RowSums<T> some;
-        if (group * GROUP < deal.most) {
+        if (group * GROUP < split.most) {
           Tree<GROUP, T> powers, shift_by, square_by, weight_by;
           MLK_UNROLL
           for (int k = 0; k < GROUP; ++k) {
@@ -344,7 +315,7 @@ struct RowsShort {
             if (GENERAL) {
               const int j = class_of(i);
               const bool other = i < count && j != y;
-              above += other && u[i] > stands.target;
+              above += other && u[i] > state.target;
               shift_by.add(k, v.want_shift && power != 0 ? power * d : T(0));
               square_by.add(k, v.want_square && power != 0 ? power * d * d : T(0));
               weight_by.add(k, other && v.smoothing > 0 ? (v.weight ? d * v.weight[j] : d) : T(0));
@@ -376,22 +347,22 @@ struct RowsShort {
     }
     Coefficients<T> c{};
     if (kept) {
-      const T own = finish_visit<GENERAL, SIMPLE>(v, batch, shared, row, y, stands, all, counts, sub == 0, c);
-      if (sub == 0) leave_loss<SIMPLE>(v, row, own, loss);
+      const T own = finish_visit<GENERAL, SIMPLE>(v, batch, shared, row, y, state, all, counts, sub == 0, c);
+      if (sub == 0) store_loss<SIMPLE>(v, row, own, loss);
     } else if (exists && sub == 0) {
-      leave_fate(v, shared, row, label.fate, loss);
+      store_skipped(v, shared, row, label.status, loss);
     }
     if (!v.grad) return;
     if (GENERAL) simt.warp_sync();  // the target's logit was read by another lane than its own
     if (kept) {
-      const T m = stands.floor(), scale2 = stands.scale2();
-      by_piece(deal.piece, [&](auto kind) {
+      const T m = state.floor(), scale2 = state.scale2();
+      by_piece(split.piece, [&](auto kind) {
         using Piece = decltype(kind);
         constexpr int PER = int(sizeof(Piece) / sizeof(S));
         const int count = pieces_of(PER);
         MLK_UNROLL
         for (int i = 0; i < ELEMENTS / PER; ++i) {
-          if (i * PER % GROUP == 0 && i * PER >= deal.most) break;
+          if (i * PER % GROUP == 0 && i * PER >= split.most) break;
           if (i >= count) continue;
           T g[PER];
           MLK_UNROLL
@@ -405,18 +376,18 @@ struct RowsShort {
               g[e] = c.factor * x;
             }
           }
-          store_piece(simt, place_of(i, int(sizeof(Piece))), piece_from<S, Piece>(g), deal.aligned);
+          store_piece(simt, place_of(i, int(sizeof(Piece))), piece_from<S, Piece>(g), split.aligned);
         }
       });
     } else if (exists) {
       S value;
-      narrow(label.fate == Fate::BAD ? nan<T>() : T(0), value);
+      narrow(label.status == LabelStatus::INVALID ? nan<T>() : T(0), value);
       for (int j = sub; j < int(v.classes); j += lanes) simt.store(at + j * int(sizeof(S)), value);
     }
     if (lanes > 1) simt.warp_sync();  // the target's place is another lane's
     if (kept && sub == 0) {
       S narrowed;
-      narrow(GENERAL ? unprepare(v.preparation, c.target, stands.target, y) : c.target, narrowed);
+      narrow(GENERAL ? unprepare(v.preparation, c.target, state.target, y) : c.target, narrowed);
       simt.store(target_at, narrowed);
     }
   }

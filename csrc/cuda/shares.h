@@ -19,17 +19,17 @@ namespace MLKERNELS_ISA {
 constexpr int SUMS = 4;  // numbers that a warp tells the others, of 8 bytes at most
 
 // Where things lie in shared memory.
-struct LongPlaces {
-  int barriers, told, ring;  // and at 0 the barriers of what a cluster's blocks tell each other
-  MLK_FN LongPlaces(const RowPlan& plan, int warp, int warps, int ranks) {
+struct LongOffsets {
+  int barriers, mailbox, ring;  // and at 0 the barriers of what a cluster's blocks tell each other
+  MLK_FN LongOffsets(const RowPlan& plan, int warp, int warps, int ranks) {
     barriers = 16 + warp * plan.slots * 8;
-    told = (16 + warps * plan.slots * 8 + 127) / 128 * 128;
-    const int rings = told + (2 * warps * ranks * SUMS * 8 + 127) / 128 * 128;
+    mailbox = (16 + warps * plan.slots * 8 + 127) / 128 * 128;
+    const int rings = mailbox + (2 * warps * ranks * SUMS * 8 + 127) / 128 * 128;
     ring = rings + warp * plan.slots * plan.slot_bytes();
   }
 };
 inline int long_shared_bytes(const RowPlan& plan, int warps, int ranks) {
-  return LongPlaces(plan, warps, warps, ranks).ring;
+  return LongOffsets(plan, warps, warps, ranks).ring;
 }
 
 // u becomes (u - m) scale, of base-2 exponentials, up to a number that all of a row share and that `slip` returns: one
@@ -38,11 +38,11 @@ template <class T>
 struct Exponent {
   T m, scale2, shifted;
   bool fused;  // large logits would make the slip large
-  MLK_DEVICE explicit Exponent(const Standing<T>& stands)
-      : m(stands.floor()), scale2(stands.scale2()), shifted(m * scale2) {
+  MLK_DEVICE explicit Exponent(const RowState<T>& state)
+      : m(state.floor()), scale2(state.scale2()), shifted(m * scale2) {
     fused = sizeof(T) == 4 && m_abs(shifted) < T(1 << 18);
   }
-  MLK_DEVICE T slip() const { return fused ? exp2_of(-multiply_add(m, scale2, -shifted)) : T(1); }
+  MLK_DEVICE T correction() const { return fused ? exp2_of(-multiply_add(m, scale2, -shifted)) : T(1); }
   template <bool FUSED>
   MLK_DEVICE T of(T u) const {
     return FUSED ? exp2_of(multiply_add(u, scale2, -shifted)) : exp2_of((u - m) * scale2);

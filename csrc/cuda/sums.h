@@ -7,27 +7,6 @@
 namespace mlkernels {
 namespace MLKERNELS_ISA {
 
-// Two sums of a block's threads; the first thread has them.
-template <class Simt>
-MLK_DEVICE void over_block(const Simt& simt, double& a, double& b) {
-  a = sum_over(simt, a);
-  b = sum_over(simt, b);
-  if (simt.warps() == 1) return;
-  if (simt.lane() == 0) {
-    simt.store(16 * simt.warp(), a);
-    simt.store(16 * simt.warp() + 8, b);
-  }
-  simt.block_sync();
-  a = b = 0;
-  if (simt.lane() < simt.warps()) {
-    a = simt.template load<double>(16 * simt.lane());
-    b = simt.template load<double>(16 * simt.lane() + 8);
-  }
-  a = sum_over(simt, a);
-  b = sum_over(simt, b);
-}
-inline int over_block_bytes(int warps) { return 16 * warps; }
-
 // (blocks, 2): the sum of the kept rows' class weights, and of the kept rows.
 template <class T>
 struct CountRows {
@@ -40,7 +19,7 @@ struct CountRows {
     double weights = 0, rows = 0;
     count_rows(v, int64_t(simt.block()) * simt.threads() + simt.thread(), int64_t(simt.blocks()) * simt.threads(),
                weights, rows);
-    over_block(simt, weights, rows);
+    sum_over_cluster(simt, 0, weights, rows);
     if (simt.thread() != 0) return;
     if (v.arrived && simt.block() == 0) *v.arrived = 0;
     plan.out[2 * simt.block()] = weights;
@@ -58,11 +37,11 @@ struct TotalLoss {
   template <class Simt>
   static MLK_DEVICE void run(const Simt& simt, const Visit<T>& v, const Plan& plan) {
     double sum = sum_of_partials(v, plan.partials, simt.thread(), simt.threads()), none = 0;
-    over_block(simt, sum, none);
+    sum_over_cluster(simt, 0, sum, none);
     if (simt.warp() != 0) return;
     if (v.rows == 0) {  // no visit
       const Factors<T> shared = shared_factors(simt, v);
-      leave_factors(simt, v, shared);
+      store_factors(simt, v, shared);
       sum = 0 * double(shared.by_class);  // the mean of none is NaN
     }
     if (simt.lane() == 0) *v.losses = T(sum);
@@ -86,7 +65,7 @@ struct TotalOf {
       read_ahead(plan.in, i, simt.threads(), plan.count, some);
       sum += sum_of(some);
     }
-    over_block(simt, sum, none);
+    sum_over_cluster(simt, 0, sum, none);
     if (simt.thread() == 0) *plan.out = sum;
   }
 };
@@ -121,14 +100,14 @@ struct SumBuckets {
       for (int k = 0; k < AT_ONCE; ++k) {
         if (row + k * every >= v.rows) break;
         if (plan.bins) {
-          const Label label = judge(v, y[k], group[k]);
-          if (label.fate == Fate::IGNORED) continue;
-          if ((label.fate == Fate::KEPT ? label.group * plan.per_group : 0) + bin[k] != bucket) continue;
+          const Label label = checked_label(v, y[k], group[k]);
+          if (label.status == LabelStatus::IGNORED) continue;
+          if ((label.status == LabelStatus::VALID ? label.group * plan.per_group : 0) + bin[k] != bucket) continue;
         }
         sum += double(value[k]);
       }
     }
-    over_block(simt, sum, none);
+    sum_over_cluster(simt, 0, sum, none);
     if (simt.thread() == 0) plan.out[simt.block()] = sum;
   }
 };
@@ -150,8 +129,41 @@ struct SortKeys {
       MLK_UNROLL
       for (int k = 0; k < AT_ONCE; ++k) {
         if (row + k * every >= v.rows) break;
-        const Fate fate = judge(v, y[k], group[k]).fate;
-        plan.out[row + k * every] = fate == Fate::KEPT ? y[k] : fate == Fate::BAD ? v.classes : v.classes + 1;
+        const LabelStatus status = checked_label(v, y[k], group[k]).status;
+        plan.out[row + k * every] = status == LabelStatus::VALID     ? y[k]
+                                    : status == LabelStatus::INVALID ? v.classes
+                                                                     : v.classes + 1;
+      }
+    }
+  }
+};
+
+// out[i] = the sum of in[i * terms ...], as a parameter's type.
+template <class T>
+struct StoreSums {
+  static constexpr int THREADS = 256, BLOCKS = 2;
+  struct Plan {
+    const T* in;
+    int64_t count;
+    int terms;
+    void* out;
+    Storage storage;
+  };
+  template <class Simt>
+  static MLK_DEVICE void run(const Simt& simt, const Plan& plan) {
+    // A warp for each where there are terms to add.
+    const int lanes = plan.terms > 1 ? LANES : 1, mine = simt.thread() % lanes;
+    const int64_t every = int64_t(simt.blocks()) * simt.threads() / lanes;
+    for (int64_t i = (int64_t(simt.block()) * simt.threads() + simt.thread()) / lanes; i < plan.count; i += every) {
+      double sum = 0;
+      for (int k = mine; k < plan.terms; k += lanes) sum += double(plan.in[i * plan.terms + k]);
+      if (lanes > 1) sum = sum_over(simt, sum);
+      if (mine != 0) continue;
+      switch (plan.storage) {
+        case Storage::FLOAT: static_cast<float*>(plan.out)[i] = float(sum); break;
+        case Storage::DOUBLE: static_cast<double*>(plan.out)[i] = sum; break;
+        case Storage::BFLOAT16: narrow(float(sum), static_cast<bfloat16*>(plan.out)[i]); break;
+        default: narrow(float(sum), static_cast<float16*>(plan.out)[i]);
       }
     }
   }

@@ -97,24 +97,24 @@ MLK_DEVICE int64_t read_index(const void* data, Index type, int64_t at) {
 }
 
 // A row and its label.
-enum class Fate : int { KEPT, IGNORED, BAD };
+enum class LabelStatus : int { VALID, IGNORED, INVALID };
 struct Label {
   int64_t y, group;
-  Fate fate;
+  LabelStatus status;
 };
 
 template <bool SIMPLE = false, class T>
-MLK_DEVICE Label judge(const Visit<T>& v, int64_t y, int64_t group) {
-  if (y == v.spec.ignore_index) return {y, 0, Fate::IGNORED};
-  Label out{y, group, uint64_t(y) < uint64_t(v.classes) ? Fate::KEPT : Fate::BAD};
+MLK_DEVICE Label checked_label(const Visit<T>& v, int64_t y, int64_t group) {
+  if (y == v.spec.ignore_index) return {y, 0, LabelStatus::IGNORED};
+  Label out{y, group, uint64_t(y) < uint64_t(v.classes) ? LabelStatus::VALID : LabelStatus::INVALID};
   const int64_t groups = v.t.groups > v.tau.groups ? v.t.groups : v.tau.groups;
-  if (!SIMPLE && v.group && uint64_t(group) >= uint64_t(groups)) out.fate = Fate::BAD;
+  if (!SIMPLE && v.group && uint64_t(group) >= uint64_t(groups)) out.status = LabelStatus::INVALID;
   return out;
 }
 template <bool SIMPLE = false, class T>
 MLK_DEVICE Label label_of(const Visit<T>& v, int64_t row, int64_t y) {
   const bool grouped = !SIMPLE && v.group && y != v.spec.ignore_index;
-  return judge<SIMPLE>(v, y, grouped ? read_index(v.group, v.group_type, row) : 0);
+  return checked_label<SIMPLE>(v, y, grouped ? read_index(v.group, v.group_type, row) : 0);
 }
 template <class T>
 MLK_DEVICE Label label_of(const Visit<T>& v, int64_t row) {
@@ -211,6 +211,35 @@ MLK_DEVICE V largest_over(const Simt& simt, V x) {
   for (int mask = LANES / 2; mask > 0; mask /= 2) x = larger(x, simt.butterfly(x, mask));
   return x;
 }
+// Two sums over all threads of a cluster, or of a block that is none; the same bits for all of them. By way of shared memory.
+template <class Simt>
+MLK_DEVICE void sum_over_cluster(const Simt& simt, int mailbox, double& a, double& b) {
+  a = sum_over(simt, a);
+  b = sum_over(simt, b);
+  const int parts = simt.warps() * simt.ranks(), own = mailbox + 16 * (simt.rank() * simt.warps() + simt.warp());
+  if (parts == 1) return;
+  if (simt.ranks() > 1) {
+    if (simt.lane() < simt.ranks()) {
+      simt.store_remote(simt.lane(), own, a);
+      simt.store_remote(simt.lane(), own + 8, b);
+    }
+    simt.cluster_sync();
+  } else {
+    if (simt.lane() == 0) {
+      simt.store(own, a);
+      simt.store(own + 8, b);
+    }
+    simt.block_sync();
+  }
+  a = b = 0;
+  for (int i = simt.lane(); i < parts; i += LANES) {
+    a += simt.template load<double>(mailbox + 16 * i);
+    b += simt.template load<double>(mailbox + 16 * i + 8);
+  }
+  a = sum_over(simt, a);
+  b = sum_over(simt, b);
+}
+MLK_FN int sum_over_cluster_bytes(int warps, int ranks) { return 16 * warps * ranks; }
 // The sum of COUNT numbers, a power of two of them, by a tree: the same bits where neighbours change places. They come one by
 // one, the i-th with its (constant) number, and no more than a sum of each level is kept.
 template <int COUNT, class V>
@@ -284,7 +313,7 @@ MLK_DEVICE Factors<T> shared_factors(const Simt& simt, const Visit<T>& v) {
 
 // For a later visit of the same rows.
 template <class Simt, class T>
-MLK_DEVICE void leave_factors(const Simt& simt, const Visit<T>& v, const Factors<T>& shared) {
+MLK_DEVICE void store_factors(const Simt& simt, const Visit<T>& v, const Factors<T>& shared) {
   if (!v.factors || simt.block() != 0 || simt.thread() != 0) return;
   v.factors[0] = shared.by_class;
   v.factors[1] = shared.by_row;
@@ -300,7 +329,7 @@ MLK_DEVICE Batch<T> batch_on_device(const Visit<T>& v) {
 
 // A row between its maximum and its end.
 template <class T>
-struct Standing {
+struct RowState {
   Values<T> values;
   RowScale<T> scale;
   T target, m;  // m may be -inf
@@ -330,8 +359,8 @@ MLK_DEVICE void numbers_of(const Visit<T>& v, int64_t row, const Label& label, V
 }
 
 template <bool SIMPLE = false, class T>
-MLK_DEVICE void stand(const Visit<T>& v, Standing<T>& at) {
-  at.scale = row_scale(spec_of<SIMPLE>(v), at.values, at.target - at.m);
+MLK_DEVICE void select_scale(const Visit<T>& v, RowState<T>& state) {
+  state.scale = row_scale(spec_of<SIMPLE>(v), state.values, state.target - state.m);
 }
 
 // Over the other classes, as Statistics has them.
@@ -348,11 +377,11 @@ struct Counts {   // for RowStats
 // may be wanted.
 template <bool GENERAL, bool SIMPLE = false, class T>
 MLK_DEVICE T finish_visit(const Visit<T>& v, const Batch<T>& any, const Factors<T>& shared, int64_t row, int64_t y,
-                          const Standing<T>& stands, const RowSums<T>& sums, const Counts& counts, bool leaves,
+                          const RowState<T>& state, const RowSums<T>& sums, const Counts& counts, bool stores,
                           Coefficients<T>& gradient) {
   const Spec spec = spec_of<SIMPLE>(v);
   const Batch<T> batch = SIMPLE ? Batch<T>{0, 0, 0, any.weight_sum, any.classes} : any;
-  Statistics<T> r{stands.target, stands.m, 0, 0, sums.shift, sums.square, sums.weighted};
+  Statistics<T> r{state.target, state.m, 0, 0, sums.shift, sums.square, sums.weighted};
   if (!SIMPLE && v.saved) {
     r.log_sum = v.saved[2 * row + 1];
     r.share = r.log_sum == -infinity<T>() ? T(0) : m_exp(-r.log_sum);
@@ -361,10 +390,10 @@ MLK_DEVICE T finish_visit(const Visit<T>& v, const Batch<T>& any, const Factors<
     r.share = sums.e == 0 ? T(0) : m_inverse(sums.e);
   }
   Position<T> at;
-  const T delta = approach(spec, stands.values, r, stands.scale, GENERAL && v.want_parameters, at);
+  const T delta = approach(spec, state.values, r, state.scale, GENERAL && v.want_parameters, at);
   const T e = m_exp(-m_abs(delta));
   locate(r, delta, e, m_log1p_of_part(e), at);
-  if (GENERAL && v.logsumexp && leaves) {
+  if (GENERAL && v.logsumexp && stores) {
     const bool doubtful = sums.e != sums.e || r.target != r.target;
     v.logsumexp[row] = at.lse;
     v.log_prob[row] = -at.nll;
@@ -376,8 +405,8 @@ MLK_DEVICE T finish_visit(const Visit<T>& v, const Batch<T>& any, const Factors<
     v.prediction[row] = doubtful ? -1 : best;
   }
   const T weight = !SIMPLE && v.weight ? v.weight[y] : T(1);
-  return finish_row<GENERAL, SIMPLE>(static_cast<const Problem<T>&>(v), spec, batch, shared, row, stands.values, r, at,
-                                     weight, leaves, gradient);
+  return finish_row<GENERAL, SIMPLE>(static_cast<const Problem<T>&>(v), spec, batch, shared, row, state.values, r, at,
+                                     weight, stores, gradient);
 }
 
 // One element of the gradient, but the target's, and but for the way back through softcap: power is exp(s (u - m)).
@@ -391,7 +420,7 @@ MLK_DEVICE T gradient_at(const Visit<T>& v, const Coefficients<T>& c, T factor, 
 
 // A row's loss to where it goes: its place, or the sum of whoever has this row.
 template <bool SIMPLE = false, class T>
-MLK_DEVICE void leave_loss(const Visit<T>& v, int64_t row, T loss, double& total) {
+MLK_DEVICE void store_loss(const Visit<T>& v, int64_t row, T loss, double& total) {
   if (!SIMPLE && v.spec.reduction == Reduction::NONE) {
     if (v.losses) v.losses[row] = loss;
   } else {
@@ -412,7 +441,7 @@ MLK_DEVICE double sum_of_partials(const Visit<T>& v, int64_t partials, int64_t m
 }
 // By all threads of a block, of `blocks`, whose teams have left their sums.
 template <class Simt, class T>
-MLK_DEVICE void add_up(const Simt& simt, const Visit<T>& v, int blocks, int64_t partials) {
+MLK_DEVICE void reduce_partials(const Simt& simt, const Visit<T>& v, int blocks, int64_t partials) {
   if (!v.arrived) return;
   simt.block_sync();
   if (simt.warp() != 0) return;
@@ -426,10 +455,11 @@ MLK_DEVICE void add_up(const Simt& simt, const Visit<T>& v, int blocks, int64_t 
 
 // What a row that is not looked at leaves, but for its gradient. The mean of no other rows is NaN.
 template <class T>
-MLK_DEVICE void leave_fate(const Visit<T>& v, const Factors<T>& shared, int64_t row, Fate fate, double& total) {
-  const T value = fate == Fate::BAD ? nan<T>() : T(0);
+MLK_DEVICE void store_skipped(const Visit<T>& v, const Factors<T>& shared, int64_t row, LabelStatus status,
+                              double& total) {
+  const T value = status == LabelStatus::INVALID ? nan<T>() : T(0);
   leave_unread(static_cast<const Problem<T>&>(v), row, value);
-  leave_loss(v, row, value * shared.by_class, total);
+  store_loss(v, row, value * shared.by_class, total);
 }
 
 // ---- copies between shared and global memory -------------------------------------------------------------------------

@@ -121,7 +121,7 @@ def replaced(arch: str, storage: str | None, module: Module) -> Iterator[None]:
 
 def _storage_of(name: str) -> str | None:
     """Which text holds a kernel, by the type that its mangled name ends its template arguments with."""
-    if "RowsShort" not in name and "RowsLong" not in name and "RowsApart" not in name:
+    if "RowsShort" not in name and "RowsLong" not in name and "RowsStrided" not in name:
         return None
     if "bfloat16" in name:
         return "bfloat16"

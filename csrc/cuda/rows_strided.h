@@ -10,12 +10,12 @@
 namespace mlkernels {
 namespace MLKERNELS_ISA {
 
-struct ApartPlan {
+struct StridedPlan {
   int pairs;  // whether rows go by pairs
 };
 
 template <class T_, class S_>
-struct RowsApart {
+struct RowsStrided {
   using T = T_;
   using S = S_;
   // A multiprocessor's registers are 2 blocks' of 128 each, in which the numbers of a row of doubles do not fit.
@@ -25,11 +25,11 @@ struct RowsApart {
   static constexpr int BATCH = sizeof(T) == 8 ? 4 : 16;        // classes of a row that are read together
 
   template <class Simt>
-  static MLK_DEVICE void run(const Simt& simt, const Visit<T>& v, const ApartPlan& plan) {
+  static MLK_DEVICE void run(const Simt& simt, const Visit<T>& v, const StridedPlan& plan) {
     if (v.unless_one && *v.unless_one == T(1)) return;
     const Batch<T> batch = batch_on_device(v);
     const Factors<T> shared = shared_factors(simt, v);
-    leave_factors(simt, v, shared);
+    store_factors(simt, v, shared);
     double loss = 0;
     const int64_t every = int64_t(simt.blocks()) * simt.threads();
     const int64_t first = int64_t(simt.block()) * simt.threads() + simt.thread();
@@ -41,7 +41,7 @@ struct RowsApart {
     if (!v.partials) return;
     loss = sum_over(simt, loss);
     if (simt.lane() == 0) v.partials[int64_t(simt.block()) * simt.warps() + simt.warp()] = loss;
-    add_up(simt, v, simt.blocks(), int64_t(simt.blocks()) * simt.warps());
+    reduce_partials(simt, v, simt.blocks(), int64_t(simt.blocks()) * simt.warps());
   }
 
   static constexpr int MOST = CLASSES > 0 ? int(CLASSES) : 1, GROUP = 4;  // classes are worked on or left out together
@@ -50,28 +50,28 @@ struct RowsApart {
   static MLK_DEVICE Coefficients<T> visit_held(const Visit<T>& v, const Batch<T>& batch, const Factors<T>& shared,
                                                int64_t row, const Label& label, T (&u)[MOST], double& loss) {
     const int classes = int(v.classes), y = int(label.y);
-    if (label.fate != Fate::KEPT) {
-      const T value = label.fate == Fate::BAD ? nan<T>() : T(0);
-      leave_fate(v, shared, row, label.fate, loss);
+    if (label.status != LabelStatus::VALID) {
+      const T value = label.status == LabelStatus::INVALID ? nan<T>() : T(0);
+      store_skipped(v, shared, row, label.status, loss);
       MLK_UNROLL
       for (int j = 0; j < MOST; ++j) u[j] = value;
       return {1, 0, 0, value, 0, 0};
     }
-    Standing<T> stands;
-    numbers_of<true>(v, row, label, stands.values);
-    stands.target = 0;
-    stands.m = -INF;
+    RowState<T> state;
+    numbers_of<true>(v, row, label, state.values);
+    state.target = 0;
+    state.m = -INF;
     MLK_UNROLL
     for (int j = 0; j < MOST; ++j) {
       if (j % GROUP == 0 && j >= classes) break;
       if (j == y) {
-        stands.target = u[j];
+        state.target = u[j];
         u[j] = -INF;
       }
-      stands.m = larger(stands.m, u[j]);
+      state.m = larger(state.m, u[j]);
     }
-    stand<true>(v, stands);
-    const T m = stands.floor(), scale2 = stands.scale2();
+    select_scale<true>(v, state);
+    const T m = state.floor(), scale2 = state.scale2();
     RowSums<T> sums;
     MLK_UNROLL
     for (int j = 0; j < MOST; ++j) {
@@ -80,8 +80,8 @@ struct RowsApart {
       sums.e += u[j];
     }
     Coefficients<T> c{};
-    const T own = finish_visit<false, true>(v, batch, shared, row, label.y, stands, sums, Counts{-1, 0}, true, c);
-    leave_loss<true>(v, row, own, loss);
+    const T own = finish_visit<false, true>(v, batch, shared, row, label.y, state, sums, Counts{-1, 0}, true, c);
+    store_loss<true>(v, row, own, loss);
     return c;
   }
 
@@ -124,10 +124,10 @@ struct RowsApart {
     S* g = v.grad ? static_cast<S*>(v.grad) + v.out.offset(row) : nullptr;
     const int64_t in_step = v.in.class_stride, out_step = v.out.class_stride;
     const Label label = label_of(v, row);
-    if (label.fate != Fate::KEPT) {
-      leave_fate(v, shared, row, label.fate, loss);
+    if (label.status != LabelStatus::VALID) {
+      store_skipped(v, shared, row, label.status, loss);
       S value;
-      narrow(label.fate == Fate::BAD ? nan<T>() : T(0), value);
+      narrow(label.status == LabelStatus::INVALID ? nan<T>() : T(0), value);
       if (g)
         for (int64_t j = 0; j < v.classes; ++j) g[j * out_step] = value;
       return;
@@ -143,23 +143,23 @@ struct RowsApart {
       for (int k = 0; k < BATCH; ++k)
         if (from + k < v.classes) body(from + k, prepare(v.preparation, T(widen(read[k])), from + k));
     };
-    Standing<T> stands;
-    fetch(static_cast<const Problem<T>&>(v), row, y, label.group, stands.values);
-    stands.target = prepare(v.preparation, T(widen(x[y * in_step])), y);
-    stands.m = -INF;
+    RowState<T> state;
+    fetch(static_cast<const Problem<T>&>(v), row, y, label.group, state.values);
+    state.target = prepare(v.preparation, T(widen(x[y * in_step])), y);
+    state.m = -INF;
     Counts counts{-1, 0};
     if (v.saved) {
-      stands.m = v.saved[2 * row];
+      state.m = v.saved[2 * row];
     } else {
       for (int64_t from = 0; from < v.classes; from += BATCH)
         batch_from(from, [&](int64_t j, T u) {
           if (j == y) return;
-          if (u > stands.m || counts.first < 0) counts.first = j;
-          stands.m = larger(stands.m, u);
+          if (u > state.m || counts.first < 0) counts.first = j;
+          state.m = larger(state.m, u);
         });
     }
-    stand(v, stands);
-    const T m = stands.floor(), scale2 = stands.scale2();
+    select_scale(v, state);
+    const T m = state.floor(), scale2 = state.scale2();
     RowSums<T> sums;
     if (!v.saved || v.want_shift) {
       // Sums of sums: an error that grows with the square root of the classes at most.
@@ -174,7 +174,7 @@ struct RowsApart {
             if (v.want_shift) some.shift += e == 0 ? T(0) : e * d;
             if (v.want_square) some.square += e == 0 ? T(0) : e * d * d;
             if (v.smoothing > 0) some.weighted += v.weight ? d * v.weight[j] : d;
-            counts.above += u > stands.target;
+            counts.above += u > state.target;
           });
         sums.e += some.e;
         sums.shift += some.shift;
@@ -183,8 +183,8 @@ struct RowsApart {
       }
     }
     Coefficients<T> c{};
-    const T own = finish_visit<true>(v, batch, shared, row, y, stands, sums, counts, true, c);
-    leave_loss(v, row, own, loss);
+    const T own = finish_visit<true>(v, batch, shared, row, y, state, sums, counts, true, c);
+    store_loss(v, row, own, loss);
     if (!g) return;
     for (int64_t from = (v.classes - 1) / BATCH * BATCH; from >= 0; from -= BATCH)  // what was read last is still near
       batch_from(from, [&](int64_t j, T u) {
