@@ -1,12 +1,10 @@
 // The CPU implementations of mlkernels/ops.py: tensors to a Problem, rows to threads, row results to tensors.
-#include <torch/csrc/stable/library.h>
-
 #include <cstdlib>
-#include <tuple>
 
 #include "cpu/call.h"
 #include "cpu/direct.h"
 #include "cpu/heads.h"
+#include "operators.h"
 
 namespace mlkernels {
 namespace {
@@ -72,152 +70,83 @@ Tensor gradient_like(const Tensor& input) {
 
 // ---- a call ----------------------------------------------------------------------------------------------------------
 
+// The rows of a call, and their losses.
 template <class T>
-void run(const CpuProblem<T>& p) {
-  // Below this many elements, about 12 us, the other thread's 4 us cost more than it brings (bench/NOTES.md). What is
-  // done once per row takes as long as so many elements.
-  constexpr int64_t GRAIN = 36 << 10, PER_ROW = 96;
-  const int64_t grain = GRAIN / (p.classes + PER_ROW) + 1;
-  if (p.rows <= grain) {
-    if (p.rows > 0) Run<T>::rows(p, 0, p.rows);
-    return;
+struct RowCall : Call<T> {
+  using Call<T>::Call;
+  using Call<T>::p;
+  std::unique_ptr<T[]> losses;  // by row, where they are reduced
+  T* reduced = nullptr;
+  std::array<Array<T>, 4> upstream;
+  size_t taken = 0;
+
+  static Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) { return mlkernels::empty(sizes, dtype); }
+  static Tensor empty_of(const Tensor& like, ScalarType dtype) { return mlkernels::empty_of(like, dtype); }
+
+  Tensor loss_like(const Tensor& target) {
+    const bool reduces = p.spec.reduction != Reduction::NONE;
+    Tensor loss = reduces ? empty({}, type_of<T>()) : empty_of(target, type_of<T>());
+    p.losses = static_cast<T*>(loss.data_ptr());
+    if (!reduces) return loss;
+    reduced = p.losses;
+    losses.reset(new T[size_t(p.rows) + 1]);
+    p.losses = losses.get();
+    return loss;
   }
-  torch::stable::parallel_for(0, p.rows, grain, [&p](int64_t begin, int64_t end) { Run<T>::rows(p, begin, end); });
-}
+  static std::tuple<> factors() { return {}; }
 
-// Runs the rows and collects the gradients that are needed, in the order of their bits.
-template <class T>
-std::vector<Tensor> run_with_gradients(Call<T>& call, const Tensor& input, int64_t needs) {
-  CpuProblem<T>& p = call.p;
-  const ByParameter<T> parameters(call, needs);
-  if (p.up_entropy) p.want_shift = true;
-  Tensor grad;
-  if (needs >> INPUT & 1) {
-    grad = gradient_like(input);
-    p.grad = grad.data_ptr();
-    p.out = layout_of(grad, true);
-    // Twice the second cache of two cores and more: whoever reads it next finds it in memory either way.
-    constexpr int64_t STREAM_FROM = int64_t(8) << 20;
-    p.streamed = grad.numel() * int64_t(grad.element_size()) >= STREAM_FROM;
+  int64_t saved_rows() const { return p.rows; }
+  Tensor save_rows() {
+    Tensor saved = empty({p.rows, 2}, type_of<T>());
+    p.save = static_cast<T*>(saved.data_ptr());
+    return saved;
   }
-  run(p);
-  std::vector<Tensor> gradients = parameters.sums();
-  if (needs >> INPUT & 1) gradients.push_back(std::move(grad));
-  return gradients;
-}
+  static void prepare_backward(const Tensor&, bool) {}
+  void take(const std::optional<Tensor>& tensor, const T*& data, int64_t& stride) {
+    if (!tensor) return;
+    Array<T>& array = upstream[taken++];
+    array = array_of<T>(*tensor);
+    data = array.data;
+    stride = array.stride;
+  }
 
-// Row losses and their sum.
-template <class T>
-struct Losses {
-  Tensor result;
-  std::unique_ptr<T[]> by_row;
+  void run() {
+    // Below this many elements, about 12 us, the other thread's 4 us cost more than it brings (bench/NOTES.md). What is
+    // done once per row takes as long as so many elements.
+    constexpr int64_t GRAIN = 36 << 10, PER_ROW = 96;
+    const int64_t grain = GRAIN / (p.classes + PER_ROW) + 1;
+    const auto rows = [this](int64_t begin, int64_t end) { Run<T>::rows(p, begin, end); };
+    if (p.rows > grain)
+      torch::stable::parallel_for(0, p.rows, grain, rows);
+    else if (p.rows > 0)
+      rows(0, p.rows);
+    if (!reduced) return;
+    double sum = 0 * double(p.by_class_factor);  // the mean of no rows is NaN
+    for (int64_t i = 0; i < p.rows; ++i) sum += double(losses[i]);
+    *reduced = T(sum);
+  }
 
-  Losses(Call<T>& call, const Tensor& target) {
-    if (call.reduction == Reduction::NONE) {
-      result = empty_of(target, type_of<T>());
-      call.p.losses = static_cast<T*>(result.data_ptr());
-    } else {
-      result = empty({}, type_of<T>());
-      by_row.reset(new T[size_t(call.p.rows) + 1]);
-      call.p.losses = by_row.get();
+  // Runs the rows and collects the gradients that are needed, in the order of their bits.
+  std::vector<Tensor> run_with_gradients(const Tensor& input, int64_t needs) {
+    const ByParameter<T> parameters(*this, needs);
+    if (p.up_entropy) p.want_shift = true;
+    Tensor grad;
+    if (needs >> INPUT & 1) {
+      grad = gradient_like(input);
+      p.grad = grad.data_ptr();
+      p.out = layout_of(grad, true);
+      // Twice the second cache of two cores and more: whoever reads it next finds it in memory either way.
+      constexpr int64_t STREAM_FROM = int64_t(8) << 20;
+      p.streamed = grad.numel() * int64_t(grad.element_size()) >= STREAM_FROM;
     }
-  }
-
-  void add_up(const Call<T>& call) {
-    if (call.reduction == Reduction::NONE) return;
-    double sum = 0 * double(call.p.by_class_factor);  // the mean of no rows is NaN
-    for (int64_t i = 0; i < call.p.rows; ++i) sum += double(by_row[i]);
-    *static_cast<T*>(result.data_ptr()) = T(sum);
+    run();
+    std::vector<Tensor> gradients = parameters.sums();
+    if (needs >> INPUT & 1) gradients.push_back(std::move(grad));
+    return gradients;
   }
 };
 
-// ---- the operators; see ops.py ---------------------------------------------------------------------------------------
-
-// Loss and gradients in one visit of each row.
-std::tuple<Tensor, std::vector<Tensor>> softmax_loss_with_gradients(const Tensor& input, const Tensor& target,
-                                                                    std::vector<double> numbers,
-                                                                    std::vector<Tensor> params, int64_t needs) {
-  return by_type(input, [&](auto zero) {
-    Call<decltype(zero)> call(input, target, numbers, params);
-    Losses<decltype(zero)> losses(call, target);
-    call.p.up_value = 1;
-    std::vector<Tensor> gradients = run_with_gradients(call, input, needs);
-    losses.add_up(call);
-    return std::tuple<Tensor, std::vector<Tensor>>{std::move(losses.result), std::move(gradients)};
-  });
-}
-
-std::tuple<Tensor, Tensor> softmax_loss_with_gradient(const Tensor& input, const Tensor& target,
-                                                      std::vector<double> numbers, std::vector<Tensor> params) {
-  auto [loss, gradients] =
-      softmax_loss_with_gradients(input, target, std::move(numbers), std::move(params), int64_t(1) << INPUT);
-  return {std::move(loss), std::move(gradients[0])};
-}
-
-std::tuple<Tensor, Tensor> softmax_loss(const Tensor& input, const Tensor& target, std::vector<double> numbers,
-                                        std::vector<Tensor> params, bool save) {
-  return by_type(input, [&](auto zero) {
-    using T = decltype(zero);
-    Call<T> call(input, target, numbers, params);
-    Losses<T> losses(call, target);
-    Tensor saved = empty({save ? call.p.rows : 0, 2}, type_of<T>());
-    if (save) call.p.save = static_cast<T*>(saved.data_ptr());
-    run(call.p);
-    losses.add_up(call);
-    return std::tuple<Tensor, Tensor>{std::move(losses.result), std::move(saved)};
-  });
-}
-
-using Stats = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-Stats softmax_stats(const Tensor& input, const Tensor& target, std::vector<double> numbers,
-                    std::vector<Tensor> params) {
-  return by_type(input, [&](auto zero) {
-    using T = decltype(zero);
-    Call<T> call(input, target, numbers, params);
-    Losses<T> losses(call, target);
-    Tensor saved = empty({call.p.rows, 2}, type_of<T>());
-    call.p.save = static_cast<T*>(saved.data_ptr());
-    const auto of = [&](auto*& data) {
-      Tensor made = empty_of(target, type_of<std::decay_t<decltype(*data)>>());
-      data = static_cast<std::decay_t<decltype(data)>>(made.data_ptr());
-      return made;
-    };
-    const Tensor logsumexp = of(call.p.logsumexp), log_prob = of(call.p.log_prob), entropy = of(call.p.entropy);
-    const Tensor prediction = of(call.p.prediction), confidence = of(call.p.confidence), rank = of(call.p.rank);
-    call.p.want_shift = true;
-    run(call.p);
-    losses.add_up(call);
-    return Stats{losses.result, saved, logsumexp, log_prob, entropy, prediction, confidence, rank};
-  });
-}
-
-std::vector<Tensor> softmax_loss_backward(std::optional<Tensor> grad_loss, std::optional<Tensor> grad_logsumexp,
-                                          std::optional<Tensor> grad_log_prob, std::optional<Tensor> grad_entropy,
-                                          const Tensor& input, const Tensor& target, std::vector<double> numbers,
-                                          std::vector<Tensor> params, const Tensor& saved, int64_t needs) {
-  return by_type(input, [&](auto zero) {
-    using T = decltype(zero);
-    Call<T> call(input, target, numbers, params);
-    check_backward(call.arguments, target, grad_loss, {&grad_logsumexp, &grad_log_prob, &grad_entropy}, saved,
-                   target.numel(), type_of<T>());
-    CpuProblem<T>& p = call.p;
-    std::array<Array<T>, 4> arrays;
-    const auto take = [&](const std::optional<Tensor>& tensor, Array<T>& array, const T*& data, int64_t& stride) {
-      if (!tensor) return;
-      array = array_of<T>(*tensor);
-      data = array.data;
-      stride = array.stride;
-    };
-    take(grad_loss, arrays[0], p.up_loss, p.up_loss_stride);
-    take(grad_logsumexp, arrays[1], p.up_logsumexp, p.up_logsumexp_stride);
-    take(grad_log_prob, arrays[2], p.up_log_prob, p.up_log_prob_stride);
-    take(grad_entropy, arrays[3], p.up_entropy, p.up_entropy_stride);
-    if (call.reduction != Reduction::NONE) p.up_loss_stride = 0;
-    if (saved.numel() > 0) p.saved = static_cast<const T*>(saved.data_ptr());
-    return run_with_gradients(call, input, needs);
-  });
-}
+using RowOperators = Operators<RowCall>;
 
 // ---- the same without a dispatcher; see cpu/direct.h -----------------------------------------------------------------
 
@@ -254,7 +183,8 @@ const Direct direct{
     [](const DirectCall& call, bool save, AtenTensorHandle* loss, AtenTensorHandle* saved) {
       return directly(call, [&](const Tensor& input, const Tensor& target, std::vector<double> numbers,
                                 std::vector<Tensor> params) {
-        const auto [result, statistics] = softmax_loss(input, target, std::move(numbers), std::move(params), save);
+        const auto [result, statistics] =
+            RowOperators::softmax_loss(input, target, std::move(numbers), std::move(params), save);
         *loss = handed_out(result);
         *saved = handed_out(statistics);
       });
@@ -263,7 +193,7 @@ const Direct direct{
       return directly(call, [&](const Tensor& input, const Tensor& target, std::vector<double> numbers,
                                 std::vector<Tensor> params) {
         const auto [result, made] =
-            softmax_loss_with_gradients(input, target, std::move(numbers), std::move(params), needs);
+            RowOperators::softmax_loss_with_gradients(input, target, std::move(numbers), std::move(params), needs);
         *loss = handed_out(result);
         for (const Tensor& gradient : made) *gradients++ = handed_out(gradient);
       });
@@ -272,8 +202,9 @@ const Direct direct{
        AtenTensorHandle* gradients) {
       return directly(call, [&](const Tensor& input, const Tensor& target, std::vector<double> numbers,
                                 std::vector<Tensor> params) {
-        for (const Tensor& gradient : softmax_loss_backward(owned(grad_loss), {}, {}, {}, input, target,
-                                                            std::move(numbers), std::move(params), owned(saved), needs))
+        for (const Tensor& gradient :
+             RowOperators::softmax_loss_backward(owned(grad_loss), {}, {}, {}, input, target, std::move(numbers),
+                                                 std::move(params), owned(saved), needs))
           *gradients++ = handed_out(gradient);
       });
     },
@@ -304,10 +235,4 @@ extern "C" __attribute__((visibility("default"))) size_t mlkernels_cpu_release_b
 // Of which numbers: a library that is older than numbering.py would take one loss for another.
 extern "C" __attribute__((visibility("default"))) const char* mlkernels_numbering() { return mlkernels::NUMBERING; }
 
-STABLE_TORCH_LIBRARY_IMPL(mlkernels, CPU, m) {
-  m.impl("softmax_loss", TORCH_BOX(&mlkernels::softmax_loss));
-  m.impl("softmax_loss_with_gradient", TORCH_BOX(&mlkernels::softmax_loss_with_gradient));
-  m.impl("softmax_loss_with_gradients", TORCH_BOX(&mlkernels::softmax_loss_with_gradients));
-  m.impl("softmax_stats", TORCH_BOX(&mlkernels::softmax_stats));
-  m.impl("softmax_loss_backward", TORCH_BOX(&mlkernels::softmax_loss_backward));
-}
+STABLE_TORCH_LIBRARY_IMPL(mlkernels, CPU, m) { mlkernels::RowOperators::implement(m); }

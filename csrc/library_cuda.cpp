@@ -3,7 +3,6 @@
 //
 // Compiled without CUDA (MLK_HOST) it runs the same kernels on the CPU's memory by simt/host.h, for the tests.
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -11,15 +10,13 @@
 #include <algorithm>
 #include <array>
 #include <memory>
-#include <optional>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 #include <vector>
 
-#include "call.h"
 #include "cuda/device.h"
 #include "cuda/kernels.h"
+#include "operators.h"
 
 namespace mlkernels {
 
@@ -45,28 +42,6 @@ Index index_of(ScalarType type) {
   }
 }
 
-// Where a call runs, and the new tensors that it makes there.
-struct Place {
-  Device device;
-
-  explicit Place(const Tensor& like) : device(device_of(like.get_device_index())) {}
-
-  Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) const {
-    return empty_on(device_type(), device.index, sizes, dtype);
-  }
-  Tensor empty_of(const Tensor& like, ScalarType dtype) const {
-    const auto sizes = like.sizes();
-    return empty({sizes.begin(), sizes.end()}, dtype);
-  }
-};
-
-// The tensor as it is, or a contiguous copy in another dtype; kept alive by the call.
-Tensor plain(const Tensor& tensor, ScalarType dtype, const Place& place) {
-  if (tensor.scalar_type() == dtype && tensor.is_contiguous()) return tensor;
-  Tensor out = place.empty_of(tensor, dtype);
-  return torch::stable::copy_(out, tensor);
-}
-
 // ---- a call ------------------------------------------------------------------------------------------------------------
 
 template <class T>
@@ -86,48 +61,65 @@ constexpr int64_t FEW_ROWS = 512;
 // The arguments that the operators share, laid out. The order of the numbers is that of ops.py.
 template <class T>
 struct Call {
-  Place place;
-  Visit<T> v{};
+  const DeviceGuard guard;
+  const Device device;
+  Visit<T> p{};
   const Arguments arguments;
   const std::array<const Tensor*, SLOTS>& tensors;
-  std::vector<Tensor> kept;  // what the launches still read
+  std::vector<Tensor> kept;                         // what the launches still read
+  const int64_t *keys = nullptr, *order = nullptr;  // the labels in order, and whose they are
 
   Call(const Tensor& input, const Tensor& target, const std::vector<double>& numbers, const std::vector<Tensor>& params)
-      : place(input), arguments(numbers, params), tensors(arguments.tensors) {
-    lay_out(v, arguments, target, check_shapes(input, target));
-    lay_out_input(v, input);
+      : guard(input),
+        device(device_of(input.get_device_index())),
+        arguments(numbers, params),
+        tensors(arguments.tensors) {
+    lay_out(p, arguments, target, check_shapes(input, target));
+    lay_out_input(p, input);
     int64_t reach = 0;
     for (int64_t d = 0; d < input.dim(); ++d) reach += (input.size(d) - 1) * input.stride(d);
-    v.begin = static_cast<const char*>(v.input);
-    v.end = v.begin + (reach + 1) * int64_t(input.element_size());
-    v.label = keep(plain(target, target.scalar_type(), place)).data_ptr();
-    v.label_type = index_of(target.scalar_type());
+    p.begin = static_cast<const char*>(p.input);
+    p.end = p.begin + (reach + 1) * int64_t(input.element_size());
+    p.label = plain(target, target.scalar_type()).data_ptr();
+    p.label_type = index_of(target.scalar_type());
 
     for (int slot = 0; slot < LOSS_SLOTS; ++slot) {
       if (!arguments.is_tensor_number(slot)) continue;
       const Tensor& tensor = *tensors[slot];
-      const Tensor& number = keep(plain(tensor, tensor.scalar_type(), place));
-      v.values[slot] = {T(0), number.data_ptr(), mode_of(tensor), storage_of(tensor.scalar_type())};
+      const Tensor& number = plain(tensor, tensor.scalar_type());
+      p.values[slot] = {T(0), number.data_ptr(), mode_of(tensor), storage_of(tensor.scalar_type())};
     }
-    lay_out_classes(v, arguments, [&](int slot) { return vector_of(slot); });
-    if (const Tensor* weight = tensors[ROW_WEIGHT]) take(*weight, v.row_weight, v.row_weight_stride);
-    v.normalizer = {arguments.numbers[NORMALIZER], nullptr, Mode::BY_VALUE, Storage::DOUBLE};
+    lay_out_classes(p, arguments, [&](int slot) { return vector_of(slot); });
+    if (const Tensor* weight = tensors[ROW_WEIGHT]) take(*weight, p.row_weight, p.row_weight_stride);
+    p.normalizer = {arguments.numbers[NORMALIZER], nullptr, Mode::BY_VALUE, Storage::DOUBLE};
     if (const Tensor* given = tensors[NORMALIZER])
-      v.normalizer = {0, given->data_ptr(), Mode::SHARED, storage_of(given->scalar_type())};
-    if (v.spec.transform == Transform::PIECEWISE) v.t = tables(TRANSFORM_A, TRANSFORM_B);
-    if (v.spec.head == Head::TAU) v.tau = tables(HEAD_A, HEAD_B);
+      p.normalizer = {0, given->data_ptr(), Mode::SHARED, storage_of(given->scalar_type())};
+    if (p.spec.transform == Transform::PIECEWISE) p.t = tables(TRANSFORM_A, TRANSFORM_B);
+    if (p.spec.head == Head::TAU) p.tau = tables(HEAD_A, HEAD_B);
     if (tensors[GROUP]) {
-      v.group = keep(plain(*tensors[GROUP], tensors[GROUP]->scalar_type(), place)).data_ptr();
-      v.group_type = index_of(tensors[GROUP]->scalar_type());
+      p.group = plain(*tensors[GROUP], tensors[GROUP]->scalar_type()).data_ptr();
+      p.group_type = index_of(tensors[GROUP]->scalar_type());
     }
-    if (v.smoothing > 0 && v.weight) {
+    if (p.smoothing > 0 && p.weight) {
       double* total = numbers_of(1);
-      launch_sums<TotalOf<T>>(place.device, 1, {v.weight, v.classes, total});
-      v.weight_total = total;
+      launch_sums<TotalOf<T>>(device, 1, {p.weight, p.classes, total});
+      p.weight_total = total;
     }
   }
   Call(const Call&) = delete;
 
+  Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) const {
+    return empty_on(device_type(), device.index, sizes, dtype);
+  }
+  Tensor empty_of(const Tensor& like, ScalarType dtype) const {
+    return empty_on(device_type(), device.index, like.sizes(), dtype);
+  }
+  // The tensor as it is, or a contiguous copy in another dtype; kept alive by the call.
+  const Tensor& plain(const Tensor& tensor, ScalarType dtype) {
+    if (tensor.scalar_type() == dtype && tensor.is_contiguous()) return keep(tensor);
+    Tensor out = empty_of(tensor, dtype);
+    return keep(torch::stable::copy_(out, tensor));
+  }
   const Tensor& keep(Tensor tensor) {
     if (kept.capacity() == 0) kept.reserve(2 * SLOTS + 16);  // references into it stay good
     STD_TORCH_CHECK(kept.size() < kept.capacity(), "a call keeps too many tensors");
@@ -135,12 +127,12 @@ struct Call {
     return kept.back();
   }
   double* numbers_of(int64_t count) {
-    return static_cast<double*>(keep(place.empty({count}, ScalarType::Double)).data_ptr());
+    return static_cast<double*>(keep(empty({count}, ScalarType::Double)).data_ptr());
   }
 
-  bool is_table(int slot) const { return mlkernels::is_table(v.spec, slot); }
+  bool is_table(int slot) const { return mlkernels::is_table(p.spec, slot); }
   const T* vector_of(int slot) {
-    return tensors[slot] ? static_cast<const T*>(keep(plain(*tensors[slot], type_of<T>(), place)).data_ptr()) : nullptr;
+    return tensors[slot] ? static_cast<const T*>(plain(*tensors[slot], type_of<T>()).data_ptr()) : nullptr;
   }
   Tables<T> tables(int slope, int bias) {
     const Tensor& table = *tensors[slope];
@@ -157,102 +149,112 @@ struct Call {
     if (flat && tensor->scalar_type() == type_of<T>())
       data = static_cast<const T*>(keep(*tensor).data_ptr());
     else
-      data = static_cast<const T*>(keep(plain(*tensor, type_of<T>(), place)).data_ptr());
+      data = static_cast<const T*>(plain(*tensor, type_of<T>()).data_ptr());
   }
 
   // What is known of each row, for a backward, and behind it what "mean" makes of its terms.
-  int64_t saved_rows() const { return v.rows + factor_rows(); }
-  int64_t factor_rows() const { return v.spec.reduction == Reduction::MEAN; }
+  int64_t saved_rows() const { return p.rows + factor_rows(); }
+  int64_t factor_rows() const { return p.spec.reduction == Reduction::MEAN; }
   Tensor save_rows() {
-    Tensor saved = place.empty({saved_rows(), 2}, type_of<T>());
-    v.save = static_cast<T*>(saved.data_ptr());
-    if (factor_rows()) v.factors = v.save + 2 * v.rows;
+    Tensor saved = empty({saved_rows(), 2}, type_of<T>());
+    p.save = static_cast<T*>(saved.data_ptr());
+    if (factor_rows()) p.factors = p.save + 2 * p.rows;
     return saved;
   }
 
   // Everything of the visit is wanted by now: the rows, and the sums around them.
-  void run(Tensor* loss) {
-    if (loss && v.spec.reduction == Reduction::NONE) v.losses = static_cast<T*>(loss->data_ptr());
-    const bool reduced = loss && v.spec.reduction != Reduction::NONE;
-    if (reduced) v.losses = static_cast<T*>(loss->data_ptr());
-    const RowKernels<T>& kernels = kernels_of<T>(v.storage);
-    if (v.rows == 0) {
+  void run() {
+    const bool reduced = p.losses && p.spec.reduction != Reduction::NONE;
+    const RowKernels<T>& kernels = kernels_of<T>(p.storage);
+    if (p.rows == 0) {
       if (!reduced) return;
-      v.parts = is_counted(v) ? -1 : 0;
-      launch_sums<TotalLoss<T>>(place.device, 1, {0}, v);
+      p.parts = is_counted(p) ? -1 : 0;
+      launch_sums<TotalLoss<T>>(device, 1, {0}, p);
       return;
     }
-    v.simple = is_simple(v);
-    const Choice choice = kernels.choose(v, place.device);
+    p.simple = is_simple(p);
+    const Choice choice = kernels.choose(p, device);
     const bool alone = choice.path == Path::SHORT && choice.tiles.alone;
-    const bool counts = is_counted(v) && (v.losses || v.grad || v.want_parameters) && !alone;
-    if (counts && v.rows <= FEW_ROWS) {
-      v.parts = -1;
+    const bool counts = is_counted(p) && (p.losses || p.grad || p.want_parameters) && !alone;
+    if (counts && p.rows <= FEW_ROWS) {
+      p.parts = -1;
     } else if (counts) {
-      v.parts = int(std::min<int64_t>(MLKERNELS_ISA::MOST_PARTS, (v.rows + 1023) / 1024));
-      double* parts = numbers_of(2 * v.parts + 1);
-      v.divisors = parts;
-      if (reduced) v.arrived = reinterpret_cast<uint32_t*>(parts + 2 * v.parts);
-      launch_sums<CountRows<T>>(place.device, v.parts, {parts}, v);
+      p.parts = int(std::min<int64_t>(MLKERNELS_ISA::MOST_PARTS, (p.rows + 1023) / 1024));
+      double* parts = numbers_of(2 * p.parts + 1);
+      p.divisors = parts;
+      if (reduced) p.arrived = reinterpret_cast<uint32_t*>(parts + 2 * p.parts);
+      launch_sums<CountRows<T>>(device, p.parts, {parts}, p);
     }
-    const int blocks = kernels.blocks(v, place.device, choice);
+    const int blocks = kernels.blocks(p, device, choice);
     int64_t partials = 0;
     if (reduced && !alone) {
       const bool by_warp = choice.path == Path::SHORT || choice.path == Path::STRIDED;
       partials = by_warp ? int64_t(blocks) * choice.warps : blocks / choice.cluster;
-      v.partials = numbers_of(partials);
+      p.partials = numbers_of(partials);
     }
-    kernels.run(v, place.device, choice, blocks);
-    if (partials > 0 && !v.arrived) launch_sums<TotalLoss<T>>(place.device, 1, {partials}, v);
+    kernels.run(p, device, choice, blocks);
+    if (partials > 0 && !p.arrived) launch_sums<TotalLoss<T>>(device, 1, {partials}, p);
   }
 
-  Tensor loss_like(const Tensor& target) const {
-    return v.spec.reduction == Reduction::NONE ? place.empty_of(target, type_of<T>()) : place.empty({}, type_of<T>());
+  Tensor loss_like(const Tensor& target) {
+    Tensor loss = p.spec.reduction == Reduction::NONE ? empty_of(target, type_of<T>()) : empty({}, type_of<T>());
+    p.losses = static_cast<T*>(loss.data_ptr());
+    return loss;
+  }
+  std::tuple<Tensor> factors() {
+    Tensor factors = empty({factor_rows(), 2}, type_of<T>());
+    if (factor_rows()) p.factors = static_cast<T*>(factors.data_ptr());
+    return {factors};
+  }
+  void prepare_backward(Tensor& saved, bool of_entropy) {
+    if (saved.numel() > 0 && factor_rows()) p.known = static_cast<const T*>(saved.data_ptr()) + 2 * p.rows;
+    if (!of_entropy || saved.numel() > 0) return;
+    saved = keep(save_rows());  // its derivative by s adds up what needs the maximum first
+    p.factors = nullptr;        // nothing is counted for it
+    run();
+    p.save = nullptr;
   }
 
   // The visit, and the gradients that are needed in the order of their bits.
-  std::vector<Tensor> run_with_gradients(const Tensor& input, int64_t needs, Tensor* loss) {
+  std::vector<Tensor> run_with_gradients(const Tensor& input, int64_t needs) {
     check_needs(arguments, needs);
     std::vector<Tensor> gradients;
     std::array<T*, TRAINABLE_SLOTS> values{};
     int* bins = nullptr;
-    const int64_t rows = v.rows;
+    const int64_t rows = p.rows;
     for (int slot = 0; slot < TRAINABLE_SLOTS; ++slot) {
       if (!(needs >> slot & 1)) continue;
-      v.want_parameters = true;
-      if (OF_SCALE >> slot & 1) v.want_shift = true, v.want_square = v.up_entropy;
-      values[size_t(slot)] = static_cast<T*>(keep(place.empty({rows}, type_of<T>())).data_ptr());
-      v.by_parameter[slot] = values[size_t(slot)];
+      p.want_parameters = true;
+      if (OF_SCALE >> slot & 1) p.want_shift = true, p.want_square = p.up_entropy;
+      values[size_t(slot)] = static_cast<T*>(keep(empty({rows}, type_of<T>())).data_ptr());
+      p.by_parameter[slot] = values[size_t(slot)];
       if (!is_table(slot) || bins) continue;
-      bins = static_cast<int*>(keep(place.empty({2, rows}, ScalarType::Int)).data_ptr());
-      v.t_bin = bins;
-      v.tau_bin = bins + rows;
+      bins = static_cast<int*>(keep(empty({2, rows}, ScalarType::Int)).data_ptr());
+      p.t_bin = bins;
+      p.tau_bin = bins + rows;
     }
-    if (v.up_entropy) v.want_shift = true;
+    if (p.up_entropy) p.want_shift = true;
     std::vector<Tensor> grad;
     if (needs >> INPUT & 1) {
       grad.push_back(torch::stable::empty_like(input));
-      v.grad = grad[0].data_ptr();
-      v.out = layout_of(grad[0]);
+      p.grad = grad[0].data_ptr();
+      p.out = layout_of(grad[0]);
     }
-    run(loss);
-    int64_t* keys = nullptr;
-    int64_t* order = nullptr;
+    run();
     for (int slot = 0; slot < TRAINABLE_SLOTS; ++slot) {
       if (!(needs >> slot & 1)) continue;
       const Tensor& tensor = *tensors[size_t(slot)];
-      gradients.push_back(place.empty_of(tensor, tensor.scalar_type()));
-      reduce(slot, values[size_t(slot)], gradients.back(), keys, order);
+      gradients.push_back(empty_of(tensor, tensor.scalar_type()));
+      reduce(slot, values[size_t(slot)], gradients.back());
     }
     if (!grad.empty()) gradients.push_back(std::move(grad[0]));
     return gradients;
   }
 
   // A parameter's gradient from those of the rows.
-  void reduce(int slot, const T* values, const Tensor& out, int64_t*& keys, int64_t*& order) {
+  void reduce(int slot, const T* values, const Tensor& out) {
     const Storage storage = storage_of(out.scalar_type());
-    const int64_t count = out.numel(), rows = v.rows;
-    const Device& device = place.device;
+    const int64_t count = out.numel(), rows = p.rows;
     const auto store = [&](const auto* sums, int terms) {
       using Sum = std::decay_t<decltype(*sums)>;
       launch_sums<StoreSums<Sum>>(device, blocks_for(terms > 1 ? count * LANES : count, device),
@@ -263,145 +265,56 @@ struct Call {
       return;
     }
     if (!is_table(slot) && out.dim() == 1) {
-      if (!keys) sort_labels(keys, order);
-      Tensor sums = place.empty({count}, ScalarType::Double);
+      if (!keys) sort_labels();
+      Tensor sums = empty({count}, ScalarType::Double);
       torch::stable::zero_(sums);
       double* at = static_cast<double*>(keep(std::move(sums)).data_ptr());
-      if (rows > 0) launch_sums<SumRuns<T>>(device, blocks_for(rows * LANES, device), {values, keys, order, at}, v);
+      if (rows > 0) launch_sums<SumRuns<T>>(device, blocks_for(rows * LANES, device), {values, keys, order, at}, p);
       store(at, 1);
       return;
     }
-    const bool of_t = is_table_of_t(v.spec, slot);
-    const int* bins = !is_table(slot) ? nullptr : of_t ? v.t_bin : v.tau_bin;
-    const int per_group = of_t ? v.t.bins : v.tau.bins;
+    const bool of_t = is_table_of_t(p.spec, slot);
+    const int* bins = !is_table(slot) ? nullptr : of_t ? p.t_bin : p.tau_bin;
+    const int per_group = of_t ? p.t.bins : p.tau.bins;
     // Blocks are numbered by an int.
     const int chunks =
         int(std::clamp<int64_t>((rows + 4095) / 4096, 1, std::clamp<int64_t>((1 << 20) / (count + 1), 1, 64)));
     double* sums = numbers_of(count * chunks);
-    launch_sums<SumBuckets<T>>(device, count * chunks, {values, bins, per_group, chunks, sums}, v);
+    launch_sums<SumBuckets<T>>(device, count * chunks, {values, bins, per_group, chunks, sums}, p);
     store(sums, chunks);
   }
 
   // Rows in the order of their labels. The sort is stable: the same order, and so the same sums, on every run.
-  void sort_labels(int64_t*& keys, int64_t*& order) {
-    Tensor labels = place.empty({v.rows}, ScalarType::Long);
-    if (v.rows > 0)
-      launch_sums<SortKeys<T>>(place.device, blocks_for(v.rows, place.device),
-                               {static_cast<int64_t*>(labels.data_ptr())}, v);
+  void sort_labels() {
+    Tensor labels = empty({p.rows}, ScalarType::Long);
+    if (p.rows > 0)
+      launch_sums<SortKeys<T>>(device, blocks_for(p.rows, device), {static_cast<int64_t*>(labels.data_ptr())}, p);
     std::array<StableIValue, 4> stack{torch::stable::detail::from(labels),
                                       torch::stable::detail::from(std::optional<bool>(true)),
                                       torch::stable::detail::from(int64_t(-1)), torch::stable::detail::from(false)};
     TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
-    keys = static_cast<int64_t*>(keep(torch::stable::detail::to<Tensor>(stack[0])).data_ptr());
-    order = static_cast<int64_t*>(keep(torch::stable::detail::to<Tensor>(stack[1])).data_ptr());
+    keys = static_cast<const int64_t*>(keep(torch::stable::detail::to<Tensor>(stack[0])).data_ptr());
+    order = static_cast<const int64_t*>(keep(torch::stable::detail::to<Tensor>(stack[1])).data_ptr());
   }
 };
 
 // ---- the operators; see ops.py ---------------------------------------------------------------------------------------
 
-std::tuple<Tensor, Tensor> softmax_loss(const Tensor& input, const Tensor& target, std::vector<double> numbers,
-                                        std::vector<Tensor> params, bool save) {
-  const DeviceGuard guard(input);
-  return by_type(input, [&](auto zero) {
-    using T = decltype(zero);
-    Call<T> call(input, target, numbers, params);
-    Tensor loss = call.loss_like(target);
-    Tensor saved = save ? call.save_rows() : call.place.empty({0, 2}, type_of<T>());
-    call.run(&loss);
-    return std::tuple<Tensor, Tensor>{std::move(loss), std::move(saved)};
-  });
-}
-
-std::tuple<Tensor, std::vector<Tensor>, Tensor> softmax_loss_with_gradients(const Tensor& input, const Tensor& target,
-                                                                            std::vector<double> numbers,
-                                                                            std::vector<Tensor> params, int64_t needs) {
-  const DeviceGuard guard(input);
-  return by_type(input, [&](auto zero) {
-    using T = decltype(zero);
-    Call<T> call(input, target, numbers, params);
-    Tensor loss = call.loss_like(target);
-    Tensor factors = call.place.empty({call.factor_rows(), 2}, type_of<T>());
-    if (call.factor_rows()) call.v.factors = static_cast<T*>(factors.data_ptr());
-    call.v.up_value = 1;
-    std::vector<Tensor> gradients = call.run_with_gradients(input, needs, &loss);
-    return std::tuple<Tensor, std::vector<Tensor>, Tensor>{std::move(loss), std::move(gradients), std::move(factors)};
-  });
-}
-
-std::tuple<Tensor, Tensor, Tensor> softmax_loss_with_gradient(const Tensor& input, const Tensor& target,
-                                                              std::vector<double> numbers, std::vector<Tensor> params) {
-  auto [loss, gradients, factors] =
-      softmax_loss_with_gradients(input, target, std::move(numbers), std::move(params), int64_t(1) << INPUT);
-  return {std::move(loss), std::move(gradients[0]), std::move(factors)};
-}
-
-using Stats = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-Stats softmax_stats(const Tensor& input, const Tensor& target, std::vector<double> numbers,
-                    std::vector<Tensor> params) {
-  const DeviceGuard guard(input);
-  return by_type(input, [&](auto zero) {
-    using T = decltype(zero);
-    Call<T> call(input, target, numbers, params);
-    Tensor loss = call.loss_like(target);
-    const Tensor saved = call.save_rows();
-    const auto of = [&](auto*& data) {
-      Tensor made = call.place.empty_of(target, type_of<std::decay_t<decltype(*data)>>());
-      data = static_cast<std::decay_t<decltype(data)>>(made.data_ptr());
-      return made;
-    };
-    const Tensor logsumexp = of(call.v.logsumexp), log_prob = of(call.v.log_prob), entropy = of(call.v.entropy);
-    const Tensor prediction = of(call.v.prediction), confidence = of(call.v.confidence), rank = of(call.v.rank);
-    call.v.want_shift = true;
-    call.run(&loss);
-    return Stats{loss, saved, logsumexp, log_prob, entropy, prediction, confidence, rank};
-  });
-}
-
-std::vector<Tensor> softmax_loss_backward(std::optional<Tensor> grad_loss, std::optional<Tensor> grad_logsumexp,
-                                          std::optional<Tensor> grad_log_prob, std::optional<Tensor> grad_entropy,
-                                          const Tensor& input, const Tensor& target, std::vector<double> numbers,
-                                          std::vector<Tensor> params, Tensor saved, int64_t needs) {
-  const DeviceGuard guard(input);
-  return by_type(input, [&](auto zero) {
-    using T = decltype(zero);
-    Call<T> call(input, target, numbers, params);
-    check_backward(call.arguments, target, grad_loss, {&grad_logsumexp, &grad_log_prob, &grad_entropy}, saved,
-                   call.saved_rows(), type_of<T>());
-    if (saved.numel() > 0 && call.factor_rows())
-      call.v.known = static_cast<const T*>(saved.data_ptr()) + 2 * call.v.rows;
-    if (grad_entropy && saved.numel() == 0) {  // its derivative by s adds up what needs the maximum first
-      saved = call.keep(call.save_rows());
-      call.v.factors = nullptr;  // nothing is counted for it
-      call.run(nullptr);
-      call.v.save = nullptr;
-    }
-    call.take(grad_entropy, call.v.up_entropy, call.v.up_entropy_stride);
-    call.take(grad_loss, call.v.up_loss, call.v.up_loss_stride);
-    call.take(grad_logsumexp, call.v.up_logsumexp, call.v.up_logsumexp_stride);
-    call.take(grad_log_prob, call.v.up_log_prob, call.v.up_log_prob_stride);
-    if (call.v.spec.reduction != Reduction::NONE) call.v.up_loss_stride = 0;
-    if (saved.numel() > 0) call.v.saved = static_cast<const T*>(saved.data_ptr());
-    return call.run_with_gradients(input, needs, nullptr);
-  });
-}
-
 void softmax_loss_refresh(const Tensor& grad_loss, const Tensor& factors, const Tensor& input, const Tensor& target,
                           std::vector<double> numbers, std::vector<Tensor> params, Tensor gradient) {
-  const DeviceGuard guard(input);
   by_type(input, [&](auto zero) {
     using T = decltype(zero);
     Call<T> call(input, target, numbers, params);
     STD_TORCH_CHECK(
         factors.numel() == 2 * call.factor_rows() && factors.is_contiguous() && factors.scalar_type() == type_of<T>(),
         "factors must be what the loss returned");
-    if (call.factor_rows()) call.v.known = static_cast<const T*>(factors.data_ptr());
-    call.take(grad_loss, call.v.up_loss, call.v.up_loss_stride);
-    call.v.up_loss_stride = 0;
-    call.v.unless_one = call.v.up_loss;
-    call.v.grad = gradient.data_ptr();
-    call.v.out = layout_of(gradient);
-    call.run(nullptr);
+    if (call.factor_rows()) call.p.known = static_cast<const T*>(factors.data_ptr());
+    call.take(grad_loss, call.p.up_loss, call.p.up_loss_stride);
+    call.p.up_loss_stride = 0;
+    call.p.unless_one = call.p.up_loss;
+    call.p.grad = gradient.data_ptr();
+    call.p.out = layout_of(gradient);
+    call.run();
     return 0;
   });
 }
@@ -487,13 +400,13 @@ void multi_copy_(std::vector<Tensor> dst, std::vector<Tensor> src, std::optional
       continue;
     }
     const DeviceGuard here(dst[first]);
-    const Place place(dst[first]);
+    const Device device = device_of(index.second);
     table->flag = flag ? static_cast<const bool*>(flag->data_ptr()) : nullptr;
     table->count = 0;
     table->pieces = 0;
     std::vector<Tensor> kept;
     const auto launch = [&] {
-      if (table->pieces > 0) copy_many(*table, place.device);
+      if (table->pieces > 0) copy_many(*table, device);
       table->count = 0;
       table->pieces = 0;
     };
@@ -521,11 +434,7 @@ void multi_copy_(std::vector<Tensor> dst, std::vector<Tensor> src, std::optional
 }  // namespace mlkernels
 
 STABLE_TORCH_LIBRARY_IMPL(MLK_LIBRARY, MLK_KEY, m) {
-  m.impl("softmax_loss", TORCH_BOX(&mlkernels::softmax_loss));
-  m.impl("softmax_loss_with_gradient", TORCH_BOX(&mlkernels::softmax_loss_with_gradient));
-  m.impl("softmax_loss_with_gradients", TORCH_BOX(&mlkernels::softmax_loss_with_gradients));
-  m.impl("softmax_stats", TORCH_BOX(&mlkernels::softmax_stats));
-  m.impl("softmax_loss_backward", TORCH_BOX(&mlkernels::softmax_loss_backward));
+  mlkernels::Operators<mlkernels::Call>::implement(m);
   m.impl("softmax_loss_refresh", TORCH_BOX(&mlkernels::softmax_loss_refresh));
 }
 STABLE_TORCH_LIBRARY_IMPL(MLK_LIBRARY_OF_COPIES, MLK_KEY, m) {
