@@ -268,6 +268,12 @@ def cuda_archs(nvcc: Path) -> list[str]:
     return [str(arch) for arch in here] if here and all(arch >= 80 and str(arch) in known for arch in here) else archs
 
 
+def kernel_units(here: Path, command: Sequence[str]) -> list[Unit]:
+    rows, others = CSRC / "cuda" / "rows.cu", CSRC / "cuda" / "others.cu"
+    units = [compiled(here / f"rows_{s}.o", rows, [*command, f"-DMLK_STORAGE={s}"]) for s in STORAGES]
+    return [*units, compiled(here / "others.o", others, command)]
+
+
 def cuda_units(nvcc: Path, compiler: list[str], here: Path, archs: Sequence[str], *more: str) -> list[Unit]:
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     # For devices that are none of these, compiled where it runs; that of 90 has clusters. An "a" target has no heirs.
@@ -277,9 +283,7 @@ def cuda_units(nvcc: Path, compiler: list[str], here: Path, archs: Sequence[str]
         if arch == "90" or (arch == archs[-1] and arch.isdigit())
     ]
     command = [str(nvcc), *NVCC_FLAGS, f"-ccbin={compiler[0]}", f"-I{relative(CSRC)}", *targets, *more]
-    rows = CSRC / "cuda" / "rows.cu"
-    units = [compiled(here / f"rows_{s}.o", rows, [*command, f"-DMLK_STORAGE={s}"]) for s in STORAGES]
-    return [*units, compiled(here / "others.o", CSRC / "cuda" / "others.cu", command)]
+    return kernel_units(here, command)
 
 
 def library_cuda(torch: Path, compiler: list[str], root: Path, archs: Sequence[str]) -> list[str]:
@@ -321,10 +325,7 @@ def make_simt() -> Path:
     here = OBJECTS / "simt"
     command = [flag for flag in compiling(torch, compiler) if flag not in ("-O3", "-fno-trapping-math")]
     command += ["-O2", "-DMLK_HOST", "-DMLKERNELS_ISA=host_simt"]
-    as_cpp = [*command, "-x", "c++"]
-    rows = CSRC / "cuda" / "rows.cu"
-    units = [compiled(here / f"rows_{s}.o", rows, [*as_cpp, f"-DMLK_STORAGE={s}"]) for s in STORAGES]
-    units.append(compiled(here / "others.o", CSRC / "cuda" / "others.cu", as_cpp))
+    units = kernel_units(here, [*command, "-x", "c++"])
     library = [*command, "-DMLK_LIBRARY=mlkernels_simt", "-DMLK_LIBRARY_OF_COPIES=mlkernels_simt", "-DMLK_KEY=CPU"]
     units.append(compiled(here / "library.o", CSRC / "library_cuda.cpp", library))
     return make_library(here / "_simt.abi3.so", compiler, units, f"-L{torch / 'lib'}", "-ltorch_cpu")

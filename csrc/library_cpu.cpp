@@ -46,17 +46,6 @@ const Kernels& kernels() {
 #endif
 }
 
-template <class T>
-struct Run;
-template <>
-struct Run<float> {
-  static void rows(const CpuProblem<float>& p, int64_t begin, int64_t end) { kernels().run_float(p, begin, end); }
-};
-template <>
-struct Run<double> {
-  static void rows(const CpuProblem<double>& p, int64_t begin, int64_t end) { kernels().run_double(p, begin, end); }
-};
-
 // As torch.empty_like; a large one in memory that an earlier one has left.
 Tensor gradient_like(const Tensor& input) {
   const ScalarType dtype = input.scalar_type();
@@ -115,7 +104,7 @@ struct RowCall : Call<T> {
     // done once per row takes as long as so many elements.
     constexpr int64_t GRAIN = 36 << 10, PER_ROW = 96;
     const int64_t grain = GRAIN / (p.classes + PER_ROW) + 1;
-    const auto rows = [this](int64_t begin, int64_t end) { Run<T>::rows(p, begin, end); };
+    const auto rows = [this](int64_t begin, int64_t end) { std::get<RunRows<T>>(kernels())(p, begin, end); };
     if (p.rows > grain)
       torch::stable::parallel_for(0, p.rows, grain, rows);
     else if (p.rows > 0)

@@ -3,8 +3,6 @@
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <cmath>
@@ -58,10 +56,24 @@ struct Array {
   }
 };
 
-template <class U, class S>
-void convert(const void* from, const Layout& layout, int64_t count, U* to) {
-  const S* in = static_cast<const S*>(from);
-  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<U>(in[layout.offset(i)]);
+// Calls body with an element of a dtype.
+template <class Body>
+void by_dtype(ScalarType type, Body body) {
+  switch (type) {
+    case ScalarType::Float: return body(float());
+    case ScalarType::Double: return body(double());
+    case ScalarType::Half: return body(float16());
+    case ScalarType::BFloat16: return body(bfloat16());
+    case ScalarType::Long: return body(int64_t());
+    case ScalarType::Int: return body(int32_t());
+    case ScalarType::Short: return body(int16_t());
+    case ScalarType::Char: return body(int8_t());
+    case ScalarType::Byte: return body(uint8_t());
+    case ScalarType::UInt16: return body(uint16_t());
+    case ScalarType::UInt32: return body(uint32_t());
+    case ScalarType::UInt64: return body(uint64_t());
+    default: throw std::invalid_argument("a tensor has a dtype that the CPU kernels do not read");
+  }
 }
 
 template <class U>
@@ -82,49 +94,29 @@ Array<U> array_of(const Tensor& tensor) {
   out.owned.reset(new U[size_t(count) + 1]);
   out.data = out.owned.get();
   const Layout layout = layout_of(tensor, false);
-  U* to = out.owned.get();
-  switch (type) {
-    case ScalarType::Float: convert<U, float>(data, layout, count, to); break;
-    case ScalarType::Double: convert<U, double>(data, layout, count, to); break;
-    case ScalarType::Half: convert<U, torch::headeronly::Half>(data, layout, count, to); break;
-    case ScalarType::BFloat16: convert<U, torch::headeronly::BFloat16>(data, layout, count, to); break;
-    case ScalarType::Long: convert<U, int64_t>(data, layout, count, to); break;
-    case ScalarType::Int: convert<U, int32_t>(data, layout, count, to); break;
-    case ScalarType::Short: convert<U, int16_t>(data, layout, count, to); break;
-    case ScalarType::Char: convert<U, int8_t>(data, layout, count, to); break;
-    case ScalarType::Byte: convert<U, uint8_t>(data, layout, count, to); break;
-    case ScalarType::UInt16: convert<U, uint16_t>(data, layout, count, to); break;
-    case ScalarType::UInt32: convert<U, uint32_t>(data, layout, count, to); break;
-    case ScalarType::UInt64: {
-      const uint64_t* in = static_cast<const uint64_t*>(data);
-      for (int64_t i = 0; i < count; ++i) to[i] = static_cast<U>(MLKERNELS_ISA::signed_label(in[layout.offset(i)]));
-      break;
+  by_dtype(type, [&](auto element) {
+    using S = decltype(element);
+    const S* const in = static_cast<const S*>(data);
+    for (int64_t i = 0; i < count; ++i) {
+      const S x = in[layout.offset(i)];
+      if constexpr (std::is_same_v<S, uint64_t>)
+        out.owned[size_t(i)] = static_cast<U>(MLKERNELS_ISA::signed_label(x));
+      else if constexpr (std::is_integral_v<S>)
+        out.owned[size_t(i)] = static_cast<U>(x);
+      else
+        out.owned[size_t(i)] = static_cast<U>(MLKERNELS_ISA::widen(x));
     }
-    default: throw std::invalid_argument("a tensor has a dtype that the CPU kernels do not read");
-  }
+  });
   return out;
 }
 
-template <class S>
-void write_as(void* to, const double* from, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) static_cast<S*>(to)[i] = static_cast<S>(from[i]);
-}
-
 inline void write(const Tensor& to, const double* from) {
-  const int64_t count = to.numel();
-  switch (to.scalar_type()) {
-    case ScalarType::Float: return write_as<float>(to.data_ptr(), from, count);
-    case ScalarType::Double: return write_as<double>(to.data_ptr(), from, count);
-    case ScalarType::Half: {
-      for (int64_t i = 0; i < count; ++i)
-        static_cast<torch::headeronly::Half*>(to.data_ptr())[i] = static_cast<float>(from[i]);
-      return;
-    }
-    default: {
-      for (int64_t i = 0; i < count; ++i)
-        static_cast<torch::headeronly::BFloat16*>(to.data_ptr())[i] = static_cast<float>(from[i]);
-    }
-  }
+  by_dtype(to.scalar_type(), [&](auto element) {
+    using S = decltype(element);
+    S* const out = static_cast<S*>(to.data_ptr());
+    if constexpr (!std::is_integral_v<S>)
+      for (int64_t i = 0; i < to.numel(); ++i) MLKERNELS_ISA::narrow(from[i], out[i]);
+  });
 }
 
 // ---- a call ----------------------------------------------------------------------------------------------------------

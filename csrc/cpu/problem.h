@@ -1,6 +1,8 @@
 // What library_cpu.cpp hands to the row loops: plain data, shared by every instruction set.
 #pragma once
 
+#include <tuple>
+
 #include "../rows.h"
 
 namespace mlkernels {
@@ -15,11 +17,10 @@ struct CpuProblem : Problem<T> {
   T by_class_factor, by_row_factor;  // of every row, but for its own weight
 };
 
-// One set of row loops per instruction set.
-struct Kernels {
-  void (*run_float)(const CpuProblem<float>&, int64_t begin, int64_t end);
-  void (*run_double)(const CpuProblem<double>&, int64_t begin, int64_t end);
-};
+// The row loops of an instruction set.
+template <class T>
+using RunRows = void (*)(const CpuProblem<T>&, int64_t begin, int64_t end);
+using Kernels = std::tuple<RunRows<float>, RunRows<double>>;
 
 namespace baseline {
 extern const Kernels kernels;
