@@ -12,6 +12,7 @@ from typing_extensions import Never
 
 from .checks import (
     accumulated,
+    check_device,
     check_floating,
     check_indices,
     check_number,
@@ -19,7 +20,6 @@ from .checks import (
     check_size,
     check_tensors,
     unknown_keywords,
-    wrong_type,
 )
 from .loss_module import Loss
 from .positional import positional_arguments
@@ -60,13 +60,10 @@ def center_loss(
     target = check_tensors(input, target)
     if input.dim() != 2:
         raise ValueError(f"input must be (N, D), got {tuple(input.shape)}")
-    if not isinstance(centers, Tensor):
-        raise wrong_type("centers", "a floating tensor of shape (C, D)", centers)
-    check_floating("centers", centers)
+    check_floating("centers", centers, " of shape (C, D)")
     if centers.dim() != 2 or centers.shape[1] != input.shape[1]:
         raise ValueError(f"centers must be (C, {input.shape[1]}), got {tuple(centers.shape)}")
-    if centers.device != input.device:
-        raise ValueError(f"centers must be on input's device {input.device}, got {centers.device}")
+    check_device("centers", centers, input)
     check_reduction(reduction)
     classes = centers.shape[0]
     check_indices("target", target, classes)

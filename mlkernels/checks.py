@@ -200,16 +200,21 @@ def wrong_type(word: str, takes: str, value: object) -> TypeError:
 # ---- functions and generators ----------------------------------------------------------------------------------------
 
 
+def check_kind(word: str, value: object, kind: type | tuple[type, ...], takes: str) -> None:
+    """An instance of a class."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{word} takes {takes}, got {type(value).__name__}")
+
+
 def check_function(word: str, function: object) -> None:
     """Anything that can be called."""
     if not callable(function):
         raise TypeError(f"{word} takes a function, got {type(function).__name__}")
 
 
-def check_generator(generator: object, use: str) -> None:
+def check_generator(generator: torch.Generator, use: str) -> None:
     """A generator on the CPU."""
-    if not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator takes a torch.Generator, got {type(generator).__name__}")
+    check_kind("generator", generator, torch.Generator, "a torch.Generator")
     if generator.device.type != "cpu":
         raise ValueError(f"generator must be on the CPU, where {use}, got {generator.device}")
 
@@ -334,18 +339,24 @@ def index_error(name: str, row: int, value: int, count: int, ignores: bool = Fal
     return IndexError(f"{name} {value} at row {row} is out of range [0, {count}){hint}")
 
 
-def check_floating(name: str, value: Tensor) -> None:
-    """A dtype that kernels read."""
+def check_floating(name: str, value: Tensor, shape: str = "") -> None:
+    """A tensor of a dtype that kernels read."""
+    if not isinstance(value, Tensor):
+        raise wrong_type(name, f"a floating tensor{shape}", value)
     if value.dtype not in _FLOATING:
         raise TypeError(f"{name} must be floating, got {value.dtype}")
+
+
+def check_device(name: str, value: Tensor, other: Tensor, its: str = "input") -> None:
+    """Where another tensor lies."""
+    if value.device != other.device:
+        raise ValueError(f"{name} must be on {its}'s device {other.device}, got {value.device}")
 
 
 def check_parameter(name: str, value: Tensor, input: Tensor, target: Tensor) -> Tensor:
     """A tensor parameter: 0-d or (1,), (C,) or target.shape + (1,); returned as the kernels take it."""
-    if value.dtype not in _FLOATING:
-        raise TypeError(f"{name} must be floating, got {value.dtype}")
-    if value.device != input.device:
-        raise ValueError(f"{name} must be on input's device {input.device}, got {value.device}")
+    check_floating(name, value)
+    check_device(name, value, input)
     dim = value.dim()
     classes = input.shape[1]
     if dim == 0 or (dim == 1 and value.shape[0] == classes):
@@ -386,8 +397,8 @@ def check_reduction(reduction: str) -> int:
 def _check_constant(name: str, value: Tensor, input: Tensor | None, local: str, instead: str) -> None:
     """A tensor of the whole, on input's device where there is one yet, that is not to be differentiated."""
     check_plain(name, value, f"pass {name}.{local}()")
-    if input is not None and value.device != input.device:
-        raise ValueError(f"{name} must be on input's device {input.device}, got {value.device}")
+    if input is not None:
+        check_device(name, value, input)
     if value.requires_grad:
         raise ValueError(f"{name} is not differentiated: {instead}")
 
@@ -395,10 +406,9 @@ def _check_constant(name: str, value: Tensor, input: Tensor | None, local: str, 
 def check_class_vector(name: str, value: Tensor, input: Tensor | None = None, classes: int | None = None) -> None:
     """A (C,) floating tensor, on input's device where there is one yet, that is not to be differentiated."""
     wanted = "(C,)" if classes is None else f"({classes},)"
-    if not isinstance(value, Tensor):
-        raise wrong_type(name, f"a floating tensor of shape {wanted}", value)
-    check_floating(name, value)
-    _check_constant(name, value, input, "full_tensor", f"it must not require a gradient; pass {name}.detach()")
+    instead = f"it must not require a gradient; pass {name}.detach()"
+    check_floating(name, value, f" of shape {wanted}")
+    _check_constant(name, value, input, "full_tensor", instead)
     if value.dim() != 1 or (classes is not None and value.shape[0] != classes):
         raise ValueError(f"{name} must have one entry per class, {wanted}, got {tuple(value.shape)}")
 
@@ -406,10 +416,8 @@ def check_class_vector(name: str, value: Tensor, input: Tensor | None = None, cl
 def check_row_weight(value: Tensor, input: Tensor, rows: torch.Size) -> None:
     """A floating tensor of target's shape on input's device that is not to be differentiated."""
     wanted = tuple(rows)
-    if not isinstance(value, Tensor):
-        raise wrong_type("row_weight", f"a floating tensor of target's shape {wanted}", value)
-    check_floating("row_weight", value)
     instead = "pass row_weight.detach(), or multiply the losses of reduction='none'"
+    check_floating("row_weight", value, f" of target's shape {wanted}")
     _check_constant("row_weight", value, input, "to_local", instead)
     if value.shape != rows:
         raise ValueError(f"row_weight must have target's shape {wanted}, got {tuple(value.shape)}")

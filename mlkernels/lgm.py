@@ -16,6 +16,7 @@ from .backends.reference import full_precision
 from .call import Common, Options, check_loss
 from .checks import (
     accumulated,
+    check_device,
     check_floating,
     check_index,
     check_number,
@@ -23,7 +24,6 @@ from .checks import (
     check_size,
     check_tensors,
     unknown_keywords,
-    wrong_type,
 )
 from .loss_module import Loss
 from .numbering import TransformKind
@@ -220,22 +220,18 @@ def _check(
     """Everything but the labels; the numbers as floats."""
     if input.dim() != 2:
         raise ValueError(f"input must be (N, D), got {tuple(input.shape)}")
-    for name, value in (("means", means), ("log_variance", log_variance)):
-        if value is None and name == "log_variance":
-            continue
-        if not isinstance(value, Tensor):
-            raise wrong_type(name, "a floating tensor of shape (C, D)", value)
-        check_floating(name, value)
-        if value.device != input.device:
-            raise ValueError(f"{name} must be on input's device {input.device}, got {value.device}")
+    own = {"means": means} if log_variance is None else {"means": means, "log_variance": log_variance}
+    for name, value in own.items():
+        check_floating(name, value, " of shape (C, D)")
+        check_device(name, value, input)
     if means.dim() != 2 or means.shape[1] != input.shape[1] or means.shape[0] == 0:
         raise ValueError(f"means must be (C, {input.shape[1]}) with C > 0, got {tuple(means.shape)}")
     if log_variance is not None and log_variance.shape != means.shape:
         raise ValueError(
             f"log_variance must have the shape of means, {tuple(means.shape)}, got {tuple(log_variance.shape)}"
         )
-    if isinstance(alpha, Tensor) and alpha.device != input.device:
-        raise ValueError(f"alpha must be on input's device {input.device}, got {alpha.device}")
+    if isinstance(alpha, Tensor):
+        check_device("alpha", alpha, input)
     return check_scalar("alpha", alpha), check_number("lambda_", lambda_)
 
 

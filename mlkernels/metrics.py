@@ -22,6 +22,7 @@ from . import softmax
 from .backends.reference import RowStats
 from .call import Common
 from .checks import (
+    check_device,
     check_index,
     check_index_dtype,
     check_indices,
@@ -166,8 +167,7 @@ def superclass_accuracy(
     classes = superclass.numel()
     if superclass.dim() != 1 or (isinstance(input, Tensor) and classes != input.shape[1 if input.dim() > 1 else 0]):
         raise ValueError(f"superclass must be (C,), one entry per class, got {tuple(superclass.shape)}")
-    if superclass.device != target.device:
-        raise ValueError(f"superclass must be on target's device {target.device}, got {superclass.device}")
+    check_device("superclass", superclass, target, "target")
     check_indices("target", label, classes, ignore_index)
     prediction = rows.prediction
     legal = (label >= 0) & (label < classes) & (prediction >= 0) & (prediction < classes)

@@ -14,6 +14,7 @@ from .call import COMMON, Common, check_loss
 from .checks import (
     accumulated,
     check_class_vector,
+    check_device,
     check_index,
     check_input,
     check_normalizer,
@@ -53,8 +54,7 @@ def soft_cross_entropy(
         raise ValueError(
             f"ignore_index has no meaning where target holds class probabilities: it must be < 0, got {ignored}"
         )
-    if target.device != input.device:
-        raise ValueError(f"target must be on input's device {input.device}, got {target.device}")
+    check_device("target", target, input)
     row_weight, normalizer, reduction = given.pop("row_weight"), given.pop("normalizer"), given["reduction"]
     check_loss(*named.cross_entropy(scale), **given)
     classes = 1 if input.dim() > 1 else 0

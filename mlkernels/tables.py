@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from .checks import UNSIGNED, check_floating, check_index_dtype, widened
+from .checks import UNSIGNED, check_device, check_floating, check_index_dtype, widened
 from .numbering import HeadKind, Slot, TransformKind
 from .spec import Spec
 
@@ -48,8 +48,8 @@ def check_tables(spec: Spec, params: dict[int, Tensor], input: Tensor, target: T
     group = params.get(Slot.GROUP)
     count = table_groups(spec, params)
     for (slot, _), word in zip(spec.slots, spec.words, strict=True):
-        if slot in spec.tables and params[slot].device != input.device:
-            raise ValueError(f"{word} must be on input's device {input.device}, got {params[slot].device}")
+        if slot in spec.tables:
+            check_device(word, params[slot], input)
     if group is None:
         if count is not None:
             raise ValueError(f"group is required where tables are (G, M): one index in [0, {count}) per row")
@@ -59,8 +59,7 @@ def check_tables(spec: Spec, params: dict[int, Tensor], input: Tensor, target: T
     check_index_dtype("group", group)
     if group.shape != target.shape:
         raise ValueError(f"group must have target's shape {tuple(target.shape)}, got {tuple(group.shape)}")
-    if group.device != input.device:
-        raise ValueError(f"group must be on input's device {input.device}, got {group.device}")
+    check_device("group", group, input)
     for slot in spec.tables:
         if params[slot].dim() == 1:  # one table for all groups
             params[slot] = params[slot].expand(count, -1)

@@ -19,7 +19,7 @@ from typing_extensions import Unpack
 from . import functional as F
 from . import named
 from .call import Options, PerCall
-from .checks import accumulated, check_number, check_scalar
+from .checks import accumulated, check_kind, check_number, check_scalar
 from .loss_module import FamilyLoss
 from .positional import by_name
 from .signatures import family
@@ -325,8 +325,7 @@ def weight_norm_product(
 
     Source: the two-scale loss, equation (9).
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model takes an nn.Module, whose layers are multiplied, got {type(model).__name__}")
+    check_kind("model", model, nn.Module, "an nn.Module, whose layers are multiplied")
     grouped = _parameters_by_layer(model, layers)
     if not grouped:
         names = ", ".join(layer.__name__.lstrip("_") for layer in layers)

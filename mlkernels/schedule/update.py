@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from ..checks import check_function
+from ..checks import check_function, check_kind
 from .means import ADDED_UP, Counts, Loss, Shares, shares
 
 Batch: TypeAlias = tuple[Any, Any]
@@ -30,8 +30,7 @@ class Update:
         scaler: torch.amp.GradScaler | None,
         before_step: Callable[[], object] | None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model takes an nn.Module, got {type(model).__name__}")
+        check_kind("model", model, nn.Module, "an nn.Module")
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else optimizer
         if not isinstance(optimizers, Sequence) or not all(isinstance(one, Optimizer) for one in optimizers):
             raise TypeError(f"optimizer takes an optimizer or a sequence of them, got {type(optimizer).__name__}")
@@ -40,10 +39,10 @@ class Update:
         for name, function in (("forward", forward), ("before_step", before_step)):
             if function is not None:
                 check_function(name, function)
-        if autocast is not None and not isinstance(autocast, torch.autocast):  # others can be entered only once
-            raise TypeError(f"autocast takes a torch.autocast, got {type(autocast).__name__}")
-        if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
-            raise TypeError(f"scaler takes a torch.amp.GradScaler, got {type(scaler).__name__}")
+        if autocast is not None:  # others can be entered only once
+            check_kind("autocast", autocast, torch.autocast, "a torch.autocast")
+        if scaler is not None:
+            check_kind("scaler", scaler, torch.amp.GradScaler, "a torch.amp.GradScaler")
         self._closure = isinstance(optimizers[0], LBFGS)
         if any(isinstance(one, LBFGS) for one in optimizers) and (len(optimizers) > 1 or scaler is not None):
             raise ValueError("optimizer must be alone and without a scaler if it is LBFGS, which steps by a closure")

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import Unpack
 
 from ..call import Options
-from ..checks import check_function, check_generator, check_number, check_size
+from ..checks import check_function, check_generator, check_kind, check_number, check_size
 from ..modules import PiecewiseLoss
 from ..positional import by_name
 from .population import PopulationLoss, check_population
@@ -422,10 +422,8 @@ def _check_step(
     ranks: Ranks,
     extras: Sequence[Any],
 ) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model takes an nn.Module, got {type(model).__name__}")
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer takes a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    check_kind("model", model, nn.Module, "an nn.Module")
+    check_kind("optimizer", optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer")
     check_function("train", train)
     check_function("reward", reward)
     check_size("population", population)
