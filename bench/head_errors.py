@@ -1,0 +1,152 @@
+"""``python -m bench.head_errors [backend]``: relative errors of heads in bfloat16 (docs/heads.md).
+
+Beside them those of the chain on logits in float32, of the same features and weight, and of the chain in bfloat16. The
+truth is the chain in float64. All gradients are rounded to bfloat16 in the end, which by itself is 1.7e-3. No error of
+dX is shown where dX is 0.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+import mlkernels
+
+ROWS, CLASSES, WIDTH = 1024, 120, 64
+
+
+class Problem(NamedTuple):
+    """Features, weight and labels; their values are bfloat16's."""
+
+    x: Tensor
+    weight: Tensor
+    label: Tensor
+
+
+def _random(x: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    return x, w / 8, y
+
+
+def _peaked(x: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    return x, w, y
+
+
+def _confident(x: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """Half of the rows."""
+    return torch.where(torch.arange(ROWS)[:, None] % 2 == 0, w[y] + 0.3 * x, x), w / 2, y
+
+
+def _fresh(x: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """A weight of zeros, and what a ReLU leaves."""
+    return x.relu(), 0 * w, y
+
+
+def _classes_alike(x: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """All but 1 % of the weight is the same for every class: dX is a small rest of large terms."""
+    return x.relu(), w[:1] + 0.01 * w, y
+
+
+def _features_alike(x: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """The same of features, with as many labels of each class."""
+    return x[:1] + 0.01 * x, w / 100, torch.arange(ROWS) % CLASSES
+
+
+def _few_labels(x: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    return x.relu(), w / 8, y % 3
+
+
+def _same_rows(x: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    return x[:1].expand(ROWS, WIDTH), w / 8, y
+
+
+def _contexts(x: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """Eight different rows, with labels as often as the classifier has them: dW is what whole numbers leave."""
+    x, w = x[:8].repeat(ROWS // 8, 1), 0.2 * w
+    share = (torch.arange(ROWS) // 8 + 0.5) * 8 / ROWS
+    label = torch.searchsorted((x @ w.T).softmax(1).cumsum(1), share[:, None]).squeeze(1)
+    return x, w, label.clamp_max(CLASSES - 1)
+
+
+KINDS = {
+    "random": _random,
+    "peaked": _peaked,
+    "half of the rows confident": _confident,
+    "a fresh classifier": _fresh,
+    "classes alike but for 1 %": _classes_alike,
+    "features alike but for 1 %": _features_alike,
+    "labels of three classes": _few_labels,
+    "rows all the same": _same_rows,
+    "rows of eight kinds": _contexts,
+}
+
+
+def problem(kind: str, device: torch.device | None = None) -> Problem:
+    """One of KINDS."""
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(n, WIDTH, generator=generator) for n in (ROWS, CLASSES))
+    x, w, y = KINDS[kind](x, w, torch.randint(CLASSES, (ROWS,), generator=generator))
+    return Problem(x.to(device, torch.bfloat16), w.to(device, torch.bfloat16), y.to(device))
+
+
+class Errors(NamedTuple):
+    """Relative ones, by norms; that of dX is NaN where it is 0."""
+
+    loss: float
+    x: float
+    weight: float
+
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def chain(x: Tensor, weight: Tensor, label: Tensor) -> Tensor:
+    """Cross entropy, written out."""
+    return cross_entropy(x @ weight.T, label)
+
+
+def _run(loss: Loss, x: Tensor, weight: Tensor, label: Tensor) -> tuple[Tensor, ...]:
+    leaves = [tensor.detach().requires_grad_() for tensor in (x, weight)]
+    value = loss(*leaves, label)
+    return value.detach(), *torch.autograd.grad(value, leaves)
+
+
+def errors(loss: Loss, of: Problem) -> Errors:
+    """Of a loss of a problem's features, weight and labels."""
+    wanted = _run(chain, of.x.double(), of.weight.double(), of.label)
+    found = _run(loss, *of)
+    return Errors(*(float((a.double() - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True)))
+
+
+def table(backend: str | None, device: torch.device) -> str:
+    """Markdown."""
+    losses: list[Loss] = [
+        lambda x, weight, y: mlkernels.linear_softmax_loss(x, weight, y, backend=backend),
+        lambda x, weight, y: chain(x.float(), weight.float(), y),
+        chain,
+    ]
+    lines = [
+        "| | loss: head | float32 | bfloat16 | dX: head | float32 | bfloat16 | dW: head | float32 | bfloat16 |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for kind in KINDS:
+        of = problem(kind, device)
+        each = [errors(loss, of) for loss in losses]
+        cells = [f"{value:.0e}" for value in (e.loss for e in each)]
+        cells += [f"{1e3 * value:.2f}e-3" for value in (*(e.x for e in each), *(e.weight for e in each))]
+        lines.append(f"| {kind} | {' | '.join('' if 'nan' in cell else cell for cell in cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """The table of a backend that is named, or of the one that is chosen."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(table(sys.argv[1] if len(sys.argv) > 1 else None, device))
+
+
+if __name__ == "__main__":
+    main()
