@@ -152,7 +152,7 @@ int main() {
     s.block_sync();
     s.load<double>(0);
   });
-  const auto told = [](bool waits, int places, int expected, bool syncs = true) {
+  const auto posted = [](bool waits, int places, int expected, bool syncs = true) {
     return [=](const Simt& s) {
       if (s.thread() == 0)
         for (int i = 0; i < 2; ++i) s.barrier_init(8 * i);
@@ -161,18 +161,18 @@ int main() {
         const int half = round % places, at = 64 + 256 * half;
         if (s.thread() == 0) s.expect(8 * half, expected);
         if (syncs) s.warp_sync();  // all of this warp have read what came before
-        if (s.lane() < s.ranks()) s.tell(s.lane(), at + 8 * (s.rank() * s.warps() + s.warp()), float(round), 8 * half);
+        if (s.lane() < s.ranks()) s.store_async(s.lane(), at + 8 * (s.rank() * s.warps() + s.warp()), float(round), 8 * half);
         if (waits) s.copy_wait(8 * half, round / places % 2);
         for (int i = 0; i < s.ranks() * s.warps(); ++i)
           if (s.load<float>(at + 8 * i) != float(round)) throw std::runtime_error("wrong value");
       }
     };
   };
-  run("right: told", 8, 2, 4, told(true, 2, 32));
-  run("what is told is not waited for", 4, 2, 4, told(false, 2, 32));
-  run("a number too few is expected", 4, 2, 4, told(true, 2, 28));
-  run("a number too many is expected", 4, 2, 4, told(true, 2, 36));
-  run("one place for all that is told", 4, 2, 4, told(true, 1, 32));
+  run("right: posted", 8, 2, 4, posted(true, 2, 32));
+  run("what is posted is not waited for", 4, 2, 4, posted(false, 2, 32));
+  run("a number too few is expected", 4, 2, 4, posted(true, 2, 28));
+  run("a number too many is expected", 4, 2, 4, posted(true, 2, 36));
+  run("one place for all that is posted", 4, 2, 4, posted(true, 1, 32));
   run("a block that has ended", 2, 1, 2, [](const Simt& s) {
     s.cluster_sync();
     if (s.rank() == 1) return;

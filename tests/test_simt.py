@@ -42,11 +42,11 @@ SAID = {
     "a cluster's first barrier is missing": ["before the first cluster_sync"],
     "a cluster's barrier before reading is missing": [BETWEEN, NOBODY],
     "a block's barrier in place of a cluster's": [BETWEEN, NOBODY],
-    "right: told": ["none"],
-    "what is told is not waited for": [WAITED, NOBODY],
-    "a number too few is expected": [WAITED, NOBODY, "more was told"],
+    "right: posted": ["none"],
+    "what is posted is not waited for": [WAITED, NOBODY],
+    "a number too few is expected": [WAITED, NOBODY, "more was stored"],
     "a number too many is expected": ["deadlock"],
-    "one place for all that is told": [WAITED, "two numbers are told", "wrong value"],
+    "one place for all that is posted": [WAITED, "two asynchronous stores", "wrong value"],
     "a block that has ended": ["that has ended"],
 }
 
@@ -82,12 +82,12 @@ _FENCE, _SYNC, _WRITE = "      simt.before_copy();\n", "      simt.warp_sync();\
 BROKEN = {
     "the wait for a row's chunks": (_LONG, "simt.copy_wait(at.barriers + 8 * p.slot, p.parity);", ""),
     "the barrier before a place is filled again": (_LONG, f"{_FENCE}{_SYNC}      prefetch();", "      prefetch();"),
-    "the barrier between telling and reading": (
+    "the barrier between posting and reading": (
         _LONG,
         "        simt.block_sync();\n      }\n      return",
         "      }\n      return",
     ),
-    "the wait for what blocks tell each other": (_LONG, "        simt.copy_wait(8 * half, parity);\n", ""),
+    "the wait for a cluster's mailboxes": (_LONG, "        simt.copy_wait(8 * half, parity);\n", ""),
     "two halves of the exchange": (
         _LONG,
         "half = exchanges & 1, parity = exchanges >> 1 & 1",

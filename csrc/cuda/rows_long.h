@@ -151,10 +151,10 @@ struct RowsLong {
         for (int element = chunk.lead + chunk.size; element < chunk.count * V; ++element) put(element);
     }
 
-    // What the warps tell each other: K numbers of T's size each.
+    // To the mailboxes of all warps: K numbers of T's size each.
     template <int K>
     MLK_DEVICE int post(const T (&x)[K]) {
-      // Two places in turn: whoever is told something for the second time has been heard by all in between.
+      // Two mailboxes in turn: whoever posts to one again has read the other, to which all had posted by then.
       const int half = exchanges & 1, parity = exchanges >> 1 & 1;
       ++exchanges;
       const int here = at.mailbox + half * parts * SUMS * 8, mine = here + part * SUMS * 8;
@@ -163,7 +163,7 @@ struct RowsLong {
         if (simt.thread() == 0) simt.expect(8 * half, parts * K * int(sizeof(T)));
         if (simt.lane() < simt.ranks()) {
           MLK_UNROLL
-          for (int k = 0; k < K; ++k) simt.tell(simt.lane(), mine + 8 * k, x[k], 8 * half);
+          for (int k = 0; k < K; ++k) simt.store_async(simt.lane(), mine + 8 * k, x[k], 8 * half);
         }
         simt.copy_wait(8 * half, parity);
       } else {

@@ -16,11 +16,11 @@ struct RowPlan {
 
 namespace MLKERNELS_ISA {
 
-constexpr int SUMS = 4;  // numbers that a warp tells the others, of 8 bytes at most
+constexpr int SUMS = 4;  // numbers that a warp posts to the others, of 8 bytes at most
 
 // Where things lie in shared memory.
 struct LongOffsets {
-  int barriers, mailbox, ring;  // and at 0 the barriers of what a cluster's blocks tell each other
+  int barriers, mailbox, ring;  // and at 0 the barriers of a cluster's mailboxes
   MLK_FN LongOffsets(const RowPlan& plan, int warp, int warps, int ranks) {
     barriers = 16 + warp * plan.slots * 8;
     mailbox = (16 + warps * plan.slots * 8 + 127) / 128 * 128;

@@ -125,25 +125,25 @@ struct Simt {
     machine().ask({&block, barrier, to, static_cast<const char*>(from), 16 * vectors, {}});
   }
   template <class V>
-  void tell(int rank, int at, V value, int barrier) const {
+  void store_async(int rank, int at, V value, int barrier) const {
     check_place<V>(at);
-    if (self().cluster_epoch < 2) machine().fail("another block is told something before the first cluster_sync");
+    if (self().cluster_epoch < 2) machine().fail("a store to another block before the first cluster_sync");
     simt::Block& block = machine().neighbour(rank);
-    if (block.finished == machine().threads()) machine().fail("a block is told something that has ended");
+    if (block.finished == machine().threads()) machine().fail("a store to a block that has ended");
     const auto found = block.barriers.find(barrier);
-    if (found == block.barriers.end()) machine().fail("something is told without barrier_init");
+    if (found == block.barriers.end()) machine().fail("an asynchronous store without barrier_init");
     const simt::Cell& cell = cell_of(block, at);
     if (cell.launch == machine().launch() && cell.barrier == barrier && cell.phase == found->second.completed + 1)
-      machine().fail("two numbers are told for one place");
+      machine().fail("two asynchronous stores to one place");
     simt::Copy copy{&block, barrier, at, nullptr, int(sizeof(V)), {}};
     std::memcpy(copy.value, &value, sizeof(V));
     machine().ask(copy);
   }
   void expect(int barrier, int bytes) const {
     simt::Barrier& b = self().block->barriers.at(barrier);
-    if (b.expected >= 0) machine().fail("a barrier is told twice what to expect");
+    if (b.expected >= 0) machine().fail("a barrier expects bytes already");
     b.expected = bytes;
-    machine().complete_told(b);
+    machine().complete_stores(b);
   }
   void copy_wait(int barrier, int parity) const {
     simt::Fiber& f = self();

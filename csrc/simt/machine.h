@@ -85,7 +85,7 @@ struct Cell {
 struct Barrier {
   uint32_t completed = 0;  // phases
   bool busy = false;
-  int expected = -1, arrived = 0;  // bytes that are told
+  int expected = -1, arrived = 0;  // bytes of asynchronous stores
   std::vector<Fiber*> waiting;
 };
 
@@ -222,9 +222,9 @@ class Machine {
   }
 
   void ask(const Copy& copy) { copies_.push_back(copy); }
-  void complete_told(Barrier& barrier) {
+  void complete_stores(Barrier& barrier) {
     if (barrier.expected < 0 || barrier.arrived < barrier.expected) return;
-    if (barrier.arrived > barrier.expected) fail("more was told than a barrier expects");
+    if (barrier.arrived > barrier.expected) fail("more was stored than a barrier expects");
     barrier.expected = -1;
     barrier.arrived = 0;
     ++barrier.completed;
@@ -331,7 +331,7 @@ class Machine {
     }
     if (!copy.from) {
       barrier.arrived += copy.bytes;
-      complete_told(barrier);
+      complete_stores(barrier);
       return;
     }
     ++barrier.completed;

@@ -7,7 +7,7 @@
 //   cluster_sync by all threads of a cluster;
 // * what one thread writes to shared memory another reads only after a barrier between them, and likewise what it is
 //   to overwrite; an own asynchronous copy is read after copy_wait, by each thread that reads it;
-// * store_remote and tell reach another block of the cluster, after a first cluster_sync; what was told is read after
+// * store_remote and store_async reach another block of the cluster, after a first cluster_sync; the latter is read after
 //   copy_wait.
 //
 // Shared memory is addressed by bytes from its beginning.
@@ -165,14 +165,14 @@ struct Simt {
   }
   // Between the blocks of a cluster, without waiting for anything else that they do: a number for another block's memory,
   // which counts it at its own barrier; and, by one thread of each block, how many bytes that barrier is to wait for.
-  MLK_DEVICE void tell(int rank, int at, float value, int barrier) const {
+  MLK_DEVICE void store_async(int rank, int at, float value, int barrier) const {
 #if __CUDA_ARCH__ >= 900
     asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(remote(rank, at)),
                  "r"(__float_as_uint(value)), "r"(remote(rank, barrier))
                  : "memory");
 #endif
   }
-  MLK_DEVICE void tell(int rank, int at, double value, int barrier) const {
+  MLK_DEVICE void store_async(int rank, int at, double value, int barrier) const {
 #if __CUDA_ARCH__ >= 900
     asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(remote(rank, at)),
                  "l"(__double_as_longlong(value)), "r"(remote(rank, barrier))
