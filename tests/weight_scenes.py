@@ -155,9 +155,10 @@ def refused(group: dist.ProcessGroup, folder: Path) -> None:
     assert torch.equal(single.export_weight(), large.float())
     assert torch.equal(head.export_weight(), weight)
 
+    nowhere = folder.parent / "nowhere"
     for path, error, words in (
-        (folder.parent / "nowhere" / "weight.safetensors", OSError, "path must lie in a directory that exists, .*nowhere"),
-        (folder.parent / "nowhere" / "weight.pt", OSError, "path must lie in a directory that exists, .*nowhere"),
+        (nowhere / "weight.safetensors", OSError, "path must lie in a directory that exists, .*nowhere"),
+        (nowhere / "weight.pt", OSError, "path must lie in a directory that exists, .*nowhere"),
         (folder.parent / "weight.bin", ValueError, r"path must end in .safetensors, or in .pt or .pth .*weight.bin"),
         (3, TypeError, r"path takes a str or an os.PathLike, got int"),
     ):
