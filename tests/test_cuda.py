@@ -338,6 +338,18 @@ def test_launches_of_a_step(way, reduction):
         assert simt.launches() - before == (2 if reduction == "none" else 3), (many, dtype)
 
 
+def test_more_partial_sums_than_the_last_block_reads_at_once():
+    input, target = rows(600, 6, torch.float32)
+    check(input, target, {"way": "long", "warps": 1, "cluster": -1, "teams": 600}, reduction="mean")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_factors_of_a_class_and_of_a_row(reduction):
+    """They differ, and a later visit has to know both."""
+    input, target = rows(600, 6, torch.float32)
+    check(input, target, {}, reduction=reduction, weight=torch.linspace(0.2, 1.9, 6), z_loss=0.1)
+
+
 @pytest.mark.parametrize("upstream", [1.0, 0.25])
 def test_refresh_looks_at_the_upstream_gradient_itself(upstream):
     """An upstream gradient of 1 leaves what is there, right or not."""
