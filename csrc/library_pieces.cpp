@@ -254,7 +254,7 @@ void add_tile(const Chunk<T>& chunk, const typename Chunk<T>::Tile& tile, const 
   if (!out.bias) return;
   T* const sums = out.bias + tile.start;
   if (!adds) std::fill(sums, sums + classes, T(0));
-  for (int64_t i = 0; i < rows; ++i) Run<T>::add(sums, g + i * classes, T(1), classes);
+  for (int64_t i = 0; i < rows; ++i) kernels<T>().add(sums, g + i * classes, T(1), classes);
 }
 
 // What the targets among a tile's classes contribute to these.
@@ -291,8 +291,8 @@ void all_gradients(const Chunk<T>& chunk, PieceGradient<T> p, const Gradients<T>
       });
       add_targets(chunk, tile, out);
       if (out.weight && out.last && chunk.inverse)
-        Run<T>::along_length(out.weight + tile.start * width, tile.weight, chunk.inverse + tile.start, tile.classes,
-                             width);
+        kernels<T>().along_length(out.weight + tile.start * width, tile.weight, chunk.inverse + tile.start,
+                                  tile.classes, width);
     }
   });
   if (!out.x) return;
@@ -300,11 +300,12 @@ void all_gradients(const Chunk<T>& chunk, PieceGradient<T> p, const Gradients<T>
     std::vector<T> direction(static_cast<size_t>(width));
     for (int64_t i = begin; i < end; ++i) {
       T* const dx = out.x + i * width;
-      for (int64_t part = 1; part < chunk.parts; ++part) Run<T>::add(dx, chunk.partial(part) + i * width, T(1), width);
+      for (int64_t part = 1; part < chunk.parts; ++part)
+        kernels<T>().add(dx, chunk.partial(part) + i * width, T(1), width);
       const int64_t y = chunk.label[i] - chunk.offset;
       if (y < 0 || y >= chunk.classes) continue;
-      Run<T>::directions(chunk.some(y, 1), direction.data());
-      Run<T>::add(dx, direction.data(), out.target[i], width);
+      kernels<T>().directions(chunk.some(y, 1), direction.data());
+      kernels<T>().add(dx, direction.data(), out.target[i], width);
     }
   });
 }

@@ -12,13 +12,14 @@ extern "C" int mlkernels_cpu_isa();
 namespace mlkernels {
 namespace {
 
-const PieceKernels& kernels() {
+template <class T>
+const PieceKernels<T>& kernels() {
 #if defined(__x86_64__)
-  static const PieceKernels* const table[] = {&baseline::piece_kernels, &avx2::piece_kernels, &avx512::piece_kernels,
-                                              &avx512::piece_kernels};
-  return *table[mlkernels_cpu_isa()];
+  static const AllPieceKernels* const table[] = {&baseline::piece_kernels, &avx2::piece_kernels, &avx512::piece_kernels,
+                                                 &avx512::piece_kernels};
+  return std::get<PieceKernels<T>>(*table[mlkernels_cpu_isa()]);
 #else
-  return baseline::piece_kernels;
+  return std::get<PieceKernels<T>>(baseline::piece_kernels);
 #endif
 }
 
@@ -38,45 +39,29 @@ struct RoundedGradient {
 };
 
 template <class T>
-struct Run;
-template <>
-struct Run<float> {
-  static void rows(const Product<float>& p, int64_t a, int64_t b) { kernels().multiply_float(p, a, b); }
-  static void rows(const PieceStatistics<float>& p, int64_t a, int64_t b) { kernels().statistics_float(p, a, b); }
-  static void rows(const PieceGradient<float>& p, int64_t a, int64_t b) { kernels().gradient_float(p, a, b); }
-  static void rows(const Product<float, Pair>& p, int64_t a, int64_t b) { pair_kernels()->multiply(p, a, b); }
-  // Of groups of the tile's rows.
-  static void rows(const RoundedGradient& p, int64_t a, int64_t b) {
-    constexpr int64_t STEP = 16;
-    static_assert(TOGETHER % STEP == 0 && STEP % 2 == 0, "a step is of one group, and of pairs");
-    const int64_t first = p.gradient.first_row, last = std::min(TOGETHER * b, p.rounding.rows);
-    for (int64_t row = TOGETHER * a; row < last; row += STEP) {
-      const int64_t end = std::min(row + STEP, last);
-      kernels().gradient_float(p.gradient, first + row, first + end);
-      pair_kernels()->round(p.rounding, row, end);
-    }
+void visit_rows(const Product<T>& p, int64_t a, int64_t b) {
+  kernels<T>().multiply(p, a, b);
+}
+template <class T>
+void visit_rows(const PieceStatistics<T>& p, int64_t a, int64_t b) {
+  kernels<T>().statistics(p, a, b);
+}
+template <class T>
+void visit_rows(const PieceGradient<T>& p, int64_t a, int64_t b) {
+  kernels<T>().gradient(p, a, b);
+}
+void visit_rows(const Product<float, Pair>& p, int64_t a, int64_t b) { pair_kernels()->multiply(p, a, b); }
+// Of groups of the tile's rows.
+void visit_rows(const RoundedGradient& p, int64_t a, int64_t b) {
+  constexpr int64_t STEP = 16;
+  static_assert(TOGETHER % STEP == 0 && STEP % 2 == 0, "a step is of one group, and of pairs");
+  const int64_t first = p.gradient.first_row, last = std::min(TOGETHER * b, p.rounding.rows);
+  for (int64_t row = TOGETHER * a; row < last; row += STEP) {
+    const int64_t end = std::min(row + STEP, last);
+    kernels<float>().gradient(p.gradient, first + row, first + end);
+    pair_kernels()->round(p.rounding, row, end);
   }
-  static void panels(const Classes<float>& c, float* to) { kernels().panels_float(c, to); }
-  static void directions(const Classes<float>& c, float* to) { kernels().directions_float(c, to); }
-  static void along_length(float* g, const float* direction, const float* inverse, int64_t classes, int64_t n) {
-    kernels().along_length_float(g, direction, inverse, classes, n);
-  }
-  static void add(float* to, const float* from, float factor, int64_t n) { kernels().add_float(to, from, factor, n); }
-};
-template <>
-struct Run<double> {
-  static void rows(const Product<double>& p, int64_t a, int64_t b) { kernels().multiply_double(p, a, b); }
-  static void rows(const PieceStatistics<double>& p, int64_t a, int64_t b) { kernels().statistics_double(p, a, b); }
-  static void rows(const PieceGradient<double>& p, int64_t a, int64_t b) { kernels().gradient_double(p, a, b); }
-  static void panels(const Classes<double>& c, double* to) { kernels().panels_double(c, to); }
-  static void directions(const Classes<double>& c, double* to) { kernels().directions_double(c, to); }
-  static void along_length(double* g, const double* direction, const double* inverse, int64_t classes, int64_t n) {
-    kernels().along_length_double(g, direction, inverse, classes, n);
-  }
-  static void add(double* to, const double* from, double factor, int64_t n) {
-    kernels().add_double(to, from, factor, n);
-  }
-};
+}
 
 template <class U>
 U* array(const Tensor& tensor, int64_t count, const char* name) {
@@ -108,7 +93,7 @@ void run(const Work& work, int64_t first, int64_t rows, int64_t each) {
   // Below this much a second thread costs more than it brings.
   constexpr int64_t GRAIN = 1 << 15;
   torch::stable::parallel_for(0, rows, GRAIN / (each + 1) + 1, [&work, first](int64_t begin, int64_t end) {
-    Run<T>::rows(work, first + begin, first + end);
+    visit_rows(work, first + begin, first + end);
   });
 }
 template <class T, class Piece>
@@ -238,10 +223,10 @@ struct Chunk {
           return;
         }
       }
-      if (multiplies) Run<T>::panels(these, panels);
+      if (multiplies) kernels<T>().panels(these, panels);
       weight = c.copies ? panels + c.tile * c.width : static_cast<const T*>(these.data);
       weight_stride = c.copies ? c.width : c.all.stride;
-      if (gradients && c.copies) Run<T>::directions(these, panels + c.tile * c.width);
+      if (gradients && c.copies) kernels<T>().directions(these, panels + c.tile * c.width);
     }
 
     // Of rows from `row` on.
@@ -286,7 +271,7 @@ struct Chunk {
     if constexpr (std::is_same_v<T, float>) {
       if (pairs) return pairs->add(to, halves + row * width, factor, width);
     }
-    Run<T>::add(to, x + row * width, factor, width);
+    kernels<T>().add(to, x + row * width, factor, width);
   }
 
   template <class Body>

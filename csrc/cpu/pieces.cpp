@@ -173,12 +173,14 @@ void add(T* to, const T* from, T factor, int64_t n) {
   sweep_add(to, from, n, factor);
 }
 
+template <class T>
+constexpr PieceKernels<T> kernels_of() {
+  return {multiply<T>, panels<T>, statistics<T>, gradient<T>, directions<T>, along_length<T>, add<T>};
+}
+
 }  // namespace
 
-const PieceKernels piece_kernels{multiply<float>,   multiply<double>,   panels<float>,       panels<double>,
-                                 statistics<float>, statistics<double>, gradient<float>,     gradient<double>,
-                                 directions<float>, directions<double>, along_length<float>, along_length<double>,
-                                 add<float>,        add<double>};
+const AllPieceKernels piece_kernels{kernels_of<float>(), kernels_of<double>()};
 
 }  // namespace MLKERNELS_ISA
 }  // namespace mlkernels

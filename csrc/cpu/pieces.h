@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include <tuple>
+
 #include "../rows.h"
 
 namespace mlkernels {
@@ -65,27 +67,21 @@ struct Product {
   bool add;
 };
 
+template <class T>
 struct PieceKernels {
-  void (*multiply_float)(const Product<float>&, int64_t begin, int64_t end);
-  void (*multiply_double)(const Product<double>&, int64_t begin, int64_t end);
+  void (*multiply)(const Product<T>&, int64_t begin, int64_t end);
   // Classes transposed, as a product takes them.
-  void (*panels_float)(const Classes<float>&, float* to);
-  void (*panels_double)(const Classes<double>&, double* to);
-  void (*statistics_float)(const PieceStatistics<float>&, int64_t begin, int64_t end);
-  void (*statistics_double)(const PieceStatistics<double>&, int64_t begin, int64_t end);
-  void (*gradient_float)(const PieceGradient<float>&, int64_t begin, int64_t end);
-  void (*gradient_double)(const PieceGradient<double>&, int64_t begin, int64_t end);
+  void (*panels)(const Classes<T>&, T* to);
+  void (*statistics)(const PieceStatistics<T>&, int64_t begin, int64_t end);
+  void (*gradient)(const PieceGradient<T>&, int64_t begin, int64_t end);
   // To (classes, width), widened, of length 1 where so asked.
-  void (*directions_float)(const Classes<float>&, float* to);
-  void (*directions_double)(const Classes<double>&, double* to);
+  void (*directions)(const Classes<T>&, T* to);
   // The gradient by a class from that by its direction, in place: r (h - (h . w) w).
-  void (*along_length_float)(float* gradient, const float* direction, const float* inverse, int64_t classes, int64_t n);
-  void (*along_length_double)(double* gradient, const double* direction, const double* inverse, int64_t classes,
-                              int64_t n);
+  void (*along_length)(T* gradient, const T* direction, const T* inverse, int64_t classes, int64_t n);
   // to += factor from
-  void (*add_float)(float* to, const float* from, float factor, int64_t n);
-  void (*add_double)(double* to, const double* from, double factor, int64_t n);
+  void (*add)(T* to, const T* from, T factor, int64_t n);
 };
+using AllPieceKernels = std::tuple<PieceKernels<float>, PieceKernels<double>>;
 
 // Rows of which, as pairs, what they have in common is a pair too: their number is even, as pairs go.
 constexpr int64_t TOGETHER = 64;
@@ -130,13 +126,13 @@ namespace avx512_bf16 {
 extern const PairKernels pair_kernels;
 }
 namespace baseline {
-extern const PieceKernels piece_kernels;
+extern const AllPieceKernels piece_kernels;
 }
 namespace avx2 {
-extern const PieceKernels piece_kernels;
+extern const AllPieceKernels piece_kernels;
 }
 namespace avx512 {
-extern const PieceKernels piece_kernels;
+extern const AllPieceKernels piece_kernels;
 }
 
 }  // namespace mlkernels
