@@ -253,17 +253,47 @@ struct ByParameter {
     }
   }
 
+  // Of a number that all rows share, by slot. Four at once: an addition waits for the one before it.
+  std::array<double, TRAINABLE_SLOTS> sums_of_shared() const {
+    std::array<double, TRAINABLE_SLOTS> found{};
+    std::array<int, TRAINABLE_SLOTS + 3> slots;
+    int count = 0;
+    for (int slot = 0; slot < TRAINABLE_SLOTS; ++slot)
+      if ((needs >> slot & 1) && call.tensors[slot]->dim() == 0) slots[count++] = slot;
+    for (int i = count; i < count + 3; ++i) slots[i] = count > 0 ? slots[0] : 0;
+    for (int first = 0; first < count; first += 4) {
+      const int* const these = slots.data() + first;
+      const T *const a = by_row[these[0]].get(), *const b = by_row[these[1]].get(), *const c = by_row[these[2]].get(),
+                     *const d = by_row[these[3]].get();
+      double total[4] = {};
+      for (int64_t i = 0; i < call.p.rows; ++i) {
+        total[0] += double(a[i]);
+        total[1] += double(b[i]);
+        total[2] += double(c[i]);
+        total[3] += double(d[i]);
+      }
+      for (int i = 0; i < 4; ++i) found[these[i]] = total[i];
+    }
+    return found;
+  }
+
   // In row order and in double: the same bits on every run, whatever the number of threads.
   // Not in Python: torch's functions take 4 us for a number and 19 us for the tables of a small step (bench/NOTES.md).
   std::vector<Tensor> sums() const {
     const CpuProblem<T>& p = call.p;
     const size_t rows = size_t(p.rows);
+    const std::array<double, TRAINABLE_SLOTS> shared = sums_of_shared();
     std::vector<Tensor> gradients;
     for (int slot = 0; slot < TRAINABLE_SLOTS; ++slot) {
       if (!(needs >> slot & 1)) continue;
       const Tensor& tensor = *call.tensors[slot];
       Tensor out = empty_of(tensor, tensor.scalar_type());
       const int64_t count = tensor.numel();
+      if (tensor.dim() == 0) {
+        write(out, &shared[slot]);
+        gradients.push_back(std::move(out));
+        continue;
+      }
       std::vector<double> total(size_t(count), 0.0);
       const T* values = by_row[slot].get();
       if (call.is_table(slot)) {
@@ -274,8 +304,6 @@ struct ByParameter {
           if (p.label[i] == p.spec.ignore_index) continue;
           total[size_t((p.group ? p.group[i] : 0) * bins + bin[i])] += double(values[i]);
         }
-      } else if (tensor.dim() == 0) {
-        for (size_t i = 0; i < rows; ++i) total[0] += double(values[i]);
       } else if (tensor.dim() == 1) {
         for (size_t i = 0; i < rows; ++i)
           if (p.label[i] != p.spec.ignore_index) total[size_t(p.label[i])] += double(values[i]);
