@@ -159,19 +159,27 @@ def spec(
 # ---- the public composition types ------------------------------------------------------------------------------------
 
 
+def _reader(*names: str) -> Callable[[Any], tuple[Any, ...]]:
+    """What reads these attributes: in one expression, as it does at every call, and none that Dynamo does not trace."""
+    read: Callable[[Any], tuple[Any, ...]] = eval(f"lambda part: ({''.join(f'part.{name}, ' for name in names)})")
+    return read
+
+
 class _Part:
     """Of a composition: the numbers of its kind by name, and options. A keyword that it does not take is an error."""
 
     kind: ClassVar[IntEnum]
-    _numbers: ClassVar[tuple[str, ...]]
     _options: ClassVar[tuple[str, ...]]
+    _values: ClassVar[Callable[[Any], tuple[Any, ...]]]
+    _structure: ClassVar[Callable[[Any], tuple[Any, ...]]]
 
     def __init_subclass__(cls, kind: TransformKind | ScaleKind | HeadKind | None = None) -> None:
         if kind is None:  # a class of the user's own
             return
         known: Any = {TransformKind: TRANSFORM_VALUES, ScaleKind: SCALE_VALUES, HeadKind: HEAD_VALUES}[type(kind)]
-        cls.kind, cls._numbers = kind, tuple(value.composed.partition(".")[2] for value in known[kind])
-        cls._options = tuple(name for name in cls.__annotations__ if name not in (*cls._numbers, "_"))
+        cls.kind, numbers = kind, [value.composed.partition(".")[2] for value in known[kind]]
+        cls._options = tuple(name for name in cls.__annotations__ if name not in (*numbers, "_"))
+        cls._values, cls._structure = _reader(*numbers), _reader("__class__", *cls._options)
 
     def __new__(cls, *given: object, **keywords: object) -> Self:
         fields: tuple[str, ...] = tuple(cls.__dataclass_fields__)  # type: ignore[attr-defined]
@@ -186,12 +194,12 @@ class _Part:
     @property
     def values(self) -> tuple[Number | None, ...]:
         """The numbers in the order of the slots."""
-        return tuple([getattr(self, name) for name in self._numbers])
+        return type(self)._values(self)
 
     @property
-    def options(self) -> dict[str, Any]:
-        """What is no number."""
-        return {name: getattr(self, name) for name in self._options}
+    def structure(self) -> tuple[Any, ...]:
+        """What is no number: the class and its options."""
+        return type(self)._structure(self)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -343,32 +351,51 @@ def compose(
     transform: Transform | None, scale: Number | TwoScale, head: Head | None, target_logit: Tensor | None
 ) -> tuple[Spec, tuple[Number | None, ...]]:
     """The Spec and the values of a composition."""
-    options: dict[str, Any] = {}
     values: tuple[Number | None, ...] = ()
-    transform_kind: Any = TransformKind.IDENTITY
-    head_kind: Any = HeadKind.LOG
+    of_transform: Any = None
     if target_logit is not None:
         if transform is not None:
             raise ValueError(
                 f"target_logit replaces the target transform: transform must be None, got {type(transform).__name__}"
             )
-        transform_kind, values = TransformKind.GIVEN, (target_logit,)
+        of_transform, values = TransformKind.GIVEN, (target_logit,)
     elif isinstance(transform, _TRANSFORMS):
-        transform_kind, values, options = transform.kind, transform.values, transform.options
+        of_transform, values = transform.structure, transform.values
     elif transform is not None:
         raise TypeError(
             f"transform takes {_TRANSFORM_NAMES}, got {type(transform).__name__}; a transform of your own goes through "
             "target_logit"
         )
-    if isinstance(scale, TwoScale):
-        scale_kind, values = ScaleKind.TWO_SCALE, values + scale.values
-    else:
-        scale_kind, values = ScaleKind.SINGLE, (*values, scale)
+    values += scale.values if isinstance(scale, TwoScale) else (scale,)
+    of_head: Any = None
     if isinstance(head, _HEADS):
-        head_kind, values, options = head.kind, values + head.values, options | head.options
+        of_head, values = head.structure, values + head.values
     elif head is not None:
         raise TypeError(
             f"head takes {_HEAD_NAMES}, got {type(head).__name__}; a head of your own is a function of the result with "
             'reduction="none"'
         )
-    return spec(transform_kind, scale_kind, head_kind, **options), values
+    return _composed(of_transform, isinstance(scale, TwoScale), of_head), values
+
+
+_compositions: dict[tuple[object, ...], Spec] = {}
+
+
+@constant_when_compiled
+def _composed(transform: Any, two_scale: bool, head: Any) -> Spec:
+    """The one Spec of a transform's structure, or its kind, and a head's."""
+    key = (transform, two_scale, head)
+    try:
+        return _compositions[key]
+    except (KeyError, TypeError):  # a new one, or an option that cannot be hashed
+        pass
+    kinds: dict[str, Any] = {"scale": ScaleKind.TWO_SCALE} if two_scale else {}
+    for name, part in (("transform", transform), ("head", head)):
+        if isinstance(part, TransformKind):
+            kinds[name] = part
+        elif part is not None:
+            kind, *options = part
+            kinds |= {name: kind.kind, **dict(zip(kind._options, options, strict=True))}
+    found = spec(**kinds)
+    _compositions[key] = found
+    return found
