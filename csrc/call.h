@@ -30,7 +30,7 @@ inline Storage storage_of(ScalarType type) {
     case ScalarType::Double: return Storage::DOUBLE;
     case ScalarType::BFloat16: return Storage::BFLOAT16;
     case ScalarType::Half: return Storage::FLOAT16;
-    default: throw std::invalid_argument("a tensor must be float16, bfloat16, float32 or float64");
+    default: throw std::runtime_error("a tensor must be float16, bfloat16, float32 or float64");
   }
 }
 
@@ -81,8 +81,8 @@ inline Layout layout_of(const Tensor& tensor, bool classes = true) {
 template <class Kind>
 Kind kind_of(double number) {
   if (!(number >= 0 && number < Known<Kind>::COUNT) || number != double(int(number)))
-    throw std::invalid_argument(std::string("there is no ") + Known<Kind>::WORD + " with the number " +
-                                std::to_string(number));
+    throw std::runtime_error(std::string("there is no ") + Known<Kind>::WORD + " with the number " +
+                             std::to_string(number));
   return Kind(int(number));
 }
 

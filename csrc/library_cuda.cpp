@@ -38,7 +38,7 @@ Index index_of(ScalarType type) {
     case ScalarType::UInt16: return Index::UINT16;
     case ScalarType::UInt32: return Index::UINT32;
     case ScalarType::UInt64: return Index::UINT64;
-    default: throw std::invalid_argument("labels must be integers");
+    default: throw std::runtime_error("labels must be integers");
   }
 }
 
@@ -365,7 +365,7 @@ bool on_host(const Tensor& tensor) { return device_of_tensor(tensor).first != de
 
 void check_pairs(const std::vector<Tensor>& dst, const std::vector<Tensor>& src, const std::optional<Tensor>& flag) {
   const auto require = [](bool good, const std::string& what) {
-    if (!good) throw std::invalid_argument(what);
+    if (!good) throw std::runtime_error(what);
   };
   require(dst.size() == src.size(), "src must hold one tensor per tensor of dst, " + std::to_string(dst.size()) +
                                         ", got " + std::to_string(src.size()));

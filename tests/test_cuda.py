@@ -450,5 +450,5 @@ def test_multi_copy_over_several_pieces(offset):
 
 
 def test_multi_copy_says_what_is_wrong():
-    with pytest.raises(ValueError, match=r"src\[1\] must have the shape of dst\[1\]"):
+    with pytest.raises(RuntimeError, match=r"src\[1\] must have the shape of dst\[1\]"):
         simt.operator("multi_copy_")([torch.zeros(2), torch.zeros(2)], [torch.ones(2), torch.ones(3)], None)

@@ -84,7 +84,7 @@ def test_unknown_numbers_are_errors(kernels, field):
     for unknown in (len(kind), -1, 0.5, NAN):
         numbers = plain_numbers()
         numbers[field] = unknown
-        with pytest.raises(ValueError, match=f"there is no {word} with the number"):
+        with pytest.raises(RuntimeError, match=f"there is no {word} with the number"):
             kernels.softmax_loss(torch.randn(2, 3), torch.tensor([0, 1]), numbers, [], False)
 
 

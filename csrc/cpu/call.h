@@ -72,7 +72,7 @@ void by_dtype(ScalarType type, Body body) {
     case ScalarType::UInt16: return body(uint16_t());
     case ScalarType::UInt32: return body(uint32_t());
     case ScalarType::UInt64: return body(uint64_t());
-    default: throw std::invalid_argument("a tensor has a dtype that the CPU kernels do not read");
+    default: throw std::runtime_error("a tensor has a dtype that the CPU kernels do not read");
   }
 }
 
