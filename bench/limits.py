@@ -2,8 +2,9 @@
 
 *Small* calls, loss and ``backward()``, against ``F.cross_entropy`` by turns in one process: numbers as numbers, as
 tensors, and trained. *Large* ones against a copy into memory that was written before, and against the same steps in
-processes whose allocator is made to keep its memory (``mallopt``, without our own buffers). A verdict per target on the
-worst process; about ten minutes on two cores. ``--parts small --processes 1 --seconds 5`` is the table alone.
+processes whose allocator is made to keep its memory (``mallopt``, without our own buffers). Small *heads* against the
+chain written out. A verdict per target on the worst process; about twelve minutes on two cores. ``--parts small
+--processes 1 --seconds 5`` is the table alone.
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ from torch import Tensor
 import mlkernels
 from mlkernels import Affine, Margin, Modulated, Truncated, TwoScale
 
+from . import small_heads
 from .cases import Problem, make_inputs
 from .measure import Step, announce, cpu_clock, others_busy, stolen, take_turns
 from .report import describe, write_json
 
+PARTS = ("small", "large", "kept", "heads")
 FORMS = ("numbers", "tensors", "trained")
 SMALL = ((128, 10), (128, 100), (64, 1000), (256, 1000))
 #: At least so many times as fast as ``F.cross_entropy``: numbers and, of small calls, tensors and what is trained.
@@ -177,6 +180,11 @@ def _best(steps: dict[str, Step], seconds: float) -> dict[str, float]:
     return best
 
 
+def heads(seconds: float) -> Found:
+    """Small heads, ours and the chain written out by turns."""
+    return {"×".join(map(str, shape)): _best(small_heads.steps(shape), seconds) for shape in small_heads.SHAPES}
+
+
 def large(seconds: float, kept: bool) -> Found:
     """Large calls with numbers, and a copy; the medians of turns."""
     if kept:
@@ -207,7 +215,8 @@ def keep_memory() -> None:
 def _alone(part: str, seconds: float, threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     begin = cpu_clock()
-    found = small(seconds) if part == "small" else large(seconds, part == "kept")
+    by_part = {"small": small, "heads": heads}
+    found = by_part[part](seconds) if part in by_part else large(seconds, part == "kept")
     end = cpu_clock()
     return {"part": part, "found": found, "others_busy": others_busy(begin, end), "stolen": stolen(begin, end)}
 
@@ -238,8 +247,11 @@ def _each(runs: Sequence[Found], problem: str) -> Iterator[tuple[str, list[float
 
 def verdicts(processes: Sequence[dict[str, Any]]) -> list[Verdict]:
     """Every target that was measured, on the worst process of each loss."""
-    by_part = {part: [one["found"] for one in processes if one["part"] == part] for part in ("small", "large", "kept")}
+    by_part = {part: [one["found"] for one in processes if one["part"] == part] for part in PARTS}
     found = []
+    for problem, ratios in (small_heads.ratios(by_part["heads"]) if by_part["heads"] else {}).items():
+        worst = {name: max(each) for name, each in ratios.items()}
+        found.append(_verdict(f"{problem}, heads: of the chain written out", worst, 1.0, False))
     runs = by_part["small"]
     for shape in SMALL if runs else ():
         problem = str(Problem(shape, "float32"))
@@ -314,6 +326,9 @@ def text(processes: Sequence[dict[str, Any]]) -> str:
     runs = [one["found"] for one in processes if one["part"] == "small"]
     if runs:
         parts.append(table(runs))
+    heads = [one["found"] for one in processes if one["part"] == "heads"]
+    if heads:
+        parts.append(small_heads.table(heads))
     for one in verdicts(processes):
         state = "reached" if one.reached else f"MISSED by {one.missed} of {one.of}"
         parts.append(f"{one.target}: {state}; worst {one.worst:.2f} ({one.where})")
@@ -326,7 +341,7 @@ def text(processes: Sequence[dict[str, Any]]) -> str:
 def main(given: Sequence[str] | None = None) -> int:
     """Measures, prints, writes; 0 where every target was reached."""
     parser = argparse.ArgumentParser(prog="python -m bench.limits", description=__doc__)
-    parser.add_argument("--parts", default="small,large", help="small, large; default both")
+    parser.add_argument("--parts", default="small,large,heads", help="small, large, heads; default all")
     parser.add_argument("--processes", type=int, default=4, help="fresh ones of each part")
     parser.add_argument("--seconds", type=float, default=6.0, help="for each problem of a process")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -335,7 +350,7 @@ def main(given: Sequence[str] | None = None) -> int:
     started = time.time()
     jobs = []
     for index in range(options.processes):
-        jobs += ["small"] * ("small" in options.parts) + ["large"] * ("large" in options.parts)
+        jobs += [part for part in ("small", "large", "heads") if part in options.parts]
         jobs += ["kept"] * ("large" in options.parts and index % 2 == 0)
     processes: list[dict[str, Any]] = []
     for part in jobs:

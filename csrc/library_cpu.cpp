@@ -166,6 +166,18 @@ bool directly(const DirectCall& call, With with) {
   }
 }
 
+// Calls with(HeadArguments).
+template <class With>
+bool directly(const DirectCall& call, const DirectHead& head, With with) {
+  return directly(call, [&](const Tensor& x, const Tensor& target, const std::vector<double>& numbers,
+                            const std::vector<Tensor>& params) {
+    const Tensor weight = owned(head.weight), room = room_like(x, {head.room});
+    const std::optional<Tensor> bias = head.bias ? std::optional<Tensor>(owned(head.bias)) : std::nullopt;
+    const std::vector<int64_t> plan(head.plan, head.plan + 5);
+    with(HeadArguments{x, weight, bias, head.normalize, target, room, plan, numbers, params});
+  });
+}
+
 const Direct direct{
     NUMBERING,
     sizeof(Direct),
@@ -199,15 +211,30 @@ const Direct direct{
     },
     [](const DirectCall& call, const DirectHead& head, int64_t needs, AtenTensorHandle* loss,
        AtenTensorHandle* gradients) {
-      return directly(
-          call, [&](const Tensor& x, const Tensor& target, std::vector<double> numbers, std::vector<Tensor> params) {
-            const std::optional<Tensor> bias = head.bias ? std::optional<Tensor>(owned(head.bias)) : std::nullopt;
-            const auto [result, made] = linear_loss_with_gradients(
-                x, owned(head.weight), bias, {}, target, room_like(x, {head.room}),
-                std::vector<int64_t>(head.plan, head.plan + 5), std::move(numbers), std::move(params), needs);
-            *loss = handed_out(result);
-            for (const Tensor& gradient : made) *gradients++ = handed_out(gradient);
-          });
+      return directly(call, head, [&](const HeadArguments& arguments) {
+        const auto [result, made] = linear_loss_with_gradients(arguments, needs);
+        *loss = handed_out(result);
+        for (const Tensor& gradient : made) *gradients++ = handed_out(gradient);
+      });
+    },
+    [](const DirectCall& call, const DirectHead& head, AtenTensorHandle* loss, AtenTensorHandle* saved,
+       AtenTensorHandle* rows) {
+      return directly(call, head, [&](const HeadArguments& arguments) {
+        const auto [result, known, stats] = linear_rows(arguments, rows);
+        *loss = handed_out(result);
+        *saved = handed_out(known);
+        for (const Tensor& one : stats) *rows++ = handed_out(one);
+      });
+    },
+    [](const DirectCall& call, const DirectHead& head, AtenTensorHandle saved, AtenTensorHandle const* upstream,
+       int64_t needs, AtenTensorHandle* gradients) {
+      return directly(call, head, [&](const HeadArguments& arguments) {
+        std::array<std::optional<Tensor>, 4> given;
+        for (size_t i = 0; i < 4; ++i)
+          if (upstream[i]) given[i] = owned(upstream[i]);
+        for (const Tensor& gradient : linear_rows_backward(arguments, owned(saved), given, needs))
+          *gradients++ = handed_out(gradient);
+      });
     },
 };
 

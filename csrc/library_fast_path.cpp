@@ -25,7 +25,7 @@ void record(at::RecordFunction& guard, const char* name, const Arguments& of) {
 }
 
 // Undefined: the call was refused, and Python says why.
-Tensor run(const Call& call, const Arguments& of) {
+Tensor run(const Call& call, const Arguments& of, std::vector<Tensor>& stats) {
   std::vector<Tensor> params;
   for (int slot = 0; slot < SLOTS; ++slot)
     if (of.key.mask >> slot & 1) params.push_back(of.by_slot[size_t(slot)]);
@@ -33,33 +33,37 @@ Tensor run(const Call& call, const Arguments& of) {
   AtenTensorOpaque* loss;
   std::array<AtenTensorOpaque*, SLOTS + 3> made;
   const bool at_once = call->needs && !call->apart, later = call->needs && call->apart;
-  const int count = at_once ? __builtin_popcountll(uint64_t(call->needs)) : call->head ? 0 : 1;
+  const bool rows = call->head && (later || call->stats);
+  const int count = at_once ? __builtin_popcountll(uint64_t(call->needs)) : call->head && !rows ? 0 : 1;
+  std::array<AtenTensorOpaque*, 6> described;
   const bool one = call->needs == int64_t(1) << INPUT;
   {
     at::RecordFunction function(at::RecordScope::FUNCTION), kernels(at::RecordScope::FUNCTION);
     if (call->needs || call->head)
       record(function, call->head ? "_LinearLoss" : at_once ? "_LossWithGradients" : "_SoftmaxLoss", of);
     record(kernels,
-           call->head ? "mlkernels::linear_loss_with_gradients"
-           : !at_once ? "mlkernels::softmax_loss"
-           : one      ? "mlkernels::softmax_loss_with_gradient"
-                      : "mlkernels::softmax_loss_with_gradients",
+           rows         ? "mlkernels::linear_rows"
+           : call->head ? "mlkernels::linear_loss_with_gradients"
+           : !at_once   ? "mlkernels::softmax_loss"
+           : one        ? "mlkernels::softmax_loss_with_gradient"
+                        : "mlkernels::softmax_loss_with_gradients",
            of);
     const bool unlocked = of.target.numel() * of.classes >= UNLOCK_FROM;
-    const DirectHead head{handle_of(of.weight), of.bias.defined() ? handle_of(of.bias) : nullptr, call->plan.data(),
-                          call->room};
+    const DirectHead head = head_of(*call, of.weight, of.bias);
     PyThreadState* const state = unlocked ? PyEval_SaveThread() : nullptr;
-    const bool good = call->head
-                          ? direct->linear_loss_with_gradients(handles.call, head, call->needs, &loss, made.data())
-                      : at_once ? direct->loss_with_gradients(handles.call, call->needs, &loss, made.data())
-                                : direct->loss(handles.call, later, &loss, made.data());
+    const bool good =
+        rows ? direct->linear_rows(handles.call, head, &loss, made.data(), call->stats ? described.data() : nullptr)
+        : call->head ? direct->linear_loss_with_gradients(handles.call, head, call->needs, &loss, made.data())
+        : at_once    ? direct->loss_with_gradients(handles.call, call->needs, &loss, made.data())
+                     : direct->loss(handles.call, later, &loss, made.data());
     if (unlocked) PyEval_RestoreThread(state);
     if (!good) return Tensor();
   }
   Tensor result = taken(loss);
   std::vector<Tensor> kept;
   for (int i = 0; i < count; ++i) kept.push_back(taken(made[size_t(i)]));
-  return call->needs ? with_history(call, of, params, std::move(result), std::move(kept)) : result;
+  for (size_t i = 0; call->stats && i < described.size(); ++i) stats.push_back(taken(described[i]));
+  return call->needs ? with_history(call, of, params, std::move(result), stats, std::move(kept)) : result;
 }
 
 // (spec, values, input, target, group, common): the loss, or None where the call is not plain.
@@ -74,19 +78,27 @@ PyObject* loss(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   Call call = place;
   if (!call || !(call->key == of.key)) place = call = ask_python(of.key, arguments);
   if (!call->call) Py_RETURN_NONE;
-  const Tensor result = run(call, of);
+  std::vector<Tensor> stats;
+  const Tensor result = run(call, of, stats);
   if (!result.defined()) Py_RETURN_NONE;
+  if (call->stats) {
+    THPObjectPtr rows(THPVariable_WrapList(stats));
+    if (!rows) throw python_error();
+    THPObjectPtr done(PyObject_CallFunctionObjArgs(take_stats, arguments[2], rows.get(), nullptr));
+    if (!done) throw python_error();
+  }
   return THPVariable_Wrap(result);
   END_HANDLE_TH_ERRORS
 }
 
-// (type, attribute, backward): heads are served from now on.
+// (type, attribute, method, backward): heads are served from now on.
 PyObject* serve_heads(PyObject*, PyObject* arguments) {
-  PyObject *type, *name, *left;
-  if (!PyArg_ParseTuple(arguments, "OOO", &type, &name, &left)) return nullptr;
+  PyObject *type, *name, *method, *left;
+  if (!PyArg_ParseTuple(arguments, "OOOO", &type, &name, &method, &left)) return nullptr;
   Py_INCREF(arguments);  // and all that it holds, for ever
   head_type = type;
   plain_name = name;
+  take_stats = method;
   head_backward = left;
   Py_RETURN_NONE;
 }

@@ -111,73 +111,69 @@ T dot(const X* a, const S* b, int64_t n) {
     for (int k = 0; k < half; ++k) sums[k] += sums[k + half];
   return sums[0];
 }
-template <class T, class X>
-T dot(const X* a, const void* b, Storage storage, int64_t at, int64_t n) {
-  switch (storage) {
-    case Storage::FLOAT: return dot<T>(a, static_cast<const float*>(b) + at, n);
-    case Storage::DOUBLE: return dot<T>(a, static_cast<const double*>(b) + at, n);
-    case Storage::BFLOAT16: return dot<T>(a, static_cast<const bfloat16*>(b) + at, n);
-    default: return dot<T>(a, static_cast<const float16*>(b) + at, n);
+// Calls body with a tensor's elements.
+template <class Body>
+void by_storage(const Tensor& tensor, Body body) {
+  const void* const data = tensor.data_ptr();
+  switch (storage_of(tensor.scalar_type())) {
+    case Storage::FLOAT: return body(static_cast<const float*>(data));
+    case Storage::DOUBLE: return body(static_cast<const double*>(data));
+    case Storage::BFLOAT16: return body(static_cast<const bfloat16*>(data));
+    default: return body(static_cast<const float16*>(data));
   }
 }
 
 constexpr int64_t PARAMETERS = (int64_t(1) << TRAINABLE_SLOTS) - 1;
 
+// A norm; NaN where the squares overflow: no direction is 0, as 1 / inf would say.
+template <class T>
+T length_of(T squares) {
+  return squares < MLKERNELS_ISA::infinity<T>() ? std::sqrt(squares) : MLKERNELS_ISA::nan<T>();
+}
+
+// Of c tanh(f / c). 1 - tanh^2 without the difference, which cancels where tanh is near 1.
+template <class T>
+T cap_slope_at(T f, T c) {
+  const T e = MLKERNELS_ISA::m_exp(-2 * MLKERNELS_ISA::m_abs(f / c));
+  return 4 * e / ((1 + e) * (1 + e));
+}
+
+// All classes of a weight and all rows: what the operators of a whole head share.
 template <class T>
 struct WholeHead {
-  Tensor x;
+  Tensor x;  // the rows that are left; their directions, where cosines are wanted
   const Tensor& weight;
-  const std::optional<Tensor>&bias, &inverse;
+  const std::optional<Tensor>& bias;
   const Tensor& room;
   const std::vector<int64_t>& plan;
-  const std::vector<double>& numbers;
-  std::vector<Tensor> params;  // those of classes contiguous and in T
+  std::vector<int64_t> cut;  // of the plan, that of classes
   Call<T> call;
   CpuProblem<T>& p;
-  const int64_t needs, n, classes, width, left;  // left: rows that are not ignored
-  const bool tiles;                              // of whose gradient anything is needed
-  ByParameter<T> parameters;
+  const int64_t n, classes, width, left;  // left: rows that are not ignored
+  const int64_t several;                  // scales that a row may turn out to have
   Tensor label;
-  std::vector<int64_t> index;  // where the rows that are left were, if not all are
-  std::optional<Tensor> dx, dw, db;
+  std::vector<int64_t> index;     // where the rows that are left were, if not all are
+  std::vector<T> length;          // of these rows, if x are their directions
+  std::optional<Tensor> inverse;  // of the lengths of the weight's rows, then
 
-  WholeHead(const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& bias_,
-            const std::optional<Tensor>& inverse_, const Tensor& target, const Tensor& room_,
-            const std::vector<int64_t>& plan_, const std::vector<double>& numbers_, const std::vector<Tensor>& params_,
-            int64_t needs_)
-      : x(x_),
-        weight(weight_),
-        bias(bias_),
-        inverse(inverse_),
-        room(room_),
-        plan(plan_),
-        numbers(numbers_),
-        params(params_),
-        call(target, numbers, params_, checked()),
+  WholeHead(const HeadArguments& of)
+      : x(of.x),
+        weight(of.weight),
+        bias(of.bias),
+        room(of.room),
+        plan(of.plan),
+        call(of.target, of.numbers, of.params, checked()),
         p(call.p),
-        needs(needs_),
         n(p.rows),
         classes(p.classes),
         width(weight.size(1)),
         left(int64_t(call.kept)),
-        tiles(needs >> INPUT & 7),
-        parameters(call, needs & PARAMETERS),
-        label(contiguous_of<int64_t>(target)) {
-    STD_TORCH_CHECK(x.size(0) == n && target.dim() == 1, "x must have a row for each label");
-    STD_TORCH_CHECK(!(needs >> (INPUT + 3)) && (bias || !(needs >> BIAS_BIT & 1)),
-                    "needs asks for the gradient of what is no tensor");
-    STD_TORCH_CHECK(!needs || call.reduction != Reduction::NONE, "gradients are made with a loss that is reduced");
-    for (const Extra& extra : EXTRAS)
-      if (const Tensor* given = call.tensors[extra.slot]; given && extra.per == Mode::PER_CLASS)
-        params[size_t(given - params_.data())] = contiguous_of<T>(*given);
+        several(p.spec.scale == Scale::TWO_SCALE ? 2 : 1),
+        label(contiguous_of<int64_t>(of.target)) {
+    STD_TORCH_CHECK(x.size(0) == n && of.target.dim() == 1, "x must have a row for each label");
+    cut.assign(plan.begin(), plan.begin() + 3);
     if (left < n) leave_out();
-    if (needs >> INPUT & 1) dx = empty({left, width}, type_of<T>());
-    if (needs >> WEIGHT_BIT & 1) dw = room_like(room, {classes, width});
-    if (needs >> BIAS_BIT & 1) db = empty({classes}, type_of<T>());
-    for (const auto& sum : {dw, db})
-      if (sum && left == 0) std::memset(sum->data_ptr(), 0, size_t(sum->numel()) * sizeof(T));
-    p.up_value = 1;
-    p.grad = tiles ? &p : nullptr;  // that one is wanted: where it goes the tiles know
+    if (of.normalize) take_directions();
   }
   WholeHead(const WholeHead&) = delete;
 
@@ -190,10 +186,9 @@ struct WholeHead {
                     "x must be contiguous, float32, float64 or bfloat16");
     STD_TORCH_CHECK(weight.size(1) < 2 || weight.stride(1) == 1, "weight must have a stride of 1 along width");
     STD_TORCH_CHECK(plan.size() == 5 && plan[3] > 0, "plan must be five numbers");
-    for (const auto& of_class : {bias, inverse})
-      STD_TORCH_CHECK(!of_class || (of_class->numel() == weight.size(0) && of_class->is_contiguous() &&
-                                    of_class->scalar_type() == type_of<T>()),
-                      "bias and inverse are a number for each class, of the room's dtype");
+    STD_TORCH_CHECK(
+        !bias || (bias->numel() == weight.size(0) && bias->is_contiguous() && bias->scalar_type() == type_of<T>()),
+        "bias is a number for each class, of the room's dtype");
     return weight.size(0);
   }
 
@@ -203,10 +198,7 @@ struct WholeHead {
     Tensor rows = empty({left, width}, x.scalar_type()), labels = empty({left}, ScalarType::Long);
     index.reserve(size_t(left));
     for (int64_t row = 0; row < n; ++row) {
-      if (p.label[row] == p.spec.ignore_index) {
-        MLKERNELS_ISA::leave_parameters(p, row, T(0));
-        continue;
-      }
+      if (p.label[row] == p.spec.ignore_index) continue;
       const size_t at = index.size();
       std::memcpy(static_cast<char*>(rows.data_ptr()) + at * bytes,
                   static_cast<const char*>(x.data_ptr()) + size_t(row) * bytes, bytes);
@@ -218,134 +210,353 @@ struct WholeHead {
   }
   int64_t place(int64_t i) const { return index.empty() ? i : index[size_t(i)]; }
 
+  // Calls body(i) for each of so many rows or classes, on as many threads as that is worth.
+  template <class Body>
+  void each(int64_t count, Body body) const {
+    torch::stable::parallel_for(0, count, (1 << 15) / (width + 1) + 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) body(i);
+    });
+  }
+
+  void take_directions() {
+    STD_TORCH_CHECK(!bias && x.scalar_type() == type_of<T>(), "cosines have no bias, and x in the room's dtype");
+    const T* const from = static_cast<const T*>(x.data_ptr());
+    Tensor unit = empty({left, width}, type_of<T>()), inverses = empty({classes}, type_of<T>());
+    T *const to = static_cast<T*>(unit.data_ptr()), *const one_over = static_cast<T*>(inverses.data_ptr());
+    length.resize(size_t(left));
+    each(left, [&](int64_t i) {
+      const T own = length[size_t(i)] = length_of(dot<T>(from + i * width, from + i * width, width));
+      for (int64_t k = i * width; k < (i + 1) * width; ++k) to[k] = from[k] / own;
+    });
+    by_storage(weight, [&](const auto* rows) {
+      each(classes, [&](int64_t j) {
+        const auto* const row = rows + j * weight.stride(0);
+        one_over[j] = 1 / length_of(dot<T>(row, row, width));
+      });
+    });
+    x = unit;
+    inverse = inverses;
+  }
+
   // The target's product of each row, never taken from a tile.
   void of_targets(int64_t first, int64_t count, T* f_y) const {
-    const Storage storage = storage_of(weight.scalar_type());
-    const bool half = x.scalar_type() == ScalarType::BFloat16;
-    const void* const rows = x.data_ptr();
     const T* const add = bias ? static_cast<const T*>(bias->data_ptr()) : nullptr;
     const T* const factor = inverse ? static_cast<const T*>(inverse->data_ptr()) : nullptr;
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t y = p.label[place(first + i)], at = (first + i) * width, from = y * weight.stride(0);
-      const T product = half ? dot<T>(static_cast<const bfloat16*>(rows) + at, weight.data_ptr(), storage, from, width)
-                             : dot<T>(static_cast<const T*>(rows) + at, weight.data_ptr(), storage, from, width);
-      f_y[i] = (factor ? product * factor[y] : product) + (add ? add[y] : T(0));
-    }
+    by_storage(weight, [&](const auto* classes) {
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t y = p.label[place(first + i)], at = (first + i) * width;
+        const auto* const row = classes + y * weight.stride(0);
+        const T product = x.scalar_type() == ScalarType::BFloat16
+                              ? dot<T>(static_cast<const bfloat16*>(x.data_ptr()) + at, row, width)
+                              : dot<T>(static_cast<const T*>(x.data_ptr()) + at, row, width);
+        f_y[i] = (factor ? product * factor[y] : product) + (add ? add[y] : T(0));
+      }
+    });
   }
 
   // All the scales that a row may turn out to have: of the least confident one, and of the most.
-  void scales_of(int64_t first, int64_t rows, int64_t count, T* scales) const {
+  void scales_of(int64_t first, int64_t rows, T* scales) const {
     const T confidence[] = {-MLKERNELS_ISA::infinity<T>(), MLKERNELS_ISA::infinity<T>()};
     MLKERNELS_ISA::Values<T> values;
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t row = place(first + i);
       if (i == 0 || !p.uniform) fetch(p, row, p.label[row], p.group ? p.group[row] : 0, values);
-      for (int64_t k = 0; k < count; ++k) scales[k * rows + i] = row_scale(p.spec, values, confidence[k]).value;
+      for (int64_t k = 0; k < several; ++k) scales[k * rows + i] = row_scale(p.spec, values, confidence[k]).value;
     }
   }
 
-  // A chunk of rows: statistics of all classes, finish, gradients.
-  void visit(int64_t first, int64_t count) const {
-    const int64_t several = p.spec.scale == Scale::TWO_SCALE ? 2 : 1;
-    const bool keep = tiles && plan[4];
-    const double softcap = double(p.preparation.softcap);
-    const std::vector<int64_t> cut(plan.begin(), plan.begin() + 3);
+  // What is known of rows over all classes: f_y, u_y, then the reals of statistics_of, (numbers(), stride).
+  int64_t numbers() const { return 5 + 3 * several; }
+  struct Known {
+    T* of;
+    int64_t stride;
+    T* at(int64_t number) const { return of + number * stride; }
+  };
+
+  // Of a chunk, whose lowest classes and counts go to whole, (2, count).
+  void statistics(int64_t first, int64_t count, bool keep, int64_t want, const Known& known, int64_t* whole) const {
+    // In the order of what is known.
+    std::vector<T> scratch(size_t((numbers() + several) * count));
+    T *const f_y = scratch.data(), *const u_y = f_y + count, *const reals = u_y + count;
+    T* const scales = f_y + numbers() * count;
+    of_targets(first, count, f_y);
+    for (int64_t i = 0; i < count; ++i)
+      u_y[i] = MLKERNELS_ISA::prepare(p.preparation, f_y[i], p.label[place(first + i)]);
+    scales_of(first, count, scales);
     const Tensor rows = rows_of(x, first, count), labels = rows_of(label, first, count);
-    Tensor u_y = empty({count}, type_of<T>()), scales = empty({several, count}, type_of<T>());
-    T* const u = static_cast<T*>(u_y.data_ptr());
-    of_targets(first, count, u);
-    const std::vector<T> f_y(u, u + (softcap > 0 ? count : 0));
-    for (int64_t i = 0; i < count; ++i) u[i] = MLKERNELS_ISA::prepare(p.preparation, u[i], p.label[place(first + i)]);
-    scales_of(first, count, several, static_cast<T*>(scales.data_ptr()));
-    const int64_t want = (p.want_shift ? 1 : 0) + (p.smoothing > 0 ? 8 : 0);
-    const auto [known_reals, places] = linear_statistics(rows, weight, bias, inverse, labels, 0, numbers, params, room,
-                                                         keep, cut, u_y, scales, classes, want);
-    const T* const reals = static_cast<const T*>(known_reals.data_ptr());
-    const T* const sums = reals + 3 * count;
-    const int64_t* const where = index.empty() ? nullptr : index.data() + first;
-    const KnownRows<T> known{first,
-                             count,
-                             where,
-                             u,
-                             reals,
-                             sums,
-                             p.want_shift ? sums + several * count : nullptr,
-                             nullptr,
-                             several,
-                             p.smoothing > 0 ? reals + count : nullptr};
-    FinishedRows<T> out{};
-    Tensor row[6];
-    if (tiles) {
-      T** const places_of[] = {&out.factor, &out.slope, &out.spread, &out.target, &out.scale, &out.top};
-      for (int i = 0; i < 6; ++i) {
-        row[i] = empty({count}, type_of<T>());
-        *places_of[i] = static_cast<T*>(row[i].data_ptr());
-      }
-    }
-    torch::stable::parallel_for(0, count, 256,
-                                [&](int64_t begin, int64_t end) { finish_rows(p, known, out, begin, end); });
-    if (!tiles) return;
-    for (size_t i = 0; i < f_y.size(); ++i) out.target[i] *= cap_slope_at(f_y[i], p.preparation.softcap);
-    std::optional<Tensor> spread, features;
-    if (p.smoothing > 0) spread = row[2];
-    if (dx) features = rows_of(*dx, first, count);
-    linear_gradient(rows, weight, bias, inverse, labels, 0, numbers, params, room, keep, cut, row[0], {}, spread,
-                    row[3], row[4], row[5], features, dw, db, first == 0, first + count == left);
+    statistics_of<T>(chunk(rows, labels, keep), u_y, scales, several, classes,
+                     want + (p.smoothing > 0 ? Want::SMOOTHING : 0), reals, whole);
+    for (int64_t k = 0; k < numbers(); ++k) std::copy(f_y + k * count, f_y + (k + 1) * count, known.at(k));
+  }
+  ChunkArguments<T> chunk(const Tensor& rows, const Tensor& labels, bool keep) const {
+    return {rows, weight, bias, inverse, labels, 0, room, keep, cut, p.weight, p.preparation};
   }
 
-  // Of c tanh(f / c). 1 - tanh^2 without the difference, which cancels where tanh is near 1.
-  static T cap_slope_at(T f, T c) {
-    const T e = MLKERNELS_ISA::m_exp(-2 * MLKERNELS_ISA::m_abs(f / c));
-    return 4 * e / ((1 + e) * (1 + e));
+  // From there to the losses, if these are wanted, and to what else is.
+  void finish(int64_t first, int64_t count, const Known& known, const FinishedRows<T>& out) const {
+    const KnownRows<T> rows{first,
+                            known.stride,
+                            index.empty() ? nullptr : index.data() + first,
+                            known.at(1),
+                            known.at(2),
+                            known.at(5),
+                            p.want_shift ? known.at(5 + several) : nullptr,
+                            p.want_square ? known.at(5 + 2 * several) : nullptr,
+                            several,
+                            p.smoothing > 0 ? known.at(3) : nullptr};
+    torch::stable::parallel_for(0, count, 256,
+                                [&](int64_t begin, int64_t end) { finish_rows(p, rows, out, begin, end); });
+  }
+
+  // A number for each row, as one that is ignored has it.
+  template <class U>
+  Tensor for_rows(U ignored, U*& data) const {
+    Tensor made = empty({n}, type_of<U>());
+    data = static_cast<U*>(made.data_ptr());
+    if (left < n) std::fill(data, data + n, ignored);
+    return made;
+  }
+  Tensor losses() {
+    p.up_value = 1;
+    return for_rows(T(0), p.losses);
+  }
+  Tensor reduced(const Tensor& losses) const {
+    if (call.reduction == Reduction::NONE) return losses;
+    double sum = 0 * double(p.by_class_factor);  // the mean of no rows is NaN
+    for (int64_t i = 0; i < n; ++i) sum += double(p.losses[i]);
+    Tensor loss = empty({}, type_of<T>());
+    *static_cast<T*>(loss.data_ptr()) = T(sum);
+    return loss;
+  }
+};
+
+// Its gradients: of parameters by the bits of their slots, then of x, weight and bias.
+template <class T>
+struct HeadGradients {
+  const WholeHead<T>& head;
+  CpuProblem<T>& p;
+  const bool tiles;  // of whose gradient anything is needed
+  const ByParameter<T> parameters;
+  std::optional<Tensor> dx, dw, db;
+
+  HeadGradients(WholeHead<T>& head_, int64_t needs)
+      : head(head_), p(head_.p), tiles(needs >> INPUT & 7), parameters(head_.call, needs & PARAMETERS) {
+    STD_TORCH_CHECK(!(needs >> (INPUT + 3)) && (head.bias || !(needs >> BIAS_BIT & 1)),
+                    "needs asks for the gradient of what is no tensor");
+    if (needs >> INPUT & 1) dx = empty({head.left, head.width}, type_of<T>());
+    if (needs >> WEIGHT_BIT & 1) dw = room_like(head.room, {head.classes, head.width});
+    if (needs >> BIAS_BIT & 1) db = empty({head.classes}, type_of<T>());
+    for (const auto& sum : {dw, db})
+      if (sum && head.left == 0) std::memset(sum->data_ptr(), 0, size_t(sum->numel()) * sizeof(T));
+    if (head.left < head.n)
+      for (int64_t row = 0; row < head.n; ++row)
+        if (p.label[row] == p.spec.ignore_index) MLKERNELS_ISA::leave_parameters(p, row, T(0));
+    p.grad = tiles ? &p : nullptr;  // that one is wanted: where it goes the tiles know
+  }
+
+  // Those of a chunk. kept: its products are in the room.
+  void add(int64_t first, int64_t count, const typename WholeHead<T>::Known& known, bool kept) const {
+    FinishedRows<T> out{};
+    std::vector<T> coefficients(size_t(6 * count));
+    T** const places[] = {&out.factor, &out.slope, &out.spread, &out.target, &out.scale, &out.top};
+    for (int i = 0; i < 6; ++i) *places[i] = coefficients.data() + i * count;
+    head.finish(first, count, known, out);
+    if (!tiles) return;
+    for (int64_t i = 0; p.preparation.softcap > 0 && i < count; ++i)
+      out.target[i] *= cap_slope_at(known.at(0)[i], p.preparation.softcap);
+    PieceGradient<T> piece{};
+    piece.seen = kept;
+    piece.factor = out.factor;
+    piece.slope = p.up_entropy ? out.slope : nullptr;
+    piece.spread = p.smoothing > 0 ? out.spread : nullptr;
+    piece.scale = out.scale;
+    piece.top = out.top;
+    const auto data = [](const std::optional<Tensor>& sum) { return sum ? static_cast<T*>(sum->data_ptr()) : nullptr; };
+    const Tensor rows = rows_of(head.x, first, count), labels = rows_of(head.label, first, count);
+    gradients_of<T>(head.chunk(rows, labels, kept), piece,
+                    {dx ? data(dx) + first * head.width : nullptr, data(dw), data(db), out.target, out.factor,
+                     first == 0, first + count == head.left});
+  }
+
+  std::vector<Tensor> all() {
+    if (dx && head.inverse) along_lengths();
+    if (dx && head.left < head.n) dx = scattered(*dx);
+    std::vector<Tensor> gradients = parameters.sums();
+    for (const auto& one : {dx, dw, db})
+      if (one) gradients.push_back(*one);
+    return gradients;
+  }
+
+  // The gradient of the features from that of their directions.
+  void along_lengths() const {
+    const int64_t width = head.width;
+    const T* const directions = static_cast<const T*>(head.x.data_ptr());
+    T* const gradients = static_cast<T*>(dx->data_ptr());
+    head.each(head.left, [&](int64_t i) {
+      const T* const direction = directions + i * width;
+      T* const gradient = gradients + i * width;
+      const T along = dot<T>(gradient, direction, width), length = head.length[size_t(i)];
+      for (int64_t k = 0; k < width; ++k) gradient[k] = (gradient[k] - along * direction[k]) / length;
+    });
   }
 
   // Rows that were left at the places of all.
   Tensor scattered(const Tensor& rows) const {
-    Tensor all = empty({n, width}, type_of<T>());
+    const int64_t width = head.width;
+    Tensor all = empty({head.n, width}, type_of<T>());
     const T* from = static_cast<const T*>(rows.data_ptr());
     T* const to = static_cast<T*>(all.data_ptr());
-    std::fill(to, to + n * width, T(0));
-    for (const int64_t row : index) {
+    std::fill(to, to + head.n * width, T(0));
+    for (const int64_t row : head.index) {
       std::copy(from, from + width, to + row * width);
       from += width;
     }
     return all;
   }
-
-  std::tuple<Tensor, std::vector<Tensor>> run() {
-    Tensor losses = empty({n}, type_of<T>());
-    p.losses = static_cast<T*>(losses.data_ptr());
-    if (left < n) std::fill(p.losses, p.losses + n, T(0));
-    for (int64_t first = 0; first < left; first += plan[3]) visit(first, std::min(plan[3], left - first));
-    if (dx && left < n) dx = scattered(*dx);
-    std::vector<Tensor> gradients = parameters.sums();
-    for (const auto& one : {dx, dw, db})
-      if (one) gradients.push_back(*one);
-    if (call.reduction == Reduction::NONE) return {losses, gradients};
-    double sum = 0 * double(p.by_class_factor);  // the mean of no rows is NaN
-    for (int64_t i = 0; i < n; ++i) sum += double(p.losses[i]);
-    Tensor loss = empty({}, type_of<T>());
-    *static_cast<T*>(loss.data_ptr()) = T(sum);
-    return {loss, gradients};
-  }
 };
+
+template <class T>
+std::tuple<Tensor, std::vector<Tensor>> at_once(const HeadArguments& of, int64_t needs) {
+  WholeHead<T> head(of);
+  STD_TORCH_CHECK(!needs || head.call.reduction != Reduction::NONE, "gradients are made with a loss that is reduced");
+  const Tensor losses = head.losses();
+  HeadGradients<T> gradients(head, needs);
+  const bool keep = gradients.tiles && of.plan[4];
+  const int64_t most = std::min(of.plan[3], head.left);
+  std::vector<T> numbers(size_t(head.numbers() * most));
+  std::vector<int64_t> whole(size_t(2 * most));
+  for (int64_t first = 0; first < head.left; first += most) {
+    const int64_t count = std::min(most, head.left - first);
+    const typename WholeHead<T>::Known known{numbers.data(), count};
+    head.statistics(first, count, keep, head.p.want_shift ? Want::SHIFT : 0, known, whole.data());
+    if (needs)
+      gradients.add(first, count, known, keep);
+    else
+      head.finish(first, count, known, {});
+  }
+  return {head.reduced(losses), gradients.all()};
+}
+
+// Losses, what is known of each row, and where they are wanted RowStats.
+template <class T>
+std::tuple<Tensor, Tensor, std::vector<Tensor>> losses_and_rows(const HeadArguments& of, bool stats) {
+  WholeHead<T> head(of);
+  CpuProblem<T>& p = head.p;
+  bool scaled = false;
+  for (int slot = 0; slot < SLOTS; ++slot) scaled |= (OF_SCALE >> slot & 1) && head.call.tensors[slot];
+  p.want_shift = stats;
+  const int64_t n = head.n, left = head.left;
+  const int64_t want =
+      (stats || scaled ? Want::SHIFT : 0) + (stats && scaled ? Want::SECOND : 0) + (stats ? Want::RANKS : 0);
+  const Tensor losses = head.losses();
+  Tensor saved = empty({head.numbers(), n}, type_of<T>());
+  T* const numbers = static_cast<T*>(saved.data_ptr());
+  if (left < n) std::fill(numbers, numbers + head.numbers() * n, T(0));
+  std::vector<Tensor> rows;
+  T* reals[4] = {};
+  int64_t* wholes[2] = {};
+  if (stats) {
+    for (int i = 0; i < 3; ++i) rows.push_back(head.for_rows(T(0), reals[i]));
+    rows.push_back(head.for_rows(int64_t(-1), wholes[0]));
+    rows.push_back(head.for_rows(T(0), reals[3]));
+    rows.push_back(head.for_rows(int64_t(0), wholes[1]));
+  }
+  for (int64_t first = 0; first < left; first += of.plan[3]) {
+    const int64_t count = std::min(of.plan[3], left - first);
+    const typename WholeHead<T>::Known known{numbers + first, n};
+    std::vector<int64_t> whole(size_t(2 * count));
+    head.statistics(first, count, false, want, known, whole.data());
+    std::vector<T> finished(size_t(stats ? 5 * count : 0));
+    FinishedRows<T> out{};
+    T** const places[] = {&out.by_class, &out.by_row, &out.logsumexp, &out.log_prob, &out.entropy};
+    for (int i = 0; stats && i < 5; ++i) *places[i] = finished.data() + i * count;
+    head.finish(first, count, known, out);
+    const int64_t *const lowest = whole.data(), *const above = lowest + count;
+    for (int64_t i = 0; stats && i < count; ++i) {
+      const int64_t row = head.place(first + i), y = p.label[row];
+      const T u_y = known.at(1)[i], top = known.at(2)[i];
+      for (int k = 0; k < 3; ++k) reals[k][row] = finished[size_t((2 + k) * count + i)];
+      const int64_t best = u_y > top ? y : u_y == top ? std::min(y, lowest[i]) : lowest[i];
+      wholes[0][row] = best < head.classes && u_y == u_y ? best : -1;
+      reals[3][row] = u_y - top;
+      wholes[1][row] = above[i];
+    }
+  }
+  return {head.reduced(losses), saved, rows};
+}
+
+template <class T>
+std::vector<Tensor> gradients_of_rows(const HeadArguments& of, const Tensor& saved,
+                                      const std::array<std::optional<Tensor>, 4>& upstream, int64_t needs) {
+  WholeHead<T> head(of);
+  CpuProblem<T>& p = head.p;
+  check_backward(head.call.arguments, of.target, upstream[0], {&upstream[1], &upstream[2], &upstream[3]},
+                 empty({0}, type_of<T>()), 0, type_of<T>());
+  STD_TORCH_CHECK(
+      saved.numel() == head.numbers() * head.n && saved.is_contiguous() && saved.scalar_type() == type_of<T>(),
+      "saved must be what the forward returned");
+  const std::array<const T**, 4> to{&p.up_loss, &p.up_logsumexp, &p.up_log_prob, &p.up_entropy};
+  const std::array<int64_t*, 4> strides{&p.up_loss_stride, &p.up_logsumexp_stride, &p.up_log_prob_stride,
+                                        &p.up_entropy_stride};
+  std::array<Array<T>, 4> arrays;
+  for (size_t i = 0; i < 4; ++i) {
+    if (!upstream[i]) continue;
+    arrays[i] = array_of<T>(*upstream[i]);
+    *to[i] = arrays[i].data;
+    *strides[i] = arrays[i].stride;
+  }
+  if (head.call.reduction != Reduction::NONE) p.up_loss_stride = 0;
+  if (p.up_entropy) p.want_shift = true;
+  HeadGradients<T> gradients(head, needs);
+  T* const numbers = static_cast<T*>(saved.data_ptr());
+  for (int64_t first = 0; first < head.left; first += of.plan[3])
+    gradients.add(first, std::min(of.plan[3], head.left - first), {numbers + first, head.n}, false);
+  return gradients.all();
+}
 
 }  // namespace
 
-std::tuple<Tensor, std::vector<Tensor>> linear_loss_with_gradients(const Tensor& x, const Tensor& weight,
-                                                                   std::optional<Tensor> bias,
-                                                                   std::optional<Tensor> inverse, const Tensor& target,
-                                                                   const Tensor& room, std::vector<int64_t> plan,
-                                                                   std::vector<double> numbers,
-                                                                   std::vector<Tensor> params, int64_t needs) {
-  return by_type(x, [&](auto zero) {
-    return WholeHead<decltype(zero)>(x, weight, bias, inverse, target, room, plan, numbers, params, needs).run();
-  });
+std::tuple<Tensor, std::vector<Tensor>> linear_loss_with_gradients(const HeadArguments& of, int64_t needs) {
+  return by_type(of.x, [&](auto zero) { return at_once<decltype(zero)>(of, needs); });
 }
 
+std::tuple<Tensor, Tensor, std::vector<Tensor>> linear_rows(const HeadArguments& of, bool stats) {
+  return by_type(of.x, [&](auto zero) { return losses_and_rows<decltype(zero)>(of, stats); });
+}
+
+std::vector<Tensor> linear_rows_backward(const HeadArguments& of, const Tensor& saved,
+                                         const std::array<std::optional<Tensor>, 4>& upstream, int64_t needs) {
+  return by_type(of.x, [&](auto zero) { return gradients_of_rows<decltype(zero)>(of, saved, upstream, needs); });
+}
+
+namespace {
+
+// The operators, whose arguments HeadArguments are.
+auto loss_with_gradients(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, bool normalize,
+                         const Tensor& target, const Tensor& room, std::vector<int64_t> plan,
+                         std::vector<double> numbers, std::vector<Tensor> params, int64_t needs) {
+  return linear_loss_with_gradients({x, weight, bias, normalize, target, room, plan, numbers, params}, needs);
+}
+auto rows(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, bool normalize, const Tensor& target,
+          const Tensor& room, std::vector<int64_t> plan, std::vector<double> numbers, std::vector<Tensor> params,
+          bool stats) {
+  return linear_rows({x, weight, bias, normalize, target, room, plan, numbers, params}, stats);
+}
+auto rows_backward(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, bool normalize,
+                   const Tensor& target, const Tensor& room, std::vector<int64_t> plan, std::vector<double> numbers,
+                   std::vector<Tensor> params, const Tensor& saved, std::optional<Tensor> grad_loss,
+                   std::optional<Tensor> grad_logsumexp, std::optional<Tensor> grad_log_prob,
+                   std::optional<Tensor> grad_entropy, int64_t needs) {
+  return linear_rows_backward({x, weight, bias, normalize, target, room, plan, numbers, params}, saved,
+                              {grad_loss, grad_logsumexp, grad_log_prob, grad_entropy}, needs);
+}
+
+}  // namespace
 }  // namespace mlkernels
 
 STABLE_TORCH_LIBRARY_IMPL(mlkernels, CPU, m) {
   m.impl("row_finish", TORCH_BOX(&mlkernels::row_finish));
-  m.impl("linear_loss_with_gradients", TORCH_BOX(&mlkernels::linear_loss_with_gradients));
+  m.impl("linear_loss_with_gradients", TORCH_BOX(&mlkernels::loss_with_gradients));
+  m.impl("linear_rows", TORCH_BOX(&mlkernels::rows));
+  m.impl("linear_rows_backward", TORCH_BOX(&mlkernels::rows_backward));
 }

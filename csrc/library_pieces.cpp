@@ -136,35 +136,33 @@ struct Numbers {
   }
 };
 
-enum Want : int64_t { SHIFT = 1, SECOND = 2, RANKS = 4, SMOOTHING = 8 };  // mlkernels/linear/threads.py
+}  // namespace
 
 template <class T>
-std::tuple<Tensor, Tensor> all_statistics(const Chunk<T>& chunk, const Tensor& target_logit, const Tensor& scales,
-                                          int64_t classes, int64_t want) {
-  const int64_t n = chunk.rows, count = scales_of(scales, n), reals = Numbers<T>::of_reals(count) * n;
-  const T* const u_y = array<T>(target_logit, n, "target_logit");
-  const T* const s = array<T>(scales, count * n, "scales");
-  Tensor known = empty({Numbers<T>::of_reals(count), n}, type_of<T>()), places = empty({2, n}, ScalarType::Long);
-  if (n == 0) return {known, places};
+void statistics_of(const ChunkArguments<T>& of, const T* target_logit, const T* scales, int64_t count, int64_t classes,
+                   int64_t want, T* all, int64_t* places) {
+  const Chunk<T> chunk(of);
+  const int64_t n = chunk.rows, reals = Numbers<T>::of_reals(count) * n;
+  if (n == 0) return;
   std::vector<T> more(size_t((chunk.parts - 1) * reals));
   std::vector<int64_t> more_places(size_t((chunk.parts - 1) * 2 * n));
   const auto numbers = [&](int64_t part) -> Numbers<T> {
-    if (part == 0) return {static_cast<T*>(known.data_ptr()), static_cast<int64_t*>(places.data_ptr()), count, n};
+    if (part == 0) return {all, places, count, n};
     return {more.data() + (part - 1) * reals, more_places.data() + (part - 1) * 2 * n, count, n};
   };
   chunk.each_part([&](int64_t part) {
     const Numbers<T> own = numbers(part);
-    own.begin(classes, want & RANKS);
+    own.begin(classes, want & Want::RANKS);
     PieceStatistics<T> p{};
-    p.target_logit = u_y;
-    p.scales = s;
+    p.target_logit = target_logit;
+    p.scales = scales;
     p.count = count;
     p.top = &own.top(0);
     p.total = own.total();
-    p.shift = want & SHIFT ? own.shift() : nullptr;
-    p.square = want & SECOND ? own.square() : nullptr;
-    p.weighted = want & SMOOTHING ? &own.weighted(0) : nullptr;
-    p.weights = want & SMOOTHING ? &own.weights(0) : nullptr;
+    p.shift = want & Want::SHIFT ? own.shift() : nullptr;
+    p.square = want & Want::SECOND ? own.square() : nullptr;
+    p.weighted = want & Want::SMOOTHING ? &own.weighted(0) : nullptr;
+    p.weights = want & Want::SMOOTHING ? &own.weights(0) : nullptr;
     p.first = &own.first(0);
     p.above = &own.above(0);
     for (int64_t index = chunk.first_tile(part); index < chunk.first_tile(part + 1); ++index) {
@@ -177,40 +175,20 @@ std::tuple<Tensor, Tensor> all_statistics(const Chunk<T>& chunk, const Tensor& t
     }
   });
   for (int64_t part = 1; part < chunk.parts; ++part)
-    for (int64_t row = 0; row < n; ++row) numbers(0).add(numbers(part), s, row);
-  return {known, places};
+    for (int64_t row = 0; row < n; ++row) numbers(0).add(numbers(part), scales, row);
 }
-
-}  // namespace
-
-std::tuple<Tensor, Tensor> linear_statistics(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
-                                             std::optional<Tensor> inverse, const Tensor& label, int64_t offset,
-                                             const std::vector<double>& numbers, const std::vector<Tensor>& params,
-                                             const Tensor& room, bool keep, std::vector<int64_t> plan,
-                                             const Tensor& target_logit, const Tensor& scales, int64_t classes,
-                                             int64_t want) {
-  return by_type(x, [&](auto zero) {
-    const Chunk<decltype(zero)> chunk(x, weight, bias, inverse, label, offset, Arguments(numbers, params), room, keep,
-                                      plan);
-    return all_statistics(chunk, target_logit, scales, classes, want);
-  });
-}
+template void statistics_of(const ChunkArguments<float>&, const float*, const float*, int64_t, int64_t, int64_t, float*,
+                            int64_t*);
+template void statistics_of(const ChunkArguments<double>&, const double*, const double*, int64_t, int64_t, int64_t,
+                            double*, int64_t*);
 
 namespace {
-
-template <class T>
-struct Gradients {
-  T *x, *weight, *bias;  // (rows, width), (classes, width), (classes); null: not wanted
-  const T* target;       // (rows), dL/df_y, which is added where its class is
-  const T* factor;       // (rows), that of the exponentials
-  bool first, last;      // chunk: weight and bias are written, and not added to; complete, and follow from directions'
-};
 
 // The same of a gradient that is rounded to bfloat16: what the large ones of a row lose is added apart, as the target is.
 // The others' squares sum up to little, and so do those of their errors: dx and dw are hardly worse than by float32.
 template <class T>
-void add_pairs(const Chunk<T>& chunk, const typename Chunk<T>::Tile& tile, const Gradients<T>& out, T* dx, bool adds_dx,
-               T* dw, bool adds_dw, int64_t row, int64_t rows) {
+void add_pairs(const Chunk<T>& chunk, const typename Chunk<T>::Tile& tile, const ChunkGradients<T>& out, T* dx,
+               bool adds_dx, T* dw, bool adds_dw, int64_t row, int64_t rows) {
   if constexpr (std::is_same_v<T, float>) {
     const int64_t width = chunk.width, classes = tile.classes, along_classes = (classes + 1) / 2 + 1;
     if (dx)
@@ -237,8 +215,8 @@ void add_pairs(const Chunk<T>& chunk, const typename Chunk<T>::Tile& tile, const
 
 // What a tile's gradient contributes: to the part's own sum of dx, and to its classes.
 template <class T>
-void add_tile(const Chunk<T>& chunk, const typename Chunk<T>::Tile& tile, const Gradients<T>& out, T* dx, bool begins,
-              int64_t row, int64_t rows) {
+void add_tile(const Chunk<T>& chunk, const typename Chunk<T>::Tile& tile, const ChunkGradients<T>& out, T* dx,
+              bool begins, int64_t row, int64_t rows) {
   const int64_t width = chunk.width, classes = tile.classes;
   const T* const g = tile.block(row);
   const bool adds = row > 0 || !out.first;
@@ -259,7 +237,7 @@ void add_tile(const Chunk<T>& chunk, const typename Chunk<T>::Tile& tile, const 
 
 // What the targets among a tile's classes contribute to these.
 template <class T>
-void add_targets(const Chunk<T>& chunk, const typename Chunk<T>::Tile& tile, const Gradients<T>& out) {
+void add_targets(const Chunk<T>& chunk, const typename Chunk<T>::Tile& tile, const ChunkGradients<T>& out) {
   for (int64_t i = 0; i < chunk.rows; ++i) {
     const int64_t y = chunk.label[i] - chunk.offset;
     if (y < tile.start || y >= tile.start + tile.classes) continue;
@@ -268,8 +246,11 @@ void add_targets(const Chunk<T>& chunk, const typename Chunk<T>::Tile& tile, con
   }
 }
 
+}  // namespace
+
 template <class T>
-void all_gradients(const Chunk<T>& chunk, PieceGradient<T> p, const Gradients<T>& out) {
+void gradients_of(const ChunkArguments<T>& of, const PieceGradient<T>& p, const ChunkGradients<T>& out) {
+  const Chunk<T> chunk(of);
   const int64_t width = chunk.width;
   if (chunk.pairs)
     chunk.each_block([&](int64_t row, int64_t rows) {
@@ -310,7 +291,29 @@ void all_gradients(const Chunk<T>& chunk, PieceGradient<T> p, const Gradients<T>
   });
 }
 
-}  // namespace
+template void gradients_of(const ChunkArguments<float>&, const PieceGradient<float>&, const ChunkGradients<float>&);
+template void gradients_of(const ChunkArguments<double>&, const PieceGradient<double>&, const ChunkGradients<double>&);
+
+namespace {
+
+std::tuple<Tensor, Tensor> linear_statistics(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
+                                             std::optional<Tensor> inverse, const Tensor& label, int64_t offset,
+                                             const std::vector<double>& numbers, const std::vector<Tensor>& params,
+                                             const Tensor& room, bool keep, std::vector<int64_t> plan,
+                                             const Tensor& target_logit, const Tensor& scales, int64_t classes,
+                                             int64_t want) {
+  return by_type(x, [&](auto zero) {
+    using T = decltype(zero);
+    const Arguments call(numbers, params);
+    ChunkArguments<T> of{x, weight, bias, inverse, label, offset, room, keep, plan};
+    lay_out_classes(of, call, vectors_from<T>(call, offset, weight.size(0)));
+    const int64_t n = label.numel(), count = scales_of(scales, n);
+    Tensor reals = empty({Numbers<T>::of_reals(count), n}, type_of<T>()), whole = empty({2, n}, ScalarType::Long);
+    statistics_of(of, array<T>(target_logit, n, "target_logit"), array<T>(scales, count * n, "scales"), count, classes,
+                  want, static_cast<T*>(reals.data_ptr()), static_cast<int64_t*>(whole.data_ptr()));
+    return std::tuple<Tensor, Tensor>{reals, whole};
+  });
+}
 
 void linear_gradient(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, std::optional<Tensor> inverse,
                      const Tensor& label, int64_t offset, const std::vector<double>& numbers,
@@ -320,18 +323,18 @@ void linear_gradient(const Tensor& x, const Tensor& weight, std::optional<Tensor
                      std::optional<Tensor> dw, std::optional<Tensor> db, bool first, bool last) {
   by_type(x, [&](auto zero) {
     using T = decltype(zero);
-    const Chunk<T> chunk(x, weight, bias, inverse, label, offset, Arguments(numbers, params), room, kept, plan);
-    const int64_t n = chunk.rows;
+    const Arguments call(numbers, params);
+    ChunkArguments<T> of{x, weight, bias, inverse, label, offset, room, kept, plan};
+    lay_out_classes(of, call, vectors_from<T>(call, offset, weight.size(0)));
+    const int64_t n = label.numel();
     PieceGradient<T> p{};
     p.seen = kept;
     describe_rows(p, n, factor, slope, spread, scale, top);
-    all_gradients(chunk, p,
-                  {array<T>(dx, n * chunk.width, "dx"), array<T>(dw, chunk.classes * chunk.width, "dw"),
-                   array<T>(db, chunk.classes, "db"), array<T>(target, n, "target"), p.factor, first, last});
+    gradients_of<T>(of, p,
+                    {array<T>(dx, x.numel(), "dx"), array<T>(dw, weight.numel(), "dw"),
+                     array<T>(db, weight.size(0), "db"), array<T>(target, n, "target"), p.factor, first, last});
   });
 }
-
-namespace {
 
 // What pieces know of each row, (pieces, 3 + 3 scales, rows) and (pieces, 2, rows), together: one after another, so
 // that the same pieces give the same bits.

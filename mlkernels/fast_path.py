@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import autograd, ops
 from .backends import native
-from .call import COMMON, Call, Common, bind
+from .call import COMMON, Common, bind
 from .checks import range_of
 from .numbering import TRAINABLE
 from .spec import Number, ReductionName, Spec
@@ -38,7 +38,7 @@ def _describe(spec: Spec) -> list[tuple[int, bool, bool, float, float, float]]:
 
 
 #: A call, its numbers, needs, half and apart, and of a head the numbers of its plan and how much room it takes.
-Resolved: TypeAlias = tuple[Call, list[float], int, bool, bool, tuple[int, ...]]
+Resolved: TypeAlias = tuple[Any, list[float], int, bool, bool, tuple[int, ...]]
 
 
 def _resolve(
@@ -97,8 +97,8 @@ _library, missing = _load()
 loss: Callable[..., Tensor | None] | None = None if _library is None else _library.loss
 
 
-def serve_heads(kind: type, left: Callable[..., Any]) -> None:
+def serve_heads(kind: type, take_stats: Callable[..., Any], left: Callable[..., Any]) -> None:
     """From now on logits of this type, which have ``plain`` and ``resolved``, are served too; left: of their backward,
-    (gradients, upstream), what is not plain."""
+    (what ``resolved`` called the call, tensors, saved, upstream gradients), what is not plain."""
     if _library is not None:
-        _library.serve_heads(kind, "plain", left)
+        _library.serve_heads(kind, "plain", take_stats, left)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .checks import accumulated
-from .numbering import INPUT, REDUCTION, Reduction, needed, slots_of
+from .numbering import INPUT, REDUCTION, Reduction, ScaleKind, needed, slots_of, structure_of
 
 library, *_of_gpus = (torch.library.Library(f"mlkernels{name}", "DEF") for name in ("", "_cuda", "_triton"))
 _tags = (torch.Tag.pt2_compliant_tag,)
@@ -201,14 +201,33 @@ def _row_finish(target: Tensor, target_logit: Tensor, *arguments: Any) -> tuple[
     return *of_rows, _gradients(target_logit, numbers, params, needs)  # type: ignore[return-value]
 
 
-def _linear_loss_with_gradients(
-    x: Tensor, weight: Tensor, bias: Tensor | None, inverse: Tensor | None, target: Tensor, room: Tensor,
-    plan: Sequence[int], numbers: Sequence[float], params: Sequence[Tensor], needs: int,
-) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+def _linear_gradients(x: Tensor, weight: Tensor, room: Tensor, *of_loss: Any) -> list[Tensor]:
+    numbers, params, needs = of_loss
     found = _gradients(room, numbers, params, needs & (1 << INPUT) - 1)
     shapes = ((x.shape, 0), (weight.shape, 1), (weight.shape[:1], 2))
-    found += [room.new_empty(shape) for shape, bit in shapes if needs >> INPUT + bit & 1]
-    return _loss_like(room, target, numbers), found
+    return found + [room.new_empty(shape) for shape, bit in shapes if needs >> INPUT + bit & 1]
+
+
+def _linear_loss_with_gradients(
+    x: Tensor, weight: Tensor, bias: Tensor | None, normalize: bool, target: Tensor, room: Tensor,
+    plan: Sequence[int], numbers: Sequence[float], params: Sequence[Tensor], needs: int,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    return _loss_like(room, target, numbers), _linear_gradients(x, weight, room, numbers, params, needs)
+
+
+def _linear_rows(
+    x: Tensor, weight: Tensor, bias: Tensor | None, normalize: bool, target: Tensor, room: Tensor,
+    plan: Sequence[int], numbers: Sequence[float], params: Sequence[Tensor], stats: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    _, saved, *rows = _softmax_stats(room, target, numbers, params)
+    scales = 2 if structure_of(numbers).row_scale == ScaleKind.TWO_SCALE else 1
+    saved = room.new_empty(5 + 3 * scales, target.numel())
+    return _loss_like(room, target, numbers), saved, rows if stats else []
+
+
+def _linear_rows_backward(x: Tensor, weight: Tensor, *arguments: Any) -> list[Tensor]:
+    room, numbers, params, needs = arguments[3], *arguments[5:7], arguments[-1]
+    return _linear_gradients(x, weight, room, numbers, params, needs)
 
 
 def _room_like(like: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -229,6 +248,11 @@ _CLASSES = (
     "Tensor x, Tensor weight, Tensor? bias, Tensor? inverse, Tensor label, int offset, float[] numbers, "
     "Tensor[] params, Tensor(a!) room, bool kept, int[] plan"
 )
+# And for all rows of a loss, those that are ignored left out.
+_HEAD = (
+    "Tensor x, Tensor weight, Tensor? bias, bool normalize, Tensor target, Tensor(a!) room, int[] plan, "
+    "float[] numbers, Tensor[] params"
+)
 _OTHERS: dict[str, Callable[..., Any]] = {
     f"piece_statistics({_TILE.format('Tensor target_logit, ', 'Tensor scales, ')}, Tensor(b!) top, Tensor(c!) total, "
     "Tensor(d!)? shift, Tensor(e!)? second, Tensor(f!)? weighted, Tensor(g!)? weights, Tensor(h!) first, "
@@ -242,10 +266,11 @@ _OTHERS: dict[str, Callable[..., Any]] = {
     "Tensor top, Tensor(b!)? dx, Tensor(c!)? dw, Tensor(d!)? db, bool first, bool last) -> ()": _nothing,
     # Both, and the finish between them, of a head: the loss, and for an upstream of 1 the gradients that `needs` asks
     # for, of parameters by the bits of their slots, then of x, weight and bias.
-    "linear_loss_with_gradients(Tensor x, Tensor weight, Tensor? bias, Tensor? inverse, Tensor target, "
-    "Tensor(a!) room, int[] plan, float[] numbers, Tensor[] params, int needs) -> (Tensor, Tensor[])": (
-        _linear_loss_with_gradients
-    ),
+    f"linear_loss_with_gradients({_HEAD}, int needs) -> (Tensor, Tensor[])": _linear_loss_with_gradients,
+    # The same gradients made later: the loss, what is known of each row, that is (numbers, rows) of f_y, u_y and the
+    # reals of above, and RowStats where wanted; then the gradients for any upstream ones.
+    f"linear_rows({_HEAD}, bool stats) -> (Tensor, Tensor, Tensor[])": _linear_rows,
+    f"linear_rows_backward({_HEAD}, Tensor saved, {_UPSTREAM}, int needs) -> Tensor[]": _linear_rows_backward,
     # What pieces know of each row together, in their order.
     "row_combine(Tensor reals, Tensor whole, Tensor scales) -> (Tensor, Tensor)": _row_combine,
     # From there to what backends/finish.py's Finished holds, (5, rows); with `derive` also to the coefficients of the

@@ -30,6 +30,7 @@ from bench import (
     report,
     saved,
     schedule,
+    small_heads,
     smoke,
     smoke_heads,
     tune,
@@ -1216,6 +1217,16 @@ def test_limits_take_every_loss_in_every_form(monkeypatch):
     found = limits.small(0.02)["4x3 float32"]
     assert len(found) == 1 + 3 * len(limits.family()) and all(0 < one < math.inf for one in found.values())
     assert set(limits.large(0.0, False)["4x5 bfloat16"]) == {"copy", *limits.family()}
+
+
+def test_small_heads_agree_with_what_is_written_out(monkeypatch):
+    monkeypatch.setattr(small_heads, "SHAPES", ((8, 4, 5),))
+    monkeypatch.setattr(limits, "BURST", 1)
+    found = limits.heads(0.0)["8×4×5"]
+    assert set(found) == {name + by for name in small_heads.pairs((8, 4, 5)) for by in ("", ": eager")}
+    part = {"part": "heads", "others_busy": 0.0, "found": {"8×4×5": {"a": 3.0, "a: eager": 2.0}}}
+    (verdict,) = limits.verdicts([part])
+    assert not verdict.reached and verdict.worst == 1.5 and "| a | 1.50 |" in limits.text([part])
 
 
 def test_limits_judge_the_worst_process(monkeypatch):

@@ -10,6 +10,7 @@ from table import leaves as leaves_of
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mlkernels
 from mlkernels import fast_path
@@ -284,23 +285,33 @@ def same(go):
 def test_heads_are_those_of_python(loss, served):
     vector = torch.linspace(0.5, 2, 5)
     both = {"weight": vector, "logit_adjustment": vector, "label_smoothing": 0.1, "z_loss": 0.01, "softcap": 3.0}
-    for form in loss.forms:
+    by_row = {"row_weight": torch.linspace(-1, 2, 7)}
+    kinds = [
+        ({}, False, False), ({"reduction": "sum", **both}, False, False), (by_row, True, False),
+        ({"reduction": "none", **both}, False, True), ({"reduction": "none", **by_row}, True, False), ({}, True, True),
+    ]  # fmt: skip
+    for shift, form in enumerate(loss.forms):
         _, target, params = draw(loss, rows=7, form=form, classes=5)
-        for dtype in (torch.float32, torch.float64):
-            for options in ({}, {"reduction": "sum", **both}, {"row_weight": torch.linspace(-1, 2, 7)}):
-                x, weight, bias = head(7, dtype=dtype)
-                own = leaves_of(params, dtype)
-                options = options | ({"group": loss.group(target)} if loss.groups else {})
-                leaves = [x, weight, bias, *(v for v in own.values() if isinstance(v, torch.Tensor))]
+        for index, (options, cosines, stats) in enumerate(kinds):
+            dtype = torch.float64 if (index + shift) % 2 else torch.float32
+            x, weight, bias = head(7, dtype=dtype)
+            own = leaves_of(params, dtype)
+            options = options | ({"group": loss.group(target)} if loss.groups else {})
+            leaves = [t for t in (x, weight, None if cosines else bias, *own.values()) if isinstance(t, torch.Tensor)]
 
-                def go():
-                    value = mlkernels.linear_softmax_loss(
-                        x, weight, target, linear_bias=bias, loss=lambda f, y: loss(f, y, own, **options)
-                    )
-                    return value.detach(), *torch.autograd.grad(1.5 * value, leaves)
+            def go():
+                value = mlkernels.linear_softmax_loss(
+                    x, weight, target, linear_bias=None if cosines else bias, normalize=cosines, return_stats=stats,
+                    loss=lambda f, y: loss(f, y, own, **options),
+                )  # fmt: skip
+                value, *rows = (value[0], *value[1]) if stats else (value,)
+                upstream = [value.detach().abs() + 1.5, *(torch.linspace(0.5, 1, 7).to(dtype) * i for i in range(3))]
+                outputs = [value, *rows[:3]]
+                gradients = torch.autograd.grad(outputs, leaves, upstream[: len(outputs)])
+                return *(t.detach() for t in (value, *rows)), *gradients
 
-                same(go)
-                assert served[-1], options
+            same(go)
+            assert served[-1], (options, cosines, stats)
 
 
 def test_which_heads_are_served(served):
@@ -327,17 +338,19 @@ def test_which_heads_are_served(served):
             [x, w, b, m],
         )
         same(ignored)
+        rows = lambda x=x, w=weight, y=labels: mlkernels.linear_softmax_loss(
+            x, w, y, reduction="none", return_stats=True, softcap=2.0, normalize=True
+        )
+        same(lambda x=x, w=weight, rows=rows: torch.autograd.grad(rows()[1].entropy.sum(), [x, w]))
         with torch.no_grad():
             same(lambda x=x, w=weight, y=labels: [call(x, w, y), call(x, w, y, reduction="none")])
+            same(lambda rows=rows: [*rows()[1]])
     assert all(served)
     x, weight, _ = head()
     left = [
         lambda: call(x, weight.T.contiguous().T, y),
         lambda: call(x, weight, y, memory=10_000), lambda: call(x, weight, y, strategy="rows"),
-        lambda: call(x, weight, y, reduction="none").sum(),
         lambda: call(x.bfloat16(), weight.bfloat16(), y), lambda: call(x[:, None], weight, y[:, None]),
-        lambda: mlkernels.linear_softmax_loss(x, weight, y, normalize=True),
-        lambda: mlkernels.linear_softmax_loss(x, weight, y, return_stats=True)[0],
         lambda: call(x, weight, y, scale=torch.ones((), dtype=torch.bfloat16, requires_grad=True)),
     ]  # fmt: skip
     for index, go in enumerate(left):
@@ -369,6 +382,47 @@ def test_unusual_backwards_of_heads(served):
     with pytest.raises(RuntimeError, match="second-order"):
         torch.autograd.grad(value(), leaves, create_graph=True)
     assert all(served) and kept.grad_fn.name() == "_LinearLossBackward"
+
+
+def test_unusual_backwards_of_the_rows_of_heads(served):
+    """Their gradients are made later: from what was saved, which may not have changed, once for each upstream one."""
+    x, weight, bias = leaves = head()
+    value = lambda: mlkernels.linear_cross_entropy(x, weight, TARGET, linear_bias=bias, reduction="none")
+    upstream = torch.linspace(0, 1, 6)
+    same(lambda: torch.autograd.grad(value() * torch.inf, leaves, upstream + 1))
+    same(lambda: torch.autograd.grad(NoGradient.apply(value()), leaves, upstream))
+    kept = value()
+    first = torch.autograd.grad(kept, leaves, upstream, retain_graph=True)
+    wanted = [one.clone() for one in first]
+    first[1].zero_()
+    assert all(map(torch.equal, torch.autograd.grad(kept, leaves, upstream, retain_graph=True), wanted))
+    assert all(map(torch.equal, seen_backward(kept, leaves, upstream), wanted))
+    for words, options in (("second-order", {"create_graph": True}), ("at a time", {"is_grads_batched": True})):
+        ups = torch.eye(6) if "is_grads_batched" in options else upstream
+        for way in (lambda go: go(), by_python):
+            with pytest.raises(RuntimeError, match=words):
+                way(lambda ups=ups, options=options: torch.autograd.grad(value(), leaves, ups, **options))
+    kept = value()
+    with torch.no_grad():
+        weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(kept, leaves, upstream)
+    assert all(served) and kept.grad_fn.name() == "_LinearLossBackward"
+
+
+def seen_backward(output, leaves, upstream):
+    """A backward whose operators somebody sees."""
+    seen = []
+
+    class See(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            seen.append(str(function))
+            return function(*arguments, **(keywords or {}))
+
+    with See():
+        found = torch.autograd.grad(output, leaves, upstream)
+    assert "mlkernels.linear_rows_backward.default" in seen
+    return found
 
 
 # ---- the library -----------------------------------------------------------------------------------------------------

@@ -312,9 +312,14 @@ def test_all_classes_of_a_head(dtype):
     for derive, ups in ((False, [None] * 5), (True, [rows] * 5)):
         given = (label, rows, rows, sums, sums, sums, rows, numbers, [rows.sum()], 6)
         check(finish, (*given, *ups, derive, int(derive)))
-    whole = (x, weight, classes[:5], classes[:5], label - label, room, [2, 2, 2, 2, True], numbers, [rows.sum()])
-    for needs in (0, 1, 1 | 7 << ops.INPUT):
-        check(torch.ops.mlkernels.linear_loss_with_gradients.default, (*whole, needs))
+    for bias, normalize in ((classes[:5], False), (None, True)):
+        whole = (x, weight, bias, normalize, label - label, room, [2, 2, 2, 2, True], numbers, [rows.sum()])
+        for needs in (0, 1, 1 | (3 if normalize else 7) << ops.INPUT):
+            check(torch.ops.mlkernels.linear_loss_with_gradients.default, (*whole, needs))
+            saved, ups = torch.randn(8, 3, dtype=dtype).abs(), (rows.sum(), rows, rows, rows)
+            check(torch.ops.mlkernels.linear_rows_backward.default, (*whole, saved, *ups, needs))
+        for stats in (False, True):
+            check(torch.ops.mlkernels.linear_rows.default, (*whole, stats))
     check(torch.ops.mlkernels.room_like.default, (x, [2, 3]))
 
 
@@ -338,7 +343,7 @@ def test_a_head_in_a_graph(name, normalize, reduction, stats):
     torch.library.opcheck(torch.ops.mlkernels.linear_loss.default, head, test_utils=checks)
     if stats:
         with torch.no_grad():
-            *found, reals, whole = torch.ops.mlkernels.linear_loss(*head)
+            *found, known = torch.ops.mlkernels.linear_loss(*head)
         upstream = [torch.ones_like(found[0]), None, found[2], found[3]]
         operator = torch.ops.mlkernels.linear_loss_backward.default
-        torch.library.opcheck(operator, (*head, upstream, reals, whole), test_utils=CHECKS)
+        torch.library.opcheck(operator, (*head, upstream, known), test_utils=CHECKS)

@@ -32,7 +32,7 @@ from table import plain_numbers  # noqa: E402
 
 import mlkernels  # noqa: E402, F401
 from mlkernels.backends import native  # noqa: E402
-from mlkernels.numbering import INPUT, PER_CLASS  # noqa: E402
+from mlkernels.numbering import INPUT, PER_CLASS, REDUCTION  # noqa: E402
 
 DTYPES = [
     *(torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8),
@@ -42,7 +42,7 @@ NUMBERS = [0.0, -1.0, 1.0, 2.0, 3.0, 7.0, 0.5, 1e300, -1e300, 2.0**63, -(2.0**63
 INTEGERS = [0, -1, 1, 2, 3, 5, 7, 64, 2**23, 2**31, 2**40, 2**62, 2**63 - 1, -(2**63)]
 PER_CALL = (
     "piece_statistics", "piece_gradient", "linear_statistics", "linear_gradient", "row_combine", "row_finish",
-    "linear_loss_with_gradients", "room_like",
+    "linear_loss_with_gradients", "linear_rows", "linear_rows_backward", "room_like",
 )  # fmt: skip
 
 
@@ -70,18 +70,25 @@ def legal(rng: random.Random) -> tuple[str, list[Any]]:
             saved = torch.zeros(given[1].numel() if rng.random() < 0.8 else 0, 2, dtype=dtype)
             given = [*up, *given, saved, needs]
         return name, given
-    if name in ("row_finish", "linear_loss_with_gradients"):
+    if name in ("row_finish", "linear_loss_with_gradients", "linear_rows", "linear_rows_backward"):
         loss = rng.choice(test_opcheck.FEW)
         (_, target, numbers, params), needs = test_opcheck.flattened(loss, "shared", dtype=dtype)
         sums = [torch.rand(2 if numbers[1] else 1, 6, dtype=dtype) for _ in "STU"]
         rows = [torch.rand(6, dtype=dtype) for _ in range(8)]
         if name != "row_finish":
             x, weight, room = (torch.rand(6, k, dtype=dtype) for k in (2, 2, 40))
-            inverse: Tensor | None = rows[1]
+            normalize = not pairs and rng.random() < 0.5
             if pairs:
-                x, weight, inverse = x.bfloat16(), weight.bfloat16(), None
+                x, weight = x.bfloat16(), weight.bfloat16()
             plan = [*(rng.randint(1, 6) for _ in range(4)), rng.randrange(2)]
-            return name, [x, weight, rows[0], inverse, target, room, plan, numbers, params, needs | 3 << INPUT + 1]
+            bias, needs = None if normalize else rows[0], needs | (1 if normalize else 3) << INPUT + 1
+            given = [x, weight, bias, normalize, target, room, plan, numbers, params]
+            if name == "linear_rows":
+                return name, [*given, rng.random() < 0.5]
+            if name == "linear_rows_backward":
+                up = [rows[1] if numbers[REDUCTION] == 0 else rows[1].sum(), *rows[2:5]]
+                return name, [*given, torch.rand(5 + 3 * len(sums[0]), 6, dtype=dtype), *up, needs]
+            return name, [*given, needs]
         return name, [target, *rows[:2], *sums, rows[2], numbers, params, 6, *rows[3:], True, needs ^ 1 << INPUT]
     n, c, width, count = rng.randint(0, 5), rng.randint(0, 7), rng.randint(0, 5) * (1 + pairs), rng.randint(1, 2)
 

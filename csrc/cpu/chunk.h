@@ -5,7 +5,7 @@
 #include <type_traits>
 
 #include "call.h"
-#include "pieces.h"
+#include "heads.h"
 
 extern "C" int mlkernels_cpu_isa();
 
@@ -122,9 +122,9 @@ struct Chunk {
   T* room;
   bool keeps;  // the products of all tiles, one after another, in front
 
-  Chunk(const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& bias_,
-        const std::optional<Tensor>& inverse_, const Tensor& label_, int64_t offset_, const Arguments& call,
-        const Tensor& room_, bool keeps_, const std::vector<int64_t>& plan) {
+  explicit Chunk(const ChunkArguments<T>& of) : weight(of.weight), preparation(of.preparation), offset(of.offset) {
+    const Tensor &x_ = of.x, &weight_ = of.linear_weight, &room_ = of.room;
+    const std::vector<int64_t>& plan = of.plan;
     STD_TORCH_CHECK(x_.dim() == 2 && weight_.dim() == 2 && weight_.size(1) == x_.size(1) && plan.size() == 3 &&
                         plan[0] > 0 && plan[1] > 0 && plan[2] > 0,
                     "x must be (rows, width), weight (classes, width), plan three positive numbers");
@@ -140,7 +140,7 @@ struct Chunk {
     STD_TORCH_CHECK(width < 2 || weight_.stride(1) == 1, "weight must have a stride of 1 along width");
     const ScalarType stored = weight_.scalar_type();
     STD_TORCH_CHECK((stored == ScalarType::Double) == (sizeof(T) == 8), "weight must be in float64 where x is");
-    inverse = array<T>(inverse_, classes, "inverse");
+    inverse = array<T>(of.inverse, classes, "inverse");
     copies = inverse || stored != type_of<T>();
     if (multiplies_pairs) {
       pairs = pair_kernels();
@@ -152,11 +152,9 @@ struct Chunk {
       if (block < rows) block += block % 2;
     }
     all = {weight_.data_ptr(), storage_of(stored), classes, width, weight_.stride(0), inverse};
-    bias = array<T>(bias_, classes, "bias");
-    label = array<int64_t>(label_, rows, "label");
-    offset = offset_;
-    lay_out_classes(*this, call, vectors_from<T>(call, offset, classes));
-    keeps = keeps_;
+    bias = array<T>(of.bias, classes, "bias");
+    label = array<int64_t>(of.label, rows, "label");
+    keeps = of.keep;
     room = array<T>(room_, room_.numel(), "room");
     const int64_t of_features = pairs ? (rows + block - 1) / block * pair_rows(block) * width : 0;
     STD_TORCH_CHECK(room_.numel() >= kept() + parts * of_part() + (parts - 1) * rows * width + of_features,

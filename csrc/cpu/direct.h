@@ -20,7 +20,8 @@ struct DirectCall {
 // A head: the call's input is its features.
 struct DirectHead {
   AtenTensorOpaque *weight, *bias;  // the bias may be null
-  const int64_t* plan;              // the five numbers of the operator
+  bool normalize;
+  const int64_t* plan;  // the five numbers of the operator
   int64_t room;
 };
 
@@ -35,6 +36,12 @@ struct Direct {
                         AtenTensorOpaque** gradients);
   bool (*linear_loss_with_gradients)(const DirectCall&, const DirectHead&, int64_t needs, AtenTensorOpaque** loss,
                                      AtenTensorOpaque** gradients);
+  // rows: null, or where the six of RowStats go.
+  bool (*linear_rows)(const DirectCall&, const DirectHead&, AtenTensorOpaque** loss, AtenTensorOpaque** saved,
+                      AtenTensorOpaque** rows);
+  // upstream: of the loss, logsumexp, log_prob and entropy, each of which may be null.
+  bool (*linear_rows_backward)(const DirectCall&, const DirectHead&, AtenTensorOpaque* saved,
+                               AtenTensorOpaque* const* upstream, int64_t needs, AtenTensorOpaque** gradients);
 };
 
 }  // namespace mlkernels

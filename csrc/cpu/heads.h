@@ -1,36 +1,69 @@
 // The operators of heads that the libraries' other files call too; see mlkernels/ops.py.
 #pragma once
 
+#include <array>
 #include <tuple>
 
 #include "../call.h"
+#include "pieces.h"
 
 namespace mlkernels {
 
-std::tuple<Tensor, Tensor> linear_statistics(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
-                                             std::optional<Tensor> inverse, const Tensor& label, int64_t offset,
-                                             const std::vector<double>& numbers, const std::vector<Tensor>& params,
-                                             const Tensor& room, bool keep, std::vector<int64_t> plan,
-                                             const Tensor& target_logit, const Tensor& scales, int64_t classes,
-                                             int64_t want);
+// A chunk of rows, some classes, and how threads share these. plan: parts, classes, block.
+template <class T>
+struct ChunkArguments {
+  const Tensor &x, &linear_weight;
+  const std::optional<Tensor>&bias, &inverse;
+  const Tensor& label;
+  int64_t offset;  // where these classes begin among those of labels
+  const Tensor& room;
+  bool keep;  // the products lie in the room
+  const std::vector<int64_t>& plan;
+  const T* weight = nullptr;  // this and what is in the preparation: of these classes
+  Preparation<T> preparation{};
+};
 
-void linear_gradient(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, std::optional<Tensor> inverse,
-                     const Tensor& label, int64_t offset, const std::vector<double>& numbers,
-                     const std::vector<Tensor>& params, const Tensor& room, bool kept, std::vector<int64_t> plan,
-                     const Tensor& factor, std::optional<Tensor> slope, std::optional<Tensor> spread,
-                     const Tensor& target, const Tensor& scale, const Tensor& top, std::optional<Tensor> dx,
-                     std::optional<Tensor> dw, std::optional<Tensor> db, bool first, bool last);
+// What is asked of the statistics.
+struct Want {
+  static constexpr int64_t SHIFT = 1, SECOND = 2, RANKS = 4, SMOOTHING = 8;
+};
+
+// Of library_pieces.cpp. What is known of each row: reals (3 + 3 count, rows) of M, V, W, S, T and the second moment,
+// whole (2, rows) of the lowest class at M and how many logits are larger than the target's. scales: (count, rows).
+template <class T>
+void statistics_of(const ChunkArguments<T>& of, const T* target_logit, const T* scales, int64_t count, int64_t classes,
+                   int64_t want, T* reals, int64_t* whole);
+
+// Where the gradients of a chunk go, and what they are made of beside PieceGradient's coefficients.
+template <class T>
+struct ChunkGradients {
+  T *x, *weight, *bias;  // (rows, width), (classes, width), (classes); null: not wanted
+  const T* target;       // (rows), dL/df_y, which is added where its class is
+  const T* factor;       // (rows), that of the exponentials
+  bool first, last;      // chunk: weight and bias are written, and not added to; complete, and follow from directions'
+};
+template <class T>
+void gradients_of(const ChunkArguments<T>& of, const PieceGradient<T>& p, const ChunkGradients<T>& out);
 
 // needs: the bits of slots, then those of x, weight and bias.
 constexpr int WEIGHT_BIT = INPUT + 1, BIAS_BIT = INPUT + 2;
 
-// Of library_heads.cpp. plan: parts, classes, block; rows of a chunk; whether its products are kept.
-std::tuple<Tensor, std::vector<Tensor>> linear_loss_with_gradients(const Tensor& x, const Tensor& weight,
-                                                                   std::optional<Tensor> bias,
-                                                                   std::optional<Tensor> inverse, const Tensor& target,
-                                                                   const Tensor& room, std::vector<int64_t> plan,
-                                                                   std::vector<double> numbers,
-                                                                   std::vector<Tensor> params, int64_t needs);
+// What the operators of a whole head share. plan: parts, classes, block; rows of a chunk; whether its products are kept.
+struct HeadArguments {
+  const Tensor &x, &weight;
+  const std::optional<Tensor>& bias;
+  bool normalize;
+  const Tensor &target, &room;
+  const std::vector<int64_t>& plan;
+  const std::vector<double>& numbers;
+  const std::vector<Tensor>& params;
+};
+
+// Of library_heads.cpp; see mlkernels/ops.py.
+std::tuple<Tensor, std::vector<Tensor>> linear_loss_with_gradients(const HeadArguments& of, int64_t needs);
+std::tuple<Tensor, Tensor, std::vector<Tensor>> linear_rows(const HeadArguments& of, bool stats);
+std::vector<Tensor> linear_rows_backward(const HeadArguments& of, const Tensor& saved,
+                                         const std::array<std::optional<Tensor>, 4>& upstream, int64_t needs);
 
 Tensor room_like(const Tensor& like, std::vector<int64_t> sizes);
 

@@ -28,8 +28,9 @@ constexpr int WEIGHT_BIT = INPUT + 1, BIAS_BIT = INPUT + 2;
 
 // Of mlkernels/fast_path.py.
 inline PyObject *describe, *resolve, *backward;
-// Of mlkernels/linear: the type of logits that are a product, its attribute `plain`, and what its backward leaves.
-inline PyObject *head_type, *plain_name, *head_backward;
+// Of mlkernels/linear: the type of logits that are a product, its attribute `plain` and its method that takes RowStats,
+// and what its backward leaves.
+inline PyObject *head_type, *plain_name, *take_stats, *head_backward;
 // The names and the defaults of the shared arguments.
 enum Option { OPT_WEIGHT, IGNORED, REDUCED, SMOOTHED, Z, CAP, ADJUSTED, BACKEND, BY_ROW, DIVISOR, OPTIONS };
 inline std::array<PyObject*, OPTIONS> names, defaults;
@@ -149,6 +150,7 @@ struct Key {
   const Structure* structure;
   int64_t ignore_index, mask, needs;
   int32_t reduction, backend, dtype, half_param;
+  int32_t normalize, stats;               // of a head; else 0
   int64_t rows, width, classes, threads;  // of a head, which decide how it is cut; else 0
   std::array<double, 4 + LOSS_SLOTS> numbers;
 
@@ -170,7 +172,7 @@ struct Resolved {
   std::vector<double> numbers;
   int64_t needs = 0, mask = 0;
   bool half = false, apart = false;
-  bool head = false;
+  bool head = false, normalize = false, stats = false;
   std::array<int64_t, 5> plan{};
   int64_t room = 0;
 
@@ -198,6 +200,8 @@ inline Call ask_python(const Key& key, PyObject* const* arguments) {
                           &cut))
       throw python_error();
     made->head = PyTuple_GET_SIZE(cut) > 0;
+    made->normalize = key.normalize != 0;
+    made->stats = key.stats != 0;
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(cut); ++i)
       (i < 5 ? made->plan[size_t(i)] : made->room) = PyLong_AsLongLong(PyTuple_GET_ITEM(cut, i));
     if (PyErr_Occurred()) throw python_error();
@@ -294,6 +298,8 @@ struct Arguments {
           tensors[i]->scalar_type() != tensors[0]->scalar_type() || (grad && tensors[i]->is_inference()))
         return false;
     }
+    key.normalize = PyTuple_GET_ITEM(plain.get(), 3) == Py_True;
+    key.stats = PyTuple_GET_ITEM(plain.get(), 4) == Py_True;
     input = *tensors[0];
     weight = *tensors[1];
     classes = weight.size(0);

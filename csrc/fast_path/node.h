@@ -53,12 +53,34 @@ inline bool run_backward(const Resolved& of, const Tensor& upstream, const Tenso
   return true;
 }
 
+inline DirectHead head_of(const Resolved& of, const Tensor& weight, const Tensor& bias) {
+  return {handle_of(weight), bias.defined() ? handle_of(bias) : nullptr, of.normalize, of.plan.data(), of.room};
+}
+
+// The same of a head's rows; tensors: features, weight, bias, target, params.
+inline bool run_backward(const Resolved& of, const variable_list& upstream, const variable_list& tensors,
+                         const Tensor& saved, variable_list& gradients) {
+  std::array<AtenTensorOpaque*, SLOTS + 3> made;
+  std::array<AtenTensorOpaque*, 4> ups{};
+  for (size_t i = 0; i < upstream.size(); ++i)
+    if (upstream[i].defined()) ups[i] = handle_of(upstream[i]);
+  const std::vector<Tensor> params(tensors.begin() + 4, tensors.end());
+  const Handles handles(of, tensors[0], tensors[3], params);
+  if (!direct->linear_rows_backward(handles.call, head_of(of, tensors[1], tensors[2]), handle_of(saved), ups.data(),
+                                    of.needs, made.data()))
+    return false;
+  const int count = __builtin_popcountll(uint64_t(of.needs));
+  for (int i = 0; i < count; ++i) gradients.push_back(taken(made[size_t(i)]));
+  return true;
+}
+
 // What mlkernels/autograd.py's two Functions of a loss are, with their names: gradients made with the loss, or once the
 // upstream gradient is known. Its edges are those of what needs a gradient, in the order of the bits.
 struct LossNode : Node {
-  Call call;                             // of a head: nothing but the gradients is kept
-  std::vector<SavedVariable> made;       // gradients; or of each row the maximum and the logarithm of the sum
-  std::vector<SavedVariable> arguments;  // input, target, params
+  Call call;
+  std::vector<SavedVariable> made;  // gradients; or what is known of each row
+  std::vector<SavedVariable>
+      arguments;  // input, target, params; of a head whose gradients are made later run_backward's
 
   std::string name() const override {
     return call->head ? "_LinearLossBackward" : call->apart ? "_SoftmaxLossBackward" : "_LossWithGradientsBackward";
@@ -98,6 +120,7 @@ struct LossNode : Node {
 
   variable_list apply(variable_list&& upstream) override {
     const std::lock_guard<std::mutex> lock(mutex_);
+    if (call->head && call->apart) return of_rows(upstream);
     if (!upstream[0].defined()) upstream[0] = input_metadata(0).zeros_like();
     const Tensor& grad = upstream[0];
     if (!at::GradMode::is_enabled() && unwatched() && is_plain(grad)) {
@@ -113,7 +136,17 @@ struct LossNode : Node {
         if (by == 1 || (std::isfinite(by) && !call->half)) return scaled(unpack(made), by);
       }
     }
-    return by_python(grad);
+    return by_python({grad});
+  }
+
+  variable_list of_rows(const variable_list& upstream) {
+    bool plain = !at::GradMode::is_enabled() && unwatched();
+    for (const Tensor& one : upstream) plain = plain && (!one.defined() || is_plain(one));
+    if (plain) {
+      variable_list gradients;
+      if (run_backward(*call, upstream, unpack(arguments), unpack(made)[0], gradients)) return gradients;
+    }
+    return by_python(upstream);
   }
 
   static variable_list scaled(variable_list gradients, double by) {
@@ -127,18 +160,23 @@ struct LossNode : Node {
     return gradients;
   }
 
-  variable_list by_python(const Tensor& grad) {
-    const variable_list tensors = unpack(call->head ? made : arguments);
+  static THPObjectPtr wrapped(const variable_list& tensors) {
+    THPObjectPtr all(PyTuple_New(Py_ssize_t(tensors.size())));
+    if (!all) throw python_error();
+    for (size_t i = 0; i < tensors.size(); ++i)
+      PyTuple_SET_ITEM(all.get(), Py_ssize_t(i), THPVariable_Wrap(tensors[i]));
+    return all;
+  }
+
+  // Of a head (call, tensors, saved, upstream gradients), of a loss (call, tensors, saved, upstream gradient).
+  variable_list by_python(const variable_list& upstream) {
+    const variable_list tensors = unpack(call->head && !call->apart ? made : arguments);
     const Tensor saved = call->apart ? unpack(made)[0] : Tensor();
     const pybind11::gil_scoped_acquire gil;
-    THPObjectPtr wrapped(PyTuple_New(Py_ssize_t(tensors.size())));
-    if (!wrapped) throw python_error();
-    for (size_t i = 0; i < tensors.size(); ++i)
-      PyTuple_SET_ITEM(wrapped.get(), Py_ssize_t(i), THPVariable_Wrap(tensors[i]));
-    THPObjectPtr statistics(THPVariable_Wrap(saved)), upstream(THPVariable_Wrap(grad));
-    THPObjectPtr found(call->head ? PyObject_CallFunctionObjArgs(head_backward, wrapped.get(), upstream.get(), nullptr)
-                                  : PyObject_CallFunctionObjArgs(backward, call->call, wrapped.get(), statistics.get(),
-                                                                 upstream.get(), nullptr));
+    const THPObjectPtr given = wrapped(tensors), statistics(THPVariable_Wrap(saved));
+    const THPObjectPtr ups = call->head ? wrapped(upstream) : THPObjectPtr(THPVariable_Wrap(upstream[0]));
+    THPObjectPtr found(PyObject_CallFunctionObjArgs(call->head ? head_backward : backward, call->call, given.get(),
+                                                    statistics.get(), ups.get(), nullptr));
     if (!found) {
       python_error error;
       error.persist();
@@ -180,9 +218,9 @@ NodePointer make_node() {
     return c10::make_intrusive<Kind>();
 }
 
-// The loss, with its history where a gradient is needed.
+// The loss, with its history where a gradient is needed, as stats have theirs.
 inline Tensor with_history(const Call& call, const Arguments& of, const std::vector<Tensor>& params, Tensor loss,
-                           std::vector<Tensor> made) {
+                           std::vector<Tensor>& stats, std::vector<Tensor> made) {
   const NodePointer pointer = call->head    ? make_node<GradientsOfHead>()
                               : call->apart ? make_node<GradientsLater>()
                                             : make_node<GradientsMade>();
@@ -197,14 +235,21 @@ inline Tensor with_history(const Call& call, const Arguments& of, const std::vec
   node.set_next_edges(std::move(edges));
   node.made.reserve(made.size());
   for (const Tensor& one : made) node.made.emplace_back(one, false);
-  if (!call->head) {
-    node.arguments.reserve(2 + params.size());
+  if (!call->head || call->apart) {
+    node.arguments.reserve(4 + params.size());
     node.arguments.emplace_back(of.input, false);
+    if (call->head) {
+      node.arguments.emplace_back(of.weight, false);
+      node.arguments.emplace_back(of.bias, false);
+    }
     node.arguments.emplace_back(of.target, false);
     for (const Tensor& one : params) node.arguments.emplace_back(one, false);
   }
   const auto output = node.add_input_metadata(loss);
   torch::autograd::impl::set_gradient_edge(loss, {pointer, output});
+  // Of RowStats the first three.
+  for (size_t i = 0; i < std::min<size_t>(3, stats.size()); ++i)
+    torch::autograd::impl::set_gradient_edge(stats[i], {pointer, node.add_input_metadata(stats[i])});
   return loss;
 }
 

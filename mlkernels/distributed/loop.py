@@ -144,7 +144,7 @@ class _ClassParallelLoss(torch.autograd.Function):
         with reference.full_precision(x.device):
             x_all, params_all = gathered(call, shard, x, params)
             head = _ShardHead(call, shard, x_all, weight, bias, target, params_all)
-            results, known, gradients = forward(head, wanted if at_once else None, not at_once)
+            results, known, gradients = forward(head, wanted if at_once else None)
         ctx.call, ctx.shard, ctx.wanted, ctx.at_once = call, shard, wanted, at_once
         ctx.set_materialize_grads(False)
         results = tuple(r if r.dim() == 0 else r[shard.mine] for r in results)

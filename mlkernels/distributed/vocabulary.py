@@ -106,7 +106,7 @@ class _SlicedLoss(torch.autograd.Function):
         ctx: Any, call: Call, part: Slice, logits: Tensor, target: Tensor, *params: Tensor
     ) -> tuple[Tensor, ...]:
         with reference.full_precision(logits.device):
-            results, known, _ = forward(_SliceHead(call, part, logits, target, params), None, True)
+            results, known, _ = forward(_SliceHead(call, part, logits, target, params), None)
         ctx.call, ctx.part = call, part
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*results[4:])

@@ -15,6 +15,7 @@ from ..backends import reference
 from ..backends.reference import Finished, Rows
 from ..numbering import REDUCTION, TRAINABLE, Reduction
 from ..tracing import functorch_level, is_batched, is_dual, traced
+from . import threads
 from .loop import Call, Head, Known, Sums, Wanted, add_chunk, chunk_coefficients, forward, upstream_of
 
 _saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
@@ -75,9 +76,7 @@ class _LinearLoss(torch.autograd.Function):
         slots = tuple(slot for slot, need in zip(call.slots, needs[5:], strict=True) if need and slot in TRAINABLE)
         wanted = Wanted(needs[1], needs[2], bias is not None and needs[3], slots)
         at_once = makes_at_once(call, wanted)
-        with reference.full_precision(x.device):
-            head = Head(call, x, weight, bias, target, params)
-            results, known, gradients = forward(head, wanted if at_once else None, bool(wanted) and not at_once)
+        results, gradients, saved = made(call, x, weight, bias, target, params, wanted, at_once)
         ctx.call, ctx.wanted, ctx.at_once = call, wanted, at_once
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*results[4:])
@@ -86,9 +85,8 @@ class _LinearLoss(torch.autograd.Function):
             ctx.present = [g is not None for g in gradients]
             ctx.save_for_backward(*(g for g in gradients if g is not None))
         elif wanted:
-            numbers = [] if known is None else [*known.rows, known.f_y, known.u_y]
-            ctx.present = [n is not None for n in numbers]
-            ctx.save_for_backward(x, weight, bias, target, *params, *(n for n in numbers if n is not None))
+            ctx.present = [n is not None for n in saved]
+            ctx.save_for_backward(x, weight, bias, target, *params, *(n for n in saved if n is not None))
         return results
 
     @staticmethod
@@ -106,17 +104,47 @@ class _LinearLoss(torch.autograd.Function):
             x, weight, bias, target, *rest = ctx.saved_tensors
             params, numbers = rest[: len(call.slots)], iter(rest[len(call.slots) :])
             each = [next(numbers) if there else None for there in ctx.present]
-            with reference.full_precision(x.device):
-                head = Head(call, x, weight, bias, target, params)
-                sums = head.sums(wanted)
-                known = Known(Rows(*each[:-2]), *each[-2:]) if each else None  # type: ignore[arg-type]
-                later(sums, head, known, upstream)
-                gradients = list(sums.finished())
+            gradients = list(gradients_of(call, x, weight, bias, target, params, wanted, each, upstream))
             dtypes = [t.dtype for t in (x, weight, weight if bias is None else bias, *params)]
         by_slot = dict(zip(wanted.slots, gradients[3:], strict=True))
         ordered = [*gradients[:3], None, *(by_slot.get(slot) for slot in call.slots)]
         dtypes = [*dtypes[:3], torch.int64, *dtypes[3:]]
         return (None, *(g if g is None else handed_out(g, dtype) for g, dtype in zip(ordered, dtypes, strict=True)))
+
+
+def made(
+    call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, params: Sequence[Tensor],
+    wanted: Wanted, at_once: bool,
+) -> tuple[tuple[Tensor, ...], Sequence[Tensor | None] | None, Sequence[Tensor | None]]:  # fmt: skip
+    """The results; the gradients at an upstream of 1, where they are made at once; else what :func:`gradients_of`
+    takes."""
+    if threads.serves(call):
+        whole = threads.Whole(call, x, weight, bias, target, params)
+        if at_once or not (wanted or call.return_stats):
+            loss, gradients = whole.at_once(wanted if at_once else None)
+            return (loss,), gradients, ()
+        results, saved = whole.rows()
+        return results, None, (saved,)
+    with reference.full_precision(x.device):
+        results, known, gradients = forward(Head(call, x, weight, bias, target, params), wanted if at_once else None)
+    return results, gradients, () if known is None else (*known.rows, known.f_y, known.u_y)
+
+
+def gradients_of(
+    call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, params: Sequence[Tensor],
+    wanted: Wanted, saved: Sequence[Tensor | None], upstream: Sequence[Tensor | None],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """The gradients once the upstream ones are known."""
+    if threads.serves(call):
+        (rows,) = saved
+        assert rows is not None
+        return threads.Whole(call, x, weight, bias, target, params).backward(wanted, rows, upstream)
+    with reference.full_precision(x.device):
+        head = Head(call, x, weight, bias, target, params)
+        sums = head.sums(wanted)
+        known = Known(Rows(*saved[:-2]), *saved[-2:]) if saved else None  # type: ignore[arg-type]
+        later(sums, head, known, upstream)
+        return sums.finished()
 
 
 def later(sums: Sums, head: Head, known: Known | None, upstream: Sequence[Tensor | None]) -> None:
@@ -151,10 +179,20 @@ def handed_out(gradient: Tensor, dtype: torch.dtype) -> Tensor:
     return buffers.empty(gradient, gradient.shape, dtype).copy_(gradient)
 
 
-def fast_path_backward(gradients: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
-    """What the fast path leaves to Python: an upstream gradient that is watched, batched, or not finite."""
-    check_upstream([upstream], "heads have", True)
-    return scaled(gradients, upstream)
+def fast_path_backward(
+    of: tuple[Call, Wanted, bool], tensors: Sequence[Tensor], saved: Tensor | None, upstream: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """What the fast path leaves to Python: upstream gradients that are watched, batched, or not finite.
+
+    of: of a call, and whether its gradients, which are the tensors then, were made at once.
+    """
+    call, wanted, at_once = of
+    check_upstream(upstream, "heads have", at_once)
+    if at_once:
+        return scaled(tensors, upstream[0])
+    x, weight, bias, target, *params = tensors
+    dx, dw, db, *by_slot = gradients_of(call, x, weight, bias, target, params, wanted, (saved,), upstream)
+    return [gradient for gradient in (*by_slot, dx, dw, db) if gradient is not None]
 
 
 def scaled(gradients: Sequence[Tensor], upstream: Tensor | None) -> list[Tensor]:

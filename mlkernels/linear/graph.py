@@ -14,11 +14,11 @@ from torch import Tensor
 
 from .. import ops
 from ..backends import reference
-from ..backends.reference import Rows
 from ..checks import accumulated, check_indices
-from ..numbering import IGNORE_INDEX, REDUCTION, TRAINABLE, Reduction, ScaleKind, Slot, slots_of, structure_of
-from .autograd import check_upstream, later
-from .loop import Call, Head, Known, Wanted, forward, planned
+from ..numbering import CONSTS, IGNORE_INDEX, REDUCTION, TRAINABLE, Reduction, ScaleKind, Slot, slots_of, structure_of
+from . import threads
+from .autograd import check_upstream, gradients_of, made
+from .loop import Call, Wanted, planned
 from .pieces import pieces_for
 from .plan import Cut
 
@@ -32,7 +32,7 @@ _SCHEMAS = (
     # Loss, and RowStats where wanted; then the gradients for an upstream one of 1, or what is known of each row.
     f"linear_loss({_HEAD}) -> Tensor[]",
     # The gradients, for the upstream ones of loss, logsumexp, log_prob and entropy.
-    f"linear_loss_backward({_HEAD}, Tensor?[] upstream, Tensor reals, Tensor whole) -> Tensor[]",
+    f"linear_loss_backward({_HEAD}, Tensor?[] upstream, Tensor saved) -> Tensor[]",
 )
 
 
@@ -75,7 +75,7 @@ class _Problem:
         call = planned(call, Cut(strategy, memory, compact), classes, x, weight, target)
         trained = (slot for slot, need in zip(slots, needs[3:], strict=True) if need)
         self.wanted = Wanted(needs[0], needs[1], needs[2], tuple(trained))
-        self.head = Head(call, x, weight, bias, target, params)
+        self.given = call, x, weight, bias, target, params
 
 
 @contextmanager
@@ -92,19 +92,18 @@ def _linear_loss(*arguments: Any) -> list[Tensor]:
     with _loop(arguments[0].device):
         problem = _Problem(*arguments)
         at_once = makes_at_once(numbers, return_stats, needs)
-        found, known, gradients = forward(problem.head, problem.wanted if at_once else None, any(needs) and not at_once)
+        found, gradients, saved = made(*problem.given, problem.wanted, at_once)
         if gradients is not None:
             return [*_apart(found), *(g for g in gradients if g is not None)]
-        return [*_apart(found), *(_packed(problem.head, known) if any(needs) else ())]
+        return [*_apart(found), *([_packed(problem, saved)] if any(needs) else ())]
 
 
 def _linear_loss_backward(*arguments: Any) -> list[Tensor]:
-    *of_head, upstream, reals, whole = arguments
+    *of_head, upstream, saved = arguments
     with _loop(arguments[0].device):
         problem = _Problem(*of_head)
-        sums = problem.head.sums(problem.wanted)
-        later(sums, problem.head, _unpacked(problem.head, reals, whole), upstream)
-        return [g for g in sums.finished() if g is not None]
+        gradients = gradients_of(*problem.given, problem.wanted, _unpacked(problem, saved), upstream)
+        return [g for g in gradients if g is not None]
 
 
 def _apart(results: Sequence[Tensor]) -> list[Tensor]:
@@ -112,34 +111,39 @@ def _apart(results: Sequence[Tensor]) -> list[Tensor]:
     return [t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for t in results]
 
 
-def _packed(head: Head, known: Known | None) -> tuple[Tensor, Tensor]:
-    """What is known of all rows in two tensors, whose shapes do not depend on how many are ignored."""
-    scales = _scales(head.call.numbers)
-    reals = head.x.new_zeros(head.count, 5 + 3 * scales, dtype=head.call.dtype)
-    whole = head.target.new_zeros(head.count, 2, dtype=torch.int64)
-    if known is not None:
-        top, total, shift, second, weighted, weights, first, above = known.rows
-        at = slice(None) if head.index is None else head.index
+def _packed(problem: _Problem, saved: Sequence[Tensor | None]) -> Tensor:
+    """What is known of all rows in one tensor, whose shape does not depend on how many are ignored."""
+    call, x, _, _, target, _ = problem.given
+    if threads.serves(call):
+        (known,) = saved
+        assert known is not None
+        return known
+    packed = x.new_zeros(5 + 3 * _scales(call.numbers), target.shape[0], dtype=call.dtype)
+    if saved:
+        top, total, shift, second, weighted, weights, _, _, f_y, u_y = saved
+        assert top is not None and total is not None and shift is not None
         zero = torch.zeros_like(top)
-        one = [zero if n is None else n for n in (top, known.f_y, known.u_y, weighted, weights)]
-        several = [total, shift, torch.zeros_like(total) if second is None else second]
-        reals[at] = torch.cat([torch.stack(one), *several]).T
-        whole[at] = torch.stack([first, above], 1)
-    return reals, whole
+        one = [zero if n is None else n for n in (f_y, u_y, top, weighted, weights)]
+        rows = torch.cat([torch.stack(one), total, shift, torch.zeros_like(total) if second is None else second])
+        packed[:, slice(None) if call.kept.where is None else call.kept.where] = rows
+    return packed
 
 
-def _unpacked(head: Head, reals: Tensor, whole: Tensor) -> Known | None:
-    if head.x.shape[0] == 0:
-        return None
-    if head.index is not None:
-        reals, whole = reals[head.index], whole[head.index]
-    top, f_y, u_y, weighted, weights = reals[:, :5].T.contiguous()
-    total, shift, second = reals[:, 5:].T.contiguous().unflatten(0, (3, -1))
-    smoothed = head.values.smoothing > 0
-    return Known(
-        Rows(top, total, shift, second, weighted if smoothed else None, weights if smoothed else None, *whole.T),
-        f_y, u_y,
-    )  # fmt: skip
+def _unpacked(problem: _Problem, packed: Tensor) -> Sequence[Tensor | None]:
+    call, _, _, _, target, _ = problem.given
+    if threads.serves(call):
+        return (packed,)
+    index = call.kept.where
+    if target.shape[0] == 0 or (index is not None and index.numel() == 0):
+        return ()
+    if index is not None:
+        packed = packed[:, index]
+    f_y, u_y, top, weighted, weights = packed[:5]
+    total, shift, second = packed[5:].contiguous().unflatten(0, (3, -1))
+    smoothed = any(number > 0 for number in call.numbers[CONSTS + Slot.SMOOTHING :][:1])
+    weighted, weights = (n if smoothed else None for n in (weighted, weights))
+    seen = torch.zeros_like(top, dtype=torch.int64)  # no gradient takes the lowest class, nor how many are larger
+    return top, total, shift, second, weighted, weights, seen, seen, f_y, u_y
 
 
 def _scales(numbers: Sequence[float]) -> int:
@@ -172,14 +176,14 @@ def _linear_loss_fake(
     if makes_at_once(numbers, return_stats, needs):
         return found + _gradients_like(x, _leaves(x, weight, bias, params), needs)
     if any(needs):
-        found += [x.new_empty(rows, 5 + 3 * _scales(numbers), dtype=dtype), x.new_empty(rows, 2, dtype=torch.int64)]
+        found.append(x.new_empty(5 + 3 * _scales(numbers), rows, dtype=dtype))
     return found
 
 
 def _linear_loss_backward_fake(
     x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, params: Sequence[Tensor], *rest: Any
 ) -> list[Tensor]:
-    return _gradients_like(x, _leaves(x, weight, bias, params), rest[-4])
+    return _gradients_like(x, _leaves(x, weight, bias, params), rest[-3])
 
 
 # ---- autograd --------------------------------------------------------------------------------------------------------
@@ -204,11 +208,9 @@ def _backward(ctx: Any, upstream: Sequence[Tensor | None]) -> Any:
         found = [torch.zeros_like(g) if grad is None else (g * grad).masked_fill(g == 0, 0) for g in ctx.saved_tensors]
     else:
         x, weight, bias, target, *others = ctx.saved_tensors
-        *params, reals, whole = others
+        *params, known = others
         given = list(upstream[: min(4, ctx.results)])
-        found = torch.ops.mlkernels.linear_loss_backward(
-            x, weight, bias, target, params, *ctx.rest, given, reals, whole
-        )
+        found = torch.ops.mlkernels.linear_loss_backward(x, weight, bias, target, params, *ctx.rest, given, known)
     gradients = iter(found)
     x, weight, bias, *params = (
         next(gradients).to(dtype) if need and dtype is not None else None

@@ -14,13 +14,13 @@ from .. import fast_path
 from ..backends.reference import RowStats
 from ..call import Common, bind
 from ..checks import accumulated
-from ..numbering import IGNORE_INDEX, INPUT, Slot, slots_of
+from ..numbering import IGNORE_INDEX, INPUT, REDUCTION, Reduction, Slot, slots_of
 from ..softmax import Asked, ProductLogits
 from ..spec import Number, Spec
 from ..tracing import functorch_level, is_dual, traced
 from . import graph, threads
 from .autograd import WHOLE, fast_path_backward, has_hooks, linear_loss
-from .loop import Call, planned
+from .loop import Call, Wanted, planned
 from .pieces import CPU, pieces_for
 from .plan import DEFAULT, Cut, room
 from .sampling import ClassSampler, Sample
@@ -59,9 +59,9 @@ class LinearLogits(ProductLogits):
         self.part = weight, bias
         self.input, self.weight, self.bias, self.normalize = input, weight, bias, normalize
         self.return_stats, self.cut = return_stats, cut
-        forced = normalize or return_stats or begin or sampler or cut.strategy or cut.memory
+        forced = begin or sampler or cut.strategy or cut.memory
         #: What the fast path takes, where a head may be one that it serves.
-        self.plain = None if forced else (input, weight, bias)
+        self.plain = None if forced else (input, weight, bias, normalize, return_stats)
         #: The row statistics of the loss that was taken, where they were asked for.
         self.stats: RowStats | None = None
         self.visits = 0
@@ -139,17 +139,26 @@ class LinearLogits(ProductLogits):
         """What the fast path asks of a kind of call that it has not seen before."""
         checked: Common = {**common, "backend": "reference"}
         bound = bind(spec, values, self.shaped(), target, group, **checked)[0]
+        pieces, reduction = pieces_for(self.device, common.get("backend")), bound.numbers[REDUCTION]
+        later = self.return_stats or reduction == Reduction.NONE
         grad = torch.is_grad_enabled()
         tiles = [grad and t is not None and t.requires_grad for t in (self.input, self.weight, self.bias)]
         needs = bound.needs + sum(1 << INPUT + i for i, needed in enumerate(tiles) if needed)
-        pieces = pieces_for(self.device, common.get("backend"))
-        if pieces is not CPU or bound.half or (needs and bound.apart):
+        if pieces is not CPU or bound.half or (needs and bound.apart and reduction != Reduction.NONE):
             return None
         x, weight = self.input, self.weight
-        plan = threads.planned(target.numel(), weight.shape[0], x, weight, False, None, pieces, None, None)
-        keep, rows = plan.stored and any(tiles), min(plan.rows, x.shape[0])
-        size = room(plan, keep, rows, weight.shape[0], x.shape[1], 0)
-        return bound, bound.numbers, needs, False, False, (*threads.cut(plan), size)
+        plan = threads.planned(target.numel(), weight.shape[0], x, weight, self.normalize, None, pieces, None, None)
+        keep, rows = plan.stored and any(tiles) and not later, min(plan.rows, x.shape[0])
+        size = room(plan, keep, rows, weight.shape[0], x.shape[1], int(self.normalize))
+        slots = tuple(slots_of(bound.numbers))
+        call = Call(bound.numbers, slots, frozenset(), self.normalize, self.return_stats, pieces, x.dtype, plan)
+        wanted = Wanted(tiles[0], tiles[1], tiles[2], tuple(s for s in slots if bound.needs >> s & 1))
+        return (call, wanted, not later), bound.numbers, needs, False, later, (*threads.cut(plan), size)
+
+    def take_stats(self, stats: Sequence[Tensor]) -> None:
+        """Of the fast path."""
+        self.visits += 1
+        self.stats = RowStats(*stats)
 
     def graphs(self) -> bool:
         """Whether a graph may hold this head."""
@@ -226,7 +235,7 @@ for _name in (
     setattr(LinearLogits, f"__{_name}__", _refused)
 
 
-fast_path.serve_heads(LinearLogits, fast_path_backward)
+fast_path.serve_heads(LinearLogits, LinearLogits.take_stats, fast_path_backward)
 
 
 def by_rows(

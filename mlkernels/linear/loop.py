@@ -403,14 +403,11 @@ def want(call: Call) -> Want:
 
 
 def forward(
-    head: Head, wanted: Wanted | None, later: bool
+    head: Head, wanted: Wanted | None
 ) -> tuple[tuple[Tensor, ...], Known | None, tuple[Tensor | None, ...] | None]:
     """The results; what is known of each row, which gradients made later take; and where they are wanted at once, the
     gradients at an upstream of 1."""
     call = head.call
-    if head.alone and call.plan.parts and not (later or call.return_stats):
-        loss, gradients = threads.whole(head, wanted)
-        return (loss,), None, gradients
     sums = None if wanted is None else head.sums(wanted)
     one = torch.ones((), dtype=call.dtype, device=head.x.device)
     finished: list[Finished] = []

@@ -16,12 +16,12 @@ from .. import buffers
 from ..backends import native
 from ..backends.reference import Coefficients, Rows, Values
 from ..checks import accumulated
-from ..numbering import INPUT
+from ..numbering import INPUT, Slot
 from .pieces import CPU, TRITON, Pieces, Want, rows_of
 from .plan import Plan, on_device, plan, room, shared
 
 if TYPE_CHECKING:
-    from .loop import Head, Sums, Wanted
+    from .loop import Call, Head, Sums, Wanted
     from .update import Updating
 
 ops = torch.ops.mlkernels
@@ -62,29 +62,74 @@ def planned(
     return cut(rows, classes, width, itemsize, copies, of_pieces, strategy, memory)
 
 
+def serves(call: Call) -> bool:
+    """Whether :class:`Whole` is for a call: a head of the CPU's that does not step its weight."""
+    return call.pieces is CPU and call.update is None
+
+
 def cut(plan: Plan) -> tuple[int, ...]:
     """As the operator takes it."""
     return plan.parts, plan.classes, plan.block, plan.rows, int(plan.stored)
 
 
-def whole(head: Head, wanted: Wanted | None) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:
-    """The loss, and the gradients of features, weight, bias and parameters for an upstream of 1, by one operator."""
-    plan, slots = head.call.plan, () if wanted is None else wanted.slots
-    of_tiles = () if wanted is None else (wanted.input, wanted.weight, wanted.bias)
-    needs = sum(1 << slot for slot in slots) + sum(1 << INPUT + i for i, needed in enumerate(of_tiles) if needed)
-    rows = min(plan.rows, head.x.shape[0])
-    space = room_of(head, plan.stored and any(of_tiles), rows)
-    loss, found = ops.linear_loss_with_gradients(
-        head.x, head.weight, head.bias, head.inverse, head.target, space, cut(plan), head.call.numbers,
-        [*head.params.values()], needs,
-    )  # fmt: skip
-    loss = head.scattered(loss) if loss.dim() else loss
-    if wanted is None:
-        return loss, None
+class Whole:
+    """A head of which one operator makes all: rows that are ignored are its to leave out, and so are lengths."""
+
+    def __init__(
+        self, call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, params: Sequence[Tensor]
+    ):
+        self.call, dtype = call, call.dtype
+        self.pairs = multiplies_pairs(x.dtype, weight, call.normalize)
+        x, weight = x.detach(), weight.detach()
+        if dtype == torch.float64 or (weight.shape[1] > 1 and weight.stride(1) != 1):
+            weight = weight.to(dtype if dtype == torch.float64 else weight.dtype).contiguous()
+        self.x, self.weight = (x if self.pairs else x.to(dtype)).contiguous(), weight
+        self.bias = None if bias is None else bias.detach().to(dtype).contiguous()
+        self.target = target
+        of_groups = (slot == Slot.GROUP for slot in call.slots)
+        self.params = [p.detach() if of else p.detach().to(dtype) for p, of in zip(params, of_groups, strict=True)]
+
+    def _given(self, keep: bool) -> Sequence[Any]:
+        """What the operators take."""
+        plan, (classes, width) = self.call.plan, self.weight.shape
+        copies = self.call.normalize or self.weight.dtype != self.call.dtype
+        rows = min(plan.rows, self.x.shape[0])
+        size = room(plan, keep, rows, classes, width, int(copies), self.pairs)
+        space = buffers.empty(self.x, [size], self.call.dtype)
+        return (
+            self.x, self.weight, self.bias, self.call.normalize, self.target, space, cut(plan), self.call.numbers,
+            self.params,
+        )  # fmt: skip
+
+    def at_once(self, wanted: Wanted | None) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:
+        """The loss, and the gradients of features, weight, bias and parameters for an upstream of 1."""
+        tiles = wanted is not None and (wanted.input or wanted.weight or wanted.bias)
+        needs = 0 if wanted is None else _needs(wanted)
+        loss, found = ops.linear_loss_with_gradients(*self._given(self.call.plan.stored and tiles), needs)
+        return loss, None if wanted is None else _placed(found, wanted)
+
+    def rows(self) -> tuple[tuple[Tensor, ...], Tensor]:
+        """The loss and the row statistics, if these are asked for; what the backward takes."""
+        loss, saved, stats = ops.linear_rows(*self._given(False), self.call.return_stats)
+        return (loss, *stats), saved
+
+    def backward(self, wanted: Wanted, saved: Tensor, upstream: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """The gradients, given those of the results."""
+        ups = [*upstream[:4], *[None] * (4 - len(upstream))]
+        return _placed(ops.linear_rows_backward(*self._given(False), saved, *ups, _needs(wanted)), wanted)
+
+
+def _needs(wanted: Wanted) -> int:
+    of_tiles = (wanted.input, wanted.weight, wanted.bias)
+    return sum(1 << slot for slot in wanted.slots) + sum(1 << INPUT + i for i, needed in enumerate(of_tiles) if needed)
+
+
+def _placed(found: Sequence[Tensor], wanted: Wanted) -> tuple[Tensor | None, ...]:
+    """Gradients in the order of :meth:`Head.gradients`."""
     made = iter(found)
-    by_slot = {slot: next(made) for slot in slots}
-    dx, dw, db = (next(made) if needed else None for needed in of_tiles)
-    return loss, head.gradients(dx, dw, db, by_slot)
+    by_slot = {slot: next(made) for slot in sorted(wanted.slots)}
+    of_tiles = (next(made) if needed else None for needed in (wanted.input, wanted.weight, wanted.bias))
+    return *of_tiles, *(by_slot[slot] for slot in wanted.slots)
 
 
 def statistics(head: Head, part: slice, values: Values, u_y: Tensor, scales: Tensor, want: Want, keep: bool) -> Rows:
