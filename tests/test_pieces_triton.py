@@ -1,6 +1,7 @@
 """Triton's kernels of pieces, interpreted: any partition of a row, merged, finished and written back, is the whole row
 of the reference in float64."""
 
+import functools
 import itertools
 import os
 import random
@@ -12,6 +13,7 @@ from test_linear import rows_of
 from test_no_sync import Forbid
 from test_pieces import CLASSES, OPTIONS, by_kernels, check_pieces, whole_rows
 
+from bench import head_errors
 from mlkernels import linear_softmax_loss, tracing
 from mlkernels.linear.pieces import TRITON
 
@@ -79,3 +81,12 @@ def test_bfloat16_heads(normalize, confident, monkeypatch):
     for ours, theirs in zip(found, wanted, strict=True):
         assert ours.dtype == torch.bfloat16
         assert float((ours.double() - theirs).norm() / theirs.norm()) < 2.0**-8  # of tile and result, half of that each
+
+
+def test_gradients_that_are_nearly_equal_do_not_round_alike(monkeypatch):
+    """Those of a fresh classifier: to the nearest dW would be off by 3.3e-3."""
+    monkeypatch.setattr("mlkernels.backends.triton.tiles.piece", lambda *_: Tile(4, 256, 16, 1, 1, False))
+    of = head_errors.Problem(*(t[:256] if len(t) > 120 else t for t in head_errors.problem("a fresh classifier")))
+    cut = {"strategy": "tiles", "memory": 256 * 6 * 60}  # a tile's place among the classes counts
+    loss = functools.partial(linear_softmax_loss, backend="triton", **cut)
+    assert head_errors.errors(loss, of).weight < 1.8e-3

@@ -164,6 +164,19 @@ def element_factors(factors, col, valid, T: tl.constexpr):
     return of_row(factors[0]) * tl.load(factors[1] + col, valid, 1.0).to(T)
 
 
+#: Whole multiples of these, by 2^32, are spread evenly along rows and classes: csrc/cpu/bfloat16.cpp has the same.
+ALONG_ROWS, ALONG_CLASSES = tl.constexpr(3242174889), tl.constexpr(2447445414)
+
+
+@triton.jit
+def by_place(x, fractions, col):
+    """Float32 as one of the two of bfloat16 that it is between, as often the one as it is near, by where it lies: what
+    is nearly equal would all go to the nearest, and what that loses would add up. fractions: of each row, by 2^32."""
+    bits = x.to(tl.uint32, bitcast=True)
+    bits += (fractions + col.to(tl.uint32) * ALONG_CLASSES) >> 16
+    return tl.where(x == x, (bits & 0xFFFF0000).to(tl.float32, bitcast=True), x)
+
+
 @triton.jit
 def read_logits(
     source, first, T: tl.constexpr, CAPPED: tl.constexpr, WIDE: tl.constexpr, ACROSS: tl.constexpr,

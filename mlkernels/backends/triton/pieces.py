@@ -15,7 +15,18 @@ import triton
 import triton.language as tl
 
 from .constants import INF, LOGIT_NORM, NEED_SHIFT, ROW_SCALE, SMOOTHING, SOFTCAP, TWO_SCALE
-from .elements import LOG2_E, is_label, moved, multiple, of_row, product, read_logits, row_offset
+from .elements import (
+    ALONG_CLASSES,
+    ALONG_ROWS,
+    LOG2_E,
+    is_label,
+    moved,
+    multiple,
+    of_row,
+    product,
+    read_logits,
+    row_offset,
+)
 from .finish import batch_of, by_scale, coefficients, entropy, finish, kind, row_loss, row_scale
 from .operands import label_of, leave_parameters, numbers, shared, upstream_of
 from .rows import gradient
@@ -156,7 +167,8 @@ def piece_gradient(
     UNIT: tl.constexpr, ALIGNED: tl.constexpr,
     CHUNKS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a tile, 0 at the target and in ignored rows; reads and writes each element once."""
+    """The gradient of a tile, 0 at the target and in ignored rows; reads and writes each element once. In bfloat16 by
+    place."""
     T: tl.constexpr = tl.float64 if tile.dtype.element_ty == tl.float64 else tl.float32
     classes = multiple(classes, UNIT)
     row, inside, kept, y = tile_rows(target, start, rows, classes, every_class, ignore_index, WIDE, ROWS)
@@ -184,6 +196,9 @@ def piece_gradient(
     if column_factor is not None:
         factors = (tl.load(row_factor + row, inside, 1.0).to(T), column_factor)
         source = (tile, base, kept, classes, preparation, (1, stride, 0, 0), factors)
+    fractions = None
+    if out.dtype.element_ty == tl.bfloat16:
+        fractions = row.to(tl.uint32) * ALONG_ROWS + begins.to(tl.uint32) * ALONG_CLASSES
     BLOCK: tl.constexpr = CHUNKS * LANES * VECTOR
     for block in range(tl.cdiv(classes, BLOCK)):
         first = block * BLOCK
@@ -196,8 +211,8 @@ def piece_gradient(
         e = tl.exp2(d * sharpness)
         gradient(
             out, out_base, first, inside, kept, y, raw, e, d, (factor, tilt, spread, zero), weight, smoothing,
-            preparation[0], col, valid, (1, out_stride, 0, 0), source[6], T, TILTED, CAPPED, WIDE, 0, CHUNKS, LANES,
-            VECTOR,
+            preparation[0], col, valid, (1, out_stride, 0, 0), source[6], fractions, T, TILTED, CAPPED, WIDE, 0, CHUNKS,
+            LANES, VECTOR,
         )  # fmt: skip
 
 
