@@ -336,30 +336,6 @@ void linear_gradient(const Tensor& x, const Tensor& weight, std::optional<Tensor
   });
 }
 
-// What pieces know of each row, (pieces, 3 + 3 scales, rows) and (pieces, 2, rows), together: one after another, so
-// that the same pieces give the same bits.
-std::tuple<Tensor, Tensor> row_combine(const Tensor& reals, const Tensor& whole, const Tensor& scales) {
-  return by_type(reals, [&](auto zero) {
-    using T = decltype(zero);
-    STD_TORCH_CHECK(reals.dim() == 3 && reals.size(0) > 0, "reals must be (pieces, numbers, rows)");
-    const int64_t pieces = reals.size(0), n = reals.size(2), count = scales_of(scales, n);
-    const int64_t each = Numbers<T>::of_reals(count);
-    const T* const from = array<T>(reals, pieces * each * n, "reals");
-    const int64_t* const places = array<int64_t>(whole, pieces * 2 * n, "whole");
-    const T* const s = array<T>(scales, count * n, "scales");
-    Tensor out = empty({each, n}, type_of<T>()), out_places = empty({2, n}, ScalarType::Long);
-    const Numbers<T> known{static_cast<T*>(out.data_ptr()), static_cast<int64_t*>(out_places.data_ptr()), count, n};
-    std::copy(from, from + each * n, known.reals);
-    std::copy(places, places + 2 * n, known.whole);
-    for (int64_t piece = 1; piece < pieces; ++piece) {
-      const Numbers<T> other{const_cast<T*>(from) + piece * each * n, const_cast<int64_t*>(places) + piece * 2 * n,
-                             count, n};
-      for (int64_t row = 0; row < n; ++row) known.add(other, s, row);
-    }
-    return std::tuple<Tensor, Tensor>{out, out_places};
-  });
-}
-
 }  // namespace
 
 // Contiguous, of another's dtype, with anything in it; a large one in memory that an earlier one has left.
@@ -384,6 +360,5 @@ STABLE_TORCH_LIBRARY_IMPL(mlkernels, CPU, m) {
   m.impl("piece_gradient", TORCH_BOX(&mlkernels::piece_gradient));
   m.impl("linear_statistics", TORCH_BOX(&mlkernels::linear_statistics));
   m.impl("linear_gradient", TORCH_BOX(&mlkernels::linear_gradient));
-  m.impl("row_combine", TORCH_BOX(&mlkernels::row_combine));
   m.impl("room_like", TORCH_BOX(&mlkernels::room_like));
 }

@@ -191,10 +191,6 @@ def _linear_statistics(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     return scales.new_empty(3 + 3 * scales.shape[0], x.shape[0]), scales.new_empty((2, x.shape[0]), dtype=torch.int64)
 
 
-def _row_combine(reals: Tensor, whole: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(reals[0]), torch.empty_like(whole[0])
-
-
 def _row_finish(target: Tensor, target_logit: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     numbers, params, (derive, needs) = arguments[5], arguments[6], arguments[-2:]
     of_rows = [target_logit.new_empty(count, target.numel()) for count in (5, 6 * derive)]
@@ -271,8 +267,6 @@ _OTHERS: dict[str, Callable[..., Any]] = {
     # reals of above, and RowStats where wanted; then the gradients for any upstream ones.
     f"linear_rows({_HEAD}, bool stats) -> (Tensor, Tensor, Tensor[])": _linear_rows,
     f"linear_rows_backward({_HEAD}, Tensor saved, {_UPSTREAM}, int needs) -> Tensor[]": _linear_rows_backward,
-    # What pieces know of each row together, in their order.
-    "row_combine(Tensor reals, Tensor whole, Tensor scales) -> (Tensor, Tensor)": _row_combine,
     # From there to what backends/finish.py's Finished holds, (5, rows); with `derive` also to the coefficients of the
     # gradient, (6, rows), and for whatever `needs` asks, given the upstream gradients of what is finished.
     "row_finish(Tensor target, Tensor target_logit, Tensor top, Tensor total, Tensor? shift, Tensor? second, "

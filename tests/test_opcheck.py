@@ -305,8 +305,6 @@ def test_all_classes_of_a_head(dtype):
     for wanted in (grads, (None, None, grads[2])):
         given = (*head, rows, rows, None, rows, rows, rows, *wanted, True, True)
         check(torch.ops.mlkernels.linear_gradient.default, given)
-    reals, whole = torch.randn(4, 9, 3, dtype=dtype), torch.randint(6, (4, 2, 3))
-    check(torch.ops.mlkernels.row_combine.default, (reals, whole, scales))
     finish = torch.ops.mlkernels.row_finish.default
     sums, numbers = scales[:1] + 1, plain_numbers(Slot.SCALE, reduction=Reduction.MEAN)
     for derive, ups in ((False, [None] * 5), (True, [rows] * 5)):

@@ -41,7 +41,7 @@ DTYPES = [
 NUMBERS = [0.0, -1.0, 1.0, 2.0, 3.0, 7.0, 0.5, 1e300, -1e300, 2.0**63, -(2.0**63), 2.0**23, float("nan"), float("inf")]
 INTEGERS = [0, -1, 1, 2, 3, 5, 7, 64, 2**23, 2**31, 2**40, 2**62, 2**63 - 1, -(2**63)]
 PER_CALL = (
-    "piece_statistics", "piece_gradient", "linear_statistics", "linear_gradient", "row_combine", "row_finish",
+    "piece_statistics", "piece_gradient", "linear_statistics", "linear_gradient", "row_finish",
     "linear_loss_with_gradients", "linear_rows", "linear_rows_backward", "room_like",
 )  # fmt: skip
 
@@ -105,7 +105,6 @@ def legal(rng: random.Random) -> tuple[str, list[Any]]:
         "piece_gradient": [of(n, c), label, 1, False, *of_classes, rows, rows, rows, rows, rows],
         "linear_statistics": [*head, of(n), of(count, n), c + 1, 15],
         "linear_gradient": [*head, rows, rows, None, rows, rows, rows, of(n, width), of(c, width), of(c), True, True],
-        "row_combine": [of(3, 3 + 3 * count, n), torch.randint(6, (3, 2, n)), of(count, n)],
         "room_like": [of(n), [n, c]],
         "multi_copy_": [[of(n), of(c, n)], [of(n), of(c, n)], torch.tensor(True)],
     }[name]  # fmt: skip
