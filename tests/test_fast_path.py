@@ -254,6 +254,23 @@ def test_a_compiled_backward_takes_no_number_for_another(served):
     assert all(served)
 
 
+def test_a_compiled_backward_takes_no_product_for_a_cosine(served):
+    import torch._dynamo.compiled_autograd
+
+    x, weight, _ = head()
+    for normalize in (False, True):
+        value = lambda by=normalize: mlkernels.linear_softmax_loss(
+            x, weight, TARGET, normalize=by, reduction="none"
+        ).sum()
+        x.grad = weight.grad = None
+        loss = value()
+        with torch._dynamo.compiled_autograd._enable(lambda graph: graph):
+            loss.backward()
+        wanted = by_python(lambda value=value: torch.autograd.grad(value(), [x, weight]))
+        torch.testing.assert_close([x.grad, weight.grad], [*wanted])
+    assert all(served)
+
+
 def test_a_profiler_sees_the_same_names():
     def names():
         with profile() as seen:

@@ -99,6 +99,7 @@ struct LossNode : Node {
     args.collect(call->numbers);
     args.collect(call->needs);
     args.collect(call->apart);
+    args.collect(call->normalize);
   }
 
   variable_list apply_with_saved(const variable_list& inputs,
