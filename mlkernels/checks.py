@@ -181,7 +181,7 @@ def unknown_keywords(of: Callable[..., object], unknown: Mapping[str, object], s
         mean = unknown.get("size_average", True) is not False
         wanted = "mean" if kept and mean else "sum" if kept else "none"
         return TypeError(f"{what} takes no {name}, which torch has deprecated: write reduction={wanted!r}")
-    if isinstance(of, type) and name in ("num_classes", "embedding_size"):
+    if isinstance(of, type) and shared and name in ("num_classes", "embedding_size"):  # a loss of the family
         return TypeError(f"{what} takes no {name}: {classifier_of(of)}")
     taken = inspect.signature(of).parameters.values()
     own = [one.name for one in taken if one.default is not one.empty or one.kind == one.KEYWORD_ONLY]
@@ -280,7 +280,7 @@ def _to_fit(shape: torch.Size, labels: torch.Size) -> str:
     if len(shape) > 2 and count == shape[:-1].numel():
         return "; write input.flatten(0, -2) and target.flatten()"
     if labels == shape:
-        return "; write target.argmax(1)"
+        return f"; write target.argmax({min(len(shape) - 1, 1)})"
     if len(shape) == 2 and count == shape[0]:
         return "; write target.flatten()"
     return "; write input.T" if len(shape) == 2 and labels == shape[1:] else ""

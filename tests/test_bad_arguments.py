@@ -427,6 +427,19 @@ def test_names_instead_of_positions(call, words):
 
 
 @pytest.mark.parametrize(
+    "make",
+    [
+        lambda: mlkernels.CenterLoss(num_features=2, num_classes=3, embedding_size=2),
+        lambda: mlkernels.MultiMarginLoss(num_classes=3),
+    ],
+)
+def test_what_no_head_takes_is_sent_to_none(make):
+    with pytest.raises(TypeError, match="; there are ") as caught:
+        make()
+    assert "LinearLoss" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("shape", "labels", "words"),
     [
         ((2, 5, C), (2, 5), "write input.flatten(0, -2) and target.flatten()"),  # classes last
@@ -435,6 +448,7 @@ def test_names_instead_of_positions(call, words):
         ((4, C), (4, 1), "write target.flatten()"),
         ((4, C), (4, C), "write target.argmax(1)"),  # one-hot
         ((C, 4), (4,), "write input.T"),
+        ((C,), (C,), "write target.argmax(0)"),
         ((4, C), (5,), ""),
     ],
 )

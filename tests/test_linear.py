@@ -686,6 +686,9 @@ def test_margins_beside_products():
         with pytest.warns(UserWarning, match=f"{type(loss).__name__} takes cosines: pass normalize=True") as said:
             mlkernels.LinearLoss(loss, 5, 23)
         assert said[0].filename == __file__
+    with pytest.warns(UserWarning, match="ArcFaceLoss takes cosines") as said:
+        mlkernels.LinearLoss.from_linear(mlkernels.ArcFaceLoss(), torch.nn.Linear(5, 23))
+    assert said[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         mlkernels.LinearLoss(mlkernels.ArcFaceLoss(), 5, 23, normalize=True)

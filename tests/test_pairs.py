@@ -140,6 +140,14 @@ def test_who_is_refused():
             ops.linear_statistics(*changed, *rest)
 
 
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_no_rows(reduction):
+    x, weight = (torch.zeros(n, 8).bfloat16().requires_grad_() for n in (0, 3))
+    loss = linear_cross_entropy(x, weight, torch.zeros(0).long(), reduction=reduction)
+    dx, dw = torch.autograd.grad(loss.sum(), [x, weight])
+    assert loss.sum() == 0 and dx.shape == (0, 8) and dw.count_nonzero() == 0
+
+
 @pytest.mark.parametrize("strategy", ["stored", "tiles", "rows"])
 def test_memory_is_bounded(strategy):
     plan = shared(100, 5000, 128, 4, 1, 2, strategy, 3_000_000, pairs=True)

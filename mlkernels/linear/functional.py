@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias, overload
@@ -217,7 +218,18 @@ def check_cosines(loss: Any, normalize: bool) -> None:
     """What is nearly always forgotten: of products with lengths in them these losses have values, but no angles."""
     if not normalize and isinstance(loss, (ArcFaceLoss, CosFaceLoss, SphereFaceLoss)):
         name = type(loss).__name__
-        warnings.warn(f"{name} takes cosines: pass normalize=True beside {name}(...)", UserWarning, stacklevel=4)
+        words = f"{name} takes cosines: pass normalize=True beside {name}(...)"
+        warnings.warn(words, UserWarning, stacklevel=_level_outside())
+
+
+def _level_outside() -> int:
+    """The level, in the stack of who asks, of the line that has called the package."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(
+        f"{__package__.partition('.')[0]}."
+    ):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _flat(target: Tensor) -> Tensor:

@@ -77,7 +77,8 @@ def room(plan: Plan, keep: bool, rows: int, classes: int, width: int, copies: in
     products = products if keep else plan.parts * block * tile
     half = -(-tile // 2) + 1  # with a pair of what they have in common
     of_part = tile * (width // 2) + half * (width + block) + pair_rows(block) * tile
-    return products + sums + plan.parts * of_part + -(-rows // block) * pair_rows(block) * width
+    blocks = -(-rows // max(block, 1))
+    return products + sums + plan.parts * of_part + blocks * pair_rows(block) * width
 
 
 def pair_rows(rows: int) -> int:
