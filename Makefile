@@ -30,9 +30,9 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 export MLKERNELS_CUDA ?= $(if $(shell command -v nvcc),1)
 export MLKERNELS_CUDA_ARCHS ?= 90
 
-# Of one version, pinned in pyproject.toml: others format otherwise. numbering.h is written by csrc/build.py.
+# Of one version, pinned in pyproject.toml: others format otherwise. csrc/build.py writes those that are left out.
 CLANG_FORMAT = $(PY) -c "from clang_format import clang_format; clang_format()"
-CPP = $(filter-out csrc/numbering.h, $(wildcard $(foreach d, csrc csrc/* tools/*/ tools/*/*, $(d)/*.h $(d)/*.cpp $(d)/*.cu)))
+CPP = $(filter-out csrc/numbering.h csrc/schemas.h, $(wildcard $(foreach d, csrc csrc/* tools/*/ tools/*/*, $(d)/*.h $(d)/*.cpp $(d)/*.cu)))
 
 .PHONY: test test-versions bench demo lint docs format build wheel clean sanitize
 

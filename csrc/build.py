@@ -132,15 +132,16 @@ def relative(path: Path) -> str:
     return os.path.relpath(path, ROOT)
 
 
-def write_numbering() -> None:
-    """Brings csrc/numbering.h up to mlkernels/numbering.py, which is loaded alone: the package needs torch."""
-    spec = importlib.util.spec_from_file_location("mlkernels_numbering", ROOT / "mlkernels" / "numbering.py")
-    assert spec is not None and spec.loader is not None
-    numbering = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(numbering)
-    header = CSRC / "numbering.h"
-    if not header.exists() or header.read_text() != numbering.header():  # else ninja would compile everything again
-        place(numbering.header().encode(), header)
+def write_headers() -> None:
+    """Brings csrc/numbering.h and schemas.h up to the modules of these names, loaded alone: the package needs torch."""
+    for name in ("numbering", "schemas"):
+        spec = importlib.util.spec_from_file_location(f"mlkernels_{name}", ROOT / "mlkernels" / f"{name}.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        header = CSRC / f"{name}.h"
+        if not header.exists() or header.read_text() != module.header():  # else ninja would compile everything again
+            place(module.header().encode(), header)
 
 
 class Unit(NamedTuple):
@@ -174,7 +175,7 @@ def make_units(units: Sequence[Unit]) -> list[Path]:
     said = []
     with open(here / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # several processes of the tests ask at the same time
-        write_numbering()
+        write_headers()
         (here / "build.ninja").write_text("\n".join(lines) + "\n")
         command = [*find_ninja(), "-f", str(here / "build.ninja")]
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:

@@ -5,6 +5,7 @@
 #include "cpu/direct.h"
 #include "cpu/heads.h"
 #include "operators.h"
+#include "schemas.h"
 
 namespace mlkernels {
 namespace {
@@ -181,6 +182,7 @@ bool directly(const DirectCall& call, const DirectHead& head, With with) {
 const Direct direct{
     NUMBERING,
     sizeof(Direct),
+    SCHEMAS,
     [](const DirectCall& call, bool save, AtenTensorHandle* loss, AtenTensorHandle* saved) {
       return directly(call, [&](const Tensor& input, const Tensor& target, std::vector<double> numbers,
                                 std::vector<Tensor> params) {
@@ -250,5 +252,7 @@ extern "C" __attribute__((visibility("default"))) size_t mlkernels_cpu_release_b
 }
 // Of which numbers: a library that is older than numbering.py would take one loss for another.
 extern "C" __attribute__((visibility("default"))) const char* mlkernels_numbering() { return mlkernels::NUMBERING; }
+// Of which schemas: it would take one argument for another.
+extern "C" __attribute__((visibility("default"))) const char* mlkernels_schemas() { return mlkernels::SCHEMAS; }
 
 STABLE_TORCH_LIBRARY_IMPL(mlkernels, CPU, m) { mlkernels::RowOperators::implement(m); }

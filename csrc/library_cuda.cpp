@@ -17,6 +17,7 @@
 #include "cuda/device.h"
 #include "cuda/kernels.h"
 #include "operators.h"
+#include "schemas.h"
 
 namespace mlkernels {
 
@@ -443,6 +444,8 @@ STABLE_TORCH_LIBRARY_IMPL(MLK_LIBRARY_OF_COPIES, MLK_KEY, m) {
 
 // Of which numbers: a library that is older than numbering.py would take one loss for another.
 extern "C" __attribute__((visibility("default"))) const char* mlkernels_numbering() { return mlkernels::NUMBERING; }
+// Of which schemas: it would take one argument for another.
+extern "C" __attribute__((visibility("default"))) const char* mlkernels_schemas() { return mlkernels::SCHEMAS; }
 
 #ifndef MLK_HOST
 // Why the kernels do not run on a device; null: they do.

@@ -94,7 +94,7 @@ PyObject* loss(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
 // (type, attribute, method, backward): heads are served from now on.
 PyObject* serve_heads(PyObject*, PyObject* arguments) {
   PyObject *type, *name, *method, *left;
-  if (!PyArg_ParseTuple(arguments, "OOOO", &type, &name, &method, &left)) return nullptr;
+  if (!PyArg_ParseTuple(arguments, HEADS, &type, &name, &method, &left)) return nullptr;
   Py_INCREF(arguments);  // and all that it holds, for ever
   head_type = type;
   plain_name = name;
@@ -108,12 +108,13 @@ PyObject* set_up(PyObject*, PyObject* arguments) {
   HANDLE_TH_ERRORS
   unsigned long long address;
   PyObject *given_names, *given_defaults, *given_reductions;
-  if (!PyArg_ParseTuple(arguments, "KO!O!O!OOO", &address, &PyTuple_Type, &given_names, &PyTuple_Type, &given_defaults,
+  if (!PyArg_ParseTuple(arguments, SET_UP, &address, &PyTuple_Type, &given_names, &PyTuple_Type, &given_defaults,
                         &PyTuple_Type, &given_reductions, &describe, &resolve, &backward))
     return nullptr;
   Py_INCREF(arguments);  // and all that it holds, for ever
   direct = reinterpret_cast<const Direct*>(address);
-  TORCH_CHECK(std::strcmp(direct->numbering, NUMBERING) == 0 && direct->size == sizeof(Direct),
+  TORCH_CHECK(std::strcmp(direct->numbering, NUMBERING) == 0 && direct->size == sizeof(Direct) &&
+                  std::strcmp(direct->schemas, SCHEMAS) == 0,
               "the two libraries were built from different sources");
   TORCH_CHECK(PyTuple_GET_SIZE(given_names) == OPTIONS && PyTuple_GET_SIZE(given_defaults) == OPTIONS &&
                   PyTuple_GET_SIZE(given_reductions) == Py_ssize_t(reductions.size()),

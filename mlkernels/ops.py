@@ -1,6 +1,6 @@
-"""The schemas of the package's operators, and what they return without being run.
+"""The package's operators, and what they return without being run. Their schemas: schemas.py.
 
-The operators are defined here, so they exist without a compiler; the backends only implement them: C++ those of the
+They are defined here, so they exist without a compiler; the backends only implement them: C++ those of the
 libraries ``mlkernels`` and ``mlkernels_cuda``, Triton those of ``mlkernels_triton``. They carry no autograd of their
 own: ``autograd.py`` gives them their backward, at half the boundary cost of a registered one.
 
@@ -24,34 +24,13 @@ from torch import Tensor
 
 from .checks import accumulated
 from .numbering import INPUT, REDUCTION, Reduction, ScaleKind, needed, slots_of, structure_of
+from .schemas import SCHEMAS
 
 library, *_of_gpus = (torch.library.Library(f"mlkernels{name}", "DEF") for name in ("", "_cuda", "_triton"))
 _tags = (torch.Tag.pt2_compliant_tag,)
-_COMMON = "Tensor input, Tensor target, float[] numbers, Tensor[] params"
-
-_UPSTREAM = "Tensor? grad_loss, Tensor? grad_logsumexp, Tensor? grad_log_prob, Tensor? grad_entropy"
-_SCHEMAS = (
-    # loss; (m, log S) per row where save.
-    f"softmax_loss({_COMMON}, bool save) -> (Tensor, Tensor)",
-    # loss; the gradient of the logits for an upstream gradient of 1, in the same pass over each row.
-    f"softmax_loss_with_gradient({_COMMON}) -> (Tensor, Tensor)",
-    # The same, for whatever `needs` asks.
-    f"softmax_loss_with_gradients({_COMMON}, int needs) -> (Tensor, Tensor[])",
-    # loss, (m, log S) and RowStats' logsumexp, log_prob, entropy, prediction, confidence, rank.
-    f"softmax_stats({_COMMON}) -> ({', '.join(['Tensor'] * 8)})",
-    # `saved` may be empty: the row statistics are then computed again.
-    f"softmax_loss_backward({_UPSTREAM}, {_COMMON}, Tensor saved, int needs) -> Tensor[]",
-)
-# Writes a gradient that was made for an upstream gradient of 1 anew, unless the device finds that it is 1.
-_REFRESH = f"softmax_loss_refresh(Tensor grad_loss, Tensor factors, {_COMMON}, Tensor(a!) gradient) -> ()"
-for _schema in _SCHEMAS:
-    library.define(_schema, tags=_tags)
-for _library in _of_gpus:
-    # Factors are what "mean" makes of a row's terms, (1, 2), else (0, 2): labels are counted once. They come last of
-    # what a loss with gradients returns, for refresh, and lie behind the (m, log S) of rows, for the backward.
-    for _schema in _SCHEMAS:
-        _library.define(_schema[:-1] + ", Tensor)" if "_with_gradient" in _schema else _schema, tags=_tags)
-    _library.define(_REFRESH, tags=_tags)
+for _library in (library, *_of_gpus):
+    for _schema in SCHEMAS[_library.ns]:
+        _library.define(_schema, tags=_tags)
 
 
 def _gradients(input: Tensor, numbers: Sequence[float], params: Sequence[Tensor], needs: int) -> list[Tensor]:
@@ -234,53 +213,21 @@ def _multi_copy_fake(dst: list[Tensor], src: list[Tensor], flag: Tensor | None =
     check_copies(dst, src, flag)
 
 
-# Of heads (mlkernels/linear): what a tile of classes adds to what is known of its rows, and its gradient, in place, as
-# statistics and gradient of backends/reference.py have them. Of numbers and params those of classes are read.
-_TILE = "Tensor(a!) tile, {}Tensor label, int start, {}float[] numbers, Tensor[] params"
-# The same for all classes of a weight and a chunk of rows, the products included: what is known of each row, that is
-# (3 + 3 scales, rows) of M, V, W, S, T, the second moment and (2, rows) of first and above; the gradients of rows and
-# classes.
-_CLASSES = (
-    "Tensor x, Tensor weight, Tensor? bias, Tensor? inverse, Tensor label, int offset, float[] numbers, "
-    "Tensor[] params, Tensor(a!) room, bool kept, int[] plan"
-)
-# And for all rows of a loss, those that are ignored left out.
-_HEAD = (
-    "Tensor x, Tensor weight, Tensor? bias, bool normalize, Tensor target, Tensor(a!) room, int[] plan, "
-    "float[] numbers, Tensor[] params"
-)
+#: Of what is no loss.
 _OTHERS: dict[str, Callable[..., Any]] = {
-    f"piece_statistics({_TILE.format('Tensor target_logit, ', 'Tensor scales, ')}, Tensor(b!) top, Tensor(c!) total, "
-    "Tensor(d!)? shift, Tensor(e!)? second, Tensor(f!)? weighted, Tensor(g!)? weights, Tensor(h!) first, "
-    "Tensor(i!) above) -> ()": _nothing,
-    f"piece_gradient({_TILE.format('', 'bool seen, ')}, Tensor factor, Tensor? slope, Tensor? spread, Tensor scale, "
-    "Tensor top) -> ()": _nothing,
-    f"linear_statistics({_CLASSES}, Tensor target_logit, Tensor scales, int classes, int want) -> (Tensor, Tensor)": (
-        _linear_statistics
-    ),
-    f"linear_gradient({_CLASSES}, Tensor factor, Tensor? slope, Tensor? spread, Tensor target, Tensor scale, "
-    "Tensor top, Tensor(b!)? dx, Tensor(c!)? dw, Tensor(d!)? db, bool first, bool last) -> ()": _nothing,
-    # Both, and the finish between them, of a head: the loss, and for an upstream of 1 the gradients that `needs` asks
-    # for, of parameters by the bits of their slots, then of x, weight and bias.
-    f"linear_loss_with_gradients({_HEAD}, int needs) -> (Tensor, Tensor[])": _linear_loss_with_gradients,
-    # The same gradients made later: the loss, what is known of each row, that is (numbers, rows) of f_y, u_y and the
-    # reals of above, and RowStats where wanted; then the gradients for any upstream ones.
-    f"linear_rows({_HEAD}, bool stats) -> (Tensor, Tensor, Tensor[])": _linear_rows,
-    f"linear_rows_backward({_HEAD}, Tensor saved, {_UPSTREAM}, int needs) -> Tensor[]": _linear_rows_backward,
-    # From there to what backends/finish.py's Finished holds, (5, rows); with `derive` also to the coefficients of the
-    # gradient, (6, rows), and for whatever `needs` asks, given the upstream gradients of what is finished.
-    "row_finish(Tensor target, Tensor target_logit, Tensor top, Tensor total, Tensor? shift, Tensor? second, "
-    "Tensor? weighted, float[] numbers, Tensor[] params, int classes, Tensor? by_class, Tensor? by_row, "
-    "Tensor? logsumexp, Tensor? log_prob, Tensor? entropy, bool derive, int needs) -> (Tensor, Tensor, Tensor[])": (
-        _row_finish
-    ),
-    "room_like(Tensor like, int[] sizes) -> Tensor": _room_like,
-    # Each dst from the src at its place, bit for bit; with a flag (one boolean) only where the device finds it true.
-    "multi_copy_(Tensor(a!)[] dst, Tensor[] src, Tensor? flag=None) -> ()": _multi_copy_fake,
+    "piece_statistics": _nothing,
+    "piece_gradient": _nothing,
+    "linear_statistics": _linear_statistics,
+    "linear_gradient": _nothing,
+    "linear_loss_with_gradients": _linear_loss_with_gradients,
+    "linear_rows": _linear_rows,
+    "linear_rows_backward": _linear_rows_backward,
+    "row_finish": _row_finish,
+    "room_like": _room_like,
+    "multi_copy_": _multi_copy_fake,
 }
-for _schema, _fake in _OTHERS.items():
-    library.define(_schema, tags=_tags)
-    torch.library.register_fake(f"mlkernels::{_schema.partition('(')[0]}", _fake, lib=library)
+for _name, _fake in _OTHERS.items():
+    torch.library.register_fake(f"mlkernels::{_name}", _fake, lib=library)
 library.impl("multi_copy_", _multi_copy_, "CompositeExplicitAutograd")
 
 

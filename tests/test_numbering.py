@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import mlkernels
-from mlkernels import numbering
+from mlkernels import numbering, schemas
 from mlkernels.backends import native
 from mlkernels.numbering import HEAD_TABLES, KIND_BITS, KINDS, TRAINABLE, TRANSFORM_TABLES, Slot, Structure
 from mlkernels.spec import spec
@@ -19,22 +20,21 @@ in_a_checkout = pytest.mark.skipif(not CSRC.exists(), reason="installed without 
 
 
 @in_a_checkout
-def test_header_is_of_these_numbers():
-    """csrc/numbering.h as it lies there: what any build, or none yet, would compile."""
+def test_headers_are_of_these_modules():
+    """csrc/numbering.h and schemas.h as they lie there: what any build, or none yet, would compile."""
     assert (CSRC / "numbering.h").read_text() == numbering.header()
+    assert (CSRC / "schemas.h").read_text() == schemas.header()
 
 
 @in_a_checkout
 def test_build_brings_the_header_up_to_date(tmp_path):
     """Alone, without torch; and where nothing changed it is not touched, or all would be compiled again."""
-    for name in ("csrc/build.py", "mlkernels/numbering.py"):
+    for name in ("csrc/build.py", "mlkernels/numbering.py", "mlkernels/schemas.py"):
         target = tmp_path / name
-        target.parent.mkdir()
+        target.parent.mkdir(exist_ok=True)
         target.write_text((PACKAGE.parent / name).read_text())
     source, header = tmp_path / "mlkernels" / "numbering.py", tmp_path / "csrc" / "numbering.h"
-    program = (
-        "import sys; sys.modules['torch'] = None; sys.path.insert(0, 'csrc'); import build; build.write_numbering()"
-    )
+    program = "import sys; sys.modules['torch'] = None; sys.path.insert(0, 'csrc'); import build; build.write_headers()"
     make = lambda: subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
     make()
     before = header.stat()
@@ -49,15 +49,33 @@ def test_build_brings_the_header_up_to_date(tmp_path):
     make()
     assert "  ANOTHER = 4,\n" in header.read_text()
     assert re.findall(r'NUMBERING\[\] = "(\w+)"', header.read_text()) != [numbering.signature()]
+    source, header = source.with_name("schemas.py"), header.with_name("schemas.h")
+    text = source.read_text()
+    for one, other in (("bool stats) ->", "bool stats, bool more) ->"), ("OOOpp", "OOOppp")):
+        assert text.count(one) == 1
+        source.write_text(text.replace(one, other))
+        make()
+        assert re.findall(r'SCHEMAS\[\] = "(\w+)"', header.read_text()) != [schemas.signature()]
 
 
-def test_library_of_other_numbers_is_refused(monkeypatch):
-    """One that was built before a slot moved would take one loss for another."""
+def test_what_libraries_implement_is_in_the_signature():
+    """An operator of C++ that is defined elsewhere might be called by the schema that a later library has."""
     if native._cpu is None:
         pytest.skip(native.cpu_missing)
-    assert native._cpu.mlkernels_numbering() == numbering.signature().encode()
-    monkeypatch.setattr(numbering, "signature", lambda: "another")
-    assert native._load("_cpu") == (None, "_cpu.abi3.so was built from another mlkernels/numbering.py: build it again")
+    known = {f"{of}::{schema.partition('(')[0]}" for of, each in schemas.SCHEMAS.items() for schema in each}
+    names = torch._C._dispatch_get_registrations_for_dispatch_key("CPU")
+    ours = {name for name in names if name.startswith("mlkernels::")}
+    assert "mlkernels::linear_rows" in ours and ours <= known
+
+
+@pytest.mark.parametrize("module", [numbering, schemas])
+def test_library_of_other_sources_is_refused(module, monkeypatch):
+    """One that was built before a slot moved, or an argument, would take one loss for another, or fail at a call."""
+    if native._cpu is None:
+        pytest.skip(native.cpu_missing)
+    monkeypatch.setattr(module, "signature", lambda: "another")
+    name = f"{module.__name__.replace('.', '/')}.py"
+    assert native._load("_cpu") == (None, f"_cpu.abi3.so was built from another {name}: build it again")
 
 
 def test_library_of_older_sources_is_refused(monkeypatch):

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 #: Lines of a file, by folder. Generated files do not count.
 LIMITS = {"mlkernels": 450, "csrc": 600}
-GENERATED = {"csrc/numbering.h"}
+GENERATED = {"csrc/numbering.h", "csrc/schemas.h"}
 
 
 def lengths(folder: str) -> dict[str, int]:

@@ -30,6 +30,7 @@ struct DirectHead {
 struct Direct {
   const char* numbering;
   size_t size;  // of this, by which libraries that were not built together know each other
+  const char* schemas;
   bool (*loss)(const DirectCall&, bool save, AtenTensorOpaque** loss, AtenTensorOpaque** saved);
   bool (*loss_with_gradients)(const DirectCall&, int64_t needs, AtenTensorOpaque** loss, AtenTensorOpaque** gradients);
   bool (*loss_backward)(const DirectCall&, AtenTensorOpaque* grad_loss, AtenTensorOpaque* saved, int64_t needs,

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "../numbering.h"
+#include "../schemas.h"
 
 namespace mlkernels {
 
@@ -196,7 +197,7 @@ inline Call ask_python(const Key& key, PyObject* const* arguments) {
     PyObject *call, *numbers, *cut;
     long long needs;
     int half, apart;
-    if (!PyArg_ParseTuple(found.get(), "OO!LppO!", &call, &PyList_Type, &numbers, &needs, &half, &apart, &PyTuple_Type,
+    if (!PyArg_ParseTuple(found.get(), RESOLVED, &call, &PyList_Type, &numbers, &needs, &half, &apart, &PyTuple_Type,
                           &cut))
       throw python_error();
     made->head = PyTuple_GET_SIZE(cut) > 0;
@@ -226,7 +227,7 @@ inline const Structure& structure_of(PyObject* spec) {
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(found.get()); ++i) {
     Value value;
     int table, trainable;
-    if (!PyArg_ParseTuple(PyList_GET_ITEM(found.get(), i), "ippddd", &value.slot, &table, &trainable, &value.above,
+    if (!PyArg_ParseTuple(PyList_GET_ITEM(found.get(), i), DESCRIBED, &value.slot, &table, &trainable, &value.above,
                           &value.low, &value.high))
       throw python_error();
     value.table = table != 0;
@@ -289,17 +290,20 @@ struct Arguments {
     THPObjectPtr plain(PyObject_GetAttr(object, plain_name));
     if (!plain) throw python_error();
     if (plain.get() == Py_None) return false;
+    PyObject* given[3];
+    int normalize, stats;
+    if (!PyArg_ParseTuple(plain.get(), PLAIN, &given[0], &given[1], &given[2], &normalize, &stats))
+      throw python_error();
     const Tensor* tensors[3] = {};
     for (int i = 0; i < 3; ++i) {
-      PyObject* const one = PyTuple_GET_ITEM(plain.get(), i);
-      if (i == 2 && one == Py_None) continue;
-      tensors[i] = tensor_of(one);
+      if (i == 2 && given[i] == Py_None) continue;
+      tensors[i] = tensor_of(given[i]);
       if (!tensors[i] || is_half(*tensors[i]) || !tensors[i]->is_contiguous() || tensors[i]->dim() != (i < 2 ? 2 : 1) ||
           tensors[i]->scalar_type() != tensors[0]->scalar_type() || (grad && tensors[i]->is_inference()))
         return false;
     }
-    key.normalize = PyTuple_GET_ITEM(plain.get(), 3) == Py_True;
-    key.stats = PyTuple_GET_ITEM(plain.get(), 4) == Py_True;
+    key.normalize = normalize;
+    key.stats = stats;
     input = *tensors[0];
     weight = *tensors[1];
     classes = weight.size(0);

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from .. import numbering, ops  # noqa: F401  (the schemas must exist before their implementations load)
+from .. import numbering, ops, schemas  # noqa: F401  (the schemas must exist before their implementations load)
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _ENTRY_POINTS = {
-    "_cpu": ("numbering", "cpu_isa", "cpu_direct", "cpu_release_buffers"),
-    "_cuda": ("numbering", "cuda_unusable"),
+    "_cpu": ("numbering", "schemas", "cpu_isa", "cpu_direct", "cpu_release_buffers"),
+    "_cuda": ("numbering", "schemas", "cuda_unusable"),
 }
 #: Each with what the one before it has; the last differs in the heads' products of bfloat16.
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
@@ -37,9 +37,11 @@ def _load(stem: str) -> tuple[ctypes.CDLL | None, str | None]:
         library = ctypes.CDLL(str(found[0]))
         if not all(hasattr(library, f"mlkernels_{name}") for name in _ENTRY_POINTS[stem]):
             return None, f"{found[0].name} was built from older sources: build it again"
-        library.mlkernels_numbering.restype = ctypes.c_char_p
-        if library.mlkernels_numbering() != numbering.signature().encode():
-            return None, f"{found[0].name} was built from another mlkernels/numbering.py: build it again"
+        for name, module in {"numbering": numbering, "schemas": schemas}.items():
+            said = library[f"mlkernels_{name}"]
+            said.restype = ctypes.c_char_p
+            if said() != module.signature().encode():
+                return None, f"{found[0].name} was built from another mlkernels/{name}.py: build it again"
         return library, None
     except (OSError, RuntimeError) as error:
         return None, f"{found[0].name} does not load: {error}"

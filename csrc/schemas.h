@@ -1,0 +1,16 @@
+// Written by csrc/build.py from mlkernels/schemas.py, where it is changed.
+#pragma once
+
+namespace mlkernels {
+
+// What Python tells the fast path, as PyArg_ParseTuple reads it.
+constexpr char DESCRIBED[] = "ippddd";
+constexpr char RESOLVED[] = "OO!LppO!";
+constexpr char SET_UP[] = "KO!O!O!OOO";
+constexpr char HEADS[] = "OOOO";
+constexpr char PLAIN[] = "OOOpp";
+
+// Of this and of the operators' schemas: a library says of which they are.
+constexpr char SCHEMAS[] = "f930d47f";
+
+}  // namespace mlkernels
