@@ -1,5 +1,7 @@
 """Random shapes, strides, dtypes, labels and options against the closed formulas."""
 
+import os
+
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -143,3 +145,8 @@ def test_any_numbers_as_torch(values, y):
         theirs = torch.nn.functional.cross_entropy(x, torch.tensor([y, y]), reduction="none")
         ours = mlkernels.cross_entropy(x, torch.tensor([y, y]), reduction="none", backend=backend)
         torch.testing.assert_close(ours, theirs, equal_nan=True, rtol=1e-12, atol=1e-13)
+
+
+def test_examples_are_drawn_anew():
+    """Hypothesis takes the CI that conftest.py sets for one, in which it draws the same on every run."""
+    assert settings().derandomize == (os.environ["CI"] != "conftest")
