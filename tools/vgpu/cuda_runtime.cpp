@@ -81,8 +81,8 @@ VGPU_EXPORT int vgpu_storages(uint64_t* pairs, int most) {
   }
   return count;
 }
-VGPU_EXPORT void vgpu_force(int way, int warps, int cluster, int chunk, int slots, int tile_rows, int teams) {
-  mlkernels::forced.way = way;
+VGPU_EXPORT void vgpu_force(int path, int warps, int cluster, int chunk, int slots, int tile_rows, int teams) {
+  mlkernels::forced.path = path;
   mlkernels::forced.warps = warps;
   mlkernels::forced.cluster = cluster;
   mlkernels::forced.chunk = chunk;
