@@ -5,6 +5,7 @@ import functools
 import itertools
 import os
 import random
+from collections import Counter
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from table import BY_NAME, LOSSES, NAN, usable_backends
 from test_linear import rows_of
 from test_no_sync import Forbid
 from test_pieces import CLASSES, OPTIONS, by_kernels, check_pieces, whole_rows
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import head_errors
-from mlkernels import linear_softmax_loss, tracing
+from mlkernels import CrossEntropyLoss, LinearLoss, TileSGD, linear_softmax_loss, tracing
 from mlkernels.linear.pieces import TRITON
 
 FULL = os.environ.get("MLKERNELS_FULL") == "1"
@@ -83,10 +85,70 @@ def test_bfloat16_heads(normalize, confident, monkeypatch):
         assert float((ours.double() - theirs).norm() / theirs.norm()) < 2.0**-8  # of tile and result, half of that each
 
 
-def test_gradients_that_are_nearly_equal_do_not_round_alike(monkeypatch):
-    """Those of a fresh classifier: to the nearest dW would be off by 3.3e-3."""
+def few(kind):
+    """256 rows of a problem."""
+    return head_errors.Problem(*(t[:256] if len(t) > 120 else t for t in head_errors.problem(kind)))
+
+
+@pytest.mark.parametrize(
+    "kind, gradient", [("a fresh classifier", "weight"), ("classes alike but for 1 %", "x")], ids=["fresh", "alike"]
+)
+def test_what_rounding_loses_does_not_add_up(kind, gradient, monkeypatch):
+    """To the nearest the first would be off by 3.3e-3; by what it loses of what classes have in common the second by
+    18e-3."""
     monkeypatch.setattr("mlkernels.backends.triton.tiles.piece", lambda *_: Tile(4, 256, 16, 1, 1, False))
-    of = head_errors.Problem(*(t[:256] if len(t) > 120 else t for t in head_errors.problem("a fresh classifier")))
     cut = {"strategy": "tiles", "memory": 256 * 6 * 60}  # a tile's place among the classes counts
     loss = functools.partial(linear_softmax_loss, backend="triton", **cut)
-    assert head_errors.errors(loss, of).weight < 1.8e-3
+    assert getattr(head_errors.errors(loss, few(kind)), gradient) < 1.8e-3
+
+
+def test_nor_where_the_weight_steps(monkeypatch):
+    """What classes had in common before the first of them stepped, which leaves little of that."""
+    monkeypatch.setattr("mlkernels.backends.triton.tiles.piece", lambda *_: Tile(4, 256, 16, 1, 1, False))
+    of = few("classes alike but for 1 %")
+    leaves = [of.x.double().requires_grad_(), of.weight.double().requires_grad_()]
+    wanted = torch.autograd.grad(head_errors.chain(*leaves, of.label), leaves)[0]
+    head = LinearLoss(
+        CrossEntropyLoss(backend="triton"), head_errors.WIDTH, head_errors.CLASSES,
+        weight=torch.nn.Parameter(of.weight), tile_update=TileSGD(1.0, weight_decay=1.0),
+        memory=256 * 6 * 60 + 60 * 64 * 8,
+    )  # fmt: skip
+    x = of.x.clone().requires_grad_()
+    head(x, of.label).backward()
+    assert float((x.grad.double() - wanted).norm() / wanted.norm()) < 1.8e-3
+    assert float(head.weight.norm() / leaves[1].norm()) < 0.1
+
+
+def test_what_a_row_loses_is_summed(monkeypatch):
+    """Over tiles, of which the last block is narrower; an ignored row loses nothing. For each chunk one launch adds
+    it."""
+    monkeypatch.setattr("mlkernels.backends.triton.tiles.piece", lambda *_: Tile(2, 16, 16, 1, 1, False))
+    x, weight, target = rows_of(False, torch.bfloat16)
+    x, target = x.detach()[:16].requires_grad_(), target[:16].clone()
+    target[3] = -100
+    write, chunks, launched = TRITON.gradient, [], Counter()
+
+    def both(f, row, values, start, seen, factors, out):
+        exact = write(f.clone(), row, values, start, seen, factors, None)
+        found = write(f, row, values, start, seen, factors, out)
+        assert (exact.dtype, found.dtype) == (torch.float32, torch.bfloat16)
+        if not chunks or chunks[-1][0] is not row:
+            chunks.append([row, 0])
+        chunks[-1][1] += (exact.double() - found.double()).sum(1)
+        return found
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            launched[function.overloadpacket.__name__] += 1
+            return function(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(TRITON, "gradient", both)
+    with Count():
+        linear_softmax_loss(
+            x, weight, target, normalize=True, scale=16.0, label_smoothing=0.1, backend="triton", strategy="stored",
+            memory=20500,
+        )  # fmt: skip
+    assert len(chunks) == 2 and (launched["addr_"], launched["mean"]) == (2, 1)
+    for row, lost in chunks:
+        torch.testing.assert_close(row.lost.double(), lost, rtol=0, atol=1e-5 * float(lost.abs().max()))
+        assert int((lost == 0).sum()) == (row is chunks[0][0])

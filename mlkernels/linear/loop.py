@@ -275,6 +275,8 @@ class Sums:
         self.head, self.wanted = head, wanted
         dtype = head.call.dtype
         self.input = torch.zeros_like(head.x, dtype=dtype) if wanted.input else None
+        common = wanted.input and head.gradient_room is not None and head.classes > 0  # where tiles are rounded
+        self.common = head.weight.mean(0, dtype=dtype) if common else None  # before any class steps
         self.weight: Tensor | None = None
         if wanted.weight and head.call.update is None:  # the first chunk of rows writes it
             x, shape = head.x, head.weight.shape
@@ -375,6 +377,7 @@ def add_chunk(sums: Sums, head: Head, part: slice, values: Values, kept: list[Te
     for index, (start, weight) in enumerate(head.tiles()):
         f = kept[index] if kept else head.product(part, start, weight)
         sums.add_tile(part, start, weight, head.gradient(part, values, start, f, row, bool(kept)))
+    head.call.pieces.add_lost(sums.input, part, row, sums.common)
     sums.add_target(part, values.label, row.target)
 
 

@@ -60,6 +60,10 @@ class Pieces(Protocol):
     ) -> Tensor:  # fmt: skip
         """dL/df of the tile, 0 at the target, in its place or in out; seen: whether ``statistics`` has had it."""
 
+    def add_lost(self, sum: Tensor | None, part: slice, row: Coefficients, common: Tensor | None) -> None:
+        """Adds to the features' gradient what a chunk's has lost, by the rounding of tiles, of what classes have in
+        common (D). The weight's loses as much of what rows have in common, but a class's rows are in many programs."""
+
 
 class TorchPieces:
     """By the reference's functions, on any device."""
@@ -100,6 +104,9 @@ class TorchPieces:
         row = row._replace(target=torch.zeros_like(row.target))
         gradient = reference.gradient(reference.final_logits(f, values, start), row, values, start=start)
         return reference.through_cap(gradient, f, values)
+
+    def add_lost(self, sum: Tensor | None, part: slice, row: Coefficients, common: Tensor | None) -> None:
+        assert common is None  # nothing is rounded
 
 
 class CpuPieces(TorchPieces):
@@ -218,6 +225,13 @@ class TritonPieces:
             values.classes, row.slope is not None, math.gcd(heads.ALIGNMENT, start), start,
         )  # fmt: skip
         return f if out is None else out
+
+    def add_lost(self, sum: Tensor | None, part: slice, row: Coefficients, common: Tensor | None) -> None:
+        from ..backends.triton import heads
+
+        if sum is not None and common is not None:
+            assert isinstance(row, heads.RowCoefficients)
+            sum[part].addr_(row.lost, common)
 
 
 TORCH, CPU, TRITON = TorchPieces(), CpuPieces(), TritonPieces()

@@ -372,6 +372,7 @@ class _Chunk(_Shared):
 
     def finish(self) -> None:
         sums = self.sums
+        self.head.call.pieces.add_lost(sums.input, self.part, self.row, sums.common)
         if sums.input is not None and self.of_features is not None:
             sums.input[self.part] += self.of_features
         if sums.bias is not None and sums.bias.numel():

@@ -116,7 +116,8 @@ def piece_gradient(
     column_factor: Tensor | None, numbers: Sequence[float], vectors: Sequence[Tensor | None], classes: int,
     tilted: bool, aligned: int, start: int,
 ) -> None:  # fmt: skip
-    """The gradient of a tile of products, in its place or in out; 0 at the target. row_coefficients: (6, rows)."""
+    """The gradient of a tile of products, in its place or in out; 0 at the target. row_coefficients: (COEFFICIENTS,
+    rows); what a row of a bfloat16 out loses is added to its last."""
     consts = _consts(numbers)
     values, modes = _values(consts, tile)
     out = tile if out is None else out
@@ -135,9 +136,11 @@ GRADIENT: Callable[..., None] = replay.replayed(piece_gradient, 6, piece_gradien
 
 
 class RowCoefficients(Coefficients):
-    """The coefficients of rows, as they lie: (6, rows)."""
+    """The coefficients of rows, as they lie: (COEFFICIENTS, rows)."""
 
     packed: Tensor
+    #: What the rows of bfloat16 tiles have lost to rounding, in the tiles whose gradients are there.
+    lost: Tensor
 
 
 def row_finish(
@@ -157,7 +160,7 @@ def row_finish(
     packed = by_parameter = bins = None
     ups: tuple[Tensor | None, ...] = (None,) * 5
     if upstream is not None:
-        packed = loss.empty(6, rows)
+        packed = loss.empty(int(pieces.COEFFICIENTS.value), rows)
         by_parameter = loss.empty(TRAINABLE_SLOTS, rows) if slots else None
         bins = loss.empty(2, rows, dtype=torch.int32) if any(map(loss.is_table, slots)) else None
         ups = tuple(None if g is None else g.contiguous() for g in upstream)
@@ -171,11 +174,11 @@ def row_finish(
         )  # fmt: skip
     row = None
     if packed is not None:
-        factor, slope, spread, own, scale, top = packed
+        factor, slope, spread, own, scale, top, lost = packed
         row = RowCoefficients(
             factor, None if ups[4] is None else slope, spread if loss.smooth else None, own, scale, top
         )
-        row.packed = packed
+        row.packed, row.lost = packed, lost
     by_slot = {} if by_parameter is None else {slot: loss.parameter(slot, by_parameter[slot], bins) for slot in slots}
     by_class, by_row, lse, log_prob, h = finished
     return Finished(by_class, by_row if values.has_row_term else None, lse, log_prob, h), row, by_slot

@@ -19,25 +19,29 @@ from .elements import (
     ALONG_CLASSES,
     ALONG_ROWS,
     LOG2_E,
+    by_place,
     is_label,
     moved,
     multiple,
     of_row,
+    places,
     product,
     read_logits,
     row_offset,
+    thread_sum,
 )
 from .finish import batch_of, by_scale, coefficients, entropy, finish, kind, row_loss, row_scale
 from .operands import label_of, leave_parameters, numbers, shared, upstream_of
-from .rows import gradient
+from .rows import gradient_of
 from .statistics import accumulated
 
 #: The reals of a row: M, V, W, and then three sums per scale.
 TOP, WEIGHTED, WEIGHTS, SUMS = (tl.constexpr(i) for i in range(4))
 #: The wholes.
 FIRST, ABOVE = tl.constexpr(0), tl.constexpr(1)
-#: The coefficients of a row: a, b, d, g, s, M.
-FACTOR, SLOPE, SPREAD, OWN, SHARPNESS, RELATIVE = (tl.constexpr(i) for i in range(6))
+#: The coefficients of a row: a, b, d, g, s, M; and what its gradient has lost to rounding, which starts as 0.
+FACTOR, SLOPE, SPREAD, OWN, SHARPNESS, RELATIVE, LOST = (tl.constexpr(i) for i in range(7))
+COEFFICIENTS = tl.constexpr(7)
 #: What is finished: the two terms of the loss, logsumexp, log p and entropy.
 FINISHED = tl.constexpr(5)
 
@@ -158,7 +162,7 @@ def piece_gradient(
     tile,  # (rows, classes), rows stride apart
     out,  # the same, of any floating dtype, rows out_stride apart
     target,  # (rows)
-    row_coefficients,  # (6, rows)
+    row_coefficients,  # (COEFFICIENTS, rows)
     row_factor, column_factor,  # (rows), (classes), or None both
     vectors,  # of every class, as in rows.visit()
     values,  # numbers of the loss, see operands.number()
@@ -168,7 +172,7 @@ def piece_gradient(
     CHUNKS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a tile, 0 at the target and in ignored rows; reads and writes each element once. In bfloat16 by
-    place."""
+    place, and what that loses of a row is added to what it has lost: no other program has the row."""
     T: tl.constexpr = tl.float64 if tile.dtype.element_ty == tl.float64 else tl.float32
     classes = multiple(classes, UNIT)
     row, inside, kept, y = tile_rows(target, start, rows, classes, every_class, ignore_index, WIDE, ROWS)
@@ -196,9 +200,9 @@ def piece_gradient(
     if column_factor is not None:
         factors = (tl.load(row_factor + row, inside, 1.0).to(T), column_factor)
         source = (tile, base, kept, classes, preparation, (1, stride, 0, 0), factors)
-    fractions = None
-    if out.dtype.element_ty == tl.bfloat16:
-        fractions = row.to(tl.uint32) * ALONG_ROWS + begins.to(tl.uint32) * ALONG_CLASSES
+    PLACED: tl.constexpr = out.dtype.element_ty == tl.bfloat16
+    fractions = row.to(tl.uint32) * ALONG_ROWS + begins.to(tl.uint32) * ALONG_CLASSES
+    lost = tl.zeros((ROWS, LANES), T)
     BLOCK: tl.constexpr = CHUNKS * LANES * VECTOR
     for block in range(tl.cdiv(classes, BLOCK)):
         first = block * BLOCK
@@ -209,11 +213,22 @@ def piece_gradient(
             raw = tl.where(mine, 0.0, raw)
         d = u - floor
         e = tl.exp2(d * sharpness)
-        gradient(
-            out, out_base, first, inside, kept, y, raw, e, d, (factor, tilt, spread, zero), weight, smoothing,
-            preparation[0], col, valid, (1, out_stride, 0, 0), source[6], fractions, T, TILTED, CAPPED, WIDE, 0, CHUNKS,
-            LANES, VECTOR,
+        g = gradient_of(
+            first, kept, y, raw, e, d, (factor, tilt, spread, zero), weight, smoothing, preparation[0], col, valid,
+            source[6], T, TILTED, CAPPED, 0, CHUNKS, LANES, VECTOR,
         )  # fmt: skip
+        if PLACED:
+            exact = g
+            g = by_place(g, of_row(fractions), col)
+            rest = exact - g
+            if SMOOTHED:  # elsewhere what is behind the last class is 0
+                rest = tl.where(valid, rest, 0.0)
+            lost += thread_sum(rest)
+        place = places(out, out_base, col, 1, WIDE, 0, LANES, VECTOR)
+        tl.store(place, g.to(out.dtype.element_ty), of_row(inside) & valid)
+    if PLACED:
+        so_far = tl.load(at + LOST * apart, inside, 0.0)
+        tl.store(at + LOST * apart, so_far + tl.sum(lost, 1), inside)
 
 
 @triton.jit(do_not_specialize=["rows", "classes", "apart", "t_bins", "tau_bins", "groups", "structure", "ignore_index"])
@@ -225,7 +240,7 @@ def row_finish(
     upstream,  # the upstream gradients of what is finished, (rows) each or None
     # results, each but the first or None
     finished,  # (FINISHED, rows)
-    row_coefficients,  # (6, rows)
+    row_coefficients,  # (COEFFICIENTS, rows)
     by_parameter,  # (TRAINABLE_SLOTS, rows)
     bins,  # (2, rows)
     rows, classes, apart, t_bins, tau_bins, groups, structure, ignore_index: tl.int64,
@@ -296,8 +311,8 @@ def row_finish(
         of_gradient, z = coefficients(batch, share, s, own[1], at, h, head[1], w_y, up, g_h)
         if row_coefficients is not None:
             top = tl.where(m < INF, m, float("nan"))  # else a probability of 0 would be left out of a row that is NaN
-            results = (of_gradient[0], of_gradient[1], of_gradient[2], of_gradient[3], s, top)
-            for i in tl.static_range(6):
+            results = (of_gradient[0], of_gradient[1], of_gradient[2], of_gradient[3], s, top, zero)
+            for i in tl.static_range(COEFFICIENTS):
                 value = tl.where(kept, results[i], 0.0)
                 tl.store(row_coefficients + i * rows.to(tl.int64) + row, value, inside)
         if by_parameter is not None:

@@ -19,7 +19,6 @@ from .elementary import tanh_slope
 from .elements import (
     LOG2_E,
     afresh,
-    by_place,
     element_factors,
     is_label,
     multiple,
@@ -48,14 +47,13 @@ from .sums import divisors_of, factors_of
 
 
 @triton.jit
-def gradient(
-    out, base, first, inside, kept, y, raw, e, d, row_coefficients, weight, smoothing, cap, col, valid, strides,
-    factors, fractions, T: tl.constexpr, TILTED: tl.constexpr, CAPPED: tl.constexpr, WIDE: tl.constexpr,
-    ACROSS: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+def gradient_of(
+    first, kept, y, raw, e, d, row_coefficients, weight, smoothing, cap, col, valid, factors,
+    T: tl.constexpr, TILTED: tl.constexpr, CAPPED: tl.constexpr, ACROSS: tl.constexpr,
+    CHUNKS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Writes dL/du_j = e_j (a + b (u_j - m)) - d w_j, and g at the label, of the classes from the first on, of which e
-    and d are e_j and u_j - m. Ignored rows get zeros. TILTED: there is a b. fractions: of each row, where a bfloat16 is
-    chosen by place."""
+    """dL/du_j = e_j (a + b (u_j - m)) - d w_j, and g at the label, of the classes from the first on, of which e and d
+    are e_j and u_j - m. Of ignored rows 0. TILTED: there is a b."""
     factor, tilt, spread, own = row_coefficients
     # They were read as -inf: their exponentials are 0, and so is all that they are multiplied by.
     factor = of_row(tl.where(kept, factor, 0.0))
@@ -75,8 +73,20 @@ def gradient(
         g *= element_factors(factors, col, valid, T)
     if factors is not None or ACROSS or CHUNKS * LANES * VECTOR <= 32:
         g = tl.where(of_row(kept), g, 0.0)
-    if fractions is not None:
-        g = by_place(g, of_row(fractions), col)
+    return g
+
+
+@triton.jit
+def gradient(
+    out, base, first, inside, kept, y, raw, e, d, row_coefficients, weight, smoothing, cap, col, valid, strides,
+    T: tl.constexpr, TILTED: tl.constexpr, CAPPED: tl.constexpr, WIDE: tl.constexpr,
+    ACROSS: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Writes it."""
+    g = gradient_of(
+        first, kept, y, raw, e, d, row_coefficients, weight, smoothing, cap, col, valid, None,
+        T, TILTED, CAPPED, ACROSS, CHUNKS, LANES, VECTOR,
+    )  # fmt: skip
     place = places(out, base, col, strides[0], WIDE, ACROSS, LANES, VECTOR)
     tl.store(place, g.to(out.dtype.element_ty), of_row(inside) & valid)
 
@@ -102,7 +112,7 @@ def streamed_gradient(
         if out is not None:
             gradient(
                 out, base, start, inside, kept, y, raw, e, d, row_coefficients, weight, smoothing, source[4][0], col,
-                valid, strides, None, None, T, TILTED, CAPPED, WIDE, ACROSS, CHUNKS, LANES, VECTOR,
+                valid, strides, T, TILTED, CAPPED, WIDE, ACROSS, CHUNKS, LANES, VECTOR,
             )  # fmt: skip
     return tl.sum(found, 1)
 
@@ -318,8 +328,7 @@ def visit(
                 if grad is not None:
                     gradient(
                         grad, out, 0, inside, kept, afresh(y, share), raw, e, d, row_coefficients, weight, smoothing,
-                        cap, col, valid, out_strides, None, None, T, TILTED, CAPPED, WIDE, ACROSS, CHUNKS, LANES,
-                        VECTOR,
+                        cap, col, valid, out_strides, T, TILTED, CAPPED, WIDE, ACROSS, CHUNKS, LANES, VECTOR,
                     )  # fmt: skip
             elif grad is not None or NEED_SHIFT & WANT:
                 found = streamed_gradient(
