@@ -95,6 +95,10 @@ class CannotBuild(Exception):
     """Why there will be no library, in one line."""
 
 
+class DoesNotCompile(CannotBuild):
+    """What a compiler that is there says of the sources."""
+
+
 def find_torch() -> Path:
     """The installed torch's directory; it is not imported, which takes seconds and can fail for other reasons."""
     spec = importlib.util.find_spec("torch")
@@ -187,7 +191,7 @@ def make_units(units: Sequence[Unit]) -> list[Path]:
     if run.returncode:
         errors = [line for line in said if re.search(r"(?i)\b(error|fatal)\s*:", line)]
         failed = [line for line in said if line.startswith("FAILED:")]
-        raise CannotBuild([*errors, *failed, f"ninja ended with {run.returncode}"][0][:300])
+        raise DoesNotCompile([*errors, *failed, f"ninja ended with {run.returncode}"][0][:300])
     return [unit.output for unit in units]
 
 

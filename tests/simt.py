@@ -18,7 +18,7 @@ import mlkernels
 from mlkernels import backends, ops
 
 ROOT = Path(__file__).resolve().parent.parent
-WAYS = ("short", "long", "streamed", "apart")
+PATHS = ("short", "long", "streamed", "strided")
 
 
 @functools.cache
@@ -60,14 +60,16 @@ def install() -> None:
 
 @contextmanager
 def forced(
-    *, way: str | None = None, warps: int = 0, cluster: int = 0, chunk: int = 0, slots: int = 0, tile_rows: int = 0,
+    *, path: str | None = None, warps: int = 0, cluster: int = 0, chunk: int = 0, slots: int = 0, tile_rows: int = 0,
     teams: int = 0, seed: int = 1,
 ) -> Iterator[None]:  # fmt: skip
     """Launches of another shape than the device's, and fibers in another order."""
     found, _ = library()
     assert found is not None
     found.mlkernels_simt_force(
-        0 if way is None else WAYS.index(way) + 1, warps, cluster, chunk, slots, tile_rows, teams, ctypes.c_uint64(seed)
+        0 if path is None else PATHS.index(path) + 1,
+        *(warps, cluster, chunk, slots, tile_rows, teams),
+        ctypes.c_uint64(seed),
     )
     try:
         yield

@@ -37,11 +37,11 @@ def rows(count, classes, dtype, seed=0, phase=0):
     return input, target
 
 
-def check(input, target, way, loss=mlkernels.cross_entropy, reduction="none", tolerance=1.0, **options):
+def check(input, target, path, loss=mlkernels.cross_entropy, reduction="none", tolerance=1.0, **options):
     """One loss and its gradient against the reference in float64."""
     weight = torch.linspace(0.3, 1.7, input.shape[0], dtype=torch.float64)
     found, exact = input.detach().requires_grad_(), input.detach().double().requires_grad_()
-    with simt.forced(**way):
+    with simt.forced(**path):
         got = loss(found, target, reduction=reduction, backend="cuda", **options)
         (got * weight if reduction == "none" else got * 1.7).sum().backward()
     wanted = loss(exact, target, reduction=reduction, backend="reference", **options)
@@ -56,14 +56,14 @@ def check(input, target, way, loss=mlkernels.cross_entropy, reduction="none", to
     )
 
 
-WAYS = [
-    pytest.param({"way": "short"}, id="short"),
-    pytest.param({"way": "short", "warps": 1, "cluster": -1, "tile_rows": 2, "teams": 1}, id="short-tiles"),
-    pytest.param({"way": "long", "warps": 1, "chunk": 32}, id="long-warp"),
-    pytest.param({"way": "long", "warps": 4, "chunk": 32, "teams": 2}, id="long-block"),
-    pytest.param({"way": "long", "warps": 1, "cluster": 4, "chunk": 32, "teams": 1}, id="long-cluster"),
-    pytest.param({"way": "streamed", "warps": 2, "chunk": 32, "slots": 2, "teams": 1}, id="streamed"),
-    pytest.param({"way": "apart", "warps": 1}, id="apart"),
+PATHS = [
+    pytest.param({"path": "short"}, id="short"),
+    pytest.param({"path": "short", "warps": 1, "cluster": -1, "tile_rows": 2, "teams": 1}, id="short-tiles"),
+    pytest.param({"path": "long", "warps": 1, "chunk": 32}, id="long-warp"),
+    pytest.param({"path": "long", "warps": 4, "chunk": 32, "teams": 2}, id="long-block"),
+    pytest.param({"path": "long", "warps": 1, "cluster": 4, "chunk": 32, "teams": 1}, id="long-cluster"),
+    pytest.param({"path": "streamed", "warps": 2, "chunk": 32, "slots": 2, "teams": 1}, id="streamed"),
+    pytest.param({"path": "strided", "warps": 1}, id="strided"),
 ]
 
 
@@ -80,18 +80,18 @@ def test_every_number_of_classes(chunk):
         check(input, target, {"seed": classes}, reduction="mean")
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_every_way(way, dtype):
+def test_every_way(path, dtype):
     per_vector = 16 // dtype.itemsize
     edges = {1, 2, 31, 33, per_vector, 32 * per_vector - 1, 32 * per_vector, 32 * per_vector + 1, 64 * per_vector + 3}
     for classes in sorted(edges):
-        if way["way"] == "short" and classes > (256 if dtype == torch.float64 else 1024):
+        if path["path"] == "short" and classes > (256 if dtype == torch.float64 else 1024):
             continue
         for phase in (0, 1):
             input, target = rows(7, classes, dtype, classes, phase)
             for reduction in ("none", "mean", "sum"):
-                check(input, target, {**way, "seed": classes}, reduction=reduction)
+                check(input, target, {**path, "seed": classes}, reduction=reduction)
 
 
 @pytest.mark.parametrize("seed", range(40 if FULL else 12))
@@ -100,8 +100,8 @@ def test_seeded_corners(seed):
     pick = random.Random(seed)
     for _ in range(8):
         loss = pick.choice(LOSSES)
-        way = dict(pick.choice(WAYS).values[0])
-        way.update(seed=pick.randrange(1 << 30), slots=pick.choice((0, 2, 3, 5)), teams=pick.choice((0, 1, 2, 5)))
+        path = dict(pick.choice(PATHS).values[0])
+        path.update(seed=pick.randrange(1 << 30), slots=pick.choice((0, 2, 3, 5)), teams=pick.choice((0, 1, 2, 5)))
         count, classes = pick.randint(1, 12), pick.choice((2, 3, 17, 64, 129, 300))
         dtype = pick.choice((torch.float32, torch.bfloat16, torch.float64))
         input, target, params = draw(
@@ -116,9 +116,9 @@ def test_seeded_corners(seed):
         if loss.masked_target:
             target[pick.randrange(count)] = -100
         wanted = run(loss, input.double(), target, params, backend="reference", **options)
-        with simt.forced(**way):
+        with simt.forced(**path):
             got = run(loss, input.to(dtype), target, params, backend="cuda", **options)
-        what = f"{loss} {way} {count}x{classes} {dtype} {options}"
+        what = f"{loss} {path} {count}x{classes} {dtype} {options}"
         pairs = [(got[0], wanted[0]), (got[1], wanted[1]), *((got[2][k], wanted[2][k]) for k in wanted[2])]
         for a, b in pairs:
             a, b = a.double(), b.double()
@@ -136,7 +136,7 @@ def test_results_are_those_of_any_launch_order(loss):
     found = []
     for seed, count in ((1, 9), (2, 9), (3, 4)):
         x = input[:count].float().clone().requires_grad_()
-        with simt.forced(way="long", warps=2, cluster=2, chunk=32, seed=seed):
+        with simt.forced(path="long", warps=2, cluster=2, chunk=32, seed=seed):
             group = loss.group(target)
             more = {} if group is None else {"group": group[:count]}
             out = loss.call(x, target[:count], **params, **more, **loss.fixed, reduction="none", backend="cuda")
@@ -146,11 +146,11 @@ def test_results_are_those_of_any_launch_order(loss):
         assert torch.equal(out, found[0][0][: len(out)]) and torch.equal(gradient, found[0][1][: len(out)])
 
 
-def results_of(x, target, way, options):
+def results_of(x, target, path, options):
     """Row by row: the loss, the gradient and, with a trained scale, its gradient."""
     x = x.requires_grad_()
     scale = torch.full((len(x), 1), 1.5, requires_grad=True) if options else None
-    with simt.forced(**way):
+    with simt.forced(**path):
         loss = mlkernels.cross_entropy(
             x, target, scale=1.0 if scale is None else scale, reduction="none", backend="cuda", **options
         )
@@ -160,12 +160,12 @@ def results_of(x, target, way, options):
 
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 1e-3}], ids=["simple", "general"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("way", [{}, *WAYS])
-def test_bits_do_not_depend_on_where_a_row_lies(way, dtype, options):
+@pytest.mark.parametrize("path", [{}, *PATHS])
+def test_bits_do_not_depend_on_where_a_row_lies(path, dtype, options):
     """At every offset from a 16-byte boundary, in any place of a batch; nor on the launch order."""
-    lengths = (7, 16, 129, 256) if way.get("way") == "short" else (16, 517, 2051) if not way else (16, 517)
+    lengths = (7, 16, 129, 256) if path.get("path") == "short" else (16, 517, 2051) if not path else (16, 517)
     for classes in lengths:
-        if way.get("way") == "short" and classes > (256 if dtype == torch.float64 else 1024):
+        if path.get("path") == "short" and classes > (256 if dtype == torch.float64 else 1024):
             continue
         row = (torch.randn(classes) * 3).to(dtype)
         target = torch.full((3,), classes // 3)
@@ -173,7 +173,7 @@ def test_bits_do_not_depend_on_where_a_row_lies(way, dtype, options):
         for phase in range(16 // dtype.itemsize):
             x, _ = rows(3, classes, dtype, phase=phase)
             x.copy_(row)
-            found.append(results_of(x, target, {**way, "seed": phase + 1}, options))
+            found.append(results_of(x, target, {**path, "seed": phase + 1}, options))
         for results in found:
             for got, wanted in zip(results, found[0], strict=True):
                 for each in got:
@@ -187,7 +187,7 @@ def test_bits_do_not_depend_on_the_place_in_a_tile(dtype):
         row = (torch.randn(classes) * 3).to(dtype)
         x, target = row.expand(70, -1).contiguous(), torch.full((70,), classes // 2)
         for options in ({}, {"label_smoothing": 0.1}):
-            for got in results_of(x, target, {"way": "short", "warps": 1, "cluster": -1}, options):
+            for got in results_of(x, target, {"path": "short", "warps": 1, "cluster": -1}, options):
                 assert (got == got[0]).all()
 
 
@@ -196,7 +196,7 @@ def test_lanes_do_not_meet_in_banks():
 
     def turns(classes, dtype, **options):
         x, target = torch.randn(64, classes).to(dtype).requires_grad_(), torch.randint(0, classes, (64,))
-        with simt.forced(way="short", warps=1, cluster=-1), simt.banks() as factor:
+        with simt.forced(path="short", warps=1, cluster=-1), simt.banks() as factor:
             mlkernels.cross_entropy(x, target, reduction="sum", backend="cuda", **options).backward()
         return factor[0]
 
@@ -215,42 +215,41 @@ def test_clusters_at_their_boundaries(cluster):
         for more in (-1, 0, 1):
             classes = parts * 32 * 4 + more
             input, target = rows(2, classes, torch.float32, classes)
-            check(
-                input, target, {"way": "long", "warps": 1, "cluster": cluster, "chunk": 32, "teams": 1, "seed": classes}
-            )
+            path = {"path": "long", "warps": 1, "cluster": cluster, "chunk": 32, "teams": 1, "seed": classes}
+            check(input, target, path)
 
 
-@pytest.mark.parametrize("way", [w for w in WAYS if w.values[0]["way"] != "apart"])
-def test_gradients_that_lie_otherwise(way):
+@pytest.mark.parametrize("path", [w for w in PATHS if w.values[0]["path"] != "strided"])
+def test_gradients_that_lie_otherwise(path):
     """Rows of a wider matrix: the gradient begins at another alignment in every row."""
-    if way["way"] == "short":
+    if path["path"] == "short":
         pytest.skip("packed rows only")
     wide = torch.randn(5, 403)
     for columns in (slice(0, 301), slice(3, 400), slice(1, 130)):
         target = torch.tensor([0, 5, 60, 100, 128])
         found, exact = wide.bfloat16().requires_grad_(), wide.bfloat16().double().requires_grad_()
-        with simt.forced(**way):
+        with simt.forced(**path):
             mlkernels.cross_entropy(found[:, columns], target, backend="cuda").mul(3).backward()
         mlkernels.cross_entropy(exact[:, columns], target, backend="reference").mul(3).backward()
         torch.testing.assert_close(found.grad.double(), exact.grad, rtol=2.0**-7, atol=1e-7)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_large_logits_lose_nothing(way):
+@pytest.mark.parametrize("path", PATHS)
+def test_large_logits_lose_nothing(path):
     """Where the fused multiplication would: the largest logit far from 0."""
     input, target = rows(4, 200, torch.float32)
     for shift in (1e3, -3e4, 1e6, -2e7, 1e30):
-        check(input + shift, target, way)
+        check(input + shift, target, path)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_unread_rows(way):
+@pytest.mark.parametrize("path", PATHS)
+def test_unread_rows(path):
     """Ignored rows are 0 even where they hold NaN; labels that are none give NaN, for their row alone."""
     input, target = rows(6, 150, torch.float32)
     target[2], target[4] = -100, 5000
     input[2] = NAN
     x = input.clone().requires_grad_()
-    with simt.forced(**way):
+    with simt.forced(**path):
         saved = mlkernels.call.check_indices
         mlkernels.call.check_indices = lambda *_: None  # on a GPU nobody looks
         try:
@@ -313,20 +312,20 @@ def test_neighbouring_rows_apart(dtype, inner):
 
 
 @pytest.mark.parametrize("value", [-INF, INF, NAN])
-@pytest.mark.parametrize("way", WAYS)
-def test_extreme_logits(way, value):
+@pytest.mark.parametrize("path", PATHS)
+def test_extreme_logits(path, value):
     input, target = rows(5, 140, torch.float32)
     input[1, 7] = input[2, target[2]] = value
     input[3] = value
     wanted = mlkernels.cross_entropy(input.double(), target, reduction="none", backend="reference")
-    with simt.forced(**way):
+    with simt.forced(**path):
         got = mlkernels.cross_entropy(input, target, reduction="none", backend="cuda")
     torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("way", simt.WAYS)
-def test_launches_of_a_step(way, reduction):
+@pytest.mark.parametrize("path", simt.PATHS)
+def test_launches_of_a_step(path, reduction):
     """Forward and backward, also where the gradient waits for its upstream one. The labels of many rows are counted
     once, for both, and that launch sets the counter by which the rows' adds up its losses itself; those of few are
     counted by whoever needs them."""
@@ -334,13 +333,13 @@ def test_launches_of_a_step(way, reduction):
         input, target = rows(many, 6, dtype)
         target[::3] = -100
         before = simt.launches()
-        check(input, target, {"way": way, "cluster": -1}, reduction=reduction, z_loss=0.1)
+        check(input, target, {"path": path, "cluster": -1}, reduction=reduction, z_loss=0.1)
         assert simt.launches() - before == (2 if reduction == "none" else 3), (many, dtype)
 
 
 def test_more_partial_sums_than_the_last_block_reads_at_once():
     input, target = rows(600, 6, torch.float32)
-    check(input, target, {"way": "long", "warps": 1, "cluster": -1, "teams": 600}, reduction="mean")
+    check(input, target, {"path": "long", "warps": 1, "cluster": -1, "teams": 600}, reduction="mean")
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -391,8 +390,8 @@ for classes in (5, 9, 33, 131, 257, 1001):
         for at_end in (False, True):
             x = guarded(3 * classes * dtype.itemsize, at_end).view(dtype).view(3, classes)
             x.copy_(torch.randn(3, classes))
-            for way in ({{}}, {{"way": "long", "warps": 2}}, {{"way": "streamed", "slots": 2}}, {{"way": "apart"}}):
-                with simt.forced(**way):
+            for path, how in ((None, {{}}), ("long", {{"warps": 2}}), ("streamed", {{"slots": 2}}), ("strided", {{}})):
+                with simt.forced(path=path, **how):
                     y = torch.tensor([0, classes - 1, classes // 2])
                     loss = mlkernels.cross_entropy(x.requires_grad_(), y, backend="cuda")
                     loss.backward()

@@ -115,10 +115,10 @@ import mlkernels
 simt.install()
 torch.manual_seed(0)
 for seed in range(1, 7):
-    for shape in ({{"way": "short", "slots": 2, "tile_rows": 1, "teams": 1, "cluster": -1, "warps": 1}},
-                  {{"way": "short", "cluster": 2}},
-                  {{"way": "long", "warps": 2, "slots": 5, "teams": 1, "chunk": 32}},
-                  {{"way": "long", "warps": 1, "cluster": 2, "teams": 1, "chunk": 32}}):
+    for shape in ({{"path": "short", "slots": 2, "tile_rows": 1, "teams": 1, "cluster": -1, "warps": 1}},
+                  {{"path": "short", "cluster": 2}},
+                  {{"path": "long", "warps": 2, "slots": 5, "teams": 1, "chunk": 32}},
+                  {{"path": "long", "warps": 1, "cluster": 2, "teams": 1, "chunk": 32}}):
         with simt.forced(seed=seed, **shape):
             x = torch.randn(9, 300, requires_grad=True)
             mlkernels.cross_entropy(x, torch.arange(9), backend="cuda").backward()
@@ -159,6 +159,12 @@ def broken(tmp_path, name):
         timeout=600,
     )
     return done.stdout + done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="fibers are tried on Linux")
+def test_the_kernels_compile_for_the_host():
+    """Where they do not, all that runs them is skipped."""
+    assert simt.library()[1] is None
 
 
 @pytest.mark.skipif(simt.library()[0] is None, reason="needs the kernels for the host")

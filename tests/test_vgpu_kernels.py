@@ -74,14 +74,14 @@ STREAMED = [Case(dtype="bfloat16", rows=2, classes=40000), Case(loss="two_scale"
 TRITON = [("sm_90", case) for case in (*STRIDED, *LENGTHS, *LOSSES, *STREAMED[1:])]
 TRITON += [("sm_80", STRIDED[0]), ("sm_100", STRIDED[0])]
 
-WAYS = [
-    Case(rows=70, classes=12, forced=(("way", "short"), ("cluster", 4))),
+PATHS = [
+    Case(rows=70, classes=12, forced=(("path", "short"), ("cluster", 4))),
     Case(dtype="bfloat16", rows=5, classes=1003,
-         forced=(("way", "long"), ("warps", 2), ("cluster", 4), ("chunk", 32), ("teams", 1))),
+         forced=(("path", "long"), ("warps", 2), ("cluster", 4), ("chunk", 32), ("teams", 1))),
     Case(dtype="bfloat16", rows=4, classes=1003, options=("label_smoothing", "z_loss"),
-         forced=(("way", "streamed"), ("warps", 2), ("chunk", 32), ("slots", 2), ("teams", 1))),
+         forced=(("path", "streamed"), ("warps", 2), ("chunk", 32), ("slots", 2), ("teams", 1))),
 ]  # fmt: skip
-CUDA = [("sm_90", case) for case in (*STRIDED, *LENGTHS, *LOSSES, *STREAMED, *WAYS)]
+CUDA = [("sm_90", case) for case in (*STRIDED, *LENGTHS, *LOSSES, *STREAMED, *PATHS)]
 CUDA += [("sm_80", case) for case in (STRIDED[0], STREAMED[0])]
 
 

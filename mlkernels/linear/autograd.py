@@ -189,7 +189,10 @@ def fast_path_backward(
     call, wanted, at_once = of
     check_upstream(upstream, "heads have", at_once)
     if at_once:
-        return scaled(tensors, upstream[0])
+        of_loss = upstream[0]
+        if of_loss is not None and traced(of_loss):
+            of_loss = of_loss.sum()  # one number, of which compiled autograd does not say the shape
+        return scaled(tensors, of_loss)
     x, weight, bias, target, *params = tensors
     dx, dw, db, *by_slot = gradients_of(call, x, weight, bias, target, params, wanted, (saved,), upstream)
     return [gradient for gradient in (*by_slot, dx, dw, db) if gradient is not None]

@@ -23,7 +23,7 @@ from . import Kernel, Memory, Module, Unavailable, cache, command, digest
 from .launches import launches, poisoned
 
 ROOT = Path(__file__).resolve().parents[2]
-WAYS = ("short", "long", "streamed", "apart")
+PATHS = ("short", "long", "streamed", "strided")
 #: By compute capability: multiprocessors, and the most shared memory of a block.
 DEVICES = {"80": (108, 163 << 10), "90": (132, 227 << 10)}
 _Callback = ctypes.CFUNCTYPE(
@@ -70,6 +70,8 @@ def _make() -> tuple[Path, dict[str, Path]]:
         line += [f"-L{torch_path / 'lib'}", "-ltorch_cpu"]
         library = build.Unit(_HERE / "vgpu_cuda.so", [unit.output for unit in units], line)
         return build.make_units([*units, library])[-1], texts
+    except build.DoesNotCompile:
+        raise
     except build.CannotBuild as error:
         raise Unavailable(str(error)) from None
 
@@ -216,12 +218,12 @@ def install(arch: str = "90") -> None:
 
 @contextmanager
 def forced(
-    *, way: str | None = None, warps: int = 0, cluster: int = 0, chunk: int = 0, slots: int = 0, tile_rows: int = 0,
+    *, path: str | None = None, warps: int = 0, cluster: int = 0, chunk: int = 0, slots: int = 0, tile_rows: int = 0,
     teams: int = 0,
 ) -> Iterator[None]:  # fmt: skip
     """Launches of another shape than the device's."""
     force = library().library.vgpu_force
-    force(0 if way is None else WAYS.index(way) + 1, warps, cluster, chunk, slots, tile_rows, teams)
+    force(0 if path is None else PATHS.index(path) + 1, warps, cluster, chunk, slots, tile_rows, teams)
     try:
         yield
     finally:

@@ -19,18 +19,18 @@ def _added(bits: str, more: int) -> Callable[[re.Match[str]], str]:
 
 
 _LONG = {"warps": 2, "chunk": 32, "teams": 1}
-#: Rows in each of the ways that a launch may go.
+#: Rows in each of the paths that a launch may take.
 ROWS = (
     Case(
-        dtype="bfloat16", rows=70, classes=201, forced=(("way", "short"), ("warps", 1), ("cluster", -1), ("teams", 1))
+        dtype="bfloat16", rows=70, classes=201, forced=(("path", "short"), ("warps", 1), ("cluster", -1), ("teams", 1))
     ),
-    Case(dtype="bfloat16", rows=5, classes=1003, forced=tuple({"way": "long", "cluster": 4, **_LONG}.items())),
-    Case(dtype="bfloat16", rows=4, classes=1003, forced=tuple({"way": "streamed", "slots": 2, **_LONG}.items())),
+    Case(dtype="bfloat16", rows=5, classes=1003, forced=tuple({"path": "long", "cluster": 4, **_LONG}.items())),
+    Case(dtype="bfloat16", rows=4, classes=1003, forced=tuple({"path": "streamed", "slots": 2, **_LONG}.items())),
 )
 #: Enough of them that the last of three blocks adds up the loss.
 BLOCKS = (
     Case(
-        dtype="bfloat16", rows=520, classes=12, forced=(("way", "short"), ("warps", 2), ("cluster", -1), ("teams", 3))
+        dtype="bfloat16", rows=520, classes=12, forced=(("path", "short"), ("warps", 2), ("cluster", -1), ("teams", 3))
     ),
 )
 
