@@ -56,8 +56,8 @@ const RowKernels<double>& kernels_of<double>(Storage) {
   return rows_double;
 }
 
-// A launch costs more than a look at so many labels.
-constexpr int64_t FEW_ROWS = 512;
+// A launch costs more than a look at so many labels, or at so many classes' weights.
+constexpr int64_t FEW = 512;
 
 // The arguments that the operators share, laid out. The order of the numbers is that of ops.py.
 template <class T>
@@ -101,7 +101,7 @@ struct Call {
       p.group = plain(*tensors[GROUP], tensors[GROUP]->scalar_type()).data_ptr();
       p.group_type = index_of(tensors[GROUP]->scalar_type());
     }
-    if (p.smoothing > 0 && p.weight) {
+    if (p.smoothing > 0 && p.weight && p.classes > FEW) {
       double* total = numbers_of(1);
       launch_sums<TotalOf<T>>(device, 1, {p.weight, p.classes, total});
       p.weight_total = total;
@@ -177,7 +177,7 @@ struct Call {
     const Choice choice = kernels.choose(p, device);
     const bool alone = choice.path == Path::SHORT && choice.tiles.alone;
     const bool counts = is_counted(p) && (p.losses || p.grad || p.want_parameters) && !alone;
-    if (counts && p.rows <= FEW_ROWS) {
+    if (counts && p.rows <= FEW) {
       p.parts = -1;
     } else if (counts) {
       p.parts = int(std::min<int64_t>(MLKERNELS_ISA::MOST_PARTS, (p.rows + 1023) / 1024));
@@ -211,7 +211,6 @@ struct Call {
     if (saved.numel() > 0 && factor_rows()) p.known = static_cast<const T*>(saved.data_ptr()) + 2 * p.rows;
     if (!of_entropy || saved.numel() > 0) return;
     saved = keep(save_rows());  // its derivative by s adds up what needs the maximum first
-    p.factors = nullptr;        // nothing is counted for it
     run();
     p.save = nullptr;
   }

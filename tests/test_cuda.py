@@ -333,13 +333,27 @@ def test_launches_of_a_step(path, reduction):
         input, target = rows(many, 6, dtype)
         target[::3] = -100
         before = simt.launches()
-        check(input, target, {"path": path, "cluster": -1}, reduction=reduction, z_loss=0.1)
+        weight = torch.linspace(0.2, 1.9, 6)  # whose sum whoever needs it adds up
+        options = {"weight": weight, "label_smoothing": 0.1, "z_loss": 0.1}
+        check(input, target, {"path": path, "cluster": -1}, reduction=reduction, **options)
         assert simt.launches() - before == (2 if reduction == "none" else 3), (many, dtype)
 
 
 def test_more_partial_sums_than_the_last_block_reads_at_once():
     input, target = rows(600, 6, torch.float32)
     check(input, target, {"path": "long", "warps": 1, "cluster": -1, "teams": 600}, reduction="mean")
+
+
+@pytest.mark.parametrize("classes", [1, 31, 33, 300, 512, 513, 700])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_weights_of_classes_under_smoothing(classes, dtype):
+    """The sum of few is taken by every warp, that of more by a launch for each direction."""
+    input, target = rows(3, classes, dtype)
+    weight = torch.linspace(0.2, 1.9, classes, dtype=dtype)
+    for path in simt.PATHS:
+        before = simt.launches()
+        check(input, target, {"path": path, "cluster": -1}, weight=weight, label_smoothing=0.3, tolerance=2)
+        assert simt.launches() - before == (2 if classes <= 512 else 4), path
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

@@ -76,9 +76,10 @@ TRITON += [("sm_80", STRIDED[0]), ("sm_100", STRIDED[0])]
 
 PATHS = [
     Case(rows=70, classes=12, forced=(("path", "short"), ("cluster", 4))),
+    Case(rows=70, classes=12, options=("weight", "label_smoothing")),
     Case(dtype="bfloat16", rows=5, classes=1003,
          forced=(("path", "long"), ("warps", 2), ("cluster", 4), ("chunk", 32), ("teams", 1))),
-    Case(dtype="bfloat16", rows=4, classes=1003, options=("label_smoothing", "z_loss"),
+    Case(dtype="bfloat16", rows=4, classes=1003, options=("weight", "label_smoothing", "z_loss"),
          forced=(("path", "streamed"), ("warps", 2), ("chunk", 32), ("slots", 2), ("teams", 1))),
 ]  # fmt: skip
 CUDA = [("sm_90", case) for case in (*STRIDED, *LENGTHS, *LOSSES, *STREAMED, *PATHS)]

@@ -569,7 +569,7 @@ struct RowsLong {
     team.seek(first);
     for (int k = 0; k < plan.slots; ++k) team.prefetch();
 
-    const Batch<T> batch = batch_on_device(v);
+    const Batch<T> batch = batch_on_device(simt, v);
     const Factors<T> shared = shared_factors(simt, v);
     store_factors(simt, v, shared);
     const bool stores = team.part == 0 && simt.lane() == 0;

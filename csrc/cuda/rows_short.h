@@ -89,7 +89,7 @@ struct RowsShort {
       shared = shared_factors(simt, v);
     }
     store_factors(simt, v, shared);
-    const Batch<T> batch = batch_on_device(v);
+    const Batch<T> batch = batch_on_device(simt, v);
     const int shift = ONE ? 0 : plan.shift, together = LANES >> shift, own = simt.lane() >> shift;
     const Split split = split_of(v, shift, own);
     double loss = 0;

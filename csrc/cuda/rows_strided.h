@@ -27,7 +27,7 @@ struct RowsStrided {
   template <class Simt>
   static MLK_DEVICE void run(const Simt& simt, const Visit<T>& v, const StridedPlan& plan) {
     if (v.unless_one && *v.unless_one == T(1)) return;
-    const Batch<T> batch = batch_on_device(v);
+    const Batch<T> batch = batch_on_device(simt, v);
     const Factors<T> shared = shared_factors(simt, v);
     store_factors(simt, v, shared);
     double loss = 0;

@@ -39,11 +39,7 @@ struct TotalLoss {
     double sum = sum_of_partials(v, plan.partials, simt.thread(), simt.threads()), none = 0;
     sum_over_cluster(simt, 0, sum, none);
     if (simt.warp() != 0) return;
-    if (v.rows == 0) {  // no visit
-      const Factors<T> shared = shared_factors(simt, v);
-      store_factors(simt, v, shared);
-      sum = 0 * double(shared.by_class);  // the mean of none is NaN
-    }
+    if (v.rows == 0) sum = 0 * double(shared_factors(simt, v).by_class);  // no visit; the mean of none is NaN
     if (simt.lane() == 0) *v.losses = T(sum);
   }
 };

@@ -20,7 +20,7 @@ struct Visit : Problem<T> {
   const void* group;  // (rows), contiguous, or null
   Index group_type;
   const char *begin, *end;     // the memory of the logits: nothing outside is read
-  const double* weight_total;  // the sum of all class weights, or null
+  const double* weight_total;  // the sum of all class weights, or null: few are added up by whoever needs them
   // What "mean" divides by where it is given (value 0 and no data: it is not), else the sums of the kept rows' weights and
   // of the kept rows, in parts. parts = 0: not needed; parts < 0: few rows, whoever needs the sums looks at the labels.
   Parameter<double> normalizer;
@@ -319,11 +319,22 @@ MLK_DEVICE void store_factors(const Simt& simt, const Visit<T>& v, const Factors
   v.factors[1] = shared.by_row;
 }
 
-template <class T>
-MLK_DEVICE Batch<T> batch_on_device(const Visit<T>& v) {
+// By a whole warp.
+template <class Simt, class T>
+MLK_DEVICE Batch<T> batch_on_device(const Simt& simt, const Visit<T>& v) {
   if (v.simple) return {0, 0, 0, v.weight_sum, v.classes};
   Batch<T> out = batch_of(v);
-  if (v.weight_total) out.weight_sum = T(*v.weight_total);
+  if (v.weight_total) {
+    out.weight_sum = T(*v.weight_total);
+  } else if (v.smoothing > 0 && v.weight) {
+    double sum = 0;
+    for (int64_t j = simt.lane(); j < v.classes; j += AT_ONCE * LANES) {
+      double some[AT_ONCE];
+      read_ahead(v.weight, j, LANES, v.classes, some);
+      sum += sum_of(some);
+    }
+    out.weight_sum = T(sum_over(simt, sum));
+  }
   return out;
 }
 
