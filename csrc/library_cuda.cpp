@@ -101,11 +101,6 @@ struct Call {
       p.group = plain(*tensors[GROUP], tensors[GROUP]->scalar_type()).data_ptr();
       p.group_type = index_of(tensors[GROUP]->scalar_type());
     }
-    if (p.smoothing > 0 && p.weight && p.classes > FEW) {
-      double* total = numbers_of(1);
-      launch_sums<TotalOf<T>>(device, 1, {p.weight, p.classes, total});
-      p.weight_total = total;
-    }
   }
   Call(const Call&) = delete;
 
@@ -153,13 +148,16 @@ struct Call {
       data = static_cast<const T*>(plain(*tensor, type_of<T>()).data_ptr());
   }
 
-  // What is known of each row, for a backward, and behind it what "mean" makes of its terms.
-  int64_t saved_rows() const { return p.rows + factor_rows(); }
-  int64_t factor_rows() const { return p.spec.reduction == Reduction::MEAN; }
+  // What is known of each row, for a backward, and behind it what all rows share: what "mean" makes of their terms, and
+  // the sum of the class weights. In pairs, as ops.py has them.
+  int64_t saved_rows() const { return p.rows + shared_rows(); }
+  int64_t shared_rows() const {
+    return (p.spec.reduction == Reduction::MEAN) + (arguments.numbers[SMOOTHING] > 0 && p.weight);
+  }
   Tensor save_rows() {
     Tensor saved = empty({saved_rows(), 2}, type_of<T>());
     p.save = static_cast<T*>(saved.data_ptr());
-    if (factor_rows()) p.factors = p.save + 2 * p.rows;
+    if (shared_rows()) p.shared = p.save + 2 * p.rows;
     return saved;
   }
 
@@ -177,14 +175,16 @@ struct Call {
     const Choice choice = kernels.choose(p, device);
     const bool alone = choice.path == Path::SHORT && choice.tiles.alone;
     const bool counts = is_counted(p) && (p.losses || p.grad || p.want_parameters) && !alone;
-    if (counts && p.rows <= FEW) {
-      p.parts = -1;
-    } else if (counts) {
-      p.parts = int(std::min<int64_t>(MLKERNELS_ISA::MOST_PARTS, (p.rows + 1023) / 1024));
-      double* parts = numbers_of(2 * p.parts + 1);
-      p.divisors = parts;
-      if (reduced) p.arrived = reinterpret_cast<uint32_t*>(parts + 2 * p.parts);
-      launch_sums<CountRows<T>>(device, p.parts, {parts}, p);
+    if (counts)
+      p.parts = p.rows <= FEW ? -1 : int(std::min<int64_t>(MLKERNELS_ISA::MOST_PARTS, (p.rows + 1023) / 1024));
+    const bool adds = is_weight_summed(p) && p.classes > FEW && !p.known && !p.weight_total;
+    if (p.parts > 0 || adds) {
+      const int parts = std::max(p.parts, 0), blocks = parts + adds;
+      double* sums = numbers_of(2 * blocks + 1);
+      p.divisors = sums;
+      if (adds) p.weight_total = sums + 2 * parts;
+      if (reduced) p.arrived = reinterpret_cast<uint32_t*>(sums + 2 * blocks);
+      launch_sums<Prologue<T>>(device, blocks, {parts, sums}, p);
     }
     const int blocks = kernels.blocks(p, device, choice);
     int64_t partials = 0;
@@ -203,12 +203,12 @@ struct Call {
     return loss;
   }
   std::tuple<Tensor> factors() {
-    Tensor factors = empty({factor_rows(), 2}, type_of<T>());
-    if (factor_rows()) p.factors = static_cast<T*>(factors.data_ptr());
-    return {factors};
+    Tensor shared = empty({shared_rows(), 2}, type_of<T>());
+    if (shared_rows()) p.shared = static_cast<T*>(shared.data_ptr());
+    return {shared};
   }
   void prepare_backward(Tensor& saved, bool of_entropy) {
-    if (saved.numel() > 0 && factor_rows()) p.known = static_cast<const T*>(saved.data_ptr()) + 2 * p.rows;
+    if (saved.numel() > 0 && shared_rows()) p.known = static_cast<const T*>(saved.data_ptr()) + 2 * p.rows;
     if (!of_entropy || saved.numel() > 0) return;
     saved = keep(save_rows());  // its derivative by s adds up what needs the maximum first
     run();
@@ -306,9 +306,9 @@ void softmax_loss_refresh(const Tensor& grad_loss, const Tensor& factors, const 
     using T = decltype(zero);
     Call<T> call(input, target, numbers, params);
     STD_TORCH_CHECK(
-        factors.numel() == 2 * call.factor_rows() && factors.is_contiguous() && factors.scalar_type() == type_of<T>(),
+        factors.numel() == 2 * call.shared_rows() && factors.is_contiguous() && factors.scalar_type() == type_of<T>(),
         "factors must be what the loss returned");
-    if (call.factor_rows()) call.p.known = static_cast<const T*>(factors.data_ptr());
+    if (call.shared_rows()) call.p.known = static_cast<const T*>(factors.data_ptr());
     call.take(grad_loss, call.p.up_loss, call.p.up_loss_stride);
     call.p.up_loss_stride = 0;
     call.p.unless_one = call.p.up_loss;

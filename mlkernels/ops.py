@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .checks import accumulated
-from .numbering import INPUT, REDUCTION, Reduction, ScaleKind, needed, slots_of, structure_of
+from .numbering import CONSTS, INPUT, MASK, REDUCTION, Reduction, ScaleKind, Slot, needed, slots_of, structure_of
 from .schemas import SCHEMAS
 
 library, *_of_gpus = (torch.library.Library(f"mlkernels{name}", "DEF") for name in ("", "_cuda", "_triton"))
@@ -66,19 +66,30 @@ def _softmax_loss_with_gradient(*arguments: Any) -> tuple[Tensor, Tensor]:
     return loss, gradient
 
 
-def _factors(input: Tensor, numbers: Sequence[float], rows: int = 0) -> Tensor:
-    return input.new_empty((rows + int(numbers[REDUCTION] == Reduction.MEAN), 2), dtype=accumulated(input.dtype))
+def _of_mean(numbers: Sequence[float]) -> int:
+    return int(numbers[REDUCTION] == Reduction.MEAN)
 
 
-def _with_factors(fake: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
-    """The same with what "mean" makes of a row's terms, which the operators of GPUs return or save too."""
+def _of_mean_and_weights(numbers: Sequence[float]) -> int:
+    at = CONSTS + Slot.SMOOTHING
+    smooth = len(numbers) > at and numbers[at] > 0
+    return _of_mean(numbers) + (smooth and int(numbers[MASK]) >> Slot.WEIGHT & 1)
+
+
+def _with_factors(
+    fake: Callable[..., tuple[Any, ...]], pairs: Callable[[Sequence[float]], int]
+) -> Callable[..., tuple[Any, ...]]:
+    """The same with so many pairs of what all rows share, which the operators of GPUs return or save too."""
+
+    def factors(input: Tensor, numbers: Sequence[float], rows: int = 0) -> Tensor:
+        return input.new_empty((rows + pairs(numbers), 2), dtype=accumulated(input.dtype))
 
     def run(input: Tensor, target: Tensor, numbers: Sequence[float], *rest: Any) -> tuple[Any, ...]:
         loss, second, *others = fake(input, target, numbers, *rest)
         if fake in (_softmax_loss, _softmax_stats):
-            saved = second if rest[-1] is False else _factors(input, numbers, target.numel())
+            saved = second if rest[-1] is False else factors(input, numbers, target.numel())
             return loss, saved, *others
-        return loss, second, _factors(input, numbers)
+        return loss, second, factors(input, numbers)
 
     return run
 
@@ -110,7 +121,10 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "softmax_stats": _softmax_stats,
     "softmax_loss_backward": _softmax_loss_backward,
 }
-_GPU_FAKES = {name: fake if "backward" in name else _with_factors(fake) for name, fake in _FAKES.items()}
+_CUDA_FAKES, _TRITON_FAKES = (
+    {name: fake if "backward" in name else _with_factors(fake, pairs) for name, fake in _FAKES.items()}
+    for pairs in (_of_mean_and_weights, _of_mean)
+)
 
 
 def _by_triton(name: str) -> Callable[..., Any]:
@@ -126,9 +140,10 @@ def _by_triton(name: str) -> Callable[..., Any]:
 
 for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"mlkernels::{_name}", _fake, lib=library)
-for _name, _fake in (*_GPU_FAKES.items(), ("softmax_loss_refresh", _nothing)):
-    for _library in _of_gpus:
+for _library, _fakes in zip(_of_gpus, (_CUDA_FAKES, _TRITON_FAKES), strict=True):
+    for _name, _fake in (*_fakes.items(), ("softmax_loss_refresh", _nothing)):
         torch.library.register_fake(f"{_library.ns}::{_name}", _fake, lib=_library)
+for _name in (*_TRITON_FAKES, "softmax_loss_refresh"):
     _of_gpus[-1].impl(_name, _by_triton(_name), "CompositeExplicitAutograd")
 
 

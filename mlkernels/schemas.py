@@ -24,8 +24,9 @@ _OF_LOSSES = (
     f"softmax_loss_backward({_UPSTREAM}, {_COMMON}, Tensor saved, int needs) -> Tensor[]",
 )
 _OF_GPUS = (
-    # Factors are what "mean" makes of a row's terms, (1, 2), else (0, 2): labels are counted once. They come last of
-    # what a loss with gradients returns, for refresh, and lie behind the (m, log S) of rows, for the backward.
+    # Factors are what "mean" makes of a row's terms, (1, 2), else (0, 2): labels are counted once. CUDA's have one pair
+    # more where smoothing needs the sum of the class weights: twice that. They come last of what a loss with gradients
+    # returns, for refresh, and lie behind the (m, log S) of rows, for the backward.
     *(schema[:-1] + ", Tensor)" if "_with_gradient" in schema else schema for schema in _OF_LOSSES),
     # Writes a gradient that was made for an upstream gradient of 1 anew, unless the device finds that it is 1.
     f"softmax_loss_refresh(Tensor grad_loss, Tensor factors, {_COMMON}, Tensor(a!) gradient) -> ()",

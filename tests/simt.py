@@ -32,9 +32,9 @@ def library() -> tuple[ctypes.CDLL | None, str | None]:
     except build.CannotBuild as error:
         return None, str(error)
     operators = torch.library.Library("mlkernels_simt", "DEF")
-    for overload in (*ops.CUDA[: len(ops._GPU_FAKES)], ops.CUDA.refresh, torch.ops.mlkernels.multi_copy_.default):
+    for overload in (*ops.CUDA[: len(ops._CUDA_FAKES)], ops.CUDA.refresh, torch.ops.mlkernels.multi_copy_.default):
         operators.define(str(overload._schema).split("::")[1], tags=(torch.Tag.pt2_compliant_tag,))
-    for name, fake in ops._GPU_FAKES.items():
+    for name, fake in ops._CUDA_FAKES.items():
         torch.library.register_fake(f"mlkernels_simt::{name}", fake, lib=operators)
     library.keep = operators
     torch.ops.load_library(str(path))

@@ -4,6 +4,7 @@ That the losses are right on this backend is what the tests of the property tabl
 it is about how rows are shared out.
 """
 
+import itertools
 import os
 import random
 import subprocess
@@ -18,6 +19,7 @@ from test_multi_copy import bits, mixed
 
 import mlkernels
 from mlkernels import ops
+from mlkernels.numbering import Slot
 
 pytestmark = pytest.mark.skipif(simt.library()[0] is None, reason="needs the CUDA kernels for the host")
 ROOT = Path(__file__).resolve().parent.parent
@@ -345,15 +347,36 @@ def test_more_partial_sums_than_the_last_block_reads_at_once():
 
 
 @pytest.mark.parametrize("classes", [1, 31, 33, 300, 512, 513, 700])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
 def test_weights_of_classes_under_smoothing(classes, dtype):
-    """The sum of few is taken by every warp, that of more by a launch for each direction."""
-    input, target = rows(3, classes, dtype)
-    weight = torch.linspace(0.2, 1.9, classes, dtype=dtype)
-    for path in simt.PATHS:
+    """The sum of few is taken by every warp, that of many once a step, by the launch that counts labels."""
+    weight = torch.linspace(0.2, 1.9, classes, dtype=torch.promote_types(dtype, torch.float32))
+    calls = [(3, "none"), (3, "mean"), *[(520, "mean"), (520, "sum")] * (classes in (33, 513))]
+    for path, (count, reduction) in itertools.product(simt.PATHS, calls):
+        input, target = rows(count, classes, dtype)
         before = simt.launches()
-        check(input, target, {"path": path, "cluster": -1}, weight=weight, label_smoothing=0.3, tolerance=2)
-        assert simt.launches() - before == (2 if classes <= 512 else 4), path
+        options = {"weight": weight, "label_smoothing": 0.3, "reduction": reduction}
+        check(input, target, {"path": path, "cluster": -1}, tolerance=2, **options)
+        most = 2 if classes <= 512 and reduction == "none" else 3
+        assert simt.launches() - before == most, (path, count, reduction)
+
+
+@pytest.mark.parametrize("reduction", range(3))
+@pytest.mark.parametrize("classes", [6, 700])
+def test_what_all_rows_share(reduction, classes):
+    """The operators return it as they say, and a backward without it finds it out again."""
+    input, target = rows(4, classes, torch.float32)
+    numbers = plain_numbers(Slot.WEIGHT, reduction=reduction, SMOOTHING=0.1)
+    arguments = input, target, numbers, [torch.linspace(0.2, 1.9, classes)]
+    for call, more in ((ops.CUDA.softmax_loss, (True,)), (ops.CUDA.softmax_loss_with_gradient, ())):
+        torch.library.opcheck(call, (*arguments, *more), test_utils=("test_schema", "test_faketensor"))
+    _, saved = ops.CUDA.softmax_loss(*arguments, True)
+    up = torch.full((4,) if reduction == 0 else (), 1.5)
+    kept, again = (
+        ops.CUDA.softmax_loss_backward(up, None, None, None, *arguments, known, 1 << ops.INPUT)[0]
+        for known in (saved, saved[:0])
+    )
+    torch.testing.assert_close(kept, again, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

@@ -14,10 +14,9 @@ void launch_sums(const Device& device, int64_t blocks, const typename Kernel::Pl
 #define MLK_OF_PLAN(KERNEL, T) template void launch_sums<KERNEL<T>>(const Device&, int64_t, const KERNEL<T>::Plan&);
 #define MLK_OF_VISIT(KERNEL, T) \
   template void launch_sums<KERNEL<T>>(const Device&, int64_t, const KERNEL<T>::Plan&, const Visit<T>&);
-#define MLK_INSTANTIATE(T)   \
-  MLK_OF_PLAN(TotalOf, T)    \
-  MLK_OF_PLAN(StoreSums, T)  \
-  MLK_OF_VISIT(CountRows, T) \
+#define MLK_INSTANTIATE(T)  \
+  MLK_OF_PLAN(StoreSums, T) \
+  MLK_OF_VISIT(Prologue, T) \
   MLK_OF_VISIT(TotalLoss, T) MLK_OF_VISIT(SumBuckets, T) MLK_OF_VISIT(SortKeys, T) MLK_OF_VISIT(SumRuns, T)
 MLK_INSTANTIATE(float)
 MLK_INSTANTIATE(double)

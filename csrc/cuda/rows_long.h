@@ -571,7 +571,7 @@ struct RowsLong {
 
     const Batch<T> batch = batch_on_device(simt, v);
     const Factors<T> shared = shared_factors(simt, v);
-    store_factors(simt, v, shared);
+    store_shared(simt, v, shared, batch);
     const bool stores = team.part == 0 && simt.lane() == 0;
     double loss = 0;
     Label next = team.label_before(first);

@@ -88,8 +88,8 @@ struct RowsShort {
     } else {
       shared = shared_factors(simt, v);
     }
-    store_factors(simt, v, shared);
     const Batch<T> batch = batch_on_device(simt, v);
+    store_shared(simt, v, shared, batch);
     const int shift = ONE ? 0 : plan.shift, together = LANES >> shift, own = simt.lane() >> shift;
     const Split split = split_of(v, shift, own);
     double loss = 0;

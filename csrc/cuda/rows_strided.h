@@ -29,7 +29,7 @@ struct RowsStrided {
     if (v.unless_one && *v.unless_one == T(1)) return;
     const Batch<T> batch = batch_on_device(simt, v);
     const Factors<T> shared = shared_factors(simt, v);
-    store_factors(simt, v, shared);
+    store_shared(simt, v, shared, batch);
     double loss = 0;
     const int64_t every = int64_t(simt.blocks()) * simt.threads();
     const int64_t first = int64_t(simt.block()) * simt.threads() + simt.thread();

@@ -7,18 +7,28 @@
 namespace mlkernels {
 namespace MLKERNELS_ISA {
 
-// (blocks, 2): the sum of the kept rows' class weights, and of the kept rows.
+// Ahead of a visit, (blocks, 2): the sums of the kept rows' class weights, and of the kept rows, in `parts`; then, by one
+// block more where it is asked for, the sum of all class weights.
 template <class T>
-struct CountRows {
+struct Prologue {
   static constexpr int THREADS = 256, BLOCKS = 2;
   struct Plan {
+    int parts;
     double* out;
   };
   template <class Simt>
   static MLK_DEVICE void run(const Simt& simt, const Visit<T>& v, const Plan& plan) {
     double weights = 0, rows = 0;
-    count_rows(v, int64_t(simt.block()) * simt.threads() + simt.thread(), int64_t(simt.blocks()) * simt.threads(),
-               weights, rows);
+    if (simt.block() < plan.parts) {
+      count_rows(v, int64_t(simt.block()) * simt.threads() + simt.thread(), int64_t(plan.parts) * simt.threads(),
+                 weights, rows);
+    } else {
+      for (int64_t j = simt.thread(); j < v.classes; j += 4 * AT_ONCE * simt.threads()) {
+        double some[4 * AT_ONCE];
+        read_ahead(v.weight, j, simt.threads(), v.classes, some);
+        weights += sum_of(some);
+      }
+    }
     sum_over_cluster(simt, 0, weights, rows);
     if (simt.thread() != 0) return;
     if (v.arrived && simt.block() == 0) *v.arrived = 0;
@@ -41,28 +51,6 @@ struct TotalLoss {
     if (simt.warp() != 0) return;
     if (v.rows == 0) sum = 0 * double(shared_factors(simt, v).by_class);  // no visit; the mean of none is NaN
     if (simt.lane() == 0) *v.losses = T(sum);
-  }
-};
-
-// The sum of a (count) tensor, by one block.
-template <class T>
-struct TotalOf {
-  static constexpr int THREADS = 256, BLOCKS = 2;
-  struct Plan {
-    const T* in;
-    int64_t count;
-    double* out;
-  };
-  template <class Simt>
-  static MLK_DEVICE void run(const Simt& simt, const Plan& plan) {
-    double sum = 0, none = 0;
-    for (int64_t i = simt.thread(); i < plan.count; i += 4 * AT_ONCE * simt.threads()) {
-      double some[4 * AT_ONCE];
-      read_ahead(plan.in, i, simt.threads(), plan.count, some);
-      sum += sum_of(some);
-    }
-    sum_over_cluster(simt, 0, sum, none);
-    if (simt.thread() == 0) *plan.out = sum;
   }
 };
 

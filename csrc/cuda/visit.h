@@ -26,8 +26,8 @@ struct Visit : Problem<T> {
   Parameter<double> normalizer;
   const double* divisors;
   int parts;
-  const T* known;       // (2): what "mean" made of a row's terms in an earlier visit of the same rows; or null
-  T* factors;           // (2): the same of this one, left here; or null
+  const T* known;       // what all rows share, as an earlier visit of them left it (store_shared); or null
+  T* shared;            // the same of this one, left here; or null
   const T* unless_one;  // nothing is done where this upstream gradient is 1; or null
   bool simple;          // as is_simple says
   double* partials;     // (teams) where the loss is reduced
@@ -292,7 +292,7 @@ MLK_DEVICE Factors<T> factors_of(double weights, double rows) {
 // The factors of every row but for its own weight; by a whole warp.
 template <class Simt, class T>
 MLK_DEVICE Factors<T> shared_factors(const Simt& simt, const Visit<T>& v) {
-  if (v.known) return {v.known[0], v.known[1]};
+  if (v.known && v.spec.reduction == Reduction::MEAN) return {v.known[0], v.known[1]};
   if (v.parts == 0) {
     double by = v.spec.reduction == Reduction::MEAN ? v.normalizer.value : 1.0;
     if (v.normalizer.data) by = read_number<double>(v.normalizer.data, v.normalizer.storage, 0);
@@ -311,12 +311,25 @@ MLK_DEVICE Factors<T> shared_factors(const Simt& simt, const Visit<T>& v) {
   return factors_of<T>(sum_over(simt, weights), sum_over(simt, rows));
 }
 
-// For a later visit of the same rows.
+// Whether the sum of all class weights is needed.
+template <class T>
+MLK_FN bool is_weight_summed(const Visit<T>& v) {
+  return v.smoothing > 0 && v.weight;
+}
+// Of what is kept for a later visit: where that sum lies.
+template <class T>
+MLK_FN int weight_sum_at(const Visit<T>& v) {
+  return v.spec.reduction == Reduction::MEAN ? 2 : 0;
+}
+// For a later visit of the same rows: the factors of "mean", then the sum of all class weights, (2) each.
 template <class Simt, class T>
-MLK_DEVICE void store_factors(const Simt& simt, const Visit<T>& v, const Factors<T>& shared) {
-  if (!v.factors || simt.block() != 0 || simt.thread() != 0) return;
-  v.factors[0] = shared.by_class;
-  v.factors[1] = shared.by_row;
+MLK_DEVICE void store_shared(const Simt& simt, const Visit<T>& v, const Factors<T>& factors, const Batch<T>& batch) {
+  if (!v.shared || simt.block() != 0 || simt.thread() != 0) return;
+  if (v.spec.reduction == Reduction::MEAN) {
+    v.shared[0] = factors.by_class;
+    v.shared[1] = factors.by_row;
+  }
+  if (is_weight_summed(v)) v.shared[weight_sum_at(v)] = v.shared[weight_sum_at(v) + 1] = batch.weight_sum;
 }
 
 // By a whole warp.
@@ -324,9 +337,12 @@ template <class Simt, class T>
 MLK_DEVICE Batch<T> batch_on_device(const Simt& simt, const Visit<T>& v) {
   if (v.simple) return {0, 0, 0, v.weight_sum, v.classes};
   Batch<T> out = batch_of(v);
-  if (v.weight_total) {
+  if (!is_weight_summed(v)) return out;
+  if (v.known) {
+    out.weight_sum = v.known[weight_sum_at(v)];
+  } else if (v.weight_total) {
     out.weight_sum = T(*v.weight_total);
-  } else if (v.smoothing > 0 && v.weight) {
+  } else {
     double sum = 0;
     for (int64_t j = simt.lane(); j < v.classes; j += AT_ONCE * LANES) {
       double some[AT_ONCE];
