@@ -32,6 +32,7 @@ import mlkernels  # noqa: E402
 F64 = torch.float64
 WIDTHS = (1, 2, 3, 8, 16, 30, 64)
 DTYPES = (torch.float32, torch.float32, F64, torch.bfloat16)
+GROUP = 64  # rows whose loss to rounding is added up together
 ROUNDINGS = 192  # a product's sums, and the exponentials of what they give
 
 
@@ -76,7 +77,8 @@ def drawn(seed: int) -> Case:
     loss = rng.choice([one for one in table.LOSSES if served(one)])
     large = rng.random() < 0.1
     return Case(
-        seed, loss.name, rng.choice(loss.forms), rng.randint(1, 300 if large else 40), rng.choice(WIDTHS),
+        seed, loss.name, rng.choice(loss.forms), rng.randint(1, 300 if large else 40),
+        max(rng.choice(WIDTHS), 8 if loss.draws == "cosines" else 1),  # of few features some are parallel: arccos of 1
         rng.randint(2000, 20000) if large else rng.randint(1, 300), rng.choice(DTYPES), loss.draws == "cosines",
         loss.draws != "cosines" and rng.random() < 0.4, rng.choice(["mean", "mean", "sum", "none"]),
         rng.choice([None, None, None, "stored", "tiles", "rows"]), rng.choice([None, None, 1 << 16, 1 << 20]),
@@ -84,6 +86,11 @@ def drawn(seed: int) -> Case:
         tuple(one for one in ("weight", "row_weight", "logit_adjustment", "label_smoothing", "z_loss", "softcap")
               if rng.random() < 0.2 and not (one == "softcap" and table.jumps(loss))),
     )  # fmt: skip
+
+
+def mean_of(rows: Tensor) -> Tensor:
+    """No smaller than that of any group of rows is."""
+    return torch.stack([group.sum(0).abs() / max(len(group), 1) for group in rows.split(GROUP)]).amax(0)
 
 
 def called(case: Case) -> tuple[list[Check], int]:
@@ -141,11 +148,14 @@ def called(case: Case) -> tuple[list[Check], int]:
     largest = by_logits.abs().amax().nan_to_num(0, 0, 0)
     slack = by_logits.abs() + largest * 1e-4  # of each element of dL/dlogits, in roundings
     half = torch.finfo(case.dtype).eps if case.dtype == torch.bfloat16 else 0.0
-    eps_products = ROUNDINGS * eps + half  # a tile of bfloat16 gradients is rounded, up or down by place
+    # A tile of bfloat16 gradients is rounded, up or down by place; what that loses meets the mean of the other operand.
+    eps_products = ROUNDINGS * eps + half
     longest = 4.0 if case.normalize else 1.0  # cosines' derivatives
+    by_row, by_class = slack.sum(1, keepdim=True), slack.sum(0)[:, None]
     bounds = {
-        "x": longest * eps_products * (slack @ weight.abs() + slack.sum(1, keepdim=True) * 1e-3),
-        "weight": longest * eps_products * (slack.T @ x.abs() + slack.sum(0)[:, None] * 1e-3),
+        "x": longest * (eps_products * (slack @ weight.abs() + by_row * 1e-3) + half * by_row * mean_of(weight)),
+        "weight": longest
+        * (eps_products * (slack.T @ x.abs() + by_class * 1e-3) + half * by_class * mean_of(x[target >= 0])),
         "bias": eps_products * slack.sum(0),
     }
     checks = [
