@@ -87,7 +87,7 @@ SUBJECTS: dict[str, Subject] = {
         "apply|check_(indices|range)",
     ),
     "opcheck": Subject(
-        (_ops,), _of("opcheck"), "needed|slots_of|_gradients|_loss_like|_softmax.*|_factors"
+        (_ops,), _of("opcheck"), "needed|slots_of|_gradients|_loss_like|_softmax.*|_with_factors|_of_mean"
     ),
     "operators": _cpu(
         ("csrc/rows.h", "csrc/call.h", "csrc/library_cpu.cpp"),
