@@ -12,11 +12,16 @@ numbers that differ by a few roundings, and what moves by a jump (a bin's edge, 
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
+import math
 import random
 import sys
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -276,6 +281,25 @@ def shrunk(case: Case, backend: str) -> Case:
     return case
 
 
+def ran(
+    name: str, cases: Iterable[Any], check: Callable[[Any], str | None], minutes: float, *, most_rows: float = math.inf,
+    most_calls: float = math.inf,
+) -> int:  # fmt: skip
+    """Asks one case after another, and says what was wrong; 1 where something was."""
+    rows = calls = failed = 0
+    begun = time.monotonic()
+    for case in cases:
+        if rows >= most_rows or calls >= most_calls or time.monotonic() - begun >= 60 * minutes:
+            break
+        word = check(case)
+        if word:
+            failed += 1
+            print(f"--case {case.seed}: {case}\n    {word[:400]}", flush=True)
+        calls, rows = calls + 1, rows + case.rows
+    print(f"{name}: {calls} calls, {rows} rows, {failed} failed, {time.monotonic() - begun:.0f} s")
+    return int(failed > 0)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="fuzz", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("backend", nargs="?", default="cpu", choices=("cpu", "triton", "cuda"))
@@ -294,17 +318,9 @@ def main() -> int:
             case = shrunk(case, arguments.backend)
             print("shrunk:", case, wrong(case, arguments.backend), sep="\n")
         return 0
-    rows = calls = failed = 0
-    begun = time.monotonic()
-    while rows < arguments.rows and time.monotonic() - begun < 60 * arguments.minutes:
-        case = drawn(arguments.seed + calls, arguments.most_rows, arguments.most_classes)
-        word = wrong(case, arguments.backend)
-        if word:
-            failed += 1
-            print(f"--case {case.seed}: {case}\n    {word[:400]}", flush=True)
-        calls, rows = calls + 1, rows + case.rows
-    print(f"{arguments.backend}: {calls} calls, {rows} rows, {failed} failed, {time.monotonic() - begun:.0f} s")
-    return int(failed > 0)
+    cases = (drawn(seed, arguments.most_rows, arguments.most_classes) for seed in itertools.count(arguments.seed))
+    wrong_here = functools.partial(wrong, backend=arguments.backend)
+    return ran(arguments.backend, cases, wrong_here, arguments.minutes, most_rows=arguments.rows)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ only losses without jumps see them.
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import table  # noqa: E402
 
 import mlkernels  # noqa: E402
+from tools import fuzz  # noqa: E402
 
 F64 = torch.float64
 WIDTHS = (1, 2, 3, 8, 16, 30, 64)
@@ -209,17 +210,8 @@ def main() -> int:
         case = drawn(arguments.case)
         print(case, wrong(case), sep="\n")
         return 0
-    calls = rows = failed = 0
-    begun = time.monotonic()
-    while calls < arguments.calls and time.monotonic() - begun < 60 * arguments.minutes:
-        case = drawn(arguments.seed + calls)
-        word = wrong(case)
-        if word:
-            failed += 1
-            print(f"--case {case.seed}: {case}\n    {word[:400]}", flush=True)
-        calls, rows = calls + 1, rows + case.rows
-    print(f"heads: {calls} calls, {rows} rows, {failed} failed, {time.monotonic() - begun:.0f} s")
-    return int(failed > 0)
+    cases = map(drawn, itertools.count(arguments.seed))
+    return fuzz.ran("heads", cases, wrong, arguments.minutes, most_calls=arguments.calls)
 
 
 if __name__ == "__main__":
