@@ -12,6 +12,8 @@ import pytest
 import torch
 from test_install import COMPILER, library, nm
 
+from mlkernels.backends import native
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "csrc"))
 import build  # noqa: E402
@@ -27,6 +29,20 @@ def script(path, text):
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(0o755)
     return path
+
+
+# ---- how -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(native.cpu_isa() is None, reason="no CPU kernels")
+def test_bits_do_not_depend_on_where_arrays_lie(tmp_path):
+    """Loops over two arrays, with the library's flags: a compiler may make one for arrays that lie close together, and
+    contract other products in it."""
+    isa = native.cpu_isa().removesuffix("_bf16")
+    command = [*build.compiling(TORCH, build.find_compiler()), *build.ISAS[isa], f"-DMLKERNELS_ISA={isa}"]
+    program = tmp_path / "sweeps"
+    subprocess.run([*command, str(ROOT / "tests/sweeps.cpp"), "-o", str(program)], check=True, cwd=ROOT)
+    assert not subprocess.run([program], check=True, capture_output=True, text=True).stdout
 
 
 # ---- what is compiled, and when --------------------------------------------------------------------------------------

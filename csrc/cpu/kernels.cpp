@@ -24,6 +24,7 @@ void gather_rows(const S* const* rows, int count, int64_t stride, int64_t classe
     for (int b = 0; b < count; ++b) {
       const S* in = rows[b];
       T* to = out + b * pitch;
+#pragma omp simd
       for (int64_t j = 0; j < classes; ++j) to[j] = widen(in[j]);
     }
     return;
@@ -65,6 +66,7 @@ void scatter_rows(S* const* rows, int count, int64_t stride, int64_t classes, co
     for (int b = 0; b < count; ++b) {
       S* to = rows[b];
       const T* in = from + b * pitch;
+#pragma omp simd
       for (int64_t j = 0; j < classes; ++j) narrow(in[j], to[j]);
     }
     return;
@@ -458,9 +460,11 @@ void run_lanes(const CpuProblem<T>& given, int64_t begin, int64_t end) {
     for (int b = count; b < W; ++b) from[b] = from[0];
     if (side_by_side) {
       for (int64_t j = 0; j < classes; ++j)
+#pragma omp simd
         for (int b = 0; b < W; ++b) e[j * W + b] = widen(from[0][j * in_stride + b]);
     } else {
       for (int b = 0; b < W; ++b)
+#pragma omp simd
         for (int64_t j = 0; j < classes; ++j) e[j * W + b] = widen(from[b][j * in_stride]);
     }
 
@@ -525,6 +529,7 @@ void run_lanes(const CpuProblem<T>& given, int64_t begin, int64_t end) {
       for (int64_t j = 0; j < classes; ++j) put(to[0] + j * out_stride, load(e + j * W), false);
     } else {
       for (int b = 0; b < count; ++b)
+#pragma omp simd
         for (int64_t j = 0; j < classes; ++j) narrow(e[j * W + b], to[b][j * out_stride]);
     }
   }

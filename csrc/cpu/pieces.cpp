@@ -2,6 +2,7 @@
 // one, and its gradient. A tile is read where its product has just left it, in the cache, and written in place.
 #include "pieces.h"
 
+#include <algorithm>
 #include <numeric>
 #include <vector>
 
@@ -102,7 +103,7 @@ void gradient(const PieceGradient<T>& p, int64_t begin, int64_t end) {
     if (!p.seen) logits_of(p, g);
     const T* u = g;
     if (!scratch.empty()) {
-      for (int64_t j = 0; j < p.classes; ++j) scratch[size_t(j)] = g[j];
+      std::copy(g, g + p.classes, scratch.begin());
       u = scratch.data();
     }
     const int64_t y = p.label[row] - p.start;
@@ -164,6 +165,7 @@ void along_length(T* gradient, const T* direction, const T* inverse, int64_t cla
     for (; j + W <= n; j += W) sum += load(gradient + j) * load(direction + j);
     T along = sum_of<T>(sum);
     for (; j < n; ++j) along += gradient[j] * direction[j];
+#pragma omp simd
     for (j = 0; j < n; ++j) gradient[j] = inverse[k] * (gradient[j] - along * direction[j]);
   }
 }

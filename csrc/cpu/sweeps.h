@@ -110,7 +110,12 @@ T sweep_square(const T* u, int64_t n, T m, T s) {
 // g_j = (factor + slope (u_j - m)) g_j, where g_j = exp(s (u_j - m)).
 template <class T>
 void sweep_slope(T* g, const T* u, int64_t n, T m, T factor, T slope) {
-  for (int64_t j = 0; j < n; ++j) g[j] = factor * g[j] + (g[j] == 0 ? T(0) : slope * g[j] * (u[j] - m));
+  constexpr int W = WIDTH<T>;
+  const auto one = [&](Vec<T> e, Vec<T> d) { return factor * e + (e == Vec<T>{} ? Vec<T>{} : slope * e * d); };
+  int64_t j = 0;
+  for (; j + W <= n; j += W) store(g + j, one(load(g + j), load(u + j) - m));
+  if (j < n)
+    store_first(g + j, int(n - j), one(load_first(g + j, int(n - j), T(0)), load_first(u + j, int(n - j), T(0)) - m));
 }
 
 // The sum of w_j (u_j - m); w null: ones.
@@ -230,6 +235,7 @@ void sweep_add(T* to, const T* from, int64_t n, T factor) {
 // g_j -= spread w_j; w null: ones.
 template <class T>
 void sweep_spread(T* g, const T* w, int64_t n, T spread) {
+#pragma omp simd
   for (int64_t j = 0; j < n; ++j) g[j] -= w ? spread * w[j] : spread;
 }
 
@@ -242,8 +248,10 @@ void prepare_row(Preparation<T> p, T* u, int64_t n) {
 }
 template <class T>
 void unprepare_row(Preparation<T> p, T* g, const T* u, int64_t n) {
-  if (p.softcap > 0)
+  if (p.softcap > 0) {
+#pragma omp simd
     for (int64_t j = 0; j < n; ++j) g[j] = unprepare(p, g[j], u[j], j);
+  }
 }
 
 }  // namespace
