@@ -328,7 +328,4 @@ def check_loss(spec: Spec, values: Sequence[Number | None], **options: Unpack[Op
         tensor = tensors.get(slot)
         if tensor is not None and slot not in spec.tables:
             check_floating(word, tensor)
-            on_host = tensor.is_cpu and not tracing.traced(tensor)
-            _check_value(slot, name, word, tensor, on_host)
-            if on_host and name == "m2" and bool(tensor.isfinite().all()):  # degrees, as a number of them would be
-                check_number(word, max(tensor.flatten().tolist(), key=abs, default=0.0), name)
+            _check_value(slot, name, word, tensor, tensor.is_cpu and not tracing.traced(tensor))

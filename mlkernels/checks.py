@@ -56,6 +56,8 @@ _Range: TypeAlias = tuple[float, float, float, str]
 _POSITIVE: _Range = (0.0, -math.inf, math.inf, "> 0")
 _NOT_NEGATIVE: _Range = (-math.inf, 0.0, math.inf, ">= 0")
 _SHARE: _Range = (-math.inf, 0.0, 1.0, "in [0, 1]")
+#: As float32 has it.
+_HALF_TURN = math.pi * (1 + 1e-7)
 #: What each argument takes.
 _RANGES: dict[str, _Range] = {
     **dict.fromkeys(("scale", "scale_low", "scale_high", "logit_norm", "norm"), _POSITIVE),
@@ -64,9 +66,8 @@ _RANGES: dict[str, _Range] = {
     **dict.fromkeys(("k", "tau_min"), (0.0, -math.inf, 1.0, "in (0, 1]")),
     **dict.fromkeys(("label_smoothing", "participation"), _SHARE),
     "normalizer": (0.0, -math.inf, sys.float_info.max, "> 0 and finite"),
+    "m2": (-math.inf, -_HALF_TURN, _HALF_TURN, "finite"),
 }
-#: Half a turn, as float32 has it.
-_LARGEST_ANGLE = math.pi * (1 + 1e-7)
 _FINITE: _Range = (-math.inf, -math.inf, math.inf, "finite")
 
 
@@ -91,13 +92,17 @@ def check_number(word: str, value: float, rule: str | None = None, takes: str = 
     if not (number > above and low <= number <= high and abs(number) < math.inf):
         if rule == "eta" and abs(number) == math.inf:
             return number
+        if rule == "m2" and math.isfinite(number):
+            raise _degrees(word, str(value), f"math.radians({value})", number)
         raise ValueError(f"{word} must be {words}, got {value}")
-    if rule == "m2" and abs(number) > _LARGEST_ANGLE:
-        raise ValueError(
-            f"{word} is an angle in radians, at most pi, got {value}; if those are degrees, pass "
-            f"math.radians({value}) = {math.radians(number):.4g}"
-        )
     return number
+
+
+def _degrees(word: str, given: str, instead: str, angle: float) -> ValueError:
+    return ValueError(
+        f"{word} is an angle in radians, at most pi, got {given}; if those are degrees, pass {instead} = "
+        f"{math.radians(angle):.4g}"
+    )
 
 
 def _real(word: str, value: object, takes: str) -> float:
@@ -138,18 +143,17 @@ def check_index(word: str, value: int) -> int:
 def check_range(word: str, tensor: Tensor, rule: str | None = None) -> None:
     """The same for a tensor in the host's memory; reading one on a device would synchronise."""
     above, low, high, words = _RANGES.get(rule or word, _FINITE)
-    if tensor.numel() == 1:
-        value = tensor.item()
-        if value > above and low <= value <= high:
+    if tensor.numel() != 1:
+        unbounded = above == low == -math.inf and high == math.inf
+        if unbounded or not bool(((tensor <= above) | (tensor < low) | (tensor > high)).any()):
             return
+    for value in [tensor.item()] if tensor.numel() == 1 else tensor.flatten().tolist():
         # A non-finite parameter is a training run gone wrong, not a bad argument: it gives NaN rows. A divisor is none.
-        if math.isfinite(value) or word == "normalizer":
-            raise ValueError(f"{word} must be {words}, got a tensor holding {value}")
-    elif above > -math.inf or low > -math.inf or high < math.inf:
-        outside = (tensor <= above) | (tensor < low) | (tensor > high)
-        if bool(outside.any()):
-            first = tensor.detach().reshape(-1)[outside.reshape(-1).nonzero()[0]].item()
-            raise ValueError(f"{word} must be {words}, got a tensor holding {first}")
+        if not (value > above and low <= value <= high) and (math.isfinite(value) or word == "normalizer"):
+            given = f"a tensor holding {value}"
+            if rule == "m2":
+                raise _degrees(word, given, f"torch.deg2rad({word})", value)
+            raise ValueError(f"{word} must be {words}, got {given}")
 
 
 def check_scalar(word: str, value: Number, rule: str | None = None) -> Number:

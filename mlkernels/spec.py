@@ -172,9 +172,12 @@ class _Part:
     _options: ClassVar[tuple[str, ...]]
     _values: ClassVar[Callable[[Any], tuple[Any, ...]]]
     _structure: ClassVar[Callable[[Any], tuple[Any, ...]]]
+    _takes_fields: ClassVar[bool] = True
 
     def __init_subclass__(cls, kind: TransformKind | ScaleKind | HeadKind | None = None) -> None:
         if kind is None:  # a class of the user's own
+            if "__init__" in vars(cls):  # before a dataclass has made one
+                cls._takes_fields = False
             return
         known: Any = {TransformKind: TRANSFORM_VALUES, ScaleKind: SCALE_VALUES, HeadKind: HEAD_VALUES}[type(kind)]
         cls.kind, numbers = kind, [value.composed.partition(".")[2] for value in known[kind]]
@@ -182,6 +185,8 @@ class _Part:
         cls._values, cls._structure = _reader(*numbers), _reader("__class__", *cls._options)
 
     def __new__(cls, *given: object, **keywords: object) -> Self:
+        if not cls._takes_fields:
+            return super().__new__(cls)
         fields: tuple[str, ...] = tuple(cls.__dataclass_fields__)  # type: ignore[attr-defined]
         few = sum(not one.kw_only for one in cls.__dataclass_fields__.values())  # type: ignore[attr-defined]
         if len(given) > few:

@@ -192,6 +192,23 @@ def test_errors_are_those_of_python(bad):
     assert str(found.value) == str(wanted.value)
 
 
+def test_degrees_after_radians(served):
+    """What tensors hold is looked at again in a call that is remembered, a head's too; lost ones are NaN rows."""
+    head = mlkernels.LinearLoss(mlkernels.MarginLoss(scale=4.0), 5, 7, normalize=True)
+    x, target = logits(6, 5), TARGET.clamp(0)
+    arcface = lambda margin: mlkernels.arcface_loss(x, target, margin=margin)
+    of_head = lambda margin: mlkernels.linear_softmax_loss(
+        x, head.weight, target, normalize=True, loss=lambda f, y: mlkernels.arcface_loss(f, y, margin=margin)
+    )
+    for call, classes in ((arcface, 5), (of_head, 7)):
+        for shape in ((), (classes,), (6, 1)):
+            for dtype in (torch.float32, torch.bfloat16):
+                assert call(torch.full(shape, 0.5, dtype=dtype)).isfinite() and served[-1]
+                assert call(torch.full(shape, float("nan"), dtype=dtype)).isnan() and served[-1]
+                with pytest.raises(ValueError, match=r"^margin is an angle in radians.* got a tensor holding 28.*deg"):
+                    call(torch.full(shape, 28.6, dtype=dtype))
+
+
 def test_tables_that_do_not_fit_say_so():
     two, three = torch.ones(2), torch.ones(3)
     for slope, bias, group in ((two, three, None), (two.expand(2, 2), two.expand(2, 2), None), (two, two, TARGET)):

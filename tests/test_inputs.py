@@ -1,5 +1,6 @@
 """Bad arguments: an error that names the argument, what came and what it takes, before anything is touched."""
 
+import math
 import warnings
 from functools import partial
 
@@ -244,8 +245,12 @@ CASES = [
                 partial(mlkernels.sphereface_loss, margin=2.0, beyond_pi="linear"),
             ),
             ("margin", "radians|degrees|0.4992", ValueError, partial(mlkernels.arcface_loss, margin=28.6)),
+            ("margin", "radians|degrees|0.4992", ValueError, partial(mlkernels.arcface_loss, margin=T(28.6))),
+            ("m2", "radians|degrees|-0.8727", ValueError, partial(margin, m2=T([0.5, INF, -50.0]))),
+            ("m2", "radians|degrees|0.5236", ValueError, partial(margin, m2=T([[0.5]] * (N - 1) + [[30.0]]).half())),
             ("m2", "radians|degrees|-3.2", ValueError, partial(margin, m2=-3.2)),
             ("Margin.m2", "radians|degrees|30", ValueError, partial(softmax, transform=Margin(m2=30))),
+            ("Margin.m2", "radians|degrees|0.5236", ValueError, partial(softmax, transform=Margin(m2=T([30.0])))),
             ("Margin.m1", "> 0", ValueError, partial(softmax, transform=Margin(m1=0.0))),
             ("Margin.norm", "> 0", ValueError, partial(softmax, transform=Margin(norm=T([[-1.0]] * N)))),
             ("Affine.slope", "finite", ValueError, partial(softmax, transform=Affine(slope=NAN))),
@@ -324,6 +329,10 @@ def test_the_ends_of_ranges_are_legal(backend):
     for k in (0, T(0.0), torch.linspace(0, 1, C)):  # the end that is left out
         with pytest.raises(ValueError, match=r"k must be in \(0, 1\]"):
             softmax(x, y, head=Truncated(k), **options)
+    for half_turn in (math.pi, T(math.pi), torch.full((C,), -math.pi), T([[math.pi]] * N).bfloat16()):
+        assert mlkernels.arcface_loss(x, y, margin=half_turn, **options).isfinite()
+    for lost in (T(NAN), T([0.5, INF, NAN]), T([[NAN], [-INF], [0.5], [INF]])):  # a training run gone wrong
+        assert mlkernels.arcface_loss(x, y, margin=lost, **options).isnan()
     miss = 1 - x.softmax(1).gather(1, y.unsqueeze(1)).mean()
     for zero in (0, T(0.0)):
         assert float(modulated(x, y, alpha=zero, **options)) == 0.0

@@ -692,6 +692,8 @@ def test_margins_beside_products():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         mlkernels.LinearLoss(mlkernels.ArcFaceLoss(), 5, 23, normalize=True)
+        meant = mlkernels.LinearLoss(mlkernels.ArcFaceLoss(), 5, 23, normalize=False)  # of features that are cosines
+        assert meant.normalize is False
         mlkernels.LinearLoss(mlkernels.MarginLoss(m2=0.5), 5, 23)  # L-Softmax is of products, with their norm
 
 

@@ -1,6 +1,7 @@
 """What a loss is, apart from how it is computed."""
 
 import dataclasses
+import math
 import pickle
 
 import pytest
@@ -52,6 +53,27 @@ def test_frozen():
         spec().head = HeadKind.TAU
     with pytest.raises(dataclasses.FrozenInstanceError):
         mlkernels.Margin().m1 = 2.0
+
+
+def test_classes_of_the_users_own():
+    """What their constructors take is theirs to say; the dataclasses among them take the fields."""
+
+    class Degrees(mlkernels.Margin):
+        def __init__(self, degrees, *, easy=False):
+            super().__init__(m2=math.radians(degrees), beyond_pi="easy" if easy else None)
+
+    @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+    class Named(mlkernels.Margin):
+        name: str = ""
+
+    x, y = torch.eye(3), torch.tensor([0, 1, 0])
+    wanted = mlkernels.arcface_loss(x, y, margin=0.5, scale=2.0, beyond_pi="easy")
+    for own in (Degrees(math.degrees(0.5), easy=True), Named(m2=0.5, beyond_pi="easy", name="arcface")):
+        assert torch.equal(mlkernels.softmax_loss(x, y, transform=own, scale=2.0), wanted)
+    with pytest.raises(TypeError, match=r"__init__\(\) got an unexpected keyword argument 'radians'"):
+        Degrees(radians=0.5)
+    with pytest.raises(TypeError, match=r"Named\(\) takes no 'margin'; there are m1, .*name"):
+        Named(margin=0.5)
 
 
 def test_printable():

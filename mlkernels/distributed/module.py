@@ -92,7 +92,7 @@ class ClassParallelLoss(nn.Module):
         process_group: dist.ProcessGroup | None = None,
         device_mesh: DeviceMesh | None = None,
         bias: bool = False,
-        normalize: bool = False,
+        normalize: bool | None = None,
         strategy: Strategy | None = None,
         memory: int | None = None,
         compact: bool = False,
@@ -115,8 +115,7 @@ class ClassParallelLoss(nn.Module):
         with self._group.telling():
             check_callable(loss)
             check_flag("bias", bias)
-            check_flag("normalize", normalize)
-            check_cosines(loss, normalize)
+            normalize = check_cosines(loss, normalize)
             if bias and normalize:
                 raise ValueError("bias has no meaning beside normalize=True: cosines have none")
             in_features = check_size("in_features", in_features, 0)

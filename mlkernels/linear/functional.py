@@ -214,12 +214,17 @@ def check_callable(loss: Any) -> None:
         raise TypeError(f"{takes}, got {type(loss).__name__}")
 
 
-def check_cosines(loss: Any, normalize: bool) -> None:
-    """What is nearly always forgotten: of products with lengths in them these losses have values, but no angles."""
-    if not normalize and isinstance(loss, (ArcFaceLoss, CosFaceLoss, SphereFaceLoss)):
+def check_cosines(loss: Any, normalize: bool | None) -> bool:
+    """Whether the logits are cosines; None: nobody has said so. What is nearly always forgotten: of products with
+    lengths in them margin losses have values, but no angles."""
+    if normalize is not None:
+        check_flag("normalize", normalize)
+        return normalize
+    if isinstance(loss, (ArcFaceLoss, CosFaceLoss, SphereFaceLoss)):
         name = type(loss).__name__
         words = f"{name} takes cosines: pass normalize=True beside {name}(...)"
         warnings.warn(words, UserWarning, stacklevel=_level_outside())
+    return False
 
 
 def _level_outside() -> int:

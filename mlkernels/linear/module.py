@@ -68,7 +68,7 @@ class LinearLoss(nn.Module):
         num_classes: int,
         *,
         bias: bool = False,
-        normalize: bool = False,
+        normalize: bool | None = None,
         weight: nn.Parameter | None = None,
         strategy: Strategy | None = None,
         memory: int | None = None,
@@ -84,8 +84,7 @@ class LinearLoss(nn.Module):
         in_features = check_size("in_features", in_features, 0)
         num_classes = check_size("num_classes", num_classes)
         check_flag("bias", bias)
-        check_flag("normalize", normalize)
-        check_cosines(loss, normalize)
+        normalize = check_cosines(loss, normalize)
         if bias and normalize:
             raise ValueError("bias has no meaning beside normalize=True: cosines have none")
         self.strategy, self.memory, self.compact = check_plan(Cut(strategy, memory, compact), tile_update)
