@@ -3,6 +3,7 @@
 import copy
 import inspect
 import io
+import pickle
 import re
 
 import pytest
@@ -154,8 +155,26 @@ def test_state_copies_and_pickles(module, own, function):
     other.load_state_dict(saved(one))
     input, target = draw()
     wanted = one(input, target)
-    for twin in (other, copy.deepcopy(one)):
+    for twin in (other, copy.deepcopy(one), pickle.loads(pickle.dumps(one))):
         assert torch.equal(twin(input, target), wanted)
+
+
+def test_those_beside_the_family_are_copied_and_pickled():
+    x, y = draw()
+    cross_entropy = mlkernels.CrossEntropyLoss()
+    for one in (
+        mlkernels.LGMLoss(num_classes=C, num_features=C),
+        mlkernels.CenterLoss(num_classes=C, num_features=C, rate=0.5),
+        mlkernels.MultiMarginLoss(p=2),
+        mlkernels.JointLoss([cross_entropy, mlkernels.FocalLoss()], mode="uncertainty"),
+        mlkernels.LinearLoss(mlkernels.CosFaceLoss(margin=nn.Parameter(torch.tensor(0.3))), C, 9, normalize=True),
+        mlkernels.LinearLoss(cross_entropy, C, 9, bias=True, tile_update=mlkernels.TileSGD(lr=0.1, momentum=0.9)),
+    ):
+        twins = copy.deepcopy(one), pickle.loads(pickle.dumps(one))
+        wanted = one(x, y)  # moves centers
+        for twin in twins:
+            assert torch.equal(twin(x, y), wanted), one
+            assert repr(twin) == repr(one) and twin.state_dict().keys() == one.state_dict().keys()
 
 
 def test_every_number_of_a_loss_can_be_trained():

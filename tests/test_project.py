@@ -49,6 +49,35 @@ def test_links_lead_somewhere(page):
         assert ((ROOT / page).parent / link).exists(), link
 
 
+def test_links_out_are_addresses():
+    """Whether somebody answers there is for docs/releasing.md to ask."""
+    text = "\n".join(
+        read(str(p)) for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("mlkernels/**/*.py")]
+    )
+    links = set(re.findall(r"\b\w+://[^\s)>\"`']+", text))
+    assert len(links) > 20
+    for link in links:
+        assert re.fullmatch(r"https://[\w-]+(\.[\w-]+)+(/[\w.~/-]*)?", link), link
+        if "arxiv" in link:  # the year and the month of its number
+            assert re.fullmatch(r"https://arxiv\.org/abs/\d\d(0[1-9]|1[0-2])\.\d{4,5}", link), link
+
+
+def test_the_conda_recipe_asks_for_what_the_project_does():
+    yaml = pytest.importorskip("yaml")
+    recipe = yaml.safe_load(found(r"```yaml\n((?s:.*?))```", read("docs/releasing.md")))
+    project = read("pyproject.toml")
+    assert recipe["context"]["version"] == mlkernels.__version__
+    assert recipe["package"]["name"] == found(r'^name = "([^"]+)"', project)
+    assert recipe["about"]["license"] == found(r'^license = "([^"]+)"', project)
+    assert recipe["about"]["summary"] == found(r'^description = "([^"]+)"', project)
+    torch = found(r'"torch(>=[\d.]+)"', project)
+    assert recipe["requirements"]["run"] == [
+        f'python {found(r"""requires-python = "([^"]+)""", project)}', "numpy", f"pytorch {torch}"
+    ]  # fmt: skip
+    built_with = {one.replace(" ", "") for one in recipe["requirements"]["host"]}
+    assert {*re.findall(r'"([^"]+)"', found(r"^requires = \[(.*?)\]", project)), f"pytorch{torch}"} <= built_with
+
+
 def test_the_map_has_every_file():
     page = read("docs/architecture.md")
     for path in [*ROOT.glob("mlkernels/**/*.py"), *ROOT.glob("csrc/**/*.cpp"), *ROOT.glob("csrc/*.h")]:
