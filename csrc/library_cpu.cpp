@@ -172,10 +172,10 @@ template <class With>
 bool directly(const DirectCall& call, const DirectHead& head, With with) {
   return directly(call, [&](const Tensor& x, const Tensor& target, const std::vector<double>& numbers,
                             const std::vector<Tensor>& params) {
-    const Tensor weight = owned(head.weight), room = room_like(x, {head.room});
+    const Tensor weight = owned(head.weight);
     const std::optional<Tensor> bias = head.bias ? std::optional<Tensor>(owned(head.bias)) : std::nullopt;
     const std::vector<int64_t> plan(head.plan, head.plan + 5);
-    with(HeadArguments{x, weight, bias, head.normalize, target, room, plan, numbers, params});
+    with(HeadArguments{x, weight, bias, head.normalize, target, head.room, plan, numbers, params});
   });
 }
 

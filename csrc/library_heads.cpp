@@ -144,7 +144,7 @@ struct WholeHead {
   Tensor x;  // the rows that are left; their directions, where cosines are wanted
   const Tensor& weight;
   const std::optional<Tensor>& bias;
-  const Tensor& room;
+  const Tensor room;
   const std::vector<int64_t>& plan;
   std::vector<int64_t> cut;  // of the plan, that of classes
   Call<T> call;
@@ -160,7 +160,7 @@ struct WholeHead {
       : x(of.x),
         weight(of.weight),
         bias(of.bias),
-        room(of.room),
+        room(room_of({of.room}, type_of<T>(), sizeof(T))),
         plan(of.plan),
         call(of.target, of.numbers, of.params, checked()),
         p(call.p),
@@ -188,7 +188,7 @@ struct WholeHead {
     STD_TORCH_CHECK(plan.size() == 5 && plan[3] > 0, "plan must be five numbers");
     STD_TORCH_CHECK(
         !bias || (bias->numel() == weight.size(0) && bias->is_contiguous() && bias->scalar_type() == type_of<T>()),
-        "bias is a number for each class, of the room's dtype");
+        "bias is a number for each class, of the dtype of sums");
     return weight.size(0);
   }
 
@@ -219,7 +219,7 @@ struct WholeHead {
   }
 
   void take_directions() {
-    STD_TORCH_CHECK(!bias && x.scalar_type() == type_of<T>(), "cosines have no bias, and x in the room's dtype");
+    STD_TORCH_CHECK(!bias && x.scalar_type() == type_of<T>(), "cosines have no bias, and x in the dtype of sums");
     const T* const from = static_cast<const T*>(x.data_ptr());
     Tensor unit = empty({left, width}, type_of<T>()), inverses = empty({classes}, type_of<T>());
     T *const to = static_cast<T*>(unit.data_ptr()), *const one_over = static_cast<T*>(inverses.data_ptr());
@@ -344,7 +344,7 @@ struct HeadGradients {
     STD_TORCH_CHECK(!(needs >> (INPUT + 3)) && (head.bias || !(needs >> BIAS_BIT & 1)),
                     "needs asks for the gradient of what is no tensor");
     if (needs >> INPUT & 1) dx = empty({head.left, head.width}, type_of<T>());
-    if (needs >> WEIGHT_BIT & 1) dw = room_like(head.room, {head.classes, head.width});
+    if (needs >> WEIGHT_BIT & 1) dw = room_of({head.classes, head.width}, type_of<T>(), sizeof(T));
     if (needs >> BIAS_BIT & 1) db = empty({head.classes}, type_of<T>());
     for (const auto& sum : {dw, db})
       if (sum && head.left == 0) std::memset(sum->data_ptr(), 0, size_t(sum->numel()) * sizeof(T));
@@ -533,17 +533,17 @@ namespace {
 
 // The operators, whose arguments HeadArguments are.
 auto loss_with_gradients(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, bool normalize,
-                         const Tensor& target, const Tensor& room, std::vector<int64_t> plan,
-                         std::vector<double> numbers, std::vector<Tensor> params, int64_t needs) {
+                         const Tensor& target, int64_t room, std::vector<int64_t> plan, std::vector<double> numbers,
+                         std::vector<Tensor> params, int64_t needs) {
   return linear_loss_with_gradients({x, weight, bias, normalize, target, room, plan, numbers, params}, needs);
 }
 auto rows(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, bool normalize, const Tensor& target,
-          const Tensor& room, std::vector<int64_t> plan, std::vector<double> numbers, std::vector<Tensor> params,
+          int64_t room, std::vector<int64_t> plan, std::vector<double> numbers, std::vector<Tensor> params,
           bool stats) {
   return linear_rows({x, weight, bias, normalize, target, room, plan, numbers, params}, stats);
 }
 auto rows_backward(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, bool normalize,
-                   const Tensor& target, const Tensor& room, std::vector<int64_t> plan, std::vector<double> numbers,
+                   const Tensor& target, int64_t room, std::vector<int64_t> plan, std::vector<double> numbers,
                    std::vector<Tensor> params, const Tensor& saved, std::optional<Tensor> grad_loss,
                    std::optional<Tensor> grad_logsumexp, std::optional<Tensor> grad_log_prob,
                    std::optional<Tensor> grad_entropy, int64_t needs) {

@@ -338,8 +338,7 @@ void linear_gradient(const Tensor& x, const Tensor& weight, std::optional<Tensor
 
 }  // namespace
 
-// Contiguous, of another's dtype, with anything in it; a large one in memory that an earlier one has left.
-Tensor room_like(const Tensor& like, std::vector<int64_t> sizes) {
+Tensor room_of(std::vector<int64_t> sizes, ScalarType type, size_t itemsize) {
   std::vector<int64_t> strides(sizes.size());
   int64_t count = 1;
   for (size_t d = sizes.size(); d-- > 0; count *= sizes[d]) {
@@ -347,10 +346,15 @@ Tensor room_like(const Tensor& like, std::vector<int64_t> sizes) {
                     "no room of such sizes");
     strides[d] = count;
   }
-  const size_t bytes = size_t(count) * like.element_size();
+  const size_t bytes = size_t(count) * itemsize;
   Buffer* const buffer = bytes >= BUFFER_FROM ? take_buffer(bytes) : nullptr;
-  if (!buffer) return empty_on(aoti_torch_device_type_cpu(), 0, sizes, like.scalar_type());
-  return in_buffer(buffer, sizes, strides, like.scalar_type());
+  if (!buffer) return empty_on(aoti_torch_device_type_cpu(), 0, sizes, type);
+  return in_buffer(buffer, sizes, strides, type);
+}
+
+// The operator.
+static Tensor room_like(const Tensor& like, std::vector<int64_t> sizes) {
+  return room_of(std::move(sizes), like.scalar_type(), like.element_size());
 }
 
 }  // namespace mlkernels

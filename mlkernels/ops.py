@@ -191,33 +191,32 @@ def _row_finish(target: Tensor, target_logit: Tensor, *arguments: Any) -> tuple[
     return *of_rows, _gradients(target_logit, numbers, params, needs)  # type: ignore[return-value]
 
 
-def _linear_gradients(x: Tensor, weight: Tensor, room: Tensor, *of_loss: Any) -> list[Tensor]:
+def _linear_gradients(x: Tensor, weight: Tensor, *of_loss: Any) -> list[Tensor]:
     numbers, params, needs = of_loss
-    found = _gradients(room, numbers, params, needs & (1 << INPUT) - 1)
-    shapes = ((x.shape, 0), (weight.shape, 1), (weight.shape[:1], 2))
-    return found + [room.new_empty(shape) for shape, bit in shapes if needs >> INPUT + bit & 1]
+    found = _gradients(x, numbers, params, needs & (1 << INPUT) - 1)
+    shapes, dtype = ((x.shape, 0), (weight.shape, 1), (weight.shape[:1], 2)), accumulated(x.dtype)
+    return found + [x.new_empty(shape, dtype=dtype) for shape, bit in shapes if needs >> INPUT + bit & 1]
 
 
 def _linear_loss_with_gradients(
-    x: Tensor, weight: Tensor, bias: Tensor | None, normalize: bool, target: Tensor, room: Tensor,
+    x: Tensor, weight: Tensor, bias: Tensor | None, normalize: bool, target: Tensor, room: int,
     plan: Sequence[int], numbers: Sequence[float], params: Sequence[Tensor], needs: int,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
-    return _loss_like(room, target, numbers), _linear_gradients(x, weight, room, numbers, params, needs)
+    return _loss_like(x, target, numbers), _linear_gradients(x, weight, numbers, params, needs)
 
 
 def _linear_rows(
-    x: Tensor, weight: Tensor, bias: Tensor | None, normalize: bool, target: Tensor, room: Tensor,
+    x: Tensor, weight: Tensor, bias: Tensor | None, normalize: bool, target: Tensor, room: int,
     plan: Sequence[int], numbers: Sequence[float], params: Sequence[Tensor], stats: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
-    _, saved, *rows = _softmax_stats(room, target, numbers, params)
+    loss, saved, *rows = _softmax_stats(x, target, numbers, params)
     scales = 2 if structure_of(numbers).row_scale == ScaleKind.TWO_SCALE else 1
-    saved = room.new_empty(5 + 3 * scales, target.numel())
-    return _loss_like(room, target, numbers), saved, rows if stats else []
+    saved = saved.new_empty(5 + 3 * scales, target.numel())
+    return loss, saved, rows if stats else []
 
 
 def _linear_rows_backward(x: Tensor, weight: Tensor, *arguments: Any) -> list[Tensor]:
-    room, numbers, params, needs = arguments[3], *arguments[5:7], arguments[-1]
-    return _linear_gradients(x, weight, room, numbers, params, needs)
+    return _linear_gradients(x, weight, *arguments[5:7], arguments[-1])
 
 
 def _room_like(like: Tensor, sizes: Sequence[int]) -> Tensor:

@@ -41,9 +41,9 @@ _CLASSES = (
     "Tensor x, Tensor weight, Tensor? bias, Tensor? inverse, Tensor label, int offset, float[] numbers, "
     "Tensor[] params, Tensor(a!) room, bool kept, int[] plan"
 )
-# And for all rows of a loss, those that are ignored left out.
+# And for all rows of a loss, those that are ignored left out; room: how many numbers it takes.
 _HEAD = (
-    "Tensor x, Tensor weight, Tensor? bias, bool normalize, Tensor target, Tensor(a!) room, int[] plan, "
+    "Tensor x, Tensor weight, Tensor? bias, bool normalize, Tensor target, int room, int[] plan, "
     "float[] numbers, Tensor[] params"
 )
 _OF_HEADS = (

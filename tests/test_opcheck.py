@@ -70,7 +70,7 @@ def test_operators_exist_without_a_compiler(name):
 def test_every_operator_is_checked_here():
     """A new operator comes with its check."""
     for library, others in (
-        ("mlkernels", {"linear_loss", "linear_loss_backward", "linear_rows_gradients", *ops._OTHERS}),
+        ("mlkernels", {"linear_loss", "linear_loss_backward", *ops._OTHERS}),
         ("mlkernels_cuda", {"softmax_loss_refresh"}),
         ("mlkernels_triton", {"softmax_loss_refresh"}),
     ):
@@ -310,13 +310,11 @@ def test_all_classes_of_a_head(dtype):
         given = (label, rows, rows, sums, sums, sums, rows, numbers, [rows.sum()], 6)
         check(finish, (*given, *ups, derive, int(derive)))
     for bias, normalize in ((classes[:5], False), (None, True)):
-        whole = (x, weight, bias, normalize, label - label, room, [2, 2, 2, 2, True], numbers, [rows.sum()])
+        whole = (x, weight, bias, normalize, label - label, 40, [2, 2, 2, 2, True], numbers, [rows.sum()])
         for needs in (0, 1, 1 | (3 if normalize else 7) << ops.INPUT):
             check(torch.ops.mlkernels.linear_loss_with_gradients.default, (*whole, needs))
             saved, ups = torch.randn(8, 3, dtype=dtype).abs(), (rows.sum(), rows, rows, rows)
             check(torch.ops.mlkernels.linear_rows_backward.default, (*whole, saved, *ups, needs))
-            with_room = (*whole[:5], room.numel(), *whole[6:])
-            check(torch.ops.mlkernels.linear_rows_gradients.default, (*with_room, saved, *ups, needs))
         for stats in (False, True):
             check(torch.ops.mlkernels.linear_rows.default, (*whole, stats))
     check(torch.ops.mlkernels.room_like.default, (x, [2, 3]))

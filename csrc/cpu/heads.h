@@ -48,12 +48,14 @@ void gradients_of(const ChunkArguments<T>& of, const PieceGradient<T>& p, const 
 // needs: the bits of slots, then those of x, weight and bias.
 constexpr int WEIGHT_BIT = INPUT + 1, BIAS_BIT = INPUT + 2;
 
-// What the operators of a whole head share. plan: parts, classes, block; rows of a chunk; whether its products are kept.
+// What the operators of a whole head share. room: how many numbers it takes. plan: parts, classes, block; rows of a
+// chunk; whether its products are kept.
 struct HeadArguments {
   const Tensor &x, &weight;
   const std::optional<Tensor>& bias;
   bool normalize;
-  const Tensor &target, &room;
+  const Tensor& target;
+  int64_t room;
   const std::vector<int64_t>& plan;
   const std::vector<double>& numbers;
   const std::vector<Tensor>& params;
@@ -65,6 +67,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> linear_rows(const HeadArguments&
 std::vector<Tensor> linear_rows_backward(const HeadArguments& of, const Tensor& saved,
                                          const std::array<std::optional<Tensor>, 4>& upstream, int64_t needs);
 
-Tensor room_like(const Tensor& like, std::vector<int64_t> sizes);
+// Contiguous, with anything in it; large ones in memory that earlier ones have left.
+Tensor room_of(std::vector<int64_t> sizes, ScalarType type, size_t itemsize);
 
 }  // namespace mlkernels

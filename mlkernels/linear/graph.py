@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops, schemas
+from .. import ops
 from ..backends import reference
 from ..checks import accumulated, check_indices
 from ..numbering import CONSTS, IGNORE_INDEX, REDUCTION, TRAINABLE, Reduction, ScaleKind, Slot, slots_of, structure_of
@@ -28,15 +28,11 @@ _HEAD = (
     "Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor[] params, float[] numbers, int per_row, "
     "bool normalize, bool return_stats, str? strategy, int? memory, bool compact, str? backend, bool[] needs"
 )
-_ROWS = schemas._HEAD.replace("Tensor(a!)", "int")
 _SCHEMAS = (
     # Loss, and RowStats where wanted; then the gradients for an upstream one of 1, or what is known of each row.
     f"linear_loss({_HEAD}) -> Tensor[]",
     # The gradients, for the upstream ones of loss, logsumexp, log_prob and entropy.
     f"linear_loss_backward({_HEAD}, Tensor?[] upstream, Tensor saved) -> Tensor[]",
-    # The CPU's linear_rows_backward with a room of its own, of so many numbers: what returns a list writes to nothing
-    # in a graph.
-    f"linear_rows_gradients({_ROWS}, Tensor saved, {schemas._UPSTREAM}, int needs) -> Tensor[]",
 )
 
 
@@ -108,20 +104,6 @@ def _linear_loss_backward(*arguments: Any) -> list[Tensor]:
         problem = _Problem(*of_head)
         gradients = gradients_of(*problem.given, problem.wanted, _unpacked(problem, saved), upstream)
         return [g for g in gradients if g is not None]
-
-
-def _linear_rows_gradients(*arguments: Any) -> list[Tensor]:
-    *of_head, size, plan, numbers, params, saved, loss, logsumexp, log_prob, entropy, needs = arguments
-    room = saved.new_empty(size)
-    found: list[Tensor] = torch.ops.mlkernels.linear_rows_backward(
-        *of_head, room, plan, numbers, params, saved, loss, logsumexp, log_prob, entropy, needs
-    )
-    return found
-
-
-def _linear_rows_gradients_fake(x: Tensor, weight: Tensor, *arguments: Any) -> list[Tensor]:
-    numbers, params, saved, needs = *arguments[5:8], arguments[-1]
-    return ops._linear_gradients(x, weight, saved, numbers, params, needs)
 
 
 def _apart(results: Sequence[Tensor]) -> list[Tensor]:
@@ -242,8 +224,6 @@ for _schema in _SCHEMAS:
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 _library.impl("linear_loss", _linear_loss, "CompositeExplicitAutograd")
 _library.impl("linear_loss_backward", _linear_loss_backward, "CompositeExplicitAutograd")
-_library.impl("linear_rows_gradients", _linear_rows_gradients, "CompositeExplicitAutograd")
-torch.library.register_fake("mlkernels::linear_rows_gradients", _linear_rows_gradients_fake, lib=_library)
 torch.library.register_fake("mlkernels::linear_loss", _linear_loss_fake, lib=_library)
 torch.library.register_fake("mlkernels::linear_loss_backward", _linear_loss_backward_fake, lib=_library)
 torch.library.register_autograd("mlkernels::linear_loss", _backward, setup_context=_setup_context, lib=_library)

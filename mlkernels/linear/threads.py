@@ -17,7 +17,6 @@ from ..backends import native
 from ..backends.reference import Coefficients, Rows, Values
 from ..checks import accumulated
 from ..numbering import INPUT, Slot
-from ..tracing import traced
 from .pieces import CPU, TRITON, Pieces, Want, rows_of
 from .plan import Plan, on_device, plan, room, shared
 
@@ -90,15 +89,14 @@ class Whole:
         of_groups = (slot == Slot.GROUP for slot in call.slots)
         self.params = [p.detach() if of else p.detach().to(dtype) for p, of in zip(params, of_groups, strict=True)]
 
-    def _given(self, keep: bool, space: Callable[[int], Any] | None = None) -> Sequence[Any]:
-        """What the operators take; space: what they take for so much room, which is made without."""
+    def _given(self, keep: bool) -> Sequence[Any]:
+        """What the operators take."""
         plan, (classes, width) = self.call.plan, self.weight.shape
         copies = self.call.normalize or self.weight.dtype != self.call.dtype
         rows = min(plan.rows, self.x.shape[0])
         size = room(plan, keep, rows, classes, width, int(copies), self.pairs)
-        given = buffers.empty(self.x, [size], self.call.dtype) if space is None else space(size)
         return (
-            self.x, self.weight, self.bias, self.call.normalize, self.target, given, cut(plan), self.call.numbers,
+            self.x, self.weight, self.bias, self.call.normalize, self.target, size, cut(plan), self.call.numbers,
             self.params,
         )  # fmt: skip
 
@@ -117,8 +115,6 @@ class Whole:
     def backward(self, wanted: Wanted, saved: Tensor, upstream: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         """The gradients, given those of the results."""
         rest = (saved, *upstream[:4], *[None] * (4 - len(upstream)), _needs(wanted))
-        if traced(saved, *(g for g in upstream if g is not None)):
-            return _placed(ops.linear_rows_gradients(*self._given(False, int), *rest), wanted)
         return _placed(ops.linear_rows_backward(*self._given(False), *rest), wanted)
 
 
