@@ -1,8 +1,9 @@
-"""``python -m bench.head_errors [backend]``: relative errors of heads in bfloat16 (docs/heads.md).
+"""``python -m bench.head_errors [backend [rows]]``: relative errors of heads in bfloat16 (docs/heads.md).
 
 Beside them those of the chain on logits in float32, of the same features and weight, and of the chain in bfloat16. The
 truth is the chain in float64. All gradients are rounded to bfloat16 in the end, which by itself is 1.7e-3. No error of
-dX is shown where dX is 0.
+dX is shown where dX is 0. Triton's kernels, interpreted, take minutes: ``TRITON_INTERPRET=1 python -m
+bench.head_errors triton 256``.
 """
 
 from __future__ import annotations
@@ -85,11 +86,12 @@ KINDS = {
 }
 
 
-def problem(kind: str, device: torch.device | None = None) -> Problem:
-    """One of KINDS."""
+def problem(kind: str, device: torch.device | None = None, rows: int = ROWS) -> Problem:
+    """One of KINDS, or its first rows."""
     generator = torch.Generator().manual_seed(0)
     x, w = (torch.randn(n, WIDTH, generator=generator) for n in (ROWS, CLASSES))
     x, w, y = KINDS[kind](x, w, torch.randint(CLASSES, (ROWS,), generator=generator))
+    x, y = x[:rows], y[:rows]
     return Problem(x.to(device, torch.bfloat16), w.to(device, torch.bfloat16), y.to(device))
 
 
@@ -122,7 +124,7 @@ def errors(loss: Loss, of: Problem) -> Errors:
     return Errors(*(float((a.double() - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True)))
 
 
-def table(backend: str | None, device: torch.device) -> str:
+def table(backend: str | None, device: torch.device, rows: int = ROWS) -> str:
     """Markdown."""
     losses: list[Loss] = [
         lambda x, weight, y: mlkernels.linear_softmax_loss(x, weight, y, backend=backend),
@@ -134,7 +136,7 @@ def table(backend: str | None, device: torch.device) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for kind in KINDS:
-        of = problem(kind, device)
+        of = problem(kind, device, rows)
         each = [errors(loss, of) for loss in losses]
         cells = [f"{value:.0e}" for value in (e.loss for e in each)]
         cells += [f"{1e3 * value:.2f}e-3" for value in (*(e.x for e in each), *(e.weight for e in each))]
@@ -143,9 +145,10 @@ def table(backend: str | None, device: torch.device) -> str:
 
 
 def main() -> None:
-    """The table of a backend that is named, or of the one that is chosen."""
+    """The table of a backend that is named, or of the one that is chosen; of so many rows."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(table(sys.argv[1] if len(sys.argv) > 1 else None, device))
+    backend, rows = (*sys.argv[1:], None, None)[:2]
+    print(table(backend, device, ROWS if rows is None else int(rows)))
 
 
 if __name__ == "__main__":

@@ -39,8 +39,9 @@ On your own machine:
     python -m bench compare A B        # two results, line by line
     python -m bench.page               # this page
 
-Nothing has been measured on a GPU yet; what is predicted stands in `bench/NOTES.md`, and `bench/gpu.sh first` measures
-it.
+Nothing has been measured on a GPU yet; what is predicted stands in `bench/NOTES.md`, of heads with its assumptions in
+[heads](heads.md), and `bench/gpu.sh first` measures it. Tiles of a head's logits are float32: in half precision they
+are not built, as no table measured on a GPU says where that would cost no accuracy.
 """
 
 

@@ -85,11 +85,6 @@ def test_bfloat16_heads(normalize, confident, monkeypatch):
         assert float((ours.double() - theirs).norm() / theirs.norm()) < 2.0**-8  # of tile and result, half of that each
 
 
-def few(kind):
-    """256 rows of a problem."""
-    return head_errors.Problem(*(t[:256] if len(t) > 120 else t for t in head_errors.problem(kind)))
-
-
 @pytest.mark.parametrize(
     "kind, gradient", [("a fresh classifier", "weight"), ("classes alike but for 1 %", "x")], ids=["fresh", "alike"]
 )
@@ -99,13 +94,13 @@ def test_what_rounding_loses_does_not_add_up(kind, gradient, monkeypatch):
     monkeypatch.setattr("mlkernels.backends.triton.tiles.piece", lambda *_: Tile(4, 256, 16, 1, 1, False))
     cut = {"strategy": "tiles", "memory": 256 * 6 * 60}  # a tile's place among the classes counts
     loss = functools.partial(linear_softmax_loss, backend="triton", **cut)
-    assert getattr(head_errors.errors(loss, few(kind)), gradient) < 1.8e-3
+    assert getattr(head_errors.errors(loss, head_errors.problem(kind, rows=256)), gradient) < 1.8e-3
 
 
 def test_nor_where_the_weight_steps(monkeypatch):
     """What classes had in common before the first of them stepped, which leaves little of that."""
     monkeypatch.setattr("mlkernels.backends.triton.tiles.piece", lambda *_: Tile(4, 256, 16, 1, 1, False))
-    of = few("classes alike but for 1 %")
+    of = head_errors.problem("classes alike but for 1 %", rows=256)
     leaves = [of.x.double().requires_grad_(), of.weight.double().requires_grad_()]
     wanted = torch.autograd.grad(head_errors.chain(*leaves, of.label), leaves)[0]
     head = LinearLoss(

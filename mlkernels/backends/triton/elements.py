@@ -164,8 +164,9 @@ def element_factors(factors, col, valid, T: tl.constexpr):
     return of_row(factors[0]) * tl.load(factors[1] + col, valid, 1.0).to(T)
 
 
-#: Whole multiples of these, by 2^32, are spread evenly along rows and classes: csrc/cpu/bfloat16.cpp has the same.
-ALONG_ROWS, ALONG_CLASSES = tl.constexpr(3242174889), tl.constexpr(2447445414)
+#: Whole multiples of these, by 2^32, are spread evenly along rows and classes: csrc/cpu/bfloat16.cpp has the same,
+#: and how they were found.
+ALONG_ROWS, ALONG_CLASSES = tl.constexpr(3689978203), tl.constexpr(1665798771)
 
 
 @triton.jit
