@@ -37,14 +37,16 @@ CPP = $(filter-out csrc/numbering.h csrc/schemas.h, $(wildcard $(foreach d, csrc
 .PHONY: test test-versions bench demo lint docs format build wheel clean sanitize
 
 test: build
-	$(PY) -m pytest -n auto --dist worksteal $(ARGS)
+	$(PY) -m pytest -n auto --dist worksteal $(RECORD) $(ARGS)
 
 # With other versions, in an environment of their own that is kept, and in a copy: the checkout's libraries stay as they are.
+# A run that is cut off has kept how each test ended; ARGS=--resume goes on from there.
 OTHER = build/$(subst ==,-,$(firstword $(VERSIONS)))-$(shell $(PYTHON) -c 'import sys; print(sys.implementation.cache_tag)')
 test-versions:
-	rm -rf $(OTHER)/checkout && mkdir -p $(OTHER)/checkout
+	mkdir -p $(OTHER)/checkout
+	find $(OTHER)/checkout -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
 	tar -c --exclude=./.git --exclude=./.venv --exclude=./build --exclude='*.so' --exclude='*.egg-info' . | tar -x -C $(OTHER)/checkout
-	$(MAKE) -C $(OTHER)/checkout test TORCH="$(VERSIONS)" VENV=../venv
+	$(MAKE) -C $(OTHER)/checkout test TORCH="$(VERSIONS)" VENV=../venv RECORD="-p tools.outcomes --outcomes ../outcomes.txt"
 
 bench: build
 	$(PY) -m bench $(ARGS)
