@@ -123,7 +123,7 @@ def main() -> None:
     at = arguments.at
     if at is None:
         at = Path(tempfile.mkdtemp()) / "mutants"
-        shutil.copytree(ROOT, at, ignore=shutil.ignore_patterns(".git", ".venv", "*.pyc"), symlinks=True)
+        shutil.copytree(ROOT, at, ignore=shutil.ignore_patterns(".git", ".venv", "torch-*", "*.pyc"), symlinks=True)
     for name in arguments.names or SUBJECTS:
         subject, killed, tried, begun = SUBJECTS[name], 0, 0, time.monotonic()
         why = run(subject, at)
