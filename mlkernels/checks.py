@@ -118,7 +118,7 @@ def _real(word: str, value: object, takes: str) -> float:
         raise ValueError(f"{word} must be finite, got an integer beyond float64") from None
     except TypeError:
         pass
-    raise TypeError(f"{word} takes {takes}, got {type(value).__name__}")
+    raise wrong_type(word, takes, value)
 
 
 def _check_traced_number(word: str, takes: str, value: object, plain: str) -> None:
@@ -194,10 +194,13 @@ def unknown_keywords(of: Callable[..., object], unknown: Mapping[str, object], s
 
 def wrong_type(word: str, takes: str, value: object) -> TypeError:
     """The error for what is no tensor; of lists and arrays with what makes one of them."""
-    if hasattr(value, "instead"):  # a ProductLogits
+    hint = ""
+    if type(value).__name__ == "Proxy":  # of torch.fx, which has whatever it is asked for
+        hint = ": symbolic_trace sees no numbers; make the loss a leaf of its Tracer, or take make_fx or torch.export"
+    elif hasattr(value, "instead"):  # a ProductLogits
         return TypeError(f"loss calculates with the logits of a head: {value.instead}")
-    many = isinstance(value, (list, tuple)) or hasattr(value, "__array_interface__")
-    hint = f": write torch.as_tensor({word})" if many else ""
+    elif isinstance(value, (list, tuple)) or hasattr(value, "__array_interface__"):
+        hint = f": write torch.as_tensor({word})" if "tensor" in takes or "number" not in takes else ""
     return TypeError(f"{word} takes {takes}, got {type(value).__name__}{hint}")
 
 
@@ -212,6 +215,8 @@ def check_kind(word: str, value: object, kind: type | tuple[type, ...], takes: s
 
 def check_function(word: str, function: object) -> None:
     """Anything that can be called."""
+    if isinstance(function, type) and issubclass(function, torch.nn.Module):
+        raise TypeError(f"{word} takes a function, got a class: call {function.__name__}(...)")
     if not callable(function):
         raise TypeError(f"{word} takes a function, got {type(function).__name__}")
 
@@ -232,7 +237,7 @@ def check_input(input: Tensor) -> None:
         raise wrong_type("input", "a floating tensor", input)
     if input.dtype not in _FLOATING:
         raise TypeError(f"input must be float16, bfloat16, float32 or float64, got {input.dtype}")
-    if input.layout != _STRIDED:
+    if input.layout != _STRIDED or input.is_nested:
         kind = "nested" if input.is_nested else str(input.layout).removeprefix("torch.")
         raise TypeError(f"input takes a dense tensor, got a {kind} one")
     if type(input) not in tracing.PLAIN_TENSORS:
@@ -348,7 +353,8 @@ def check_floating(name: str, value: Tensor, shape: str = "") -> None:
     if not isinstance(value, Tensor):
         raise wrong_type(name, f"a floating tensor{shape}", value)
     if value.dtype not in _FLOATING:
-        raise TypeError(f"{name} must be floating, got {value.dtype}")
+        hint = "" if value.is_complex() else f"; write {name}.float()"
+        raise TypeError(f"{name} must be floating, got {value.dtype}{hint}")
 
 
 def check_device(name: str, value: Tensor, other: Tensor, its: str = "input") -> None:

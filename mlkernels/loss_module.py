@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -85,8 +85,16 @@ class Loss(nn.Module):
             for name in names
         }
 
-    def _arguments(self) -> dict[str, Any]:
-        return self._kept(self._names)
+    def _arguments(self, batch: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """What is kept, and what belongs to the batch."""
+        arguments = self._kept(self._names)
+        if batch:
+            for name in batch:
+                if name in arguments:
+                    of = type(self).__name__
+                    raise TypeError(f"{of} keeps its {name}: give it to {of}({name}=...), not to its calls")
+            arguments.update(batch)
+        return arguments
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of the kept arguments."""
@@ -126,7 +134,5 @@ class FamilyLoss(Loss):
 
     def forward(self, input: Tensor, target: Tensor, **batch: Unpack[PerCall]) -> Tensor:
         """The loss of the kept arguments; ``row_weight`` and ``normalizer`` belong to the batch."""
-        arguments = self._kept(self._names)
-        if batch:  # two mappings are merged first, which takes as long as the rest
-            return self._function(input, target, **arguments, **batch)
+        arguments = self._arguments(batch) if batch else self._kept(self._names)
         return self._function(input, target, **arguments)

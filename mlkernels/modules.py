@@ -154,7 +154,7 @@ class MarginLoss(FamilyLoss):
 
     def forward(self, input: Tensor, target: Tensor, norm: Tensor | None = None, **batch: Unpack[PerCall]) -> Tensor:
         """The loss. ``norm`` (N, 1) belongs to the batch: the logits are then raw, not cosines (L-Softmax)."""
-        return F.margin_cross_entropy(input, target, norm=norm, **self._arguments(), **batch)
+        return F.margin_cross_entropy(input, target, norm=norm, **self._arguments(batch))
 
 
 @family
@@ -307,4 +307,4 @@ class PiecewiseLoss(FamilyLoss):
         **batch: Unpack[PerCall],
     ) -> Tensor:
         """The loss. ``group`` (of target's shape) and ``norm`` (N, 1) belong to the batch."""
-        return F.piecewise_cross_entropy(input, target, group=group, norm=norm, **self._arguments(), **batch)
+        return F.piecewise_cross_entropy(input, target, group=group, norm=norm, **self._arguments(batch))

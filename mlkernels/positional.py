@@ -30,7 +30,9 @@ def positional_arguments(of: Callable[..., object], given: Sequence[object]) -> 
         return TypeError(
             f"{what}, everything else by name: write {of.__name__}(margin=..., scale=...). {classifier_of(of)}"
         )
-    return TypeError(f"{what}, everything else by name: write {of.__name__}({', '.join([*first, *written])})")
+    return TypeError(
+        f"{what}, everything else by name: write {of.__name__}({', '.join(dict.fromkeys([*first, *written]))})"
+    )
 
 
 def classifier_of(of: Callable[..., object]) -> str:

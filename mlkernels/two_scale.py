@@ -154,7 +154,7 @@ class TwoScaleLoss(FamilyLoss):
             **batch: ``row_weight`` and ``normalizer``.
         """
         low, high = self._scales(input, logit_norm, log_norm)
-        return F.two_scale_cross_entropy(input, target, low, high, **self._arguments(), **batch)
+        return F.two_scale_cross_entropy(input, target, low, high, **self._arguments(batch))
 
     def probabilities(
         self,

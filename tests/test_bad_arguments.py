@@ -413,6 +413,7 @@ POSITIONAL = [
     (lambda: mlkernels.piecewise_cross_entropy(x, y, TABLE), "(input, target, t_slope=...)"),
     (lambda: mlkernels.center_loss(x, y, x, "sum"), "center_loss(input, target, centers, reduction='sum')"),
     (lambda: modules.CrossEntropyLoss(torch.ones(C)), "write CrossEntropyLoss(weight=...)"),
+    (lambda: modules.CrossEntropyLoss(x, y), "write CrossEntropyLoss(weight=...)"),
     (lambda: Modulated(4.0, 5.0), "write Modulated(beta=4.0, gamma=5.0)"),
     (lambda: modules.ArcFaceLoss(10, 16), "LinearLoss(ArcFaceLoss(...), in_features, num_classes, normalize=True)"),
 ]
@@ -424,6 +425,45 @@ def test_names_instead_of_positions(call, words):
         call()
     for word in words.split("|"):
         assert word in str(caught.value), str(caught.value)
+
+
+@pytest.mark.parametrize("loss", [modules.CrossEntropyLoss(), modules.FocalLoss(), modules.MarginLoss(),
+                                  modules.TwoScaleLoss(initial_norm=1.0),
+                                  modules.PiecewiseLoss(tau_slope=TABLE, tau_bias=TABLE)])  # fmt: skip
+def test_what_a_module_keeps_is_not_given_to_its_calls(loss):
+    more = (1.0,) if isinstance(loss, modules.TwoScaleLoss) else ()
+    for name, value in (("weight", torch.ones(C)), ("reduction", "none"), ("backend", "cpu")):
+        words = rf"^{type(loss).__name__} keeps its {name}: give it to {type(loss).__name__}\({name}=\.\.\.\), not to"
+        with pytest.raises(TypeError, match=words):
+            loss(x, y, *more, **{name: value})
+    with pytest.raises(TypeError, match=r"takes no 'labels'; there are "):
+        loss(x, y, *more, labels=y)
+
+
+def test_a_class_is_no_loss():
+    """Before it is called."""
+    for make in (
+        lambda: mlkernels.JointLoss([modules.CrossEntropyLoss, modules.FocalLoss()]),
+        lambda: mlkernels.LinearLoss(modules.CrossEntropyLoss, 4, 3),
+    ):
+        with pytest.raises(TypeError, match=r"got a class: call CrossEntropyLoss\(\.\.\.\)"):
+            make()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda x, y: mlkernels.focal_loss(x, y),
+        lambda x, y: mlkernels.cross_entropy(x, y),
+        lambda x, y: mlkernels.multi_margin_loss(x, y),
+        lambda x, y: mlkernels.linear_cross_entropy(x, torch.ones(3, 2), y),
+        modules.LGMLoss(num_features=2, num_classes=2),
+        modules.CenterLoss(num_features=2, num_classes=2),
+    ],
+)
+def test_symbolic_tracing_is_told_what_sees_a_loss(loss):
+    with pytest.raises(TypeError, match=r"^input takes a floating tensor, got Proxy: .*a leaf.*make_fx"):
+        torch.fx.symbolic_trace(loss)
 
 
 @pytest.mark.parametrize(

@@ -99,11 +99,14 @@ CASES = [
     case("input|class|(4, 0)", ValueError, lambda x, y, **o: ce(x[:, :0], y, **o)),
     # target
     case("input|dense|sparse_coo", TypeError, lambda x, y, **o: ce(x.to_sparse(), y, **o)),
-    case(
-        "input|dense|nested",
-        TypeError,
-        lambda x, y, **o: focal(torch.nested.as_nested_tensor([x, x], layout=torch.jagged), y, **o),
-    ),
+    *[
+        case(
+            "input|dense|nested",
+            TypeError,
+            lambda x, y, layout=layout, **o: focal(torch.nested.as_nested_tensor([x, x], layout=layout), y, **o),
+        )
+        for layout in (torch.jagged, torch.strided)
+    ],
     case("target|list|torch.as_tensor", TypeError, lambda x, y, **o: ce(x, y.tolist(), **o)),
     case("target|int", TypeError, lambda x, y, **o: ce(x, 1, **o)),
     case("target|integer|bool|target.long()", TypeError, lambda x, y, **o: ce(x, y > 0, **o)),
@@ -291,6 +294,10 @@ CASES = [
             ("beyond_pi", "'easy'|['easy']", ValueError, partial(margin, beyond_pi=["easy"])),
             ("scale", "finite|beyond float64", ValueError, partial(ce, scale=10**400)),
             ("scale", "a number|complex", TypeError, partial(ce, scale=1j)),
+            ("gamma", "torch.int64|gamma.float()", TypeError, partial(focal, gamma=T(2))),
+            ("weight", "torch.int64|weight.float()", TypeError, partial(ce, weight=INTS)),
+            ("row_weight", "torch.bool|row_weight.float()", TypeError, partial(ce, row_weight=T([True] * N))),
+            ("gamma", "list|torch.as_tensor(gamma)", TypeError, partial(focal, gamma=[1.0, 2.0, 3.0])),
         ]
     ],
     case("TwoScale.low|> 0|-1", ValueError, lambda x, y, **o: softmax(x, y, scale=TwoScale(-1.0, 2.0), **o)),
