@@ -33,7 +33,7 @@ from .checks import (
 from .numbering import EXTRAS, INPUT, PER_CLASS, SLOTS, TRAINABLE, BeyondPi, HeadKind, Slot, TransformKind
 from .spec import BackendName, Number, ReductionName, Spec
 from .tables import check_tables, table_groups
-from .tracing import PLAIN_TENSORS, functorch_level, is_dual, modes
+from .tracing import PLAIN_TENSORS, functorch_level, is_dual, is_jit_tracing, modes
 
 ONLY_INPUT = 1 << INPUT
 
@@ -188,8 +188,9 @@ def bind(  # noqa: C901 - one visit to every argument, and each may be refused
 
     chosen = choose(input.device, backend, shape[1], len(shape) > 2 and input.stride(1) != 1)
     dual = forward_ad._current_level >= 0
-    # Kernels are opaque to torch.func, and would lose a tangent.
-    if functorch_level() is not None or (dual and any(map(is_dual, (input, *params)))):
+    # Kernels are opaque to torch.func, and would lose a tangent; torch.jit.trace would save none of ours.
+    traced_by_jit = not _is_compiling() and is_jit_tracing()
+    if functorch_level() is not None or traced_by_jit or (dual and any(map(is_dual, (input, *params)))):
         chosen = "reference"
     half = half_param or dtype == _BFLOAT16
     # Gradients in the loss's own pass where it pays. An fp16 gradient is written only when the upstream is known: a

@@ -11,6 +11,8 @@ functorch_level = torch._C._functorch.maybe_current_level
 #: Whether it is many tensors, as is_grads_batched=True sends them, which is no level of torch.func.
 is_batched = torch._C._functorch.is_legacy_batchedtensor
 modes = torch._C._len_torch_dispatch_stack
+#: Whether torch.jit.trace records; torch.compile must not ask.
+is_jit_tracing = torch._C._is_tracing
 PLAIN_TENSORS = frozenset({Tensor, torch.nn.Parameter})
 
 

@@ -1,5 +1,7 @@
 """Tensors without numbers (fake, meta) and recorders (make_fx, compiled autograd): right, and no look at a value."""
 
+import io
+
 import pytest
 import torch
 from table import BY_NAME, draw, usable_backends
@@ -257,3 +259,31 @@ def test_what_has_no_value_to_go_back_to_says_so():
     model.reset_parameters()
     scales.reset_parameters(model)
     torch.testing.assert_close(scales.scale_low.detach(), mlkernels.weight_norm_product(model).detach())
+
+
+# ---- torch.jit.trace -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", [
+    mlkernels.CrossEntropyLoss(weight=torch.tensor([0.5, 1.0, 2.0])),
+    mlkernels.ArcFaceLoss(margin=torch.nn.Parameter(torch.tensor(0.3)), scale=4.0),
+    mlkernels.LGMLoss(num_features=3, num_classes=3),
+])  # fmt: skip
+def test_a_jit_trace_with_gradients_is_saved_and_right(loss):
+    """Of other logits and more of them, too."""
+    first, x = torch.randn(4, 3, requires_grad=True), torch.randn(6, 3, requires_grad=True)
+    traced = torch.jit.trace(loss, (first, torch.tensor([0, 1, 2, 0])))
+    file = io.BytesIO()
+    torch.jit.save(traced, file)
+    file.seek(0)
+    target = torch.tensor([2, 1, -100, 0, 2, 2])
+    for other in (traced, torch.jit.load(file)):
+        found, wanted = other(x, target), loss(x, target)
+        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(*(torch.autograd.grad(one, x)[0] for one in (found, wanted)))
+
+
+def test_a_jit_trace_of_a_head_is_refused():
+    head = mlkernels.LinearLoss(mlkernels.FocalLoss(), 3, 5)
+    with pytest.raises(RuntimeError, match=r"heads know no torch\.jit\.trace, only torch\.compile"):
+        torch.jit.trace(head, (torch.randn(4, 3), torch.arange(4)))

@@ -17,7 +17,7 @@ from ..checks import accumulated
 from ..numbering import IGNORE_INDEX, INPUT, REDUCTION, Reduction, Slot, slots_of
 from ..softmax import Asked, ProductLogits
 from ..spec import Number, Spec
-from ..tracing import functorch_level, is_dual, traced
+from ..tracing import functorch_level, is_dual, is_jit_tracing, traced
 from . import graph, threads
 from .autograd import WHOLE, fast_path_backward, has_hooks, linear_loss
 from .loop import Call, Wanted, planned
@@ -96,6 +96,8 @@ class LinearLogits(ProductLogits):
             functorch_level() is not None or (forward_ad._current_level >= 0 and any(map(is_dual, given)))
         ):
             raise RuntimeError(f"heads know no torch.func transforms and no forward-mode AD: {WHOLE}")
+        if not compiled and is_jit_tracing():
+            raise RuntimeError(f"heads know no torch.jit.trace, only torch.compile and torch.export; else {WHOLE}")
         if traced(*given) and self.graphs():
             return self.in_graph(target, asked)
         if traced(*given) and not compiled:
