@@ -8,6 +8,7 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "kernels.h"
 
@@ -22,40 +23,30 @@ inline void check(cudaError_t status, const char* what) {
   throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(status));
 }
 
-// The arguments of a launch, which lie in constant memory.
-template <class A, class B>
-struct Both {
+// The arguments of a launch, one or two, which lie in constant memory.
+template <class A, class B = void>
+struct Arguments {
   A first;
   B second;
 };
-
-template <class Body, class A>
-__global__ void __launch_bounds__(Body::THREADS, Body::BLOCKS) entry(const __grid_constant__ A arguments) {
-  const Simt simt;
-  Body::run(simt, arguments);
-}
-template <class Body, class A, class B>
-__global__ void __launch_bounds__(Body::THREADS, Body::BLOCKS)
-    entry_of_two(const __grid_constant__ Both<A, B> arguments) {
-  const Simt simt;
-  Body::run(simt, arguments.first, arguments.second);
-}
-
-template <class Body, class A>
-constexpr auto kernel_of() {
-  return &entry<Body, A>;
-}
-template <class Body, class A, class B>
-constexpr auto kernel_of() {
-  return &entry_of_two<Body, A, B>;
-}
 template <class A>
-const A& packed(const A& a) {
-  return a;
+struct Arguments<A, void> {
+  A first;
+};
+
+template <class Body, class A, class B = void>
+__global__ void __launch_bounds__(Body::THREADS, Body::BLOCKS)
+    entry(const __grid_constant__ Arguments<A, B> arguments) {
+  const Simt simt;
+  if constexpr (std::is_void<B>::value)
+    Body::run(simt, arguments.first);
+  else
+    Body::run(simt, arguments.first, arguments.second);
 }
-template <class A, class B>
-Both<A, B> packed(const A& a, const B& b) {
-  return {a, b};
+
+template <class Body, class... A>
+constexpr auto kernel_of() {
+  return &entry<Body, A...>;
 }
 
 // What a kernel may use is set once per device. Two threads may both do it: the same, and no harm.
@@ -128,7 +119,7 @@ void launch(const Device& device, int blocks, int warps, int cluster, int shared
   allow<Body, A...>(device, cluster);
   carve<Body, A...>(device, warps, shared);
   const Configuration c(device, blocks, warps, cluster, shared);
-  check(cudaLaunchKernelEx(&c.config, kernel_of<Body, A...>(), packed(arguments...)), "a launch");
+  check(cudaLaunchKernelEx(&c.config, kernel_of<Body, A...>(), Arguments<A...>{arguments...}), "a launch");
 }
 
 template <class Body, class... A>
