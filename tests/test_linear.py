@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mlkernels
 from mlkernels import linear_cross_entropy, linear_softmax_loss
 from mlkernels.checks import accumulated
-from mlkernels.linear.plan import Plan, plan, shared
+from mlkernels.linear.plan import Plan, Planner, ThreadsPlanner
 from mlkernels.numbering import INPUT
 
 ROWS, CLASSES, WIDTH = 10, 23, 5
@@ -197,33 +197,37 @@ def test_memory_is_a_bound(strategy, memory, backend):
 
 
 def test_what_a_plan_takes():
-    assert plan(1024, 200_000, 64, 4, False, 0) == Plan(False, 1024, 1024)
-    assert plan(1024, 200_000, 256, 4, False, 0) == Plan(True, 114, 9198)
-    assert plan(100, 200_000, 64, 4, False, 0) == Plan(True, 100, 10485)
-    assert not plan(1024, 10_000_000, 512, 4, True, 0).stored
+    assert Planner(1024, 200_000, 64, 4, False).plan() == Plan(False, 1024, 1024)
+    assert Planner(1024, 200_000, 256, 4, False).plan() == Plan(True, 114, 9198)
+    assert Planner(100, 200_000, 64, 4, False).plan() == Plan(True, 100, 10485)
+    assert not Planner(1024, 10_000_000, 512, 4, True).plan().stored
     # Beside twelve temporaries a chunk has fewer rows, where as many as fit alone would leave no room for a tile.
-    assert plan(40, 11, 4, 8, False, 12, "stored", 5000) == Plan(True, 20, 1)
-    assert plan(10_000_000, 3, 16, 4, False, 12, "stored") == Plan(True, 1_250_000, 1)
+    assert Planner(40, 11, 4, 8, False, 12 * 8, 5000).plan("stored") == Plan(True, 20, 1)
+    assert Planner(10_000_000, 3, 16, 4, False, 12 * 4).plan("stored") == Plan(True, 1_250_000, 1)
     with pytest.raises(ValueError, match=r"memory=1000 is too small for one row of 5000 logits .* takes 20000 bytes"):
-        plan(8, 5000, 16, 4, False, 0, "stored", 1000)
+        Planner(8, 5000, 16, 4, False, memory=1000).plan("stored")
     with pytest.raises(ValueError, match=r"memory=10 is too small for one logit of one row: that takes 68 bytes"):
-        plan(8, 5000, 16, 4, True, 0, None, 10)
+        Planner(8, 5000, 16, 4, True, memory=10).plan()
 
 
 def test_what_a_plan_of_threads_takes():
     """Rows are cut by memory alone; threads get as many tiles each, of one size, where there are classes enough."""
-    assert shared(1024, 500_000, 64, 4, False, 2) == Plan(False, 1024, 256, 2, 512)
-    assert shared(100, 50_000, 512, 4, False, 2) == Plan(True, 100, 1250, 2, 100)
+
+    def planner(rows, classes, width, copies, threads, **options):
+        return ThreadsPlanner(rows, classes, width, 4, copies, threads=threads, **options)
+
+    assert planner(1024, 500_000, 64, False, 2).plan() == Plan(False, 1024, 256, 2, 512)
+    assert planner(100, 50_000, 512, False, 2).plan() == Plan(True, 100, 1250, 2, 100)
     for threads in (1, 2, 16):
-        made = shared(1024, 200_000, 256, 4, True, threads)
+        made = planner(1024, 200_000, 256, True, threads).plan()
         assert made.stored and made.rows == 103 and made.parts == threads
-    assert shared(1 << 20, 10, 64, 4, False, 8).parts == 1
-    assert shared(2048, 4096, 64, 4, False, 2) == Plan(True, 512, 256, 2, 512)  # 8 MB at a time, and not 33
-    assert shared(8, 5000, 16, 4, False, 4, "rows", 480_000) == Plan(True, 8, 5000, 1, 8)
+    assert planner(1 << 20, 10, 64, False, 8).plan().parts == 1
+    assert planner(2048, 4096, 64, False, 2).plan() == Plan(True, 512, 256, 2, 512)  # 8 MB at a time, and not 33
+    assert planner(8, 5000, 16, False, 4, memory=480_000).plan("rows") == Plan(True, 8, 5000, 1, 8)
     for strategy, needed in (("stored", 20_128), ("rows", 660_000), ("tiles", 132)):
-        assert shared(8, 5000, 16, 4, True, 2, strategy, needed).parts == 1
+        assert planner(8, 5000, 16, True, 2, memory=needed).plan(strategy).parts == 1
         with pytest.raises(ValueError, match=f"too small .* that takes {needed} bytes"):
-            shared(8, 5000, 16, 4, True, 2, strategy, needed - 1)
+            planner(8, 5000, 16, True, 2, memory=needed - 1).plan(strategy)
 
 
 # ---- precision -------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torch import Tensor
 from bench import head_errors
 from mlkernels import linear_cross_entropy
 from mlkernels.backends import native
-from mlkernels.linear.plan import Plan, room, shared
+from mlkernels.linear.plan import Plan, ThreadsPlanner, room
 from mlkernels.numbering import Slot
 
 pytestmark = pytest.mark.skipif(native.cpu_isa() != "avx512_bf16", reason="no such products here")
@@ -148,9 +148,10 @@ def test_no_rows(reduction):
     assert loss.sum() == 0 and dx.shape == (0, 8) and dw.count_nonzero() == 0
 
 
+@pytest.mark.parametrize("rows", [100, 1 << 20])  # of the latter, features as pairs would alone be more
 @pytest.mark.parametrize("strategy", ["stored", "tiles", "rows"])
-def test_memory_is_bounded(strategy):
-    plan = shared(100, 5000, 128, 4, 1, 2, strategy, 3_000_000, pairs=True)
+def test_memory_is_bounded(strategy, rows):
+    plan = ThreadsPlanner(rows, 5000, 128, 4, 1, memory=3_000_000, threads=2, pairs=True).plan(strategy)
     assert 4 * room(plan, plan.stored, plan.rows, 5000, 128, 1, True) <= 3_000_000
 
 

@@ -148,14 +148,14 @@ class LinearLogits(ProductLogits):
         needs = bound.needs + sum(1 << INPUT + i for i, needed in enumerate(tiles) if needed)
         if pieces is not CPU or bound.half or (needs and bound.apart and reduction != Reduction.NONE):
             return None
-        x, weight = self.input, self.weight
-        plan = threads.planned(target.numel(), weight.shape[0], x, weight, self.normalize, None, pieces, None, None)
+        x, weight, slots = self.input, self.weight, tuple(slots_of(bound.numbers))
+        call = Call(bound.numbers, slots, frozenset(), self.normalize, self.return_stats, pieces, x.dtype)
+        plan = threads.planned(target.numel(), weight.shape[0], x, weight, call, DEFAULT)
         keep, rows = plan.stored and any(tiles) and not later, min(plan.rows, x.shape[0])
         size = room(plan, keep, rows, weight.shape[0], x.shape[1], int(self.normalize))
-        slots = tuple(slots_of(bound.numbers))
-        call = Call(bound.numbers, slots, frozenset(), self.normalize, self.return_stats, pieces, x.dtype, plan)
         wanted = Wanted(tiles[0], tiles[1], tiles[2], tuple(s for s in slots if bound.needs >> s & 1))
-        return (call, wanted, not later), bound.numbers, needs, False, later, (*threads.cut(plan), size)
+        of_backward = call._replace(plan=plan), wanted, not later
+        return of_backward, bound.numbers, needs, False, later, (*threads.cut(plan), size)
 
     def take_stats(self, stats: Sequence[Tensor]) -> None:
         """Of the fast path."""

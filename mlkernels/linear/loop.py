@@ -68,8 +68,7 @@ def planned(call: Call, cut: Cut, classes: int, x: Tensor, weight: Tensor, targe
     """A call whose rows were looked at, and cut as its caller has it; classes: the most that a loop has."""
     kept = kept_rows(target, call, cut.compact)
     rows = target.numel() if kept.where is None else kept.where.numel()
-    made = threads.planned(rows, classes, x, weight, call.normalize, call.update, call.pieces, cut.strategy, cut.memory)
-    return call._replace(plan=made, kept=kept)
+    return call._replace(plan=threads.planned(rows, classes, x, weight, call, cut), kept=kept)
 
 
 class Wanted(NamedTuple):

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
+
+from typing_extensions import Never
 
 STRATEGIES = ("stored", "tiles", "rows")
 
@@ -86,188 +91,139 @@ def pair_rows(rows: int) -> int:
     return -(-rows // 2) + -(-rows // TOGETHER)
 
 
-def shared(
-    rows: int,
-    classes: int,
-    width: int,
-    itemsize: int,
-    copies: int,
-    threads: int,
-    strategy: str | None = None,
-    memory: int | None = None,
-    pairs: bool = False,
-) -> Plan:
+@dataclasses.dataclass(frozen=True)
+class Planner:
+    """The strategy, and the sizes that keep a call's own buffers within ``memory`` bytes, for the loop in Python."""
+
+    rows: int  # N
+    classes: int  # C
+    width: int  # D
+    itemsize: int  # of what is computed in
+    copies: int  # of a tile of the weight, that the loop makes
+    beside: int = 0  # bytes that temporaries and gradients take for each number of a tile
+    memory: int = DEFAULT_MEMORY
+
+    def plan(self, strategy: str | None = None) -> Plan:
+        """The one for a strategy, or for the better one."""
+        if strategy == "rows":
+            return self._largest(self.whole, self.memory) or self._refuse("", self.uncut(True, 1, self.classes))
+        if strategy != "tiles":
+            made = self._largest(functools.partial(self.cut, True), self.for_logits())
+            if made is not None and (strategy == "stored" or self.is_worth_it(made)):
+                return made
+            if strategy == "stored":
+                self._refuse(" under strategy='stored'", self.uncut(True, 1, 1))
+        return self._largest(functools.partial(self.cut, False)) or self._refuse(None, self.uncut(False, 1, 1))
+
+    def for_logits(self) -> int:
+        """The bytes of logits that a chunk may keep. It reads all of W: most of the memory is for rows."""
+        return self.memory * 3 // 4 if self.beside or self.width * self.copies else self.memory
+
+    def is_worth_it(self, stored: Plan) -> bool:
+        """Whether to keep logits so: those of few rows at a time are better made again."""
+        return stored.rows >= self.rows or (self.width >= CHEAP_WIDTH and stored.rows >= FEW_ROWS)
+
+    def bytes_of(self, plan: Plan) -> int:
+        """What a plan takes."""
+        kept = self.classes if plan.stored else plan.classes
+        of_tiles = plan.classes * (plan.rows * self.beside + self.itemsize * self.width * self.copies)
+        return self.itemsize * plan.rows * kept + of_tiles
+
+    def cut(self, stored: bool, chunk: int) -> Plan | None:
+        """Such a chunk's, with tiles as large as there is memory for."""
+        base = self.bytes_of(Plan(stored, chunk, 0))
+        each = self.bytes_of(Plan(stored, chunk, 1)) - base
+        if base > self.memory:
+            return None
+        tile = min(self.classes, max(1, TILE // chunk), (self.memory - base) // each if each else self.classes)
+        least = 1 if stored or chunk == 1 else min(self.classes, FEW_CLASSES)
+        return Plan(stored, chunk, tile) if tile >= least else None
+
+    def whole(self, chunk: int) -> Plan | None:
+        """All classes at a time, if there is memory for that."""
+        return self._allowed(self.uncut(True, chunk, self.classes))
+
+    def uncut(self, stored: bool, rows: int, classes: int) -> Plan:
+        """So many rows and classes at a time, by one thread."""
+        return Plan(stored, rows, classes)
+
+    def _allowed(self, plan: Plan) -> Plan | None:
+        return plan if self.bytes_of(plan) <= self.memory else None
+
+    def _largest(self, of: Callable[[int], Plan | None], logits: int | None = None) -> Plan | None:
+        """Of as many rows as there is memory for, by halves; logits: for so many bytes of theirs at first."""
+        chunk = rows = max(self.rows, 1)
+        if logits is not None:
+            chunks = -(-rows // max(1, logits // (self.itemsize * self.classes)))
+            chunk = -(-rows // chunks)  # as many chunks, of one size
+        while (made := of(chunk)) is None and chunk > 1:
+            chunk = (chunk + 1) // 2
+        return made
+
+    def _refuse(self, stored: str | None, least: Plan) -> Never:
+        """stored: under what; None: no logits are."""
+        what = "one logit of one row" if stored is None else f"one row of {self.classes} logits{stored}"
+        words = f"memory={self.memory} is too small for {what}: that takes {self.bytes_of(least)} bytes"
+        if stored is not None:
+            words += f"; strategy='tiles' takes {self.bytes_of(self.uncut(False, 1, 1))}"
+        raise ValueError(words)
+
+
+@dataclasses.dataclass(frozen=True)
+class ThreadsPlanner(Planner):
     """The same where threads share the classes. How rows are cut depends on the memory, and not on the threads."""
-    allowed = DEFAULT_MEMORY if memory is None else memory
-    rows = max(rows, 1)
 
-    def bytes_of(made: Plan) -> int:
-        return itemsize * room(made, made.stored, made.rows, classes, width, copies, pairs)
+    threads: int = 1
+    pairs: bool = False
 
-    def cut(stored: bool, chunk: int) -> Plan | None:
-        """Tiles as large as there is memory for, of as many threads."""
-        parts = max(1, min(threads, classes // FEW_CLASSES))
+    def for_logits(self) -> int:
+        # More rows than these at a time gained nothing: W and dW then come from memory seldom enough.
+        return min(BLOCK * self.itemsize * self.classes, self.memory * 7 // 8)
+
+    def is_worth_it(self, stored: Plan) -> bool:
+        fits = max(self.rows, 1) * self.itemsize * self.classes <= self.memory
+        return fits or (self.width >= CHEAP and stored.rows >= FEW)
+
+    def bytes_of(self, plan: Plan) -> int:
+        size = room(plan, plan.stored, plan.rows, self.classes, self.width, self.copies, self.pairs)
+        return self.itemsize * size
+
+    def cut(self, stored: bool, chunk: int) -> Plan | None:
+        """Of as many threads as there is memory for."""
+        parts = max(1, min(self.threads, self.classes // FEW_CLASSES))
         while True:
-            elements = PART if parts > 1 or threads == 1 else TILE
+            elements = PART if parts > 1 or self.threads == 1 else TILE
             while elements:
                 block = min(chunk, BLOCK if parts > 1 else chunk, elements)
-                tile = max(1, min(elements // block, -(-classes // parts)))
-                every = -(-classes // (parts * tile)) * parts  # as many tiles for each thread, of one size
-                made = Plan(stored, chunk, max(1, -(-classes // every)), parts, block)
-                if bytes_of(made) <= allowed:
+                tile = max(1, min(elements // block, -(-self.classes // parts)))
+                every = -(-self.classes // (parts * tile)) * parts  # as many tiles for each thread, of one size
+                made = self._allowed(Plan(stored, chunk, max(1, -(-self.classes // every)), parts, block))
+                if made is not None:
                     return made
                 elements = elements // 2 if parts == 1 or elements > SMALL else 0
             if parts == 1:
                 return None
             parts //= 2
 
-    least = bytes_of(Plan(False, 1, 1, 1, 1))
-    if strategy == "rows":
-        chunk = rows
-        while chunk > 1 and bytes_of(Plan(True, chunk, classes, 1, chunk)) > allowed:
-            chunk = (chunk + 1) // 2
-        whole = Plan(True, chunk, classes, 1, chunk)
-        if bytes_of(whole) > allowed:
-            raise ValueError(
-                f"memory={allowed} is too small for one row of {classes} logits: that takes {bytes_of(whole)} bytes; "
-                f"strategy='tiles' takes {least}"
-            )
-        return whole
-    a_row = itemsize * classes
-    if strategy in (None, "stored"):
-        # More rows than these at a time gained nothing: W and dW then come from memory seldom enough.
-        most = min(rows, BLOCK, max(1, allowed * 7 // 8 // a_row))
-        chunk = -(-rows // -(-rows // most))  # as many chunks, of one size
-        made: Plan | None = cut(True, chunk)
-        while made is None and chunk > 1:
-            chunk = (chunk + 1) // 2
-            made = cut(True, chunk)
-        worth = rows * a_row <= allowed or (width >= CHEAP and chunk >= FEW)
-        if made is not None and (strategy == "stored" or worth):
-            return made
-        if strategy == "stored":
-            raise ValueError(
-                f"memory={allowed} is too small for one row of {classes} logits under strategy='stored': that takes "
-                f"{a_row + least - itemsize} bytes; strategy='tiles' takes {least}"
-            )
-    tiles = cut(False, rows)
-    if tiles is None:
-        raise ValueError(f"memory={allowed} is too small for one logit of one row: that takes {least} bytes")
-    return tiles
+    def uncut(self, stored: bool, rows: int, classes: int) -> Plan:
+        return Plan(stored, rows, classes, 1, rows)
 
 
-def plan(
-    rows: int,
-    classes: int,
-    width: int,
-    itemsize: int,
-    copies: int,
-    temporaries: int,
-    strategy: str | None = None,
-    memory: int | None = None,
-) -> Plan:
-    """The strategy, and the sizes that keep a call's own buffers within ``memory`` bytes.
+@dataclasses.dataclass(frozen=True)
+class DevicePlanner(Planner):
+    """The same on a GPU; beside: 0 where a tile's gradient takes the place of its products."""
 
-    Args:
-        rows, classes, width: N, C, D. itemsize: of what is computed in. copies: of a tile of the weight, that the loop
-            makes. temporaries: of a tile's size, that the pieces make.
-    """
-    allowed = DEFAULT_MEMORY if memory is None else memory
-    rows = max(rows, 1)
+    def for_logits(self) -> int:
+        return self.memory
 
-    def of_class(chunk: int, tiles: int) -> int:
-        """The bytes that each class of a tile takes: its logits in so many tiles, its part of the weight."""
-        return itemsize * (chunk * tiles + width * copies)
+    def is_worth_it(self, stored: Plan) -> bool:
+        return stored.rows >= min(max(self.rows, 1), ENOUGH_ROWS)
 
-    def tile_of(chunk: int, left: int, tiles: int) -> int:
-        each = of_class(chunk, tiles)
-        return min(classes, max(1, TILE // chunk), left // each if each else classes if left >= 0 else 0)
-
-    a_row, tiles = itemsize * classes, temporaries + 1
-    if strategy == "rows":
-        chunk = rows
-        while chunk > 1 and chunk * a_row + of_class(chunk, temporaries) * classes > allowed:
-            chunk = (chunk + 1) // 2
-        if chunk * a_row + of_class(chunk, temporaries) * classes > allowed:
-            raise ValueError(
-                f"memory={allowed} is too small for one row of {classes} logits: that takes "
-                f"{a_row + of_class(1, temporaries) * classes} bytes; strategy='tiles' takes {of_class(1, tiles)}"
-            )
-        return Plan(True, chunk, classes)
-    if strategy in (None, "stored"):
-        # A chunk reads all of W: most of the memory is for rows, and few of them are better made again.
-        most = min(rows, max(1, (allowed * 3 // 4 if of_class(1, temporaries) else allowed) // a_row))
-        chunk = -(-rows // -(-rows // most))  # as many chunks, of one size
-        if strategy == "stored":  # temporaries are of a chunk's rows, which may be many where classes are few
-            while chunk > 1 and chunk * a_row + of_class(chunk, temporaries) > allowed:
-                chunk = (chunk + 1) // 2
-        tile = tile_of(chunk, allowed - chunk * a_row, temporaries)
-        worth = chunk == rows or (width >= CHEAP_WIDTH and chunk >= FEW_ROWS)
-        if tile > 0 and (strategy == "stored" or worth):
-            return Plan(True, chunk, tile)
-        if strategy == "stored":
-            raise ValueError(
-                f"memory={allowed} is too small for one row of {classes} logits under strategy='stored': that takes "
-                f"{a_row + of_class(1, temporaries)} bytes; strategy='tiles' takes {of_class(1, tiles)}"
-            )
-    chunk = rows
-    while chunk > 1 and tile_of(chunk, allowed, tiles) < min(classes, FEW_CLASSES):
-        chunk = (chunk + 1) // 2
-    tile = tile_of(chunk, allowed, tiles)
-    if tile < 1:
-        raise ValueError(
-            f"memory={allowed} is too small for one logit of one row: that takes {of_class(1, tiles)} bytes"
-        )
-    return Plan(False, chunk, tile)
-
-
-def on_device(
-    rows: int,
-    classes: int,
-    width: int,
-    itemsize: int,
-    copies: bool,
-    gradient: int,
-    strategy: str | None = None,
-    memory: int | None = None,
-) -> Plan:
-    """The same on a GPU.
-
-    Args:
-        gradient: the bytes of a number of a gradient that has a tile of its own; 0: it takes the place of the products.
-    """
-    allowed = DEVICE_MEMORY if memory is None else memory
-    rows = max(rows, 1)
-
-    def bytes_of(made: Plan) -> int:
-        kept = classes if made.stored else made.classes
-        return itemsize * (made.rows * kept + made.classes * width * copies) + gradient * made.rows * made.classes
-
-    def cut(stored: bool, chunk: int, whole: bool = False) -> Plan | None:
+    def cut(self, stored: bool, chunk: int) -> Plan | None:
         """Of a tile both are read again: itself, if it is small, and dX once per tile, if these are many."""
-        tile = min(classes, classes if whole else max(1, CACHED // (itemsize * chunk), 2 * width))
+        tile = min(self.classes, max(1, CACHED // (self.itemsize * chunk), 2 * self.width))
         while True:
-            made = Plan(stored, chunk, tile - tile % ROUND if ROUND < tile < classes else tile)
-            if bytes_of(made) <= allowed:
-                return made
-            if tile == 1 or whole:
-                return None
+            made = Plan(stored, chunk, tile - tile % ROUND if ROUND < tile < self.classes else tile)
+            if self._allowed(made) or tile == 1:
+                return self._allowed(made)
             tile = (tile + 1) // 2
-
-    def largest(stored: bool, chunk: int, whole: bool = False) -> Plan | None:
-        while (made := cut(stored, chunk, whole)) is None and chunk > 1:
-            chunk = (chunk + 1) // 2
-        return made
-
-    found = None
-    if strategy != "tiles":
-        most = min(rows, max(1, allowed // (itemsize * classes)))
-        found = largest(True, -(-rows // -(-rows // most)), strategy == "rows")
-        if strategy is None and found is not None and found.rows < min(rows, ENOUGH_ROWS):
-            found = None
-    if found is None and strategy in (None, "tiles"):
-        found = largest(False, rows)
-    if found is None:
-        least = bytes_of(Plan(strategy != "tiles" and strategy is not None, 1, classes if strategy == "rows" else 1))
-        raise ValueError(f"memory={allowed} is too small for one row of {classes} logits: that takes {least} bytes")
-    return found

@@ -5,7 +5,6 @@ So a product is one thread's, the threads meet twice for a chunk, and what they 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +16,11 @@ from ..backends import native
 from ..backends.reference import Coefficients, Rows, Values
 from ..checks import accumulated
 from ..numbering import INPUT, Slot
-from .pieces import CPU, TRITON, Pieces, Want, rows_of
-from .plan import Plan, on_device, plan, room, shared
+from .pieces import CPU, TRITON, Want, rows_of
+from .plan import DEFAULT_MEMORY, DEVICE_MEMORY, Cut, DevicePlanner, Plan, Planner, ThreadsPlanner, room
 
 if TYPE_CHECKING:
     from .loop import Call, Head, Sums, Wanted
-    from .update import Updating
 
 ops = torch.ops.mlkernels
 
@@ -38,28 +36,25 @@ def multiplies_pairs(x: torch.dtype, weight: Tensor, normalize: bool) -> bool:
     return half and not normalize and native.cpu_isa() == "avx512_bf16"
 
 
-def planned(
-    rows: int, classes: int, x: Tensor, weight: Tensor, normalize: bool, update: Updating | None, pieces: Pieces,
-    strategy: str | None, memory: int | None,
-) -> Plan:  # fmt: skip
-    """How so many rows and classes are cut; update: what steps the weight in the backward, if that is to."""
+def planned(rows: int, classes: int, x: Tensor, weight: Tensor, call: Call, cut: Cut) -> Plan:
+    """How so many rows and classes of a call's are cut."""
+    normalize, update, pieces = call.normalize, call.update, call.pieces
     accumulate = accumulated(x.dtype)
     width, itemsize = weight.shape[1], accumulate.itemsize
     copies = int(normalize or x.dtype != accumulate or weight.dtype != accumulate)
-    cut: Callable[..., Plan] = plan
-    of_pieces = pieces.temporaries
+    strategy, memory = cut.strategy if update is None else "tiles", cut.memory or DEFAULT_MEMORY
     if pieces is CPU:
-        cut = functools.partial(shared, pairs=multiplies_pairs(x.dtype, weight, normalize))
-        of_pieces = count()
         memory = memory if update is None else update.cut(itemsize, width, memory)
-    else:
-        if pieces is TRITON:
-            operands = pieces.operands(x.dtype, weight.dtype)
-            copies = int(weight.dtype != (operands or accumulate))
-            cut, of_pieces = on_device, 0 if operands is None else operands.itemsize
-        copies += 0 if update is None else update.temporaries
-    strategy = strategy if update is None else "tiles"
-    return cut(rows, classes, width, itemsize, copies, of_pieces, strategy, memory)
+        pairs = multiplies_pairs(x.dtype, weight, normalize)
+        return ThreadsPlanner(rows, classes, width, itemsize, copies, 0, memory, count(), pairs).plan(strategy)
+    kind, beside = Planner, pieces.temporaries * itemsize
+    if pieces is TRITON:
+        operands = pieces.operands(x.dtype, weight.dtype)
+        copies = int(weight.dtype != (operands or accumulate))
+        kind, beside = DevicePlanner, 0 if operands is None else operands.itemsize
+        memory = cut.memory or DEVICE_MEMORY
+    copies += 0 if update is None else update.temporaries
+    return kind(rows, classes, width, itemsize, copies, beside, memory).plan(strategy)
 
 
 def serves(call: Call) -> bool:

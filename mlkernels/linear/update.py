@@ -17,7 +17,6 @@ from ..positional import by_name
 from . import threads
 from .autograd import chunks_of
 from .loop import Head, Known, Sums, chunk_coefficients
-from .plan import DEFAULT_MEMORY
 from .products import add_at, add_product, multiply_into
 from .sampling import Draws
 
@@ -259,9 +258,9 @@ class Updating:
         self.at_once = 0
         _waiting.setdefault(update, weakref.WeakSet()).add(self)
 
-    def cut(self, itemsize: int, width: int, memory: int | None) -> int:
+    def cut(self, itemsize: int, width: int, memory: int) -> int:
         """Halves the memory: one for products, which is returned, one for as many classes as step together."""
-        half = max(1, (DEFAULT_MEMORY if memory is None else memory) // 2)
+        half = max(1, memory // 2)
         of_class = itemsize * max(width, 1)
         self.at_once = max(1, min(STEP // of_class, half // (of_class * self.temporaries)))
         return half
