@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..backends import reference
 from ..backends.reference import Rows, Values
-from ..linear.autograd import check_upstream, later, makes_at_once, scaled
-from ..linear.loop import SCALES, Call, Head, Known, Wanted, forward
+from ..linear.autograd import by_argument, check_upstream, dtypes_of, later, makes_at_once, placed, save, scaled
+from ..linear.loop import SCALES, Call, Head, Inputs, Known, Wanted, forward, numbers_of
 from ..linear.products import along_length, lengths
 from ..numbering import IGNORE_INDEX, REDUCTION, Reduction, Slot
 from .group import Group, padded, slices
@@ -43,14 +43,14 @@ class Shard(NamedTuple):
         return self.group.gathered(padded(rows, max(self.sizes), fill), what).flatten(0, 1)
 
 
-def gathered(call: Call, shard: Shard, x: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+def gathered(call: Call, shard: Shard, inputs: Inputs) -> Inputs:
     """Features and what else is one per row, of all ranks."""
     every = []
-    for slot, p in zip(call.slots, params, strict=True):
+    for slot, p in zip(call.slots, inputs.params, strict=True):
         if slot in call.per_row:
             p = shard.all_rows(p.long() if slot == Slot.GROUP else p.to(call.dtype), int(slot != Slot.GROUP), "rows")
         every.append(p)
-    return shard.all_rows(x, 0, "features"), every
+    return inputs._replace(x=shard.all_rows(inputs.x, 0, "features"), params=every)
 
 
 class PartHead(Head):
@@ -95,10 +95,8 @@ class PartHead(Head):
 class _ShardHead(PartHead):
     """All ranks' rows, and the classes of one; a row that pads is an ignored one."""
 
-    def __init__(
-        self, call: Call, shard: Shard, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
-        params: Sequence[Tensor],
-    ):  # fmt: skip
+    def __init__(self, call: Call, shard: Shard, inputs: Inputs):
+        x, target = inputs.x, inputs.target
         self.shard, self.group, self.offset = shard, shard.group, shard.offset
         self.classes_of_all = shard.classes
         # An ignored row is not read, whatever it holds: its gradient comes home as 0 and stays it.
@@ -108,7 +106,7 @@ class _ShardHead(PartHead):
         if call.normalize:
             self.own_length = torch.where(kept, lengths(self.own, self.own.dtype), 1)
             self.own = self.own / self.own_length
-        super().__init__(call, x, weight, bias, target, params)
+        super().__init__(call, inputs)
 
     def of_owned(self, part: slice, label: Tensor) -> Tensor:
         f_y = self.dots(part, label)
@@ -129,34 +127,19 @@ class _ShardHead(PartHead):
 
 class _ClassParallelLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        call: Call,
-        shard: Shard,
-        wanted: Wanted,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        target: Tensor,
-        *params: Tensor,
-    ) -> tuple[Tensor, ...]:
-        at_once = makes_at_once(call, wanted)
-        with reference.full_precision(x.device):
-            x_all, params_all = gathered(call, shard, x, params)
-            head = _ShardHead(call, shard, x_all, weight, bias, target, params_all)
-            results, known, gradients = forward(head, wanted if at_once else None)
-        ctx.call, ctx.shard, ctx.wanted, ctx.at_once = call, shard, wanted, at_once
+    def forward(ctx: Any, call: Call, shard: Shard, wanted: Wanted, *tensors: Any) -> tuple[Tensor, ...]:
+        at_once, inputs = makes_at_once(call, wanted), Inputs.of(tensors)
+        with reference.full_precision(inputs.x.device):
+            inputs = gathered(call, shard, inputs)
+            results, known, gradients = forward(_ShardHead(call, shard, inputs), wanted if at_once else None)
+        ctx.call, ctx.shard, ctx.wanted, ctx.at_once, ctx.dtypes = call, shard, wanted, at_once, dtypes_of(tensors)
         ctx.set_materialize_grads(False)
         results = tuple(r if r.dim() == 0 else r[shard.mine] for r in results)
         ctx.mark_non_differentiable(*results[4:])
-        ctx.dtypes = [t.dtype for t in (x, weight, weight if bias is None else bias, *params)]
         if gradients is not None:
-            ctx.present = [g is not None for g in gradients]
-            ctx.save_for_backward(*(g for g in gradients if g is not None))
+            save(ctx, (), gradients)
         else:
-            numbers = [] if known is None else [*known.rows, known.f_y, known.u_y]
-            ctx.present = [n is not None for n in numbers]
-            ctx.save_for_backward(x_all, weight, bias, target, *params_all, *(n for n in numbers if n is not None))
+            save(ctx, (*inputs[:4], *inputs.params), numbers_of(known))
         return results
 
     @staticmethod
@@ -164,34 +147,26 @@ class _ClassParallelLoss(torch.autograd.Function):
         check_upstream(upstream, "class-parallel heads have")
         call: Call = ctx.call
         shard: Shard = ctx.shard
-        wanted: Wanted = ctx.wanted
-        ranks = shard.group.size
         if call.update is not None:
             call.update.check()
         if ctx.at_once:
             assert upstream[0] is not None
-            saved = iter(scaled(ctx.saved_tensors, shard.group.mean(upstream[0])))
-            gradients = [next(saved) if there else None for there in ctx.present]
+            gradients = [*placed(ctx, scaled(ctx.saved_tensors, shard.group.mean(upstream[0])))]
         else:
-            x, weight, bias, target, *rest = ctx.saved_tensors
-            params, numbers = rest[: len(call.slots)], iter(rest[len(call.slots) :])
-            each = [next(numbers) if there else None for there in ctx.present]
-            with reference.full_precision(x.device):
-                head = _ShardHead(call, shard, x, weight, bias, target, params)
-                sums = head.sums(wanted)
-                every = _all_upstream(call, shard, head, upstream)
-                known = Known(Rows(*each[:-2]), *each[-2:]) if each else None  # type: ignore[arg-type]
-                later(sums, head, known, every)
-                gradients = list(sums.finished())
+            tensors = ctx.saved_tensors
+            inputs, numbers = Inputs.of(tensors[: len(ctx.dtypes)]), placed(ctx, tensors[len(ctx.dtypes) :])
+            with reference.full_precision(inputs.x.device):
+                head = _ShardHead(call, shard, inputs)
+                sums = head.sums(ctx.wanted)
+                later(sums, head, Known.of(numbers), _all_upstream(call, shard, head, upstream))
+                gradients = [*sums.finished()]
         if gradients[0] is not None:
-            gradients[0] = gradients[0] * ranks
-        by_slot = dict(zip(wanted.slots, gradients[3:], strict=True))
-        for slot, gradient in by_slot.items():
+            gradients[0] = gradients[0] * shard.group.size
+        for at, slot in enumerate(ctx.wanted.slots, 3):
+            gradient = gradients[at]
             if gradient is not None and slot in call.per_row:
-                by_slot[slot] = ranks * gradient[shard.mine]
-        ordered = [*gradients[:3], None, *(by_slot.get(slot) for slot in call.slots)]
-        dtypes = [*ctx.dtypes[:3], torch.int64, *ctx.dtypes[3:]]
-        return (None, None, None, *(g if g is None else g.to(d) for g, d in zip(ordered, dtypes, strict=True)))
+                gradients[at] = shard.group.size * gradient[shard.mine]
+        return (None, None, None, *by_argument(call, ctx.wanted, gradients, ctx.dtypes))
 
 
 def _all_upstream(call: Call, shard: Shard, head: Head, upstream: Sequence[Tensor | None]) -> list[Tensor | None]:

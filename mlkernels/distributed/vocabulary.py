@@ -18,10 +18,10 @@ from torch.distributed.tensor import DTensor, Shard
 from ..backends import reference
 from ..backends.reference import RowStats
 from ..checks import accumulated, check_class_indices, check_input, check_plain, check_size
-from ..linear.autograd import check_upstream, has_hooks, later
+from ..linear.autograd import check_upstream, has_hooks, later, placed, save
 from ..linear.functional import loss_of
 from ..linear.logits import by_rows
-from ..linear.loop import Call, Head, Known, Sums, Wanted, forward, kept_rows
+from ..linear.loop import Call, Head, Inputs, Known, Sums, Wanted, forward, kept_rows, numbers_of
 from ..linear.pieces import pieces_for
 from ..linear.plan import TILE, Plan
 from ..numbering import TRAINABLE
@@ -51,7 +51,7 @@ class _SliceHead(PartHead):
         self.logits = logits.detach()[:, : max(0, part.classes - part.offset)]
         nothing = logits.new_empty(0, dtype=call.dtype)
         rows, classes = self.logits.shape
-        super().__init__(call, nothing.expand(rows, 0), nothing.expand(classes, 0), None, target, params)
+        super().__init__(call, Inputs(nothing.expand(rows, 0), nothing.expand(classes, 0), None, target, params))
 
     def product(self, part: slice, start: int, weight: Tensor) -> Tensor:
         tile = self.logits[:, start : start + weight.shape[0]]
@@ -110,9 +110,7 @@ class _SlicedLoss(torch.autograd.Function):
         ctx.call, ctx.part = call, part
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*results[4:])
-        numbers = [] if known is None else [*known.rows, known.f_y, known.u_y]
-        ctx.present = [n is not None for n in numbers]
-        ctx.save_for_backward(logits, target, *params, *(n for n in numbers if n is not None))
+        save(ctx, (logits, target, *params), numbers_of(known))
         return results
 
     @staticmethod
@@ -120,27 +118,19 @@ class _SlicedLoss(torch.autograd.Function):
         check_upstream(upstream, "losses on slices of logits have")
         call: Call = ctx.call
         logits, target, *rest = ctx.saved_tensors
-        params, numbers = rest[: len(call.slots)], iter(rest[len(call.slots) :])
-        known = [next(numbers) if there else None for there in ctx.present]
+        params, known = rest[: len(call.slots)], Known.of(placed(ctx, rest[len(call.slots) :]))
         needs = ctx.needs_input_grad
         slots = tuple(slot for slot, need in zip(call.slots, needs[4:], strict=True) if need and slot in TRAINABLE)
         with reference.full_precision(logits.device):
             head = _SliceHead(call, ctx.part, logits, target, params)
             sums = head.sums(Wanted(needs[2], False, False, slots))
-            if known:
-                later(sums, head, Known(reference.Rows(*known[:-2]), *known[-2:]), upstream)  # type: ignore[arg-type]
+            later(sums, head, known, upstream)
             gradient, *of_params = sums.finished()
         if gradient is not None and gradient.shape != logits.shape:
             gradient = torch.nn.functional.pad(gradient, (0, logits.shape[1] - gradient.shape[1]))
         by_slot = dict(zip(slots, of_params, strict=True))
-        found = (by_slot.get(slot) for slot in call.slots)
-        return (
-            None,
-            None,
-            gradient,
-            None,
-            *(g if g is None else g.to(p.dtype) for g, p in zip(found, params, strict=True)),
-        )
+        found = zip((by_slot.get(slot) for slot in call.slots), params, strict=True)
+        return None, None, gradient, None, *(g if g is None else g.to(p.dtype) for g, p in found)
 
 
 _sliced_loss: Callable[..., tuple[Tensor, ...]] = _SlicedLoss.apply

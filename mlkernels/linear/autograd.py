@@ -12,11 +12,11 @@ from torch.autograd import forward_ad
 
 from .. import buffers
 from ..backends import reference
-from ..backends.reference import Finished, Rows
+from ..backends.reference import Finished
 from ..numbering import REDUCTION, TRAINABLE, Reduction
 from ..tracing import functorch_level, is_batched, is_dual, traced
-from . import threads
-from .loop import Call, Head, Known, Sums, Wanted, add_chunk, chunk_coefficients, forward, upstream_of
+from . import loop, threads
+from .loop import Call, Head, Inputs, Known, Sums, Wanted
 
 _saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
@@ -63,87 +63,92 @@ class _LinearLoss(torch.autograd.Function):
     """A reduced loss makes its gradients at once, for the upstream gradient that it nearly always gets."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        call: Call,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        target: Tensor,
-        *params: Tensor,
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, call: Call, *tensors: Any) -> tuple[Tensor, ...]:
         needs = ctx.needs_input_grad
         slots = tuple(slot for slot, need in zip(call.slots, needs[5:], strict=True) if need and slot in TRAINABLE)
-        wanted = Wanted(needs[1], needs[2], bias is not None and needs[3], slots)
+        wanted = Wanted(needs[1], needs[2], needs[3], slots)
         at_once = makes_at_once(call, wanted)
-        results, gradients, saved = made(call, x, weight, bias, target, params, wanted, at_once)
-        ctx.call, ctx.wanted, ctx.at_once = call, wanted, at_once
+        results, gradients, saved = made(call, Inputs.of(tensors), wanted, at_once)
+        ctx.call, ctx.wanted, ctx.at_once, ctx.dtypes = call, wanted, at_once, dtypes_of(tensors)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*results[4:])
-        if at_once and gradients is not None:
-            ctx.dtypes = [t.dtype for t in (x, weight, weight if bias is None else bias, *params)]
-            ctx.present = [g is not None for g in gradients]
-            ctx.save_for_backward(*(g for g in gradients if g is not None))
+        if gradients is not None:
+            save(ctx, (), gradients)
         elif wanted:
-            ctx.present = [n is not None for n in saved]
-            ctx.save_for_backward(x, weight, bias, target, *params, *(n for n in saved if n is not None))
+            save(ctx, tensors, saved)
         return results
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
         check_upstream(upstream, "heads have", ctx.at_once)
         call: Call = ctx.call
-        wanted: Wanted = ctx.wanted
         if call.update is not None:
             call.update.check()
         if ctx.at_once:
-            saved = iter(scaled(ctx.saved_tensors, upstream[0]))
-            gradients = [next(saved) if there else None for there in ctx.present]
-            dtypes = ctx.dtypes
+            gradients = placed(ctx, scaled(ctx.saved_tensors, upstream[0]))
         else:
-            x, weight, bias, target, *rest = ctx.saved_tensors
-            params, numbers = rest[: len(call.slots)], iter(rest[len(call.slots) :])
-            each = [next(numbers) if there else None for there in ctx.present]
-            gradients = list(gradients_of(call, x, weight, bias, target, params, wanted, each, upstream))
-            dtypes = [t.dtype for t in (x, weight, weight if bias is None else bias, *params)]
-        by_slot = dict(zip(wanted.slots, gradients[3:], strict=True))
-        ordered = [*gradients[:3], None, *(by_slot.get(slot) for slot in call.slots)]
-        dtypes = [*dtypes[:3], torch.int64, *dtypes[3:]]
-        return (None, *(g if g is None else handed_out(g, dtype) for g, dtype in zip(ordered, dtypes, strict=True)))
+            tensors = ctx.saved_tensors
+            inputs, numbers = Inputs.of(tensors[: len(ctx.dtypes)]), placed(ctx, tensors[len(ctx.dtypes) :])
+            gradients = gradients_of(call, inputs, ctx.wanted, numbers, upstream)
+        return (None, *by_argument(call, ctx.wanted, gradients, ctx.dtypes))
+
+
+def dtypes_of(tensors: Sequence[Tensor | None]) -> list[torch.dtype | None]:
+    """Of those that are there."""
+    return [None if t is None else t.dtype for t in tensors]
+
+
+def save(ctx: Any, tensors: Sequence[Tensor | None], some: Sequence[Tensor | None]) -> None:
+    """Keeps tensors for the backward, and others of which some are not there: they are not saved as None."""
+    ctx.present = [t is not None for t in some]
+    ctx.save_for_backward(*tensors, *(t for t in some if t is not None))
+
+
+def placed(ctx: Any, some: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """These others again, in their places."""
+    there = iter(some)
+    return [next(there) if present else None for present in ctx.present]
+
+
+def by_argument(
+    call: Call, wanted: Wanted, gradients: Sequence[Tensor | None], dtypes: Sequence[torch.dtype | None]
+) -> Iterator[Tensor | None]:
+    """Gradients of features, weight, bias and wanted slots in the order of Inputs, each in its tensor's dtype."""
+    by_slot = dict(zip(wanted.slots, gradients[3:], strict=True))
+    ordered = (*gradients[:3], None, *(by_slot.get(slot) for slot in call.slots))
+    for gradient, dtype in zip(ordered, dtypes, strict=True):
+        yield None if gradient is None or dtype is None else handed_out(gradient, dtype)
 
 
 def made(
-    call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, params: Sequence[Tensor],
-    wanted: Wanted, at_once: bool,
-) -> tuple[tuple[Tensor, ...], Sequence[Tensor | None] | None, Sequence[Tensor | None]]:  # fmt: skip
+    call: Call, inputs: Inputs, wanted: Wanted, at_once: bool
+) -> tuple[tuple[Tensor, ...], Sequence[Tensor | None] | None, Sequence[Tensor | None]]:
     """The results; the gradients at an upstream of 1, where they are made at once; else what :func:`gradients_of`
     takes."""
     if threads.serves(call):
-        whole = threads.Whole(call, x, weight, bias, target, params)
+        whole = threads.Whole(call, inputs)
         if at_once or not (wanted or call.return_stats):
             loss, gradients = whole.at_once(wanted if at_once else None)
             return (loss,), gradients, ()
         results, saved = whole.rows()
         return results, None, (saved,)
-    with reference.full_precision(x.device):
-        results, known, gradients = forward(Head(call, x, weight, bias, target, params), wanted if at_once else None)
-    return results, gradients, () if known is None else (*known.rows, known.f_y, known.u_y)
+    with reference.full_precision(inputs.x.device):
+        results, known, gradients = loop.forward(Head(call, inputs), wanted if at_once else None)
+    return results, gradients, loop.numbers_of(known)
 
 
 def gradients_of(
-    call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, params: Sequence[Tensor],
-    wanted: Wanted, saved: Sequence[Tensor | None], upstream: Sequence[Tensor | None],
-) -> tuple[Tensor | None, ...]:  # fmt: skip
+    call: Call, inputs: Inputs, wanted: Wanted, saved: Sequence[Tensor | None], upstream: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
     """The gradients once the upstream ones are known."""
     if threads.serves(call):
         (rows,) = saved
         assert rows is not None
-        return threads.Whole(call, x, weight, bias, target, params).backward(wanted, rows, upstream)
-    with reference.full_precision(x.device):
-        head = Head(call, x, weight, bias, target, params)
+        return threads.Whole(call, inputs).backward(wanted, rows, upstream)
+    with reference.full_precision(inputs.x.device):
+        head = Head(call, inputs)
         sums = head.sums(wanted)
-        known = Known(Rows(*saved[:-2]), *saved[-2:]) if saved else None  # type: ignore[arg-type]
-        later(sums, head, known, upstream)
+        later(sums, head, Known.of(saved), upstream)
         return sums.finished()
 
 
@@ -154,7 +159,9 @@ def later(sums: Sums, head: Head, known: Known | None, upstream: Sequence[Tensor
     elif known is not None:
         for part, of_part, of_results in chunks_of(head, known, upstream):
             values = head.of(part)
-            add_chunk(sums, head, part, values, [], chunk_coefficients(sums, head, part, values, of_part, of_results))
+            _, row = loop.finish_chunk(head, part, values, of_part, sums, of_results)
+            assert row is not None
+            loop.add_chunk(sums, head, part, values, [], row)
 
 
 def chunks_of(head: Head, known: Known, upstream: Sequence[Tensor | None]) -> Iterator[tuple[slice, Known, Finished]]:
@@ -164,12 +171,9 @@ def chunks_of(head: Head, known: Known, upstream: Sequence[Tensor | None]) -> It
     loss = loss if loss is None else loss.to(dtype) if loss.dim() == 0 else head.gathered(loss.to(dtype))
     rows = [head.gathered(g if g is None else g.to(dtype)) for g in rows]
     for part in head.chunks():
-        of_part = Known(
-            Rows(*(None if n is None else n[..., part] for n in known.rows)),  # type: ignore[arg-type]
-            known.f_y[part],
-            known.u_y[part],
-        )
-        yield part, of_part, upstream_of(head, part, loss, rows)
+        of_part = Known.of([None if n is None else n[..., part] for n in loop.numbers_of(known)])
+        assert of_part is not None
+        yield part, of_part, loop.upstream_of(head, part, loss, rows)
 
 
 def handed_out(gradient: Tensor, dtype: torch.dtype) -> Tensor:
@@ -193,8 +197,7 @@ def fast_path_backward(
         if of_loss is not None and traced(of_loss):
             of_loss = of_loss.sum()  # one number, of which compiled autograd does not say the shape
         return scaled(tensors, of_loss)
-    x, weight, bias, target, *params = tensors
-    dx, dw, db, *by_slot = gradients_of(call, x, weight, bias, target, params, wanted, (saved,), upstream)
+    dx, dw, db, *by_slot = gradients_of(call, Inputs.of(tensors), wanted, (saved,), upstream)
     return [gradient for gradient in (*by_slot, dx, dw, db) if gradient is not None]
 
 

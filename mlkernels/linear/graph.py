@@ -18,7 +18,7 @@ from ..checks import accumulated, check_indices
 from ..numbering import CONSTS, IGNORE_INDEX, REDUCTION, TRAINABLE, Reduction, ScaleKind, Slot, slots_of, structure_of
 from . import threads
 from .autograd import check_upstream, gradients_of, made
-from .loop import Call, Wanted, planned
+from .loop import Call, Inputs, Wanted, planned
 from .pieces import pieces_for
 from .plan import Cut
 
@@ -75,7 +75,7 @@ class _Problem:
         call = planned(call, Cut(strategy, memory, compact), classes, x, weight, target)
         trained = (slot for slot, need in zip(slots, needs[3:], strict=True) if need)
         self.wanted = Wanted(needs[0], needs[1], needs[2], tuple(trained))
-        self.given = call, x, weight, bias, target, params
+        self.given = call, Inputs(x, weight, bias, target, params)
 
 
 @contextmanager
@@ -113,12 +113,12 @@ def _apart(results: Sequence[Tensor]) -> list[Tensor]:
 
 def _packed(problem: _Problem, saved: Sequence[Tensor | None]) -> Tensor:
     """What is known of all rows in one tensor, whose shape does not depend on how many are ignored."""
-    call, x, _, _, target, _ = problem.given
+    call, inputs = problem.given
     if threads.serves(call):
         (known,) = saved
         assert known is not None
         return known
-    packed = x.new_zeros(5 + 3 * _scales(call.numbers), target.shape[0], dtype=call.dtype)
+    packed = inputs.x.new_zeros(5 + 3 * _scales(call.numbers), inputs.target.shape[0], dtype=call.dtype)
     if saved:
         top, total, shift, second, weighted, weights, _, _, f_y, u_y = saved
         assert top is not None and total is not None and shift is not None
@@ -130,11 +130,11 @@ def _packed(problem: _Problem, saved: Sequence[Tensor | None]) -> Tensor:
 
 
 def _unpacked(problem: _Problem, packed: Tensor) -> Sequence[Tensor | None]:
-    call, _, _, _, target, _ = problem.given
+    call, inputs = problem.given
     if threads.serves(call):
         return (packed,)
     index = call.kept.where
-    if target.shape[0] == 0 or (index is not None and index.numel() == 0):
+    if inputs.target.shape[0] == 0 or (index is not None and index.numel() == 0):
         return ()
     if index is not None:
         packed = packed[:, index]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import buffers
 from ..backends import reference
-from ..backends.reference import Coefficients, Finished, Rows, Values
+from ..backends.reference import Coefficients, Finished, Rows, RowStats, Values
 from ..numbering import IGNORE_INDEX, Slot
 from . import threads
 from .pieces import Factors, Pieces, Want
@@ -83,12 +83,38 @@ class Wanted(NamedTuple):
         return self.input or self.weight or self.bias or bool(self.slots)
 
 
+class Inputs(NamedTuple):
+    """A call's tensors."""
+
+    x: Tensor  # (N, D)
+    weight: Tensor  # (C, D)
+    bias: Tensor | None  # (C,)
+    target: Tensor  # (N,)
+    params: Sequence[Tensor]  # in the order of their slots
+
+    @classmethod
+    def of(cls, tensors: Sequence[Any]) -> Inputs:
+        """From one after another."""
+        x, weight, bias, target, *params = tensors
+        return cls(x, weight, bias, target, params)
+
+
 class Known(NamedTuple):
     """What the statistics of all classes leave of each row."""
 
     rows: Rows
     f_y: Tensor  # the target's product
     u_y: Tensor  # softcapped and adjusted
+
+    @classmethod
+    def of(cls, numbers: Sequence[Any]) -> Known | None:
+        """From one after another, as :func:`numbers_of` has them; there are none where there are no rows."""
+        return cls(Rows(*numbers[:-2]), *numbers[-2:]) if numbers else None
+
+
+def numbers_of(known: Known | None) -> Sequence[Tensor | None]:
+    """What is known, one after another."""
+    return () if known is None else (*known.rows, known.f_y, known.u_y)
 
 
 class Head:
@@ -97,15 +123,8 @@ class Head:
     #: Where the classes of this head begin among those of the loss, and whether it has them all.
     offset, alone = 0, True
 
-    def __init__(
-        self,
-        call: Call,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        target: Tensor,
-        params: Sequence[Tensor],
-    ):
+    def __init__(self, call: Call, inputs: Inputs):
+        x, weight, bias, target, params = inputs
         self.call, self.weight = call, weight.detach()
         self.bias = None if bias is None else bias.detach().to(call.dtype)
         self.classes = weight.shape[0]
@@ -357,15 +376,6 @@ def finish_chunk(
     return finished, row
 
 
-def chunk_coefficients(
-    sums: Sums, head: Head, part: slice, values: Values, known: Known, upstream: Finished
-) -> Coefficients:
-    """The second of these."""
-    _, row = finish_chunk(head, part, values, known, sums, upstream)
-    assert row is not None
-    return row
-
-
 def add_chunk(sums: Sums, head: Head, part: slice, values: Values, kept: list[Tensor], row: Coefficients) -> None:
     """A chunk's gradients."""
     if not (sums.wanted.input or sums.wanted.weight or sums.wanted.bias):
@@ -390,12 +400,11 @@ def upstream_of(head: Head, part: slice, loss: Tensor | None, rows: Sequence[Ten
     return Finished(by_class, by_row, *(None if g is None else g[part] for g in rows))
 
 
-def _joined(parts: list[Any]) -> Any:
+def _joined(parts: Sequence[Sequence[Tensor | None]]) -> Sequence[Tensor | None]:
     """Chunks of rows together again: of tensors (..., rows) or None."""
     if len(parts) == 1:
         return parts[0]
-    kind = type(parts[0])
-    return kind(*(None if each[0] is None else torch.cat(each, -1) for each in zip(*parts, strict=True)))
+    return [None if each[0] is None else torch.cat(each, -1) for each in zip(*parts, strict=True)]
 
 
 def want(call: Call) -> Want:
@@ -423,27 +432,14 @@ def forward(
         every.append(known)
         if sums is not None and row is not None:
             add_chunk(sums, head, part, values, kept, row)
-    if not every:
-        return _of_no_rows(head), None, None if sums is None else sums.finished()
-    known = Known(
-        _joined([k.rows for k in every]), torch.cat([k.f_y for k in every]), torch.cat([k.u_y for k in every])
-    )
-    whole = _joined(finished)
+    nothing = head.x.new_zeros(0, dtype=call.dtype)
+    whole = Finished(*_joined(finished)) if finished else Finished(nothing, nothing)
+    all_rows = Known.of(_joined([numbers_of(known) for known in every])) if every else None
     loss = reference.reduced(whole, head.values)
     results: tuple[Tensor, ...] = (head.scattered(loss) if loss.dim() else loss,)
     if call.return_stats:
-        stats = reference.row_stats(known.rows, known.u_y, whole, head.values)
+        stats = RowStats(nothing, nothing, nothing, nothing.long(), nothing, nothing.long())
+        if all_rows is not None:
+            stats = reference.row_stats(all_rows.rows, all_rows.u_y, whole, head.values)
         results += tuple(head.scattered(row, -1 if row is stats.prediction else 0) for row in stats)
-    return results, known, None if sums is None else sums.finished()
-
-
-def _of_no_rows(head: Head) -> tuple[Tensor, ...]:
-    """The results where every row is ignored, or there is none."""
-    nothing = head.x.new_zeros(0, dtype=head.call.dtype)
-    loss = reference.reduced(Finished(nothing, nothing), head.values)
-    results: tuple[Tensor, ...] = (head.scattered(loss) if loss.dim() else loss,)
-    if head.call.return_stats:
-        whole = nothing.long()
-        stats = (nothing, nothing, nothing, whole - 1, nothing, whole)
-        results += tuple(head.scattered(row, -1 if i == 3 else 0) for i, row in enumerate(stats))
-    return results
+    return results, all_rows, None if sums is None else sums.finished()

@@ -20,7 +20,7 @@ from .pieces import CPU, TRITON, Want, rows_of
 from .plan import DEFAULT_MEMORY, DEVICE_MEMORY, Cut, DevicePlanner, Plan, Planner, ThreadsPlanner, room
 
 if TYPE_CHECKING:
-    from .loop import Call, Head, Sums, Wanted
+    from .loop import Call, Head, Inputs, Sums, Wanted
 
 ops = torch.ops.mlkernels
 
@@ -70,9 +70,8 @@ def cut(plan: Plan) -> tuple[int, ...]:
 class Whole:
     """A head of which one operator makes all: rows that are ignored are its to leave out, and so are lengths."""
 
-    def __init__(
-        self, call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, params: Sequence[Tensor]
-    ):
+    def __init__(self, call: Call, inputs: Inputs):
+        x, weight, bias, target, params = inputs
         self.call, dtype = call, call.dtype
         self.pairs = multiplies_pairs(x.dtype, weight, call.normalize)
         x, weight = x.detach(), weight.detach()

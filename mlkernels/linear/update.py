@@ -16,7 +16,7 @@ from ..backends.reference import Finished
 from ..positional import by_name
 from . import threads
 from .autograd import chunks_of
-from .loop import Head, Known, Sums, chunk_coefficients
+from .loop import Head, Known, Sums, finish_chunk
 from .products import add_at, add_product, multiply_into
 from .sampling import Draws
 
@@ -320,7 +320,9 @@ class _Shared:
 
     def __init__(self, sums: Sums, head: Head, part: slice, known: Known, upstream: Finished):
         self.sums, self.head, self.part, self.values = sums, head, part, head.of(part)
-        self.row = chunk_coefficients(sums, head, part, self.values, known, upstream)
+        _, row = finish_chunk(head, part, self.values, known, sums, upstream)
+        assert row is not None
+        self.row = row
         self.of_features = None if sums.input is None else torch.empty_like(sums.input[part])
 
     def add(self, tile: slice, of_tile: Tensor) -> None:
