@@ -258,6 +258,11 @@ def slots_of(numbers: Sequence[float]) -> list[int]:
     return [slot for slot in range(SLOTS) if mask >> slot & 1]
 
 
+def consts_of(numbers: Sequence[float]) -> list[float]:
+    """A number for each slot; those that are left out at the end are 0."""
+    return [*numbers[CONSTS:], *[0.0] * (SLOTS + CONSTS - len(numbers))]
+
+
 #: The kind or option whose number each field is, with the word for it.
 KINDS: dict[Field, tuple[type[IntEnum], str]] = {
     Field.TRANSFORM: (TransformKind, "transform"),
@@ -286,6 +291,11 @@ class Structure(NamedTuple):
     def tables(self) -> frozenset[Slot]:
         """The slots that hold tables."""
         return TRANSFORM_TABLES[self.transform] | HEAD_TABLES[self.head]
+
+    @property
+    def scales(self) -> int:
+        """How many scales a row may turn out to have."""
+        return 2 if self.row_scale == ScaleKind.TWO_SCALE else 1
 
     @property
     def packed(self) -> int:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .checks import accumulated
-from .numbering import CONSTS, INPUT, MASK, REDUCTION, Reduction, ScaleKind, Slot, needed, slots_of, structure_of
+from .numbering import INPUT, MASK, REDUCTION, Reduction, Slot, consts_of, needed, slots_of, structure_of
 from .schemas import SCHEMAS
 
 library, *_of_gpus = (torch.library.Library(f"mlkernels{name}", "DEF") for name in ("", "_cuda", "_triton"))
@@ -71,8 +71,7 @@ def _of_mean(numbers: Sequence[float]) -> int:
 
 
 def _of_mean_and_weights(numbers: Sequence[float]) -> int:
-    at = CONSTS + Slot.SMOOTHING
-    smooth = len(numbers) > at and numbers[at] > 0
+    smooth = consts_of(numbers)[Slot.SMOOTHING] > 0
     return _of_mean(numbers) + (smooth and int(numbers[MASK]) >> Slot.WEIGHT & 1)
 
 
@@ -210,8 +209,7 @@ def _linear_rows(
     plan: Sequence[int], numbers: Sequence[float], params: Sequence[Tensor], stats: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
     loss, saved, *rows = _softmax_stats(x, target, numbers, params)
-    scales = 2 if structure_of(numbers).row_scale == ScaleKind.TWO_SCALE else 1
-    saved = saved.new_empty(5 + 3 * scales, target.numel())
+    saved = saved.new_empty(5 + 3 * structure_of(numbers).scales, target.numel())
     return loss, saved, rows if stats else []
 
 

@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 
 from ..numbering import (
-    CONSTS,
     IGNORE_INDEX,
     REDUCTION,
-    SLOTS,
     BeyondPi,
     Clamp,
     HeadKind,
@@ -25,6 +23,7 @@ from ..numbering import (
     ScaleKind,
     Slot,
     TransformKind,
+    consts_of,
     slots_of,
     structure_of,
 )
@@ -48,7 +47,7 @@ class Values:
         self, numbers: Sequence[float], params: Sequence[Tensor], target: Tensor, classes: int, dtype: torch.dtype
     ):
         self.structure, self.reduction = structure_of(numbers), int(numbers[REDUCTION])
-        self.consts = [*numbers[CONSTS:], *[0.0] * (SLOTS + CONSTS - len(numbers))]
+        self.consts = consts_of(numbers)
         self.params = dict(zip(slots_of(numbers), params, strict=True))
         self.numbers, self.target, self.classes, self.dtype = numbers, target, classes, dtype
         label = target.long()
@@ -219,8 +218,7 @@ def well_classified(confidence: Tensor, values: Values) -> Tensor:
 def scales(values: Values) -> Tensor:
     """(1 or 2, rows): all the scales that a row may turn out to have, without their gradients."""
     choices = [torch.zeros_like(values.kept), torch.ones_like(values.kept)]
-    count = 2 if values.structure.row_scale == ScaleKind.TWO_SCALE else 1
-    return torch.stack([row_scale(values, high).detach() for high in choices[:count]])
+    return torch.stack([row_scale(values, high).detach() for high in choices[: values.structure.scales]])
 
 
 # ---- heads: phi(log p), from delta = logsumexp over j != y of z, minus z_y -------------------------------------------

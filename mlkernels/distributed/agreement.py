@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..numbering import (
-    CONSTS,
     EXTRAS,
     HEAD_VALUES,
     IGNORE_INDEX,
@@ -25,6 +24,7 @@ from ..numbering import (
     ScaleKind,
     Slot,
     TransformKind,
+    consts_of,
     structure_of,
 )
 
@@ -41,11 +41,11 @@ def _words(numbers: tuple[float, ...]) -> tuple[dict[str, Any], dict[int, str]]:
     names = {int(value.slot): value.name for value in values} | {int(s): name for s, (name, _) in EXTRAS.items()}
     said: dict[str, Any] = {word: kind(int(numbers[at])).name.lower() for at, (kind, word) in KINDS.items()}
     said["ignore_index"] = int(numbers[IGNORE_INDEX])
-    given = dict(enumerate(numbers[CONSTS:]))
+    consts = consts_of(numbers)
     for slot, name in names.items():
         if not int(numbers[MASK]) >> slot & 1:
-            absent = slot >= Slot.WEIGHT or (slot in NONE_AT_0 and not given.get(slot))
-            said[name] = None if absent else given.get(slot, 0.0)
+            absent = slot >= Slot.WEIGHT or (slot in NONE_AT_0 and not consts[slot])
+            said[name] = None if absent else consts[slot]
     return said, names
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import ops
 from ..backends import reference
 from ..checks import accumulated, check_indices
-from ..numbering import CONSTS, IGNORE_INDEX, REDUCTION, TRAINABLE, Reduction, ScaleKind, Slot, slots_of, structure_of
+from ..numbering import IGNORE_INDEX, REDUCTION, TRAINABLE, Reduction, Slot, consts_of, slots_of, structure_of
 from . import threads
 from .autograd import check_upstream, gradients_of, made
 from .loop import Call, Inputs, Wanted, planned
@@ -118,7 +118,7 @@ def _packed(problem: _Problem, saved: Sequence[Tensor | None]) -> Tensor:
         (known,) = saved
         assert known is not None
         return known
-    packed = inputs.x.new_zeros(5 + 3 * _scales(call.numbers), inputs.target.shape[0], dtype=call.dtype)
+    packed = inputs.x.new_zeros(5 + 3 * structure_of(call.numbers).scales, inputs.target.shape[0], dtype=call.dtype)
     if saved:
         top, total, shift, second, weighted, weights, _, _, f_y, u_y = saved
         assert top is not None and total is not None and shift is not None
@@ -140,14 +140,9 @@ def _unpacked(problem: _Problem, packed: Tensor) -> Sequence[Tensor | None]:
         packed = packed[:, index]
     f_y, u_y, top, weighted, weights = packed[:5]
     total, shift, second = packed[5:].contiguous().unflatten(0, (3, -1))
-    smoothed = any(number > 0 for number in call.numbers[CONSTS + Slot.SMOOTHING :][:1])
-    weighted, weights = (n if smoothed else None for n in (weighted, weights))
+    weighted, weights = (n if consts_of(call.numbers)[Slot.SMOOTHING] > 0 else None for n in (weighted, weights))
     seen = torch.zeros_like(top, dtype=torch.int64)  # no gradient takes the lowest class, nor how many are larger
     return top, total, shift, second, weighted, weights, seen, seen, f_y, u_y
-
-
-def _scales(numbers: Sequence[float]) -> int:
-    return 2 if structure_of(numbers).row_scale == ScaleKind.TWO_SCALE else 1
 
 
 # ---- what they return without being run ------------------------------------------------------------------------------
@@ -176,7 +171,7 @@ def _linear_loss_fake(
     if makes_at_once(numbers, return_stats, needs):
         return found + _gradients_like(x, _leaves(x, weight, bias, params), needs)
     if any(needs):
-        found.append(x.new_empty(5 + 3 * _scales(numbers), rows, dtype=dtype))
+        found.append(x.new_empty(5 + 3 * structure_of(numbers).scales, rows, dtype=dtype))
     return found
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_size
-from ..numbering import CONSTS, IGNORE_INDEX, MASK, ScaleKind, Slot, structure_of
+from ..numbering import IGNORE_INDEX, MASK, Slot, consts_of, structure_of
 
 Correction: TypeAlias = Literal["importance"]
 #: Labels of ignored rows among sampled classes.
@@ -185,10 +185,10 @@ def check_sample(sample: int | None, correction: Correction | None) -> int | Non
 
 def _one_scale(numbers: Sequence[float], params: dict[int, Tensor]) -> Tensor | float:
     """The scale of all rows, which is what a correction of classes can be divided by."""
-    given = dict(enumerate(numbers[CONSTS:]))
-    if given.get(Slot.SMOOTHING, 0):
+    consts = consts_of(numbers)
+    if consts[Slot.SMOOTHING]:
         raise ValueError("sample_correction takes no label_smoothing, which would spread over the correction too")
     scale = params.get(Slot.SCALE)
-    if structure_of(numbers).row_scale == ScaleKind.TWO_SCALE or (scale is not None and scale.dim() > 0):
+    if structure_of(numbers).scales > 1 or (scale is not None and scale.dim() > 0):
         raise ValueError("sample_correction takes one scale for all rows, not one per row or class, nor two")
-    return given[Slot.SCALE] if scale is None else scale.detach()
+    return consts[Slot.SCALE] if scale is None else scale.detach()

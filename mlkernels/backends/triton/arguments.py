@@ -17,13 +17,11 @@ from torch import Tensor
 
 from ...checks import accumulated
 from ...numbering import (
-    CONSTS,
     HEAD_TABLES,
     IGNORE_INDEX,
     INPUT,
     PER_CLASS,
     REDUCTION,
-    SLOTS,
     TRAINABLE_SLOTS,
     HeadKind,
     Mode,
@@ -32,6 +30,7 @@ from ...numbering import (
     Slot,
     Structure,
     TransformKind,
+    consts_of,
     needed,
     slots_of,
     structure_of,
@@ -230,7 +229,7 @@ class Arguments(Loss):
         self.input = input
         self.reduction = int(numbers[REDUCTION])
         self.ignore_index = int(numbers[IGNORE_INDEX])
-        consts = [*numbers[CONSTS:], *[0.0] * (SLOTS + CONSTS - len(numbers))]
+        consts = consts_of(numbers)
         target = target.reshape(-1)
         super().__init__(
             structure_of(numbers),

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...numbering import CONSTS, IGNORE_INDEX, SLOTS, TRAINABLE_SLOTS, Mode, ScaleKind, Slot
+from ...numbering import IGNORE_INDEX, TRAINABLE_SLOTS, Mode, Slot, consts_of
 from ..finish import Finished, Rows, Values
 from ..reference import Coefficients
 from . import pieces, replay, tiles
@@ -37,7 +37,7 @@ class KnownRows(Rows):
 
 def begin(rows: int, values: Values, device: torch.device, second: bool) -> KnownRows:
     """What is known of rows of which no class has been seen."""
-    scales = 2 if values.structure.row_scale == ScaleKind.TWO_SCALE else 1
+    scales = values.structure.scales
     reals = torch.zeros(_SUMS + 3 * scales, rows, dtype=values.dtype, device=device)
     reals[0].fill_(-math.inf)  # no number comes from the host
     wholes = torch.full((2, rows), values.classes, device=device)
@@ -50,10 +50,6 @@ def begin(rows: int, values: Values, device: torch.device, second: bool) -> Know
     )  # fmt: skip
     known.reals, known.wholes = reals, wholes
     return known
-
-
-def _consts(numbers: Sequence[float]) -> list[float]:
-    return [*numbers[CONSTS:], *[0.0] * (SLOTS + CONSTS - len(numbers))]
 
 
 def _values(consts: Sequence[float], tile: Tensor) -> tuple[tuple[float | Tensor, ...], int]:
@@ -95,7 +91,7 @@ def piece_statistics(
 
     scales: (1 or 2, rows). reals, wholes: of :func:`begin`. classes: of the loss. aligned: a divisor of start.
     """
-    consts = _consts(numbers)
+    consts = consts_of(numbers)
     values, modes = _values(consts, tile)
     two, smoothed, capped = scales.shape[0] == 2, consts[Slot.SMOOTHING] > 0, consts[Slot.SOFTCAP] > 0
     plain = not (two or shift or second or ranks or smoothed or capped)
@@ -118,7 +114,7 @@ def piece_gradient(
 ) -> None:  # fmt: skip
     """The gradient of a tile of products, in its place or in out; 0 at the target. row_coefficients: (COEFFICIENTS,
     rows); what a row of a bfloat16 out loses is added to its last."""
-    consts = _consts(numbers)
+    consts = consts_of(numbers)
     values, modes = _values(consts, tile)
     out = tile if out is None else out
     smoothed, capped = consts[Slot.SMOOTHING] > 0, consts[Slot.SOFTCAP] > 0

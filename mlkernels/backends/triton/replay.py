@@ -23,7 +23,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ...numbering import CONSTS, SLOTS, Slot
+from ...numbering import CONSTS, Slot, consts_of
 
 _VALUES = int(Slot.SOFTCAP) + 1
 #: From here on numbers decide what is launched, by being positive.
@@ -216,7 +216,7 @@ def _launched(
     if len(given) != _OWN + len(names) or given[_FUNCTION] != compiled.function:
         raise _Foreign
     given[_OWN - 3 : _OWN] = None, None, None  # nobody is told
-    constants = [*numbers[CONSTS:], *[0.0] * SLOTS]
+    constants = consts_of(numbers)
     singles, tuples, values, in_values, normalizer, start = [], [], 0, [], 0, 0
     for at, argument in enumerate(given[_OWN:], _OWN):
         if isinstance(argument, Tensor):
