@@ -10,7 +10,7 @@ from table import F64, INF, LOSSES, NAN, draw, preparation, usable_backends
 from mlkernels import softmax
 from mlkernels.backends import reference
 from mlkernels.backends.reference import Finished, Values
-from mlkernels.linear.pieces import CPU, Want
+from mlkernels.linear.pieces import CPU, Tile, Want
 from mlkernels.numbering import REDUCTION, TRAINABLE, Reduction, Slot, slots_of
 
 CLASSES, ROWS = 7, 12
@@ -114,7 +114,7 @@ def by_kernels(pieces, input, target, numbers, tensors, needs, cuts, upstream):
     rows = pieces.begin(u_y, values, want)
     tiles = [(a, held[:, a:b].masked_fill(torch.arange(a, b) == values.label[:, None], NAN)) for a, b in cuts]
     for start, tile in tiles:
-        rows = pieces.statistics(tile, u_y, values, start, rows, scales, want, None)
+        rows = pieces.statistics(Tile(tile, start), u_y, values, rows, scales, want)
     by_class, by_row = reference.factors(values)
     up_loss, *ups = upstream
     ups = Finished(up_loss * by_class, up_loss * by_row, *ups)
@@ -123,7 +123,7 @@ def by_kernels(pieces, input, target, numbers, tensors, needs, cuts, upstream):
     grad = []
     for start, tile in tiles:
         out = torch.full_like(tile, 7.0) if start % 2 else None  # in place, or apart
-        grad.append(pieces.gradient(tile, coefficients, values, start, True, None, out))
+        grad.append(pieces.gradient(Tile(tile, start), coefficients, values, True, out))
         assert not grad[-1][torch.arange(start, start + tile.shape[1]) == values.label[:, None]].any()
     grad = torch.cat(grad, 1)
     assert not grad[~values.kept].any()

@@ -123,9 +123,9 @@ def test_what_a_row_loses_is_summed(monkeypatch):
     target[3] = -100
     write, chunks, launched = TRITON.gradient, [], Counter()
 
-    def both(f, row, values, start, seen, factors, out):
-        exact = write(f.clone(), row, values, start, seen, factors, None)
-        found = write(f, row, values, start, seen, factors, out)
+    def both(tile, row, values, seen, out):
+        exact = write(tile._replace(f=tile.f.clone()), row, values, seen, None)
+        found = write(tile, row, values, seen, out)
         assert (exact.dtype, found.dtype) == (torch.float32, torch.bfloat16)
         if not chunks or chunks[-1][0] is not row:
             chunks.append([row, 0])

@@ -23,7 +23,7 @@ from ..backends import reference
 from ..backends.reference import Coefficients, Finished, Rows, RowStats, Values
 from ..numbering import IGNORE_INDEX, Slot
 from . import threads
-from .pieces import Factors, Pieces, Want
+from .pieces import Factors, Pieces, Tile, Want
 from .plan import Cut, Plan
 from .products import add_at, add_product, along_length, lengths, multiply_into
 
@@ -221,9 +221,10 @@ class Head:
         part = self.weight[classes].to(self.operands)
         return part if self.inverse is None or self.factors is not None else part * self.inverse[classes]
 
-    def factors_of(self, part: slice, start: int, classes: int) -> Factors | None:
-        """Those of a tile."""
-        return self.factors and (self.factors[0][part], self.factors[1][start : start + classes])
+    def tile(self, part: slice, start: int, f: Tensor) -> Tile:
+        """The products of a chunk and some classes from start on, as the pieces take them."""
+        factors = self.factors and (self.factors[0][part], self.factors[1][start : start + f.shape[1]])
+        return Tile(f, self.offset + start, factors)
 
     def product(self, part: slice, start: int, weight: Tensor) -> Tensor:
         """The logits of a chunk and a tile, where there is room for them: kept, or in place of the last ones."""
@@ -239,8 +240,7 @@ class Head:
     def gradient(self, part: slice, values: Values, start: int, f: Tensor, row: Coefficients, seen: bool) -> Tensor:
         """That of the products of a chunk and a tile, as the next products take it; what it holds is lost."""
         out = None if self.gradient_room is None else self.gradient_room[: f.numel()].view(f.shape)
-        factors = self.factors_of(part, start, f.shape[1])
-        return self.call.pieces.gradient(f, row, values, self.offset + start, seen, factors, out)
+        return self.call.pieces.gradient(self.tile(part, start, f), row, values, seen, out)
 
     def of_target(self, part: slice, values: Values) -> Tensor:
         """The target's logit of each row, never taken from a tile."""
@@ -351,8 +351,7 @@ def _known(head: Head, part: slice, values: Values, want: Want, keep: bool) -> t
         rows = pieces.begin(u_y, values, want)
         for start, weight in head.tiles():
             f = head.product(part, start, weight)
-            factors = head.factors_of(part, start, weight.shape[0])
-            rows = pieces.statistics(f, u_y, values, head.offset + start, rows, scales, want, factors)
+            rows = pieces.statistics(head.tile(part, start, f), u_y, values, rows, scales, want)
             kept.append(f)
     rows, f_y = head.combined(rows, f_y, scales)
     return Known(rows, f_y, reference.final_target(f_y, values)), kept if keep else []

@@ -26,8 +26,16 @@ class Want(NamedTuple):
 Factors: TypeAlias = tuple[Tensor, Tensor]
 
 
+class Tile(NamedTuple):
+    """Products (rows, some classes from start on), to be overwritten, and what makes cosines of them."""
+
+    f: Tensor
+    start: int
+    factors: Factors | None = None
+
+
 class Pieces(Protocol):
-    """What the loop needs of a tile (rows, classes) of products, which is its to overwrite, and of the rows."""
+    """What the loop needs of a tile of products, and of the rows."""
 
     #: How many temporaries of a tile's size there are.
     temporaries: int
@@ -42,10 +50,7 @@ class Pieces(Protocol):
     def begin(self, u_y: Tensor, values: Values, want: Want) -> Rows:
         """What is known of rows of which no class has been seen."""
 
-    def statistics(
-        self, f: Tensor, u_y: Tensor, values: Values, start: int, known: Rows, scales: Tensor, want: Want,
-        factors: Factors | None,
-    ) -> Rows:  # fmt: skip
+    def statistics(self, tile: Tile, u_y: Tensor, values: Values, known: Rows, scales: Tensor, want: Want) -> Rows:
         """What is known with the classes of this tile."""
 
     def finish(
@@ -54,10 +59,7 @@ class Pieces(Protocol):
         """What follows from all classes; where the upstream gradients of that are given, also how tiles write their
         gradients, and the gradients of the parameters in these slots."""
 
-    def gradient(
-        self, f: Tensor, row: Coefficients, values: Values, start: int, seen: bool, factors: Factors | None,
-        out: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+    def gradient(self, tile: Tile, row: Coefficients, values: Values, seen: bool, out: Tensor | None) -> Tensor:
         """dL/df of the tile, 0 at the target, in its place or in out; seen: whether ``statistics`` has had it."""
 
     def add_lost(self, sum: Tensor | None, part: slice, row: Coefficients, common: Tensor | None) -> None:
@@ -78,12 +80,9 @@ class TorchPieces:
         nothing = u_y.new_empty(u_y.shape[0], 0)
         return reference.statistics(nothing, u_y, reference.scales(values), values, second=want.second)
 
-    def statistics(
-        self, f: Tensor, u_y: Tensor, values: Values, start: int, known: Rows, scales: Tensor, want: Want,
-        factors: Factors | None,
-    ) -> Rows:  # fmt: skip
-        u = reference.final_logits(f, values, start)
-        piece = reference.statistics(u, u_y, scales, values, start=start, second=want.second)
+    def statistics(self, tile: Tile, u_y: Tensor, values: Values, known: Rows, scales: Tensor, want: Want) -> Rows:
+        u = reference.final_logits(tile.f, values, tile.start)
+        piece = reference.statistics(u, u_y, scales, values, start=tile.start, second=want.second)
         return reference.combine(known, piece, scales)
 
     def finish(
@@ -97,13 +96,10 @@ class TorchPieces:
         row = Coefficients(*(None if n is None else n.contiguous() for n in row))  # type: ignore[arg-type]
         return finished, row, by_slot
 
-    def gradient(
-        self, f: Tensor, row: Coefficients, values: Values, start: int, seen: bool, factors: Factors | None,
-        out: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+    def gradient(self, tile: Tile, row: Coefficients, values: Values, seen: bool, out: Tensor | None) -> Tensor:
         row = row._replace(target=torch.zeros_like(row.target))
-        gradient = reference.gradient(reference.final_logits(f, values, start), row, values, start=start)
-        return reference.through_cap(gradient, f, values)
+        u = reference.final_logits(tile.f, values, tile.start)
+        return reference.through_cap(reference.gradient(u, row, values, start=tile.start), tile.f, values)
 
     def add_lost(self, sum: Tensor | None, part: slice, row: Coefficients, common: Tensor | None) -> None:
         assert common is None  # nothing is rounded
@@ -122,13 +118,10 @@ class CpuPieces(TorchPieces):
         whole[1] = 0 if want.ranks else -1
         return rows_of(reals, whole, values.smoothing > 0, want.second)
 
-    def statistics(
-        self, f: Tensor, u_y: Tensor, values: Values, start: int, known: Rows, scales: Tensor, want: Want,
-        factors: Factors | None,
-    ) -> Rows:  # fmt: skip
+    def statistics(self, tile: Tile, u_y: Tensor, values: Values, known: Rows, scales: Tensor, want: Want) -> Rows:
         top, total, shift, *others = known
         torch.ops.mlkernels.piece_statistics(
-            f, u_y, values.label, start, scales, values.numbers, [*values.params.values()], top, total,
+            tile.f, u_y, values.label, tile.start, scales, values.numbers, [*values.params.values()], top, total,
             shift if want.shift else None, *others,
         )  # fmt: skip
         return known
@@ -151,15 +144,12 @@ class CpuPieces(TorchPieces):
         )
         return finished, row, dict(zip(sorted(slots), gradients, strict=True))
 
-    def gradient(
-        self, f: Tensor, row: Coefficients, values: Values, start: int, seen: bool, factors: Factors | None,
-        out: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+    def gradient(self, tile: Tile, row: Coefficients, values: Values, seen: bool, out: Tensor | None) -> Tensor:
         torch.ops.mlkernels.piece_gradient(
-            f, values.label, start, seen, values.numbers, [*values.params.values()], row.factor, row.slope, row.spread,
-            row.scale, row.top,
+            tile.f, values.label, tile.start, seen, values.numbers, [*values.params.values()], row.factor, row.slope,
+            row.spread, row.scale, row.top,
         )  # fmt: skip
-        return f
+        return tile.f
 
 
 def rows_of(reals: Tensor, whole: Tensor, smoothed: bool, second: bool) -> Rows:
@@ -187,17 +177,14 @@ class TritonPieces:
 
         return heads.begin(u_y.shape[0], values, u_y.device, want.second)
 
-    def statistics(
-        self, f: Tensor, u_y: Tensor, values: Values, start: int, known: Rows, scales: Tensor, want: Want,
-        factors: Factors | None,
-    ) -> Rows:  # fmt: skip
+    def statistics(self, tile: Tile, u_y: Tensor, values: Values, known: Rows, scales: Tensor, want: Want) -> Rows:
         from ..backends.triton import heads
 
         assert isinstance(known, heads.KnownRows)
         heads.STATISTICS(
-            f, values.target, u_y, scales, *(factors or (None, None)), known.reals, known.wholes, values.numbers,
-            self.vectors(values), values.classes, want.shift, want.second, want.ranks,
-            math.gcd(heads.ALIGNMENT, start), start,
+            tile.f, values.target, u_y, scales, *(tile.factors or (None, None)), known.reals, known.wholes,
+            values.numbers, self.vectors(values), values.classes, want.shift, want.second, want.ranks,
+            math.gcd(heads.ALIGNMENT, tile.start), tile.start,
         )  # fmt: skip
         return known
 
@@ -213,18 +200,16 @@ class TritonPieces:
 
         return heads.row_finish(known, u_y, values, upstream, slots, want.shift)
 
-    def gradient(
-        self, f: Tensor, row: Coefficients, values: Values, start: int, seen: bool, factors: Factors | None,
-        out: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+    def gradient(self, tile: Tile, row: Coefficients, values: Values, seen: bool, out: Tensor | None) -> Tensor:
         from ..backends.triton import heads
 
         assert isinstance(row, heads.RowCoefficients)
         heads.GRADIENT(
-            f, out, values.target, row.packed, *(factors or (None, None)), values.numbers, self.vectors(values),
-            values.classes, row.slope is not None, math.gcd(heads.ALIGNMENT, start), start,
+            tile.f, out, values.target, row.packed, *(tile.factors or (None, None)), values.numbers,
+            self.vectors(values), values.classes, row.slope is not None, math.gcd(heads.ALIGNMENT, tile.start),
+            tile.start,
         )  # fmt: skip
-        return f if out is None else out
+        return tile.f if out is None else out
 
     def add_lost(self, sum: Tensor | None, part: slice, row: Coefficients, common: Tensor | None) -> None:
         from ..backends.triton import heads
