@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -17,17 +16,13 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as ShardPlacement
 
 from ..backends.reference import RowStats
-from ..checks import check_flag, check_size
 from ..linear.functional import (
     Strategy,
     check_call,
-    check_callable,
     check_classifier,
-    check_cosines,
-    check_plan,
     loss_of,
 )
-from ..linear.module import check_k, streamed_topk
+from ..linear.module import HeadModule, check_k, streamed_topk
 from ..linear.plan import Cut
 from ..linear.sampling import ClassSampler, Correction, check_sample
 from ..linear.update import TileSGD, TileUpdate
@@ -40,7 +35,7 @@ from .weights import Source
 
 
 @by_name
-class ClassParallelLoss(nn.Module):
+class ClassParallelLoss(HeadModule):
     r"""A classifier and a loss of the family on its output, the classes spread over ranks: no rank has all of the
     weight, and nobody has the logits.
 
@@ -81,8 +76,6 @@ class ClassParallelLoss(nn.Module):
     Source: the classes spread over devices are Deng et al., "ArcFace" (2019), and An et al., "Partial FC" (2021).
     """
 
-    bias: nn.Parameter | None
-
     def __init__(
         self,
         loss: Callable[..., Tensor],
@@ -102,7 +95,6 @@ class ClassParallelLoss(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
         if not dist.is_available() or not dist.is_initialized():
             raise RuntimeError("ClassParallelLoss needs torch.distributed: call init_process_group() first")
         if device_mesh is not None:
@@ -111,48 +103,36 @@ class ClassParallelLoss(nn.Module):
             if device_mesh.ndim != 1:
                 raise ValueError(f"device_mesh must have one dimension, got {device_mesh.ndim}: take mesh['name']")
             process_group = device_mesh.get_group()
-        self._group = Group(process_group)
-        with self._group.telling():
-            check_callable(loss)
-            check_flag("bias", bias)
-            normalize = check_cosines(loss, normalize)
-            if bias and normalize:
-                raise ValueError("bias has no meaning beside normalize=True: cosines have none")
-            in_features = check_size("in_features", in_features, 0)
-            num_classes = check_size("num_classes", num_classes)
-            cut = check_plan(Cut(strategy, memory, compact), tile_update)
+        group = Group(process_group)
+        with group.telling():
+            cut = Cut(strategy, memory, compact)
+            super().__init__(loss, in_features, num_classes, bias, normalize, cut, tile_update)
             sample = check_sample(sample, sample_correction)
             at = torch.empty(0, device=device, dtype=dtype)
-        self._group.meet(
+        self._group = group
+        group.meet(
             {
-                "in_features": in_features, "num_classes": num_classes, "dtype": str(at.dtype), "bias": bias,
-                "normalize": normalize, **cut._asdict(),
+                "in_features": self.in_features, "num_classes": self.num_classes, "dtype": str(at.dtype),
+                "bias": bias, "normalize": self.normalize, **self._cut._asdict(),
                 "tile_update": tile_update and tile_update.numbers(),
                 "sample": sample, "sample_correction": sample_correction, **agreement.of_module(loss),
             }
         )  # fmt: skip
-        self.loss = loss
-        self.in_features, self.num_classes = in_features, num_classes
-        self.normalize = normalize
-        self.strategy, self.memory, self.compact = cut
         if device_mesh is None:
-            device_mesh = DeviceMesh.from_group(self._group.process_group, at.device.type)  # type: ignore[arg-type]
+            device_mesh = DeviceMesh.from_group(group.process_group, at.device.type)  # type: ignore[arg-type]
         self._mesh = device_mesh
-        starts = offsets(num_classes, self._group.size)
+        starts = offsets(self.num_classes, group.size)
         #: Where this rank's classes begin, and behind which they end.
-        self.first_class, self.last_class = starts[self._group.rank], starts[self._group.rank + 1]
+        self.first_class, self.last_class = starts[group.rank], starts[group.rank + 1]
         own = self.last_class - self.first_class
-        weight = torch.empty(own, in_features, device=device, dtype=dtype)
+        weight = torch.empty(own, self.in_features, device=device, dtype=dtype)
         self.weight = nn.Parameter(self._sharded(weight))
         vector = nn.Parameter(self._sharded(weight.new_empty(own))) if bias else None
         self.register_parameter("bias", vector)
-        self.update = None
         if tile_update is not None:
-            rank, seed = self._group.rank, self._seed()
-            self.update = TileUpdate(tile_update, self.weight, self._sharded, rank, seed)
-        self.sampler = None
+            self.update = TileUpdate(tile_update, self.weight, self._sharded, group.rank, self._seed())
         if sample is not None:
-            self.sampler = ClassSampler(sample, sample_correction, starts, at.device, self._group.rank, self._seed())
+            self.sampler = ClassSampler(sample, sample_correction, starts, at.device, group.rank, self._seed())
         self.reset_parameters()
 
     def _sharded(self, local: Tensor) -> DTensor:
@@ -186,11 +166,6 @@ class ClassParallelLoss(nn.Module):
         seed = torch.randint(2**62, (1,), device=self.weight.device)
         return int(self._group.gathered(seed, "seed")[0])
 
-    @property
-    def tile_update(self) -> TileSGD | None:
-        """What steps the weight in the backward; a scheduler takes it."""
-        return None if self.update is None else self.update.optimizer
-
     def _own(self) -> tuple[Tensor, Tensor | None]:
         """This rank's part of weight and bias."""
         bias = None if self.bias is None else cast(DTensor, self.bias).to_local()
@@ -213,14 +188,11 @@ class ClassParallelLoss(nn.Module):
         try:
             weight, bias = self._own()
             check_classifier(input, weight, bias, self.normalize, module=True, shard=True)
-            cut = check_call(input, target, Cut(self.strategy, self.memory, self.compact))
+            cut = check_call(input, target, self._cut)
             input = input if input.dim() > 1 else input.unsqueeze(0)
-            begin = None
-            if self.update is not None and torch.is_grad_enabled() and self.weight.requires_grad:
-                begin = partial(self.update.begun, self.weight, weight)
             logits = ShardedLogits(
                 self._group, self.num_classes, input, weight, bias, normalize=self.normalize,
-                return_stats=return_stats, cut=cut, begin=begin, sampler=self.sampler if self.training else None,
+                return_stats=return_stats, cut=cut, **self._called_with(weight),
             )  # fmt: skip
             result: Tensor | tuple[Tensor, RowStats] = loss_of(
                 logits, target, self.loss, return_stats, per_call, type(self)
@@ -332,7 +304,4 @@ class ClassParallelLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes and options."""
-        return (
-            f"in_features={self.in_features}, num_classes={self.num_classes}, "
-            f"classes=[{self.first_class}, {self.last_class}), bias={self.bias is not None}, normalize={self.normalize}"
-        )
+        return f"{super().extra_repr()}, classes=[{self.first_class}, {self.last_class})"

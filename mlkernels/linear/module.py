@@ -21,8 +21,55 @@ from .sampling import ClassSampler, Correction, check_sample
 from .update import TileSGD, TileUpdate
 
 
+class HeadModule(nn.Module):
+    """What a head and one over ranks share: what was asked for, checked and kept."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    update: TileUpdate | None
+    sampler: ClassSampler | None
+
+    def __init__(
+        self, loss: Callable[..., Tensor], in_features: int, num_classes: int, bias: bool,
+        normalize: bool | None, cut: Cut, tile_update: TileSGD | None,
+    ):  # fmt: skip
+        super().__init__()
+        check_callable(loss)
+        self.in_features = check_size("in_features", in_features, 0)
+        self.num_classes = check_size("num_classes", num_classes)
+        check_flag("bias", bias)
+        self.normalize = check_cosines(loss, normalize)
+        if bias and self.normalize:
+            raise ValueError("bias has no meaning beside normalize=True: cosines have none")
+        self.strategy, self.memory, self.compact = check_plan(cut, tile_update)
+        self.loss, self.update, self.sampler = loss, None, None
+
+    @property
+    def tile_update(self) -> TileSGD | None:
+        """What steps the weight in the backward; a scheduler takes it."""
+        return None if self.update is None else self.update.optimizer
+
+    @property
+    def _cut(self) -> Cut:
+        return Cut(self.strategy, self.memory, self.compact)
+
+    def _called_with(self, weight: Tensor) -> dict[str, Any]:
+        """What logits are made with beside features and classifier; weight: what is stepped of it here."""
+        begin = None
+        if self.update is not None and torch.is_grad_enabled() and self.weight.requires_grad:
+            begin = partial(self.update.begun, self.weight, weight)
+        return {"begin": begin, "sampler": self.sampler if self.training else None}
+
+    def extra_repr(self) -> str:
+        """Sizes and options."""
+        return (
+            f"in_features={self.in_features}, num_classes={self.num_classes}, bias={self.bias is not None}, "
+            f"normalize={self.normalize}"
+        )
+
+
 @by_name
-class LinearLoss(nn.Module):
+class LinearLoss(HeadModule):
     r"""A classifier and a loss of the family on its output, which is never whole; see :func:`linear_softmax_loss`.
 
     Args:
@@ -59,8 +106,6 @@ class LinearLoss(nn.Module):
         >>> tied = mlkernels.LinearLoss(mlkernels.CrossEntropyLoss(), 8, 1000, weight=embedding.weight)
     """
 
-    bias: nn.Parameter | None
-
     def __init__(
         self,
         loss: Callable[..., Tensor],
@@ -79,19 +124,9 @@ class LinearLoss(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        check_callable(loss)
-        in_features = check_size("in_features", in_features, 0)
-        num_classes = check_size("num_classes", num_classes)
-        check_flag("bias", bias)
-        normalize = check_cosines(loss, normalize)
-        if bias and normalize:
-            raise ValueError("bias has no meaning beside normalize=True: cosines have none")
-        self.strategy, self.memory, self.compact = check_plan(Cut(strategy, memory, compact), tile_update)
+        super().__init__(loss, in_features, num_classes, bias, normalize, Cut(strategy, memory, compact), tile_update)
         sample = check_sample(sample, sample_correction)
-        self.loss = loss
-        self.in_features, self.num_classes = in_features, num_classes
-        self.normalize = normalize
+        in_features, num_classes = self.in_features, self.num_classes  # integers of Python
         if weight is None:
             self.weight = nn.Parameter(torch.empty(num_classes, in_features, device=device, dtype=dtype))
         elif device is not None or dtype is not None:
@@ -106,7 +141,6 @@ class LinearLoss(nn.Module):
         own = nn.Parameter(self.weight.new_empty(num_classes).detach()) if bias else None
         self.register_parameter("bias", own)
         self._shares_weight, self._shares_bias = weight is not None, False
-        self.update = self.sampler = None
         self.reset_parameters()
         if tile_update is not None:
             self.update = TileUpdate(tile_update, self.weight)
@@ -145,11 +179,6 @@ class LinearLoss(nn.Module):
         if self.update is not None:
             self.update.reset()
 
-    @property
-    def tile_update(self) -> TileSGD | None:
-        """What steps the weight in the backward; a scheduler takes it."""
-        return None if self.update is None else self.update.optimizer
-
     def forward(self, input: Tensor, target: Tensor, **per_call: Any) -> Tensor | tuple[Tensor, RowStats]:
         """The loss of (..., D) features; ``per_call`` goes to the loss (``logit_norm``, ``norm``, ``group``,
         ``row_weight``, ``normalizer``), but for ``return_stats``."""
@@ -161,12 +190,9 @@ class LinearLoss(nn.Module):
     def _called(
         self, input: Tensor, target: Tensor, return_stats: bool = False, **per_call: Any
     ) -> Tensor | tuple[Tensor, RowStats]:
-        begin = None
-        if self.update is not None and torch.is_grad_enabled() and self.weight.requires_grad:
-            begin = partial(self.update.begun, self.weight, self.weight)
         logits = logits_of(
-            input, self.weight, target, self.bias, self.normalize, return_stats,
-            Cut(self.strategy, self.memory, self.compact), begin, self.sampler if self.training else None, module=True,
+            input, self.weight, target, self.bias, self.normalize, return_stats, self._cut,
+            **self._called_with(self.weight), module=True,
         )  # fmt: skip
         result: Tensor | tuple[Tensor, RowStats] = loss_of(
             logits, target, self.loss, return_stats, per_call, type(self)
@@ -192,13 +218,6 @@ class LinearLoss(nn.Module):
         values, classes = streamed_topk(x, self.weight, self.bias, k, self.normalize)
         shape = (*input.shape[:-1], k)
         return values.reshape(shape), classes.reshape(shape)
-
-    def extra_repr(self) -> str:
-        """Sizes and options."""
-        return (
-            f"in_features={self.in_features}, num_classes={self.num_classes}, bias={self.bias is not None}, "
-            f"normalize={self.normalize}"
-        )
 
 
 def check_k(k: int, classes: int) -> int:

@@ -5,7 +5,7 @@ So a product is one thread's, the threads meet twice for a chunk, and what they 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
