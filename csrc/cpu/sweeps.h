@@ -12,9 +12,9 @@ namespace MLKERNELS_ISA {
 namespace {
 
 template <class T>
-T sweep_max(const T* u, int64_t n, T start) {
+Vec<T> sweep_max(const T* u, int64_t n, Vec<T> a) {
   constexpr int W = WIDTH<T>;
-  Vec<T> a = splat(start), b = a, c = a, d = a;
+  Vec<T> b = a, c = a, d = a;
   int64_t j = 0;
   for (; j + 4 * W <= n; j += 4 * W) {
     a = larger(a, load(u + j));
@@ -23,8 +23,19 @@ T sweep_max(const T* u, int64_t n, T start) {
     d = larger(d, load(u + j + 3 * W));
   }
   for (; j + W <= n; j += W) a = larger(a, load(u + j));
-  if (j < n) b = larger(b, load_first(u + j, int(n - j), start));
-  return max_of<T>(larger(larger(a, b), larger(c, d)));
+  if (j < n) b = larger(b, load_first(u + j, int(n - j), -infinity<T>()));
+  return larger(larger(a, b), larger(c, d));
+}
+
+template <class T>
+T sweep_max(const T* u, int64_t n, T start) {
+  return max_of<T>(sweep_max(u, n, splat(start)));
+}
+
+// Of a row without y.
+template <class T>
+T max_but_one(const T* u, int64_t n, int64_t y) {
+  return max_of<T>(sweep_max(u + y + 1, n - y - 1, sweep_max(u, y, splat(-infinity<T>()))));
 }
 
 template <class T>
