@@ -213,12 +213,12 @@ def check_kind(word: str, value: object, kind: type | tuple[type, ...], takes: s
         raise TypeError(f"{word} takes {takes}, got {type(value).__name__}")
 
 
-def check_function(word: str, function: object) -> None:
-    """Anything that can be called."""
+def check_function(word: str, function: object, takes: str = "a function") -> None:
+    """Anything that can be called, but for the class of a module."""
     if isinstance(function, type) and issubclass(function, torch.nn.Module):
-        raise TypeError(f"{word} takes a function, got a class: call {function.__name__}(...)")
+        raise TypeError(f"{word} takes {takes}, got a class: call {function.__name__}(...)")
     if not callable(function):
-        raise TypeError(f"{word} takes a function, got {type(function).__name__}")
+        raise TypeError(f"{word} takes {takes}, got {type(function).__name__}")
 
 
 def check_generator(generator: torch.Generator, use: str) -> None:

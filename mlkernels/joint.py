@@ -213,6 +213,7 @@ class Alternating:
                 turn[1], torch.optim.Optimizer
             ):
                 raise TypeError(f"turns[{index}] must be a pair of a loss and a torch.optim.Optimizer, got {turn!r}")
+            check_function(f"turns[{index}]", turn[0], "a loss and an optimizer")
         if periods is not None:
             check_several("periods", periods, "integers")
         periods = [1] * len(turns) if periods is None else list(periods)

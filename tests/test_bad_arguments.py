@@ -445,6 +445,13 @@ def test_a_class_is_no_loss():
     for make in (
         lambda: mlkernels.JointLoss([modules.CrossEntropyLoss, modules.FocalLoss()]),
         lambda: mlkernels.LinearLoss(modules.CrossEntropyLoss, 4, 3),
+        lambda: alternating(turns=[(modules.CrossEntropyLoss, pair[1])]),
+        lambda: mlkernels.schedule.MILS(
+            net, pair[1], primary=modules.CrossEntropyLoss, auxiliary=two, observation=(x, y)
+        ),
+        lambda: mlkernels.schedule.MILS(
+            net, pair[1], primary=two, auxiliary=modules.CrossEntropyLoss, observation=(x, y)
+        ),
     ):
         with pytest.raises(TypeError, match=r"got a class: call CrossEntropyLoss\(\.\.\.\)"):
             make()

@@ -155,8 +155,7 @@ class MILS:
         self._update = Update(
             model, optimizer, forward=forward, autocast=autocast, scaler=scaler, before_step=before_step
         )
-        if not callable(primary):
-            raise TypeError(f"primary takes a function of (output, target), got {type(primary).__name__}")
+        check_function("primary", primary, "a function of (output, target)")
         if accept not in ("improves", "not_worse"):
             raise ValueError(f"accept must be 'improves' or 'not_worse', got {accept!r}")
         if logits is not None:
@@ -431,8 +430,7 @@ def _named(auxiliary: Any) -> dict[str, Loss]:
     for name, loss in named.items():
         if not isinstance(name, str) or name == "primary":
             raise ValueError(f"auxiliary must have names other than 'primary', got {name!r}")
-        if not callable(loss):
-            raise TypeError(f"auxiliary takes functions of (output, target), got {type(loss).__name__}")
+        check_function("auxiliary", loss, "functions of (output, target)")
     return named
 
 

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import Unpack
 
 from ..call import Options
-from ..checks import check_function, check_generator, check_kind, check_number, check_size
+from ..checks import check_function, check_generator, check_kind, check_number, check_size, unknown_keywords
 from ..modules import PiecewiseLoss
 from ..positional import by_name
 from .population import PopulationLoss, check_population
@@ -107,6 +107,8 @@ class LossSearch:
         clamp: str = "min",
         **common: Unpack[Options],
     ) -> None:
+        if unknown := {name: value for name, value in common.items() if name not in Options.__annotations__}:
+            raise unknown_keywords(type(self), unknown, Options.__annotations__)
         pieces, candidates = check_size("pieces", pieces), check_size("candidates", candidates, 2)
         sigma, lr, tau_min = check_number("sigma", sigma), check_number("lr", lr), check_number("tau_min", tau_min)
         if search not in _SEARCHED:
