@@ -131,13 +131,6 @@ T length_of(T squares) {
   return squares < MLKERNELS_ISA::infinity<T>() ? std::sqrt(squares) : MLKERNELS_ISA::nan<T>();
 }
 
-// Of c tanh(f / c). 1 - tanh^2 without the difference, which cancels where tanh is near 1.
-template <class T>
-T cap_slope_at(T f, T c) {
-  const T e = MLKERNELS_ISA::m_exp(-2 * MLKERNELS_ISA::m_abs(f / c));
-  return 4 * e / ((1 + e) * (1 + e));
-}
-
 // All classes of a weight and all rows: what the operators of a whole head share.
 template <class T>
 struct WholeHead {
@@ -280,8 +273,10 @@ struct WholeHead {
     T *const f_y = scratch.data(), *const u_y = f_y + count, *const reals = u_y + count;
     T* const scales = f_y + numbers() * count;
     of_targets(first, count, f_y);
-    for (int64_t i = 0; i < count; ++i)
-      u_y[i] = MLKERNELS_ISA::prepare(p.preparation, f_y[i], p.label[place(first + i)]);
+    std::copy(f_y, u_y, u_y);
+    if (p.preparation.softcap > 0) cap<T>(u_y, nullptr, count, p.preparation.softcap);
+    if (const T* const adjustment = p.preparation.adjustment)
+      for (int64_t i = 0; i < count; ++i) u_y[i] += adjustment[p.label[place(first + i)]];
     scales_of(first, count, scales);
     const Tensor rows = rows_of(x, first, count), labels = rows_of(label, first, count);
     statistics_of<T>(chunk(rows, labels, keep), u_y, scales, several, classes,
@@ -362,8 +357,11 @@ struct HeadGradients {
     for (int i = 0; i < 6; ++i) *places[i] = coefficients.data() + i * count;
     head.finish(first, count, known, out);
     if (!tiles) return;
-    for (int64_t i = 0; p.preparation.softcap > 0 && i < count; ++i)
-      out.target[i] *= cap_slope_at(known.at(0)[i], p.preparation.softcap);
+    if (const T softcap = p.preparation.softcap; softcap > 0) {
+      std::vector<T> f_y(known.at(0), known.at(0) + count), slope(size_t(count), T(0));
+      cap<T>(f_y.data(), slope.data(), count, softcap);
+      for (int64_t i = 0; i < count; ++i) out.target[i] *= slope[size_t(i)];
+    }
     PieceGradient<T> piece{};
     piece.seen = kept;
     piece.factor = out.factor;

@@ -139,6 +139,13 @@ struct Numbers {
 }  // namespace
 
 template <class T>
+void cap(T* u, T* slope, int64_t n, T c) {
+  kernels<T>().cap(u, slope, n, c);
+}
+template void cap(float*, float*, int64_t, float);
+template void cap(double*, double*, int64_t, double);
+
+template <class T>
 void statistics_of(const ChunkArguments<T>& of, const T* target_logit, const T* scales, int64_t count, int64_t classes,
                    int64_t want, T* all, int64_t* places) {
   const Chunk<T> chunk(of);

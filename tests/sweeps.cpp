@@ -47,11 +47,8 @@ void visit_all() {
     const T inverse = T(.7);
     along_length<T>(g, direction, &inverse, 1, n);
   });
-  visit<T>("unprepare", [](T* g, T* u, int64_t n) {
-    Preparation<T> p{};
-    p.softcap = T(3.1);
-    unprepare_row<T>(p, g, u, n);
-  });
+  visit<T>("product", [](T* g, T* by, int64_t n) { sweep_product<T>(g, by, n); });
+  visit<T>("prepare", [](T* u, T* slope, int64_t n) { prepare_row<T>({T(3.1), nullptr}, u, slope, n); });
 }
 }  // namespace
 

@@ -90,13 +90,57 @@ for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
             assert (a.double() - b).norm() < min(eps, 2e-3) * b.norm(), (dtype, width)
 """
 
+# What softcap makes of logits shows as a confidence over 0, its slope in gradients: of rows, of two classes, of a head.
+SOFTCAP = """
+import numpy as np, torch, mlkernels
+from mlkernels.backends import native
+print(native.cpu_isa())
+for dtype, c in ((torch.float32, 30.0), (torch.float32, 3.3), (torch.float64, 3.3), (torch.float64, 30.0)):
+    real = torch.empty(0, dtype=dtype).numpy().dtype
+    f64 = {"dtype": torch.float64}
+    u = torch.cat([torch.logspace(-30, 2, 3000, **f64), torch.linspace(0.3, 3, 20001, **f64)])
+    x = torch.cat([u, -u]).mul(c).to(dtype)
 
+    def confidence(x):
+        pairs = torch.stack([x, torch.zeros_like(x)], 1)
+        return mlkernels.softmax_loss(pairs, torch.zeros(len(x)).long(), softcap=c, return_stats=True)[1].confidence
+
+    cap = np.longdouble(torch.tensor(c, dtype=dtype).item())
+    exact = cap * np.tanh(x.numpy().astype(np.longdouble) / cap)
+    ulp = np.spacing(np.abs(exact).astype(real))
+    ours, eager = (np.abs(y.numpy() - exact) / ulp for y in (confidence(x), c * torch.tanh(x / c)))
+    assert ours.max() <= eager.max() and ours.mean() <= eager.mean(), (dtype, c, ours.max(), eager.max())
+    inf, nan, tiny = float("inf"), float("nan"), float(np.finfo(real).smallest_subnormal)
+    special = torch.tensor([inf, nan, -inf, 1e30, -1e30, 0.0, -0.0, tiny, -tiny], dtype=dtype)
+    wanted = torch.tensor([nan, nan, -c, c, -c, 0.0, 0.0, tiny, -tiny], dtype=dtype)
+    torch.testing.assert_close(confidence(special), wanted, rtol=0, atol=0, equal_nan=True)
+
+    x = x[(x.abs() < 15 * c) & (x.abs() > 1e-6)][::7]
+    e = torch.exp(-2 * x.double().abs() / c)
+    slope, value = 4 * e / (1 + e) ** 2, c * torch.tanh(x.double() / c)
+    first = torch.zeros(1).long()
+    row, pairs = x[None].clone().requires_grad_(), torch.stack([x, torch.zeros_like(x)], 1).requires_grad_()
+    weight, one = x[:, None].clone().requires_grad_(), torch.ones(1, 1, dtype=dtype)
+    mlkernels.cross_entropy(row, first, softcap=c).backward()
+    mlkernels.cross_entropy(pairs, torch.ones(len(x)).long(), softcap=c, reduction="sum").backward()
+    mlkernels.linear_cross_entropy(one, weight, first, softcap=c).backward()
+    of_row = value.softmax(0) * slope
+    of_row[0] -= slope[0]
+    rtol = 2e-5 if dtype == torch.float32 else 1e-13
+    for found, wanted in (
+        (row.grad[0], of_row), (weight.grad[:, 0], of_row), (pairs.grad[:, 0], torch.sigmoid(value) * slope)
+    ):
+        torch.testing.assert_close(found.double(), wanted, rtol=rtol, atol=0)
+"""
+
+
+@pytest.mark.parametrize("script", [SCRIPT, SOFTCAP], ids=["all", "softcap"])
 @pytest.mark.parametrize("isa", native.ISAS)
-def test_each_instruction_set(isa):
+def test_each_instruction_set(isa, script):
     if native.ISAS.index(isa) > native.ISAS.index(native.cpu_isa()) and "MLKERNELS_CPU" not in os.environ:
         pytest.skip(f"this machine has no {isa}")
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=os.environ | {"MLKERNELS_CPU": isa}, capture_output=True, text=True
+        [sys.executable, "-c", script], env=os.environ | {"MLKERNELS_CPU": isa}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == isa
@@ -128,15 +172,16 @@ def test_the_same_bits_on_any_number_of_threads():
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
+@pytest.mark.parametrize("softcap", [None, 3.0])  # 3: of some logits, but not of all, tanh is a series
 @pytest.mark.parametrize("classes", [10, 300, 5000])
-def test_a_row_does_not_depend_on_its_batch(classes):
+def test_a_row_does_not_depend_on_its_batch(classes, softcap):
     torch.manual_seed(2)
-    input, target = torch.randn(37, classes), torch.randint(classes, (37,))
+    input, target = 2 * torch.randn(37, classes), torch.randint(classes, (37,))
     upstream = torch.randn(37)
 
     def run(rows):
         x = input[rows].clone().requires_grad_()
-        loss = mlkernels.focal_loss(x, target[rows], reduction="none")
+        loss = mlkernels.focal_loss(x, target[rows], softcap=softcap, reduction="none")
         loss.backward(upstream[rows])
         return loss.detach(), x.grad
 

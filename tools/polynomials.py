@@ -62,7 +62,8 @@ class Polynomial(NamedTuple):
 
 
 with mpmath.workdps(DIGITS):
-    NONE, THIRD, HALF, TANH_END, EIGHTH = mpf(0), mpf(1) / 9, mpf(1) / 4, mpf("0.36"), (mpmath.pi / 4) ** 2  # squares
+    NONE, THIRD, HALF, EIGHTH = mpf(0), mpf(1) / 9, mpf(1) / 4, (mpmath.pi / 4) ** 2  # squares
+    TANH_END, CAP_END = mpf("0.36"), mpf(1)
     HALF_LN2 = mpmath.log(2) / 2
 POLYNOMIALS = (
     Polynomial(TRITON, "def log1p(", 0, LOG1P, NONE, THIRD, 11, 2e-18),  # y in [-1/2, 1]
@@ -79,6 +80,8 @@ POLYNOMIALS = (
     Polynomial(ELEMENTARY, "T sine(T x, int quarters) {", 1, COS, NONE, EIGHTH, 5, 2e-18),
     Polynomial(VEC, "vfloat exp_nonpositive(vfloat x) {", 0, EXP, -HALF_LN2, HALF_LN2, 4, 4e-9, single=True),
     Polynomial(VEC, "vdouble exp_nonpositive(vdouble x) {", 0, EXP, -HALF_LN2, HALF_LN2, 11, 6e-18, taylor=True),
+    Polynomial(VEC, "vfloat tanh_series(vfloat z) {", 0, TANH, NONE, CAP_END, 6, 8e-9, single=True),
+    Polynomial(VEC, "vdouble tanh_series(vdouble z) {", 0, TANH, NONE, CAP_END, 14, 4e-17),
 )
 
 

@@ -34,6 +34,10 @@ template <class T>
 void statistics_of(const ChunkArguments<T>& of, const T* target_logit, const T* scales, int64_t count, int64_t classes,
                    int64_t want, T* reals, int64_t* whole);
 
+// Logits to c tanh(u / c), as tiles have it, and the slope of that, if it is wanted.
+template <class T>
+void cap(T* u, T* slope, int64_t n, T c);
+
 // Where the gradients of a chunk go, and what they are made of beside PieceGradient's coefficients.
 template <class T>
 struct ChunkGradients {

@@ -2,8 +2,8 @@
 //
 // A row is read from memory once while it fits in the cache: maximum, exponentials and gradient are three sweeps over the
 // same lines. Long float and double rows of class stride 1 are swept where they lie. Short rows, and rows whose classes
-// lie apart, go a vector of rows at a time. All others (half types, softcap, adjustment, medium length) are widened into
-// a scratch row first and narrowed from one at the end.
+// lie apart, go a vector of rows at a time. All others (half types, softcap, adjustment, medium length, RowStats) are
+// widened into a scratch row first and narrowed from one at the end.
 #include <cstdlib>
 #include <type_traits>
 #include <utility>
@@ -364,18 +364,18 @@ void run_through_scratch(const CpuProblem<T>& p, int64_t begin, int64_t end) {
   const int64_t size = tile_of(pitch * int64_t(sizeof(T)));  // where classes are far apart, rows share cache lines
   const bool streamed = p.streamed && size == 1 && p.grad && p.preparation.softcap <= 0 && p.out.class_stride == 1;
   // Logits and gradients; one half is being written while the other leaves.
-  T* half = static_cast<T*>(scratch.get(size_t((streamed ? 4 : 2) * size * pitch) * sizeof(T)));
+  const bool capped = p.preparation.softcap > 0;
+  T* half = static_cast<T*>(scratch.get(size_t((streamed ? 4 : capped ? 3 : 2) * size * pitch) * sizeof(T)));
   T* other = streamed ? half + 2 * size * pitch : half;
+  T* const slopes = capped && p.grad ? half + 2 * size * pitch : nullptr;  // of softcap
   Leaving<T, S> leaving;
   const S* input = static_cast<const S*>(p.input);
   const Batch<T> batch = batch_of(p);
   Values<T> values;
   if (p.uniform) fetch(p, 0, 0, 0, values);
-  const bool capped = p.preparation.softcap > 0;
   const bool searched = p.in.class_stride == 1 && p.preparation.none();  // the maximum is found while widening
-  const bool direct = p.grad && !capped && p.out.class_stride == 1;
-  const bool overwrite =
-      !capped && p.smoothing <= 0 && !p.up_entropy;  // nothing reads the logits after their exponentials
+  const bool direct = p.grad && p.out.class_stride == 1;
+  const bool overwrite = p.smoothing <= 0 && !p.up_entropy;  // nothing reads the logits after their exponentials
   // Long rows come one at a time: the next one is then the row after this one.
   const bool fits = size == 1 && p.in.class_stride == 1 && stays_in_cache(p);
   const int lookahead = fits ? int(sizeof(S)) : 0;
@@ -398,7 +398,7 @@ void run_through_scratch(const CpuProblem<T>& p, int64_t begin, int64_t end) {
         top[b] = max_of<T>(sweep_widen(from[b] + y + 1, u + y + 1, p.classes - y - 1, before));
         u[y] = widen(from[b][y]);
       }
-      prepare_row(p.preparation, u, p.classes);
+      prepare_row(p.preparation, u, slopes ? slopes + b * pitch : nullptr, p.classes);
       for (int64_t j = p.classes; j < pitch; ++j) u[j] = -infinity<T>();
       target[b] = u[tile[b].y];
       u[tile[b].y] = -infinity<T>();
@@ -417,17 +417,20 @@ void run_through_scratch(const CpuProblem<T>& p, int64_t begin, int64_t end) {
       if (streamed) {
         leaving.rest();
         leaving = {to[b], w.g, p.classes, w.gradient.factor, w.y, w.gradient.target};
-      } else if (direct) {
+        continue;
+      }
+      if (!p.grad) continue;
+      if (slopes) {
+        const T* const slope = slopes + b * pitch;
+        sweep_product(w.g, slope, p.classes);
+        w.gradient.target *= slope[w.y];
+      }
+      if (direct) {
         sweep_put(to[b], w.g, p.classes, w.gradient.factor);
         narrow(w.gradient.target, to[b][w.y]);
-      } else if (p.grad) {
+      } else {
         sweep_multiply(w.g, p.classes, w.gradient.factor);
         w.g[w.y] = w.gradient.target;
-        if (capped) {
-          T* u = logits + b * pitch;
-          u[w.y] = target[b];
-          unprepare_row(p.preparation, w.g, u, p.classes);
-        }
       }
     }
     if (p.grad && !direct) scatter_rows(to, count, p.out.class_stride, p.classes, tile[0].g, pitch);
@@ -435,6 +438,15 @@ void run_through_scratch(const CpuProblem<T>& p, int64_t begin, int64_t end) {
   }
   leaving.rest();
   if (streamed) fence();
+}
+
+// prepare_row of W rows, a class of which is a vector.
+template <class T>
+void prepare_lanes(const Preparation<T>& p, T* u, T* slope, int64_t classes) {
+  constexpr int W = WIDTH<T>;
+  prepare_row(Preparation<T>{p.softcap, nullptr}, u, slope, classes * W);
+  if (!p.adjustment) return;
+  for (int64_t j = 0; j < classes; ++j) store(u + j * W, load(u + j * W) + p.adjustment[j]);
 }
 
 // Short rows, and rows whose classes lie apart: a vector holds one class of W rows. Every sweep is then C vectors long
@@ -446,7 +458,9 @@ void run_lanes(const CpuProblem<T>& given, int64_t begin, int64_t end) {
   CpuProblem<T> p = given;
   p.saved = nullptr;  // the maximum and the sum cost less than another way through here
   const int64_t classes = p.classes;
-  T* e = static_cast<T*>(scratch.get(size_t(classes) * W * sizeof(T)));
+  const bool capped = p.preparation.softcap > 0;
+  T* e = static_cast<T*>(scratch.get(size_t(classes) * W * sizeof(T) * (capped ? 2 : 1)));
+  T* const slopes = capped ? e + classes * W : nullptr;
   const Batch<T> batch = batch_of(p);
   Values<T> values;
   if (p.uniform) fetch(p, 0, 0, 0, values);
@@ -470,6 +484,7 @@ void run_lanes(const CpuProblem<T>& given, int64_t begin, int64_t end) {
 #pragma omp simd
         for (int64_t j = 0; j < classes; ++j) e[j * W + b] = widen(from[b][j * in_stride]);
     }
+    if (!p.preparation.none()) prepare_lanes(p.preparation, e, slopes, classes);
 
     typename VecOf<T>::I label{};
     for (int b = 0; b < count; ++b) {
@@ -528,6 +543,7 @@ void run_lanes(const CpuProblem<T>& given, int64_t begin, int64_t end) {
       store(e + j * W, g);
     }
     for (int b = 0; b < count; ++b) e[tile[b].y * W + b] = tile[b].gradient.target;
+    if (capped) sweep_product(e, slopes, classes * W);
     if (side_by_side) {
       for (int64_t j = 0; j < classes; ++j) put(to[0] + j * out_stride, load(e + j * W), false);
     } else {
@@ -544,7 +560,7 @@ constexpr int64_t LANES_IN_CACHE = 1 << 18;  // bytes of a tile of rows whose cl
 
 template <class T, class S>
 void run_as(const CpuProblem<T>& p, int64_t begin, int64_t end) {
-  const bool plain = p.preparation.none() && !p.logsumexp && !p.up_entropy;
+  const bool plain = !p.logsumexp && !p.up_entropy;
   const bool apart = p.in.class_stride != 1 || (p.grad && p.out.class_stride != 1);
   const bool fits = p.classes * BYTES <= LANES_IN_CACHE;
   if (plain && (p.classes < LONG_ROW || (apart && fits))) return run_lanes<T, S>(p, begin, end);

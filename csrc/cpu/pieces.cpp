@@ -28,18 +28,24 @@ int64_t count_above(const T* u, int64_t n, T limit) {
   return above;
 }
 
-// From products to u, in place.
+// From products to u, in place. slope: see prepare_row.
 template <class T>
-void logits_of(const Piece<T>& p, T* u) {
+void logits_of(const Piece<T>& p, T* u, T* slope) {
   if (p.bias) sweep_add(u, p.bias, p.classes, T(1));
-  prepare_row(p.preparation, u, p.classes);
+  prepare_row(p.preparation, u, slope, p.classes);
 }
 
 template <class T>
 void statistics(const PieceStatistics<T>& p, int64_t begin, int64_t end) {
+  // The way back through softcap begins at the products.
+  std::vector<T> scratch(p.preparation.softcap > 0 ? size_t(p.classes) : 0);
   for (int64_t row = begin; row < end; ++row) {
     T* u = p.tile + (row - p.first_row) * p.classes;
-    logits_of(p, u);
+    if (p.preparation.softcap > 0) {
+      std::copy(u, u + p.classes, scratch.begin());
+      u = scratch.data();
+    }
+    logits_of(p, u, static_cast<T*>(nullptr));
     const int64_t y = p.label[row] - p.start;
     const T before = p.top[row];
     T top = -infinity<T>();
@@ -97,15 +103,13 @@ void statistics(const PieceStatistics<T>& p, int64_t begin, int64_t end) {
 
 template <class T>
 void gradient(const PieceGradient<T>& p, int64_t begin, int64_t end) {
-  std::vector<T> scratch(p.preparation.softcap > 0 || p.slope ? size_t(p.classes) : 0);
+  const bool capped = p.preparation.softcap > 0;
+  std::vector<T> slopes(capped ? size_t(p.classes) : 0), scratch(p.slope ? size_t(p.classes) : 0);
   for (int64_t row = begin; row < end; ++row) {
     T* g = p.tile + (row - p.first_row) * p.classes;
-    if (!p.seen) logits_of(p, g);
-    const T* u = g;
-    if (!scratch.empty()) {
-      std::copy(g, g + p.classes, scratch.begin());
-      u = scratch.data();
-    }
+    if (!p.seen || capped) logits_of(p, g, capped ? slopes.data() : nullptr);
+    if (p.slope) std::copy(g, g + p.classes, scratch.begin());
+    const T* const u = scratch.data();
     const int64_t y = p.label[row] - p.start;
     if (y >= 0 && y < p.classes) g[y] = -infinity<T>();
     const T m = p.top[row] == -infinity<T>() ? T(0) : p.top[row], s = p.scale[row], factor = p.factor[row];
@@ -116,7 +120,7 @@ void gradient(const PieceGradient<T>& p, int64_t begin, int64_t end) {
       sweep_exp<T, true, false>(g, g, p.classes, m, s, factor, Ahead{nullptr, 0});
     }
     if (p.spread) sweep_spread(g, p.weight, p.classes, p.spread[row]);
-    unprepare_row(p.preparation, g, u, p.classes);
+    if (capped) sweep_product(g, slopes.data(), p.classes);
     if (y >= 0 && y < p.classes) g[y] = 0;
   }
 }
@@ -176,8 +180,13 @@ void add(T* to, const T* from, T factor, int64_t n) {
 }
 
 template <class T>
+void cap(T* u, T* slope, int64_t n, T c) {
+  prepare_row(Preparation<T>{c, nullptr}, u, slope, n);
+}
+
+template <class T>
 constexpr PieceKernels<T> kernels_of() {
-  return {multiply<T>, panels<T>, statistics<T>, gradient<T>, directions<T>, along_length<T>, add<T>};
+  return {multiply<T>, panels<T>, statistics<T>, gradient<T>, directions<T>, along_length<T>, add<T>, cap<T>};
 }
 
 }  // namespace

@@ -10,8 +10,8 @@
 
 namespace mlkernels {
 
-// Some classes of rows from `first_row` on, classes from `start` on: products, which become u, which becomes the
-// gradient.
+// Some classes of rows from `first_row` on, classes from `start` on: products, which become u (with the statistics, unless
+// there is a softcap), which becomes the gradient.
 template <class T>
 struct Piece {
   T* tile;                  // (., classes)
@@ -36,7 +36,7 @@ struct PieceStatistics : Piece<T> {
 // dL/du_j = exp(s (u_j - M)) (factor + slope (u_j - M)) - spread w_j, and 0 at the target.
 template <class T>
 struct PieceGradient : Piece<T> {
-  bool seen;                                       // the tile holds u, not products
+  bool seen;                                       // the tile has been through the statistics
   const T *factor, *slope, *spread, *scale, *top;  // (rows); slope and spread may be null
 };
 
@@ -80,6 +80,8 @@ struct PieceKernels {
   void (*along_length)(T* gradient, const T* direction, const T* inverse, int64_t classes, int64_t n);
   // to += factor from
   void (*add)(T* to, const T* from, T factor, int64_t n);
+  // Logits to c tanh(u / c), and the slope of that.
+  void (*cap)(T* u, T* slope, int64_t n, T c);
 };
 using AllPieceKernels = std::tuple<PieceKernels<float>, PieceKernels<double>>;
 

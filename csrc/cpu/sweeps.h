@@ -152,6 +152,15 @@ void sweep_multiply(T* g, int64_t n, T factor) {
   if (j < n) store_first(g + j, int(n - j), load_first(g + j, int(n - j), T(0)) * factor);
 }
 
+// g_j *= by_j
+template <class T>
+void sweep_product(T* g, const T* by, int64_t n) {
+  constexpr int W = WIDTH<T>;
+  int64_t j = 0;
+  for (; j + W <= n; j += W) store(g + j, load(g + j) * load(by + j));
+  if (j < n) store_first(g + j, int(n - j), load_first(g + j, int(n - j), T(0)) * load_first(by + j, int(n - j), T(0)));
+}
+
 // out_j = factor e_j; they do not overlap. By itself: what a lambda captures is read again after every store.
 template <class T, class S>
 void sweep_put(S* out, const T* e, int64_t n, T factor) {
@@ -250,21 +259,47 @@ void sweep_spread(T* g, const T* w, int64_t n, T spread) {
   for (int64_t j = 0; j < n; ++j) g[j] -= w ? spread * w[j] : spread;
 }
 
-// Of a row, in place; afterwards the gradient's way back. By value: nothing that is written may be a part of it.
+// softcap: c tanh(x / c), where an overflow stays one, and its derivative.
 template <class T>
-void prepare_row(Preparation<T> p, T* u, int64_t n) {
-  if (p.softcap > 0)
-    for (int64_t j = 0; j < n; ++j) u[j] = cap(u[j], p.softcap);
+struct Capped {
+  Vec<T> value, slope;
+};
+template <class T>
+struct Cap {
+  T c, inverse;
+
+  explicit Cap(T c_) : c(c_), inverse(std::min(1 / c_, std::numeric_limits<T>::max())) {}
+  Capped<T> operator()(Vec<T> x) const {
+    const Vec<T> u = x * inverse, z = u * u, one = splat(T(1));
+    const Vec<T> bend = z * tanh_series(z), t = u + u * bend, near = x + x * bend, slope = one - t * t;
+    if (all_less(z, one)) return {near, slope};
+    // e = exp(-2 |u|), w = 2 e / (1 + e): |tanh u| = 1 - w, and its slope, w (2 - w), does not cancel.
+    const Vec<T> e = exp_nonpositive(signed_as(u, sign_of(-one)) * T(2));
+    const Vec<T> w = (e + e) / (e + T(1)), far = signed_as(c - c * w, sign_of(x));
+    return {x == splat(infinity<T>()) ? splat(nan<T>()) : z < one ? near : far, z < one ? slope : w * (T(2) - w)};
+  }
+};
+
+// Logits as the loss sees them, in place. slope: where what softcap makes of a gradient goes, or null.
+template <class T>
+void prepare_row(const Preparation<T>& p, T* u, T* slope, int64_t n) {
+  constexpr int W = WIDTH<T>;
+  if (p.softcap > 0) {
+    const Cap<T> capped(p.softcap);
+    int64_t j = 0;
+    for (; j + W <= n; j += W) {
+      const Capped<T> x = capped(load(u + j));
+      store(u + j, x.value);
+      if (slope) store(slope + j, x.slope);
+    }
+    if (j < n) {
+      const Capped<T> x = capped(load_first(u + j, int(n - j), T(0)));
+      store_first(u + j, int(n - j), x.value);
+      if (slope) store_first(slope + j, int(n - j), x.slope);
+    }
+  }
   if (p.adjustment) sweep_add(u, p.adjustment, n, T(1));
 }
-template <class T>
-void unprepare_row(Preparation<T> p, T* g, const T* u, int64_t n) {
-  if (p.softcap > 0) {
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) g[j] = unprepare(p, g[j], u[j], j);
-  }
-}
-
 }  // namespace
 }  // namespace MLKERNELS_ISA
 }  // namespace mlkernels

@@ -166,6 +166,50 @@ static inline T max_of(Vec<T> v) {
   return fold<T>(v, [](auto a, auto b) { return larger(a, b); });
 }
 
+// Whether each lane of a is less than that of b.
+static inline bool all_less(vfloat a, vfloat b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ) == 0xffff;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_LT_OQ)) == 0xff;
+#else
+  bool all = true;
+  for (int i = 0; i < WIDTH<float>; ++i) all &= a[i] < b[i];
+  return all;
+#endif
+}
+static inline bool all_less(vdouble a, vdouble b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_LT_OQ) == 0xff;
+#elif defined(__AVX2__)
+  return _mm256_movemask_pd(_mm256_cmp_pd((__m256d)a, (__m256d)b, _CMP_LT_OQ)) == 0xf;
+#else
+  bool all = true;
+  for (int i = 0; i < WIDTH<double>; ++i) all &= a[i] < b[i];
+  return all;
+#endif
+}
+
+// x >= 0 with a sign.
+template <class V, class Bits>
+static inline V signed_as(V x, Bits sign) {
+  Bits bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  bits |= sign;
+  __builtin_memcpy(&x, &bits, sizeof x);
+  return x;
+}
+static inline vuint sign_of(vfloat x) {
+  vuint bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  return bits & 0x80000000u;
+}
+static inline vulong sign_of(vdouble x) {
+  vulong bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  return bits & 0x8000000000000000ULL;
+}
+
 // exp(x) for x <= 0, to 1 ulp or so; 0 below the smallest normal number; NaN for NaN.
 static inline vfloat exp_nonpositive(vfloat x) {
   const vfloat low = splat(-87.33654f);
@@ -219,6 +263,34 @@ static inline vdouble exp_nonpositive(vdouble x) {
   __builtin_memcpy(&power, &bits, sizeof power);
   const vdouble result = y * power;
   return x < low ? vdouble{} : result;
+}
+
+// P of tanh(x) = x + x^3 P(x^2) for z = x^2 <= 1, of least relative error (8e-9, 4e-17), by tools/polynomials.py.
+static inline vfloat tanh_series(vfloat z) {
+  vfloat p = z * -0.00035845296f + 0.002301369f;
+  p = p * z - 0.007946115f;
+  p = p * z + 0.021486664f;
+  p = p * z - 0.053879805f;
+  p = p * z + 0.13332345f;
+  p = p * z - 0.33333296f;
+  return p;
+}
+static inline vdouble tanh_series(vdouble z) {
+  vdouble p = z * -6.269329832390532e-08 + 6.544963270827082e-07;
+  p = p * z - 3.4196824394164607e-06;
+  p = p * z + 1.2341335369337565e-05;
+  p = p * z - 3.608663204301943e-05;
+  p = p * z + 9.476818311009086e-05;
+  p = p * z - 0.0002380438759695621;
+  p = p * z + 0.000589618693411587;
+  p = p * z - 0.001455721330056791;
+  p = p * z + 0.0035921056071892975;
+  p = p * z - 0.008863232451847215;
+  p = p * z + 0.021869488259839958;
+  p = p * z - 0.05396825395342744;
+  p = p * z + 0.13333333333292874;
+  p = p * z - 0.33333333333332943;
+  return p;
 }
 
 // 2 atanh(s) = log((1 + s) / (1 - s)), by its series in s^2.
