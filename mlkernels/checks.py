@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import tracing
 from .numbering import Reduction
-from .positional import classifier_of
+from .positional import classifier_of, kind_of
 from .spec import Number
 
 _REDUCTIONS = {"none": int(Reduction.NONE), "mean": int(Reduction.MEAN), "sum": int(Reduction.SUM)}
@@ -201,7 +201,7 @@ def wrong_type(word: str, takes: str, value: object) -> TypeError:
         return TypeError(f"loss calculates with the logits of a head: {value.instead}")
     elif isinstance(value, (list, tuple)) or hasattr(value, "__array_interface__"):
         hint = f": write torch.as_tensor({word})" if "tensor" in takes or "number" not in takes else ""
-    return TypeError(f"{word} takes {takes}, got {type(value).__name__}{hint}")
+    return TypeError(f"{word} takes {takes}, got {kind_of(value)}{hint}")
 
 
 # ---- functions and generators ----------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from . import named, softmax
 from .backends.reference import RowStats
 from .call import Common
 from .center import center_loss
+from .checks import check_flag
 from .lgm import lgm_loss
 from .multi_margin import multi_margin_loss
 from .signatures import family, filled
@@ -419,6 +420,7 @@ def softmax_loss(
         tensor(1.8966)
     """
     structure, values = compose(transform, scale, head, target_logit)
-    if return_stats and not rest:
+    if return_stats is not False and not rest:
+        check_flag("return_stats", return_stats)
         return softmax.apply(structure, values, input, target, group, common, True)  # type: ignore[return-value]
     return softmax.loss(structure, values, input, target, group, common, rest)

@@ -41,6 +41,13 @@ def classifier_of(of: Callable[..., object]) -> str:
     return f"the classifier belongs to LinearLoss({of.__name__}(...), in_features, num_classes{cosines})"
 
 
+def kind_of(value: object) -> str:
+    """What came, for an error."""
+    return (
+        f"the class {value.__name__}: write {value.__name__}(...)" if isinstance(value, type) else type(value).__name__
+    )
+
+
 def by_name(of: _F) -> _F:
     """A function, or a class with its ``__init__``, with :func:`positional_arguments` for Python's own words."""
     init = of.__init__ if isinstance(of, type) else None  # type: ignore[misc]

@@ -28,7 +28,7 @@ from .numbering import (
     Structure,
     TransformKind,
 )
-from .positional import positional_arguments
+from .positional import kind_of, positional_arguments
 
 Number: TypeAlias = float | Tensor
 """A parameter of a loss: a Python number, or a tensor (0-d: shared; (C,): per class; (N, 1): per row)."""
@@ -368,7 +368,7 @@ def compose(
         of_transform, values = transform.structure, transform.values
     elif transform is not None:
         raise TypeError(
-            f"transform takes {_TRANSFORM_NAMES}, got {type(transform).__name__}; a transform of your own goes through "
+            f"transform takes {_TRANSFORM_NAMES}, got {kind_of(transform)}; a transform of your own goes through "
             "target_logit"
         )
     values += scale.values if isinstance(scale, TwoScale) else (scale,)
@@ -377,7 +377,7 @@ def compose(
         of_head, values = head.structure, values + head.values
     elif head is not None:
         raise TypeError(
-            f"head takes {_HEAD_NAMES}, got {type(head).__name__}; a head of your own is a function of the result with "
+            f"head takes {_HEAD_NAMES}, got {kind_of(head)}; a head of your own is a function of the result with "
             'reduction="none"'
         )
     return _composed(of_transform, isinstance(scale, TwoScale), of_head), values

@@ -682,6 +682,7 @@ BAD = [
     (ValueError, "num_classes must be an integer >= 1, got 0", lambda: head(5, 0)),
     (TypeError, "num_classes takes an int, got bool", lambda: head(5, True)),
     (ValueError, "dtype has no meaning beside weight", lambda: head(5, 23, weight=nn.Parameter(W), dtype=F64)),
+    (TypeError, "return_stats takes True or False, got 'yes'", lambda: head(5, 23)(X.float(), Y, return_stats="yes")),
     (ValueError, "device has no meaning beside weight", lambda: head(5, 23, weight=nn.Parameter(W), device="cpu")),
     (ValueError, "dtype has no meaning beside weight", lambda: mlkernels.LinearLoss.from_linear(
         mlkernels.FocalLoss(), nn.Linear(5, 23), dtype=F64)),

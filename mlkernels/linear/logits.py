@@ -13,7 +13,7 @@ from typing_extensions import Never
 from .. import fast_path
 from ..backends.reference import RowStats
 from ..call import Common, bind
-from ..checks import accumulated
+from ..checks import accumulated, check_flag
 from ..numbering import IGNORE_INDEX, INPUT, REDUCTION, Reduction, Slot, slots_of
 from ..softmax import Asked, ProductLogits
 from ..spec import Number, Spec
@@ -53,6 +53,7 @@ class LinearLogits(ProductLogits):
         begin: Callable[[], Updating] | None = None,
         sampler: ClassSampler | None = None,
     ):
+        check_flag("return_stats", return_stats)
         self.begin, self.sampler = begin, sampler
         self.sample: Sample | None = None
         #: Weight and bias of the classes that the loss sees.
