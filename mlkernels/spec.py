@@ -270,6 +270,8 @@ class PiecewiseLinear(_Part, kind=TransformKind.PIECEWISE):
     def values(self) -> tuple[Number | None, ...]:
         """The numbers in the order of the slots."""
         try:
+            if any(isinstance(end, (Tensor, str, bool)) for end in self.domain):  # which float() would take
+                raise TypeError
             low, high = (float(end) for end in self.domain)
         except (TypeError, ValueError):
             raise TypeError(f"PiecewiseLinear.domain takes two numbers (low, high), got {self.domain!r}") from None

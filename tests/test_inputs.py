@@ -273,6 +273,10 @@ CASES = [
                 partial(softmax, transform=PiecewiseLinear([1.0], TABLE)),
             ),
             ("PiecewiseLinear.slope", "(M,)|float", TypeError, partial(softmax, transform=PiecewiseLinear(1.0, 0.0))),
+            *(
+                ("PiecewiseLinear.domain", "two numbers|-1", TypeError, partial(softmax, transform=cut))
+                for cut in (PiecewiseLinear(TABLE, TABLE, domain=ends) for ends in ((T(-1.0), 1.0), ("-1", 1)))
+            ),
             (
                 "PiecewiseLinear.domain",
                 "two numbers|0.5",
