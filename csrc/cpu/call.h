@@ -183,13 +183,16 @@ struct Call {
     label = array_of<int64_t>(target);
     label.repeat(p.rows);
     p.label = label.data;
+    int64_t count = 0;
     for (int64_t i = 0; i < p.rows; ++i) {
       const int64_t y = p.label[i];
       if (y == p.spec.ignore_index) continue;
       if (y < 0 || y >= p.classes) out_of_range("target", target, y, i, p.classes);
-      kept += 1;
-      weight_total += p.weight ? double(p.weight[y]) : 1.0;
+      ++count;
+      if (p.weight) weight_total += double(p.weight[y]);
     }
+    kept = double(count);
+    if (!p.weight) weight_total = kept;
   }
 
   void read_groups() {

@@ -414,6 +414,9 @@ void run_through_scratch(const CpuProblem<T>& p, int64_t begin, int64_t end) {
       Work<T>& w = tile[b];
       finish<true>(p, batch, w, &leaving);
       if (p.grad) spread_out(p, w);
+    }
+    for (int b = 0; p.grad && b < count; ++b) {
+      Work<T>& w = tile[b];
       if (streamed) {
         leaving.rest();
         leaving = {to[b], w.g, p.classes, w.gradient.factor, w.y, w.gradient.target};
