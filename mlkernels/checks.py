@@ -327,18 +327,18 @@ def widened(name: str, index: Tensor, count: int, ignore_index: int | None = Non
     return torch.where(beyond, -1 if ignore_index != -1 else -2, signed)
 
 
-def check_indices(name: str, index: Tensor, count: int, ignore_index: int | None = None) -> None:
-    """An IndexError naming the first row whose index is outside [0, count); on a GPU only under check_labels."""
+def check_indices(name: str, index: Tensor, count: int, ignore_index: int | None = None) -> bool:
+    """An IndexError naming the first row whose index is outside [0, count). False: on a GPU nobody looks."""
     looked_at = index.device.type == "cpu" or (_check_labels and index.device.type != "meta")
     if not looked_at or tracing.traced(index):
-        return
+        return False
     index = index.long()  # a narrow dtype holds neither count nor ignore_index
-    bad = (index < 0) | (index >= count)
-    if ignore_index is not None:
-        bad &= index != ignore_index
-    if bool(bad.any()):
-        row = int(bad.reshape(-1).nonzero()[0])
-        raise index_error(name, row, int(index.reshape(-1)[row]), count, ignore_index is not None)
+    if index.numel() > 0 and not 0 <= int(index.min()) <= int(index.max()) < count:
+        bad = ((index < 0) | (index >= count)) & (True if ignore_index is None else index != ignore_index)
+        if bool(bad.any()):
+            row = int(bad.reshape(-1).nonzero()[0])
+            raise index_error(name, row, int(index.reshape(-1)[row]), count, ignore_index is not None)
+    return True
 
 
 def index_error(name: str, row: int, value: int, count: int, ignores: bool = False) -> IndexError:

@@ -75,28 +75,41 @@ def multi_margin_loss(
         raise ValueError(f"input must be (C,) or (N, C), got {tuple(input.shape)}")
     margin = _check(p, margin, reduction)
     classes = input.shape[-1]
-    check_indices("target", target, classes)
+    all_legal = check_indices("target", target, classes)
     accumulate = accumulated(input.dtype)
     if weight is not None:
         check_class_vector("weight", weight, input, classes)
         weight = weight.to(accumulate)
     label = target.long()
+    if all_legal and input.shape[0] > 0:
+        loss = _losses(input, label, int(p), margin, weight, accumulate, reduction)
+        return loss.reshape(shape) if reduction == "none" else loss
     legal = (label >= 0) & (label < classes)
     y = torch.where(legal, label, 0)
-    rows = _row_losses(input, y, int(p), margin, weight, accumulate)
+    rows = _losses(input, y, int(p), margin, weight, accumulate, "none")
     rows = (rows * torch.where(legal, 1.0, torch.nan).to(rows.dtype)).reshape(shape)
+    return _reduced(rows, reduction)
+
+
+def _reduced(rows: Tensor, reduction: ReductionName) -> Tensor:
     return rows if reduction == "none" else rows.mean() if reduction == "mean" else rows.sum()
 
 
-def _row_losses(
-    input: Tensor, y: Tensor, p: int, margin: float, weight: Tensor | None, accumulate: torch.dtype
+def _losses(
+    input: Tensor,
+    y: Tensor,
+    p: int,
+    margin: float,
+    weight: Tensor | None,
+    accumulate: torch.dtype,
+    reduction: ReductionName,
 ) -> Tensor:
     if forward_ad._current_level >= 0 and is_dual(input):  # torch's kernel has no tangents
-        return _in_plain_torch(input.to(accumulate), y, p, margin, weight)
+        return _reduced(_in_plain_torch(input.to(accumulate), y, p, margin, weight), reduction)
     alone = input.requires_grad and torch.is_grad_enabled() and not (weight is not None and weight.requires_grad)
     if alone and buffers.serves(input.numel() * input.element_size(), input):
-        return _kept_rows(input, y, p, margin, weight)
-    return F.multi_margin_loss(input.to(accumulate), y, p, margin, weight, reduction="none")
+        return _reduced(_kept_rows(input, y, p, margin, weight), reduction)
+    return F.multi_margin_loss(input.to(accumulate), y, p, margin, weight, reduction=reduction)
 
 
 def _in_plain_torch(logits: Tensor, y: Tensor, p: int, margin: float, weight: Tensor | None) -> Tensor:

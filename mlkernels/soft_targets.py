@@ -55,7 +55,7 @@ def soft_cross_entropy(
             f"ignore_index has no meaning where target holds class probabilities: it must be < 0, got {ignored}"
         )
     check_device("target", target, input)
-    row_weight, normalizer, reduction = given.pop("row_weight"), given.pop("normalizer"), given["reduction"]
+    row_weight, normalizer = given.pop("row_weight"), given.pop("normalizer")
     check_loss(*named.cross_entropy(scale), **given)
     classes = 1 if input.dim() > 1 else 0
     for name in PER_CLASS.values():
@@ -63,25 +63,44 @@ def soft_cross_entropy(
             check_class_vector(name, given[name], input, input.shape[classes])
     scale = check_scalar("scale", scale)  # not per class, of which a row has no one
     if normalizer is not None:
-        normalizer = check_normalizer(normalizer, input, reduction)
+        normalizer = check_normalizer(normalizer, input, given["reduction"])
         if isinstance(normalizer, Tensor) and normalizer.device.type == "cpu" and not traced(normalizer):
             check_range("normalizer", normalizer)
     if row_weight is not None:
         check_row_weight(row_weight, input, input.select(classes, 0).shape)
     with full_precision(input.device):
-        weight, logits = given["weight"], input.to(accumulated(input.dtype)).movedim(classes, -1)
-        logits = prepared(logits, **{name: given[name] for name in PREPARATION}).movedim(-1, classes) * scale
-        rows = torchs_cross_entropy(
-            logits,
-            target.to(logits.dtype),
-            None if weight is None else weight.to(logits.dtype),
-            reduction="none",
-            label_smoothing=given["label_smoothing"],
-        )
-        if given["z_loss"] > 0:
-            rows = rows + given["z_loss"] * logits.logsumexp(classes).square()
-        if row_weight is not None:
-            rows = rows * row_weight.to(rows.dtype)
+        return _loss(input, target, classes, scale, given, row_weight, normalizer)
+
+
+def _loss(
+    input: Tensor,
+    target: Tensor,
+    classes: int,
+    scale: float | Tensor,
+    given: dict[str, Any],
+    row_weight: Tensor | None,
+    normalizer: float | Tensor | None,
+) -> Tensor:
+    weight, logits, reduction = given["weight"], input.to(accumulated(input.dtype)), given["reduction"]
+    if any(given[name] is not None for name in PREPARATION):
+        logits = prepared(logits.movedim(classes, -1), **{name: given[name] for name in PREPARATION})
+        logits = logits.movedim(-1, classes)
+    if isinstance(scale, Tensor) or scale != 1:
+        logits = logits * scale
+    plain = row_weight is None and normalizer is None and not given["z_loss"] > 0
+    rows = torchs_cross_entropy(
+        logits,
+        target.to(logits.dtype),
+        None if weight is None else weight.to(logits.dtype),
+        reduction=reduction if plain else "none",
+        label_smoothing=given["label_smoothing"],
+    )
+    if plain:
+        return rows
+    if given["z_loss"] > 0:
+        rows = rows + given["z_loss"] * logits.logsumexp(classes).square()
+    if row_weight is not None:
+        rows = rows * row_weight.to(rows.dtype)
     if reduction == "none":
         return rows
     if reduction == "sum":
