@@ -440,7 +440,7 @@ MLK_SELDOM T entropy_by_scale(const Statistics<T>& row, const Position<T>& at) {
 }
 
 // The derivatives of a row's loss by its parameters, one per trainable slot; tables: by the entry of the row's bin.
-// of_entropy: what the entropy's upstream gradient adds to that by s. Not of a row that is NaN: see leave_parameters.
+// of_entropy: what the entropy's upstream gradient adds to that by s. Not of a row that is NaN: see store_parameters.
 template <class T>
 MLK_FN void row_parameters(const Spec& spec, const Values<T>& values, const Batch<T>& batch, const Statistics<T>& row,
                            const Position<T>& at, const HeadLoss<T>& head, const Coefficients<T>& gradient,

@@ -345,7 +345,7 @@ struct HeadGradients {
       if (sum && head.left == 0) std::memset(sum->data_ptr(), 0, size_t(sum->numel()) * sizeof(T));
     if (head.left < head.n)
       for (int64_t row = 0; row < head.n; ++row)
-        if (p.label[row] == p.spec.ignore_index) MLKERNELS_ISA::leave_parameters(p, row, T(0));
+        if (p.label[row] == p.spec.ignore_index) MLKERNELS_ISA::store_parameters(p, row, T(0));
     p.grad = tiles ? &p : nullptr;  // that one is wanted: where it goes the tiles know
   }
 

@@ -144,7 +144,7 @@ MLK_FN Factors<T> factors_of(const Problem<T>& p, const Factors<T>& shared, int6
 // The derivatives by parameters of a row that has none: 0 where it is ignored, NaN where it is NaN, whose scale and bins
 // nobody knows.
 template <class T>
-MLK_SELDOM void leave_parameters(const Problem<T>& p, int64_t row, T value) {
+MLK_SELDOM void store_parameters(const Problem<T>& p, int64_t row, T value) {
   MLK_UNROLL
   for (int slot = 0; slot < TRAINABLE_SLOTS; ++slot)
     if (p.by_parameter[slot]) p.by_parameter[slot][row] = value;
@@ -182,7 +182,7 @@ MLK_FN T finish_row(const Problem<T>& p, const Spec& spec, const Batch<T>& batch
     if (p.want_square) of_entropy = g * entropy_by_scale(r, at);
   }
   if (PARAMETERS && p.want_parameters && leaves && at.nll != at.nll) {
-    leave_parameters(p, row, at.nll);
+    store_parameters(p, row, at.nll);
   } else if (PARAMETERS && p.want_parameters && leaves) {
     T by[TRAINABLE_SLOTS];
     row_parameters(spec, values, batch, r, at, head, gradient, up, weight, of_entropy, by);
@@ -197,14 +197,14 @@ MLK_FN T finish_row(const Problem<T>& p, const Spec& spec, const Batch<T>& batch
 
 // The results, but for the loss, of a row that is not looked at: 0 where its label is ignored, NaN where it is no label.
 template <class T>
-MLK_FN void leave_unread(const Problem<T>& p, int64_t row, T value) {
+MLK_FN void store_unread(const Problem<T>& p, int64_t row, T value) {
   if (p.save) p.save[2 * row] = p.save[2 * row + 1] = 0;
   if (p.logsumexp) {
     p.logsumexp[row] = p.log_prob[row] = p.entropy[row] = p.confidence[row] = value;
     p.prediction[row] = -1;
     p.rank[row] = 0;
   }
-  leave_parameters(p, row, value);
+  store_parameters(p, row, value);
 }
 
 // softcap: c tanh(x / c), and an overflow stays one.

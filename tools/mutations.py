@@ -57,7 +57,7 @@ SUBJECTS: dict[str, Subject] = {
     "conventions_cpu": _cpu(
         ("csrc/rows.h", "csrc/library_cpu.cpp"),
         _of("conventions", *_CPU),
-        "signed_label|batch_of|factors_of|leave_unread|run_with_gradients",
+        "signed_label|batch_of|factors_of|store_unread|run_with_gradients",
     ),
     "cuda": Subject(("csrc/cuda/*",), _of("cuda"), build="python csrc/build.py --simt"),
     "failures": Subject(
@@ -92,7 +92,7 @@ SUBJECTS: dict[str, Subject] = {
     "operators": _cpu(
         ("csrc/rows.h", "csrc/call.h", "csrc/library_cpu.cpp"),
         _of("operators"),
-        "signed_label|batch_of|factors_of|leave_unread|read_spec|kind_of|run_with_gradients",
+        "signed_label|batch_of|factors_of|store_unread|read_spec|kind_of|run_with_gradients",
     ),
     "precision": Subject(
         (_reference, _softmax, _autograd, _ops),
@@ -125,7 +125,7 @@ SUBJECTS: dict[str, Subject] = {
     ),
     "triton_host": Subject((_triton,), _of("triton_host"), "_[A-Z].*|_.*|softmax_.*|run|play|forget"),
     "triton_wide": Subject(
-        (_triton,), _of("triton_wide"), "row_offset|of_row|of_thread|places|offsets|visit|leave_.*|read_logits"
+        (_triton,), _of("triton_wide"), "row_offset|of_row|of_thread|places|offsets|visit|store_.*|read_logits"
     ),
     "values": Subject((_reference,), _of("values", *_REFERENCE), _WHOLE),
     "values_cpu": _cpu(

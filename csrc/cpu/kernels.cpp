@@ -241,7 +241,7 @@ void spread_out(const CpuProblem<T>& p, Work<T>& w) {
 template <class T>
 void ignore_row(const CpuProblem<T>& p, int64_t row) {
   if (p.losses) p.losses[row] = 0;
-  leave_unread(p, row, T(0));
+  store_unread(p, row, T(0));
 }
 
 template <class S>

@@ -41,7 +41,7 @@ void finish_rows(const CpuProblem<T>& p, const KnownRows<T>& known, const Finish
       for (T* const result : {out.by_class, out.by_row, out.logsumexp, out.log_prob, out.entropy, out.factor, out.slope,
                               out.spread, out.target, out.scale, out.top})
         if (result) result[i] = 0;
-      leave_parameters(p, row, T(0));
+      store_parameters(p, row, T(0));
       continue;
     }
     if (!p.uniform) fetch(p, row, y, p.group ? p.group[row] : 0, values);

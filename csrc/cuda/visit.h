@@ -485,7 +485,7 @@ template <class T>
 MLK_DEVICE void store_skipped(const Visit<T>& v, const Factors<T>& shared, int64_t row, LabelStatus status,
                               double& total) {
   const T value = status == LabelStatus::INVALID ? nan<T>() : T(0);
-  leave_unread(static_cast<const Problem<T>&>(v), row, value);
+  store_unread(static_cast<const Problem<T>&>(v), row, value);
   store_loss(v, row, value * shared.by_class, total);
 }
 

@@ -94,7 +94,7 @@ def upstream_of(pointer, stride, row, kept, T: tl.constexpr):
 
 
 @triton.jit
-def leave_loss(losses, tile, row, rows, kept, by_class, by_row, nothing, REDUCTION: tl.constexpr):
+def store_loss(losses, tile, row, rows, kept, by_class, by_row, nothing, REDUCTION: tl.constexpr):
     """Row losses, or their sum over the tile's rows. nothing: what no rows sum up to, 0 or NaN."""
     by_class = tl.where(kept, by_class, 0.0)
     by_row = tl.where(kept, by_row, 0.0)
@@ -106,7 +106,7 @@ def leave_loss(losses, tile, row, rows, kept, by_class, by_row, nothing, REDUCTI
 
 
 @triton.jit
-def leave_stats(stats, row, rows, kept, exists, at, h, confidence, described, doubtful):
+def store_stats(stats, row, rows, kept, exists, at, h, confidence, described, doubtful):
     """RowStats: logsumexp, log_prob, entropy, prediction, confidence, rank."""
     nll, _q, _p, _others, lse, _alone = at
     _doubts, above, first = described
@@ -121,7 +121,7 @@ def leave_stats(stats, row, rows, kept, exists, at, h, confidence, described, do
 
 
 @triton.jit
-def leave_parameters(
+def store_parameters(
     by_parameter, bins, row, rows, kept, nll, by_s, s, high, norm, by_target, own, by_head, head, TWO: tl.constexpr,
     WANT: tl.constexpr,
 ):  # fmt: skip

@@ -31,7 +31,7 @@ from .elements import (
     thread_sum,
 )
 from .finish import batch_of, by_scale, coefficients, entropy, finish, kind, row_loss, row_scale
-from .operands import label_of, leave_parameters, numbers, shared, upstream_of
+from .operands import label_of, numbers, shared, store_parameters, upstream_of
 from .rows import gradient_of
 from .statistics import accumulated
 
@@ -320,7 +320,7 @@ def row_finish(
             if NEED_SHIFT & WANT:
                 by_s = by_scale(classes, every_weight, share, m, s, own[0], at, h, w_y, weighted, shift, second, g_h, z)
             by_head = up[0] * (1.0 - smoothing) * w_y
-            leave_parameters(
+            store_parameters(
                 by_parameter, bins, row, rows, kept, at[0], by_s, s, high, v[LOGIT_NORM], s * z[3], own, by_head,
                 head, scale == TWO_SCALE, WANT,
             )  # fmt: skip

@@ -33,11 +33,11 @@ from .elements import (
 from .finish import batch_of, by_scale, coefficients, entropy, finish, has_row_term, kind, row_loss, row_scale
 from .operands import (
     label_of,
-    leave_loss,
-    leave_parameters,
-    leave_stats,
     numbers,
     shared,
+    store_loss,
+    store_parameters,
+    store_stats,
     upstream_of,
 )
 from .statistics import statistics, streamed_statistics, streamed_sums
@@ -292,7 +292,7 @@ def visit(
             f_class, f_row = own_weight * f_class, own_weight * f_row
         if losses is not None:
             by_class, by_row = row_loss(batch, s, at, head[0], w_y, weighted)
-            leave_loss(losses, tile, row, rows, kept, by_class * f_class, by_row * f_row, nothing, REDUCTION)
+            store_loss(losses, tile, row, rows, kept, by_class * f_class, by_row * f_row, nothing, REDUCTION)
         if save is not None:
             tl.store(save + 2 * row, tl.where(kept, m, 0.0), inside)
             tl.store(save + 2 * row + 1, tl.where(kept, log_sum, 0.0), inside)
@@ -301,7 +301,7 @@ def visit(
             h = entropy(share, s, at, shift)
         if stats is not None:
             doubtful = exists & ((described[0] > 0) | (at_target != at_target))
-            leave_stats(stats, row, rows, kept, exists, at, h, at_target - m, described, doubtful)
+            store_stats(stats, row, rows, kept, exists, at, h, at_target - m, described, doubtful)
 
         # ---- coefficients, gradient
         if grad is not None or by_parameter is not None:
@@ -342,7 +342,7 @@ def visit(
             if by_parameter is not None:
                 by_s = by_scale(classes, every_weight, share, m, s, own[0], at, h, w_y, weighted, shift, second, g_h, z)
                 by_head = up[0] * (1.0 - smoothing) * w_y
-                leave_parameters(
+                store_parameters(
                     by_parameter, bins, row, rows, kept, at[0], by_s, s, high, v[LOGIT_NORM], s * z[3], own, by_head,
                     head, scale == TWO_SCALE, WANT,
                 )  # fmt: skip
