@@ -46,7 +46,7 @@ test-versions:
 	mkdir -p $(OTHER)/checkout
 	find $(OTHER)/checkout -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
 	tar -c --exclude=./.git --exclude=./.venv --exclude=./build --exclude='*.so' --exclude='*.egg-info' . | tar -x -C $(OTHER)/checkout
-	$(MAKE) -C $(OTHER)/checkout test TORCH="$(VERSIONS)" VENV=../venv RECORD="-p tools.outcomes --outcomes ../outcomes.txt"
+	$(MAKE) -C $(OTHER)/checkout test TORCH="$(VERSIONS)" VENV=../venv RECORD="-p tools.outcomes --outcomes=../outcomes.txt"
 
 bench: build
 	$(PY) -m bench $(ARGS)

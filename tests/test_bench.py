@@ -313,7 +313,9 @@ def test_heads(dtype, monkeypatch):
     assert run.failures == [] and all(apart < peers.TOLERANCE[dtype] for apart in run.apart.values())
     asked = {(key.loss, key.by) for key in run.timings}
     ours = {(loss, by) for loss in heads.LOSSES for by in heads.STRATEGIES}
-    others = {("cross_entropy", "eager"), ("arcface", "eager"), ("cross_entropy", "chunked64")}
+    others = {("cross_entropy", "eager"), ("arcface", "eager")}
+    if heads.chunked(64) is not None:  # torch 2.11 has no such function
+        others.add(("cross_entropy", "chunked64"))
     assert asked == ours | others | {("-", "products")}
     assert (
         set(run.memory) == {key for key in run.timings if key.loss != "-"} or not Path("/proc/self/clear_refs").exists()

@@ -32,14 +32,15 @@ def test_e(): pathlib.Path("repaired").exists() or os._exit(3)
 def test_what_was_written_is_kept(tmp_path, workers):
     if workers:
         pytest.importorskip("xdist")
-    (tmp_path / "test_x.py").write_text(TESTS)
-    file = tmp_path / "kept" / "outcomes.txt"
+    checkout, file = tmp_path / "checkout", tmp_path / "kept" / "outcomes.txt"
+    checkout.mkdir()
+    (checkout / "test_x.py").write_text(TESTS)
 
     def run(*options: str) -> subprocess.CompletedProcess[str]:
-        line = ["-m", "pytest", "-p", "tools.outcomes", "--outcomes", str(file), *options]
+        line = ["-m", "pytest", "-p", "tools.outcomes", f"--outcomes={file}", "test_x.py", *options]
         line += ["-p", "xdist", "-n", str(workers), "--max-worker-restart=0"] if workers else []
         env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-        return subprocess.run([sys.executable, *line], cwd=tmp_path, env=env, capture_output=True, text=True)
+        return subprocess.run([sys.executable, *line], cwd=checkout, env=env, capture_output=True, text=True)
 
     # The process ends in the last test; with xdist a worker's, which is reported.
     done = run()
@@ -47,7 +48,7 @@ def test_what_was_written_is_kept(tmp_path, workers):
     assert read(file) == {f"test_x.py::test_{name}": end for name, end in ends.items()}, done.stdout + done.stderr
     assert bool(workers) == ("1 files" in done.stdout)
 
-    (tmp_path / "repaired").touch()
+    (checkout / "repaired").touch()
     done = run("--resume")
     ends |= {"e": "passed"}
     assert read(file) == {f"test_x.py::test_{name}": end for name, end in ends.items()}, done.stdout + done.stderr

@@ -23,7 +23,11 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32" or shutil.which("git") i
 @pytest.fixture
 def checkout(tmp_path):
     """The files of this checkout; and with ``built()`` what has been compiled here, which takes a minute."""
-    listed = subprocess.run(["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    # By an empty repository, to which each file is new: this checkout may have none, or lie in another's build/.
+    git = ["git", f"--git-dir={tmp_path / 'git'}", f"--work-tree={ROOT}"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    found = [*git, "ls-files", "-oz", "--exclude-standard"]
+    listed = subprocess.run(found, cwd=ROOT, capture_output=True, text=True, check=True)
     copy = tmp_path / "checkout"
     for name in filter(None, listed.stdout.split("\0")):
         if (ROOT / name).exists():

@@ -1,7 +1,7 @@
 """What became of every test, kept as it goes, so that a run that is cut off has lost nothing; and counts by file.
 
-    python -m pytest -p tools.outcomes --outcomes FILE ...             writes FILE anew
-    python -m pytest -p tools.outcomes --outcomes FILE --resume ...    adds to FILE, without what has an end there
+    python -m pytest -p tools.outcomes --outcomes=FILE ...             writes FILE anew
+    python -m pytest -p tools.outcomes --outcomes=FILE --resume ...    adds to FILE, without what has an end there
     python -m tools.outcomes FILE                                      the counts
 
 ``make test-versions`` uses it.
