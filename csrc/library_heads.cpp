@@ -148,6 +148,10 @@ struct WholeHead {
   std::vector<int64_t> index;     // where the rows that are left were, if not all are
   std::vector<T> length;          // of these rows, if x are their directions
   std::optional<Tensor> inverse;  // of the lengths of the weight's rows, then
+  // What is multiplied for logits then, where features and weight are bfloat16: the rows about as long as 1, and what
+  // makes directions of that.
+  std::optional<Tensor> halves;
+  std::vector<T> row_factor;
 
   WholeHead(const HeadArguments& of)
       : x(of.x),
@@ -212,7 +216,8 @@ struct WholeHead {
   }
 
   void take_directions() {
-    STD_TORCH_CHECK(!bias && x.scalar_type() == type_of<T>(), "cosines have no bias, and x in the dtype of sums");
+    STD_TORCH_CHECK(!bias, "cosines have no bias");
+    if (x.scalar_type() == ScalarType::BFloat16) take_halves();
     const T* const from = static_cast<const T*>(x.data_ptr());
     Tensor unit = empty({left, width}, type_of<T>()), inverses = empty({classes}, type_of<T>());
     T *const to = static_cast<T*>(unit.data_ptr()), *const one_over = static_cast<T*>(inverses.data_ptr());
@@ -229,6 +234,28 @@ struct WholeHead {
     });
     x = unit;
     inverse = inverses;
+  }
+
+  // Rows of bfloat16, and the same widened. Divided by a power of 2 no bit is lost, and no product of two vectors is too
+  // small where their lengths are numbers.
+  void take_halves() {
+    halves = empty({left, width}, ScalarType::BFloat16);
+    Tensor wide = empty({left, width}, type_of<T>());
+    row_factor.resize(size_t(left));
+    const auto* const from = static_cast<const bfloat16*>(x.data_ptr());
+    auto* const to = static_cast<bfloat16*>(halves->data_ptr());
+    T* const widened = static_cast<T*>(wide.data_ptr());
+    each(left, [&](int64_t i) {
+      const T own = length_of(dot<T>(from + i * width, from + i * width, width));
+      const bool usual = own > 0 && own < MLKERNELS_ISA::infinity<T>();
+      const T power = usual ? std::ldexp(T(1), std::ilogb(own)) : T(1);
+      row_factor[size_t(i)] = power / own;
+      for (int64_t k = i * width; k < (i + 1) * width; ++k) {
+        widened[k] = MLKERNELS_ISA::widen(from[k]);
+        MLKERNELS_ISA::narrow(float(widened[k] / power), to[k]);
+      }
+    });
+    x = wide;
   }
 
   // The target's product of each row, never taken from a tile.
@@ -279,12 +306,16 @@ struct WholeHead {
       for (int64_t i = 0; i < count; ++i) u_y[i] += adjustment[p.label[place(first + i)]];
     scales_of(first, count, scales);
     const Tensor rows = rows_of(x, first, count), labels = rows_of(label, first, count);
-    statistics_of<T>(chunk(rows, labels, keep), u_y, scales, several, classes,
+    statistics_of<T>(chunk(first, rows, labels, keep), u_y, scales, several, classes,
                      want + (p.smoothing > 0 ? Want::SMOOTHING : 0), reals, whole);
     for (int64_t k = 0; k < numbers(); ++k) std::copy(f_y + k * count, f_y + (k + 1) * count, known.at(k));
   }
-  ChunkArguments<T> chunk(const Tensor& rows, const Tensor& labels, bool keep) const {
-    return {rows, weight, bias, inverse, labels, 0, room, keep, cut, p.weight, p.preparation};
+  ChunkArguments<T> chunk(int64_t first, const Tensor& rows, const Tensor& labels, bool keep) const {
+    ChunkArguments<T> made{rows, weight, bias, inverse, labels, 0, room, keep, cut, p.weight, p.preparation};
+    if (!halves) return made;
+    made.halves = static_cast<const bfloat16*>(halves->data_ptr()) + first * width;
+    made.row_factor = row_factor.data() + first;
+    return made;
   }
 
   // From there to the losses, if these are wanted, and to what else is.
@@ -371,7 +402,7 @@ struct HeadGradients {
     piece.top = out.top;
     const auto data = [](const std::optional<Tensor>& sum) { return sum ? static_cast<T*>(sum->data_ptr()) : nullptr; };
     const Tensor rows = rows_of(head.x, first, count), labels = rows_of(head.label, first, count);
-    gradients_of<T>(head.chunk(rows, labels, kept), piece,
+    gradients_of<T>(head.chunk(first, rows, labels, kept), piece,
                     {dx ? data(dx) + first * head.width : nullptr, data(dw), data(db), out.target, out.factor,
                      first == 0, first + count == head.left});
   }

@@ -13,7 +13,7 @@ from table import plain_numbers
 from torch import Tensor
 
 from bench import head_errors
-from mlkernels import linear_cross_entropy
+from mlkernels import linear_cross_entropy, linear_softmax_loss
 from mlkernels.backends import native
 from mlkernels.linear.plan import Plan, ThreadsPlanner, room
 from mlkernels.numbering import Slot
@@ -180,3 +180,34 @@ def test_hardly_worse_than_the_chain_in_float32(kind, strategy):
     limit = head_errors.errors(lambda x, weight, y: head_errors.chain(x.float(), weight.float(), y), of)
     assert found.loss < 1e-6
     assert not found.x > 1.02 * limit.x and found.weight <= 1.02 * limit.weight  # a fresh one's dX is 0
+
+
+@pytest.mark.parametrize("strategy", ["stored", "tiles"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_cosines_are_as_exact_as_in_float32(reduction, strategy):
+    """Their logits are products of vectors of any length, their gradients products of directions; in several chunks and
+    tiles, an ignored row among these."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(70, 32), torch.randn(300, 32)
+    target = torch.randint(300, (70,))
+    x[::2] += weight[target[::2]]
+    lengths = lambda t: 10 ** torch.linspace(-9, 9, len(t))[:, None]
+    x, weight = ((t * lengths(t)).bfloat16().requires_grad_() for t in (x, weight))
+    target[5] = -100
+    a, w = (t.detach().double().requires_grad_() for t in (x, weight))
+    cosines = (a / a.norm(dim=1, keepdim=True)) @ (w / w.norm(dim=1, keepdim=True)).T
+    cap = {"mean": None, "none": 0.7}[reduction]
+    capped = cosines if cap is None else cap * torch.tanh(cosines / cap)
+    wanted = torch.nn.functional.cross_entropy(16 * capped, target, reduction=reduction)
+    found = linear_softmax_loss(
+        x, weight, target, normalize=True, scale=16.0, softcap=cap, reduction=reduction, strategy=strategy,
+        memory=60_000,
+    )  # fmt: skip
+    torch.testing.assert_close(found.double(), wanted, rtol=2e-6, atol=1e-6)
+    upstream = torch.rand_like(found)
+    exact = torch.autograd.grad(wanted, [a, w], upstream.double())
+    for ours, by in zip(torch.autograd.grad(found, [x, weight], upstream), exact, strict=True):
+        kept = by.any(1)
+        assert not ours[~kept].any()
+        error, once = ((t.double() - by).norm(dim=1)[kept] / by.norm(dim=1)[kept] for t in (ours, by.bfloat16()))
+        assert error.norm() < 1.005 * once.norm()

@@ -109,12 +109,14 @@ void run(const Product<T, E>& p) {
 template <class T>
 struct Chunk {
   int64_t rows, classes, width, parts, tile, block, tiles;
-  const T* x;                        // (rows, width)
-  const bfloat16* halves = nullptr;  // the same instead, where it and the weight are multiplied as they are
+  const T* x;  // (rows, width)
+  // The same instead, where logits are products of these and the weight as they are; and where gradients are, too.
+  const bfloat16* halves;
   const PairKernels* pairs = nullptr;
   Classes<T> all;  // the weight
   bool copies;     // whether a tile of it is widened or shortened for products along classes
   const T* inverse;
+  const T* row_factor;     // as in ChunkArguments
   const T *bias, *weight;  // these and what is in the preparation: of these classes
   Preparation<T> preparation;
   const int64_t* label;
@@ -122,7 +124,12 @@ struct Chunk {
   T* room;
   bool keeps;  // the products of all tiles, one after another, in front
 
-  explicit Chunk(const ChunkArguments<T>& of) : weight(of.weight), preparation(of.preparation), offset(of.offset) {
+  explicit Chunk(const ChunkArguments<T>& of)
+      : halves(of.halves),
+        row_factor(of.row_factor),
+        weight(of.weight),
+        preparation(of.preparation),
+        offset(of.offset) {
     const Tensor &x_ = of.x, &weight_ = of.linear_weight, &room_ = of.room;
     const std::vector<int64_t>& plan = of.plan;
     STD_TORCH_CHECK(x_.dim() == 2 && weight_.dim() == 2 && weight_.size(1) == x_.size(1) && plan.size() == 3 &&
@@ -151,6 +158,10 @@ struct Chunk {
       halves = static_cast<const bfloat16*>(x_.data_ptr());
       if (block < rows) block += block % 2;
     }
+    STD_TORCH_CHECK(
+        !of.halves || (pair_kernels() && stored == ScalarType::BFloat16 && width % 2 == 0 && inverse),
+        "x in bfloat16 has cosines with a weight in bfloat16, both of an even width, and by the instruction "
+        "set avx512_bf16");
     all = {weight_.data_ptr(), storage_of(stored), classes, width, weight_.stride(0), inverse};
     bias = array<T>(of.bias, classes, "bias");
     label = array<int64_t>(of.label, rows, "label");
@@ -221,7 +232,11 @@ struct Chunk {
           return;
         }
       }
-      if (multiplies) kernels<T>().panels(these, panels);
+      pairs.transposed = reinterpret_cast<Pair*>(panels);
+      if constexpr (std::is_same_v<T, float>) {
+        if (multiplies && c.halves) pair_kernels()->panels(these, pairs.transposed);
+      }
+      if (multiplies && !c.halves) kernels<T>().panels(these, panels);
       weight = c.copies ? panels + c.tile * c.width : static_cast<const T*>(these.data);
       weight_stride = c.copies ? c.width : c.all.stride;
       if (gradients && c.copies) kernels<T>().directions(these, panels + c.tile * c.width);
@@ -233,7 +248,7 @@ struct Chunk {
       if constexpr (std::is_same_v<T, float>) {
         const int64_t half = chunk.width / 2;
         const Pair* const x = reinterpret_cast<const Pair*>(chunk.halves) + row * half;
-        if (chunk.pairs)
+        if (chunk.halves)
           return run<T>(
               Product<T, Pair>{block(row), classes, x, half, 1, pairs.transposed, 0, count, classes, half, false});
       }
@@ -261,6 +276,8 @@ struct Chunk {
       p.preparation = chunk.preparation.from(start);
       p.bias = chunk.bias ? chunk.bias + start : nullptr;
       p.weight = chunk.weight ? chunk.weight + start : nullptr;
+      p.row_factor = chunk.row_factor;
+      p.class_factor = chunk.row_factor ? chunk.inverse + start : nullptr;
     }
   };
 

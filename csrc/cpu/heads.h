@@ -21,6 +21,10 @@ struct ChunkArguments {
   const std::vector<int64_t>& plan;
   const T* weight = nullptr;  // this and what is in the preparation: of these classes
   Preparation<T> preparation{};
+  // Of x and weight of directions, what is multiplied instead for logits, and what makes cosines of that: (rows, width),
+  // (rows); or null, both.
+  const bfloat16* halves = nullptr;
+  const T* row_factor = nullptr;
 };
 
 // What is asked of the statistics.

@@ -28,9 +28,17 @@ int64_t count_above(const T* u, int64_t n, T limit) {
   return above;
 }
 
+// x_j *= factor factors_j
+template <class T>
+void multiply_by(T* x, const T* factors, int64_t n, T factor) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) x[j] *= factor * factors[j];
+}
+
 // From products to u, in place. slope: see prepare_row.
 template <class T>
-void logits_of(const Piece<T>& p, T* u, T* slope) {
+void logits_of(const Piece<T>& p, int64_t row, T* u, T* slope) {
+  if (p.class_factor) multiply_by(u, p.class_factor, p.classes, p.row_factor[row]);
   if (p.bias) sweep_add(u, p.bias, p.classes, T(1));
   prepare_row(p.preparation, u, slope, p.classes);
 }
@@ -45,7 +53,7 @@ void statistics(const PieceStatistics<T>& p, int64_t begin, int64_t end) {
       std::copy(u, u + p.classes, scratch.begin());
       u = scratch.data();
     }
-    logits_of(p, u, static_cast<T*>(nullptr));
+    logits_of(p, row, u, static_cast<T*>(nullptr));
     const int64_t y = p.label[row] - p.start;
     const T before = p.top[row];
     T top = -infinity<T>();
@@ -107,7 +115,7 @@ void gradient(const PieceGradient<T>& p, int64_t begin, int64_t end) {
   std::vector<T> slopes(capped ? size_t(p.classes) : 0), scratch(p.slope ? size_t(p.classes) : 0);
   for (int64_t row = begin; row < end; ++row) {
     T* g = p.tile + (row - p.first_row) * p.classes;
-    if (!p.seen || capped) logits_of(p, g, capped ? slopes.data() : nullptr);
+    if (!p.seen || capped) logits_of(p, row, g, capped ? slopes.data() : nullptr);
     if (p.slope) std::copy(g, g + p.classes, scratch.begin());
     const T* const u = scratch.data();
     const int64_t y = p.label[row] - p.start;

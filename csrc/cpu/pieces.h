@@ -19,6 +19,8 @@ struct Piece {
   int64_t classes, start;
   const int64_t* label;                        // (rows)
   const T *bias = nullptr, *weight = nullptr;  // of these classes, or null
+  // What makes cosines of the products, where these are of vectors: of rows, and of these classes; or null, both.
+  const T *row_factor = nullptr, *class_factor = nullptr;
   Preparation<T> preparation;
 };
 

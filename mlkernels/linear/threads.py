@@ -77,7 +77,8 @@ class Whole:
         x, weight = x.detach(), weight.detach()
         if dtype == torch.float64 or (weight.shape[1] > 1 and weight.stride(1) != 1):
             weight = weight.to(dtype if dtype == torch.float64 else weight.dtype).contiguous()
-        self.x, self.weight = (x if self.pairs else x.to(dtype)).contiguous(), weight
+        half = multiplies_pairs(x.dtype, weight, False)  # logits of cosines are, too
+        self.x, self.weight = (x if half else x.to(dtype)).contiguous(), weight
         self.bias = None if bias is None else bias.detach().to(dtype).contiguous()
         self.target = target
         of_groups = (slot == Slot.GROUP for slot in call.slots)
