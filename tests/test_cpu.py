@@ -79,6 +79,14 @@ for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         eps = {torch.float64: 1e-12, torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 8e-3}[dtype]
         torch.testing.assert_close(loss, wanted_loss, rtol=min(eps, 3e-6), atol=min(eps, 3e-6))
         torch.testing.assert_close(grad, wanted_grad, rtol=eps, atol=eps * max(float(wanted_grad.abs().max()), 1e-3))
+        tied = x.round()
+        tied[5, classes // 2] = float("nan")
+        ours, wanted = (
+            mlkernels.softmax_loss(tied, y, reduction="none", return_stats=True, backend=backend)[1]
+            for backend in ("cpu", "reference")
+        )
+        for name in ("prediction", "rank", "confidence"):
+            torch.testing.assert_close(getattr(ours, name), getattr(wanted, name), rtol=0, atol=0, equal_nan=True)
     for width in (6, 7):
         leaves = [torch.randn(n, width, dtype=torch.float64).to(dtype).requires_grad_() for n in (19, 331)]
         y = torch.randint(331, (19,))

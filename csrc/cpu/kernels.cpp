@@ -181,26 +181,49 @@ inline void stand(const CpuProblem<T>& p, Work<T>* tile, int count) {
   for (int b = 0; b < count; ++b) locate(tile[b].r, delta[b], e[b], a[b], tile[b].at);
 }
 
-// RowStats, by plain loops: they are for metrics, not for the training step.
+// How many of n logits are above a limit, and how many are NaN.
+template <class T>
+struct Counts {
+  int64_t above = 0, undefined = 0;
+
+  void add(const T* u, int64_t n, T limit) {
+    typedef typename VecOf<T>::I I;  // counts by lane: a row has fewer classes than 2^31 vectors
+    constexpr int W = WIDTH<T>;
+    I higher{}, unequal{};
+    const Vec<T> least = splat(limit);
+    int64_t j = 0;
+    for (; j + W <= n; j += W) {
+      const Vec<T> x = load(u + j);
+      higher -= x > least;
+      unequal -= x != x;
+    }
+    for (int lane = 0; lane < W; ++lane) {
+      above += higher[lane];
+      undefined += unequal[lane];
+    }
+    for (; j < n; ++j) {
+      above += u[j] > limit;
+      undefined += u[j] != u[j];
+    }
+  }
+};
+
+// RowStats.
 template <class T>
 void describe(const CpuProblem<T>& p, const Work<T>& w) {
-  const T target = w.r.target;
-  T highest = target;
-  int64_t above = 0, first = -1;
-  bool has_nan = target != target;
-  for (int64_t j = 0; j < p.classes; ++j) {
-    if (j == w.y) continue;  // a padded row holds -inf there
-    above += w.u[j] > target;
-    if (w.u[j] > highest) highest = w.u[j];
-    has_nan |= w.u[j] != w.u[j];
-  }
-  for (int64_t j = 0; j < p.classes && first < 0; ++j)
-    if ((j == w.y ? target : w.u[j]) == highest) first = j;
+  const T target = w.r.target, highest = target > w.r.other_max ? target : w.r.other_max;
+  Counts<T> counts;
+  counts.add(w.u, w.y, target);
+  counts.add(w.u + w.y + 1, p.classes - w.y - 1, target);
+  const bool has_nan = target != target || counts.undefined > 0;
+  // What lies at the label of a padded row is not its logit.
+  int64_t first = std::find(w.u, w.u + w.y, highest) - w.u;
+  if (first == w.y && target != highest) first = std::find(w.u + w.y + 1, w.u + p.classes, highest) - w.u;
   p.logsumexp[w.row] = w.at.lse;
   p.log_prob[w.row] = -w.at.nll;
   p.entropy[w.row] = entropy(w.r, w.at);
   p.confidence[w.row] = has_nan ? nan<T>() : target - w.r.other_max;
-  p.rank[w.row] = above;
+  p.rank[w.row] = counts.above;
   p.prediction[w.row] = has_nan ? -1 : first;
 }
 
