@@ -38,6 +38,33 @@ T max_but_one(const T* u, int64_t n, int64_t y) {
   return max_of<T>(sweep_max(u + y + 1, n - y - 1, sweep_max(u, y, splat(-infinity<T>()))));
 }
 
+// How many of n logits are above a limit, and how many are NaN.
+template <class T>
+struct Counts {
+  int64_t above = 0, undefined = 0;
+
+  void add(const T* u, int64_t n, T limit) {
+    typedef typename VecOf<T>::I I;  // counts by lane: a row has fewer classes than 2^31 vectors
+    constexpr int W = WIDTH<T>;
+    I higher{}, unequal{};
+    const Vec<T> least = splat(limit);
+    int64_t j = 0;
+    for (; j + W <= n; j += W) {
+      const Vec<T> x = load(u + j);
+      higher -= x > least;
+      unequal -= x != x;
+    }
+    for (int lane = 0; lane < W; ++lane) {
+      above += higher[lane];
+      undefined += unequal[lane];
+    }
+    for (; j < n; ++j) {
+      above += u[j] > limit;
+      undefined += u[j] != u[j];
+    }
+  }
+};
+
 template <class T>
 struct Sums {
   T e;      // of exp(s (u_j - m))
