@@ -275,7 +275,7 @@ bool stays_in_cache(const CpuProblem<T>& p) {
   return p.classes * int64_t(sizeof(T)) <= ROW_IN_CACHE;
 }
 
-constexpr int64_t FIRST_CACHE = 1 << 15;  // bytes
+constexpr int64_t FIRST_CACHE = 1 << 15, SECOND_CACHE = 1 << 20;  // bytes
 
 // As many rows as stay in a cache with what is made of them.
 int64_t tile_of(int64_t row_bytes, int64_t cache = FIRST_CACHE) {
@@ -312,8 +312,10 @@ void run_in_place(const CpuProblem<T>& p, int64_t begin, int64_t end) {
   Values<T> values;
   if (p.uniform) fetch(p, 0, 0, 0, values);
   const int64_t row_bytes = p.classes * int64_t(sizeof(T));
-  // What more rows share is worth more than that they are read from the second cache: 8 of 1000 floats 8 % (not 4).
-  const int64_t size = tile_of(row_bytes, 2 * row_bytes < FIRST_CACHE ? 2 * FIRST_CACHE : FIRST_CACHE);
+  // All maxima of a tile before any exponential, which waits for its row's: worth it where rows are short or come from
+  // beyond the second cache, of 1000 floats -4 % then and else +4 %. What more rows share, too.
+  const bool maxima_first = row_bytes <= FIRST_CACHE / 16 || 2 * (end - begin) * row_bytes > SECOND_CACHE;
+  const int64_t size = tile_of(row_bytes, maxima_first && 2 * row_bytes < FIRST_CACHE ? 2 * FIRST_CACHE : FIRST_CACHE);
   // One half is being written while the other leaves.
   T* half = STREAMED ? static_cast<T*>(scratch.get(size_t(2 * size * p.classes) * sizeof(T))) : nullptr;
   T* other = half + size * p.classes;
@@ -323,19 +325,18 @@ void run_in_place(const CpuProblem<T>& p, int64_t begin, int64_t end) {
     const T* from[MAX_TILE];
     T *to[MAX_TILE], top[MAX_TILE];
     const int count = next_tile(p, next, end, size, tile, from, to);
-    // All maxima before any exponential, which waits for its row's.
     for (int b = 0; b < count; ++b) {
       Work<T>& w = tile[b];
       w.u = from[b];
       w.g = STREAMED ? half + b * p.classes : to[b];
-      top[b] = p.saved ? T(0) : max_but_one(w.u, p.classes, w.y);
+      if (maxima_first) top[b] = p.saved ? T(0) : max_but_one(w.u, p.classes, w.y);
     }
     for (int b = 0; b < count; ++b) {
       Work<T>& w = tile[b];
-      const int64_t after = w.row + size < end ? w.row + size : w.row;
+      const int64_t follows = w.row + (maxima_first ? size : 1), after = follows < end ? follows : w.row;
       w.ahead = {static_cast<const char*>(p.input) + p.in.offset(after) * int64_t(sizeof(T)),
                  stays_in_cache(p) ? int(sizeof(T)) : 0};
-      measure<false>(p, p.uniform ? &values : nullptr, w.u[w.y], w, &later[b], &top[b]);
+      measure<false>(p, p.uniform ? &values : nullptr, w.u[w.y], w, &later[b], maxima_first ? &top[b] : nullptr);
     }
     stand(p, tile, count);
     for (int b = 0; b < count; ++b) {
