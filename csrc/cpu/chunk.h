@@ -109,12 +109,11 @@ void run(const Product<T, E>& p) {
 template <class T>
 struct Chunk {
   int64_t rows, classes, width, parts, tile, block, tiles;
-  const T* x;  // (rows, width)
-  // The same instead, where logits are products of these and the weight as they are; and where gradients are, too.
-  const bfloat16* halves;
-  const PairKernels* pairs = nullptr;
-  Classes<T> all;  // the weight
-  bool copies;     // whether a tile of it is widened or shortened for products along classes
+  const T* x;              // (rows, width)
+  const bfloat16* halves;  // the same as they are, where logits are products of these and the weight so; or null
+  const PairKernels* pairs = nullptr;  // where gradients are made of pairs, too
+  Classes<T> all;                      // the weight
+  bool copies;                         // whether a tile of it is widened or shortened for products along classes
   const T* inverse;
   const T* row_factor;     // as in ChunkArguments
   const T *bias, *weight;  // these and what is in the preparation: of these classes
