@@ -389,14 +389,16 @@ def test_the_host_never_looks(loss, reduction, monkeypatch):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_launches_of_a_step(reduction, monkeypatch):
-    """Forward and backward: 3 launches, 2 where nothing is summed, whichever loss it is. To count more than FEW labels
-    is one more, for both directions."""
+    """Forward and backward: 3 launches, 2 where nothing is summed, whichever loss it is and of however many rows. One
+    that counts more than FEW labels, for both directions, takes the place of the one that adds up the losses."""
     names = []
     monkeypatch.setattr(replay, "launch", lambda kernel, *arguments, **options: names.append(kernel.__name__))
-    total = [] if reduction == "none" else ["total"]
     cases = [(64, torch.float32, True), (64, torch.float16, False), (5000, torch.float32, False)]
-    for loss, (rows, dtype, trained) in itertools.product(LOSSES, [*cases, (5000, torch.float16, True)]):
-        counted = ["count"] if reduction == "mean" and rows > arguments._FEW else []
+    cases += [(5000, torch.float16, True), (700000, torch.float16, False)]
+    for loss, (rows, dtype, trained) in itertools.product(LOSSES, cases):
+        if rows > 5000 and loss not in FEW:
+            continue
+        added = {"none": [], "sum": ["total"], "mean": ["count" if rows > arguments._FEW else "total"]}[reduction]
         target = torch.randint(0, 10, (rows,))
         options = {"group": loss.group(target)} if loss.groups else {}
         params = loss.values("shared" if trained else "number", target, 10, dtype=torch.float32)
@@ -408,7 +410,28 @@ def test_launches_of_a_step(reduction, monkeypatch):
         names.clear()
         value = loss(x, target, params, reduction=reduction, backend="triton", **options)
         value.backward(torch.ones_like(value))
-        assert sorted(names) == sorted([*counted, "visit", *total, "visit", *sums]), (loss, rows, dtype)
+        assert sorted(names) == sorted([*added, "visit", "visit", *sums]), (loss, rows, dtype)
+
+
+@pytest.mark.parametrize("programs, group", [(3, 4), (5, 4), (5, 2)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, F64])
+def test_the_last_program_adds_up_the_losses(programs, group, dtype, monkeypatch):
+    """Of one group or of several, the last of them perhaps smaller, and of more groups than one looks at at once."""
+    monkeypatch.setattr(tiles, "tile", lambda *_: tiles.Tile(1, 4, 8, 1, 4, True))
+    monkeypatch.setattr(arguments, "_FEW", 0)
+    monkeypatch.setattr(arguments, "_GROUP", group)
+    monkeypatch.setattr(sums, "GROUP", tl.constexpr(group))
+    x, y = torch.randn(4 * programs - 1, 7, dtype=dtype), torch.randint(7, (4 * programs - 1,))
+    y[0] = -100
+    options = {"weight": torch.rand(7), "row_weight": torch.rand(len(y)), "label_smoothing": 0.1, "z_loss": 0.01}
+    found, wanted = (
+        run(BY_NAME["focal_2"], input, y, {"gamma": 2.0}, 2.0, backend=backend, **options)
+        for input, backend in ((x, "triton"), (x.double(), "reference"))
+    )
+    assert found[0].shape == ()
+    torch.testing.assert_close(found[0].double(), wanted[0], rtol=1e-12 if dtype == F64 else 1e-6, atol=0)
+    rtol, atol = (1e-11, 1e-14) if dtype == F64 else (2**-8, 1e-7)
+    torch.testing.assert_close(found[1].double(), wanted[1], rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("classes", [10, 20000])

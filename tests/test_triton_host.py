@@ -57,11 +57,16 @@ def test_numbers_compile_nothing(seen):
 
 
 def test_few_launches(seen):
-    """Loss, sum, and the look at the upstream gradient."""
+    """Loss, sum, and the look at the upstream gradient; of many rows a count for both directions, and no sum."""
     assert {row["launches"] for row in seen["compilations"]} == {3}
     few, many = seen["launches"].values()
     assert few == {"visit": 2, "total": 1}
-    assert many == {**few, "count": 1}  # for both directions
+    assert many == {"visit": 2, "count": 1}
+
+
+def test_losses_are_added_up_in_order(seen):
+    """Once in a group of programs, once over all groups: what orders it is in the code, whichever Triton made it."""
+    assert seen["orders"] == [[0, 0], [2, 2]]
 
 
 def test_replays_launch_what_triton_would(seen):

@@ -756,6 +756,7 @@ MORE: ld.global.u32 %r8, [%rd13]; add.u32 %r6, %r6, %r8; add.u64 %rd13, %rd13, 4
 setp.lt.u32 %p2, %r7, 256; @%p2 bra MORE; @%p1 st.global.u32 [%rd0+4], %r6; END: """
 )
 ADDS = "@%p1 atom.global.{}add.u32 %r9, [%rd0], 1;"
+LOOKS = "@%p1 ld.global.gpu.acquire.b32 %r5, [%rd0];"
 RIGHT = {"left": "bar.sync 0;", "release": "@%p1 membar.gl;", "add": ADDS.format(""),
          "acquire": "@%p1 fence.acq_rel.gpu;", "met": "bar.sync 0;"}  # fmt: skip
 RACE = r"RACE: global memory is (read .* wrote|overwritten .* reads)"
@@ -766,6 +767,9 @@ LAST_FAULTS = {
     "a fence before the barrier": ({"left": "@%p1 membar.gl; bar.sync 0;", "release": ""}, RACE),
     "no fence behind": ({"acquire": ""}, RACE),
     "no barrier behind": ({"met": "bar.warp.sync -1;"}, "RACE"),
+    "an addition that only releases": ({"release": "", "acquire": "", "add": ADDS.format("release.gpu.")}, RACE),
+    "an addition that only acquires": ({"release": "", "acquire": "", "add": ADDS.format("acquire.gpu.")}, RACE),
+    "an addition that does not release": ({"release": "", "acquire": LOOKS, "add": ADDS.format("gpu.")}, RACE),
     "no atomic": (
         {"add": "@%p1 ld.global.u32 %r9, [%rd0]; @%p1 add.u32 %r5, %r9, 1; @%p1 st.global.u32 [%rd0], %r5;"},
         r"RACE: global memory is (read|overwritten) .* wrote",
@@ -789,6 +793,7 @@ def last(seed: int, **change) -> int:
     [
         {},
         {"release": "", "acquire": "", "add": ADDS.format("acq_rel.gpu.")},
+        {"release": "", "acquire": LOOKS, "add": ADDS.format("release.gpu.")},
         {"release": "@%p1 fence.sc.gpu;", "acquire": "@%p1 membar.sys;", "add": ADDS.format("relaxed.gpu.")},
     ],
 )

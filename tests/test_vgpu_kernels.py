@@ -71,7 +71,10 @@ LOSSES = [
 ]
 STREAMED = [Case(dtype="bfloat16", rows=2, classes=40000), Case(loss="two_scale", rows=2, classes=20000)]
 
-TRITON = [("sm_90", case) for case in (*STRIDED, *LENGTHS, *LOSSES, *STREAMED[1:])]
+#: So many rows that labels are counted, of several programs each; the last of these adds up the loss.
+MANY = [Case(dtype="bfloat16", rows=2100, classes=10, kind="ignored", options=("weight", "row_weight"))]
+
+TRITON = [("sm_90", case) for case in (*STRIDED, *LENGTHS, *LOSSES, *STREAMED[1:], *MANY)]
 TRITON += [("sm_80", STRIDED[0]), ("sm_100", STRIDED[0])]
 
 PATHS = [
@@ -116,6 +119,15 @@ def test_a_process_has_one_device(process):
 def test_faults_in_nvcc_s_kernels_are_found(process, kind):
     found = process("cuda", "sm_90", faults.put, kind, 8 if FULL else 1)
     assert None not in found, found
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"] if FULL else ["sm_90"])
+@pytest.mark.parametrize("kind", faults.TRITON_KINDS)
+def test_faults_in_triton_s_kernels_are_found(process, kind, target):
+    """Of programs that come in groups; without a fault nothing is found."""
+    found = process("triton in groups", target, faults.put_in_triton, target, kind)
+    assert len(found) == 2 and None not in found, found
 
 
 @pytest.mark.skipif(not FULL, reason="MLKERNELS_FULL=1 runs every loss in every layout")

@@ -34,8 +34,8 @@ N, C = 128, 100
 MANY = 40000  # for which labels are counted by a kernel of its own
 
 
-def setting() -> tuple[Tensor, Tensor]:
-    return torch.randn(N, C), torch.randint(C, (N,))
+def setting(rows: int = N) -> tuple[Tensor, Tensor]:
+    return torch.randn(rows, C), torch.randint(C, (rows,))
 
 
 def step_of(name: str, input: Tensor, target: Tensor, **options: Any) -> Callable[[], tuple[Tensor, Tensor]]:
@@ -92,15 +92,21 @@ def compilations() -> list[dict[str, Any]]:
 def launches() -> dict[str, dict[str, int]]:
     """What a step of few rows and one of many launch."""
     found = {}
-    for rows in (N, MANY):
-        step = step_of("focal_2", torch.randn(rows, C), torch.randint(C, (rows,)))
+    for count in (N, MANY):
+        step = step_of("focal_2", *setting(count))
         names: list[str] = []
         hook = lambda said: names.append(said.get()["name"])
         triton.knobs.runtime.launch_enter_hook.add(hook)
         step()
         triton.knobs.runtime.launch_enter_hook.remove(hook)
-        found[str(rows)] = dict(Counter(names))
+        found[str(count)] = dict(Counter(names))
     return found
+
+
+def orders() -> list[tuple[int, int]]:
+    """How often visits release what they have stored, and acquire what others have, in the code that was compiled."""
+    texts = [one.asm["ptx"] for cache, *_ in rows.visit.device_caches.values() for one in cache.values()]
+    return sorted({(text.count(".release."), text.count(".acquire.")) for text in texts})
 
 
 def data() -> dict[str, int]:
@@ -206,21 +212,23 @@ def both_ways(name: str, rows: int = N, **options: Any) -> tuple[list[list[Any]]
 def replays() -> list[dict[str, Any]]:
     """Each loss, plainly and from a tape, on other tensors than those that it was taped with."""
     found = []
-    for loss, options in [
-        *((loss, {}) for loss in LOSSES),
-        *((BY_NAME["modulated"], options) for options in OPTIONS),
-        *((BY_NAME[name], {"trained": True}) for name in TRAINED),
+    for loss, count, options in [
+        *((loss, N, {}) for loss in LOSSES),
+        *((BY_NAME["modulated"], N, options) for options in OPTIONS),
+        *((BY_NAME[name], N, {"trained": True}) for name in TRAINED),
+        (BY_NAME["modulated"], MANY, {}),
     ]:
         replay.forget()
         for _ in range(3):
-            step_of(loss.name, *setting(), **options)()
-        played, plain = both_ways(loss.name, **options)
+            step_of(loss.name, *setting(count), **options)()
+        played, plain = both_ways(loss.name, count, **options)
         tapes = [tape for tapes in replay._all for tape in tapes.values() if isinstance(tape, replay._Tape)]
         given = [one for tape in tapes for launch in tape.launches for one in launch.given]
         given += [part for one in given if isinstance(one, tuple) for part in one]
         found.append(
             {
                 "loss": loss.name,
+                "rows": count,
                 "options": sorted(options),
                 "launches": len(plain),
                 "same": played == plain,
@@ -352,7 +360,7 @@ if __name__ == "__main__":
     stub = stub_driver.install()
     import triton
 
-    from mlkernels.backends.triton import replay
+    from mlkernels.backends.triton import replay, rows
 
     compiled: list[str] = []
     triton.knobs.runtime.jit_post_compile_hook = lambda **said: compiled.append(said["fn"].jit_function.__name__)
@@ -366,6 +374,7 @@ if __name__ == "__main__":
                     "triton": triton.__version__,
                     "compilations": compilations(),
                     "launches": launches(),
+                    "orders": orders(),
                     "data": data(),
                     "replays": replays(),
                     "heads": heads(),

@@ -1,7 +1,8 @@
-"""Faults put into nvcc's kernels: whether the emulator, or else a wrong number, gives each away."""
+"""Faults put into nvcc's kernels, and Triton's: whether the emulator, or else a wrong number, gives each away."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import random
 import re
@@ -11,6 +12,7 @@ from typing import NamedTuple
 from . import Fault, Module, cuda_host
 from .cases import Case, check
 from .launches import launches
+from .worker import prepare
 
 
 def _added(bits: str, more: int) -> Callable[[re.Match[str]], str]:
@@ -86,13 +88,33 @@ KINDS = {
 }
 
 
-def _attempt(cases: Iterable[Case]) -> str | None:
+_ACQUIRES = r"atom\.global\.gpu\.acquire(\.add\.u32[^;]*;)"
+#: What orders the last program's reading after the others' stores.
+TRITON_KINDS = {
+    "no release": (r"atom\.global\.gpu\.release\.add", lambda m: "atom.global.gpu.relaxed.add"),
+    "no acquire": (_ACQUIRES, lambda m: f"atom.global.gpu.relaxed{m[1]}"),
+    "no barrier once all have arrived": (
+        rf"(?s){_ACQUIRES}.*?(?=ld\.global\.cg)", lambda m: re.sub(r"bar\.sync[^;]*;", "", m[0]),
+    ),
+    "arrivals without an atomic": (
+        r"(@%p\d+) atom\.global\.gpu\.release\.add\.u32 (%r\d+), (\[[^\]]*\]), (%r\d+);",
+        lambda m: (
+            f"{m[1]} ld.global.u32 {m[2]}, {m[3]};\n{m[1]} add.u32 {m[2]}, {m[2]}, 1;\n"
+            f"{m[1]} st.global.u32 {m[3]}, {m[2]};\n{m[1]} sub.u32 {m[2]}, {m[2]}, 1;"
+        ),
+    ),
+}  # fmt: skip
+#: 17 programs, of which two are a group.
+GROUPS = Case(dtype="bfloat16", rows=2100, classes=10, kind="ignored")
+
+
+def _attempt(cases: Iterable[Case], backend: str = "cuda") -> str | None:
     """What the first case finds that finds something."""
 
     def found(case: Case) -> str | None:
         try:
-            with cuda_host.forced(**dict(case.forced)):
-                check(case, "cuda")
+            with cuda_host.forced(**dict(case.forced)) if backend == "cuda" else contextlib.nullcontext():
+                check(case, backend)
         except (Fault, AssertionError) as error:
             return f"{type(error).__name__}: {error}"
         return None
@@ -133,4 +155,37 @@ def put(kind: str, tries: int = 1, seed: int = 0) -> list[str | None]:
         mutant = text[: place.start()] + replacement(place) + text[place.end() :]
         with cuda_host.replaced("90", "bfloat16", Module(mutant)):
             found.append(_attempt(cases))
+    return found
+
+
+def put_in_triton(target: str, kind: str) -> list[str | None]:
+    """What a fault of a kind is found by, at each of the places where it can be put, None where nothing finds it."""
+    prepare("triton", target)
+    import triton.language as tl
+
+    from mlkernels.backends.triton import arguments, rows, sums
+
+    from . import triton_driver
+
+    if arguments._GROUP != 2:
+        arguments._GROUP, sums.GROUP = 2, tl.constexpr(2)
+    pattern, replacement = TRITON_KINDS[kind]
+    texts: list[str] = []
+
+    def attempt(change: Callable[[str], str]) -> str | None:
+        rows.visit.device_caches.clear()
+        triton_driver.Module = lambda text: Module(change(text))
+        try:
+            return _attempt([GROUPS], "triton")
+        finally:
+            triton_driver.Module = Module
+            rows.visit.device_caches.clear()
+
+    clean = attempt(lambda text: texts.append(text) or text)
+    assert clean is None, clean
+    (visit,) = (text for text in texts if ".release.add" in text)
+    found = []
+    for place in re.finditer(pattern, visit):
+        mutant = visit[: place.start()] + replacement(place) + visit[place.end() :]
+        found.append(attempt(lambda text, mutant=mutant: mutant if text == visit else text))
     return found

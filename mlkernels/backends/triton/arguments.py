@@ -42,6 +42,7 @@ _NUMBERS = int(Slot.SOFTCAP) + 1
 _PARTS = int(sums.PARTS.value)
 _INT32 = 2**31
 _FEW = int(sums.FEW.value)
+_GROUP = int(sums.GROUP.value)
 #: Labels that all programs together may read to count them, in bytes: a microsecond of the cache.
 _COUNTED_BYTES = 2**22
 #: What a program of a sum holds at once: a thread 16 labels or partial losses, of few ones 8.
@@ -262,18 +263,19 @@ class Arguments(Loss):
         return self.empty(self.rows + int(self.reduction == Reduction.MEAN), 2)
 
     def divisors(self, programs: int) -> tuple[Tensor | None, int]:
-        """What "mean" divides by, in parts; none where the labels are few enough for each of so many programs to count
-        them."""
+        """What "mean" divides by, in parts, and behind them what the programs add their losses up with; none where the
+        labels are few enough for each of so many programs to count them."""
         bytes_ = programs * self.rows * self.target.element_size()
         if self.normalizer is not None or (self.rows <= _FEW and bytes_ <= _COUNTED_BYTES):
             return None, 1
         block = _COUNT["BLOCK"]
         chunk = triton.cdiv(triton.cdiv(self.rows, _PARTS), block) * block
         count = triton.cdiv(self.rows, chunk)
-        parts = self.empty(count, 2, dtype=torch.float64)
+        groups = triton.cdiv(programs, _GROUP)
+        parts = self.empty(2 * count + 1 + 2 * groups, dtype=torch.float64)
         replay.launch(
             sums.count, (count,), self.target, self.weight, parts, self.rows, self.classes, self.ignore_index, chunk,
-            **_COUNT,
+            1 + groups, **_COUNT,
         )  # fmt: skip
         return parts, count
 
@@ -321,17 +323,19 @@ class Arguments(Loss):
             row_losses = self.empty(programs if reduced else rows)
         ups, up_strides = _upstream(upstream, self.reduction)
         grid = triton.cdiv(programs, turns)
-        divisors, parts, factors = None, 1, None
+        divisors, parts, factors, loss = None, 1, None, None
         if self.reduction == Reduction.MEAN:
             if not conditional and saved is None:
                 divisors, parts = self.divisors(grid)
+            if losses and divisors is not None:
+                loss = self.empty()
             if conditional or (losses and (gradient is not None or wanted)):
                 factors = self.factors
         if programs > 0:
             arguments = (
                 input, self.target, self.values, *self.tables, self.group, self.vectors, self.weight_sum,
                 self.row_weight, self.normalizer, divisors, factors, ups, saved,
-                row_losses, save, stats, None if gradient is None else out, by_parameter, bins,
+                row_losses, loss, save, stats, None if gradient is None else out, by_parameter, bins,
                 rows, self.classes, *sizes, *in_strides, *out_strides, *up_strides, *self.bins, self.groups, parts,
                 self.structure.packed, self.ignore_index, turns,
             )  # fmt: skip
@@ -362,8 +366,7 @@ class Arguments(Loss):
             replay.launch(kernels.visit, (grid,), *arguments, **options)
         if gradient is not None and out is not gradient:
             gradient.copy_(out)
-        loss = None
-        if row_losses is not None:
+        if row_losses is not None and loss is None:
             loss = self._total(row_losses) if reduced else row_losses.view(self.shape)
         found = [self.parameter(slot, by_parameter[slot], bins) for slot in wanted]  # type: ignore[index]
         return loss, found if gradient is None else [*found, gradient]

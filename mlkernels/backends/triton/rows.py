@@ -41,7 +41,7 @@ from .operands import (
     upstream_of,
 )
 from .statistics import statistics, streamed_statistics, streamed_sums
-from .sums import divisors_of, factors_of
+from .sums import add_up, divisors_of, factors_of
 
 # ---- gradient --------------------------------------------------------------------------------------------------------
 
@@ -143,12 +143,13 @@ def visit(
     weight_sum,  # their sum; or None
     row_weight,  # (rows) or None
     normalizer,  # what MEAN divides by, by value or a pointer; or None
-    divisors,  # (parts, 2): sums of weights and of rows; for MEAN, where there are not FEW rows
+    divisors,  # (parts, 2): sums of weights and of rows; for MEAN, where there are not FEW rows. See also add_up()
     factors,  # (2): what MEAN makes of a row's terms, left here, or CONDITIONAL: of an earlier visit; or None
     upstream,  # the upstream gradients of loss, logsumexp, log_prob and entropy, each or None
     saved,  # (rows, 2): m and log_sum of an earlier visit, behind them, for MEAN, its factors; or None
     # results, each or None
     losses,  # (rows), or (tiles) where it is reduced
+    loss,  # (): their sum, where there are divisors
     save,  # (rows, 2): what saved is to a later visit
     stats,  # RowStats, (rows) each
     grad,  # the gradient: as input, by the out_ strides
@@ -346,3 +347,5 @@ def visit(
                     by_parameter, bins, row, rows, kept, at[0], by_s, s, high, v[LOGIT_NORM], s * z[3], own, by_head,
                     head, scale == TWO_SCALE, WANT,
                 )  # fmt: skip
+    if loss is not None:
+        add_up(losses, loss, divisors, parts)

@@ -1,6 +1,7 @@
 """Sums over rows, in a fixed order: what "mean" divides by, the loss, the gradients of tables.
 
-Nothing is accumulated by atomics: a program leaves the sum of its own rows, and one adds those up in order.
+Nothing is accumulated by atomics: a program leaves the sum of its own rows, and one adds those up in order. Which one
+that is may be counted by atomics, whoever it is.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from .operands import label_of
 PARTS = tl.constexpr(128)
 #: So few labels may every program count for itself.
 FEW = tl.constexpr(2048)
+#: Of so many programs one adds up the losses.
+GROUP = tl.constexpr(1024)
 
 
 # ---- the mean's factors ----------------------------------------------------------------------------------------------
@@ -72,13 +75,17 @@ def factors_of(weights, kept, per_row, T: tl.constexpr):
     return f_class, f_row
 
 
-@triton.jit(do_not_specialize=["rows", "classes", "ignore_index"])
-def count(target, weight, parts, rows, classes, ignore_index: tl.int64, chunk, BLOCK: tl.constexpr):
-    """parts: (programs, 2), float64: the sum of weights and the number of the rows that count, of a chunk each.
+@triton.jit(do_not_specialize=["rows", "classes", "ignore_index", "counters"])
+def count(target, weight, parts, rows, classes, ignore_index: tl.int64, chunk, counters, BLOCK: tl.constexpr):
+    """parts: (programs, 2), float64: the sum of weights and the number of the rows that count, of a chunk each. The
+    counters behind them, as many, are set to 0.
 
     Reads each label once; a thread has 16 of them on the way.
     """
     pid = tl.program_id(0)
+    for start in range(pid * BLOCK, counters, tl.num_programs(0) * BLOCK):
+        counter = start + tl.arange(0, BLOCK)
+        tl.store(parts + 2 * tl.num_programs(0) + counter, 0.0, counter < counters)
     target += pid.to(tl.int64) * chunk
     here = tl.minimum(rows - pid.to(tl.int64) * chunk, chunk).to(tl.int32)
     row = tl.arange(0, BLOCK)
@@ -111,6 +118,46 @@ def total(terms, loss, count, BLOCK: tl.constexpr):
         sums += tl.load(terms + start + at).to(tl.float64)
     sums += tl.load(terms + whole + at, at < count - whole, 0.0).to(tl.float64)
     tl.store(loss, tl.sum(sums, 0).to(loss.dtype.element_ty))
+
+
+@triton.jit
+def comes_last(counter, programs):
+    """Whether of so many programs this is the last to raise a counter that began at 0: it sees what each of them has
+    stored before, where it does not read that from its own multiprocessor's cache."""
+    tl.debug_barrier()
+    last = tl.atomic_add(counter, 1, sem="release", scope="gpu") == programs - 1
+    if last:  # nobody else has to forget what he has read; an addition of nothing might be left out
+        tl.atomic_add(counter, 1, sem="acquire", scope="gpu")
+        tl.debug_barrier()
+    return last
+
+
+@triton.jit
+def add_up(terms, loss, parts, count):
+    """The loss: the terms, one of each program, added up in float64 by the last program of each GROUP, and those sums
+    by the last of these.
+
+    parts: where count has set counters to 0, behind as many parts; behind these is room for a sum of each group.
+    """
+    pid = tl.program_id(0)
+    groups = tl.cdiv(tl.num_programs(0), GROUP)
+    counters = parts + 2 * count  # of 64 bits: all of them together, then each group
+    group = pid // GROUP
+    size = tl.minimum(tl.num_programs(0) - group * GROUP, GROUP)
+    at = tl.arange(0, GROUP)
+    if comes_last((counters + 1 + group).to(tl.pointer_type(tl.int32)), size):
+        own = tl.load(terms + group * GROUP + at, at < size, 0.0, cache_modifier=".cg")
+        found = tl.sum(own.to(tl.float64), 0)
+        if groups == 1:
+            tl.store(loss, found.to(loss.dtype.element_ty))
+        else:
+            sums = counters + 1 + groups
+            tl.store(sums + group, found)
+            if comes_last(counters.to(tl.pointer_type(tl.int32)), groups):
+                all_sums = tl.zeros((GROUP,), tl.float64)
+                for start in range(0, groups, GROUP):
+                    all_sums += tl.load(sums + start + at, at < groups - start, 0.0, cache_modifier=".cg")
+                tl.store(loss, tl.sum(all_sums, 0).to(loss.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["rows", "chunk", "per_group", "apart"])

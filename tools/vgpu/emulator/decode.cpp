@@ -54,6 +54,16 @@ void decode_load(Compiler& c, const Opcode& op) {
   }
 }
 
+void decode_addition(Compiler& c, const Opcode& op) {
+  Instruction& i = c.instruction;
+  i.bytes = 4;
+  i.out[0] = c.operand(c.operands[0], op.type);
+  c.address(c.operands[1], i.in[0], i.immediate);
+  if (op.has("acquire") || op.has("acq_rel")) i.kind |= ACQUIRES;
+  if (op.has("release") || op.has("acq_rel")) i.kind |= RELEASES;
+  i.run = add_global;
+}
+
 void decode_async_store(Compiler& c, const Opcode& op) {
   op.allow({"async", "weak", "shared::cluster", "mbarrier::complete_tx::bytes"});
   if (!op.has("mbarrier::complete_tx::bytes")) op.unsupported();
@@ -198,20 +208,22 @@ bool decode_memory(Compiler& c, const Opcode& op) {
     if (!op.has("global") && !op.has("local")) op.unsupported();
     c.operation(1, Type::U64, op);
     i.run = move;
+  } else if (op.name == "ld" && op.has("acquire")) {  // of a counter: it adds nothing
+    op.allow({"global", "acquire", "gpu"});
+    if (!op.has("gpu") || bytes_of(op.type) != 4) op.unsupported();
+    c.expect(2, op);
+    decode_addition(c, op);
+    i.in[1] = c.constant(0);
   } else if (op.name == "ld" || op.name == "ldu") {
     decode_load(c, op);
   } else if (op.name == "st") {
     decode_store(c, op);
   } else if (op.name == "atom") {
-    op.allow({"global", "add", "relaxed", "acq_rel", "gpu"});
+    op.allow({"global", "add", "relaxed", "acquire", "release", "acq_rel", "gpu"});
     if (!op.has("add") || op.type != Type::U32) op.unsupported();
     c.expect(3, op);
-    i.bytes = 4;
-    i.out[0] = c.operand(c.operands[0], op.type);
-    c.address(c.operands[1], i.in[0], i.immediate);
+    decode_addition(c, op);
     i.in[1] = c.operand(c.operands[2], op.type);
-    i.kind = op.has("acq_rel");
-    i.run = add_global;
   } else if (op.name == "cp" && op.has("async")) {
     decode_async_copy(c, op);
   } else if (op.name == "mapa") {

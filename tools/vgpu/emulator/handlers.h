@@ -8,7 +8,7 @@ namespace vgpu {
 // Loads and stores; the address is in[0] + immediate, stored values follow it.
 Next load_global(Thread&, const Instruction&);
 Next store_global(Thread&, const Instruction&);
-Next add_global(Thread&, const Instruction&);   // atom: the number that was there goes to out[0]; kind: it fences, too
+Next add_global(Thread&, const Instruction&);   // atom: the number that was there goes to out[0]; kind: its Order
 Next load_shared(Thread&, const Instruction&);  // kind: the address is one of the cluster
 Next store_shared(Thread&, const Instruction&);
 Next load_local(Thread&, const Instruction&);

@@ -366,7 +366,8 @@ bool ordered(const Thread& t, const Touch& touch, bool whole_warp);
 // races.cpp: the allocation is the one that global_memory() found last
 void note_global_read(Thread& t, u64 address, u32 bytes);
 void note_global_write(Thread& t, u64 address, u32 bytes, bool same);
-void note_global_add(Thread& t, u64 address, u32 bytes, bool fences);
+enum Order : u32 { RELAXED = 0, ACQUIRES = 1, RELEASES = 2 };  // a sum
+void note_global_add(Thread& t, u64 address, u32 bytes, u32 order);
 void fence(Thread& t);                                                   // for the whole device
 void meet(const Machine& m, Thread* const* first, Thread* const* last);  // at a barrier
 

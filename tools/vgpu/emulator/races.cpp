@@ -3,7 +3,8 @@
 // A thread's accesses are known by stretches, which barriers and fences divide. One stretch is before another of its cluster
 // by the epochs of their barriers. Between clusters there is one way: whoever fences and then adds to a counter makes known
 // what was before his fence; whoever adds to the counter later and then fences knows it, and so does whom he meets at a
-// barrier. A fence of less than the device counts for nothing, nor does a shuffle.
+// barrier. An addition that releases or acquires is its own fence. A fence of less than the device counts for nothing, nor
+// does a shuffle.
 #include <algorithm>
 
 #include "handlers.h"
@@ -135,6 +136,11 @@ void acquire(Thread& t) {
   t.known = joined(*t.machine, t.known, t.observed);
   t.observed.reset();
 }
+void release(Thread& t) {
+  const auto own = std::make_shared<std::vector<u32>>(1, begin_stretch(t));
+  t.published = joined(*t.machine, t.known, own);
+  t.stretch = 0;
+}
 
 }  // namespace
 
@@ -144,20 +150,18 @@ void note_global_read(Thread& t, u64 address, u32 bytes) {
 void note_global_write(Thread& t, u64 address, u32 bytes, bool same) {
   note(t, address, bytes, [&](GlobalShadow& cell, u32 now) { write(t, cell, now, same); });
 }
-void note_global_add(Thread& t, u64 address, u32 bytes, bool fences) {
-  if (fences) fence(t);
+void note_global_add(Thread& t, u64 address, u32 bytes, u32 order) {
+  if (order & RELEASES) release(t);
   note(t, address, bytes, [&](GlobalShadow& cell, u32 now) { add(t, cell, now); });
   Known& counter = t.machine->counters[address];
   t.observed = joined(*t.machine, t.observed, counter);
   counter = joined(*t.machine, counter, t.published);
-  if (fences) acquire(t);
+  if (order & ACQUIRES) acquire(t);
 }
 
 void fence(Thread& t) {
   acquire(t);
-  const auto own = std::make_shared<std::vector<u32>>(1, begin_stretch(t));
-  t.published = joined(*t.machine, t.known, own);
-  t.stretch = 0;
+  release(t);
 }
 
 void meet(const Machine& m, Thread* const* first, Thread* const* last) {
