@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,13 +17,13 @@ from torch.nn import functional as F
 
 from tools import stub_driver
 
-from .measure import take_turns
+from .measure import Step, take_turns, training_step
 
 SIZES = ((128, 100), (32, 10))
 GOAL = 2.0  # times F.cross_entropy, at the first size
 
 
-def steps_of(rows: int, classes: int) -> dict[str, Callable[[], None]]:
+def steps_of(rows: int, classes: int) -> dict[str, Step]:
     """Training steps by name; the first is what the others are compared with."""
     import mlkernels
     from mlkernels.backends.triton import replay
@@ -31,12 +32,8 @@ def steps_of(rows: int, classes: int) -> dict[str, Callable[[], None]]:
     y = torch.randint(classes, (rows,))
     margin = torch.tensor(0.5, requires_grad=True)
 
-    def step(loss: Callable[..., torch.Tensor], **options: Any) -> Callable[[], None]:
-        def run() -> None:
-            x.grad = None
-            loss(x, y, **options).backward()
-
-        return run
+    def step(loss: Callable[..., torch.Tensor], **options: Any) -> Step:
+        return training_step(partial(loss, **options), (x, y), (x,))
 
     ours = step(mlkernels.cross_entropy, backend="triton")
 

@@ -13,14 +13,11 @@ import argparse
 import ctypes
 import functools
 import itertools
-import math
-import multiprocessing
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -34,20 +31,20 @@ from mlkernels import Affine, Margin, Modulated, Truncated, TwoScale
 
 from . import small_heads
 from .cases import Problem, make_inputs
-from .measure import Step, announce, cpu_clock, others_busy, stolen, take_turns
-from .report import describe, write_json
+from .measure import BURST, Step, announce, cpu_clock, in_fresh_process, take_turns, training_step
+from .report import Outcome, describe, markdown, write_json
 
-PARTS = ("small", "large", "kept", "heads")
+BASE = "F.cross_entropy"
 FORMS = ("numbers", "tensors", "trained")
 SMALL = ((128, 10), (128, 100), (64, 1000), (256, 1000))
 #: At least so many times as fast as ``F.cross_entropy``: numbers and, of small calls, tensors and what is trained.
 WANTED = dict.fromkeys(SMALL[:3], (1.0, 0.8)) | {SMALL[3]: (2.6, 0.8)}
 OF_NUMBERS = 1.3  # what a step with tensors may take of that with numbers
 #: 8 MB to 1 GB of logits.
-LARGE = {
-    "float32": ((512, 4096), (2048, 4096), (1024, 32000), (2048, 131072)),
-    "bfloat16": ((1024, 4096), (1024, 8000), (2048, 32000), (4096, 131072)),
-}
+LARGE = [
+    *(Problem(shape, "float32") for shape in ((512, 4096), (2048, 4096), (1024, 32000), (2048, 131072))),
+    *(Problem(shape, "bfloat16") for shape in ((1024, 4096), (1024, 8000), (2048, 32000), (4096, 131072))),
+]
 OF_KEPT, OF_COPY = 1.1, 1.25
 LAST_CACHE = 32 << 20  # bytes, where the system does not say
 
@@ -113,18 +110,6 @@ def family() -> dict[str, Member]:
 # ---- steps -----------------------------------------------------------------------------------------------------------
 
 
-def step_of(loss: Callable[..., Tensor], input: Tensor, target: Tensor, leaves: Sequence[Tensor] = ()) -> Step:
-    """Loss and backward, as a training step has them."""
-    leaves = [input, *leaves]
-
-    def step() -> None:
-        for leaf in leaves:
-            leaf.grad = None
-        loss(input, target).backward()
-
-    return step
-
-
 def _step(member: Member, form: str, input: Tensor, target: Tensor) -> Step:
     """A loss's in a form."""
     train = form == "trained"
@@ -132,7 +117,7 @@ def _step(member: Member, form: str, input: Tensor, target: Tensor) -> Step:
     tables = {name: table.clone().requires_grad_(train) for name, table in member.tables.items()}
     numbers = member.numbers if form == "numbers" else tensors
     leaves = [*tensors.values(), *tables.values()] if train else []
-    return step_of(member.of(**numbers, **tables), input, target, leaves)
+    return training_step(member.of(**numbers, **tables), (input, target), (input, *leaves))
 
 
 def _plain(problem: Problem) -> tuple[dict[bool, Tensor], Tensor]:
@@ -144,40 +129,22 @@ def _plain(problem: Problem) -> tuple[dict[bool, Tensor], Tensor]:
 Found = dict[str, dict[str, float]]  # by problem, by loss and form: seconds
 
 
+def _best(steps: dict[str, Step], seconds: float) -> dict[str, float]:
+    """Of bursts by turns the fastest."""
+    return {name: timing.best for name, timing in take_turns(steps, seconds, torch.device("cpu"), BURST).items()}
+
+
 def small(seconds: float) -> Found:
     """Small calls, everybody by turns."""
     found: Found = {}
     for shape in SMALL:
         problem = Problem(shape, "float32")
         logits, target = _plain(problem)
-        steps = {"F.cross_entropy": step_of(F.cross_entropy, logits[False], target)}
+        steps = {BASE: training_step(F.cross_entropy, (logits[False], target), (logits[False],))}
         for (name, member), form in itertools.product(family().items(), FORMS):
             steps[f"{name}: {form}"] = _step(member, form, logits[member.cosines], target)
-        for step in steps.values():
-            for _ in range(20):
-                step()
         found[str(problem)] = _best(steps, seconds)
     return found
-
-
-BURST = 6
-
-
-def _best(steps: dict[str, Step], seconds: float) -> dict[str, float]:
-    """Of bursts by turns the fastest: what others on the machine do only adds."""
-    best = dict.fromkeys(steps, math.inf)
-    order = list(steps.items())
-    clock = time.perf_counter
-    stop = clock() + seconds
-    while clock() < stop:
-        order = order[1:] + order[:1]
-        for name, step in order:
-            step()
-            begin = clock()
-            for _ in range(BURST):
-                step()
-            best[name] = min(best[name], (clock() - begin) / BURST)
-    return best
 
 
 def heads(seconds: float) -> Found:
@@ -185,113 +152,110 @@ def heads(seconds: float) -> Found:
     return {"×".join(map(str, shape)): _best(small_heads.steps(shape), seconds) for shape in small_heads.SHAPES}
 
 
-def large(seconds: float, kept: bool) -> Found:
+def large(seconds: float) -> Found:
     """Large calls with numbers, and a copy; the medians of turns."""
-    if kept:
-        keep_memory()
     found: Found = {}
-    for dtype, shapes in LARGE.items():
-        for shape in shapes:
-            problem = Problem(shape, dtype)
-            logits, target = _plain(problem)
-            source = logits[False].detach()
-            to = torch.zeros_like(source)
-            steps: dict[str, Step] = {"copy": functools.partial(to.copy_, source)}
-            for name, member in family().items():
-                steps[name] = _step(member, "numbers", logits[member.cosines], target)
-            timings = take_turns(steps, seconds, torch.device("cpu"))
-            found[str(problem)] = {name: timing.median for name, timing in timings.items()}
+    for problem in LARGE:
+        logits, target = _plain(problem)
+        source = logits[False].detach()
+        to = torch.zeros_like(source)
+        steps: dict[str, Step] = {"copy": functools.partial(to.copy_, source)}
+        for name, member in family().items():
+            steps[name] = _step(member, "numbers", logits[member.cosines], target)
+        timings = take_turns(steps, seconds, torch.device("cpu"))
+        found[str(problem)] = {name: timing.median for name, timing in timings.items()}
     return found
 
 
-def keep_memory() -> None:
-    """Has glibc keep what is freed: no mapping of its own for anything large, and nothing given back."""
+def kept(seconds: float) -> Found:
+    """The same where glibc keeps what is freed: no mapping of its own for anything large, and nothing given back."""
     mallopt = ctypes.CDLL(None).mallopt
     trim_threshold, mmap_max = -1, -4
     if not (mallopt(mmap_max, 0) and mallopt(trim_threshold, -1)):
         raise RuntimeError("mallopt refuses")
+    return large(seconds)
+
+
+PARTS = {"small": small, "large": large, "kept": kept, "heads": heads}
 
 
 def _alone(part: str, seconds: float, threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     begin = cpu_clock()
-    by_part = {"small": small, "heads": heads}
-    found = by_part[part](seconds) if part in by_part else large(seconds, part == "kept")
-    end = cpu_clock()
-    return {"part": part, "found": found, "others_busy": others_busy(begin, end), "stolen": stolen(begin, end)}
+    found = PARTS[part](seconds)
+    return {"part": part, "found": found, **begin.load()._asdict()}
 
 
 # ---- verdicts --------------------------------------------------------------------------------------------------------
 
 
 class Verdict(NamedTuple):
-    target: str
-    reached: bool
-    worst: float
+    """A target of many: the worst of their outcomes, whose it is, and how many of how many miss it."""
+
+    outcome: Outcome
     where: str
     missed: int
     of: int
 
+    def __str__(self) -> str:
+        state = f"MISSED by {self.missed} of {self.of}" if self.missed else "reached"
+        what, value, bound, at_least = self.outcome
+        return f"{what} {'>=' if at_least else '<='} {bound}: {state}; worst {value:.2f} ({self.where})"
 
-def _verdict(target: str, ratios: dict[str, float], wanted: float, at_least: bool) -> Verdict:
-    where, worst = (min if at_least else max)(ratios.items(), key=lambda one: one[1])
-    missed = sum(not (one >= wanted if at_least else one <= wanted) for one in ratios.values())
-    return Verdict(f"{target} {'>=' if at_least else '<='} {wanted}", missed == 0, worst, where, missed, len(ratios))
+
+def _verdict(what: str, ratios: Mapping[str, float], bound: float, at_least: bool = False) -> Verdict:
+    outcomes = {name: Outcome(what, ratio, bound, at_least) for name, ratio in ratios.items()}
+    where = max(outcomes, key=lambda name: outcomes[name].missed_by)
+    return Verdict(outcomes[where], where, sum(not one.reached for one in outcomes.values()), len(outcomes))
 
 
-def _each(runs: Sequence[Found], problem: str) -> Iterator[tuple[str, list[float]]]:
-    """Each step of a problem, its seconds in each process."""
-    for name in runs[0][problem]:
-        yield name, [run[problem][name] for run in runs]
+def _ratios(runs: Sequence[Found], problem: str, others: Mapping[str, str]) -> dict[str, list[float]]:
+    """How many times as long as another a step takes, in each process."""
+    return {name: [run[problem][name] / run[problem][other] for run in runs] for name, other in others.items()}
+
+
+def _of_chain(runs: Sequence[Found]) -> dict[str, dict[str, list[float]]]:
+    """By head and step, ours over the chain written out."""
+    return {
+        problem: _ratios(runs, problem, {name: f"{name}: eager" for name in found if not name.endswith(": eager")})
+        for problem, found in (runs[0].items() if runs else ())
+    }
+
+
+def _worst(runs: Sequence[Found], problem: str, form: str, other: str) -> dict[str, float]:
+    """By loss and form, how many times as long as the other a form takes, where it is the most."""
+    losses = {name: name.removesuffix(f": {form}") for name in runs[0][problem] if name.endswith(f": {form}")}
+    each = _ratios(runs, problem, {name: other.format(loss) for name, loss in losses.items()})
+    return {name: max(ratios) for name, ratios in each.items()}
 
 
 def verdicts(processes: Sequence[dict[str, Any]]) -> list[Verdict]:
     """Every target that was measured, on the worst process of each loss."""
     by_part = {part: [one["found"] for one in processes if one["part"] == part] for part in PARTS}
     found = []
-    for problem, ratios in (small_heads.ratios(by_part["heads"]) if by_part["heads"] else {}).items():
+    for problem, ratios in _of_chain(by_part["heads"]).items():
         worst = {name: max(each) for name, each in ratios.items()}
-        found.append(_verdict(f"{problem}, heads: of the chain written out", worst, 1.0, False))
+        found.append(_verdict(f"{problem}, heads: of the chain written out", worst, 1.0))
     runs = by_part["small"]
     for shape in SMALL if runs else ():
         problem = str(Problem(shape, "float32"))
-        bases = [run[problem]["F.cross_entropy"] for run in runs]
-        speed: dict[str, dict[str, float]] = {form: {} for form in FORMS}
-        cost: dict[str, float] = {}
-        for name, seconds in _each(runs, problem):
-            loss, _, form = name.rpartition(": ")
-            if not loss:
-                continue
-            speed[form][loss] = min(base / one for base, one in zip(bases, seconds, strict=True))
-            if form != "numbers":
-                pairs = zip(seconds, (run[problem][f"{loss}: numbers"] for run in runs), strict=True)
-                cost[name] = max(one / plain for one, plain in pairs)
-        wanted = WANTED[shape]
         for form in FORMS:
-            least = wanted[form != "numbers"]
-            found.append(_verdict(f"{problem}, {form}: times as fast as F.cross_entropy", speed[form], least, True))
-        found.append(_verdict(f"{problem}, tensors and trained: of numbers", cost, OF_NUMBERS, False))
-    if not by_part["large"]:
-        return found
+            speed = {name.rpartition(":")[0]: 1 / ratio for name, ratio in _worst(runs, problem, form, BASE).items()}
+            least = WANTED[shape][form != "numbers"]
+            found.append(_verdict(f"{problem}, {form}: times as fast as {BASE}", speed, least, True))
+        cost = [_worst(runs, problem, form, "{}: numbers") for form in FORMS[1:]]
+        found.append(_verdict(f"{problem}, tensors and trained: of numbers", cost[0] | cost[1], OF_NUMBERS))
     cache = last_cache()
-    for dtype, shapes in LARGE.items():
-        for one in (Problem(shape, dtype) for shape in shapes):
-            problem = str(one)
-            copies = [run[problem]["copy"] for run in by_part["large"]]
-            of_copy = {
-                name: max(a / b for a, b in zip(seconds, copies, strict=True))
-                for name, seconds in _each(by_part["large"], problem)
-                if name != "copy"
-            }
-            if by_part["kept"]:
-                kept = {
-                    name: statistics.median(run[problem][name] / run[problem]["copy"] for run in by_part["kept"])
-                    for name in of_copy
-                }
-                of_kept = {name: ratio / kept[name] for name, ratio in of_copy.items()}
-                found.append(_verdict(f"{problem}: of a step whose memory is kept", of_kept, OF_KEPT, False))
-            if dtype == "float32" and one.nbytes > cache:
-                found.append(_verdict(f"{problem}: of a warm copy", of_copy, OF_COPY, False))
+    for one in LARGE if by_part["large"] else ():
+        problem = str(one)
+        copied = dict.fromkeys(by_part["large"][0][problem].keys() - {"copy"}, "copy")
+        of_copy = {name: max(each) for name, each in _ratios(by_part["large"], problem, copied).items()}
+        if by_part["kept"]:
+            if_kept = _ratios(by_part["kept"], problem, copied)
+            of_kept = {name: ratio / statistics.median(if_kept[name]) for name, ratio in of_copy.items()}
+            found.append(_verdict(f"{problem}: of a step whose memory is kept", of_kept, OF_KEPT))
+        if one.dtype == "float32" and one.nbytes > cache:
+            found.append(_verdict(f"{problem}: of a warm copy", of_copy, OF_COPY))
     return found
 
 
@@ -308,30 +272,27 @@ def table(runs: Sequence[Found]) -> str:
     """Small calls: microseconds of the best process, and how many times as fast as F.cross_entropy the worst one is."""
     problems = [str(Problem(shape, "float32")) for shape in SMALL]
     lines = [f"{'us (of F.cross_entropy)':36}" + "".join(f"{problem.split()[0]:>18}" for problem in problems)]
+    for name in runs[0][problems[0]]:
+        best = [min(run[problem][name] for run in runs) for problem in problems]
+        ratios = [max(_ratios(runs, problem, {name: BASE})[name]) for problem in problems]
+        cells = [f"{1e6 * one:9.1f} ({1 / ratio:.2f})".rjust(18) for one, ratio in zip(best, ratios, strict=True)]
+        lines.append(f"{name:36}" + "".join(cells))
+    return "\n".join(lines)
 
-    def line(name: str) -> str:
-        cells = []
-        for problem in problems:
-            best = min(run[problem][name] for run in runs)
-            ratio = min(run[problem]["F.cross_entropy"] / run[problem][name] for run in runs)
-            cells.append(f"{1e6 * best:9.1f} ({ratio:.2f})".rjust(18))
-        return f"{name:36}" + "".join(cells)
 
-    return "\n".join([*lines, *map(line, runs[0][problems[0]])])
+def table_of_heads(runs: Sequence[Found]) -> str:
+    """As docs/heads.md has it: of the chain written out, the median of the processes."""
+    found = _of_chain(runs)
+    medians = {name: [statistics.median(each[name]) for each in found.values()] for name in next(iter(found.values()))}
+    rows = ([name, *(f"{one:.2f}".removeprefix("0") for one in cells)] for name, cells in medians.items())
+    return "\n".join(markdown(["N, D, C", *found], rows))
 
 
 def text(processes: Sequence[dict[str, Any]]) -> str:
     """All of it, to be read."""
-    parts = []
-    runs = [one["found"] for one in processes if one["part"] == "small"]
-    if runs:
-        parts.append(table(runs))
-    heads = [one["found"] for one in processes if one["part"] == "heads"]
-    if heads:
-        parts.append(small_heads.table(heads))
-    for one in verdicts(processes):
-        state = "reached" if one.reached else f"MISSED by {one.missed} of {one.of}"
-        parts.append(f"{one.target}: {state}; worst {one.worst:.2f} ({one.where})")
+    by_part = {part: [one["found"] for one in processes if one["part"] == part] for part in PARTS}
+    parts = [make(by_part[part]) for part, make in (("small", table), ("heads", table_of_heads)) if by_part[part]]
+    parts += map(str, verdicts(processes))
     busy = max(one["others_busy"] for one in processes)
     if busy > 0.1:
         parts.append(f"NOT QUIET: others kept {busy:.1f} CPUs busy")
@@ -356,14 +317,13 @@ def main(given: Sequence[str] | None = None) -> int:
     for part in jobs:
         announce(started, f"{part}, process {len(processes) + 1} of {len(jobs)}")
         os.environ["MLKERNELS_CPU_BUFFERS"] = "0" if part == "kept" else "1"
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            processes.append(pool.submit(_alone, part, options.seconds, options.threads).result())
+        processes.append(in_fresh_process(_alone, part, options.seconds, options.threads))
     print(text(processes))
     if options.out is not None:
         header = {"command": "python -m bench.limits", **describe(torch.device("cpu"), ["cpu"])}
         content = header | {"threads": options.threads, "processes": processes}
         print(f"wrote {write_json(content, options.out, 'limits-')}")
-    return int(any(not one.reached for one in verdicts(processes)))
+    return int(any(one.missed for one in verdicts(processes)))
 
 
 if __name__ == "__main__":

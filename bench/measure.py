@@ -35,10 +35,12 @@ from .cases import FIRST, Inputs, Problem, input_sets, make_inputs
 
 Step = Callable[[], object]
 Name = TypeVar("Name", bound=Hashable)
+Result = TypeVar("Result")
 
 BLOCK = 4e-3  # seconds: long against the clock's resolution, short against the turns
+BURST = 0.2e-3  # of small calls, whose fastest blocks count: what others on the machine do only adds
 WARM_UP_BELOW = 50e-3  # a step longer than this leaves nothing in a cache that its next one could find
-FEWEST, MOST = 3, 300  # turns
+FEWEST, MOST = 3, 300  # turns of whole blocks
 
 
 class Timing(NamedTuple):
@@ -97,6 +99,13 @@ def peak_memory(step: Step, device: torch.device) -> int | None:
         return None
 
 
+class Load(NamedTuple):
+    """CPUs that other programs kept busy, and that the hypervisor gave to other machines: nothing mends those here."""
+
+    others_busy: float = 0.0
+    stolen: float = 0.0
+
+
 class CpuClock(NamedTuple):
     """Seconds: of the wall, of this process's CPUs, of everybody's, of what the hypervisor gave to other machines."""
 
@@ -104,6 +113,11 @@ class CpuClock(NamedTuple):
     own: float
     all: float
     stolen: float
+
+    def load(self) -> Load:
+        """Since then."""
+        wall, own, everybody, stolen = (now - then for now, then in zip(cpu_clock(), self, strict=True))
+        return Load(max(0.0, everybody - own) / wall, stolen / wall)
 
 
 def cpu_clock() -> CpuClock:
@@ -118,17 +132,9 @@ def cpu_clock() -> CpuClock:
     return CpuClock(time.perf_counter(), time.process_time(), busy / unit, stolen / unit)
 
 
-def others_busy(begin: CpuClock, end: CpuClock) -> float:
-    """How many CPUs other programs kept busy in between."""
-    return max(0.0, (end.all - begin.all) - (end.own - begin.own)) / (end.wall - begin.wall)
-
-
-def stolen(begin: CpuClock, end: CpuClock) -> float:
-    """How many CPUs the hypervisor gave to other machines; nothing here can be done about those."""
-    return (end.stolen - begin.stolen) / (end.wall - begin.wall)
-
-
-def take_turns(steps: dict[Name, Step], seconds: float, device: torch.device) -> dict[Name, Timing]:
+def take_turns(
+    steps: dict[Name, Step], seconds: float, device: torch.device, block: float = BLOCK
+) -> dict[Name, Timing]:
     """Times each step in about ``seconds`` for all together; every step has run at least twice before it counts."""
     cuda = device.type == "cuda"
     counts, warm_up = {}, {}
@@ -136,7 +142,7 @@ def take_turns(steps: dict[Name, Step], seconds: float, device: torch.device) ->
         once = _block(step, 1, cuda)
         if once < WARM_UP_BELOW:
             once = _block(step, 1, cuda)
-        counts[name] = max(1, min(1000, round(BLOCK / once)))
+        counts[name] = max(1, min(1000, round(block / once)))
         warm_up[name] = once < WARM_UP_BELOW
     taken: dict[Name, list[float]] = {name: [] for name in steps}
     order = list(steps)
@@ -145,7 +151,7 @@ def take_turns(steps: dict[Name, Step], seconds: float, device: torch.device) ->
     gc.disable()
     try:
         stop = time.perf_counter() + seconds
-        for turn in range(MOST):
+        for turn in range(round(MOST * BLOCK / block)):
             if turn >= FEWEST and time.perf_counter() >= stop:
                 break
             shuffle(order)  # nobody always runs after the same neighbour
@@ -191,6 +197,17 @@ def step_of(function: peers.Function, sets: Sequence[Inputs], mode: str, destroy
     return in_place if destroys else {"forward": forward, "step": step, "split": split}[mode]
 
 
+def training_step(loss: Callable[..., Tensor], inputs: Sequence[object], leaves: Sequence[Tensor]) -> Step:
+    """Loss and backward, of a loss that is fast: as little around it as there is around the peer's."""
+
+    def step() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        loss(*inputs).backward()
+
+    return step
+
+
 def captured(job: Step) -> Step:
     """Replays what a job launches from a CUDA graph."""
     side = torch.cuda.Stream()
@@ -232,8 +249,7 @@ class Run:
     apart: dict[Key, float] = field(default_factory=dict)  # from the reference
     failures: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
-    others_busy: float = 0.0  # CPUs that other programs kept busy
-    stolen: float = 0.0  # CPUs that the hypervisor took
+    load: Load = field(default_factory=Load)  # at most
 
 
 class Plan(NamedTuple):
@@ -388,11 +404,9 @@ def take_turns_with_copy(
     copy = Key(problem, "-", "step", "copy")
     begin = cpu_clock()
     timings = take_turns({**steps, copy: lambda: to.copy_(source)}, plan.seconds(problem), plan.device)
-    end = cpu_clock()
+    run.load = Load(*map(max, run.load, begin.load()))
     run.bandwidth[problem] = 2 * to.nbytes / timings.pop(copy).median
     run.timings.update(timings)
-    run.others_busy = max(run.others_busy, others_busy(begin, end))
-    run.stolen = max(run.stolen, stolen(begin, end))
 
 
 def training_state(widths: Sequence[int], device: torch.device) -> list[Tensor]:
@@ -456,6 +470,12 @@ def announce(started: float, what: str) -> None:
     print(f"[{time.time() - started:5.0f} s] {what}", file=sys.stderr, flush=True)
 
 
+def in_fresh_process(function: Callable[..., Result], *arguments: object) -> Result:
+    """What it returns there."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
 def _alone(plan: Plan, started: float, process: str) -> Run:
     return measure(plan, Run(), lambda run: None, lambda what: announce(started, f"{process}: {what}"))
 
@@ -471,7 +491,6 @@ def in_fresh_processes(plan: Plan, count: int, started: float, save: Callable[[l
         first = k % max(1, len(plan.problems))
         known = frozenset(key._replace(mode="step") for key in runs[0].timings) if runs else None
         turned = share._replace(problems=[*plan.problems[first:], *plan.problems[:first]], right=known)
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            runs.append(pool.submit(_alone, turned, started, f"process {k + 1} of {count}").result())
+        runs.append(in_fresh_process(_alone, turned, started, f"process {k + 1} of {count}"))
         save(runs)
     return runs

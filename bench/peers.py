@@ -37,7 +37,7 @@ class Loss(NamedTuple):
     """One loss, twice."""
 
     ours: Callable[..., Tensor]  # takes the shared options too: reduction, backend
-    eager: Function
+    eager: Function  # takes reduction
     cosines: bool  # whether it takes cosines, not logits
 
 
@@ -53,50 +53,53 @@ def losses(device: torch.device) -> dict[str, Loss]:
     piecewise = {"t_slope": t_slope, "t_bias": t_bias, "tau_slope": tau_slope, "tau_bias": tau_bias}
     two_scale = {"scale_low": LOW, "scale_high": HIGH, "eta": ETA}
 
-    def eager_modulated(input: Tensor, target: Tensor) -> Tensor:
-        nll = F.cross_entropy(input, target, reduction="none")
-        return ((1 - torch.exp(-nll) ** BETA) ** GAMMA * nll).mean()
+    def reduced(rows: Tensor, reduction: str) -> Tensor:
+        return rows if reduction == "none" else rows.sum() if reduction == "sum" else rows.mean()
 
-    def eager_focal(input: Tensor, target: Tensor) -> Tensor:
+    def eager_modulated(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
         nll = F.cross_entropy(input, target, reduction="none")
-        return ((1 - torch.exp(-nll)) ** FOCAL_GAMMA * nll).mean()
+        return reduced((1 - torch.exp(-nll) ** BETA) ** GAMMA * nll, reduction)
+
+    def eager_focal(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+        nll = F.cross_entropy(input, target, reduction="none")
+        return reduced((1 - torch.exp(-nll)) ** FOCAL_GAMMA * nll, reduction)
 
     def poly1(input: Tensor, target: Tensor, reduction: str = "mean", **options: Any) -> Tensor:
         nll = mlkernels.cross_entropy(input, target, reduction="none", **options)
-        rows = nll - torch.expm1(-nll)
-        return rows if reduction == "none" else rows.sum() if reduction == "sum" else rows.mean()
+        return reduced(nll - torch.expm1(-nll), reduction)
 
-    def eager_poly1(input: Tensor, target: Tensor) -> Tensor:
+    def eager_poly1(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
         nll = F.cross_entropy(input, target, reduction="none")
-        return (nll - torch.expm1(-nll)).mean()
+        return reduced(nll - torch.expm1(-nll), reduction)
 
-    def eager_arcface(input: Tensor, target: Tensor) -> Tensor:
+    def eager_arcface(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
         index = target[:, None]
         cosine = input.gather(1, index)
         sine = (1 - cosine * cosine).clamp(min=0).sqrt()
         turned = cosine * math.cos(ANGLE) - sine * math.sin(ANGLE)
         turned = torch.where(cosine > -math.cos(ANGLE), turned, cosine - ANGLE * math.sin(ANGLE))
-        return F.cross_entropy(input.scatter(1, index, turned) * SCALE, target)
+        return F.cross_entropy(input.scatter(1, index, turned) * SCALE, target, reduction=reduction)
 
-    def eager_cosface(input: Tensor, target: Tensor) -> Tensor:
+    def eager_cosface(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
         index = target[:, None]
-        return F.cross_entropy(input.scatter(1, index, input.gather(1, index) - COSINE_MARGIN) * SCALE, target)
+        lowered = input.gather(1, index) - COSINE_MARGIN
+        return F.cross_entropy(input.scatter(1, index, lowered) * SCALE, target, reduction=reduction)
 
-    def eager_two_scale(input: Tensor, target: Tensor) -> Tensor:
+    def eager_two_scale(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
         index = target[:, None]
         with torch.no_grad():
             runner_up = input.scatter(1, index, -math.inf).amax(1, keepdim=True)
             scale = torch.where(input.gather(1, index) - runner_up < ETA, LOW, HIGH).to(input.dtype)
-        return F.cross_entropy(input * scale, target)
+        return F.cross_entropy(input * scale, target, reduction=reduction)
 
-    def eager_piecewise(input: Tensor, target: Tensor) -> Tensor:
+    def eager_piecewise(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
         index = target[:, None]
         cosine = input.gather(1, index)
         piece = ((cosine.detach() + 1) * 3).floor().clamp(0, 5).long()
         bent = (t_slope[piece] * cosine + t_bias[piece]).to(input.dtype)
         p = torch.exp(-F.cross_entropy(input.scatter(1, index, bent) * PIECEWISE_SCALE, target, reduction="none"))
         piece = (p.detach() * 6).floor().clamp(0, 5).long()
-        return -(tau_slope[piece] * p + tau_bias[piece]).clamp(min=TAU_MIN).log().mean()
+        return reduced(-(tau_slope[piece] * p + tau_bias[piece]).clamp(min=TAU_MIN).log(), reduction)
 
     own = functools.partial
     return {

@@ -10,7 +10,7 @@ import platform
 import re
 import statistics
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -163,7 +163,7 @@ class Report:
         if "reference" in self.header["backends"]:
             found.append("This is the reference backend, not a kernel: `python -m mlkernels` says why.")
         spare = max(0, (self.header["cpus"] or 1) - self.header["threads"])
-        busy = max((run.others_busy for run in self.runs), default=0.0)
+        busy = max((run.load.others_busy for run in self.runs), default=0.0)
         if self.header["device_type"] == "cpu" and busy > spare + 0.1:
             found.append(
                 f"Other programs kept up to {busy:.1f} CPUs busy meanwhile: times are wrong, ratios in a run less so."
@@ -187,13 +187,17 @@ class Outcome(NamedTuple):
         return self.value >= self.bound if self.at_least else self.value <= self.bound
 
     @property
+    def wanted(self) -> str:
+        return f"{'>=' if self.at_least else '<='} {self.bound:<5g}"
+
+    @property
     def missed_by(self) -> float:
         """The factor that is missing; at most 1 where it was reached."""
         return self.bound / self.value if self.at_least else self.value / self.bound
 
     def __str__(self) -> str:
         verdict = "reached" if self.reached else f"missed by {self.missed_by:.2f}x"
-        return f"{self.what:<64} {self.value:>8.3g}  {'>=' if self.at_least else '<='} {self.bound:<5g} {verdict}"
+        return f"{self.what:<64} {self.value:>8.3g}  {self.wanted} {verdict}"
 
 
 #: On a CPU of two cores, float32: how many times as long as ours the peers of cross_entropy, modulated and arcface
@@ -320,6 +324,11 @@ def check(report: Report) -> list[Outcome]:
 # ---- text ------------------------------------------------------------------------------------------------------------
 
 
+def markdown(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
+    return [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
+
+
 def time_text(seconds: float | None) -> str:
     if seconds is None:
         return "-"
@@ -364,7 +373,7 @@ def text(report: Report) -> str:
     commit = (header["commit"] or "no commit")[:10] + (" with changes" if header["uncommitted_changes"] else "")
     isa = f" ({header['isa']})" if "cpu" in header["backends"] else ""
     where = f"{header['device']}, {header['threads']} threads, {' and '.join(header['backends']) or 'no backend'}{isa}"
-    stolen = max((run.stolen for run in report.runs), default=0.0)
+    stolen = max((run.load.stolen for run in report.runs), default=0.0)
     lines = [f"{where}; {versions}; {commit}; {header['date']}"]
     lines.append(
         "A step is a loss and its backward(). Its floor is a copy of as many bytes, or a head's three products."
@@ -413,7 +422,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "schema": 3,
         **report.header,
         "caveats": report.caveats(),
-        "processes": [{"others_busy": run.others_busy, "stolen": run.stolen} for run in report.runs],
+        "processes": [run.load._asdict() for run in report.runs],
         "copies": [
             {**one._asdict(), "gb_s": [run.bandwidth[one] / 1e9 for run in report.runs if one in run.bandwidth]}
             for one in report.problems()

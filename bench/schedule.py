@@ -13,7 +13,7 @@ import mlkernels
 from mlkernels.schedule import MILS, Snapshot
 from mlkernels.schedule.modes import Randomness
 
-from .measure import Timing, cpu_clock, others_busy, take_turns
+from .measure import Timing, cpu_clock, take_turns
 from .options import gpu
 
 BATCH, CLASSES = 128, 10
@@ -76,8 +76,7 @@ def _measure(build: Callable[[], nn.Module], shape: tuple[int, ...], seconds: fl
     }
     begin = cpu_clock()
     times = take_turns(steps, seconds, device)
-    busy = others_busy(begin, cpu_clock())
-    return _table(times, snapshot.nbytes, busy)
+    return _table(times, snapshot.nbytes, begin.load().others_busy)
 
 
 def _table(times: dict[str, Timing], nbytes: int, busy: float) -> str:

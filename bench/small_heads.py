@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,28 +14,15 @@ import mlkernels
 
 from .cases import Problem, make_inputs
 from .measure import Step
-from .peers import ANGLE, SCALE
+from .peers import ANGLE, ETA, FOCAL_GAMMA, HIGH, LOW, SCALE, losses
 
 #: Rows, features, classes.
 SHAPES = ((128, 64, 1000), (64, 32, 100), (32, 16, 10), (16, 16, 10))
-TEMPERATURE, LOW, HIGH, CONFIDENT = 0.7, 1.0, 3.0, 0.5
-
-
-def _focal(input: Tensor, target: Tensor, reduction: str) -> Tensor:
-    nll = F.cross_entropy(input, target, reduction="none")
-    rows = (1 - torch.exp(-nll)) ** 2 * nll
-    return rows if reduction == "none" else rows.mean()
-
-
-def _two_scale(input: Tensor, target: Tensor, reduction: str) -> Tensor:
-    with torch.no_grad():
-        index = target[:, None]
-        runner_up = input.scatter(1, index, -torch.inf).amax(1, keepdim=True)
-        scale = torch.where(input.gather(1, index) - runner_up < 0.1, LOW, HIGH)
-    return F.cross_entropy(input * scale, target, reduction=reduction)
+TEMPERATURE = 0.7
 
 
 def _arcface(input: Tensor, target: Tensor, reduction: str) -> Tensor:
+    """By the angle: of so few rows it takes fewer kernels than what peers.py has."""
     index = target[:, None]
     turned = torch.cos(torch.acos(input.gather(1, index).clamp(-1 + 1e-7, 1 - 1e-7)) + ANGLE)
     return F.cross_entropy(SCALE * input.scatter(1, index, turned), target, reduction=reduction)
@@ -46,18 +32,19 @@ class Kind(NamedTuple):
     """A loss of the family as a module, made with its reduction, and written out."""
 
     of: Callable[..., Callable[..., Tensor]]
-    eager: Callable[[Tensor, Tensor, str], Tensor]
+    eager: Callable[..., Tensor]
     cosines: bool = False
 
 
+EAGER = {name: loss.eager for name, loss in losses(torch.device("cpu")).items()}
 KINDS = {
-    "cross entropy": Kind(mlkernels.CrossEntropyLoss, lambda f, y, r: F.cross_entropy(f, y, reduction=r)),
-    "focal": Kind(functools.partial(mlkernels.FocalLoss, gamma=2.0), _focal),
+    "cross entropy": Kind(mlkernels.CrossEntropyLoss, F.cross_entropy),
+    "focal": Kind(functools.partial(mlkernels.FocalLoss, gamma=FOCAL_GAMMA), EAGER["focal"]),
     "two scales": Kind(
         lambda **common: functools.partial(
-            mlkernels.two_scale_cross_entropy, scale_low=LOW, scale_high=HIGH, eta=0.1, **common
+            mlkernels.two_scale_cross_entropy, scale_low=LOW, scale_high=HIGH, eta=ETA, **common
         ),
-        _two_scale,
+        EAGER["two_scale"],
     ),
     "ArcFace on cosines": Kind(
         functools.partial(mlkernels.ArcFaceLoss, margin=ANGLE, scale=SCALE), _arcface, cosines=True
@@ -65,22 +52,15 @@ KINDS = {
 }
 
 
-class Pair(NamedTuple):
-    """A step of ours and the same written out; each returns what it has computed."""
-
-    ours: Callable[[], object]
-    eager: Callable[[], object]
-
-
-def pairs(shape: tuple[int, int, int]) -> dict[str, Pair]:
-    """By name; each step is a loss and its ``backward()``."""
+def steps(shape: tuple[int, int, int]) -> dict[str, Step]:
+    """Loss and ``backward()``, of ours and of the same written out, which are first found to agree."""
     rows, features, classes = shape
     inputs = make_inputs(Problem((rows, classes), "float32", features), False, torch.device("cpu"))
     (x, weight), target, upstream = inputs.leaves, inputs.target, inputs.upstream
     bias = torch.linspace(-1, 1, classes).requires_grad_()
     ignored = target.clone()
     ignored[0] = -100
-    found: dict[str, Pair] = {}
+    found: dict[str, Step] = {}
 
     def add(name: str, ours: Callable[[], Tensor], eager: Callable[[], Tensor], *leaves: Tensor) -> None:
         def step(value_of: Callable[[], Tensor]) -> Tensor:
@@ -90,7 +70,9 @@ def pairs(shape: tuple[int, int, int]) -> dict[str, Pair]:
             value.backward(upstream if value.dim() else None)
             return value
 
-        found[name] = Pair(functools.partial(step, ours), functools.partial(step, eager))
+        own, other = functools.partial(step, ours), functools.partial(step, eager)
+        torch.testing.assert_close(own(), other(), rtol=1e-3, atol=1e-4, msg=name)
+        found.update({name: own, f"{name}: eager": other})
 
     def logits(kind: Kind, bias: Tensor | None) -> Tensor:
         if kind.cosines:
@@ -107,7 +89,7 @@ def pairs(shape: tuple[int, int, int]) -> dict[str, Pair]:
                         mlkernels.linear_softmax_loss, x, weight, target, loss=loss, linear_bias=own,
                         normalize=kind.cosines,
                     ),
-                    lambda kind=kind, own=own, reduction=reduction: kind.eager(logits(kind, own), target, reduction),
+                    lambda kind=kind, own=own, r=reduction: kind.eager(logits(kind, own), target, reduction=r),
                     weight, bias,
                 )  # fmt: skip
     add(
@@ -135,38 +117,3 @@ def pairs(shape: tuple[int, int, int]) -> dict[str, Pair]:
 
     add("log-probability and entropy", statistics, statistics_written_out, weight)
     return found
-
-
-def steps(shape: tuple[int, int, int]) -> dict[str, Step]:
-    """The same one by one, once they are found to agree."""
-    made: dict[str, Step] = {}
-    for name, pair in pairs(shape).items():
-        torch.testing.assert_close(pair.ours(), pair.eager(), rtol=1e-3, atol=1e-4, msg=name)
-        made |= {name: _nothing_of(pair.ours), f"{name}: eager": _nothing_of(pair.eager)}
-    return made
-
-
-def _nothing_of(step: Callable[[], object]) -> Step:
-    def run() -> None:
-        step()
-
-    return run
-
-
-def ratios(runs: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, list[float]]]:
-    """By problem and step: ours over the chain written out, of each process."""
-    found: dict[str, dict[str, list[float]]] = {}
-    for problem in runs[0]:
-        names = [name for name in runs[0][problem] if not name.endswith(": eager")]
-        found[problem] = {n: [run[problem][n] / run[problem][f"{n}: eager"] for run in runs] for n in names}
-    return found
-
-
-def table(runs: Sequence[Mapping[str, Mapping[str, float]]]) -> str:
-    """As docs/heads.md has it: of the chain written out, the median of the processes."""
-    found = ratios(runs)
-    lines = [f"| N, D, C | {' | '.join(found)} |", "|---" * (1 + len(found)) + "|"]
-    for name in next(iter(found.values())):
-        cells = (f"{statistics.median(each[name]):.2f}".removeprefix("0") for each in found.values())
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)

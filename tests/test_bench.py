@@ -553,7 +553,7 @@ def test_targets_of_a_cpu_are_judged_the_right_way_round():
     assert compiled.value == pytest.approx(0.1) and compiled.missed_by == pytest.approx(27.0)
     bad = made_up(10.0, 1.0)
     assert "missed by 27.00x" in text(bad) and "WARNING" not in text(bad)
-    bad.runs[0].others_busy = 0.5
+    bad.runs[0].load = measure.Load(others_busy=0.5)
     assert "not valid" in text(bad)
     assert "not valid" in text(Report({**ON_CPU, "backends": ["reference"]}, bad.runs[:1]))
 
@@ -1214,27 +1214,30 @@ def test_tune_without_the_cuda_kernels_leaves_the_choice(monkeypatch, capsys):
 
 def test_limits_take_every_loss_in_every_form(monkeypatch):
     monkeypatch.setattr(limits, "SMALL", ((4, 3),))
-    monkeypatch.setattr(limits, "LARGE", {"bfloat16": ((4, 5),)})
-    monkeypatch.setattr(limits, "BURST", 1)
+    monkeypatch.setattr(limits, "LARGE", [Problem((4, 5), "bfloat16")])
     found = limits.small(0.02)["4x3 float32"]
     assert len(found) == 1 + 3 * len(limits.family()) and all(0 < one < math.inf for one in found.values())
-    assert set(limits.large(0.0, False)["4x5 bfloat16"]) == {"copy", *limits.family()}
+    assert set(limits.large(0.0)["4x5 bfloat16"]) == {"copy", *limits.family()}
 
 
 def test_small_heads_agree_with_what_is_written_out(monkeypatch):
     monkeypatch.setattr(small_heads, "SHAPES", ((8, 4, 5),))
-    monkeypatch.setattr(limits, "BURST", 1)
     found = limits.heads(0.0)["8×4×5"]
-    assert set(found) == {name + by for name in small_heads.pairs((8, 4, 5)) for by in ("", ": eager")}
+    ours = [name for name in found if not name.endswith(": eager")]
+    assert set(found) == {name + by for name in ours for by in ("", ": eager")}
+    assert len(ours) == 17 and {'focal, "none", bias', "log-probability and entropy"} < set(ours)
+    monkeypatch.setitem(small_heads.KINDS, "focal", small_heads.KINDS["focal"]._replace(eager=F.cross_entropy))
+    with pytest.raises(AssertionError, match="focal"):
+        small_heads.steps((8, 4, 5))
     part = {"part": "heads", "others_busy": 0.0, "found": {"8×4×5": {"a": 3.0, "a: eager": 2.0}}}
     (verdict,) = limits.verdicts([part])
-    assert not verdict.reached and verdict.worst == 1.5 and "| a | 1.50 |" in limits.text([part])
+    assert verdict.missed == 1 and verdict.outcome.value == 1.5 and "| a | 1.50 |" in limits.text([part])
 
 
 def test_limits_judge_the_worst_process(monkeypatch):
     monkeypatch.setattr(limits, "SMALL", ((4, 3),))
     monkeypatch.setattr(limits, "WANTED", {(4, 3): (1.0, 0.8)})
-    monkeypatch.setattr(limits, "LARGE", {"float32": ((64, 1 << 20),)})
+    monkeypatch.setattr(limits, "LARGE", [Problem((64, 1 << 20), "float32")])
 
     def small(numbers, trained):
         times = {"F.cross_entropy": 10.0, "a: numbers": numbers, "a: tensors": 10.0, "a: trained": trained}
@@ -1249,9 +1252,12 @@ def test_limits_judge_the_worst_process(monkeypatch):
         }
 
     processes = [small(8.0, 10.0), small(12.5, 16.0), large("large", 1.2), large("large", 1.3), large("kept", 1.2)]
-    judged = {one.target: (one.reached, round(one.worst, 4)) for one in limits.verdicts(processes)}
+    judged = {
+        f"{one.outcome.what} {one.outcome.wanted.rstrip()}": (not one.missed, round(one.outcome.value, 4))
+        for one in limits.verdicts(processes)
+    }
     assert judged == {
-        "4x3 float32, numbers: times as fast as F.cross_entropy >= 1.0": (False, 0.8),
+        "4x3 float32, numbers: times as fast as F.cross_entropy >= 1": (False, 0.8),
         "4x3 float32, tensors: times as fast as F.cross_entropy >= 0.8": (True, 1.0),
         "4x3 float32, trained: times as fast as F.cross_entropy >= 0.8": (False, 0.625),
         "4x3 float32, tensors and trained: of numbers <= 1.3": (True, 1.28),
