@@ -8,14 +8,15 @@ has it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .options import names_of
-from .peers import losses
+from .peers import Function, evaluated, losses
+from .report import markdown
 
 CLASSES = 10
 GAPS = [4.0, 8.0, 12.0, 16.0, 20.0]  # exact in every dtype
@@ -30,12 +31,10 @@ class Errors(NamedTuple):
     gradient: float
 
 
-def _run(loss: Callable[..., Tensor], logits: Tensor, upstream: float) -> tuple[float, float]:
-    leaf = logits.clone().requires_grad_()
-    value = loss(leaf, torch.zeros(1, dtype=torch.long))
-    (value * upstream).backward()
-    assert leaf.grad is not None
-    return value.item(), leaf.grad[0, 0].item() / upstream
+def _run(loss: Function, logits: Tensor, upstream: float) -> tuple[float, float]:
+    label = torch.zeros(1, dtype=torch.long)
+    value, gradient = evaluated(loss, [logits.clone().requires_grad_()], label, upstream=upstream)
+    return value.item(), gradient[0, 0].item() / upstream
 
 
 def errors(name: str, dtype: torch.dtype, upstream: float = 1.0) -> Iterator[tuple[float, Errors, Errors]]:
@@ -65,16 +64,13 @@ def _power(value: float) -> str:
 
 def table(dtype: str, upstream: float) -> str:
     """Markdown."""
-    lines = [
-        "| loss | 1 − p | loss: ours | eager | gradient: ours | eager |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = []
     for name, title in LOSSES.items():
         for k, (rest, ours, eager) in enumerate(errors(name, getattr(torch, dtype), upstream)):
-            cells = [title if k == 0 else "", _power(rest)]
-            cells += [_text(one) for one in (ours.loss, eager.loss, ours.gradient, eager.gradient)]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            found = (ours.loss, eager.loss, ours.gradient, eager.gradient)
+            lines.append([title if k == 0 else "", _power(rest), *map(_text, found)])
+    titles = ["loss", "1 − p", "loss: ours", "eager", "gradient: ours", "eager"]
+    return "\n".join(markdown(titles, lines))
 
 
 def main() -> None:

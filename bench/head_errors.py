@@ -18,6 +18,9 @@ from torch.nn.functional import cross_entropy
 
 import mlkernels
 
+from .peers import Function, apart, evaluated
+from .report import markdown
+
 ROWS, CLASSES, WIDTH = 1024, 120, 64
 
 
@@ -29,43 +32,7 @@ class Problem(NamedTuple):
     label: Tensor
 
 
-def _random(x: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-    return x, w / 8, y
-
-
-def _peaked(x: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-    return x, w, y
-
-
-def _confident(x: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-    """Half of the rows."""
-    return torch.where(torch.arange(ROWS)[:, None] % 2 == 0, w[y] + 0.3 * x, x), w / 2, y
-
-
-def _fresh(x: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-    """A weight of zeros, and what a ReLU leaves."""
-    return x.relu(), 0 * w, y
-
-
-def _classes_alike(x: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-    """All but 1 % of the weight is the same for every class: dX is a small rest of large terms."""
-    return x.relu(), w[:1] + 0.01 * w, y
-
-
-def _features_alike(x: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-    """The same of features, with as many labels of each class."""
-    return x[:1] + 0.01 * x, w / 100, torch.arange(ROWS) % CLASSES
-
-
-def _few_labels(x: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-    return x.relu(), w / 8, y % 3
-
-
-def _same_rows(x: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-    return x[:1].expand(ROWS, WIDTH), w / 8, y
-
-
-def _contexts(x: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+def _contexts(x: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Eight different rows, with labels as often as the classifier has them: dW is what whole numbers leave."""
     x, w = x[:8].repeat(ROWS // 8, 1), 0.2 * w
     share = (torch.arange(ROWS) // 8 + 0.5) * 8 / ROWS
@@ -73,17 +40,23 @@ def _contexts(x: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     return x, w, label.clamp_max(CLASSES - 1)
 
 
-KINDS = {
-    "random": _random,
-    "peaked": _peaked,
-    "half of the rows confident": _confident,
-    "a fresh classifier": _fresh,
-    "classes alike but for 1 %": _classes_alike,
-    "features alike but for 1 %": _features_alike,
-    "labels of three classes": _few_labels,
-    "rows all the same": _same_rows,
+#: Features, weight and labels, made of random ones.
+KINDS: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]] = {
+    "random": lambda x, w, y: (x, w / 8, y),
+    "peaked": lambda x, w, y: (x, w, y),
+    "half of the rows confident": lambda x, w, y: (
+        torch.where(torch.arange(ROWS)[:, None] % 2 == 0, w[y] + 0.3 * x, x), w / 2, y
+    ),
+    # A weight of zeros, and what a ReLU leaves.
+    "a fresh classifier": lambda x, w, y: (x.relu(), 0 * w, y),
+    # All but 1 % of the weight is the same for every class: dX is a small rest of large terms.
+    "classes alike but for 1 %": lambda x, w, y: (x.relu(), w[:1] + 0.01 * w, y),
+    # The same of features, with as many labels of each class.
+    "features alike but for 1 %": lambda x, w, y: (x[:1] + 0.01 * x, w / 100, torch.arange(ROWS) % CLASSES),
+    "labels of three classes": lambda x, w, y: (x.relu(), w / 8, y % 3),
+    "rows all the same": lambda x, w, y: (x[:1].expand(ROWS, WIDTH), w / 8, y),
     "rows of eight kinds": _contexts,
-}
+}  # fmt: skip
 
 
 def problem(kind: str, device: torch.device | None = None, rows: int = ROWS) -> Problem:
@@ -103,45 +76,35 @@ class Errors(NamedTuple):
     weight: float
 
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
 def chain(x: Tensor, weight: Tensor, label: Tensor) -> Tensor:
     """Cross entropy, written out."""
     return cross_entropy(x @ weight.T, label)
 
 
-def _run(loss: Loss, x: Tensor, weight: Tensor, label: Tensor) -> tuple[Tensor, ...]:
-    leaves = [tensor.detach().requires_grad_() for tensor in (x, weight)]
-    value = loss(*leaves, label)
-    return value.detach(), *torch.autograd.grad(value, leaves)
-
-
-def errors(loss: Loss, of: Problem) -> Errors:
+def errors(loss: Function, of: Problem) -> Errors:
     """Of a loss of a problem's features, weight and labels."""
-    wanted = _run(chain, of.x.double(), of.weight.double(), of.label)
-    found = _run(loss, *of)
-    return Errors(*(float((a.double() - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True)))
+    x, weight = (tensor.detach().requires_grad_() for tensor in (of.x, of.weight))
+    exact = [tensor.detach().double().requires_grad_() for tensor in (x, weight)]
+    found, wanted = evaluated(loss, [x, weight], of.label), evaluated(chain, exact, of.label)
+    return Errors(*map(apart, found, wanted))
 
 
 def table(backend: str | None, device: torch.device, rows: int = ROWS) -> str:
     """Markdown."""
-    losses: list[Loss] = [
+    losses: list[Function] = [
         lambda x, weight, y: mlkernels.linear_softmax_loss(x, weight, y, backend=backend),
         lambda x, weight, y: chain(x.float(), weight.float(), y),
         chain,
     ]
-    lines = [
-        "| | loss: head | float32 | bfloat16 | dX: head | float32 | bfloat16 | dW: head | float32 | bfloat16 |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    rows_of = []
     for kind in KINDS:
         of = problem(kind, device, rows)
         each = [errors(loss, of) for loss in losses]
         cells = [f"{value:.0e}" for value in (e.loss for e in each)]
         cells += [f"{1e3 * value:.2f}e-3" for value in (*(e.x for e in each), *(e.weight for e in each))]
-        lines.append(f"| {kind} | {' | '.join('' if 'nan' in cell else cell for cell in cells)} |")
-    return "\n".join(lines)
+        rows_of.append([kind, *("" if "nan" in cell else cell for cell in cells)])
+    titles = ["", *(title for what in ("loss", "dX", "dW") for title in (f"{what}: head", "float32", "bfloat16"))]
+    return "\n".join(markdown(titles, rows_of))
 
 
 def main() -> None:

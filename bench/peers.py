@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -232,23 +232,35 @@ def expected(reference: Function, inputs: Inputs, classes: int) -> Expected:
     return Expected(loss, (first, *(leaf.grad[:COMPARED].clone() for leaf in others)))
 
 
+def evaluated(
+    function: Function, leaves: Sequence[Tensor], *others: Tensor, upstream: Tensor | float = 1.0
+) -> tuple[Tensor, ...]:
+    """A loss, and its gradients by the leaves."""
+    loss = function(*leaves, *others)
+    up = torch.as_tensor(upstream, dtype=loss.dtype, device=loss.device)
+    return loss.detach(), *torch.autograd.grad(loss, leaves, up)
+
+
 def apart(found: Tensor, wanted: Tensor) -> float:
     """The norm of the difference over that of what is wanted."""
     difference = torch.linalg.vector_norm(found.to(wanted) - wanted)
     return (difference / torch.linalg.vector_norm(wanted)).item()
 
 
-def wrong(what: str, found: Tensor, wanted: Tensor, allowed: float) -> str | None:
-    """What is wrong with a result, if something is."""
-    error = apart(found, wanted)
-    return None if error <= allowed else f"wrong {what}: off by {error:.3g} of its norm, {allowed:.1g} is allowed"
+def wrong(
+    what: Iterable[str], found: Iterable[Tensor], wanted: Iterable[Tensor], allowed: Iterable[float]
+) -> str | None:
+    """The first result that is wrong, if one is."""
+    for name, one, other, bound in zip(what, found, wanted, allowed, strict=True):
+        if not (error := apart(one, other)) <= bound:
+            return f"wrong {name}: off by {error:.3g} of its norm, {bound:.1g} is allowed"
+    return None
 
 
 def disagreement(function: Function, inputs: Inputs, wanted: Expected) -> float:
     """The largest of the loss's relative and the gradients' normwise relative differences."""
-    loss = function(*inputs.leaves, inputs.target)
-    gradients = torch.autograd.grad(loss, inputs.leaves)
-    worst = ((loss.detach().double().cpu() - wanted.loss) / wanted.loss).abs().item()
+    loss, *gradients = evaluated(function, inputs.leaves, inputs.target)
+    worst = ((loss.double().cpu() - wanted.loss) / wanted.loss).abs().item()
     for gradient, right in zip(gradients, wanted.gradients, strict=True):
         error = apart(gradient[: len(right)], right)
         worst = error if math.isnan(error) else max(worst, error)

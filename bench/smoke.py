@@ -12,7 +12,6 @@ import itertools
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ from .ahead import SECONDS, compile_ahead, specialised
 from .cases import LOSSES, MODES, Problem, make_inputs
 from .measure import first_line
 from .options import backends_of, device_of, is_gpu, names_of, parser_of
-from .peers import losses, ours, wrong
+from .peers import evaluated, losses, ours, wrong
 from .report import device_name
 
 LOSSES, MODES = LOSSES[:6], MODES[:3]  # each way through the kernels; graphs are for measuring
@@ -61,25 +60,6 @@ ADVICE = {
 }
 
 
-class Step(NamedTuple):
-    """One call of one loss."""
-
-    by: str
-    problem: str
-    loss: str
-    mode: str
-
-    def again(self) -> str:
-        """The command that repeats it alone."""
-        return (
-            f"CUDA_LAUNCH_BLOCKING=1 python -m bench.smoke --backends {self.by} --problems {self.problem} "
-            f"--losses {self.loss} --modes {self.mode}"
-        )
-
-    def __str__(self) -> str:
-        return f"{self.by} {self.problem} ({TINY[self.problem]}) {self.loss} {self.mode}"
-
-
 def advice(error: str) -> str | None:
     """What an error usually means."""
     return next((words for pattern, words in ADVICE.items() if re.search(pattern, error, re.IGNORECASE)), None)
@@ -90,15 +70,8 @@ def results(function: Callable[..., Tensor], mode: str, input: Tensor, target: T
     if mode == "forward":
         with torch.no_grad():
             return [function(input, target)]
-    loss = function(input, target, reduction="mean" if mode == "step" else "none")
-    (gradient,) = torch.autograd.grad(loss, input, torch.full_like(loss, 0.75) if mode == "step" else up.to(loss))
-    return [loss.detach(), gradient]
-
-
-def judge(step: Step, found: Sequence[Tensor], wanted: Sequence[Tensor]) -> str | None:
-    """What is wrong with a step's results, if something is."""
-    bounds = (LOSS_ERROR, GRADIENT_ERROR[TINY[step.problem].dtype])
-    return next(filter(None, map(wrong, ("loss", "gradient"), found, wanted, bounds)), None)
+    reduction, upstream = ("mean", 0.75) if mode == "step" else ("none", up)
+    return [*evaluated(functools.partial(function, reduction=reduction), [input], target, upstream=upstream)]
 
 
 def copies(device: torch.device) -> str | None:
@@ -126,8 +99,8 @@ class Account:
         self.device, self.say = device, say
         self.ran = self.failed = 0
 
-    def attempt(self, what: object, again: str | None, step: Callable[[], str | None]) -> None:
-        """One step, which says what is wrong."""
+    def attempt(self, what: str, options: str | None, step: Callable[[], str | None]) -> None:
+        """One step, which says what is wrong; the options repeat it alone."""
         self.ran += 1
         try:
             error = step()
@@ -138,8 +111,8 @@ class Account:
             self.say(f"FAILED {what}: {error}")
             if self.failed == 1 and (words := advice(error)) is not None:
                 self.say(f"    usually {words}")
-            if again is not None:
-                self.say(f"    alone: {again}")
+            if options is not None:
+                self.say(f"    alone: CUDA_LAUNCH_BLOCKING=1 python -m bench.smoke {options}")
         try:
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
@@ -159,13 +132,14 @@ class Account:
         for mode in modes:
             wanted = results(reference, mode, exact, one.target.cpu(), one.upstream.cpu())
             for by in backends:
-                step = Step(by, problem, name, mode)
 
-                def run(step: Step = step, wanted: Sequence[Tensor] = wanted) -> str | None:
-                    function = ours(self.device, step.by)[step.loss]
-                    return judge(step, results(function, step.mode, input, one.target, one.upstream), wanted)
+                def run(by: str = by, mode: str = mode, wanted: Sequence[Tensor] = wanted) -> str | None:
+                    found = results(ours(self.device, by)[name], mode, input, one.target, one.upstream)
+                    bounds = (LOSS_ERROR, GRADIENT_ERROR[TINY[problem].dtype])[: len(found)]
+                    return wrong(("loss", "gradient")[: len(found)], found, wanted, bounds)
 
-                self.attempt(step, step.again(), run)
+                options = f"--backends {by} --problems {problem} --losses {name} --modes {mode}"
+                self.attempt(f"{by} {problem} ({TINY[problem]}) {name} {mode}", options, run)
 
 
 def smoke(
@@ -184,8 +158,9 @@ def smoke(
             account.losses(problem, name, backends, modes)
         for name, by in itertools.product(heads, backends):
             if by in smoke_heads.SERVED:
-                step = smoke_heads.HeadStep(by, name)
-                account.attempt(step, step.again(), functools.partial(smoke_heads.check, step, device))
+                what = f"{by} head {name} ({smoke_heads.ROWS}x{smoke_heads.WIDTH}x{smoke_heads.CLASSES})"
+                check = functools.partial(smoke_heads.check, by, name, device)
+                account.attempt(what, f"--backends {by} --heads {name}", check)
         if problems:
             account.attempt("multi_copy_", None, functools.partial(copies, device))
     except Broken:
@@ -217,8 +192,7 @@ def main(given: list[str] | None = None) -> int:
     names, modes = options.losses or LOSSES, options.modes or MODES
     if "triton" in backends and is_gpu(device):
         work = specialised([TINY[name] for name in options.problems], names, device.type, modes)
-        each = (smoke_heads.HeadStep("triton", name) for name in options.heads)
-        work += [functools.partial(smoke_heads.check, head, device) for head in each]
+        work += [functools.partial(smoke_heads.check, "triton", name, device) for name in options.heads]
         compile_ahead(work, SECONDS, print)
     if options.compile:
         return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,20 +35,6 @@ LOSSES: dict[str, dict[str, Any]] = {
 STEPS = {"-".join(each): each for each in itertools.product(LOSSES, STRATEGIES, ERROR)}
 
 
-class HeadStep(NamedTuple):
-    """One call of one head."""
-
-    by: str
-    name: str
-
-    def again(self) -> str:
-        """The command that repeats it alone."""
-        return f"CUDA_LAUNCH_BLOCKING=1 python -m bench.smoke --backends {self.by} --heads {self.name}"
-
-    def __str__(self) -> str:
-        return f"{self.by} head {self.name} ({ROWS}x{WIDTH}x{CLASSES})"
-
-
 def inputs(dtype: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Features, weight and labels; some rows are ignored, and hold what must not be read."""
     generator = torch.Generator().manual_seed(0)
@@ -59,15 +45,15 @@ def inputs(dtype: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     return x, weight, target.to(device)
 
 
-def results(value: Any, leaves: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+def results(value: Any, leaves: list[Tensor]) -> list[Tensor]:
     """Loss and statistics, and their gradients; no upstream gradient is 1."""
     outputs = [value] if isinstance(value, Tensor) else [value[0], *value[1][:3]]
     ups = [torch.linspace(0.3, 1.7, max(o.numel(), 1)).to(o).reshape(o.shape) for o in outputs]
     gradients = torch.autograd.grad(outputs, leaves, ups)
-    return [o.detach() for o in outputs], list(gradients)
+    return [*(o.detach() for o in outputs), *gradients]
 
 
-def wanted(name: str, x: Tensor, weight: Tensor, target: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+def wanted(name: str, x: Tensor, weight: Tensor, target: Tensor) -> list[Tensor]:
     """By the whole logits, in float64."""
     options = LOSSES[STEPS[name][0]]
     a, w = (t.detach().cpu().double().requires_grad_() for t in (x, weight))
@@ -76,17 +62,15 @@ def wanted(name: str, x: Tensor, weight: Tensor, target: Tensor) -> tuple[list[T
     return results(mlkernels.softmax_loss(logits, target, backend="reference", **options), [a, w])
 
 
-def check(step: HeadStep, device: torch.device) -> str | None:
+def check(by: str, name: str, device: torch.device) -> str | None:
     """What is wrong with a step's results, if something is."""
-    loss, strategy, dtype = STEPS[step.name]
+    loss, strategy, dtype = STEPS[name]
     x, weight, target = inputs(dtype, device)
     value = mlkernels.linear_softmax_loss(
         x, weight, target, normalize="transform" in LOSSES[loss], strategy=strategy, memory=MEMORY,
-        backend=SERVED[step.by], **LOSSES[loss],
+        backend=SERVED[by], **LOSSES[loss],
     )  # fmt: skip
-    found, right = results(value, [x, weight]), wanted(step.name, x, weight, target)
-    for what, ours, theirs, bound in zip(("loss", "gradient"), found, right, (LOSS_ERROR, ERROR[dtype]), strict=True):
-        for one, other in zip(ours, theirs, strict=True):
-            if (error := wrong(what, one, other, bound)) is not None:
-                return error
-    return None
+    found = results(value, [x, weight])
+    outputs = len(found) - 2
+    what, bounds = ["loss"] * outputs + ["gradient"] * 2, [LOSS_ERROR] * outputs + [ERROR[dtype]] * 2
+    return wrong(what, found, wanted(name, x, weight, target), bounds)

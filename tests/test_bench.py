@@ -653,7 +653,7 @@ def test_smoke_of_heads_on_triton(monkeypatch):
     for name, value in (("ROWS", 16), ("WIDTH", 8), ("CLASSES", 61), ("MEMORY", 3000)):
         monkeypatch.setattr(smoke_heads, name, value)
     for name in ("two_scale-tiles-float16", "arcface-stored-bfloat16"):
-        assert smoke_heads.check(smoke_heads.HeadStep("triton", name), CPU) is None
+        assert smoke_heads.check("triton", name, CPU) is None
 
 
 def test_smoke_says_what_is_wrong_and_how_to_go_on(monkeypatch):
