@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from . import ahead, cases, charts, compare, report, saved
+from . import ahead, cases, charts, compare, report
 from .cases import DTYPES, LOSSES, MODES, Problem
 from .measure import STATE_WIDTHS, Plan, Run, announce, attempt, in_fresh_processes, measure
 from .options import backends_of, device_of, is_gpu, names_of, parser_of
@@ -120,7 +120,7 @@ def main(given: list[str] | None = None) -> int:
     data = report.write_json(report.as_json(found), options.out)
     print(f"wrote {data}")
     try:
-        charts.figure(saved.load(data)).savefig(data.with_suffix(".png"), dpi=150)
+        charts.figure(report.load(data)).savefig(data.with_suffix(".png"), dpi=150)
     except ImportError:
         print("no picture: there is no matplotlib")
     return 1 if found.failures() or missing else 0

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from .cases import LOSSES, floor_bytes
 from .measure import Key
+from .peers import HEADLINE
 from .report import Report
 
 if TYPE_CHECKING:
@@ -50,10 +51,10 @@ def _axis(axes: Axes, which: str, values: Sequence[float], text: Callable[[float
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _steps(results: Report, heads: bool = False) -> list[Key]:
+def _steps(results: Report) -> list[Key]:
     """What can be shown beside each other: steps of losses that have a peer, by everyone."""
-    keys = [key for key in results.measured() if key.mode == "step" and key.loss != "-"]
-    return [key for key in keys if bool(key.problem.features) == heads]
+    steps = (key for key in results.measured() if key.mode == "step" and not key.problem.features)
+    return [key for key in steps if key.loss in HEADLINE]
 
 
 def _who(results: Report, keys: Sequence[Key]) -> list[str]:
@@ -67,7 +68,7 @@ def _color(loss: str) -> str:
 
 def roofline(results: Report, axes: Axes) -> None:
     """Bytes that a step has to move, over its time, beside what a copy of the same size reaches."""
-    keys = [key for key in _steps(results) if key.loss in ("cross_entropy", "modulated", "arcface")]
+    keys = _steps(results)
     who = _who(results, keys)
     sizes, rates = [], []
     for by, marker in zip(who, "os^Dv*", strict=False):
@@ -97,7 +98,6 @@ def roofline(results: Report, axes: Axes) -> None:
 def times(results: Report, axes: Axes, dtype: str = "float32") -> None:
     """A step's time for each row, against the number of classes."""
     keys = [key for key in _steps(results) if key.problem.dtype == dtype and len(key.problem.shape) == 2]
-    keys = [key for key in keys if key.loss in ("cross_entropy", "modulated", "arcface")]
     found: list[float] = []
     for by, style in zip(_who(results, keys), STYLES, strict=False):
         for loss in dict.fromkeys(key.loss for key in keys):

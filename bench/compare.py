@@ -8,8 +8,7 @@ import statistics
 from pathlib import Path
 
 from .charts import time_text
-from .report import Report
-from .saved import load
+from .report import Report, load
 
 
 def lines(a: Report, b: Report) -> list[str]:

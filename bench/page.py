@@ -11,8 +11,7 @@ from . import heads
 from .cases import Problem
 from .charts import time_text
 from .measure import Key
-from .report import Report
-from .saved import FOLDER, load
+from .report import FOLDER, Report, load, markdown
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 
@@ -89,18 +88,15 @@ def table(results: Report, problems: list[Problem], ours: list[str]) -> list[str
     keys = [key for key in results.measured() if key.mode == "step" and key.problem in problems and key.loss != "-"]
     peers = [by for by in dict.fromkeys(key.by for key in keys) if by not in ours]
     several = results.processes > 1
-    lines: list[str] = []
+    titles: list[str] = []
+    rows = []
     for problem in problems:
         own = [_cells(results, key, peers) for key in keys if key.problem == problem and key.by in ours]
         for k, cells in enumerate(own):
             shown = {title: cell for title, cell in cells.items() if several or not re.search("worst|least", title)}
-            if not lines:
-                titles = [re.sub(".*: ", "", title) for title in shown]
-                lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-            if k > 0:
-                shown |= {"logits": "", "copy": ""}
-            lines.append(f"| {' | '.join(shown.values())} |")
-    return lines
+            titles = titles or [re.sub(".*: ", "", title) for title in shown]
+            rows.append([*(shown | ({"logits": "", "copy": ""} if k > 0 else {})).values()])
+    return markdown(titles, rows) if rows else []
 
 
 def section(results: Report) -> list[str]:

@@ -10,6 +10,7 @@ import platform
 import re
 import statistics
 import subprocess
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -23,13 +24,14 @@ from mlkernels.backends import native
 
 from . import heads
 from .cases import MODES, Problem, floor_bytes
-from .measure import Key, Run
+from .measure import Key, Run, Timing
 from .options import ON_GPU
 from .peers import HEADLINE
 from .peers import PEERS as LOSS_PEERS
 
 OF_COPY = ": of copy"
 PEERS = [*dict.fromkeys([*LOSS_PEERS, *heads.PEERS])]
+FOLDER = Path(__file__).parent / "results"  # what the page, its pictures and compare read
 
 
 # ---- where ---------------------------------------------------------------------------------------------------------
@@ -436,6 +438,30 @@ def as_json(report: Report) -> dict[str, Any]:
         "failures": report.failures(),
         "skipped": report.skipped(),
     }
+
+
+def _problem(line: dict[str, Any]) -> Problem:
+    return Problem(tuple(line["shape"]), line["dtype"], line["features"])
+
+
+def _key(line: dict[str, Any]) -> Key:
+    return Key(_problem(line), line["loss"], line["mode"], line["by"])
+
+
+def load(path: Path) -> Report:
+    """A file that ``python -m bench`` wrote."""
+    data = json.loads(path.read_text())
+    runs: defaultdict[int, Run] = defaultdict(Run)
+    for line in data["timings"]:
+        for process, one in enumerate(line["processes"]):
+            runs[process].timings[_key(line)] = Timing(**one)
+    for line in data["copies"]:
+        for process, rate in enumerate(line["gb_s"]):
+            runs[process].bandwidth[_problem(line)] = rate * 1e9
+    for line in data["memory"]:
+        runs[0].memory[_key(line)] = line["bytes"]
+    header = {name: value for name, value in data.items() if name not in ("timings", "copies", "memory", "apart")}
+    return Report({"name": path.stem, **header}, list(runs.values()))
 
 
 def write_json(content: dict[str, Any], folder: Path, prefix: str = "") -> Path:

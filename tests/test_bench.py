@@ -28,7 +28,6 @@ from bench import (
     options,
     peers,
     report,
-    saved,
     schedule,
     small_heads,
     smoke,
@@ -486,7 +485,7 @@ def written(found, folder):
     data = json.loads(path.read_text())
     assert data["device"] == found.header["device"] and len(data["timings"]) == len(found.measured())
     pytest.importorskip("matplotlib")
-    charts.figure(saved.load(path)).savefig(folder / "picture.png")
+    charts.figure(report.load(path)).savefig(folder / "picture.png")
     assert (folder / "picture.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".png"]
     return data

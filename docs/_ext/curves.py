@@ -21,7 +21,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import mlkernels
-from bench import charts, saved
+from bench import charts, report
 
 INK = "#010203"  # becomes the text's color, in the light and in the dark
 COLORS = ["#2f7ed8", "#e0752d", "#3a9f5b", "#b04fc4", "#8a8f98"]
@@ -244,7 +244,7 @@ def inline(svg: str, words: str) -> str:
 def chart(name: str) -> str:
     """The pictures of one result of the benchmark."""
     with style(name, INK):
-        drawn = charts.figure(saved.load(saved.FOLDER / f"{name}.json"))
+        drawn = charts.figure(report.load(report.FOLDER / f"{name}.json"))
         return inline(svg_of(drawn), "bandwidth reached, and time against classes")
 
 
