@@ -175,7 +175,7 @@ bool directly(const DirectCall& call, const DirectHead& head, With with) {
     const Tensor weight = owned(head.weight);
     const std::optional<Tensor> bias = head.bias ? std::optional<Tensor>(owned(head.bias)) : std::nullopt;
     const std::vector<int64_t> plan(head.plan, head.plan + 5);
-    with(HeadArguments{x, weight, bias, head.normalize, target, head.room, plan, numbers, params});
+    with(HeadArguments{x, weight, bias, head.normalize, target, head.workspace, plan, numbers, params});
   });
 }
 

@@ -137,7 +137,7 @@ struct WholeHead {
   Tensor x;  // the rows that are left; their directions, where cosines are wanted
   const Tensor& weight;
   const std::optional<Tensor>& bias;
-  const Tensor room;
+  const Tensor workspace;
   const std::vector<int64_t>& plan;
   std::vector<int64_t> cut;  // of the plan, that of classes
   Call<T> call;
@@ -157,7 +157,7 @@ struct WholeHead {
       : x(of.x),
         weight(of.weight),
         bias(of.bias),
-        room(room_of({of.room}, type_of<T>(), sizeof(T))),
+        workspace(buffer_of({of.workspace}, type_of<T>(), sizeof(T))),
         plan(of.plan),
         call(of.target, of.numbers, of.params, checked()),
         p(call.p),
@@ -311,7 +311,7 @@ struct WholeHead {
     for (int64_t k = 0; k < numbers(); ++k) std::copy(f_y + k * count, f_y + (k + 1) * count, known.at(k));
   }
   ChunkArguments<T> chunk(int64_t first, const Tensor& rows, const Tensor& labels, bool keep) const {
-    ChunkArguments<T> made{rows, weight, bias, inverse, labels, 0, room, keep, cut, p.weight, p.preparation};
+    ChunkArguments<T> made{rows, weight, bias, inverse, labels, 0, workspace, keep, cut, p.weight, p.preparation};
     if (!halves) return made;
     made.halves = static_cast<const bfloat16*>(halves->data_ptr()) + first * width;
     made.row_factor = row_factor.data() + first;
@@ -370,7 +370,7 @@ struct HeadGradients {
     STD_TORCH_CHECK(!(needs >> (INPUT + 3)) && (head.bias || !(needs >> BIAS_BIT & 1)),
                     "needs asks for the gradient of what is no tensor");
     if (needs >> INPUT & 1) dx = empty({head.left, head.width}, type_of<T>());
-    if (needs >> WEIGHT_BIT & 1) dw = room_of({head.classes, head.width}, type_of<T>(), sizeof(T));
+    if (needs >> WEIGHT_BIT & 1) dw = buffer_of({head.classes, head.width}, type_of<T>(), sizeof(T));
     if (needs >> BIAS_BIT & 1) db = empty({head.classes}, type_of<T>());
     for (const auto& sum : {dw, db})
       if (sum && head.left == 0) std::memset(sum->data_ptr(), 0, size_t(sum->numel()) * sizeof(T));
@@ -380,7 +380,7 @@ struct HeadGradients {
     p.grad = tiles ? &p : nullptr;  // that one is wanted: where it goes the tiles know
   }
 
-  // Those of a chunk. kept: its products are in the room.
+  // Those of a chunk. kept: its products are in the workspace.
   void add(int64_t first, int64_t count, const typename WholeHead<T>::Known& known, bool kept) const {
     FinishedRows<T> out{};
     std::vector<T> coefficients(size_t(6 * count));
@@ -562,21 +562,21 @@ namespace {
 
 // The operators, whose arguments HeadArguments are.
 auto loss_with_gradients(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, bool normalize,
-                         const Tensor& target, int64_t room, std::vector<int64_t> plan, std::vector<double> numbers,
-                         std::vector<Tensor> params, int64_t needs) {
-  return linear_loss_with_gradients({x, weight, bias, normalize, target, room, plan, numbers, params}, needs);
+                         const Tensor& target, int64_t workspace, std::vector<int64_t> plan,
+                         std::vector<double> numbers, std::vector<Tensor> params, int64_t needs) {
+  return linear_loss_with_gradients({x, weight, bias, normalize, target, workspace, plan, numbers, params}, needs);
 }
 auto rows(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, bool normalize, const Tensor& target,
-          int64_t room, std::vector<int64_t> plan, std::vector<double> numbers, std::vector<Tensor> params,
+          int64_t workspace, std::vector<int64_t> plan, std::vector<double> numbers, std::vector<Tensor> params,
           bool stats) {
-  return linear_rows({x, weight, bias, normalize, target, room, plan, numbers, params}, stats);
+  return linear_rows({x, weight, bias, normalize, target, workspace, plan, numbers, params}, stats);
 }
 auto rows_backward(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, bool normalize,
-                   const Tensor& target, int64_t room, std::vector<int64_t> plan, std::vector<double> numbers,
+                   const Tensor& target, int64_t workspace, std::vector<int64_t> plan, std::vector<double> numbers,
                    std::vector<Tensor> params, const Tensor& saved, std::optional<Tensor> grad_loss,
                    std::optional<Tensor> grad_logsumexp, std::optional<Tensor> grad_log_prob,
                    std::optional<Tensor> grad_entropy, int64_t needs) {
-  return linear_rows_backward({x, weight, bias, normalize, target, room, plan, numbers, params}, saved,
+  return linear_rows_backward({x, weight, bias, normalize, target, workspace, plan, numbers, params}, saved,
                               {grad_loss, grad_logsumexp, grad_log_prob, grad_entropy}, needs);
 }
 

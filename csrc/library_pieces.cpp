@@ -306,13 +306,13 @@ namespace {
 std::tuple<Tensor, Tensor> linear_statistics(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
                                              std::optional<Tensor> inverse, const Tensor& label, int64_t offset,
                                              const std::vector<double>& numbers, const std::vector<Tensor>& params,
-                                             const Tensor& room, bool keep, std::vector<int64_t> plan,
+                                             const Tensor& workspace, bool keep, std::vector<int64_t> plan,
                                              const Tensor& target_logit, const Tensor& scales, int64_t classes,
                                              int64_t want) {
   return by_type(x, [&](auto zero) {
     using T = decltype(zero);
     const Arguments call(numbers, params);
-    ChunkArguments<T> of{x, weight, bias, inverse, label, offset, room, keep, plan};
+    ChunkArguments<T> of{x, weight, bias, inverse, label, offset, workspace, keep, plan};
     lay_out_classes(of, call, vectors_from<T>(call, offset, weight.size(0)));
     const int64_t n = label.numel(), count = scales_of(scales, n);
     Tensor reals = empty({Numbers<T>::of_reals(count), n}, type_of<T>()), whole = empty({2, n}, ScalarType::Long);
@@ -324,14 +324,14 @@ std::tuple<Tensor, Tensor> linear_statistics(const Tensor& x, const Tensor& weig
 
 void linear_gradient(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, std::optional<Tensor> inverse,
                      const Tensor& label, int64_t offset, const std::vector<double>& numbers,
-                     const std::vector<Tensor>& params, const Tensor& room, bool kept, std::vector<int64_t> plan,
+                     const std::vector<Tensor>& params, const Tensor& workspace, bool kept, std::vector<int64_t> plan,
                      const Tensor& factor, std::optional<Tensor> slope, std::optional<Tensor> spread,
                      const Tensor& target, const Tensor& scale, const Tensor& top, std::optional<Tensor> dx,
                      std::optional<Tensor> dw, std::optional<Tensor> db, bool first, bool last) {
   by_type(x, [&](auto zero) {
     using T = decltype(zero);
     const Arguments call(numbers, params);
-    ChunkArguments<T> of{x, weight, bias, inverse, label, offset, room, kept, plan};
+    ChunkArguments<T> of{x, weight, bias, inverse, label, offset, workspace, kept, plan};
     lay_out_classes(of, call, vectors_from<T>(call, offset, weight.size(0)));
     const int64_t n = label.numel();
     PieceGradient<T> p{};
@@ -345,12 +345,12 @@ void linear_gradient(const Tensor& x, const Tensor& weight, std::optional<Tensor
 
 }  // namespace
 
-Tensor room_of(std::vector<int64_t> sizes, ScalarType type, size_t itemsize) {
+Tensor buffer_of(std::vector<int64_t> sizes, ScalarType type, size_t itemsize) {
   std::vector<int64_t> strides(sizes.size());
   int64_t count = 1;
   for (size_t d = sizes.size(); d-- > 0; count *= sizes[d]) {
     STD_TORCH_CHECK(sizes[d] >= 0 && (sizes[d] == 0 || count <= (int64_t(1) << 56) / sizes[d]),
-                    "no room of such sizes");
+                    "no buffer of such sizes");
     strides[d] = count;
   }
   const size_t bytes = size_t(count) * itemsize;
@@ -360,8 +360,8 @@ Tensor room_of(std::vector<int64_t> sizes, ScalarType type, size_t itemsize) {
 }
 
 // The operator.
-static Tensor room_like(const Tensor& like, std::vector<int64_t> sizes) {
-  return room_of(std::move(sizes), like.scalar_type(), like.element_size());
+static Tensor buffer_like(const Tensor& like, std::vector<int64_t> sizes) {
+  return buffer_of(std::move(sizes), like.scalar_type(), like.element_size());
 }
 
 }  // namespace mlkernels
@@ -371,5 +371,5 @@ STABLE_TORCH_LIBRARY_IMPL(mlkernels, CPU, m) {
   m.impl("piece_gradient", TORCH_BOX(&mlkernels::piece_gradient));
   m.impl("linear_statistics", TORCH_BOX(&mlkernels::linear_statistics));
   m.impl("linear_gradient", TORCH_BOX(&mlkernels::linear_gradient));
-  m.impl("room_like", TORCH_BOX(&mlkernels::room_like));
+  m.impl("buffer_like", TORCH_BOX(&mlkernels::buffer_like));
 }

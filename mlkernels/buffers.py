@@ -32,5 +32,5 @@ def empty(like: Tensor, sizes: Sequence[int], dtype: torch.dtype | None = None) 
     """Contiguous, with anything in it, of a dtype, which is another's where none is given."""
     if dtype is not None and dtype != like.dtype:
         like = torch.empty((), dtype=dtype)
-    found: Tensor = torch.ops.mlkernels.room_like.default(like, sizes)
+    found: Tensor = torch.ops.mlkernels.buffer_like.default(like, sizes)
     return found

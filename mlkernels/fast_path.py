@@ -37,7 +37,7 @@ def _describe(spec: Spec) -> list[tuple[int, bool, bool, float, float, float]]:
     return [(slot, slot in spec.tables, slot in TRAINABLE, *range_of(name)) for slot, name in spec.slots]
 
 
-#: A call, its numbers, needs, half and apart, and of a head the numbers of its plan and how much room it takes.
+#: A call, its numbers, needs, half and apart, and of a head the numbers of its plan and how much workspace it takes.
 Resolved: TypeAlias = tuple[Any, list[float], int, bool, bool, tuple[int, ...]]
 
 

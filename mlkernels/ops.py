@@ -198,14 +198,14 @@ def _linear_gradients(x: Tensor, weight: Tensor, *of_loss: Any) -> list[Tensor]:
 
 
 def _linear_loss_with_gradients(
-    x: Tensor, weight: Tensor, bias: Tensor | None, normalize: bool, target: Tensor, room: int,
+    x: Tensor, weight: Tensor, bias: Tensor | None, normalize: bool, target: Tensor, workspace: int,
     plan: Sequence[int], numbers: Sequence[float], params: Sequence[Tensor], needs: int,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     return _loss_like(x, target, numbers), _linear_gradients(x, weight, numbers, params, needs)
 
 
 def _linear_rows(
-    x: Tensor, weight: Tensor, bias: Tensor | None, normalize: bool, target: Tensor, room: int,
+    x: Tensor, weight: Tensor, bias: Tensor | None, normalize: bool, target: Tensor, workspace: int,
     plan: Sequence[int], numbers: Sequence[float], params: Sequence[Tensor], stats: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
     loss, saved, *rows = _softmax_stats(x, target, numbers, params)
@@ -217,7 +217,7 @@ def _linear_rows_backward(x: Tensor, weight: Tensor, *arguments: Any) -> list[Te
     return _linear_gradients(x, weight, *arguments[5:7], arguments[-1])
 
 
-def _room_like(like: Tensor, sizes: Sequence[int]) -> Tensor:
+def _buffer_like(like: Tensor, sizes: Sequence[int]) -> Tensor:
     return like.new_empty(sizes)
 
 
@@ -235,7 +235,7 @@ _OTHERS: dict[str, Callable[..., Any]] = {
     "linear_rows": _linear_rows,
     "linear_rows_backward": _linear_rows_backward,
     "row_finish": _row_finish,
-    "room_like": _room_like,
+    "buffer_like": _buffer_like,
     "multi_copy_": _multi_copy_fake,
 }
 for _name, _fake in _OTHERS.items():

@@ -39,11 +39,11 @@ _TILE = "Tensor(a!) tile, {}Tensor label, int start, {}float[] numbers, Tensor[]
 # classes.
 _CLASSES = (
     "Tensor x, Tensor weight, Tensor? bias, Tensor? inverse, Tensor label, int offset, float[] numbers, "
-    "Tensor[] params, Tensor(a!) room, bool kept, int[] plan"
+    "Tensor[] params, Tensor(a!) workspace, bool kept, int[] plan"
 )
-# And for all rows of a loss, those that are ignored left out; room: how many numbers it takes.
+# And for all rows of a loss, those that are ignored left out; workspace: how many numbers it takes.
 _HEAD = (
-    "Tensor x, Tensor weight, Tensor? bias, bool normalize, Tensor target, int room, int[] plan, "
+    "Tensor x, Tensor weight, Tensor? bias, bool normalize, Tensor target, int workspace, int[] plan, "
     "float[] numbers, Tensor[] params"
 )
 _OF_HEADS = (
@@ -67,7 +67,7 @@ _OF_HEADS = (
     ("row_finish(Tensor target, Tensor target_logit, Tensor top, Tensor total, Tensor? shift, Tensor? second, "
      "Tensor? weighted, float[] numbers, Tensor[] params, int classes, Tensor? by_class, Tensor? by_row, "
      "Tensor? logsumexp, Tensor? log_prob, Tensor? entropy, bool derive, int needs) -> (Tensor, Tensor, Tensor[])"),
-    "room_like(Tensor like, int[] sizes) -> Tensor",
+    "buffer_like(Tensor like, int[] sizes) -> Tensor",
     # Each dst from the src at its place, bit for bit; with a flag (one boolean) only where the device finds it true.
     "multi_copy_(Tensor(a!)[] dst, Tensor[] src, Tensor? flag=None) -> ()",
 )  # fmt: skip

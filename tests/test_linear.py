@@ -148,9 +148,9 @@ class Watched(TorchDispatchMode):
         if "linear_gradient" in str(function):
             kept, (dx, dw) = arguments[10], arguments[18:20]
             self.products += (not kept) + (dx is not None) + (dw is not None)
-        room = 0
+        workspace = 0
         if any(name in str(function) for name in ("linear_loss_with_gradients", "linear_rows")):
-            room = arguments[5] * accumulated(arguments[0].dtype).itemsize
+            workspace = arguments[5] * accumulated(arguments[0].dtype).itemsize
         if "linear_loss_with_gradients" in str(function):
             (*_, stored), of_tiles = arguments[6], [arguments[9] >> INPUT + i & 1 for i in range(2)]
             self.products += 1 + (any(of_tiles) and not stored) + sum(of_tiles)
@@ -160,7 +160,7 @@ class Watched(TorchDispatchMode):
                 storage = tensor.untyped_storage()
                 self.live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         self.live = {k: (ref, size) for k, (ref, size) in self.live.items() if not ref.expired()}
-        self.peak = max(self.peak, sum(size for _, size in self.live.values()) + room)
+        self.peak = max(self.peak, sum(size for _, size in self.live.values()) + workspace)
         return result
 
 

@@ -234,15 +234,15 @@ def test_malformed_backwards_are_refused(kernels):
 @pytest.mark.skipif("cpu" not in usable_backends(), reason="no library")
 def test_malformed_heads_are_refused():
     x, weight, label, rows = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 2, 4]), torch.rand(3)
-    room, huge = torch.zeros(400), 2**62
-    head = [x, weight, None, None, label, 0, plain_numbers(), [], room, False, [2, 2, 2]]
+    workspace, huge = torch.zeros(400), 2**62
+    head = [x, weight, None, None, label, 0, plain_numbers(), [], workspace, False, [2, 2, 2]]
     statistics = torch.ops.mlkernels.linear_statistics.default
     wanted = statistics(*head, rows, torch.ones(1, 3), 5, 15)
     for plan in ([huge, 2, 2], [1, huge, 2], [2, 2, huge]):  # no more than there is
         for one, other in zip(statistics(*head[:-1], plan, rows, torch.ones(1, 3), 5, 15), wanted, strict=True):
             torch.testing.assert_close(one, other)
     every_second = torch.randn(1, 8)[:, ::2]
-    for at, value in ((1, every_second), (5, 2**63 - 1), (7, [rows]), (8, room[:2])):
+    for at, value in ((1, every_second), (5, 2**63 - 1), (7, [rows]), (8, workspace[:2])):
         with pytest.raises(RuntimeError):
             statistics(*head[:at], value, *head[at + 1 :], rows, torch.ones(1, 3), 5, 15)
     for slot in PER_CLASS:  # of fewer classes than there are
@@ -253,7 +253,7 @@ def test_malformed_heads_are_refused():
             statistics(*head, rows, scales, 5, 15)
     for sizes in ([-1], [huge, 8]):
         with pytest.raises(RuntimeError):
-            torch.ops.mlkernels.room_like.default(x, sizes)
+            torch.ops.mlkernels.buffer_like.default(x, sizes)
 
 
 @pytest.mark.skipif("cpu" not in usable_backends(), reason="no library")
@@ -280,11 +280,11 @@ def test_pieces(dtype):
 @pytest.mark.skipif("cpu" not in usable_backends(), reason="no library")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_all_classes_of_a_head(dtype):
-    """They write the room and the gradients, and nothing else."""
+    """They write the workspace and the gradients, and nothing else."""
     torch.manual_seed(0)
     x, weight, label = torch.randn(3, 2, dtype=dtype), torch.randn(5, 2, dtype=dtype), torch.tensor([0, 2, 5])
     rows, classes = torch.rand(3, dtype=dtype), torch.rand(6, dtype=dtype)
-    room, scales = torch.zeros(40, dtype=dtype), torch.ones(2, 3, dtype=dtype)
+    workspace, scales = torch.zeros(40, dtype=dtype), torch.ones(2, 3, dtype=dtype)
     head = (
         x,
         weight,
@@ -294,7 +294,7 @@ def test_all_classes_of_a_head(dtype):
         1,
         plain_numbers(*PER_CLASS, SOFTCAP=5.0),
         [classes, classes],
-        room,
+        workspace,
         True,
         [2, 2, 2],
     )
@@ -317,7 +317,7 @@ def test_all_classes_of_a_head(dtype):
             check(torch.ops.mlkernels.linear_rows_backward.default, (*whole, saved, *ups, needs))
         for stats in (False, True):
             check(torch.ops.mlkernels.linear_rows.default, (*whole, stats))
-    check(torch.ops.mlkernels.room_like.default, (x, [2, 3]))
+    check(torch.ops.mlkernels.buffer_like.default, (x, [2, 3]))
 
 
 @pytest.mark.parametrize("name, normalize", [("piecewise_groups", True), ("two_scale_norm", False)])

@@ -15,7 +15,7 @@ from torch import Tensor
 from bench import head_errors
 from mlkernels import linear_cross_entropy, linear_softmax_loss
 from mlkernels.backends import native
-from mlkernels.linear.plan import Plan, ThreadsPlanner, room
+from mlkernels.linear.plan import Plan, ThreadsPlanner, workspace
 from mlkernels.numbering import Slot
 
 pytestmark = pytest.mark.skipif(native.cpu_isa() != "avx512_bf16", reason="no such products here")
@@ -44,18 +44,20 @@ class Problem:
 
     def head(self, keep: bool, more: int = 0) -> list[object]:
         rows, classes, width = self.sizes
-        size = room(Plan(keep, rows, self.plan[1], self.plan[0], self.plan[2]), keep, rows, classes, width, 1, True)
-        self.room = torch.full((size + more,), float("nan"))
+        size = workspace(
+            Plan(keep, rows, self.plan[1], self.plan[0], self.plan[2]), keep, rows, classes, width, 1, True
+        )
+        self.workspace = torch.full((size + more,), float("nan"))
         return [
-            self.x, self.weight, None, None, self.label, 0, plain_numbers(Slot.WEIGHT), [self.class_weight], self.room,
-            keep, self.plan,
+            self.x, self.weight, None, None, self.label, 0, plain_numbers(Slot.WEIGHT), [self.class_weight],
+            self.workspace, keep, self.plan,
         ]  # fmt: skip
 
     def statistics(self, keep: bool = True, more: int = 0) -> tuple[Tensor, Tensor]:
         """The row numbers, and the products, which are kept by tile."""
         rows, classes, _ = self.sizes
         known, _ = ops.linear_statistics(*self.head(keep, more), torch.zeros(rows), torch.ones(1, rows), classes, 0)
-        tiles = self.room[: rows * classes].split(rows * self.plan[1])
+        tiles = self.workspace[: rows * classes].split(rows * self.plan[1])
         return known, torch.cat([tile.view(rows, -1) for tile in tiles], 1)
 
     def gradients(self) -> tuple[Tensor, Tensor]:
@@ -74,7 +76,7 @@ class Problem:
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_exact(sizes):
-    """To the bit, with the room that is planned and no more; without one element of it the call is refused."""
+    """To the bit, with the workspace that is planned and no more; without one element of it the call is refused."""
     torch.manual_seed(0)
     problem = Problem(*sizes)
     known, products = problem.statistics()
@@ -84,7 +86,7 @@ def test_exact(sizes):
     assert torch.equal(known[0].double(), wanted.amax(1))
     for ours, exact in zip(problem.gradients(), problem.exact(), strict=True):
         assert torch.equal(ours.double(), exact)
-    with pytest.raises(RuntimeError, match="room is too small"):
+    with pytest.raises(RuntimeError, match="workspace is too small"):
         problem.statistics(more=-1)
 
 
@@ -152,7 +154,7 @@ def test_no_rows(reduction):
 @pytest.mark.parametrize("strategy", ["stored", "tiles", "rows"])
 def test_memory_is_bounded(strategy, rows):
     plan = ThreadsPlanner(rows, 5000, 128, 4, 1, memory=3_000_000, threads=2, pairs=True).plan(strategy)
-    assert 4 * room(plan, plan.stored, plan.rows, 5000, 128, 1, True) <= 3_000_000
+    assert 4 * workspace(plan, plan.stored, plan.rows, 5000, 128, 1, True) <= 3_000_000
 
 
 @pytest.mark.parametrize("width", [31, 32])

@@ -42,7 +42,7 @@ NUMBERS = [0.0, -1.0, 1.0, 2.0, 3.0, 7.0, 0.5, 1e300, -1e300, 2.0**63, -(2.0**63
 INTEGERS = [0, -1, 1, 2, 3, 5, 7, 64, 2**23, 2**31, 2**40, 2**62, 2**63 - 1, -(2**63)]
 PER_CALL = (
     "piece_statistics", "piece_gradient", "linear_statistics", "linear_gradient", "row_finish",
-    "linear_loss_with_gradients", "linear_rows", "linear_rows_backward", "room_like",
+    "linear_loss_with_gradients", "linear_rows", "linear_rows_backward", "buffer_like",
 )  # fmt: skip
 
 
@@ -77,13 +77,13 @@ def legal(rng: random.Random) -> tuple[str, list[Any]]:
         rows = [torch.rand(6, dtype=dtype) for _ in range(8)]
         if name != "row_finish":
             x, weight = torch.rand(2, 6, 2, dtype=dtype)
-            room = rng.choice((rng.randint(-2, 240), 240, 1 << 60))
+            workspace = rng.choice((rng.randint(-2, 240), 240, 1 << 60))
             normalize = not pairs and rng.random() < 0.5
             if pairs:
                 x, weight = x.bfloat16(), weight.bfloat16()
             plan = [*(rng.randint(1, 6) for _ in range(4)), rng.randrange(2)]
             bias, needs = None if normalize else rows[0], needs | (1 if normalize else 3) << INPUT + 1
-            given = [x, weight, bias, normalize, target, room, plan, numbers, params]
+            given = [x, weight, bias, normalize, target, workspace, plan, numbers, params]
             if name == "linear_rows":
                 return name, [*given, rng.random() < 0.5]
             if name == "linear_rows_backward":
@@ -106,7 +106,7 @@ def legal(rng: random.Random) -> tuple[str, list[Any]]:
         "piece_gradient": [of(n, c), label, 1, False, *of_classes, rows, rows, rows, rows, rows],
         "linear_statistics": [*head, of(n), of(count, n), c + 1, 15],
         "linear_gradient": [*head, rows, rows, None, rows, rows, rows, of(n, width), of(c, width), of(c), True, True],
-        "room_like": [of(n), [n, c]],
+        "buffer_like": [of(n), [n, c]],
         "multi_copy_": [[of(n), of(c, n)], [of(n), of(c, n)], torch.tensor(True)],
     }[name]  # fmt: skip
 
@@ -154,8 +154,8 @@ def other_tensor(rng: random.Random, value: Tensor) -> Tensor | None:
     if way == 4:
         return torch.zeros(1, dtype=value.dtype).expand(rng.choice([sizes, [9, *sizes], [2**20], [*sizes, 1]]))
     if way == 5 and value.numel():
-        room = torch.rand(200).to(value.dtype)
-        return room.as_strided(sizes, [rng.choice([0, 1, 2, 3]) for _ in sizes]) if value.numel() < 60 else value.t()
+        storage = torch.rand(200).to(value.dtype)
+        return storage.as_strided(sizes, [rng.choice([0, 1, 2, 3]) for _ in sizes]) if value.numel() < 60 else value.t()
     if way == 6:
         return value.transpose(0, -1) if sizes else value.reshape(1)
     if way == 7:

@@ -120,7 +120,7 @@ struct Chunk {
   Preparation<T> preparation;
   const int64_t* label;
   int64_t offset;  // where these classes begin among those of labels
-  T* room;
+  T* workspace;
   bool keeps;  // the products of all tiles, one after another, in front
 
   explicit Chunk(const ChunkArguments<T>& of)
@@ -129,7 +129,7 @@ struct Chunk {
         weight(of.weight),
         preparation(of.preparation),
         offset(of.offset) {
-    const Tensor &x_ = of.x, &weight_ = of.linear_weight, &room_ = of.room;
+    const Tensor &x_ = of.x, &weight_ = of.linear_weight, &workspace_ = of.workspace;
     const std::vector<int64_t>& plan = of.plan;
     STD_TORCH_CHECK(x_.dim() == 2 && weight_.dim() == 2 && weight_.size(1) == x_.size(1) && plan.size() == 3 &&
                         plan[0] > 0 && plan[1] > 0 && plan[2] > 0,
@@ -165,10 +165,10 @@ struct Chunk {
     bias = array<T>(of.bias, classes, "bias");
     label = array<int64_t>(of.label, rows, "label");
     keeps = of.keep;
-    room = array<T>(room_, room_.numel(), "room");
+    workspace = array<T>(workspace_, workspace_.numel(), "workspace");
     const int64_t of_features = pairs ? (rows + block - 1) / block * pair_rows(block) * width : 0;
-    STD_TORCH_CHECK(room_.numel() >= kept() + parts * of_part() + (parts - 1) * rows * width + of_features,
-                    "room is too small");
+    STD_TORCH_CHECK(workspace_.numel() >= kept() + parts * of_part() + (parts - 1) * rows * width + of_features,
+                    "workspace is too small");
   }
 
   int64_t kept() const { return keeps ? rows * classes : 0; }
@@ -182,9 +182,9 @@ struct Chunk {
     const std::array<int64_t, 4> each = of_pairs();
     return of_tile() + (pairs ? each[0] + each[1] + each[2] + each[3] : tile * width * (copies ? 2 : 1));
   }
-  T* own(int64_t part) const { return room + kept() + part * of_part(); }
+  T* own(int64_t part) const { return workspace + kept() + part * of_part(); }
   // Where a part sums up the gradient of x, if that is not where it is wanted.
-  T* partial(int64_t part) const { return room + kept() + parts * of_part() + (part - 1) * rows * width; }
+  T* partial(int64_t part) const { return workspace + kept() + parts * of_part() + (part - 1) * rows * width; }
   // The features of a block as pairs of rows, by groups.
   Pair* pairs_of_rows(int64_t row) const {
     return reinterpret_cast<Pair*>(partial(parts)) + row / block * pair_rows(block) * width;
@@ -200,7 +200,7 @@ struct Chunk {
     return these;
   }
 
-  // What lies in a part's own room, and how its tiles are walked through.
+  // What lies in a part's own workspace, and how its tiles are walked through.
   struct Tile {
     int64_t start, classes;  // among this weight's
     const T *weight, *transposed;
@@ -216,7 +216,7 @@ struct Chunk {
       start = index * c.tile;
       classes = std::min(c.tile, c.classes - start);
       T* const own = c.own(part);
-      products = c.keeps ? c.room + start * c.rows : own;
+      products = c.keeps ? c.workspace + start * c.rows : own;
       T* const panels = own + c.of_tile();
       transposed = panels;
       const Classes<T> these = c.some(start, classes);

@@ -22,7 +22,7 @@ struct DirectHead {
   AtenTensorOpaque *weight, *bias;  // the bias may be null
   bool normalize;
   const int64_t* plan;  // the five numbers of the operator
-  int64_t room;
+  int64_t workspace;
 };
 
 // What is made belongs to the caller, gradients in the order of the bits of `needs`. False: the call was refused, and

@@ -16,8 +16,8 @@ struct ChunkArguments {
   const std::optional<Tensor>&bias, &inverse;
   const Tensor& label;
   int64_t offset;  // where these classes begin among those of labels
-  const Tensor& room;
-  bool keep;  // the products lie in the room
+  const Tensor& workspace;
+  bool keep;  // the products lie in the workspace
   const std::vector<int64_t>& plan;
   const T* weight = nullptr;  // this and what is in the preparation: of these classes
   Preparation<T> preparation{};
@@ -56,14 +56,14 @@ void gradients_of(const ChunkArguments<T>& of, const PieceGradient<T>& p, const 
 // needs: the bits of slots, then those of x, weight and bias.
 constexpr int WEIGHT_BIT = INPUT + 1, BIAS_BIT = INPUT + 2;
 
-// What the operators of a whole head share. room: how many numbers it takes. plan: parts, classes, block; rows of a
+// What the operators of a whole head share. workspace: how many numbers it takes. plan: parts, classes, block; rows of a
 // chunk; whether its products are kept.
 struct HeadArguments {
   const Tensor &x, &weight;
   const std::optional<Tensor>& bias;
   bool normalize;
   const Tensor& target;
-  int64_t room;
+  int64_t workspace;
   const std::vector<int64_t>& plan;
   const std::vector<double>& numbers;
   const std::vector<Tensor>& params;
@@ -76,6 +76,6 @@ std::vector<Tensor> linear_rows_backward(const HeadArguments& of, const Tensor& 
                                          const std::array<std::optional<Tensor>, 4>& upstream, int64_t needs);
 
 // Contiguous, with anything in it; large ones in memory that earlier ones have left.
-Tensor room_of(std::vector<int64_t> sizes, ScalarType type, size_t itemsize);
+Tensor buffer_of(std::vector<int64_t> sizes, ScalarType type, size_t itemsize);
 
 }  // namespace mlkernels

@@ -175,7 +175,7 @@ struct Resolved {
   bool half = false, apart = false;
   bool head = false, normalize = false, stats = false;
   std::array<int64_t, 5> plan{};
-  int64_t room = 0;
+  int64_t workspace = 0;
 
   ~Resolved() {
     if (!call || !Py_IsInitialized()) return;
@@ -204,7 +204,7 @@ inline Call ask_python(const Key& key, PyObject* const* arguments) {
     made->normalize = key.normalize != 0;
     made->stats = key.stats != 0;
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(cut); ++i)
-      (i < 5 ? made->plan[size_t(i)] : made->room) = PyLong_AsLongLong(PyTuple_GET_ITEM(cut, i));
+      (i < 5 ? made->plan[size_t(i)] : made->workspace) = PyLong_AsLongLong(PyTuple_GET_ITEM(cut, i));
     if (PyErr_Occurred()) throw python_error();
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(numbers); ++i)
       made->numbers.push_back(PyFloat_AsDouble(PyList_GET_ITEM(numbers, i)));

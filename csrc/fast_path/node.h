@@ -54,7 +54,7 @@ inline bool run_backward(const Resolved& of, const Tensor& upstream, const Tenso
 }
 
 inline DirectHead head_of(const Resolved& of, const Tensor& weight, const Tensor& bias) {
-  return {handle_of(weight), bias.defined() ? handle_of(bias) : nullptr, of.normalize, of.plan.data(), of.room};
+  return {handle_of(weight), bias.defined() ? handle_of(bias) : nullptr, of.normalize, of.plan.data(), of.workspace};
 }
 
 // The same of a head's rows; tensors: features, weight, bias, target, params.

@@ -58,7 +58,7 @@ class _SliceHead(PartHead):
         tile = tile[part] if self.index is None else tile.index_select(0, self.index[part])
         if self.index is None and not tile.is_cpu:
             tile = torch.where(self.values.kept[part].unsqueeze(1), tile, 0)
-        return self.room[: tile.numel()].view(tile.shape).copy_(tile)
+        return self.workspace[: tile.numel()].view(tile.shape).copy_(tile)
 
     def of_owned(self, part: slice, label: Tensor) -> Tensor:
         row = torch.arange(len(self.logits), device=label.device) if self.index is None else self.index

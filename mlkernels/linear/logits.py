@@ -22,7 +22,7 @@ from . import graph, threads
 from .autograd import WHOLE, fast_path_backward, has_hooks, linear_loss
 from .loop import Call, Wanted, planned
 from .pieces import CPU, pieces_for
-from .plan import DEFAULT, Cut, room
+from .plan import DEFAULT, Cut, workspace
 from .sampling import ClassSampler, Sample
 from .update import Updating
 
@@ -153,7 +153,7 @@ class LinearLogits(ProductLogits):
         call = Call(bound.numbers, slots, frozenset(), self.normalize, self.return_stats, pieces, x.dtype)
         plan = threads.planned(target.numel(), weight.shape[0], x, weight, call, DEFAULT)
         keep, rows = plan.stored and any(tiles) and not later, min(plan.rows, x.shape[0])
-        size = room(plan, keep, rows, weight.shape[0], x.shape[1], int(self.normalize))
+        size = workspace(plan, keep, rows, weight.shape[0], x.shape[1], int(self.normalize))
         wanted = Wanted(tiles[0], tiles[1], tiles[2], tuple(s for s in slots if bound.needs >> s & 1))
         of_backward = call._replace(plan=plan), wanted, not later
         return of_backward, bound.numbers, needs, False, later, (*threads.cut(plan), size)

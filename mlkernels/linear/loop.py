@@ -28,7 +28,7 @@ from .plan import Cut, Plan
 from .products import add_at, add_product, along_length, lengths, multiply_into
 
 #: Until somebody needs some.
-NO_ROOM = torch.empty(0)
+NO_WORKSPACE = torch.empty(0)
 SCALES = frozenset({Slot.SCALE, Slot.SCALE_HIGH, Slot.LOGIT_NORM})
 
 
@@ -166,10 +166,10 @@ class Head:
         plan = call.plan
         # Once for all: fresh memory costs more than what is done in it.
         size = plan.rows * (self.classes if plan.stored else plan.classes)
-        self.room = NO_ROOM if plan.parts else x.new_empty(size, dtype=call.dtype)
-        self.gradient_room: Tensor | None = None
+        self.workspace = NO_WORKSPACE if plan.parts else x.new_empty(size, dtype=call.dtype)
+        self.gradient_workspace: Tensor | None = None
         if self.operands != call.dtype and not plan.parts:
-            self.gradient_room = x.new_empty(plan.rows * plan.classes)
+            self.gradient_workspace = x.new_empty(plan.rows * plan.classes)
 
     @functools.cached_property
     def values(self) -> Values:
@@ -227,10 +227,10 @@ class Head:
         return Tile(f, self.offset + start, factors)
 
     def product(self, part: slice, start: int, weight: Tensor) -> Tensor:
-        """The logits of a chunk and a tile, where there is room for them: kept, or in place of the last ones."""
+        """The logits of a chunk and a tile, where memory was set aside for them: kept, or in place of the last ones."""
         x, classes = self.x[part], weight.shape[0]
         begin = start * x.shape[0] if self.call.plan.stored else 0
-        out = self.room[begin : begin + x.shape[0] * classes].view(x.shape[0], classes)
+        out = self.workspace[begin : begin + x.shape[0] * classes].view(x.shape[0], classes)
         if self.bias is None:
             return multiply_into(out, x, weight.T)
         if x.dtype != out.dtype:
@@ -239,7 +239,7 @@ class Head:
 
     def gradient(self, part: slice, values: Values, start: int, f: Tensor, row: Coefficients, seen: bool) -> Tensor:
         """That of the products of a chunk and a tile, as the next products take it; what it holds is lost."""
-        out = None if self.gradient_room is None else self.gradient_room[: f.numel()].view(f.shape)
+        out = None if self.gradient_workspace is None else self.gradient_workspace[: f.numel()].view(f.shape)
         return self.call.pieces.gradient(self.tile(part, start, f), row, values, seen, out)
 
     def of_target(self, part: slice, values: Values) -> Tensor:
@@ -293,7 +293,7 @@ class Sums:
         self.head, self.wanted = head, wanted
         dtype = head.call.dtype
         self.input = torch.zeros_like(head.x, dtype=dtype) if wanted.input else None
-        common = wanted.input and head.gradient_room is not None and head.classes > 0  # where tiles are rounded
+        common = wanted.input and head.gradient_workspace is not None and head.classes > 0  # where tiles are rounded
         self.common = head.weight.mean(0, dtype=dtype) if common else None  # before any class steps
         self.weight: Tensor | None = None
         if wanted.weight and head.call.update is None:  # the first chunk of rows writes it
@@ -346,7 +346,7 @@ def _known(head: Head, part: slice, values: Values, want: Want, keep: bool) -> t
     kept: list[Tensor] = []
     if head.call.plan.parts:
         rows = threads.statistics(head, part, values, u_y, scales, want, keep)
-        kept.append(head.room)
+        kept.append(head.workspace)
     else:
         rows = pieces.begin(u_y, values, want)
         for start, weight in head.tiles():

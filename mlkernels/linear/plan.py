@@ -67,7 +67,7 @@ class Plan(NamedTuple):
     block: int = 0
 
 
-def room(plan: Plan, keep: bool, rows: int, classes: int, width: int, copies: int, pairs: bool = False) -> int:
+def workspace(plan: Plan, keep: bool, rows: int, classes: int, width: int, copies: int, pairs: bool = False) -> int:
     """Elements that ``threads`` takes for a chunk: its products, tiles of the weight transposed and, where so asked,
     copied, and sums of dX by thread.
 
@@ -185,7 +185,7 @@ class ThreadsPlanner(Planner):
         return fits or (self.width >= CHEAP and stored.rows >= FEW)
 
     def bytes_of(self, plan: Plan) -> int:
-        size = room(plan, plan.stored, plan.rows, self.classes, self.width, self.copies, self.pairs)
+        size = workspace(plan, plan.stored, plan.rows, self.classes, self.width, self.copies, self.pairs)
         return self.itemsize * size
 
     def cut(self, stored: bool, chunk: int) -> Plan | None:

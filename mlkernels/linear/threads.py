@@ -17,7 +17,7 @@ from ..backends.reference import Coefficients, Rows, Values
 from ..checks import accumulated
 from ..numbering import INPUT, Slot
 from .pieces import CPU, TRITON, Want, rows_of
-from .plan import DEFAULT_MEMORY, DEVICE_MEMORY, Cut, DevicePlanner, Plan, Planner, ThreadsPlanner, room
+from .plan import DEFAULT_MEMORY, DEVICE_MEMORY, Cut, DevicePlanner, Plan, Planner, ThreadsPlanner, workspace
 
 if TYPE_CHECKING:
     from .loop import Call, Head, Inputs, Sums, Wanted
@@ -89,7 +89,7 @@ class Whole:
         plan, (classes, width) = self.call.plan, self.weight.shape
         copies = self.call.normalize or self.weight.dtype != self.call.dtype
         rows = min(plan.rows, self.x.shape[0])
-        size = room(plan, keep, rows, classes, width, int(copies), self.pairs)
+        size = workspace(plan, keep, rows, classes, width, int(copies), self.pairs)
         return (
             self.x, self.weight, self.bias, self.call.normalize, self.target, size, cut(plan), self.call.numbers,
             self.params,
@@ -127,7 +127,7 @@ def _placed(found: Sequence[Tensor], wanted: Wanted) -> tuple[Tensor | None, ...
 
 
 def statistics(head: Head, part: slice, values: Values, u_y: Tensor, scales: Tensor, want: Want, keep: bool) -> Rows:
-    """What is known of a chunk's rows over the head's classes; keep: their products stay in the head's room."""
+    """What is known of a chunk's rows over the head's classes; keep: their products stay in the head's workspace."""
     smoothed = values.smoothing > 0
     wanted = want.shift + 2 * want.second + 4 * want.ranks + 8 * smoothed
     reals, whole = ops.linear_statistics(*_of(head, part, values, keep), u_y, scales, values.classes, wanted)
@@ -162,14 +162,14 @@ def _of(head: Head, part: slice, values: Values, keep: bool, classes: slice = sl
     weight, bias, inverse = (None if t is None else t[classes] for t in (head.weight, head.bias, head.inverse))
     return (
         x, weight, bias, inverse, values.label, head.offset + classes.start, values.numbers,
-        [*values.params.values()], room_of(head, keep, x.shape[0]), keep, [plan.parts, plan.classes, plan.block],
+        [*values.params.values()], workspace_of(head, keep, x.shape[0]), keep, [plan.parts, plan.classes, plan.block],
     )  # fmt: skip
 
 
-def room_of(head: Head, keep: bool, rows: int) -> Tensor:
+def workspace_of(head: Head, keep: bool, rows: int) -> Tensor:
     """What a chunk of so many rows takes, the same for all of a head's chunks."""
     plan, (classes, width), pairs = head.call.plan, head.weight.shape, head.x.dtype == torch.bfloat16
-    size = room(plan, keep, rows, classes, width, head.copies, pairs)
-    if head.room.numel() < size:
-        head.room = buffers.empty(head.x, [size], head.call.dtype)
-    return head.room
+    size = workspace(plan, keep, rows, classes, width, head.copies, pairs)
+    if head.workspace.numel() < size:
+        head.workspace = buffers.empty(head.x, [size], head.call.dtype)
+    return head.workspace
