@@ -90,7 +90,8 @@ def focal_loss(input: Tensor, target: Tensor, *rest: Never, gamma: Number = 2.0,
     :math:`w = (1-p_y)^\gamma - \gamma\,p_y(1-p_y)^{\gamma-1}\log p_y`.
 
     Args:
-        gamma: the focusing exponent, >= 0; 0 is cross entropy. Below 1 the gradient stays finite at p = 1.
+        gamma: the focusing exponent, >= 0, a number or a tensor (0-d, (C,) or (N, 1)); 0 is cross entropy. Below 1 the
+            gradient stays finite at p = 1.
         **common: as in :mod:`mlkernels.functional`.
 
     Example:
@@ -166,8 +167,12 @@ def margin_cross_entropy(
     :math:`z_y = n\,t(f_y/n)`; then ``scale`` is usually 1.
 
     Args:
-        m1, m2, m3, norm, beyond_pi, gradient: see :class:`mlkernels.Margin`.
-        scale: s > 0, a number or a tensor (0-d, (C,) or (N, 1)).
+        m1: the multiplicative margin, > 0. m2: the additive angle, in radians. m3: the additive cosine. Numbers or
+            tensors (0-d, (C,) or (N, 1)).
+        scale: s > 0, of all logits; a number or a tensor (0-d, (C,) or (N, 1)).
+        beyond_pi: ``"linear"``, ``"monotone"``, ``"easy"`` or ``"none"``; see :class:`mlkernels.Margin`.
+        gradient: ``"exact"`` or ``"straight_through"``.
+        norm: (N, 1), n > 0.
         **common: as in :mod:`mlkernels.functional`.
 
     Example:
@@ -199,7 +204,10 @@ def arcface_loss(
     :math:`\cos m + f_y\sin m/\sqrt{1-f_y^2}`.
 
     Args:
-        margin, scale: numbers or tensors (0-d, (C,) or (N, 1)). beyond_pi, gradient: see :class:`mlkernels.Margin`.
+        margin: the additive angle, in radians, a number or a tensor (0-d, (C,) or (N, 1)).
+        scale: s > 0, of all logits; a number or a tensor (0-d, (C,) or (N, 1)).
+        beyond_pi: ``"linear"``, ``"monotone"``, ``"easy"`` or ``"none"``; see :class:`mlkernels.Margin`.
+        gradient: ``"exact"`` or ``"straight_through"``.
         **common: as in :mod:`mlkernels.functional`.
 
     Example:
@@ -228,7 +236,10 @@ def cosface_loss(
     Gradient: :math:`\partial L/\partial f_j = s\,(p_j - [j=y])`.
 
     Args:
-        margin, scale: numbers or tensors (0-d, (C,) or (N, 1)). beyond_pi, gradient: see :class:`mlkernels.Margin`.
+        margin: the additive cosine, a number or a tensor (0-d, (C,) or (N, 1)).
+        scale: s > 0, of all logits; a number or a tensor (0-d, (C,) or (N, 1)).
+        beyond_pi: ``"linear"``, ``"monotone"``, ``"easy"`` or ``"none"``; see :class:`mlkernels.Margin`.
+        gradient: ``"exact"`` or ``"straight_through"``.
         **common: as in :mod:`mlkernels.functional`.
 
     Example:
@@ -259,8 +270,10 @@ def sphereface_loss(
     :math:`m\,|\sin m\theta|/\sin\theta`.
 
     Args:
-        margin, scale: numbers or tensors (0-d, (C,) or (N, 1)); margin > 0, not only an integer.
-        beyond_pi, gradient: see :class:`mlkernels.Margin`.
+        margin: the multiplicative margin, > 0, not only an integer; a number or a tensor (0-d, (C,) or (N, 1)).
+        scale: s > 0, of all logits; a number or a tensor (0-d, (C,) or (N, 1)).
+        beyond_pi: ``"linear"``, ``"monotone"``, ``"easy"`` or ``"none"``; see :class:`mlkernels.Margin`.
+        gradient: ``"exact"`` or ``"straight_through"``.
         **common: as in :mod:`mlkernels.functional`.
 
     Example:
@@ -340,7 +353,8 @@ def piecewise_cross_entropy(
             (slope 1, bias 0). Tensors may require a gradient.
         group: of target's shape, which of the G losses each row has; required exactly when tables are (G, M).
         norm: (N, 1), n > 0: the target's logit is :math:`n\,t(f_y/n)`.
-        scale: s > 0. tau_min: where :math:`\tau \le` tau_min the loss is clamped.
+        scale: s > 0, a number or a tensor (0-d, (C,) or (N, 1)).
+        tau_min: where :math:`\tau \le` tau_min, in (0, 1], the loss is clamped.
         clamp: ``"min"`` or ``"cross_entropy"``; see :class:`mlkernels.Tau`.
         **common: as in :mod:`mlkernels.functional`.
 

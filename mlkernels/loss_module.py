@@ -16,6 +16,7 @@ from .checks import unknown_keywords
 from .named import Composition
 from .numbering import PER_CLASS
 from .positional import by_name
+from .signatures import show_module
 
 _PLAIN: frozenset[type] = frozenset({int, float, bool})
 
@@ -120,6 +121,14 @@ class FamilyLoss(Loss):
 
     _composed: ClassVar[Callable[..., Composition]]
     """Of :mod:`mlkernels.named`, by the own arguments."""
+
+    def __init_subclass__(
+        cls, of: Callable[..., Tensor] | None = None, composed: Callable[..., Composition] | None = None
+    ) -> None:
+        super().__init_subclass__()
+        if of is not None and composed is not None:  # not a class of the user's own
+            cls._function, cls._composed = staticmethod(of), staticmethod(composed)
+            show_module(cls, of)
 
     def __init__(self, own: dict[str, Any], common: Options) -> None:
         options = {name: COMMON[name] for name in Options.__annotations__}

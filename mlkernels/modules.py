@@ -3,13 +3,16 @@ r"""The losses as modules: the functions of :mod:`mlkernels.functional` with the
 An argument that is a number stays one; a tensor becomes a buffer; an :class:`torch.nn.Parameter` becomes a parameter of
 the module and is trained. So a scale is trained by passing ``nn.Parameter(torch.tensor(16.0))``, and giving
 ``loss.parameters()`` to the optimizer; a tensor that requires a gradient and is no parameter is refused. ``weight`` and
-``logit_adjustment`` are always buffers. Numbers are keyword-only.
+``logit_adjustment`` are always buffers. Numbers are keyword-only. What each argument may be is what the function says.
 
 Modules may be built under ``torch.device("meta")``: after ``to_empty()``, ``reset_parameters()`` puts back what they
 were built with, and draws what is drawn.
 """
 
 from __future__ import annotations
+
+import inspect
+from typing import Any
 
 from torch import Tensor
 from typing_extensions import Unpack
@@ -22,7 +25,6 @@ from .joint import JointLoss
 from .lgm import LGMLoss
 from .loss_module import FamilyLoss
 from .multi_margin import MultiMarginLoss
-from .signatures import family
 from .spec import BeyondPiName, ClampName, GradientName, Number
 from .two_scale import TwoScaleLoss
 
@@ -43,13 +45,8 @@ __all__ = [
 ]
 
 
-@family
-class CrossEntropyLoss(FamilyLoss):
+class CrossEntropyLoss(FamilyLoss, of=F.cross_entropy, composed=named.cross_entropy):
     r"""Cross entropy of scaled logits; see :func:`mlkernels.cross_entropy`.
-
-    Args:
-        scale: s > 0, a number or a tensor (0-d or (C,)); an ``nn.Parameter`` is trained.
-        **common: as in :mod:`mlkernels.functional`.
 
     Example:
         >>> import torch, mlkernels
@@ -59,20 +56,12 @@ class CrossEntropyLoss(FamilyLoss):
         tensor(-0.0168)
     """
 
-    _function = staticmethod(F.cross_entropy)
-    _composed = staticmethod(named.cross_entropy)
-
     def __init__(self, *, scale: Number = 1.0, **common: Unpack[Options]) -> None:
         super().__init__({"scale": scale}, common)
 
 
-@family
-class FocalLoss(FamilyLoss):
+class FocalLoss(FamilyLoss, of=F.focal_loss, composed=named.focal_loss):
     r"""Focal loss; see :func:`mlkernels.focal_loss`.
-
-    Args:
-        gamma: the focusing exponent, >= 0, a number or a tensor (0-d or (C,)); 0 is cross entropy.
-        **common: as in :mod:`mlkernels.functional`.
 
     Example:
         >>> import torch, mlkernels
@@ -80,29 +69,18 @@ class FocalLoss(FamilyLoss):
         tensor(0.0109)
     """
 
-    _function = staticmethod(F.focal_loss)
-    _composed = staticmethod(named.focal_loss)
-
     def __init__(self, *, gamma: Number = 2.0, **common: Unpack[Options]) -> None:
         super().__init__({"gamma": gamma}, common)
 
 
-@family
-class ModulatedCrossEntropyLoss(FamilyLoss):
+class ModulatedCrossEntropyLoss(FamilyLoss, of=F.modulated_cross_entropy, composed=named.modulated_cross_entropy):
     r"""Modulated cross entropy; see :func:`mlkernels.modulated_cross_entropy`.
-
-    Args:
-        beta: > 0. gamma, alpha, kappa: >= 0. Numbers or tensors (0-d or (C,)); gamma + kappa >= 1.
-        **common: as in :mod:`mlkernels.functional`.
 
     Example:
         >>> import torch, mlkernels
         >>> mlkernels.ModulatedCrossEntropyLoss(beta=4.0, gamma=5.0)(torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([0]))
         tensor(0.0213)
     """
-
-    _function = staticmethod(F.modulated_cross_entropy)
-    _composed = staticmethod(named.modulated_cross_entropy)
 
     def __init__(
         self,
@@ -116,17 +94,8 @@ class ModulatedCrossEntropyLoss(FamilyLoss):
         super().__init__({"beta": beta, "gamma": gamma, "alpha": alpha, "kappa": kappa}, common)
 
 
-@family
-class MarginLoss(FamilyLoss):
+class MarginLoss(FamilyLoss, of=F.margin_cross_entropy, composed=named.margin_cross_entropy):
     r"""The combined margin on cosines; see :func:`mlkernels.margin_cross_entropy`.
-
-    Args:
-        m1: the multiplicative margin, > 0. m2: the additive angle, in radians. m3: the additive cosine. Numbers or
-            tensors (0-d or (C,)).
-        scale: s > 0, of all logits; a number or a tensor (0-d or (C,)).
-        beyond_pi: ``"linear"``, ``"monotone"``, ``"easy"`` or ``"none"``; see :class:`mlkernels.Margin`.
-        gradient: ``"exact"`` or ``"straight_through"``.
-        **common: as in :mod:`mlkernels.functional`.
 
     Example:
         >>> import torch, mlkernels
@@ -134,9 +103,6 @@ class MarginLoss(FamilyLoss):
         >>> loss(torch.tensor([[0.8, 0.1], [0.3, 0.2]]), torch.tensor([0, 1]))
         tensor(7.9781)
     """
-
-    _function = staticmethod(F.margin_cross_entropy)
-    _composed = staticmethod(named.margin_cross_entropy)
 
     def __init__(
         self,
@@ -157,19 +123,28 @@ class MarginLoss(FamilyLoss):
         return F.margin_cross_entropy(input, target, norm=norm, **self._arguments(batch))
 
 
-@family
-class ArcFaceLoss(FamilyLoss):
+class _OneMargin(Options, total=False):
+    margin: Number
+    scale: Number
+    beyond_pi: BeyondPiName | None
+    gradient: GradientName
+
+
+class CosineLoss(FamilyLoss):
+    """What the losses with one margin on cosines have in common; their functions have the defaults."""
+
+    def __init__(self, **given: Unpack[_OneMargin]) -> None:
+        common: Any = {**given}
+        taken = inspect.signature(self._function).parameters
+        own = ("margin", "scale", "beyond_pi", "gradient")
+        super().__init__({name: common.pop(name, taken[name].default) for name in own}, common)
+
+
+class ArcFaceLoss(CosineLoss, of=F.arcface_loss, composed=named.arcface_loss):
     r"""ArcFace on cosines; see :func:`mlkernels.arcface_loss`.
 
-    What it takes are cosines of features and class weights, which ``mlkernels.LinearLoss(loss, ..., normalize=True)``
-    and ``linear_softmax_loss(..., loss=loss, normalize=True)`` make on the way.
-
-    Args:
-        margin: the additive angle, in radians, a number or a tensor (0-d or (C,)).
-        scale: s > 0, of all logits; a number or a tensor (0-d or (C,)).
-        beyond_pi: ``"linear"``, ``"monotone"``, ``"easy"`` or ``"none"``; see :class:`mlkernels.Margin`.
-        gradient: ``"exact"`` or ``"straight_through"``.
-        **common: as in :mod:`mlkernels.functional`.
+    Cosines of features and class weights are what ``mlkernels.LinearLoss(loss, ..., normalize=True)`` and
+    ``linear_softmax_loss(..., loss=loss, normalize=True)`` make on the way.
 
     Example:
         >>> import torch, mlkernels
@@ -177,34 +152,12 @@ class ArcFaceLoss(FamilyLoss):
         tensor(2.9118)
     """
 
-    _function = staticmethod(F.arcface_loss)
-    _composed = staticmethod(named.arcface_loss)
 
-    def __init__(
-        self,
-        *,
-        margin: Number = 0.5,
-        scale: Number = 64.0,
-        beyond_pi: BeyondPiName | None = None,
-        gradient: GradientName = "exact",
-        **common: Unpack[Options],
-    ) -> None:
-        super().__init__({"margin": margin, "scale": scale, "beyond_pi": beyond_pi, "gradient": gradient}, common)
-
-
-@family
-class CosFaceLoss(FamilyLoss):
+class CosFaceLoss(CosineLoss, of=F.cosface_loss, composed=named.cosface_loss):
     r"""CosFace on cosines; see :func:`mlkernels.cosface_loss`.
 
-    What it takes are cosines of features and class weights, which ``mlkernels.LinearLoss(loss, ..., normalize=True)``
-    and ``linear_softmax_loss(..., loss=loss, normalize=True)`` make on the way.
-
-    Args:
-        margin: the additive cosine, a number or a tensor (0-d or (C,)).
-        scale: s > 0, of all logits; a number or a tensor (0-d or (C,)).
-        beyond_pi: ``"linear"``, ``"monotone"``, ``"easy"`` or ``"none"``; see :class:`mlkernels.Margin`.
-        gradient: ``"exact"`` or ``"straight_through"``.
-        **common: as in :mod:`mlkernels.functional`.
+    Cosines of features and class weights are what ``mlkernels.LinearLoss(loss, ..., normalize=True)`` and
+    ``linear_softmax_loss(..., loss=loss, normalize=True)`` make on the way.
 
     Example:
         >>> import torch, mlkernels
@@ -212,34 +165,12 @@ class CosFaceLoss(FamilyLoss):
         tensor(2.1269)
     """
 
-    _function = staticmethod(F.cosface_loss)
-    _composed = staticmethod(named.cosface_loss)
 
-    def __init__(
-        self,
-        *,
-        margin: Number = 0.35,
-        scale: Number = 64.0,
-        beyond_pi: BeyondPiName | None = None,
-        gradient: GradientName = "exact",
-        **common: Unpack[Options],
-    ) -> None:
-        super().__init__({"margin": margin, "scale": scale, "beyond_pi": beyond_pi, "gradient": gradient}, common)
-
-
-@family
-class SphereFaceLoss(FamilyLoss):
+class SphereFaceLoss(CosineLoss, of=F.sphereface_loss, composed=named.sphereface_loss):
     r"""SphereFace (A-Softmax) on cosines; see :func:`mlkernels.sphereface_loss`.
 
-    What it takes are cosines of features and class weights, which ``mlkernels.LinearLoss(loss, ..., normalize=True)``
-    and ``linear_softmax_loss(..., loss=loss, normalize=True)`` make on the way.
-
-    Args:
-        margin: the multiplicative margin, > 0, a number or a tensor (0-d or (C,)).
-        scale: s > 0, of all logits; a number or a tensor (0-d or (C,)).
-        beyond_pi: ``"linear"``, ``"monotone"``, ``"easy"`` or ``"none"``; see :class:`mlkernels.Margin`.
-        gradient: ``"exact"`` or ``"straight_through"``.
-        **common: as in :mod:`mlkernels.functional`.
+    Cosines of features and class weights are what ``mlkernels.LinearLoss(loss, ..., normalize=True)`` and
+    ``linear_softmax_loss(..., loss=loss, normalize=True)`` make on the way.
 
     Example:
         >>> import torch, mlkernels
@@ -247,31 +178,9 @@ class SphereFaceLoss(FamilyLoss):
         tensor(13.2544)
     """
 
-    _function = staticmethod(F.sphereface_loss)
-    _composed = staticmethod(named.sphereface_loss)
 
-    def __init__(
-        self,
-        *,
-        margin: Number = 4,
-        scale: Number = 64.0,
-        beyond_pi: BeyondPiName | None = None,
-        gradient: GradientName = "exact",
-        **common: Unpack[Options],
-    ) -> None:
-        super().__init__({"margin": margin, "scale": scale, "beyond_pi": beyond_pi, "gradient": gradient}, common)
-
-
-@family
-class PiecewiseLoss(FamilyLoss):
+class PiecewiseLoss(FamilyLoss, of=F.piecewise_cross_entropy, composed=named.piecewise_cross_entropy):
     r"""The searchable piecewise-linear loss; see :func:`mlkernels.piecewise_cross_entropy`.
-
-    Args:
-        t_slope, t_bias, tau_slope, tau_bias: (M,), or (G, M) for a population; None: identity.
-        scale: s > 0, a number or a tensor (0-d or (C,)).
-        tau_min: where tau is at most this the loss is clamped, in (0, 1].
-        clamp: ``"min"`` or ``"cross_entropy"``; see :class:`mlkernels.Tau`.
-        **common: as in :mod:`mlkernels.functional`.
 
     Example:
         >>> import torch, mlkernels
@@ -279,9 +188,6 @@ class PiecewiseLoss(FamilyLoss):
         >>> loss(torch.tensor([[0.5, -0.5], [0.2, 0.4]]), torch.tensor([0, 0]))
         tensor(0.5883)
     """
-
-    _function = staticmethod(F.piecewise_cross_entropy)
-    _composed = staticmethod(named.piecewise_cross_entropy)
 
     def __init__(
         self,

@@ -22,14 +22,15 @@ from .call import Options, PerCall
 from .checks import accumulated, check_kind, check_number, check_scalar
 from .loss_module import FamilyLoss
 from .positional import by_name
-from .signatures import family
 from .tracing import traced
 
 __all__ = ["TwoScaleLoss", "cached_weight_norm", "weight_norm_product"]
 
 
-@family
-class TwoScaleLoss(FamilyLoss):
+_composed = partial(named.two_scale_cross_entropy, 1.0, 1.0, logit_norm=None)
+
+
+class TwoScaleLoss(FamilyLoss, of=F.two_scale_cross_entropy, composed=_composed):
     r"""Two-scale cross entropy with its scales; see :func:`mlkernels.two_scale_cross_entropy`.
 
     With R = ``logit_norm``, the network's size now, and :math:`R(\alpha^0)` = ``initial_norm``, its size at the start:
@@ -74,8 +75,6 @@ class TwoScaleLoss(FamilyLoss):
     Source: the two-scale loss, equations (9), (13), (14), (16), (17) and the numerical section.
     """
 
-    _function = staticmethod(F.two_scale_cross_entropy)
-    _composed = staticmethod(partial(named.two_scale_cross_entropy, 1.0, 1.0, logit_norm=None))
     eta: float
     scale_low: Tensor
     scale_high: Tensor

@@ -14,7 +14,7 @@ from .. import functional
 from ..backends.reference import RowStats
 from ..call import COMMON, Options
 from ..checks import check_class_indices, check_flag, check_input, check_plain, check_size, unknown_keywords, wrong_type
-from ..modules import ArcFaceLoss, CosFaceLoss, SphereFaceLoss
+from ..modules import CosineLoss
 from ..positional import by_name
 from .logits import LinearLogits
 from .plan import STRATEGIES, Cut
@@ -220,7 +220,7 @@ def check_cosines(loss: Any, normalize: bool | None) -> bool:
     if normalize is not None:
         check_flag("normalize", normalize)
         return normalize
-    if isinstance(loss, (ArcFaceLoss, CosFaceLoss, SphereFaceLoss)):
+    if isinstance(loss, CosineLoss):
         name = type(loss).__name__
         words = f"{name} takes cosines: pass normalize=True beside {name}(...)"
         warnings.warn(words, UserWarning, stacklevel=_level_outside())
