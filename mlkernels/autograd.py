@@ -47,20 +47,16 @@ def _takes_reference(upstream: Sequence[Tensor | None]) -> bool:
 
 
 def _unusual(
-    call: Call,
-    stats: bool,
-    tensors: Sequence[Tensor],
-    saved: Tensor | None,
-    upstream: Sequence[Tensor | None],
+    call: Call, tensors: Sequence[Tensor], saved: Tensor | None, upstream: Sequence[Tensor | None]
 ) -> Sequence[Tensor]:
     """The gradients by bit, differentiable again by the reference, else by operators that can be seen."""
     if not _takes_reference(upstream):
         watched = [tensors[0], *(g for g in upstream if g is not None)]
-        return _by_kernels(call, tensors, saved, (*upstream, None, None, None)[:4], observed(*watched))
+        return _by_kernels(call, tensors, saved, upstream, observed(*watched))
     input, target, *params = tensors
     with torch.enable_grad():
         loss, rows = reference.softmax_loss(input, target, call.numbers, params)
-        outputs = [loss, rows.logsumexp, rows.log_prob, rows.entropy] if stats else [loss]
+        outputs = (loss, rows.logsumexp, rows.log_prob, rows.entropy)[: len(upstream)]
         pairs = [(o, g) for o, g in zip(outputs, upstream, strict=True) if g is not None]
         by_slot = dict(zip(slots_of(call.numbers), params, strict=True))
         return torch.autograd.grad(
@@ -86,16 +82,25 @@ def _by_kernels(
         kernels = kernels.dispatched
     if saved is None:
         saved = input.new_empty((0, 2))
+    of_all = (*upstream, None, None, None)[:4]
     gradients: Sequence[Tensor]
-    gradients = kernels.softmax_loss_backward(*upstream, input, target, call.numbers, params, saved, call.needs)
+    gradients = kernels.softmax_loss_backward(*of_all, input, target, call.numbers, params, saved, call.needs)
     return gradients
+
+
+def _made_later(
+    call: Call, tensors: Sequence[Tensor], saved: Tensor | None, upstream: Sequence[Tensor | None]
+) -> Sequence[Tensor]:
+    """The gradients by bit, for the upstream gradient of the loss, or of it and of RowStats' first three."""
+    given = [g for g in upstream if g is not None]
+    if not _usual(given[0]) or any(map(is_batched, given)):
+        return _unusual(call, tensors, saved, upstream)
+    return _by_kernels(call, tensors, saved, upstream)
 
 
 def fast_path_backward(call: Call, tensors: Sequence[Tensor], saved: Tensor | None, upstream: Tensor) -> list[Tensor]:
     """The gradients by bit that the fast path leaves to Python: watched, differentiated, batched, or refused."""
-    if not _usual(upstream) or is_batched(upstream):
-        return list(_unusual(call, False, tensors, saved, (upstream,)))
-    return list(_by_kernels(call, tensors, saved, (upstream, None, None, None)))
+    return list(_made_later(call, tensors, saved, (upstream,)))
 
 
 def _order(needs: int, mask: int) -> tuple[int | None, ...]:
@@ -138,7 +143,7 @@ class _LossWithGradients(torch.autograd.Function):
         refresh = call.kernels.refresh
         if not _usual(grad_loss) or (refresh is not None and is_batched(grad_loss)):
             tensors = ctx.saved_tensors[count + (refresh is not None) :]
-            return _placed(call, _unusual(call, False, tensors, None, (grad_loss,)))
+            return _placed(call, _unusual(call, tensors, None, (grad_loss,)))
         if refresh is not None:
             return _placed(call, _refreshed(call, ctx.saved_tensors, grad_loss))
         try:
@@ -146,7 +151,7 @@ class _LossWithGradients(torch.autograd.Function):
         except RuntimeError:
             if not is_batched(grad_loss):
                 raise
-            return _placed(call, _unusual(call, False, ctx.saved_tensors[count:], None, (grad_loss,)))
+            return _placed(call, _unusual(call, ctx.saved_tensors[count:], None, (grad_loss,)))
         # 0 * inf would be NaN in rows that are not read, whose gradient is 0 whatever comes.
         serves = upstream == 1.0 or (math.isfinite(upstream) and not call.half)
         try:
@@ -157,7 +162,7 @@ class _LossWithGradients(torch.autograd.Function):
             # Logits that were changed in place since are not needed again.
             saved = tuple(tensor.data for tensor in ctx._raw_saved_tensors)
         if not serves:
-            return _placed(call, _by_kernels(call, saved[count:], None, (grad_loss, None, None, None)))
+            return _placed(call, _by_kernels(call, saved[count:], None, (grad_loss,)))
         gradients = saved[:count]
         if _keeps_graph():
             gradients = [gradient * upstream for gradient in gradients]
@@ -205,11 +210,8 @@ class _SoftmaxLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> Any:
-        call: Call = ctx.call
         saved, *tensors = ctx.saved_tensors
-        if not _usual(grad_loss) or is_batched(grad_loss):
-            return _placed(call, _unusual(call, False, tensors, saved, (grad_loss,)))
-        return _placed(call, _by_kernels(call, tensors, saved, (grad_loss, None, None, None)))
+        return _placed(ctx.call, _made_later(ctx.call, tensors, saved, (grad_loss,)))
 
 
 class _SoftmaxStats(torch.autograd.Function):
@@ -226,15 +228,10 @@ class _SoftmaxStats(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
-        call: Call = ctx.call
         saved, *tensors = ctx.saved_tensors
-        upstream = upstream[:4]
-        given = [g for g in upstream if g is not None]
-        if not given:
+        if all(g is None for g in upstream):
             return (None,) * (1 + len(tensors))
-        if not _usual(given[0]) or any(map(is_batched, given)):
-            return _placed(call, _unusual(call, True, tensors, saved, upstream))
-        return _placed(call, _by_kernels(call, tensors, saved, upstream))
+        return _placed(ctx.call, _made_later(ctx.call, tensors, saved, upstream[:4]))
 
 
 softmax_loss: Callable[..., Tensor] = _SoftmaxLoss.apply

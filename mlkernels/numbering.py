@@ -118,21 +118,7 @@ SLOTS = len(Slot)
 #: So many slots, the first ones, hold the numbers of transform, scale and head.
 LOSS_SLOTS = int(Slot.TAU_MIN) + 1
 #: The slots whose tensors can be trained. ETA is a threshold: the mask it draws has no gradient.
-TRAINABLE = frozenset(
-    {
-        Slot.SCALE,
-        Slot.SCALE_HIGH,
-        Slot.LOGIT_NORM,
-        Slot.TRANSFORM_A,
-        Slot.TRANSFORM_B,
-        Slot.TRANSFORM_C,
-        Slot.NORM,
-        Slot.HEAD_A,
-        Slot.HEAD_B,
-        Slot.HEAD_C,
-        Slot.HEAD_D,
-    }
-)
+TRAINABLE = frozenset(slot for slot in Slot if slot <= Slot.HEAD_D and slot != Slot.ETA)
 #: They are among so many, the first ones.
 TRAINABLE_SLOTS = max(TRAINABLE) + 1
 #: The slots whose gradient is one by the scale of a row, which takes the mean logit.

@@ -137,11 +137,6 @@ def _by_triton(name: str) -> Callable[..., Any]:
     return run
 
 
-for _name, _fake in _FAKES.items():
-    torch.library.register_fake(f"mlkernels::{_name}", _fake, lib=library)
-for _library, _fakes in zip(_of_gpus, (_CUDA_FAKES, _TRITON_FAKES), strict=True):
-    for _name, _fake in (*_fakes.items(), ("softmax_loss_refresh", _nothing)):
-        torch.library.register_fake(f"{_library.ns}::{_name}", _fake, lib=_library)
 for _name in (*_TRITON_FAKES, "softmax_loss_refresh"):
     _of_gpus[-1].impl(_name, _by_triton(_name), "CompositeExplicitAutograd")
 
@@ -162,7 +157,7 @@ def _multi_copy_(dst: list[Tensor], src: list[Tensor], flag: Tensor | None = Non
             to.copy_(torch.where(flag, other, to))
 
 
-def check_copies(dst: Sequence[Tensor], src: Sequence[Tensor], flag: Tensor | None) -> None:
+def check_copies(dst: Sequence[Tensor], src: Sequence[Tensor], flag: Tensor | None = None) -> None:
     """What ``multi_copy_`` takes: pairs of one shape, dtype and device, and a boolean."""
     if len(dst) != len(src):
         raise ValueError(f"src must hold one tensor per tensor of dst, {len(dst)}, got {len(src)}")
@@ -221,10 +216,6 @@ def _buffer_like(like: Tensor, sizes: Sequence[int]) -> Tensor:
     return like.new_empty(sizes)
 
 
-def _multi_copy_fake(dst: list[Tensor], src: list[Tensor], flag: Tensor | None = None) -> None:
-    check_copies(dst, src, flag)
-
-
 #: Of what is no loss.
 _OTHERS: dict[str, Callable[..., Any]] = {
     "piece_statistics": _nothing,
@@ -236,10 +227,13 @@ _OTHERS: dict[str, Callable[..., Any]] = {
     "linear_rows_backward": _linear_rows_backward,
     "row_finish": _row_finish,
     "buffer_like": _buffer_like,
-    "multi_copy_": _multi_copy_fake,
+    "multi_copy_": check_copies,
 }
-for _name, _fake in _OTHERS.items():
-    torch.library.register_fake(f"mlkernels::{_name}", _fake, lib=library)
+_refresh: dict[str, Callable[..., Any]] = {"softmax_loss_refresh": _nothing}
+_OF_LIBRARIES = (_FAKES | _OTHERS, _CUDA_FAKES | _refresh, _TRITON_FAKES | _refresh)
+for _library, _fakes in zip((library, *_of_gpus), _OF_LIBRARIES, strict=True):
+    for _name, _fake in _fakes.items():
+        torch.library.register_fake(f"{_library.ns}::{_name}", _fake, lib=_library)
 library.impl("multi_copy_", _multi_copy_, "CompositeExplicitAutograd")
 
 
@@ -286,20 +280,22 @@ class Kernels(NamedTuple):
     dispatched: Kernels | None = None
 
 
-_native: dict[str, Any] = {name: getattr(torch.ops.mlkernels, name).default for name in _FAKES}
-NATIVE = Kernels(**_native)
+_native: Any = torch.ops.mlkernels
+NATIVE = Kernels(*(getattr(_native, name).default for name in _FAKES))
 #: The same for the CPU. Gradients made with the loss are never traced: without the Python of an OpOverload.
 CPU = NATIVE._replace(
-    softmax_loss_with_gradient=_native["softmax_loss_with_gradient"]._op,
-    softmax_loss_with_gradients=_native["softmax_loss_with_gradients"]._op,
+    softmax_loss_with_gradient=_native.softmax_loss_with_gradient.default._op,
+    softmax_loss_with_gradients=_native.softmax_loss_with_gradients.default._op,
 )
-#: Triton's where operators are observed. Else its functions are called as they are, without a dispatcher in between.
-CUDA, TRITON = (
-    Kernels(*(getattr(operators, name).default for name in _FAKES))._replace(
-        refresh=operators.softmax_loss_refresh.default
-    )
-    for operators in (torch.ops.mlkernels_cuda, torch.ops.mlkernels_triton)
-)
+
+
+def _of_gpu(operator: Callable[[str], Any], dispatched: Kernels | None = None) -> Kernels:
+    return Kernels(*map(operator, _FAKES))._replace(refresh=operator("softmax_loss_refresh"), dispatched=dispatched)
+
+
+CUDA = _of_gpu(lambda name: getattr(torch.ops.mlkernels_cuda, name).default)
+#: Where operators are observed. Else Triton's functions are called as they are, without a dispatcher in between.
+TRITON = _of_gpu(lambda name: getattr(torch.ops.mlkernels_triton, name).default)
 
 
 @functools.cache
@@ -307,9 +303,7 @@ def triton() -> Kernels:
     """Triton's operators in eager mode."""
     from .backends.triton import launch
 
-    operators: Any = launch.EAGER
-    refresh = operators["softmax_loss_refresh"]
-    return Kernels(*(operators[name] for name in _FAKES))._replace(refresh=refresh, dispatched=TRITON)
+    return _of_gpu(launch.EAGER.__getitem__, TRITON)
 
 
 _nowhere: dict[str, Any] = dict.fromkeys(_FAKES, _nothing)

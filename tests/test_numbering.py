@@ -82,7 +82,7 @@ def test_library_of_older_sources_is_refused(monkeypatch):
     """One without an entry point that today's Python calls is no reason for `import mlkernels` to fail."""
     if native._cpu is None:
         pytest.skip(native.cpu_missing)
-    points = {**native._ENTRY_POINTS, "_cpu": ("numbering", "of_tomorrow")}
+    points = {**native._ENTRY_POINTS, "_cpu": dict.fromkeys(("numbering", "of_tomorrow"))}
     monkeypatch.setattr(native, "_ENTRY_POINTS", points)
     assert native._load("_cpu") == (None, "_cpu.abi3.so was built from older sources: build it again")
 

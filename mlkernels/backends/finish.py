@@ -73,24 +73,20 @@ class Values:
             param = param[self.label] if param.dim() == 1 else torch.where(self.kept, param.reshape(-1), 1)
         return param * self.mark
 
-    def _again(self) -> Values:
-        """A copy; not by the module copy, which Dynamo of torch 2.11 refuses."""
+    def _copied(self, params: dict[int, Tensor], mark: Tensor) -> Values:
+        # Not by the module copy, which Dynamo of torch 2.11 refuses.
         own = [self.params[slot] for slot in slots_of(self.numbers)]
         other = Values(self.numbers, own, self.target, self.classes, self.dtype)
-        other.params, other.mark = self.params, self.mark
+        other.params, other.mark = params, mark
         return other
 
     def replaced(self, params: dict[int, Tensor]) -> Values:
         """The same with some other tensors."""
-        other = self._again()
-        other.params = self.params | params
-        return other
+        return self._copied(self.params | params, self.mark)
 
     def marked(self, sound: Tensor) -> Values:
         """The same where rows are sound, else NaN."""
-        other = self._again()
-        other.mark = torch.where(sound, 1.0, math.nan).to(self.dtype)
-        return other
+        return self._copied(self.params, torch.where(sound, 1.0, math.nan).to(self.dtype))
 
     def bins(self, slot: int) -> int:
         return self.params[slot].shape[-1]

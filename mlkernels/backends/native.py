@@ -5,16 +5,21 @@ from __future__ import annotations
 import ctypes
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .. import numbering, ops, schemas  # noqa: F401  (the schemas must exist before their implementations load)
 
 _PACKAGE = Path(__file__).resolve().parent.parent
-_ENTRY_POINTS = {
-    "_cpu": ("numbering", "schemas", "cpu_isa", "cpu_direct", "cpu_release_buffers"),
-    "_cuda": ("numbering", "schemas", "cuda_unusable"),
-}
+_WORDS = {"numbering": ctypes.c_char_p, "schemas": ctypes.c_char_p}
+#: What each library is called by, and what that returns.
+_ENTRY_POINTS: dict[str, dict[str, Any]] = {
+    "_cpu": {
+        **_WORDS, "cpu_isa": ctypes.c_int, "cpu_direct": ctypes.c_void_p, "cpu_release_buffers": ctypes.c_size_t
+    },
+    "_cuda": {**_WORDS, "cuda_unusable": ctypes.c_char_p},
+}  # fmt: skip
 #: Each with what the one before it has; the last differs in the heads' products of bfloat16.
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
 
@@ -35,12 +40,13 @@ def _load(stem: str) -> tuple[ctypes.CDLL | None, str | None]:
     try:
         torch.ops.load_library(str(found[0]))
         library = ctypes.CDLL(str(found[0]))
-        if not all(hasattr(library, f"mlkernels_{name}") for name in _ENTRY_POINTS[stem]):
-            return None, f"{found[0].name} was built from older sources: build it again"
+        for name, returned in _ENTRY_POINTS[stem].items():
+            entry = getattr(library, f"mlkernels_{name}", None)
+            if entry is None:
+                return None, f"{found[0].name} was built from older sources: build it again"
+            entry.restype = returned
         for name, module in {"numbering": numbering, "schemas": schemas}.items():
-            said = library[f"mlkernels_{name}"]
-            said.restype = ctypes.c_char_p
-            if said() != module.signature().encode():
+            if getattr(library, f"mlkernels_{name}")() != module.signature().encode():
                 return None, f"{found[0].name} was built from another mlkernels/{name}.py: build it again"
         return library, None
     except (OSError, RuntimeError) as error:
@@ -78,7 +84,6 @@ def cuda_unusable(index: int) -> str | None:
     """Why the CUDA kernels, where there are any, do not run on one of the devices. The operators ask the same."""
     if _cuda is None:
         return None
-    _cuda.mlkernels_cuda_unusable.restype = ctypes.c_char_p
     words: bytes | None = _cuda.mlkernels_cuda_unusable(index)
     return None if words is None else words.decode()
 
@@ -90,11 +95,7 @@ def cpu_isa() -> str | None:
 
 def cpu_direct() -> int | None:
     """The address of the CPU operators' bodies, for the fast path."""
-    if _cpu is None:
-        return None
-    _cpu.mlkernels_cpu_direct.restype = ctypes.c_void_p
-    address: int = _cpu.mlkernels_cpu_direct()
-    return address
+    return None if _cpu is None else int(_cpu.mlkernels_cpu_direct())
 
 
 def empty_cache() -> int:
@@ -114,7 +115,4 @@ def empty_cache() -> int:
         >>> mlkernels.empty_cache()
         0
     """
-    if _cpu is None:
-        return 0
-    _cpu.mlkernels_cpu_release_buffers.restype = ctypes.c_size_t
-    return int(_cpu.mlkernels_cpu_release_buffers())
+    return 0 if _cpu is None else int(_cpu.mlkernels_cpu_release_buffers())
