@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from typing_extensions import Never, Unpack
 
-from . import ops, tracing
+from . import ops
 from .backends import check_backend, choose
 from .checks import (
     HALF,
@@ -114,7 +114,7 @@ functions: dict[str, Callable[..., object]] = {}
 _calls: dict[tuple[object, ...], Call] = {}
 
 
-def bind(  # noqa: C901 - one visit to every argument, and each may be refused
+def bind(
     spec: Spec,
     values: Sequence[Number | None],
     input: Tensor,
@@ -161,23 +161,12 @@ def bind(  # noqa: C901 - one visit to every argument, and each may be refused
     params: list[Tensor] = []
     mask, half_param = 0, False
     if not (plain and weight is logit_adjustment is row_weight is group is normalizer is None) or spec.tables:
-        if not (plain and normalizer is group is None) or spec.tables:
-            tensors, own = _parted(spec, values)
-            if normalizer is not None:
-                normalizer = check_normalizer(normalizer, input, reduction)
-            if isinstance(normalizer, Tensor):
-                tensors[_NORMALIZER], normalizer = normalizer, None
-            if group is not None:
-                tensors[_GROUP] = group
-            _check_tensors(spec, tensors, input, target)
-            numbers = (*shared, normalizer, *own)
-            plain = _PLAIN.issuperset(map(type, numbers))
-        for slot, vector in zip(PER_CLASS, (weight, logit_adjustment), strict=True):
-            if vector is not None:
-                check_class_vector(PER_CLASS[slot], vector, input, shape[1])
-                tensors[slot] = vector
-        if row_weight is not None:
-            tensors[_ROW_WEIGHT] = row_weight
+        per_class = (weight, logit_adjustment)
+        tensors, normalizer, own = _tensors(
+            spec, values, input, target, group, per_class, row_weight, normalizer, reduction
+        )
+        numbers = (*shared, normalizer, *own)
+        plain = _PLAIN.issuperset(map(type, numbers))
         for slot in sorted(tensors):
             tensor = tensors[slot]
             params.append(tensor)
@@ -218,6 +207,37 @@ def bind(  # noqa: C901 - one visit to every argument, and each may be refused
 
 #: The defaults of what all losses take.
 COMMON: dict[str, Any] = dict(bind.__kwdefaults__ or {})
+
+
+def _tensors(
+    spec: Spec,
+    values: Sequence[Number | None],
+    input: Tensor,
+    target: Tensor,
+    group: Tensor | None,
+    per_class: Sequence[Tensor | None],
+    row_weight: Tensor | None,
+    normalizer: Number | None,
+    reduction: ReductionName,
+) -> tuple[dict[int, Tensor], float | None, Sequence[Number | None]]:
+    """All tensors, checked, by slot; the normalizer and the values that are none, with None in the places of others."""
+    tensors: dict[int, Tensor] = {}
+    if group is not None or normalizer is not None or spec.tables or not _PLAIN.issuperset(map(type, values)):
+        tensors, values = _parted(spec, values)
+        if normalizer is not None:
+            normalizer = check_normalizer(normalizer, input, reduction)
+        if isinstance(normalizer, Tensor):
+            tensors[_NORMALIZER], normalizer = normalizer, None
+        if group is not None:
+            tensors[_GROUP] = group
+        _check_tensors(spec, tensors, input, target)
+    for slot, vector in zip(PER_CLASS, per_class, strict=True):
+        if vector is not None:
+            check_class_vector(PER_CLASS[slot], vector, input, input.shape[1])
+            tensors[slot] = vector
+    if row_weight is not None:
+        tensors[_ROW_WEIGHT] = row_weight
+    return tensors, normalizer, values
 
 
 def _parted(spec: Spec, values: Sequence[Number | None]) -> tuple[dict[int, Tensor], list[float | None]]:
@@ -271,28 +291,24 @@ def _numbers(
 
 
 def _check_tensors(spec: Spec, tensors: dict[int, Tensor], input: Tensor, target: Tensor) -> None:
-    """The loss's own tensors, its group and the normalizer by slot, each replaced by what backends read."""
-    on_host = input.is_cpu and not tracing.traced(input)
+    """The loss's own tensors and its group by slot, each replaced by what backends read."""
     for (slot, name), word in zip(spec.slots, spec.words, strict=True):
         tensor = tensors.get(slot)
         if tensor is not None and type(tensor) not in PLAIN_TENSORS:
             check_plain(word, tensor, f"fully_shard makes it one within forward(); else {word}.full_tensor()")
         if slot not in spec.tables and tensor is not None:
             tensors[slot] = check_parameter(word, tensor, input, target)
-            _check_value(slot, name, word, tensor, on_host)
+            _check_value(slot, name, word, tensor)
     if spec.tables or _GROUP in tensors:
         check_tables(spec, tensors, input, target)
-    if on_host and _NORMALIZER in tensors:
-        check_range("normalizer", tensors[_NORMALIZER])
 
 
-def _check_value(slot: int, name: str, word: str, tensor: Tensor, on_host: bool) -> None:
+def _check_value(slot: int, name: str, word: str, tensor: Tensor) -> None:
     if slot not in _TRAINABLE and slot != _ETA:
         raise TypeError(f"{word} takes a number, got a tensor")
     if slot == _ETA and tensor.requires_grad:
         raise ValueError(f"{word} has no gradient (it draws a mask): it must not require one; pass eta.detach()")
-    if on_host:
-        check_range(word, tensor, name)
+    check_range(word, tensor, name)
 
 
 def _as_batch(
@@ -329,4 +345,4 @@ def check_loss(spec: Spec, values: Sequence[Number | None], **options: Unpack[Op
         tensor = tensors.get(slot)
         if tensor is not None and slot not in spec.tables:
             check_floating(word, tensor)
-            _check_value(slot, name, word, tensor, tensor.is_cpu and not tracing.traced(tensor))
+            _check_value(slot, name, word, tensor)

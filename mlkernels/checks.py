@@ -141,7 +141,9 @@ def check_index(word: str, value: int) -> int:
 
 
 def check_range(word: str, tensor: Tensor, rule: str | None = None) -> None:
-    """The same for a tensor in the host's memory; reading one on a device would synchronise."""
+    """The same for a tensor, where the host may look: reading one on a device would synchronise."""
+    if not tensor.is_cpu or tracing.traced(tensor):
+        return
     above, low, high, words = _RANGES.get(rule or word, _FINITE)
     if tensor.numel() != 1:
         unbounded = above == low == -math.inf and high == math.inf
@@ -163,8 +165,7 @@ def check_scalar(word: str, value: Number, rule: str | None = None) -> Number:
         return check_number(word, value, rule, takes)
     if value.shape not in ((), (1,)) or not value.is_floating_point():
         raise ValueError(f"{word} must be {takes}, got {tuple(value.shape)} {value.dtype}")
-    if value.device.type == "cpu" and not tracing.traced(value):
-        check_range(word, value, rule)
+    check_range(word, value, rule)
     return value
 
 
@@ -262,20 +263,18 @@ def check_tensors(input: Tensor, target: Tensor, ignore_index: int | None = None
 def check_target(input: Tensor, shape: torch.Size, target: Tensor, ignore_index: int | None = None) -> Tensor:
     """The labels of logits of that shape, returned as every backend reads them."""
     unread = check_class_indices(target)
-    labels = target.shape
+    labels, dim = target.shape, 1 if len(shape) > 1 else 0
     # (N, C) with (N) is nearly every call; the general rule costs microseconds.
-    if len(shape) == 2 and len(labels) == 1 and shape[0] == labels[0]:
-        classes = shape[1]
-    else:
+    if not (len(shape) == 2 and len(labels) == 1 and shape[0] == labels[0]):
         if len(shape) == 0:
             raise ValueError("input must be (C), (N, C) or (N, C, d1, ...), got a 0-d tensor")
-        wanted = shape[:1] + shape[2:] if len(shape) > 1 else ()
+        wanted = shape[:1] + shape[2:] if dim else ()
         if tuple(labels) != tuple(wanted):
             raise ValueError(
-                f"target must be {tuple(wanted)} for an input of {tuple(shape)} (classes are dimension "
-                f"{1 if len(shape) > 1 else 0}), got {tuple(labels)}{_to_fit(shape, labels)}"
+                f"target must be {tuple(wanted)} for an input of {tuple(shape)} (classes are dimension {dim}), got "
+                f"{tuple(labels)}{_to_fit(shape, labels)}"
             )
-        classes = shape[1 if len(shape) > 1 else 0]
+    classes = shape[dim]
     if classes == 0:
         raise ValueError(f"input must have at least one class, got {tuple(shape)}")
     if not (input.is_cpu and target.is_cpu) and target.device != input.device:
@@ -446,5 +445,6 @@ def check_normalizer(value: float | Tensor, input: Tensor, reduction: str) -> Nu
     _check_constant("normalizer", value, input, "full_tensor", instead)
     if value.shape not in ((), (1,)):
         raise ValueError(f"normalizer must be a number or a tensor that is 0-d or (1,), got {tuple(value.shape)}")
+    check_range("normalizer", value)
     value = value.reshape(())
     return value if value.dtype in _FLOATING else value.double()

@@ -68,7 +68,7 @@ def test_nothing_kept(backend, options, upstream):
 @pytest.mark.parametrize("normalizer", [0.0, -2.0, NAN, INF])
 def test_a_bad_normalizer_on_a_device_is_nan(backend, normalizer, monkeypatch):
     """Where nobody looks at it: never a loss of the other sign."""
-    monkeypatch.setattr(mlkernels.call, "check_range", lambda *arguments: None)
+    monkeypatch.setattr(mlkernels.checks, "check_range", lambda *arguments: None)
     input, target, params = draw(LOSS, rows=4)
     value = LOSS(input, target, params, normalizer=torch.tensor(normalizer), backend=backend)
     assert value.isnan()
