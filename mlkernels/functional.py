@@ -30,16 +30,18 @@ from typing import Literal, overload
 from torch import Tensor
 from typing_extensions import Never, Unpack
 
-from . import named, softmax
+from . import softmax
 from .backends.reference import RowStats
 from .call import Common
 from .center import center_loss
 from .checks import check_flag
 from .lgm import lgm_loss
 from .multi_margin import multi_margin_loss
+from .numbering import HeadKind, ScaleKind, TransformKind
 from .signatures import family, filled
-from .soft_targets import soft_cross_entropy
-from .spec import BeyondPiName, ClampName, GradientName, Head, Number, Transform, TwoScale, compose
+from .soft_targets import CROSS_ENTROPY, soft_cross_entropy
+from .spec import BeyondPiName, ClampName, GradientName, Head, Number, Transform, TwoScale, compose, spec
+from .tables import piecewise
 
 __all__ = [
     "arcface_loss",
@@ -58,6 +60,11 @@ __all__ = [
 ]
 
 __doc__ = filled(__doc__)
+
+_MARGIN = TransformKind.MARGIN
+_FOCAL = spec(head=HeadKind.MODULATED, function="focal_loss")
+_MODULATED = spec(head=HeadKind.MODULATED, function="modulated_cross_entropy")
+_TWO_SCALE = spec(scale=ScaleKind.TWO_SCALE, function="two_scale_cross_entropy")
 
 
 @family
@@ -79,7 +86,7 @@ def cross_entropy(input: Tensor, target: Tensor, *rest: Never, scale: Number = 1
     """
     if isinstance(target, Tensor) and target.is_floating_point() and not rest:
         return soft_cross_entropy(cross_entropy, input, target, scale, common)
-    return softmax.loss(named.CROSS_ENTROPY, (scale,), input, target, None, common, rest)
+    return softmax.loss(CROSS_ENTROPY, (scale,), input, target, None, common, rest)
 
 
 @family
@@ -101,7 +108,7 @@ def focal_loss(input: Tensor, target: Tensor, *rest: Never, gamma: Number = 2.0,
 
     Source: Lin et al., Focal Loss for Dense Object Detection, equation (4), with the softmax's p.
     """
-    return softmax.loss(*named.focal_loss(gamma), input, target, None, common, rest)
+    return softmax.loss(_FOCAL, (1.0, 1.0, gamma, 1.0, 1.0), input, target, None, common, rest)
 
 
 @family
@@ -141,7 +148,7 @@ def modulated_cross_entropy(
     Source: the modulated cross entropy paper, equations (1) and (4). Reconstructed: the formula did not survive in the
     text at hand; this is the candidate with every property that the text states (see docs/losses.md).
     """
-    return softmax.loss(*named.modulated_cross_entropy(beta, gamma, alpha, kappa), input, target, None, common, rest)
+    return softmax.loss(_MODULATED, (1.0, beta, gamma, alpha, kappa), input, target, None, common, rest)
 
 
 @family
@@ -183,8 +190,8 @@ def margin_cross_entropy(
 
     Source: ArcFace, equation (4) (the combined margin).
     """
-    parts = named.margin_cross_entropy(m1, m2, m3, scale, beyond_pi, gradient, norm)
-    return softmax.loss(*parts, input, target, None, common, rest)
+    structure = spec(_MARGIN, beyond_pi=beyond_pi, gradient=gradient, function="margin_cross_entropy")
+    return softmax.loss(structure, (m1, m2, m3, norm, scale), input, target, None, common, rest)
 
 
 @family
@@ -217,7 +224,8 @@ def arcface_loss(
 
     Source: Deng et al., ArcFace, equation (3).
     """
-    return softmax.loss(*named.arcface_loss(margin, scale, beyond_pi, gradient), input, target, None, common, rest)
+    structure = spec(_MARGIN, beyond_pi=beyond_pi, gradient=gradient, function="arcface_loss")
+    return softmax.loss(structure, (1.0, margin, 0.0, None, scale), input, target, None, common, rest)
 
 
 @family
@@ -249,7 +257,8 @@ def cosface_loss(
 
     Source: Wang et al., CosFace, equation (4).
     """
-    return softmax.loss(*named.cosface_loss(margin, scale, beyond_pi, gradient), input, target, None, common, rest)
+    structure = spec(_MARGIN, beyond_pi=beyond_pi, gradient=gradient, function="cosface_loss")
+    return softmax.loss(structure, (1.0, 0.0, margin, None, scale), input, target, None, common, rest)
 
 
 @family
@@ -283,7 +292,8 @@ def sphereface_loss(
 
     Source: Liu et al., SphereFace, equation (7).
     """
-    return softmax.loss(*named.sphereface_loss(margin, scale, beyond_pi, gradient), input, target, None, common, rest)
+    structure = spec(_MARGIN, beyond_pi=beyond_pi, gradient=gradient, function="sphereface_loss")
+    return softmax.loss(structure, (margin, 0.0, 0.0, None, scale), input, target, None, common, rest)
 
 
 @family
@@ -320,8 +330,7 @@ def two_scale_cross_entropy(
 
     Source: the two-scale loss, equations (13), (14), (16), (17).
     """
-    parts = named.two_scale_cross_entropy(scale_low, scale_high, eta, logit_norm)
-    return softmax.loss(*parts, input, target, None, common, rest)
+    return softmax.loss(_TWO_SCALE, (scale_low, scale_high, eta, logit_norm), input, target, None, common, rest)
 
 
 @family
@@ -367,7 +376,7 @@ def piecewise_cross_entropy(
 
     Source: Li et al., AM-LFS, equation (16).
     """
-    parts = named.piecewise_cross_entropy(t_slope, t_bias, tau_slope, tau_bias, scale, tau_min, clamp, norm)
+    parts = piecewise(t_slope, t_bias, tau_slope, tau_bias, norm, scale, tau_min, clamp)
     return softmax.loss(*parts, input, target, group, common, rest)
 
 

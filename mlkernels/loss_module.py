@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from .call import COMMON, Options, PerCall, check_loss
+from .call import COMMON, Options, PerCall
 from .checks import unknown_keywords
-from .named import Composition
 from .numbering import PER_CLASS
 from .positional import by_name
 from .signatures import show_module
+from .softmax import NO_BATCH
 
 _PLAIN: frozenset[type] = frozenset({int, float, bool})
 
@@ -119,18 +119,13 @@ def _shown(value: object) -> str:
 class FamilyLoss(Loss):
     """A loss of the softmax family: what all of them take."""
 
-    _composed: ClassVar[Callable[..., Composition]]
-    """Of :mod:`mlkernels.named`, by the own arguments."""
-
-    def __init_subclass__(
-        cls, of: Callable[..., Tensor] | None = None, composed: Callable[..., Composition] | None = None
-    ) -> None:
+    def __init_subclass__(cls, of: Callable[..., Tensor] | None = None) -> None:
         super().__init_subclass__()
-        if of is not None and composed is not None:  # not a class of the user's own
-            cls._function, cls._composed = staticmethod(of), staticmethod(composed)
+        if of is not None:  # not a class of the user's own
+            cls._function = staticmethod(of)
             show_module(cls, of)
 
-    def __init__(self, own: dict[str, Any], common: Options) -> None:
+    def __init__(self, own: dict[str, Any], common: Options, **later: Any) -> None:
         options = {name: COMMON[name] for name in Options.__annotations__}
         unknown = {name: value for name, value in common.items() if name not in options}
         for name in PerCall.__annotations__.keys() & unknown.keys():
@@ -138,7 +133,7 @@ class FamilyLoss(Loss):
             raise TypeError(f"{what}, which belongs to a batch: give it to the call, loss(input, target, {name}=...)")
         if unknown:
             raise unknown_keywords(type(self), unknown, options)
-        check_loss(*type(self)._composed(**own), **common)
+        type(self)._function(NO_BATCH, NO_BATCH, **own, **later, **common)
         super().__init__(own, options | common)
 
     def forward(self, input: Tensor, target: Tensor, **batch: Unpack[PerCall]) -> Tensor:

@@ -18,7 +18,6 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from . import functional as F
-from . import named
 from .call import Options, PerCall
 from .center import CenterLoss
 from .joint import JointLoss
@@ -45,7 +44,7 @@ __all__ = [
 ]
 
 
-class CrossEntropyLoss(FamilyLoss, of=F.cross_entropy, composed=named.cross_entropy):
+class CrossEntropyLoss(FamilyLoss, of=F.cross_entropy):
     r"""Cross entropy of scaled logits; see :func:`mlkernels.cross_entropy`.
 
     Example:
@@ -60,7 +59,7 @@ class CrossEntropyLoss(FamilyLoss, of=F.cross_entropy, composed=named.cross_entr
         super().__init__({"scale": scale}, common)
 
 
-class FocalLoss(FamilyLoss, of=F.focal_loss, composed=named.focal_loss):
+class FocalLoss(FamilyLoss, of=F.focal_loss):
     r"""Focal loss; see :func:`mlkernels.focal_loss`.
 
     Example:
@@ -73,7 +72,7 @@ class FocalLoss(FamilyLoss, of=F.focal_loss, composed=named.focal_loss):
         super().__init__({"gamma": gamma}, common)
 
 
-class ModulatedCrossEntropyLoss(FamilyLoss, of=F.modulated_cross_entropy, composed=named.modulated_cross_entropy):
+class ModulatedCrossEntropyLoss(FamilyLoss, of=F.modulated_cross_entropy):
     r"""Modulated cross entropy; see :func:`mlkernels.modulated_cross_entropy`.
 
     Example:
@@ -94,7 +93,7 @@ class ModulatedCrossEntropyLoss(FamilyLoss, of=F.modulated_cross_entropy, compos
         super().__init__({"beta": beta, "gamma": gamma, "alpha": alpha, "kappa": kappa}, common)
 
 
-class MarginLoss(FamilyLoss, of=F.margin_cross_entropy, composed=named.margin_cross_entropy):
+class MarginLoss(FamilyLoss, of=F.margin_cross_entropy):
     r"""The combined margin on cosines; see :func:`mlkernels.margin_cross_entropy`.
 
     Example:
@@ -140,7 +139,7 @@ class CosineLoss(FamilyLoss):
         super().__init__({name: common.pop(name, taken[name].default) for name in own}, common)
 
 
-class ArcFaceLoss(CosineLoss, of=F.arcface_loss, composed=named.arcface_loss):
+class ArcFaceLoss(CosineLoss, of=F.arcface_loss):
     r"""ArcFace on cosines; see :func:`mlkernels.arcface_loss`.
 
     Cosines of features and class weights are what ``mlkernels.LinearLoss(loss, ..., normalize=True)`` and
@@ -153,7 +152,7 @@ class ArcFaceLoss(CosineLoss, of=F.arcface_loss, composed=named.arcface_loss):
     """
 
 
-class CosFaceLoss(CosineLoss, of=F.cosface_loss, composed=named.cosface_loss):
+class CosFaceLoss(CosineLoss, of=F.cosface_loss):
     r"""CosFace on cosines; see :func:`mlkernels.cosface_loss`.
 
     Cosines of features and class weights are what ``mlkernels.LinearLoss(loss, ..., normalize=True)`` and
@@ -166,7 +165,7 @@ class CosFaceLoss(CosineLoss, of=F.cosface_loss, composed=named.cosface_loss):
     """
 
 
-class SphereFaceLoss(CosineLoss, of=F.sphereface_loss, composed=named.sphereface_loss):
+class SphereFaceLoss(CosineLoss, of=F.sphereface_loss):
     r"""SphereFace (A-Softmax) on cosines; see :func:`mlkernels.sphereface_loss`.
 
     Cosines of features and class weights are what ``mlkernels.LinearLoss(loss, ..., normalize=True)`` and
@@ -179,7 +178,7 @@ class SphereFaceLoss(CosineLoss, of=F.sphereface_loss, composed=named.sphereface
     """
 
 
-class PiecewiseLoss(FamilyLoss, of=F.piecewise_cross_entropy, composed=named.piecewise_cross_entropy):
+class PiecewiseLoss(FamilyLoss, of=F.piecewise_cross_entropy):
     r"""The searchable piecewise-linear loss; see :func:`mlkernels.piecewise_cross_entropy`.
 
     Example:

@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import cross_entropy as torchs_cross_entropy  # its own, whatever mlkernels.patch does
 
-from . import named
 from .backends.reference import PREPARATION, full_precision, prepared
 from .call import COMMON, Common, check_loss
 from .checks import (
@@ -18,14 +17,14 @@ from .checks import (
     check_index,
     check_input,
     check_normalizer,
-    check_range,
     check_row_weight,
     check_scalar,
     unknown_keywords,
 )
 from .numbering import PER_CLASS
-from .spec import Number
-from .tracing import traced
+from .spec import Number, spec
+
+CROSS_ENTROPY = spec(function="cross_entropy")
 
 
 def soft_cross_entropy(
@@ -56,7 +55,7 @@ def soft_cross_entropy(
         )
     check_device("target", target, input)
     row_weight, normalizer = given.pop("row_weight"), given.pop("normalizer")
-    check_loss(*named.cross_entropy(scale), **given)
+    check_loss(CROSS_ENTROPY, (scale,), **given)
     classes = 1 if input.dim() > 1 else 0
     for name in PER_CLASS.values():
         if given[name] is not None:
@@ -64,8 +63,6 @@ def soft_cross_entropy(
     scale = check_scalar("scale", scale)  # not per class, of which a row has no one
     if normalizer is not None:
         normalizer = check_normalizer(normalizer, input, given["reduction"])
-        if isinstance(normalizer, Tensor) and normalizer.device.type == "cpu" and not traced(normalizer):
-            check_range("normalizer", normalizer)
     if row_weight is not None:
         check_row_weight(row_weight, input, input.select(classes, 0).shape)
     with full_precision(input.device):

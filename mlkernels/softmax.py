@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from typing_extensions import Never
 from . import autograd, fast_path
 from .backends import reference
 from .backends.reference import RowStats
-from .call import Common, bind, functions
+from .call import Common, bind, check_loss, functions
 from .ops import REFERENCE
 from .positional import positional_arguments
 from .spec import BackendName, Number, Spec
@@ -20,6 +20,10 @@ from .tracing import PLAIN_TENSORS
 
 _is_compiling = torch.compiler.is_compiling
 _saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+
+
+#: In the place of logits and labels: a loss is checked as far as it can be without them, and nothing is computed.
+NO_BATCH: Any = object()
 
 
 class Asked(NamedTuple):
@@ -74,6 +78,9 @@ def loss(
     """
     if rest:
         raise positional_arguments(functions[spec.function], rest)
+    if input is NO_BATCH:
+        check_loss(spec, values, **common)  # type: ignore[misc]  # none of PerCall: modules do not keep them
+        return target
     if not _is_compiling() and fast_path.loss is not None:
         found = fast_path.loss(spec, values, input, target, group, common)
         if found is not None:

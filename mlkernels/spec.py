@@ -73,7 +73,7 @@ class Spec:
     slots: tuple[tuple[int, str], ...] = field(init=False, repr=False, compare=False)
     #: What the caller of the function calls each of them.
     words: tuple[str, ...] = field(init=False, repr=False, compare=False)
-    #: The slots that hold tables.
+    #: The slots that hold tables: a slope and a bias, and again where there are two.
     tables: tuple[int, ...] = field(init=False, repr=False, compare=False)
     #: How many of the consts are not zero by default: no more of them need to cross an op boundary.
     width: int = field(init=False, repr=False, compare=False)

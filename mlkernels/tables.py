@@ -1,31 +1,59 @@
-"""Piecewise tables and their groups: what they must be."""
+"""Piecewise tables and their groups: what they must be, and the loss that is made of them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
-from .checks import UNSIGNED, check_device, check_floating, check_index_dtype, widened
+from .checks import UNSIGNED, check_device, check_floating, check_index_dtype, widened, wrong_type
 from .numbering import HeadKind, Slot, TransformKind
-from .spec import Spec
+from .spec import ClampName, Number, Spec, spec
 
 
-def _table_slots(spec: Spec) -> list[tuple[int, int]]:
-    """The pairs of slope and bias."""
-    pairs = []
-    if spec.ids.transform == TransformKind.PIECEWISE:
-        pairs.append((int(Slot.TRANSFORM_A), int(Slot.TRANSFORM_B)))
-    if spec.ids.head == HeadKind.TAU:
-        pairs.append((int(Slot.HEAD_A), int(Slot.HEAD_B)))
-    return pairs
+def piecewise(
+    t_slope: Tensor | None,
+    t_bias: Tensor | None,
+    tau_slope: Tensor | None,
+    tau_bias: Tensor | None,
+    norm: Number | None,
+    scale: Number,
+    tau_min: float,
+    clamp: ClampName,
+) -> tuple[Spec, tuple[Number | None, ...]]:
+    """The structure and the values of a loss whose t and tau are tables, or the identity where there are none."""
+    t_slope, t_bias = _pair("t", t_slope, t_bias)
+    tau_slope, tau_bias = _pair("tau", tau_slope, tau_bias)
+    transform = TransformKind.IDENTITY if t_slope is None else TransformKind.PIECEWISE
+    head = HeadKind.LOG if tau_slope is None else HeadKind.TAU
+    values: tuple[Number | None, ...] = (scale,)
+    if t_slope is not None:
+        values = (t_slope, t_bias, norm, -1.0, 1.0, *values)
+    elif norm is not None:
+        raise ValueError("norm divides the argument of t: it needs t_slope or t_bias, got neither")
+    if tau_slope is not None:
+        values = (*values, tau_slope, tau_bias, tau_min)
+    return spec(transform, head=head, clamp=clamp, function="piecewise_cross_entropy"), values
+
+
+def _pair(name: str, slope: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """A slope and a bias; of which one is None, by the identity's."""
+    for suffix, table in (("slope", slope), ("bias", bias)):
+        if table is not None and not isinstance(table, Tensor):
+            raise wrong_type(f"{name}_{suffix}", "a floating tensor of shape (M,) or (G, M)", table)
+    if slope is None and bias is not None:
+        slope = torch.ones_like(bias)
+    if bias is None and slope is not None:
+        bias = torch.zeros_like(slope)
+    return slope, bias
 
 
 def table_groups(spec: Spec, params: Mapping[int, Tensor]) -> int | None:
     """Piecewise tables: slope and bias alike, (M,) or (G, M); returns the number of groups, None where all are (M,)."""
     names = {slot: word for (slot, _), word in zip(spec.slots, spec.words, strict=True)}
     counts = []
-    for first, second in _table_slots(spec):
+    for first, second in zip(spec.tables[::2], spec.tables[1::2], strict=True):
         for slot in (first, second):
             table, name = params[slot], names[slot]
             check_floating(name, table)

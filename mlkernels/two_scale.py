@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -17,7 +16,6 @@ from torch.nn.modules.conv import _ConvNd
 from typing_extensions import Unpack
 
 from . import functional as F
-from . import named
 from .call import Options, PerCall
 from .checks import accumulated, check_kind, check_number, check_scalar
 from .loss_module import FamilyLoss
@@ -27,10 +25,7 @@ from .tracing import traced
 __all__ = ["TwoScaleLoss", "cached_weight_norm", "weight_norm_product"]
 
 
-_composed = partial(named.two_scale_cross_entropy, 1.0, 1.0, logit_norm=None)
-
-
-class TwoScaleLoss(FamilyLoss, of=F.two_scale_cross_entropy, composed=_composed):
+class TwoScaleLoss(FamilyLoss, of=F.two_scale_cross_entropy):
     r"""Two-scale cross entropy with its scales; see :func:`mlkernels.two_scale_cross_entropy`.
 
     With R = ``logit_norm``, the network's size now, and :math:`R(\alpha^0)` = ``initial_norm``, its size at the start:
@@ -94,7 +89,7 @@ class TwoScaleLoss(FamilyLoss, of=F.two_scale_cross_entropy, composed=_composed)
             raise ValueError(f"variant must be 'trainable', 'fixed' or 'separation', got {variant!r}")
         if parametrization not in ("absolute", "relative"):
             raise ValueError(f"parametrization must be 'absolute' or 'relative', got {parametrization!r}")
-        super().__init__({"eta": eta}, common)
+        super().__init__({"eta": eta}, common, scale_low=1.0, scale_high=1.0)
         self.variant, self.parametrization, self.detach_norm = variant, parametrization, detach_norm
         self.normalized = initial_norm is not None and variant != "separation"
         given = isinstance(initial_norm, Tensor | nn.Module)
