@@ -293,6 +293,7 @@ def test_unknown_arguments_are_refused(module, function, taken):
 @pytest.mark.parametrize("module", [row[0] for row in EVERY], ids=lambda module: module.__name__)
 def test_docstrings_have_every_argument(module):
     described = module.__doc__.split("Args:\n")[1].split("Example:")[0]
+    assert "(N, 1)" not in described  # numbers of each row belong to a batch
     for name in inspect.signature(module).parameters:
         if name not in ("unknown", "device", "dtype"):
             assert re.search(rf"\b{name}\b[^\n]*:", described), name
