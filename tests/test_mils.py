@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import pickle
 import random
 from typing import Any
 
@@ -630,6 +631,39 @@ def test_resumed_to_the_bit(cut: int, tmp_path: Any) -> None:
     assert [(float(s.loss), *s[1:]) for s in resumed] == [(float(s.loss), *s[1:]) for s in wanted[cut:]]
     assert same(state(second), state(whole))
     assert second.statistics() == whole.statistics()
+
+
+class Wavering:
+    """A loss that draws from a generator of its own."""
+
+    def __init__(self) -> None:
+        self.chance = random.Random(4)
+
+    def __call__(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return self.chance.random() * nn.functional.cross_entropy(output, target)
+
+
+def fixed() -> tuple[torch.Tensor, torch.Tensor]:
+    return X[:32], Y[:32]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda mils: pickle.loads(pickle.dumps(mils))])
+@pytest.mark.parametrize("observation", [(TensorDataset(X, Y), 32), fixed(), fixed], ids=["drawn", "pair", "function"])
+@pytest.mark.parametrize("done", [0, 10])
+def test_a_copy_goes_on_alike(done: int, observation: Any, copied: Any) -> None:
+    """Model, optimizer, coins and observation sets with it, and nothing shared: before the first attempt and after."""
+    mils = build(observation=observation, auxiliary=[Wavering(), worse])
+    run(mils, done)
+    chance = torch.get_rng_state()
+    other = copied(mils)
+    steps = run(mils, 12, done)
+    assert any(step.accepted is False for step in steps)
+    ended = state(mils)
+    torch.set_rng_state(chance)
+    for mine, its in zip(steps, run(other, 12, done), strict=True):
+        assert same(mine, its)
+    assert same(state(other), ended) and same(state(mils), ended)
+    assert other.statistics() == mils.statistics()
 
 
 def test_a_wrong_state_dict_changes_nothing() -> None:

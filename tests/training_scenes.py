@@ -115,6 +115,22 @@ def twenty_steps(group: dist.ProcessGroup) -> None:
                 assert torch.equal(other, parameter), "ranks have drifted apart"
 
 
+def plain_ddp(group: dist.ProcessGroup) -> None:
+    """DDP that is not told of the shards averages nothing: torch refuses to build it, the head to run within it."""
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    x, y = torch.randn(3, WIDTH, dtype=F64), torch.arange(3)
+    for classes in (4 * ranks, 4 * ranks + 1):  # an even split, which torch flattens, and one that it does not
+        head = ClassParallelLoss(mlkernels.CrossEntropyLoss(), WIDTH, classes, dtype=F64, process_group=group)
+        before = head.weight.to_local().detach().clone()
+        for module in (head, Training(head)):
+            with pytest.raises(RuntimeError):
+                DistributedDataParallel(module, process_group=group)
+            within = DistributedDataParallel(module, process_group=group, init_sync=False)
+            with pytest.raises(RuntimeError, match=r"ClassParallelLoss for replicas.*data_parallel\(module\)"):
+                within(x, y)
+        assert torch.equal(head.weight.to_local(), before) and head.weight.grad is None, rank
+
+
 def scaled_losses(group: dist.ProcessGroup) -> None:
     """autocast and GradScaler: an overflow of one rank's shard is a step that none makes."""
     x, weight, target = problem()
@@ -331,4 +347,4 @@ def lost_ranks(groups: dict[int, dist.ProcessGroup], late: dist.ProcessGroup) ->
         head(x.clone().requires_grad_(), target).backward()
 
 
-SCENES = [twenty_steps, scaled_losses, as_partial_fc, disagreements]
+SCENES = [twenty_steps, plain_ddp, scaled_losses, as_partial_fc, disagreements]

@@ -25,7 +25,7 @@ from ..linear.functional import (
 from ..linear.module import HeadModule, check_k, streamed_topk
 from ..linear.plan import Cut
 from ..linear.sampling import ClassSampler, Correction, check_sample
-from ..linear.update import TileSGD, TileUpdate
+from ..linear.update import TileSGD, TileUpdate, averaged_by_ddp
 from ..positional import by_name
 from ..tracing import PLAIN_TENSORS
 from . import agreement, weights
@@ -186,6 +186,11 @@ class ClassParallelLoss(HeadModule):
     ) -> Tensor | tuple[Tensor, RowStats]:
         logits = None
         try:
+            if averaged_by_ddp(self.weight):
+                raise RuntimeError(
+                    "DistributedDataParallel takes the shards of a ClassParallelLoss for replicas, which it averages: "
+                    "mlkernels.distributed.data_parallel(module) is one that leaves them alone; or wrap the backbone"
+                )
             weight, bias = self._own()
             check_classifier(input, weight, bias, self.normalize, module=True, shard=True)
             cut = check_call(input, target, self._cut)

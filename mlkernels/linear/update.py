@@ -215,7 +215,11 @@ class TileUpdate(nn.Module):
                 "tile_update refuses autocast to float16: it needs a GradScaler, whose factor cannot be taken "
                 "back from a step that was taken; autocast to bfloat16"
             )
-        _refuse_ddp(parameter)
+        if averaged_by_ddp(parameter):
+            raise RuntimeError(
+                "tile_update refuses DistributedDataParallel around a head: each rank would step its own copy of the "
+                "weight. Wrap the backbone alone and spread the classes, ClassParallelLoss(..., tile_update=...)"
+            )
         return Updating(self, weight.detach())
 
     def step(
@@ -418,16 +422,13 @@ def _trained_elsewhere(weight: Tensor) -> None:
     )
 
 
-def _refuse_ddp(weight: Tensor) -> None:
+def averaged_by_ddp(weight: Tensor) -> bool:
+    """Whether DistributedDataParallel, in whose forward pass this is, takes a parameter for a replicated one."""
     parallel = sys.modules.get("torch.nn.parallel.distributed")
     active = None if parallel is None else parallel.DistributedDataParallel._get_active_ddp_module()
     if active is None:
-        return
-    if any(p is weight for name, p in active.module.named_parameters() if name not in active.parameters_to_ignore):
-        raise RuntimeError(
-            "tile_update refuses DistributedDataParallel around a head: each rank would step its own copy of the "
-            "weight. Wrap the backbone alone and spread the classes, ClassParallelLoss(..., tile_update=...)"
-        )
+        return False
+    return any(p is weight for name, p in active.module.named_parameters() if name not in active.parameters_to_ignore)
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,22 +23,25 @@ def observe(
     if pair and isinstance(observation[1], (int, np.integer)):
         dataset, n = observation
         check_samples(dataset, n, world)
-        return lambda: draw(dataset, int(n), model, generator, rank, world)
+        return partial(draw, dataset, int(n), model, generator, rank, world)
     if pair and isinstance(observation[1], Tensor):
         if observation[1].numel() == 0:
             raise ValueError("observation must hold at least one sample, got none")
-        return lambda: (observation[0], observation[1])
+        return partial(tuple, observation)
     if not callable(observation):
         wanted = "(dataset, n), (input, target tensor) or a function that returns the latter"
         raise TypeError(f"observation takes {wanted}, got {type(observation).__name__}")
+    return partial(_returned, observation)
 
-    def call() -> Batch:
-        batch = observation()
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            raise ValueError(f"observation must return (input, target), got {type(batch).__name__}")
-        return batch[0], batch[1]
 
-    return call
+def _returned(observation: Callable[[], Any]) -> Batch:
+    return _pair(observation(), "observation must return (input, target), got {}")
+
+
+def _pair(batch: Any, must: str) -> Batch:
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise ValueError(must.format(type(batch).__name__))
+    return batch[0], batch[1]
 
 
 def check_samples(dataset: Any, n: int, world: int) -> None:
@@ -62,10 +66,9 @@ def draw(dataset: Any, n: int, model: nn.Module, generator: torch.Generator, ran
         batch = default_collate(dataset.__getitems__(rows))
     else:
         batch = default_collate([dataset[row] for row in rows])
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        raise ValueError("observation's dataset must hold pairs (input, target); for others give a function")
+    input, target = _pair(batch, "observation's dataset must hold pairs (input, target); for others give a function")
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    return _to(batch[0], device), _to(batch[1], device)
+    return _to(input, device), _to(target, device)
 
 
 def _to(value: Any, device: torch.device) -> Any:

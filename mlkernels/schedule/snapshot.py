@@ -79,6 +79,10 @@ class Snapshot:
         # resize_ do, the way back.
         self._anchors: dict[int, tuple[Tensor, Tensor, int]] = {}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles are of the parts: what was saved is of these tensors here."""
+        return type(self), self._parts
+
     @property
     def nbytes(self) -> int:
         """Bytes of the twins, those of the parts' tensors, shared memory once. 0 before the first :meth:`save`."""
