@@ -54,17 +54,15 @@ _Range: TypeAlias = tuple[float, float, float, str]
 """The open lower end, the closed lower end, the closed upper end, and words for it."""
 
 _POSITIVE: _Range = (0.0, -math.inf, math.inf, "> 0")
-_NOT_NEGATIVE: _Range = (-math.inf, 0.0, math.inf, ">= 0")
-_SHARE: _Range = (-math.inf, 0.0, 1.0, "in [0, 1]")
 #: As float32 has it.
 _HALF_TURN = math.pi * (1 + 1e-7)
 #: What each argument takes.
 _RANGES: dict[str, _Range] = {
     **dict.fromkeys(("scale", "scale_low", "scale_high", "logit_norm", "norm"), _POSITIVE),
     **dict.fromkeys(("m1", "beta", "softcap", "sigma", "rate"), _POSITIVE),
-    **dict.fromkeys(("alpha", "gamma", "kappa", "z_loss", "lambda_", "a", "lr"), _NOT_NEGATIVE),
+    **dict.fromkeys(("alpha", "gamma", "kappa", "z_loss", "lambda_", "a", "lr"), (-math.inf, 0.0, math.inf, ">= 0")),
     **dict.fromkeys(("k", "tau_min"), (0.0, -math.inf, 1.0, "in (0, 1]")),
-    **dict.fromkeys(("label_smoothing", "participation"), _SHARE),
+    **dict.fromkeys(("label_smoothing", "participation"), (-math.inf, 0.0, 1.0, "in [0, 1]")),
     "normalizer": (0.0, -math.inf, sys.float_info.max, "> 0 and finite"),
     "m2": (-math.inf, -_HALF_TURN, _HALF_TURN, "finite"),
 }
@@ -169,10 +167,12 @@ def check_scalar(word: str, value: Number, rule: str | None = None) -> Number:
     return value
 
 
-def check_several(word: str, value: object, what: str) -> None:
-    """Anything with a length that can be gone through, but for text."""
+def check_several(word: str, value: object, what: str, per: str = "", count: int = 0) -> None:
+    """Anything with a length that can be gone through, but for text; as many as there are of something."""
     if isinstance(value, str) or not (hasattr(value, "__len__") and hasattr(value, "__iter__")):
         raise TypeError(f"{word} takes a sequence of {what}, got {type(value).__name__}")
+    if per and len(value) != count:
+        raise ValueError(f"{word} must be one per {per}, {count}, got {len(value)}")
 
 
 # ---- keywords --------------------------------------------------------------------------------------------------------

@@ -73,9 +73,6 @@ def load_idx(path: str | PathLike[str]) -> Tensor:
     The format: two zero bytes, a byte for the type, a byte for the number of dimensions, the sizes as big-endian 32-bit
     integers, then the elements, big-endian, the last dimension fastest.
 
-    Args:
-        path: the file.
-
     Returns:
         A tensor of the file's type and shape, its own memory.
 
@@ -115,18 +112,15 @@ def load_idx(path: str | PathLike[str]) -> Tensor:
         )
     shape = [int.from_bytes(content[4 + 4 * k : 8 + 4 * k], "big") for k in range(dims)]
     # Compared before anything is allocated: a damaged header can ask for any size.
-    wanted = math.prod(shape) * dtype.itemsize
-    if len(content) - start != wanted:
-        fault = "truncated" if len(content) - start < wanted else "too long"
-        held = len(content) - start
+    wanted, held = math.prod(shape) * dtype.itemsize, len(content) - start
+    if held != wanted:
+        fault = "truncated" if held < wanted else "too long"
         raise ValueError(f"{path}: {fault}: {tuple(shape)} of {dtype} is {wanted} bytes, the file holds {held}")
     if wanted == 0:
         return torch.empty(shape, dtype=dtype)
     elements = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=start)
-    if dtype.itemsize > 1:  # big-endian on disk; every machine that torch runs on is little-endian
-        elements = elements.reshape(-1, dtype.itemsize).flip(1).reshape(-1)
-        return elements.view(dtype).reshape(shape)
-    return elements.view(dtype).reshape(shape)
+    # Big-endian on disk; every machine that torch runs on is little-endian.
+    return elements.view(-1, dtype.itemsize).flip(1).view(dtype).reshape(shape)
 
 
 def mnist(directory: str | PathLike[str], *, normalize: bool = True) -> Images:
@@ -158,13 +152,7 @@ def fashion_mnist(directory: str | PathLike[str] | None = None, *, normalize: bo
 
     Args:
         directory: where its four idx files are; None: :data:`FASHION_MNIST`, where Debian's package puts them.
-        normalize: float32 images with the training set's mean 0 and deviation 1; otherwise uint8 as stored.
-
-    Returns:
-        :class:`Images`.
-
-    Raises:
-        FileNotFoundError, ValueError: as :func:`mnist`; what to install is in the message.
+        normalize: as in :func:`mnist`, and so are results and errors; what to install is in the message.
 
     Example:
         >>> from mlkernels import data
@@ -184,7 +172,7 @@ def digits(*, test_fraction: float = 0.25, seed: int = 0, normalize: bool = True
     Args:
         test_fraction: of each class, in (0, 1); the split is stratified.
         seed: of the split; the same seed gives the same split everywhere.
-        normalize: float32 images with the training set's mean 0 and deviation 1; otherwise uint8, 0 to 16.
+        normalize: as in :func:`mnist`; the images as stored are 0 to 16.
 
     Returns:
         :class:`Images` with (N, 1, 8, 8) images.
@@ -207,15 +195,14 @@ def digits(*, test_fraction: float = 0.25, seed: int = 0, normalize: bool = True
     except ImportError as error:
         raise ImportError("the digits come with scikit-learn: pip install scikit-learn") from error
     images, labels = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
-    images = images.to(torch.uint8).reshape(-1, 1, 8, 8)
-    labels = labels.long()
+    images, labels = images.to(torch.uint8).reshape(-1, 1, 8, 8), labels.long()
     generator = torch.Generator().manual_seed(seed)
     held_out = torch.zeros(len(labels), dtype=torch.bool)
     for label in range(10):
         rows = (labels == label).nonzero().squeeze(1)
         order = torch.randperm(len(rows), generator=generator)
         held_out[rows[order[: round(test_fraction * len(rows))]]] = True
-    names = tuple(str(label) for label in range(10))
+    names = tuple(map(str, range(10)))
     return _split(images[~held_out], labels[~held_out], images[held_out], labels[held_out], names, normalize)
 
 
@@ -224,8 +211,7 @@ def load(name: str, directory: str | PathLike[str] | None = None, *, normalize: 
 
     Args:
         name: ``"digits"``, ``"fashion-mnist"`` or ``"mnist"``.
-        directory: of its files; ``mnist`` needs one, ``digits`` takes none.
-        normalize: float32 images of mean 0 and deviation 1; otherwise uint8.
+        directory: of its files; ``mnist`` needs one, ``digits`` takes none. normalize: as in :func:`mnist`.
 
     Raises:
         ValueError: an unknown name, or a directory given or missing against the above.

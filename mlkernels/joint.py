@@ -90,14 +90,10 @@ class JointLoss(nn.Module):
             raise ValueError(f"losses must be two under mode='trainable', got {len(losses)}")
         if weights is None:
             weights = [0.5, 0.5] if mode == "trainable" else [1.0] * len(losses)
-        check_several("weights", weights, "numbers")
+        check_several("weights", weights, "numbers", per="loss", count=len(losses))
         weights = [check_number("weights", weight) for weight in weights]
-        if len(weights) != len(losses):
-            raise ValueError(f"weights must be one per loss, {len(losses)}, got {len(weights)}")
         if inputs is not None:
-            check_several("inputs", inputs, "indices")
-        if inputs is not None and len(inputs) != len(losses):
-            raise ValueError(f"inputs must be one per loss, {len(losses)}, got {len(inputs)}")
+            check_several("inputs", inputs, "indices", per="loss", count=len(losses))
         for part in inputs or ():
             if part == () or isinstance(part, bool) or not isinstance(part, int | tuple | None):
                 raise ValueError(f"inputs must be indices, tuples of indices or None, got {part!r}")
@@ -132,10 +128,8 @@ class JointLoss(nn.Module):
             each.append(
                 loss(input if first is None else input[first], target, *(input[index] for index in more), **batch)
             )
-        terms = [weight * loss for weight, loss in zip(self.weights, each, strict=True)]
-        total = terms[0]
-        for term in terms[1:]:
-            total = total + term
+        first_term, *terms = (weight * loss for weight, loss in zip(self.weights, each, strict=True))
+        total = sum(terms, first_term)
         return total + 0.5 * self.log_variance.sum() if self.mode == "uncertainty" else total
 
     @property
@@ -214,11 +208,8 @@ class Alternating:
             ):
                 raise TypeError(f"turns[{index}] must be a pair of a loss and a torch.optim.Optimizer, got {turn!r}")
             check_function(f"turns[{index}]", turn[0], "a loss and an optimizer")
-        if periods is not None:
-            check_several("periods", periods, "integers")
-        periods = [1] * len(turns) if periods is None else list(periods)
-        if len(periods) != len(turns):
-            raise ValueError(f"periods must be one per turn, {len(turns)}, got {len(periods)}")
+        periods = [1] * len(turns) if periods is None else periods
+        check_several("periods", periods, "integers", per="turn", count=len(turns))
         periods = [check_size(f"periods[{at}]", period) for at, period in enumerate(periods)]
         self.model, self.scaler, self.periods = model, scaler, periods
         self.losses = [loss for loss, _ in turns]

@@ -7,8 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +104,10 @@ class TwoScaleLoss(FamilyLoss, of=F.two_scale_cross_entropy):
         separation = self.variant == "separation"
         log_initial = torch.zeros((), dtype=torch.float64, device="cpu")
         if initial_norm is not None and not separation:
-            log_initial = _log_norm("initial_norm", initial_norm).detach()
+            if not isinstance(initial_norm, Tensor | nn.Module):
+                number = check_number("initial_norm", initial_norm, "logit_norm")
+                initial_norm = torch.tensor(number, dtype=torch.float64, device="cpu")
+            log_initial = cast(Tensor, _log_norm("initial_norm", initial_norm, detach=True)).reshape(())
         # The unit of the scales, and the scales in that unit.
         absolute = self.parametrization == "absolute" and not separation
         log_unit = torch.zeros_like(log_initial) if absolute else log_initial
@@ -183,27 +185,11 @@ class TwoScaleLoss(FamilyLoss, of=F.two_scale_cross_entropy):
                 else "logit_norm has no meaning where the loss was built without an initial_norm"
             )
         factor = self.log_unit
-        if logit_norm is not None:
-            factor = factor - self._norm("logit_norm", logit_norm)
-        elif log_norm is not None:
-            factor = factor - self._norm("log_norm", log_norm)
+        for name, value in (("logit_norm", logit_norm), ("log_norm", log_norm)):
+            if value is not None:
+                factor = factor - _log_norm(name, value, self.detach_norm)
         factor = factor.exp()
         return (self.scale_low * factor).to(accumulate), (self.scale_high * factor).to(accumulate)
-
-    def _norm(self, name: str, value: float | Tensor | nn.Module) -> float | Tensor:
-        """log R, detached if so chosen."""
-        if isinstance(value, nn.Module):
-            if name == "log_norm":
-                raise ValueError(
-                    "log_norm must be a number or a floating 0-d tensor, got a model: that is a logit_norm"
-                )
-            return weight_norm_product(value, log=True, detach=self.detach_norm)
-        if isinstance(value, Tensor):
-            check_scalar(name, value)
-            value = value.detach() if self.detach_norm else value
-            return value.double() if name == "log_norm" else value.double().log()
-        number = check_number(name, value)
-        return number if name == "log_norm" else math.log(number)
 
     def extra_repr(self) -> str:
         """The options, and what of the common arguments is not at its default."""
@@ -213,30 +199,29 @@ class TwoScaleLoss(FamilyLoss, of=F.two_scale_cross_entropy):
         )
 
 
-def _log_norm(name: str, value: float | Tensor | nn.Module) -> Tensor:
-    """log R of a number, a tensor or a model, in float64."""
+def _log_norm(name: str, value: float | Tensor | nn.Module, detach: bool) -> float | Tensor:
+    """log R of a model, a number or a tensor, those in float64; a ``log_norm`` is one already."""
+    logarithm = name == "log_norm"
     if isinstance(value, nn.Module):
-        return weight_norm_product(value, log=True)
+        if logarithm:
+            raise ValueError("log_norm must be a number or a floating 0-d tensor, got a model: that is a logit_norm")
+        return weight_norm_product(value, log=True, detach=detach)
+    value = check_scalar(name, value, "logit_norm" if name == "initial_norm" else name)
     if not isinstance(value, Tensor):
-        value = torch.tensor(check_number(name, value), dtype=torch.float64, device="cpu")
-    if value.dim() != 0 or not value.is_floating_point():
-        raise ValueError(f"{name} must be a number, a floating 0-d tensor or a model, got {tuple(value.shape)}")
-    # Once, at construction: a synchronisation does not matter here.
-    if not (traced(value) or value.is_meta or bool(value > 0)):
-        raise ValueError(f"{name} must be > 0, got {float(value)}")
-    return value.double().log()
+        return value if logarithm else math.log(value)
+    value = (value.detach() if detach else value).double()
+    return value if logarithm else value.log()
 
 
 # ---- the size of a network -------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Entry:
+class _Entry(NamedTuple):
     """log R as it was, and what it was computed from: kept alive, so that no identity is given twice."""
 
     model: nn.Module
     parameters: list[Tensor]
-    versions: list[int]
+    seen: list[tuple[int, int]]  # the identity and the version of each
     log_norm: Tensor
 
 
@@ -349,17 +334,10 @@ def _cached(model: nn.Module, layers: tuple[type[nn.Module], ...], grouped: list
     if entries is None or any(parameter.is_inference() for parameter in parameters):
         return _log_product(grouped)
     key = id(model), layers, torch.is_grad_enabled()
-    versions = [parameter._version for parameter in parameters]
-    entry = entries.get(key)
-    if entry is not None and entry.versions == versions and _same(entry.parameters, parameters):
-        return entry.log_norm
-    log_norm = _log_product(grouped)
-    entries[key] = _Entry(model, parameters, versions, log_norm)
-    return log_norm
-
-
-def _same(one: list[Tensor], other: list[Tensor]) -> bool:
-    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+    seen = [(id(parameter), parameter._version) for parameter in parameters]
+    if key not in entries or entries[key].seen != seen:
+        entries[key] = _Entry(model, parameters, seen, _log_product(grouped))
+    return entries[key].log_norm
 
 
 def _check_whole(module: nn.Module, weight: Tensor) -> None:

@@ -72,6 +72,15 @@ def test_two_scale_starts_from_the_model():
         torch.testing.assert_close(loss(input, target, norm), wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("parametrization", ["absolute", "relative"])
+def test_an_initial_norm_in_any_form(parametrization: str) -> None:
+    """A number, 0-d, or (1,) as logit_norm may be: the same scales, to the bit, of the same shape."""
+    wanted = mlkernels.TwoScaleLoss(3.3, parametrization=parametrization).state_dict()
+    for given in (torch.tensor(3.3, dtype=torch.float64), torch.tensor([3.3], dtype=torch.float64)):
+        found = mlkernels.TwoScaleLoss(given, parametrization=parametrization).state_dict()
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
 def test_two_scale_of_a_model_beyond_float64():
     model = nn.Sequential(*[nn.Linear(1, 1, bias=False) for _ in range(100)])
     for layer in model:
