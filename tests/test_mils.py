@@ -595,6 +595,29 @@ def test_samples_are_drawn_anew_without_repeats(kind: Any) -> None:
     run(mils, 1)
 
 
+class Named(nn.Module):
+    """A model of several inputs by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, CLASSES)
+
+    def forward(self, input: dict[str, Any]) -> torch.Tensor:
+        return self.layer(input["parts"][0]) + input["more"]["shift"]
+
+
+def test_samples_in_containers() -> None:
+    """Which default_collate stacks, and which go to the model's device as they are: a batch scores as by hand."""
+    items = [({"parts": (x, "a name"), "more": {"shift": x[:CLASSES] / 9}}, y) for x, y in zip(X, Y, strict=True)]
+    mils = build(Named(), observation=(items, len(items)), auxiliary=worse, participation=1.0)
+    input, target = mils._observe()
+    assert sorted(target.tolist()) == sorted(Y.tolist()) and input["parts"][1] == ["a name"] * len(items)
+    right = (mils.model.layer(X) + X[:, :CLASSES] / 9).argmax(1) == Y
+    assert int(mils._score(input, target)[0]) == int(right.sum())
+    whole = {"parts": (X, "a name"), "more": {"shift": X[:, :CLASSES] / 9}}
+    assert mils.step(whole, Y).accepted is False
+
+
 def test_its_own_generator() -> None:
     """The global one is untouched where nothing is tried; the same seed tries the same."""
     generator = torch.Generator().manual_seed(9)

@@ -12,15 +12,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
-from ..checks import check_function, check_generator, check_number
+from ..checks import check_function, check_generator, check_number, check_several
 from ..positional import by_name
 from .batches import observe
 from .means import Counts, Loss
 from .modes import Randomness, evaluation
 from .snapshot import Snapshot
 from .update import Batch, Update
-
-__all__ = ["MILS", "Statistics", "Step"]
 
 #: Flips of the coin that are drawn at once: an iteration without an attempt takes one from a list.
 _COINS = 256
@@ -168,7 +166,8 @@ class MILS:
         self.accept, self.restore_rng, self.scaler = accept, restore_rng, scaler
         self.participation = participation
         self._logits = logits
-        self._losses = [loss for loss in (primary, *self.auxiliary.values()) if isinstance(loss, nn.Module)]
+        losses = (primary, *self.auxiliary.values())
+        self._losses = [loss for loss in losses if isinstance(loss, nn.Module)]
         self._group = process_group
         self._world, self._rank = 1, 0
         if dist.is_available() and dist.is_initialized():
@@ -176,7 +175,7 @@ class MILS:
         self._generator = self._agreed(generator)
         self._observe = observe(observation, model, self._generator, self._rank, self._world)
         scalers = [] if scaler is None else [scaler]
-        others = _Others(loss for loss in (primary, *self.auxiliary.values()) if not isinstance(loss, nn.Module))
+        others = _Others(loss for loss in losses if not isinstance(loss, nn.Module))
         self._snapshot = Snapshot(model, *self.optimizers, *self._losses, others, *scalers, *extras)
         self._coins: list[float] = []
         self._attempts = 0  # ever: whose turn it is among the auxiliary losses
@@ -230,8 +229,7 @@ class MILS:
             raise ValueError("batches must hold at least one (input, target), got none")
         if counts is not None:
             counts = [n.reshape(()) if isinstance(n, Tensor) and n.numel() == 1 else n for n in counts]
-            if len(counts) != len(batches):
-                raise ValueError(f"counts must be one per batch, {len(batches)}, got {len(counts)}")
+            check_several("counts", counts, "numbers", per="batch", count=len(batches))
             numbers = [check_number("counts", n) for n in counts if not isinstance(n, Tensor)]
             shaped = all(n.dim() == 0 for n in counts if isinstance(n, Tensor))
             nothing = len(numbers) == len(counts) and not sum(numbers)
@@ -242,7 +240,7 @@ class MILS:
     def statistics(self, *, reset: bool = False) -> Statistics:
         """Counts since the last reset; with ``reset`` at the end of each epoch they are that epoch's."""
         by_auxiliary = {name: (tried, kept) for name, (tried, kept) in self._counts.items()}
-        attempts, acceptances = (sum(pair[k] for pair in by_auxiliary.values()) for k in (0, 1))
+        attempts, acceptances = map(sum, zip(*by_auxiliary.values(), strict=True))
         result = Statistics(self._iterations, attempts, acceptances, self._non_finite, by_auxiliary)
         if reset:
             self._clear_statistics()

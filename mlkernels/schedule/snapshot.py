@@ -10,8 +10,6 @@ from torch import Tensor
 from ..ops import multi_copy_
 from .walk import Walk, form, has_state_dict, location, memory, reshard, type_name
 
-__all__ = ["Snapshot"]
-
 
 class Snapshot:
     r"""A training run's state, saved beside it on its devices and restored in place, exact to the bit.
@@ -132,9 +130,7 @@ class Snapshot:
         """
         record = self._saved()
         reshard(self._parts)
-        record.put_back()
-        self._move_back()
-        _copy(self._targets, self._twins.values())
+        self._in_place(record)
         failed: tuple[str, Exception] | None = None
         loaded = False
         for foreign in record.foreign:
@@ -145,9 +141,7 @@ class Snapshot:
             except Exception as error:  # noqa: PERF203 - the others are to be restored
                 failed = failed or (foreign.name, error)
         if loaded:  # an optimizer's replaces the tensors that have just been restored
-            record.put_back()
-            self._move_back()
-            _copy(self._targets, self._twins.values())
+            self._in_place(record)
         # An enclosing autocast keeps casts of weights, which it cannot know to be stale.
         torch.clear_autocast_cache()
         if failed is not None:
@@ -186,13 +180,15 @@ class Snapshot:
             raise RuntimeError("nothing to restore: save() has not been called")
         return self._record
 
-    def _move_back(self) -> None:
-        """Lets every tensor be where it was, and as large."""
+    def _in_place(self, record: Walk) -> None:
+        """Everything but what ``load_state_dict`` is for: every tensor where it was, as large, and as it was."""
+        record.put_back()
         for live, anchor, nbytes in self._anchors.values():
             if anchor.untyped_storage().nbytes() < nbytes:
                 anchor.untyped_storage().resize_(nbytes)
             if live.data_ptr() != anchor.data_ptr() or live.stride() != anchor.stride() or form(live) != form(anchor):
                 live.data = anchor
+        _copy(self._targets, self._twins.values())
 
     def _moved(self, record: Walk) -> str | None:
         """What keeps a flag from deciding about a tensor that is elsewhere now: another one shared its memory."""
@@ -214,9 +210,5 @@ def _copy(targets: Any, sources: Any, flag: Tensor | None = None) -> None:
         other.append(source)
     with torch.no_grad():
         for device, (to, other) in pairs.items():
-            here = (
-                flag
-                if flag is None or flag.device.type == "cpu"
-                else flag.to(device, non_blocking=device.type != "cpu")
-            )
+            here = flag if flag is None or flag.is_cpu else flag.to(device, non_blocking=device.type != "cpu")
             multi_copy_(to, other, here)

@@ -55,19 +55,15 @@ class Update:
         if self._closure:
             return self._lbfgs(name, loss_function, batches, counts)
         loss = self._gradients(name, loss_function, batches, counts)
-        if self.scaler is None:
-            if self.before_step is not None:
-                self.before_step()
-            for optimizer in self.optimizers:
-                optimizer.step()
-            return loss
         if self.before_step is not None:
-            for optimizer in self.optimizers:
-                self.scaler.unscale_(optimizer)
+            if self.scaler is not None:
+                for optimizer in self.optimizers:
+                    self.scaler.unscale_(optimizer)
             self.before_step()
         for optimizer in self.optimizers:
-            self.scaler.step(optimizer)
-        self.scaler.update()
+            optimizer.step() if self.scaler is None else self.scaler.step(optimizer)
+        if self.scaler is not None:
+            self.scaler.update()
         return loss
 
     def _lbfgs(self, name: str, loss_function: Loss, batches: list[Batch], counts: Counts) -> Tensor:
@@ -91,12 +87,13 @@ class Update:
             raise ValueError(
                 f"{name} steps in its backward (tile_update), so {len(batches)} batches would be as many steps"
             )
+        parts: list[Tensor] = []
         with shares(name, loss_function, [target for _, target in batches], counts) as of_all:
-            work = [(batch, of_all, k) for k, batch in enumerate(batches)]
-            # All but the last batch without an exchange between ranks.
-            with getattr(self.model, "no_sync", nullcontext)():
-                parts = [self._backward(name, loss_function, *one) for one in work[:-1]]
-            parts.append(self._backward(name, loss_function, *work[-1]))
+            for k, batch in enumerate(batches):
+                # All but the last batch without an exchange between ranks.
+                last = k == len(batches) - 1
+                with nullcontext() if last else getattr(self.model, "no_sync", nullcontext)():
+                    parts.append(self._backward(name, loss_function, batch, of_all, k))
         loss = torch.stack(parts).sum()
         return torch.where(of_all.kept > 0, loss, math.nan) if isinstance(of_all.kept, Tensor) else loss
 

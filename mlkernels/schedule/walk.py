@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import operator
 import random
 import sys
 import types
@@ -120,8 +122,7 @@ class Walk:
         self.foreign.append(Foreign(name, get, load, tree, leaves))
         _, again = _flat(name, get())
         for path, leaf in leaves.items():
-            other = again.get(path)
-            if isinstance(leaf, Tensor) and isinstance(other, Tensor) and location(leaf) == location(other):
+            if isinstance(leaf, Tensor) and _unmoved(leaf, again.get(path)):
                 self._live.add(path)
                 self._add(path, leaf)
 
@@ -162,12 +163,11 @@ class Walk:
     def _container(self, name: str, value: Any) -> None:
         if not self._first_visit(value):
             return
+        self._containers.append((value, _items(value)))
         if isinstance(value, dict):
-            self._containers.append((value, list(value.items())))
             for key, item in list(value.items()):
                 self._add(self._child(name, key), item)
         else:
-            self._containers.append((value, list(value)))
             for index, item in enumerate(value):
                 self._add(f"{name}[{index}]", item)
         if hasattr(value, "__dict__"):
@@ -248,22 +248,14 @@ class Walk:
 
     def difference(self, now: Walk) -> str | None:
         """What keeps a device flag from deciding between this state and a later one, in words."""
-        for name, tensor in now.tensors.items():
-            if name not in self.tensors:
-                return f"{name} is new since"
-            if tensor is not self.tensors[name] and location(tensor) != location(self.tensors[name]):
-                return f"{name} was replaced since"
-        for name in self.tensors:
-            if name not in now.tensors:
-                return f"{name} is gone since"
-        for name, value in now.values.items():
-            if name not in self.values:
-                return f"{name} is new since"
-            if not _equal(value, self.values[name]):
-                return f"{name} changed on the host since, from {self.values[name]!r} to {value!r}"
-        for name in self.values:
-            if name not in now.values:
-                return f"{name} is gone since"
+        for before, after in ((self.tensors, now.tensors), (self.values, now.values)):
+            for name in {**after, **before}:
+                if name not in before or name not in after:
+                    return f"{name} is {'gone' if name in before else 'new'} since"
+                if not _unmoved(before[name], after[name]):
+                    if isinstance(before[name], Tensor):
+                        return f"{name} was replaced since"
+                    return f"{name} changed on the host since, from {before[name]!r} to {after[name]!r}"
         for foreign in self.foreign:
             if foreign.changed():
                 return f"{foreign.name} changed since, or its state_dict() holds copies"
@@ -284,20 +276,12 @@ class Foreign(NamedTuple):
         _, now = _flat(self.name, self.get())
         if now.keys() != self.leaves.keys():
             return True
-        for name, leaf in self.leaves.items():
-            other = now[name]
-            if isinstance(leaf, Tensor) and isinstance(other, Tensor):
-                if location(leaf) != location(other):
-                    return True
-            elif not _equal(leaf, other):
-                return True
-        return False
+        return not all(_unmoved(leaf, now[name]) for name, leaf in self.leaves.items())
 
     def rebuild(self) -> Any:
         """What it was at save(), the live tensors among it being restored; the receiver may keep it."""
-        return _map(
-            lambda _, value: value.clone() if isinstance(value, Tensor) else copy.deepcopy(value), "", self.tree
-        )
+        kept = lambda _, value: value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)  # noqa: E731
+        return _map(kept, "", self.tree)
 
 
 def _own_entries(optimizer: Optimizer) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
@@ -357,18 +341,20 @@ def _map(leaf: Callable[[str, object], object], name: str, tree: Any) -> Any:
     return leaf(name, tree)
 
 
+def _items(container: Any) -> list[Any]:
+    """What a container holds; of a dictionary each key and its value."""
+    return list(itertools.chain.from_iterable(container.items()) if isinstance(container, dict) else container)
+
+
 def _fill(container: Any, content: list[Any]) -> None:
     """Fills a container with what it held; one that still holds it is not touched."""
-    if isinstance(container, dict):
-        now = list(container.items())
-        same = len(now) == len(content) and all(a is c and b is d for (a, b), (c, d) in zip(now, content, strict=True))
-    else:
-        now = list(container)
-        same = len(now) == len(content) and all(a is b for a, b in zip(now, content, strict=True))
-    if same:
+    now = _items(container)
+    if len(now) == len(content) and all(map(operator.is_, now, content)):
         return
     container.clear()
-    if isinstance(container, (dict, set)):
+    if isinstance(container, dict):
+        container.update(zip(content[::2], content[1::2], strict=True))
+    elif isinstance(container, set):
         container.update(content)
     else:
         container.extend(content)
@@ -376,15 +362,11 @@ def _fill(container: Any, content: list[Any]) -> None:
 
 def reshard(parts: Sequence[Any]) -> None:
     """Lets FSDP2 drop gathered parameters, in whose place are the shards then: a forward alone leaves them gathered."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    sharded = getattr(fsdp, "FSDPModule", None)
-    if sharded is None:
-        return
+    sharded = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
     for part in parts:
-        if isinstance(part, nn.Module):
-            for module in part.modules():
-                if isinstance(module, sharded):
-                    module.reshard()
+        for module in part.modules() if sharded and isinstance(part, nn.Module) else ():
+            if isinstance(module, sharded):
+                module.reshard()
 
 
 def memory(tensor: Tensor) -> Tensor:
@@ -417,6 +399,13 @@ def location(tensor: Tensor) -> Location:
 def type_name(value: object) -> str:
     """A class's name, or that of an object's class."""
     return value.__name__ if isinstance(value, type) else type(value).__name__
+
+
+def _unmoved(a: object, b: object) -> bool:
+    """Tensors at one place, or numbers and words that are equal."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a is b or location(a) == location(b)
+    return _equal(a, b)
 
 
 def _equal(a: object, b: object) -> bool:
