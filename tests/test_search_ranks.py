@@ -110,6 +110,7 @@ def state_travels(rank, group):
         scheduler.step()
     if rank == 2:
         model.wide[0] = float("nan")
+        optimizer.param_groups[1]["note"] = "of one rank"
     parts = model, optimizer, scheduler
     for source in (0, 2, 1):
         wanted = [None] * WORLD

@@ -12,16 +12,15 @@ from typing import Any, Literal, overload
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import Unpack
 
 from ..call import Options
-from ..checks import check_function, check_generator, check_kind, check_number, check_size, unknown_keywords
+from ..checks import check_generator, check_number, check_size, unknown_keywords
 from ..modules import PiecewiseLoss
 from ..positional import by_name
-from .population import PopulationLoss, check_population
+from .population import PopulationLoss
 from .ranks import Ranks
-from .record import ROWS, SETTINGS, Record, Round, identity
+from .record import ROWS, SETTINGS, Record, Round, identity, settings_of
 from .trainer import Reward, Train, Trainer
 
 _ROUNDS = ("theta", "rewards", "best", "mu")
@@ -141,9 +140,8 @@ class LossSearch:
     def sample(self) -> Tensor:
         """(B, 4, M) candidates, float64 on the CPU. Advances the generator, nothing else."""
         record = self.record
-        noise = torch.randn(
-            record.candidates, 4, record.pieces, generator=self.generator, dtype=torch.float64, device="cpu"
-        )
+        shape = record.candidates, 4, record.pieces
+        noise = torch.randn(shape, generator=self.generator, dtype=torch.float64, device="cpu")
         return self._mu + record.sigma * self._searched * noise
 
     def update(self, theta: Tensor, rewards: Tensor | Sequence[float]) -> Round:
@@ -242,12 +240,11 @@ class LossSearch:
         optimizer, extras, the distribution and all generators.
         """
         ranks = Ranks(process_group)
-        _check_step(model, optimizer, train, reward, population, ranks, extras)
         drawn_from = self.generator.get_state()
         try:
-            with Trainer(model, optimizer, train, reward, population, extras) as trainer:
+            with Trainer(model, optimizer, train, reward, population, extras, ranks) as trainer:
                 rewards, theta = self._earn(trainer, ranks)
-                trainer.adopt(ranks, winner(rewards) % ranks.size)
+                trainer.adopt(winner(rewards) % ranks.size)
         except BaseException:
             self.generator.set_state(drawn_from)
             raise
@@ -291,14 +288,12 @@ class LossSearch:
     def _earn(self, trainer: Trainer, ranks: Ranks) -> tuple[Tensor, Tensor]:
         """Rewards and candidates of an epoch, the same on every rank."""
         seed = int(torch.randint(2**63 - 1, (), generator=self.generator))
-        theta = self.sample()
-        rank_0 = ranks.broadcast((self._settings(), self.epoch, self._mu, theta, seed))
-        trainer.start_alike(ranks)
+        here = (*settings_of(self.record).values(), self.epoch)
+        there, mu, theta, seed = ranks.broadcast((here, self._mu, self.sample(), seed))
+        trainer.start_alike()
 
         def work() -> list[float]:
-            here = (*self._settings().values(), self.epoch)
-            there = (*rank_0[0].values(), rank_0[1])
-            if here != there or not torch.allclose(self._mu, rank_0[2]):
+            if here != there or not torch.allclose(self._mu, mu):
                 raise ValueError(
                     f"the searches of all ranks must be alike, load a checkpoint on every rank: rank {ranks.rank} has "
                     f"{(*SETTINGS, 'epoch')} = {here}, rank 0 {there}{'; their means differ' if here == there else ''}"
@@ -306,7 +301,6 @@ class LossSearch:
             with self._bar(len(mine), ranks) as done:
                 return trainer.earn(theta[mine], self.loss, seed, done)
 
-        theta, seed = rank_0[3:]
         mine = list(range(ranks.rank, len(theta), ranks.size))
         rewards = torch.empty(len(theta), dtype=torch.float64)
         for rank, found in enumerate(ranks.collect(work)):
@@ -345,10 +339,8 @@ class LossSearch:
             >>> bool((other.sample() == search.sample()).all())
             True
         """
-        record = self.record
-        rounds = {"theta": record.theta, "rewards": record.rewards, "best": record.best, "mu": record.mu}
-        state = {**self._settings(), **rounds, "adam": self._adam.state_dict(), "generator": self.generator.get_state()}
-        return copy.deepcopy(state)
+        state: dict[str, Any] = {name: getattr(self.record, name) for name in (*SETTINGS, *_ROUNDS)}
+        return copy.deepcopy(state | {"adam": self._adam.state_dict(), "generator": self.generator.get_state()})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from another search's state; both have the same settings.
@@ -360,7 +352,7 @@ class LossSearch:
         missing = [name for name in (*SETTINGS, *_ROUNDS, "adam", "generator") if name not in state]
         if missing:
             raise ValueError(f"state must be that of a LossSearch, got one without {', '.join(missing)}")
-        for name, value in self._settings().items():
+        for name, value in settings_of(self.record).items():
             if state[name] != value:
                 raise ValueError(f"state must be of a search with {name}={value!r}, got {name}={state[name]!r}")
         count, (candidates, pieces) = len(state["best"]), (self.record.candidates, self.record.pieces)
@@ -377,18 +369,11 @@ class LossSearch:
         self.generator.set_state(state["generator"])
         mu.copy_(state["mu"][-1])
         self._mu, self._adam = mu, adam
-        self.record.rounds[:] = [
-            Round(epoch, *values)
-            for epoch, values in enumerate(
-                zip(state["theta"], state["rewards"], state["best"].tolist(), state["mu"][1:], strict=True)
-            )
-        ]
-
-    def _settings(self) -> dict[str, Any]:
-        return {name: getattr(self.record, name) for name in SETTINGS}
+        rounds = zip(state["theta"], state["rewards"], state["best"].tolist(), state["mu"][1:], strict=True)
+        self.record.rounds[:] = [Round(epoch, *values) for epoch, values in enumerate(rounds)]
 
     def __repr__(self) -> str:
-        settings = ", ".join(f"{name}={value!r}" for name, value in self._settings().items())
+        settings = ", ".join(f"{name}={value!r}" for name, value in settings_of(self.record).items())
         return f"LossSearch({settings}, epoch={self.epoch})"
 
 
@@ -413,38 +398,3 @@ def winner(rewards: Tensor) -> int:
     found = rewards.where(rewards.isfinite(), -math.inf)
     # argmax of the rewards themselves need not give the first.
     return int((found == found.max()).nonzero()[0])
-
-
-def _check_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    train: Train,
-    reward: Reward,
-    population: int,
-    ranks: Ranks,
-    extras: Sequence[Any],
-) -> None:
-    check_kind("model", model, nn.Module, "an nn.Module")
-    check_kind("optimizer", optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer")
-    check_function("train", train)
-    check_function("reward", reward)
-    check_size("population", population)
-    if population > 1 and extras:
-        raise ValueError(f"extras are for candidates one after another, got {len(extras)} with population={population}")
-    for index, extra in enumerate(extras):
-        if not (hasattr(extra, "state_dict") and hasattr(extra, "load_state_dict")):
-            raise TypeError(f"extras[{index}] must have a state_dict, got {type(extra).__name__}")
-    if ranks.size > 1 and isinstance(model, DistributedDataParallel):
-        raise TypeError("model must not be wrapped by DistributedDataParallel, since every rank trains its own; "
-                        "give model.module")  # fmt: skip
-    modules = [part for part in (model, *extras) if isinstance(part, nn.Module)]
-    covered = {id(parameter) for module in modules for parameter in module.parameters()}
-    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    strange = [tuple(parameter.shape) for parameter in held if id(parameter) not in covered]
-    if strange:
-        raise ValueError(
-            f"optimizer holds parameters of {strange} that are neither the model's nor those of a module in extras: "
-            "they would not be put back between candidates"
-        )
-    if population > 1:
-        check_population(model, optimizer)

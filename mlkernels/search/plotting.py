@@ -48,27 +48,24 @@ def plot(record: Record, path: str | PathLike[str] | None = None) -> Figure:
     except ImportError as error:
         raise ImportError("plot needs matplotlib: pip install matplotlib") from error
     figure = Figure(figsize=(13, 7.4), layout="constrained")
-    last = record.rounds[-1]
     figure.suptitle(
         f"loss search over {len(record.rounds)} epochs: M = {record.pieces}, B = {record.candidates}, "
         f"σ = {record.sigma:g}, learning rate {record.lr:g}"
     )
     upper, lower = figure.subplots(2, 3)
-    winner = last.theta[last.best]
-    _curves(upper[0], record, winner, 0, _T)
+    _curves(upper[0], record, 0, _T)
     upper[0].set(title="t", xlabel="logit of the target, x", ylabel="t(x)")
-    _curves(upper[1], record, winner, 2, _TAU)
+    _curves(upper[1], record, 2, _TAU)
     upper[1].set(title="τ", xlabel="probability of the target, p", ylabel="τ(p)")
-    _weights(upper[2], record, winner)
+    _weights(upper[2], record)
     upper[2].set(title="weight in the gradient", xlabel="probability of the target, p", ylabel="p τ′(p) / τ(p)")
     _rewards(lower[0], record)
     _drift(lower[1], record.mu, 0, "slopes of μ", "a")
     _drift(lower[2], record.mu, 1, "biases of μ", "b")
-    for axes in upper:
-        axes.legend(frameon=False, fontsize="small")
     for axes in lower:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     for axes in (*upper, *lower):
+        axes.legend(frameon=False, fontsize="small")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.03)
@@ -89,35 +86,29 @@ def _broken(axes: Axes, x: Tensor, y: Tensor, **style: Any) -> None:
     axes.plot(torch.cat([x, gap], 1).flatten().numpy(), torch.cat([y, gap], 1).flatten().numpy(), **style)
 
 
-def _shown(epochs: int) -> list[tuple[int, float]]:
-    """At most four epochs before the last, each with its opacity."""
+def _shown(record: Record, colour: str) -> list[tuple[Tensor, dict[str, Any]]]:
+    """(4, M) of at most four epochs before the last, paler the earlier, of the last, and of its winner; with styles."""
+    mu, last, epochs = record.mu, record.rounds[-1], len(record.rounds)
     earlier = sorted({round(epochs * share) for share in (0.2, 0.4, 0.6, 0.8)} - {0, epochs})
-    return [(epoch, 0.1 + 0.35 * epoch / epochs) for epoch in earlier]
+    return [
+        *((mu[epoch], {"color": colour, "alpha": 0.1 + 0.35 * epoch / epochs}) for epoch in earlier),
+        (mu[-1], {"color": colour, "linewidth": 2.2, "label": "found (μ)"}),
+        (last.theta[last.best], {**_WINNER, "label": "last winner"}),
+    ]
 
 
-def _curves(axes: Axes, record: Record, winner: Tensor, row: int, colour: str) -> None:
+def _curves(axes: Axes, record: Record, row: int, colour: str) -> None:
     low, high = (-1.0, 1.0) if row == 0 else (0.0, 1.0)
     x = _pieces(record.pieces, low, high)
     axes.plot([low, high], [low, high], color=_PLAIN, linewidth=1, label="identity")
-    mu = record.mu
-    for epoch, alpha in _shown(len(record.rounds)):
-        _broken(axes, x, mu[epoch, row, :, None] * x + mu[epoch, row + 1, :, None], color=colour, alpha=alpha)
-    found = mu[-1, row, :, None] * x + mu[-1, row + 1, :, None]
-    _broken(axes, x, found, color=colour, linewidth=2.2, label="found (μ)")
-    theirs = winner[row, :, None] * x + winner[row + 1, :, None]
-    _broken(axes, x, theirs, **_WINNER, label="last winner")
+    for theta, style in _shown(record, colour):
+        _broken(axes, x, theta[row, :, None] * x + theta[row + 1, :, None], **style)
 
 
-def _weights(axes: Axes, record: Record, winner: Tensor) -> None:
+def _weights(axes: Axes, record: Record) -> None:
     x = _pieces(record.pieces, 0.0, 1.0)
     axes.axhline(1, color=_PLAIN, linewidth=1, label="cross entropy")
-    mu = record.mu
-    curves: list[tuple[Tensor, dict[str, Any]]] = [
-        (mu[epoch], {"color": _WEIGHT, "alpha": alpha}) for epoch, alpha in _shown(len(record.rounds))
-    ]
-    curves.append((mu[-1], {"color": _WEIGHT, "linewidth": 2.2, "label": "found (μ)"}))
-    curves.append((winner, {**_WINNER, "label": "last winner"}))
-    for theta, style in curves:
+    for theta, style in _shown(record, _WEIGHT):
         slope, bias = theta[2, :, None], theta[3, :, None]
         tau = slope * x + bias
         weight = slope * x / tau
@@ -153,7 +144,6 @@ def _rewards(axes: Axes, record: Record) -> None:
     if bool(below.any()):
         places = x[below].numpy(), torch.full_like(rewards[below], floor).numpy()
         axes.scatter(*places, s=14, marker="x", color="C3", linewidths=0.8, label="below, or failed", clip_on=False)
-    axes.legend(frameon=False, fontsize="small")
 
 
 def _drift(axes: Axes, mu: Tensor, row: int, title: str, letter: str) -> None:
@@ -165,4 +155,3 @@ def _drift(axes: Axes, mu: Tensor, row: int, title: str, letter: str) -> None:
             (line,) = axes.plot(epochs, mu[:, first, piece].numpy(), color=colour, alpha=alpha, linewidth=1.3)
         line.set_label(f"{letter} of {name}, darker for higher bins")
     axes.set(title=title, xlabel="epochs done")
-    axes.legend(frameon=False, fontsize="small")

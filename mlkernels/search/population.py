@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -16,7 +17,7 @@ from ..call import PerCall
 from ..checks import check_row_weight, check_size
 from ..modules import PiecewiseLoss
 from ..ops import multi_copy_
-from .state import put
+from .state import held, put, without
 
 # Optimizers of torch whose step treats every number by itself: stacked parameters are then G optimizers at once.
 _ELEMENTWISE = frozenset(
@@ -72,12 +73,11 @@ class Population(nn.Module):
         check_population(model, optimizer)
         size = check_size("size", size)
         names_of = {parameter: name for name, parameter in model.named_parameters()}
-        held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.size = size
         # In a tuple: the model is no part of this module, its parameters are not to be trained or moved.
         self._of = model, optimizer
-        self._twins: dict[nn.Parameter, nn.Parameter] = {
-            parameter: nn.Parameter(_stack(parameter, size), parameter.requires_grad) for parameter in held
+        self._twins: dict[Tensor, nn.Parameter] = {
+            p: nn.Parameter(_stack(p, size), p.requires_grad) for p in held(optimizer)
         }
         self.stacked = nn.ParameterList(self._twins.values())
         self._stacked_buffers = {name: _stack(buffer, size) for name, buffer in model.named_buffers()}
@@ -115,7 +115,7 @@ class Population(nn.Module):
                 values = self.optimizer.state[twin]
                 put(optimizer.state[parameter], {k: _unstack(k, v, index) for k, v in values.items()})
         for group, stacked in zip(optimizer.param_groups, self.optimizer.param_groups, strict=True):
-            put(group, {k: v for k, v in stacked.items() if k not in _NAMES}, keep=_NAMES)
+            put(group, without(stacked, _NAMES), keep=_NAMES)
 
     def extra_repr(self) -> str:
         """How many of what."""
@@ -171,25 +171,18 @@ class PopulationLoss(PiecewiseLoss):
 
 def check_population(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Whether they can be stacked; see :class:`Population`."""
-    if isinstance(model, DistributedDataParallel):
-        raise TypeError(
-            "model must not be wrapped by DistributedDataParallel: it would average the gradients of different "
-            "losses; give model.module"
-        )
+    check_unwrapped(model, ": it would average the gradients of different losses")
     if type(optimizer) not in _ELEMENTWISE:
         names = ", ".join(sorted(kind.__name__ for kind in _ELEMENTWISE))
         raise TypeError(
             f"optimizer must treat every number by itself to train a population, one of {names}; got "
             f"{type(optimizer).__name__}, which may mix the models: train them one after another (population=1)"
         )
-    own = set(model.parameters())
-    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    strange = [tuple(parameter.shape) for parameter in held if parameter not in own]
-    if strange:
+    if strange := strangers(optimizer, [model]):
         raise ValueError(
             f"optimizer must hold parameters of the model only to train a population, got others of {strange}"
         )
-    if not any(parameter.requires_grad for parameter in held):
+    if not any(parameter.requires_grad for parameter in held(optimizer)):
         raise ValueError("optimizer must hold a parameter that requires a gradient, got none")
     for name, module in model.named_modules():
         # The average over all batches so far needs their number on the host.
@@ -198,6 +191,18 @@ def check_population(model: nn.Module, optimizer: torch.optim.Optimizer) -> None
                 f"momentum of {name or type(module).__name__} must be a number to train a population, got None: give "
                 "it one, or train one after another (population=1)"
             )
+
+
+def check_unwrapped(model: nn.Module, why: str) -> None:
+    """No model that ranks train together."""
+    if isinstance(model, DistributedDataParallel):
+        raise TypeError(f"model must not be wrapped by DistributedDataParallel{why}; give model.module")
+
+
+def strangers(optimizer: torch.optim.Optimizer, modules: Sequence[nn.Module]) -> list[tuple[int, ...]]:
+    """The shapes of parameters that an optimizer holds and no module has."""
+    own = {parameter for module in modules for parameter in module.parameters()}
+    return [tuple(parameter.shape) for parameter in held(optimizer) if parameter not in own]
 
 
 def _stack(tensor: Tensor, size: int) -> Tensor:
@@ -209,11 +214,10 @@ def _unstack(key: str, value: Any, index: int) -> Any:
 
 
 def _stack_optimizer(
-    optimizer: torch.optim.Optimizer, twins: dict[nn.Parameter, nn.Parameter], size: int
+    optimizer: torch.optim.Optimizer, twins: dict[Tensor, nn.Parameter], size: int
 ) -> torch.optim.Optimizer:
     groups = [
-        {k: copy.deepcopy(v) for k, v in group.items() if k not in _NAMES}
-        | {"params": [twins[parameter] for parameter in group["params"]]}
+        copy.deepcopy(without(group, _NAMES)) | {"params": [twins[parameter] for parameter in group["params"]]}
         for group in optimizer.param_groups
     ]
     kind = cast(Any, type(optimizer))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..ops import multi_copy_
-from .state import named_tensors, put
+from .state import held, put, without
 
 T = TypeVar("T")
 
@@ -51,19 +52,19 @@ class Ranks:
         """What the work of each rank returned, in their order. If one fails, all raise: none is left waiting."""
         if self.size == 1:
             return [work()]
+        found: T | None = None
         failure: Exception | None = None
-        outcome: tuple[T | None, str] = None, ""
         try:
-            outcome = work(), ""
+            found = work()
         except Exception as error:
             failure = error
-            outcome = None, f"{type(error).__name__}: {error}"
         outcomes: list[Any] = [None] * self.size
-        dist.all_gather_object(outcomes, outcome, group=self._group)
+        said = failure and f"{type(failure).__name__}: {failure}"
+        dist.all_gather_object(outcomes, (found, said), group=self._group)
         if failure is not None:
             raise failure
         for rank, (_, said) in enumerate(outcomes):
-            if said:
+            if said is not None:
                 raise RuntimeError(f"rank {rank} failed: {said}")
         return [found for found, _ in outcomes]
 
@@ -93,9 +94,9 @@ class Ranks:
 def _tensors(part: Any) -> list[Tensor]:
     """What is sent as it lies in memory, in the same order on every rank."""
     if isinstance(part, nn.Module):
-        return [tensor.detach() for tensor in named_tensors(part).values()]
+        return [tensor.detach() for tensor in (*part.parameters(), *part.buffers())]
     if isinstance(part, torch.optim.Optimizer):
-        states = (part.state.get(p, {}) for group in part.param_groups for p in group["params"])
+        states = (part.state.get(parameter, {}) for parameter in held(part))
         return [state[key] for state in states for key in sorted(state) if isinstance(state[key], Tensor)]
     return []
 
@@ -104,8 +105,8 @@ def _layout(part: Any) -> Any:
     if isinstance(part, nn.Module):
         return None
     if isinstance(part, torch.optim.Optimizer):
-        groups = [{k: v for k, v in group.items() if k != "params"} for group in part.param_groups]
-        states = [part.state.get(p) for group in part.param_groups for p in group["params"]]
+        groups = [without(group, ("params",)) for group in part.param_groups]
+        states = map(part.state.get, held(part))
         return groups, [None if state is None else {k: _shape(v) for k, v in state.items()} for state in states]
     return part.state_dict()
 
@@ -124,34 +125,28 @@ def _make_room(part: Any, layout: Any) -> None:
     groups, states = layout
     for group, options in zip(part.param_groups, groups, strict=True):
         put(group, options, keep=("params",))
-    parameters = [p for group in part.param_groups for p in group["params"]]
-    for parameter, state in zip(parameters, states, strict=True):
-        if state is None:
-            part.state.pop(parameter, None)
-            continue
-        live = part.state[parameter]
-        for key in [key for key in live if key not in state]:
-            del live[key]
-        for key, value in state.items():
-            there = live.get(key)
-            if not isinstance(value, _Shape):
-                live[key] = value
-            elif not isinstance(there, Tensor) or _shape(there) != value:
-                # A counter may live on the host whatever the parameter's device is.
-                device = torch.device("cpu") if value.device == "cpu" else parameter.device
-                live[key] = torch.empty(value.shape, dtype=value.dtype, device=device)
+    for parameter, state in zip(held(part), states, strict=True):
+        live = part.state.pop(parameter, {})
+        if state is not None:
+            part.state[parameter] = {k: _room(v, live.get(k), parameter.device) for k, v in state.items()}
+
+
+def _room(value: Any, there: Any, device: torch.device) -> Any:
+    """A place for a tensor of that shape, the one that is there if it has it; anything else as it is."""
+    if not isinstance(value, _Shape):
+        return value
+    if _shape(there) == value:
+        return there
+    # A counter may live on the host whatever the parameter's device is.
+    return torch.empty(value.shape, dtype=value.dtype, device="cpu" if value.device == "cpu" else device)
 
 
 def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     """Tensors of one dtype and device that travel together."""
-    buckets: list[list[Tensor]] = []
-    filling: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], int]] = {}
+    buckets: dict[tuple[torch.dtype, torch.device, int], list[Tensor]] = {}
+    sent: Counter[tuple[torch.dtype, torch.device]] = Counter()
     for tensor in tensors:
-        key = tensor.dtype, tensor.device
-        bucket, size = filling.get(key, ([], _BUCKET))
-        if size + tensor.nbytes > _BUCKET:
-            bucket, size = [], 0
-            buckets.append(bucket)
-        bucket.append(tensor)
-        filling[key] = bucket, size + tensor.nbytes
-    return buckets
+        kind = tensor.dtype, tensor.device
+        buckets.setdefault((*kind, sent[kind] // _BUCKET), []).append(tensor)
+        sent[kind] += tensor.nbytes
+    return list(buckets.values())

@@ -69,7 +69,7 @@ class Record:
     rounds: list[Round] = field(default_factory=list)
 
     def __repr__(self) -> str:
-        settings = ", ".join(f"{name}={getattr(self, name)!r}" for name in SETTINGS)
+        settings = ", ".join(f"{name}={value!r}" for name, value in settings_of(self).items())
         return f"Record({settings}, rounds: {len(self.rounds)})"
 
     @property
@@ -80,14 +80,12 @@ class Record:
     @property
     def theta(self) -> Tensor:
         """Every candidate, (E, B, 4, M)."""
-        shape = (-1, self.candidates, 4, self.pieces)
-        return torch.stack([r.theta for r in self.rounds]) if self.rounds else torch.empty(0, *shape[1:]).double()
+        return _stacked([round.theta for round in self.rounds], self.candidates, 4, self.pieces)
 
     @property
     def rewards(self) -> Tensor:
         """Of each candidate, (E, B)."""
-        found = [round.rewards for round in self.rounds]
-        return torch.stack(found) if found else torch.empty(0, self.candidates, dtype=torch.float64)
+        return _stacked([round.rewards for round in self.rounds], self.candidates)
 
     @property
     def best(self) -> Tensor:
@@ -96,18 +94,15 @@ class Record:
 
     def t(self, x: Tensor, epoch: int = -1) -> Tensor:
         """The found t at x: that of :math:`\\mu` after ``epoch`` epochs (0: the identity; -1: all of them)."""
-        slope, bias = self.mu[epoch, :2]
-        return piecewise(slope, bias, x, -1.0, 1.0)
+        return _piecewise(self.mu[epoch, :2], x, -1.0)
 
     def tau(self, x: Tensor, epoch: int = -1) -> Tensor:
         """The found tau at x; see :meth:`t`."""
-        slope, bias = self.mu[epoch, 2:]
-        return piecewise(slope, bias, x, 0.0, 1.0)
+        return _piecewise(self.mu[epoch, 2:], x, 0.0)
 
     def to_json(self) -> str:
         """Everything, every number to the bit; a reward that is NaN becomes null, infinite ones strings."""
-        record: dict[str, Any] = {name: getattr(self, name) for name in SETTINGS}
-        record["rounds"] = [
+        rounds = [
             {
                 "theta": round.theta.tolist(),
                 "rewards": [_to_json(reward) for reward in round.rewards.tolist()],
@@ -116,7 +111,7 @@ class Record:
             }
             for round in self.rounds
         ]
-        return json.dumps(record, allow_nan=False)
+        return json.dumps(settings_of(self) | {"rounds": rounds}, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Record:
@@ -132,7 +127,8 @@ class Record:
         candidates, pieces = record.candidates, record.pieces
         for epoch, round in enumerate(content["rounds"]):
             theta, mu = (torch.tensor(round[name], dtype=torch.float64) for name in ("theta", "mu"))
-            rewards = torch.tensor([_from_json(reward) for reward in round["rewards"]], dtype=torch.float64)
+            found = [math.nan if reward is None else float(reward) for reward in round["rewards"]]
+            rewards = torch.tensor(found, dtype=torch.float64)
             if theta.shape != (candidates, 4, pieces) or mu.shape != (4, pieces) or rewards.shape != (candidates,):
                 raise ValueError(
                     f"round {epoch} of text does not fit candidates={candidates} and pieces={pieces}: theta is "
@@ -147,16 +143,22 @@ def identity(pieces: int) -> Tensor:
     return torch.tensor([[1.0], [0.0], [1.0], [0.0]], dtype=torch.float64).repeat(1, pieces)
 
 
-def piecewise(slope: Tensor, bias: Tensor, x: Tensor, low: float, high: float) -> Tensor:
-    """:math:`a_k x + b_k` on the k-th of M equal bins of [low, high]; the outer pieces go on outside."""
+def _piecewise(table: Tensor, x: Tensor, low: float) -> Tensor:
+    """:math:`a_k x + b_k` on the k-th of M equal bins of [low, 1]; the outer pieces go on outside."""
+    slope, bias = table.unbind()
     pieces = len(slope)
-    k = ((x - low) * (pieces / (high - low))).floor().clamp(0, pieces - 1).long()
+    k = ((x - low) * (pieces / (1 - low))).floor().clamp(0, pieces - 1).long()
     return slope[k] * x + bias[k]
+
+
+def settings_of(record: Record) -> dict[str, Any]:
+    """The settings of a search, by name."""
+    return {name: getattr(record, name) for name in SETTINGS}
+
+
+def _stacked(found: list[Tensor], *shape: int) -> Tensor:
+    return torch.stack(found) if found else torch.empty(0, *shape, dtype=torch.float64)
 
 
 def _to_json(reward: float) -> float | str | None:
     return reward if math.isfinite(reward) else None if math.isnan(reward) else str(reward)
-
-
-def _from_json(reward: float | str | None) -> float:
-    return math.nan if reward is None else float(reward)

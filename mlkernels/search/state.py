@@ -5,12 +5,18 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 
-def named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers, shared ones once."""
-    return dict(module.named_parameters()) | dict(module.named_buffers())
+def held(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The parameters of an optimizer, in the order of its groups."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def without(group: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """The options of a group: all but what names its parameters."""
+    return {name: value for name, value in group.items() if name not in names}
 
 
 def put(live: dict[Any, Any], values: dict[Any, Any], keep: tuple[str, ...] = ()) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_function, check_kind, check_size
 from ..modules import PiecewiseLoss
 from ..schedule import Snapshot
-from .population import Population, PopulationLoss
+from .population import Population, PopulationLoss, check_population, check_unwrapped, strangers
 from .ranks import Ranks
 
 Train = Callable[[Any, torch.optim.Optimizer, Any], object]
@@ -31,9 +32,31 @@ class Trainer:
         reward: Reward,
         population: int,
         extras: Sequence[Any],
+        ranks: Ranks,
     ) -> None:
+        check_kind("model", model, nn.Module, "an nn.Module")
+        check_kind("optimizer", optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer")
+        check_function("train", train)
+        check_function("reward", reward)
+        check_size("population", population)
+        if population > 1 and extras:
+            raise ValueError(
+                f"extras are for candidates one after another, got {len(extras)} with population={population}"
+            )
+        for index, extra in enumerate(extras):
+            if not (hasattr(extra, "state_dict") and hasattr(extra, "load_state_dict")):
+                raise TypeError(f"extras[{index}] must have a state_dict, got {type(extra).__name__}")
+        if ranks.size > 1:
+            check_unwrapped(model, ", since every rank trains its own")
+        if strange := strangers(optimizer, [part for part in (model, *extras) if isinstance(part, nn.Module)]):
+            raise ValueError(
+                f"optimizer holds parameters of {strange} that are neither the model's nor those of a module in "
+                "extras: they would not be put back between candidates"
+            )
+        if population > 1:
+            check_population(model, optimizer)
         self._model, self._optimizer, self._train, self._reward = model, optimizer, train, reward
-        self._population = population
+        self._population, self._ranks = population, ranks
         self._parts = (model, optimizer, *extras)
         self._start, self._winner = Snapshot(*self._parts), Snapshot(*self._parts)
         self._modes = [(module, module.training) for module in model.modules()]
@@ -52,10 +75,10 @@ class Trainer:
         for generator, state in zip(self._generators, self._generator_states, strict=True):
             generator.set_state(state)
 
-    def start_alike(self, ranks: Ranks) -> None:
+    def start_alike(self) -> None:
         """Let all ranks start from rank 0's state."""
-        ranks.broadcast_state(self._parts, 0)
-        if ranks.rank > 0:
+        self._ranks.broadcast_state(self._parts, 0)
+        if self._ranks.rank > 0:
             self._start.save()
 
     def earn(self, theta: Tensor, losses: Losses, seed: int, done: Callable[[int, float], object]) -> list[float]:
@@ -70,8 +93,7 @@ class Trainer:
             for generator in self._generators:
                 generator.manual_seed(seed)
             if self._population == 1:
-                crowd = None
-                found = self._one(self._model, self._optimizer, losses(chunk[0]), 1)
+                crowd, found = None, self._one(self._model, self._optimizer, losses(chunk[0]), 1)
             else:
                 crowd = Population(self._model, self._optimizer, len(chunk))
                 found = self._one(crowd, crowd.optimizer, losses(chunk), len(chunk))
@@ -85,11 +107,11 @@ class Trainer:
             done(len(chunk), best)
         return rewards
 
-    def adopt(self, ranks: Ranks, source: int) -> None:
+    def adopt(self, source: int) -> None:
         """Go on with the best candidate of rank ``source``."""
-        if ranks.rank == source:
+        if self._ranks.rank == source:
             self._winner.restore()
-        ranks.broadcast_state(self._parts, source)
+        self._ranks.broadcast_state(self._parts, source)
 
     def _one(self, model: nn.Module, optimizer: torch.optim.Optimizer, loss: PiecewiseLoss, size: int) -> list[float]:
         self._train(model, optimizer, loss.to(self._device))
