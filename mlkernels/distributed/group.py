@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import reduce
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -145,19 +146,15 @@ class Group:
         bits = [value.contiguous().view(f_y.dtype) for _, value in fields if not value.is_floating_point()]
         whole = [value.reshape(-1, f_y.shape[0]) for value in bits]
         every = self.gathered(torch.cat([f_y.unsqueeze(0), *reals, *whole]), "statistics")
-        total: Rows | None = None
-        target = torch.zeros_like(f_y)
+        pieces = []
         for packed in every:
-            target = target + packed[0]
             at, own = 1, {name: getattr(rows, name) for name in left_out}
             for name, value in fields:
                 count = value.numel() // f_y.shape[0] * value.element_size() // f_y.element_size()
                 own[name] = packed[at : at + count].reshape(-1).view(value.dtype).reshape(value.shape)
                 at += count
-            piece = Rows(**{name: own.get(name) for name in Rows._fields})  # type: ignore[arg-type]
-            total = piece if total is None else reference.combine(total, piece, scales)
-        assert total is not None
-        return total, target
+            pieces.append(Rows(**{name: own.get(name) for name in Rows._fields}))  # type: ignore[arg-type]
+        return reduce(lambda total, piece: reference.combine(total, piece, scales), pieces), every[:, 0].sum(0)
 
 
 def check_untraced(what: str, *tensors: Any) -> None:
@@ -197,9 +194,3 @@ def padded(tensor: Tensor, rows: int, fill: float | int) -> Tensor:
     if tensor.shape[0] == rows:
         return tensor
     return torch.cat([tensor, tensor.new_full((rows - tensor.shape[0], *tensor.shape[1:]), fill)])
-
-
-def slices(sizes: Sequence[int], rank: int) -> slice:
-    """A rank's rows among those of all ranks, padded to the most."""
-    most = max(sizes)
-    return slice(rank * most, rank * most + sizes[rank])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,6 +39,15 @@ class PartLogits(LinearLogits):
     def shown(self, *found: Any) -> tuple[Tensor, RowStats | None]:
         self.met = False  # what another look at these logits is refused for is told again
         return super().shown(*found)
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """What is raised here is raised on all ranks, as the loss is taken or before."""
+        try:
+            yield
+        except Exception as error:
+            self.refused(error)
+            raise
 
     def refused(self, error: Exception) -> None:
         if not self.met:

@@ -22,21 +22,22 @@ from ..linear.autograd import by_argument, check_upstream, dtypes_of, later, mak
 from ..linear.loop import SCALES, Call, Head, Inputs, Known, Wanted, forward, numbers_of
 from ..linear.products import along_length, lengths
 from ..numbering import IGNORE_INDEX, REDUCTION, Reduction, Slot
-from .group import Group, padded, slices
+from .group import Group, padded
 
 
 class Shard(NamedTuple):
     """Which part of what is whose."""
 
     group: Group
-    sizes: tuple[int, ...]  # rows of each rank
+    sizes: tuple[int, ...]  # rows of each rank; none where every rank has all
     classes: int  # of all ranks
     offset: int  # where this rank's begin
 
     @property
     def mine(self) -> slice:
         """This rank's rows among all."""
-        return slices(self.sizes, self.group.rank)
+        rank, most = self.group.rank, max(self.sizes)
+        return slice(rank * most, rank * most + self.sizes[rank])
 
     def all_rows(self, rows: Tensor, fill: float | int, what: str) -> Tensor:
         """(n, ...) of each rank, padded to the most, one after another."""
@@ -57,13 +58,14 @@ class PartHead(Head):
     """Of all rows this rank has some of the classes."""
 
     alone = False
-    group: Group
-    #: How many classes all ranks have.
-    classes_of_all: int
+
+    def __init__(self, call: Call, shard: Shard, inputs: Inputs):
+        self.shard, self.group, self.offset = shard, shard.group, shard.offset
+        super().__init__(call, inputs)
 
     @property
     def every_class(self) -> int:
-        return self.classes_of_all
+        return self.shard.classes
 
     def owned(self, label: Tensor) -> tuple[Tensor, Tensor]:
         """Whether this rank has a label's class, and which of its own it is; 0 stands for another's."""
@@ -97,8 +99,6 @@ class _ShardHead(PartHead):
 
     def __init__(self, call: Call, shard: Shard, inputs: Inputs):
         x, target = inputs.x, inputs.target
-        self.shard, self.group, self.offset = shard, shard.group, shard.offset
-        self.classes_of_all = shard.classes
         # An ignored row is not read, whatever it holds: its gradient comes home as 0 and stays it.
         kept = (target[shard.mine] != int(call.numbers[IGNORE_INDEX])).unsqueeze(1)
         self.own = torch.where(kept, x[shard.mine].to(call.dtype), 0)
@@ -106,7 +106,7 @@ class _ShardHead(PartHead):
         if call.normalize:
             self.own_length = torch.where(kept, lengths(self.own, self.own.dtype), 1)
             self.own = self.own / self.own_length
-        super().__init__(call, inputs)
+        super().__init__(call, shard, inputs)
 
     def of_owned(self, part: slice, label: Tensor) -> Tensor:
         f_y = self.dots(part, label)

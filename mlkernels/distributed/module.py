@@ -14,14 +14,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as ShardPlacement
+from torch.nn.functional import pad
 
 from ..backends.reference import RowStats
-from ..linear.functional import (
-    Strategy,
-    check_call,
-    check_classifier,
-    loss_of,
-)
+from ..linear.functional import Strategy, check_call, check_classifier, loss_of
 from ..linear.module import HeadModule, check_k, streamed_topk
 from ..linear.plan import Cut
 from ..linear.sampling import ClassSampler, Correction, check_sample
@@ -175,17 +171,13 @@ class ClassParallelLoss(HeadModule):
         """The loss of this rank's (..., D) features and labels; ``per_call`` goes to the loss (``logit_norm``,
         ``norm``, ``group``, ``row_weight``, ``normalizer``), but for ``return_stats``. To be called on all ranks, also
         by one that has no rows."""
+        result: Tensor | tuple[Tensor, RowStats]
+        if torch.compiler.is_compiling():  # a graph break: collectives and the loop are no graph
+            result = torch.compiler.disable(self.forward)(input, target, **per_call)
+            return result
         check_untraced("class-parallel heads know", input, target)
-        meet = self._called
-        if torch.compiler.is_compiling():
-            meet = torch.compiler.disable(meet)  # a graph break: collectives and the loop are no graph
-        return meet(input, target, **per_call)
-
-    def _called(
-        self, input: Tensor, target: Tensor, return_stats: bool = False, **per_call: Any
-    ) -> Tensor | tuple[Tensor, RowStats]:
-        logits = None
-        try:
+        return_stats = per_call.pop("return_stats", False)
+        with self._group.telling():
             if averaged_by_ddp(self.weight):
                 raise RuntimeError(
                     "DistributedDataParallel takes the shards of a ClassParallelLoss for replicas, which it averages: "
@@ -199,16 +191,9 @@ class ClassParallelLoss(HeadModule):
                 self._group, self.num_classes, input, weight, bias, normalize=self.normalize,
                 return_stats=return_stats, cut=cut, **self._called_with(weight),
             )  # fmt: skip
-            result: Tensor | tuple[Tensor, RowStats] = loss_of(
-                logits, target, self.loss, return_stats, per_call, type(self)
-            )
-            return result
-        except Exception as error:
-            if logits is None:
-                self._group.meet({}, error=error)
-            else:
-                logits.refused(error)
-            raise
+        with logits.telling():
+            result = loss_of(logits, target, self.loss, return_stats, per_call, type(self))
+        return result
 
     @torch.no_grad()
     def topk(self, input: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -223,14 +208,10 @@ class ClassParallelLoss(HeadModule):
         sizes = [n for n, _ in group.meet({"call": "topk", "k": k, "dtype": str(input.dtype)}, (rows.shape[0], 0))]
         every = group.gathered(padded(rows, max(sizes), 0), "features").flatten(0, 1)
         values, classes = streamed_topk(every, *self._own(), k, self.normalize)
-        best = values.new_full((every.shape[0], k), -math.inf)
-        best[:, : values.shape[1]] = values
-        which = classes.new_zeros(every.shape[0], k)
-        which[:, : values.shape[1]] = classes + self.first_class
-        split = (group.size, max(sizes))
+        lacking, split = (0, k - values.shape[1]), (group.size, max(sizes))
         best, which = (
             group.exchanged(t.unflatten(0, split), "topk").movedim(0, 1).flatten(1)[: rows.shape[0]]
-            for t in (best, which)
+            for t in (pad(values, lacking, value=-math.inf), pad(classes + self.first_class, lacking))
         )
         values, at = best.topk(k, 1)
         shape = (*input.shape[:-1], k)

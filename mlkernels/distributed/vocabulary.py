@@ -7,13 +7,15 @@ rank finishes all rows alike, and writes the gradient of its slice: nothing trav
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, cast, overload
+from itertools import accumulate
+from typing import Any, Literal, cast, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Shard as ShardPlacement
 
 from ..backends import reference
 from ..backends.reference import RowStats
@@ -31,27 +33,18 @@ from ..tracing import is_dual
 from . import agreement
 from .group import Group, check_untraced, group_of
 from .logits import PartLogits
-from .loop import PartHead
-
-
-class Slice(NamedTuple):
-    """Which classes a rank's logits are of."""
-
-    group: Group
-    offset: int
-    classes: int  # of all ranks
+from .loop import PartHead, Shard
 
 
 class _SliceHead(PartHead):
     """A head of no features, whose products are there already."""
 
-    def __init__(self, call: Call, part: Slice, logits: Tensor, target: Tensor, params: Sequence[Tensor]):
-        self.group, self.offset, self.classes_of_all = part
+    def __init__(self, call: Call, shard: Shard, logits: Tensor, target: Tensor, params: Sequence[Tensor]):
         #: What stands behind the last class pads: it is not read.
-        self.logits = logits.detach()[:, : max(0, part.classes - part.offset)]
+        self.logits = logits.detach()[:, : max(0, shard.classes - shard.offset)]
         nothing = logits.new_empty(0, dtype=call.dtype)
         rows, classes = self.logits.shape
-        super().__init__(call, Inputs(nothing.expand(rows, 0), nothing.expand(classes, 0), None, target, params))
+        super().__init__(call, shard, Inputs(nothing.expand(rows, 0), nothing.expand(classes, 0), None, target, params))
 
     def product(self, part: slice, start: int, weight: Tensor) -> Tensor:
         tile = self.logits[:, start : start + weight.shape[0]]
@@ -61,9 +54,13 @@ class _SliceHead(PartHead):
         return self.workspace[: tile.numel()].view(tile.shape).copy_(tile)
 
     def of_owned(self, part: slice, label: Tensor) -> Tensor:
-        row = torch.arange(len(self.logits), device=label.device) if self.index is None else self.index
-        found = self.logits[row[part], label].to(self.call.dtype)
+        found = self.logits[self.rows_of(part), label].to(self.call.dtype)
         return torch.where(self.values.kept[part], found, 0)
+
+    def rows_of(self, part: slice) -> Tensor:
+        """Which of the logits' rows a part of those that are kept is of."""
+        every = torch.arange(len(self.logits), device=self.logits.device) if self.index is None else self.index
+        return every[part]
 
     def sums(self, wanted: Wanted) -> Sums:
         return _SliceSums(self, wanted)
@@ -91,8 +88,7 @@ class _SliceSums(Sums):
         assert isinstance(head, _SliceHead) and self.logits is not None
         if head.classes:
             own, label = head.owned(label)
-            row = torch.arange(len(self.logits), device=label.device) if head.index is None else head.index
-            row = row[part]
+            row = head.rows_of(part)
             there = self.logits[row, label]
             self.logits[row, label] = torch.where(own, gradient.to(there.dtype), there)
 
@@ -103,11 +99,11 @@ class _SliceSums(Sums):
 class _SlicedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, call: Call, part: Slice, logits: Tensor, target: Tensor, *params: Tensor
+        ctx: Any, call: Call, shard: Shard, logits: Tensor, target: Tensor, *params: Tensor
     ) -> tuple[Tensor, ...]:
         with reference.full_precision(logits.device):
-            results, known, _ = forward(_SliceHead(call, part, logits, target, params), None)
-        ctx.call, ctx.part = call, part
+            results, known, _ = forward(_SliceHead(call, shard, logits, target, params), None)
+        ctx.call, ctx.shard = call, shard
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*results[4:])
         save(ctx, (logits, target, *params), numbers_of(known))
@@ -122,7 +118,7 @@ class _SlicedLoss(torch.autograd.Function):
         needs = ctx.needs_input_grad
         slots = tuple(slot for slot, need in zip(call.slots, needs[4:], strict=True) if need and slot in TRAINABLE)
         with reference.full_precision(logits.device):
-            head = _SliceHead(call, ctx.part, logits, target, params)
+            head = _SliceHead(call, ctx.shard, logits, target, params)
             sums = head.sums(Wanted(needs[2], False, False, slots))
             later(sums, head, known, upstream)
             gradient, *of_params = sums.finished()
@@ -148,27 +144,24 @@ class SlicedLogits(PartLogits):
         return self.input.detach().new_empty(()).expand(leading, self.classes, *others)
 
     def loss(self, target: Tensor, asked: Asked) -> tuple[Tensor, RowStats | None]:
-        loss = self._loss
-        if torch.compiler.is_compiling():
-            loss = torch.compiler.disable(loss)  # a graph break: collectives and their agreement are no graph
-        return loss(target, asked)
-
-    def _loss(self, target: Tensor, asked: Asked) -> tuple[Tensor, RowStats | None]:
+        if torch.compiler.is_compiling():  # a graph break, as below
+            found: tuple[Tensor, RowStats | None] = torch.compiler.disable(self.loss)(target, asked)
+            return found
         numbers, params, tables, return_stats, backend = asked
         pieces = pieces_for(target.device, backend)
         if forward_ad._current_level >= 0 and any(map(is_dual, (self.input, *params))):
             raise RuntimeError("slices of logits know no forward-mode AD: take the loss of whole logits")
         self.visits += 1
-        accumulate = accumulated(self.input.dtype)
+        dtype = accumulated(self.input.dtype)
         flat, per_row = by_rows(numbers, params, tables)
         rows, with_stats = target.numel(), return_stats or self.return_stats
         logits = self.input.movedim(1, -1).reshape(rows, self.input.shape[1])
         offset = self._meet(target, numbers, flat, with_stats, type(pieces).__name__)
         made = Plan(False, max(rows, 1), max(1, min(TILE // max(rows, 1), logits.shape[1])))
-        call = Call(list(numbers), tuple(flat), per_row, False, with_stats, pieces, accumulate, made)
-        part, label = Slice(self.group, offset, self.classes), target.reshape(-1)
+        call = Call(list(numbers), tuple(flat), per_row, False, with_stats, pieces, dtype, made)
+        shard, label = Shard(self.group, (), self.classes, offset), target.reshape(-1)
         call = call._replace(kept=kept_rows(label, call, False))
-        loss, *stats = _sliced_loss(call, part, logits, label, *flat.values())
+        loss, *stats = _sliced_loss(call, shard, logits, label, *flat.values())
         return self.shown(loss, stats, target, return_stats)
 
     def _meet(
@@ -194,10 +187,8 @@ class SlicedLogits(PartLogits):
 def offsets_of(slices: Sequence[Sequence[int]], classes: int) -> list[int]:
     """Where each rank's classes begin, of (width, offset or -1), if there are neither gaps nor overlaps."""
     if all(begin < 0 for _, begin in slices):
-        ends = [0]
-        for width, _ in slices:
-            ends.append(ends[-1] + width)
-        slices = [(width, begin) for (width, _), begin in zip(slices, ends, strict=False)]
+        widths = [width for width, _ in slices]
+        slices = list(zip(widths, accumulate([0, *widths[:-1]]), strict=True))
     end, last = 0, "the first class is"
     for begin, width, rank in sorted((begin, width, rank) for rank, (width, begin) in enumerate(slices)):
         if begin < 0:
@@ -233,7 +224,9 @@ def of_dtensor(logits: Tensor, target: Tensor) -> tuple[SlicedLogits | Tensor, T
     if not isinstance(logits, DTensor) or logits.dim() < 2:
         return logits, target
     mesh, placements = logits.device_mesh, logits.placements
-    split = [dim for dim, placement in enumerate(placements) if type(placement) is Shard and placement.dim == 1]
+    split = [
+        dim for dim, placement in enumerate(placements) if type(placement) is ShardPlacement and placement.dim == 1
+    ]
     if len(split) != 1 or not all(p.is_replicate() for dim, p in enumerate(placements) if dim != split[0]):
         return logits, target
     check_untraced("slices of logits know", logits, target)
@@ -322,27 +315,18 @@ def class_parallel_softmax_loss(
 
     Source: the three reductions of Shoeybi et al., "Megatron-LM" (2019), section 3, packed into one.
     """
+    result: Tensor | tuple[Tensor, RowStats]
+    if torch.compiler.is_compiling():  # a graph break: collectives and their agreement are no graph
+        result = torch.compiler.disable(class_parallel_softmax_loss)(
+            input, target, num_classes=num_classes, offset=offset, process_group=process_group, loss=loss,
+            return_stats=return_stats, **arguments,
+        )  # fmt: skip
+        return result
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError("class_parallel_softmax_loss needs torch.distributed: call init_process_group() first")
     check_untraced("slices of logits know", input, target)
-    call = _called
-    if torch.compiler.is_compiling():
-        call = torch.compiler.disable(call)
-    return call(input, target, num_classes, offset, group_of(process_group), loss, return_stats, arguments)
-
-
-def _called(
-    input: Tensor,
-    target: Tensor,
-    num_classes: int | None,
-    offset: int | None,
-    group: Group,
-    loss: Callable[..., Tensor] | None,
-    return_stats: bool,
-    arguments: dict[str, Any],
-) -> Tensor | tuple[Tensor, RowStats]:
-    part = None
-    try:
+    group = group_of(process_group)
+    with group.telling():
         check_input(input)
         if input.dim() < 2:
             raise ValueError(f"input must be (N, C_r) or (N, C_r, d1, ...), got {tuple(input.shape)}")
@@ -354,12 +338,6 @@ def _called(
         classes = check_size("num_classes", num_classes)  # type: ignore[arg-type]
         offset = None if offset is None else check_size("offset", offset, 0)
         part = SlicedLogits(group, classes, input, offset, return_stats)
-        made = loss_of(part, target, loss, return_stats, arguments, class_parallel_softmax_loss)
-        result: Tensor | tuple[Tensor, RowStats] = made
-        return result
-    except Exception as error:
-        if part is None:
-            group.meet({}, error=error)
-        else:
-            part.refused(error)
-        raise
+    with part.telling():
+        result = loss_of(part, target, loss, return_stats, arguments, class_parallel_softmax_loss)
+    return result
