@@ -22,6 +22,8 @@ from hypothesis import settings
 from table import LOSSES, usable_backends
 
 import mlkernels
+from mlkernels import buffers
+from mlkernels.backends import native
 
 # Inductor keeps what it has compiled by the names of operators, whatever an older checkout's returned.
 _FILES = [Path(mlkernels.__file__).parent / name for name in ("schemas.py", "ops.py", "linear/graph.py")]
@@ -144,6 +146,24 @@ def backend(request):
 def loss(request):
     """Every loss of the table."""
     return request.param
+
+
+@pytest.fixture
+def kept_memory(monkeypatch):
+    """Counts the buffers that a function takes where everything is large enough for one; its results stay the same."""
+
+    def count(function):
+        made, real = [], buffers.empty
+        monkeypatch.setattr(buffers, "empty", lambda *of: made.append(of) or real(*of))
+        wanted = function()
+        assert not made
+        monkeypatch.setattr(buffers, "BUFFER_FROM", 0)
+        assert all(torch.equal(*pair) for pair in zip(function(), wanted, strict=True))
+        return len(made)
+
+    if native.cpu_missing:
+        pytest.skip(native.cpu_missing)
+    return count
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import struct
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -20,6 +21,14 @@ def script(name: str) -> ModuleType:
         return importlib.import_module(name)
     finally:
         sys.path.remove(str(EXAMPLES))
+
+
+def check_picture(path: Path, height: int) -> None:
+    """A PNG of at least this size."""
+    picture = path.read_bytes()
+    assert picture[:8] == b"\x89PNG\r\n\x1a\n"
+    sizes = struct.unpack(">2I", picture[16:24])
+    assert sizes[0] > 800 and sizes[1] > height
 
 
 def command(name: str, *options: str, by: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:

@@ -219,9 +219,6 @@ def test_every_loss_of_the_family(loss):
     assert any(moved) or not trained
 
 
-GOOD = (mlkernels.CrossEntropyLoss(), torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1))
-
-
 def test_repr():
     model, _, turns = parts()
     text = repr(mlkernels.Alternating(model, turns, periods=[3, 1, 1]))

@@ -232,11 +232,7 @@ def averaged_backbones(group: dist.ProcessGroup) -> None:
     x[2] = 1.0
     own = own_rows(group)
 
-    def network() -> nn.Module:
-        torch.manual_seed(0)
-        return nn.Linear(WIDTH, WIDTH).double()
-
-    model, alone = DistributedDataParallel(network(), process_group=group), network()
+    model, alone = DistributedDataParallel(training_scenes.network(), process_group=group), training_scenes.network()
     head = head_of(group, mlkernels.ArcFaceLoss(scale=4.0), weight, normalize=True)
     w = weight.clone().requires_grad_()
     for _ in range(2):

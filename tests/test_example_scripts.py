@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from scripts import script
+from scripts import check_picture, script
 
 import mlkernels
 
@@ -20,11 +19,7 @@ NAMES = ("two_scale", "modulated", "margins")
 
 
 def check_written(out: Path, name: str, runs: int) -> dict:
-    picture = (out / f"{name}.png").read_bytes()
-    assert picture[:8] == b"\x89PNG\r\n\x1a\n"
-    width, height = struct.unpack(">2I", picture[16:24])
-    assert width > 800
-    assert height > 300
+    check_picture(out / f"{name}.png", 300)
     record = json.loads((out / f"{name}.json").read_text())
     assert len(record["runs"]) == runs
     assert record["options"]["out"] == str(out)

@@ -6,7 +6,6 @@ Nothing of this runs without one; ``bench/gpu.sh`` calls it where there is one.
 
 import copy
 import gc
-import inspect
 import re
 
 import pytest
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from table import BY_NAME, F64, FEW, LOSSES, check, draw, expected, leaves, placed, run
 from test_multi_copy import bits, mixed
-from test_snapshot import OPTIONS, Network, same
+from test_snapshot import Network, kinds, same
 from test_values import CAPPED, UNMASKED, check_everything, upstream_for
 
 import mlkernels
@@ -414,11 +413,7 @@ def test_a_copy_in_a_graph_follows_the_flag(no_sync):
 def forms():
     """Every optimizer in every form that its signature offers."""
     found = []
-    for name in sorted(set(dir(torch.optim)) - {"Optimizer"}):
-        kind = getattr(torch.optim, name)
-        if not isinstance(kind, type) or not issubclass(kind, torch.optim.Optimizer):
-            continue
-        options, offered = OPTIONS.get(name, {"lr": 0.01}), inspect.signature(kind).parameters
+    for name, options, offered in kinds():
         own = [{"foreach": False}, {"foreach": True}] if "foreach" in offered else [{}]
         if "capturable" in offered:
             own += [{**form, "capturable": True} for form in own]

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mlkernels
 from mlkernels import linear_cross_entropy, linear_softmax_loss
 from mlkernels.checks import accumulated
-from mlkernels.linear.plan import Plan, Planner, ThreadsPlanner
+from mlkernels.linear.plan import DevicePlanner, Plan, Planner, ThreadsPlanner
 from mlkernels.numbering import INPUT
 
 ROWS, CLASSES, WIDTH = 10, 23, 5
@@ -228,6 +228,21 @@ def test_what_a_plan_of_threads_takes():
         assert planner(8, 5000, 16, True, 2, memory=needed).plan(strategy).parts == 1
         with pytest.raises(ValueError, match=f"too small .* that takes {needed} bytes"):
             planner(8, 5000, 16, True, 2, memory=needed - 1).plan(strategy)
+
+
+def test_what_a_plan_of_a_gpu_takes():
+    """Logits are kept where all rows are one chunk, or a chunk has rows enough; tiles lie in the cache."""
+
+    def planner(rows, classes, width, copies=0, **options):
+        return DevicePlanner(rows, classes, width, 4, copies, memory=1 << 30, **options)
+
+    assert planner(512, 50_000, 64).plan() == Plan(True, 512, 12_288)
+    assert planner(4096, 1 << 18, 64).plan() == Plan(True, 1024, 6144)  # exactly rows enough
+    assert planner(4096, (1 << 18) + 1, 64).plan() == Plan(False, 4096, 1536)
+    assert planner(8192, 128_256, 4096).plan() == Plan(True, 2048, 8192)  # two widths: dX is read once per tile
+    assert planner(1024, 10_000_000, 512).plan() == Plan(False, 1024, 6144)
+    assert planner(0, 300, 8).plan() == Plan(True, 1, 300)
+    assert planner(3000, 300, 2).plan() == Plan(True, 3000, 300)  # not cut down to a multiple of 256
 
 
 # ---- precision -------------------------------------------------------------------------------------------------------

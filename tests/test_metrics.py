@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from test_no_sync import Forbid
 
 import mlkernels
 from mlkernels import metrics
@@ -181,17 +181,11 @@ def test_another_ignore_index():
     assert metrics.macro_f1(logits, target, ignore_index=2) == 1.0
 
 
-class _NoSynchronisation(TorchDispatchMode):
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func
-        return func(*args, **(kwargs or {}))
-
-
 def test_no_synchronisation_by_statistics():
     """Of logits the CPU checks the labels, which a GPU does not."""
     logits, target = draw()
     rows = forms(logits, target)[1]
-    with _NoSynchronisation():
+    with Forbid():
         for measure in (
             metrics.accuracy,
             metrics.top_n_accuracy,

@@ -52,6 +52,12 @@ def agree(found, rtol=1e-7):
         torch.testing.assert_close(ours, theirs, rtol=rtol, atol=1e-9)
 
 
+def drawn(spread: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and labels."""
+    generator = torch.Generator().manual_seed(0)
+    return spread * torch.randn(N, C, generator=generator, dtype=F64), torch.randint(0, C, (N,), generator=generator)
+
+
 @pytest.mark.parametrize("margin", [0.1, 0.5])
 def test_arcface_within_pi(backend, margin):
     peer = losses.ArcFaceLoss(C, D, margin=math.degrees(margin), scale=16)
@@ -171,9 +177,7 @@ def test_straight_through_is_the_common_arcface(backend):
 
 def test_ldam_is_a_margin_per_class(backend):
     """As in its authors' code: x_y - delta_y, times s."""
-    generator = torch.Generator().manual_seed(0)
-    input = torch.randn(N, C, generator=generator, dtype=F64)
-    target = torch.randint(0, C, (N,), generator=generator)
+    input, target = drawn()
     delta = 0.5 / torch.arange(1.0, C + 1, dtype=F64) ** 0.25
     x, z = input.clone().requires_grad_(), input.clone().requires_grad_()
     (
@@ -221,9 +225,7 @@ def test_a_transform_of_ones_own(backend):
 
 
 def test_balanced_softmax_is_an_adjustment(backend):
-    generator = torch.Generator().manual_seed(0)
-    input = torch.randn(N, C, generator=generator, dtype=F64)
-    target = torch.randint(0, C, (N,), generator=generator)
+    input, target = drawn()
     counts = torch.tensor([1000.0, 500, 200, 90, 40, 10, 3], dtype=F64)
     ours = mlkernels.cross_entropy(input, target, logit_adjustment=counts.log(), backend=backend)
     odds = counts * torch.exp(input)
@@ -234,9 +236,7 @@ def test_balanced_softmax_is_an_adjustment(backend):
 @pytest.mark.parametrize("q", [0.3, 0.7, 1.0])
 def test_generalised_cross_entropy(backend, q):
     """(1 - p^q) / q exactly; q = 1 is 1 - p."""
-    generator = torch.Generator().manual_seed(0)
-    input = 2 * torch.randn(N, C, generator=generator, dtype=F64)
-    target = torch.randint(0, C, (N,), generator=generator)
+    input, target = drawn(spread=2.0)
     x, z = input.clone().requires_grad_(), input.clone().requires_grad_()
     ours = mlkernels.modulated_cross_entropy(x, target, beta=q, gamma=1.0, alpha=1 / q, kappa=0.0, backend=backend)
     theirs = ((1 - F.softmax(z, 1).gather(1, target[:, None]) ** q) / q).mean()
@@ -247,9 +247,7 @@ def test_generalised_cross_entropy(backend, q):
 
 
 def test_focal_where_the_naive_one_survives(backend):
-    generator = torch.Generator().manual_seed(0)
-    input = 2 * torch.randn(N, C, generator=generator, dtype=F64)
-    target = torch.randint(0, C, (N,), generator=generator)
+    input, target = drawn(spread=2.0)
     for gamma in (1.0, 2.0, 5.0):
         x, z = input.clone().requires_grad_(), input.clone().requires_grad_()
         nll = F.cross_entropy(z, target, reduction="none")
@@ -265,9 +263,7 @@ def test_focal_where_the_naive_one_survives(backend):
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_multi_margin_is_torchs(p, weighted, reduction):
-    generator = torch.Generator().manual_seed(0)
-    input = torch.randn(N, C, generator=generator, dtype=F64)
-    target = torch.randint(0, C, (N,), generator=generator)
+    input, target = drawn()
     weight = torch.linspace(0.5, 2, C, dtype=F64) if weighted else None
     x, z = input.clone().requires_grad_(), input.clone().requires_grad_()
     ours = mlkernels.multi_margin_loss(x, target.int(), p, 0.8, weight=weight, reduction=reduction)

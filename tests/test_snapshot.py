@@ -14,6 +14,7 @@ import re
 import threading
 import types
 from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -37,14 +38,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def optimizers() -> list[tuple[str, dict[str, Any]]]:
-    cases: list[tuple[str, dict[str, Any]]] = []
+def kinds() -> Iterator[tuple[str, dict[str, Any], Mapping[str, Any]]]:
+    """Torch's optimizers: name, options, and the parameters that each has."""
     for name in sorted(set(dir(torch.optim)) - {"Optimizer"}):
         kind = getattr(torch.optim, name)
-        if not isinstance(kind, type) or not issubclass(kind, torch.optim.Optimizer):
-            continue
-        options = OPTIONS.get(name, {"lr": 0.01})
-        if "foreach" in inspect.signature(kind).parameters:
+        if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer):
+            yield name, OPTIONS.get(name, {"lr": 0.01}), inspect.signature(kind).parameters
+
+
+def optimizers() -> list[tuple[str, dict[str, Any]]]:
+    cases: list[tuple[str, dict[str, Any]]] = []
+    for name, options, offered in kinds():
+        if "foreach" in offered:
             cases += [(name, {**options, "foreach": foreach}) for foreach in (False, True)]
         else:
             cases.append((name, options))

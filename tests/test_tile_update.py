@@ -324,6 +324,8 @@ def test_one_backward_per_step():
         torch.autograd.grad(head(x, target), x, create_graph=True)
     with pytest.raises(RuntimeError, match=r"upstream gradient of 65536: a GradScaler's factor"):
         torch.amp.GradScaler("cpu").scale(head(x, target)).backward()
+    with pytest.raises(RuntimeError, match="upstream gradient of 1024: a GradScaler's"):
+        head(x, target).backward(torch.tensor(1024.0, dtype=F64))
     assert torch.equal(head.weight, before)
     loss = head(x, target)
     loss.backward(retain_graph=True)

@@ -77,6 +77,11 @@ def test_replays_launch_what_triton_would(seen):
     assert not [row for row in seen["replays"] if row["tensors kept"]]
 
 
+def test_a_tape_serves_no_other_call(seen):
+    """Numbers that decide by being positive, where memory begins, numbers of float64."""
+    assert seen["unlike"] == dict.fromkeys(seen["unlike"], True)
+
+
 def test_heads(seen):
     """Two launches for each of four tiles and one for the rows; from tapes, of each width one, with another start."""
     assert seen["heads"] == {

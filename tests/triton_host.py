@@ -89,17 +89,21 @@ def compilations() -> list[dict[str, Any]]:
     return found
 
 
+def heard(step: Callable[[], Any]) -> list[str]:
+    """The names of the kernels that a step launches."""
+    names: list[str] = []
+    hook = lambda said: names.append(said.get()["name"])
+    triton.knobs.runtime.launch_enter_hook.add(hook)
+    step()
+    triton.knobs.runtime.launch_enter_hook.remove(hook)
+    return names
+
+
 def launches() -> dict[str, dict[str, int]]:
     """What a step of few rows and one of many launch."""
     found = {}
     for count in (N, MANY):
-        step = step_of("focal_2", *setting(count))
-        names: list[str] = []
-        hook = lambda said: names.append(said.get()["name"])
-        triton.knobs.runtime.launch_enter_hook.add(hook)
-        step()
-        triton.knobs.runtime.launch_enter_hook.remove(hook)
-        found[str(count)] = dict(Counter(names))
+        found[str(count)] = dict(Counter(heard(step_of("focal_2", *setting(count)))))
     return found
 
 
@@ -198,9 +202,11 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-def both_ways(name: str, rows: int = N, **options: Any) -> tuple[list[list[Any]], list[list[Any]]]:
-    """What a step launches, as it comes and plainly, on tensors of its own."""
-    input, target = torch.randn(rows, C), torch.randint(C, (rows,))
+def both_ways(
+    name: str, rows: int = N, dtype: torch.dtype = torch.float32, shift: int = 0, **options: Any
+) -> tuple[list[list[Any]], list[list[Any]]]:
+    """What a step launches, as it comes and plainly, on tensors of its own, so many elements into their memory."""
+    input, target = torch.randn(rows * C + shift, dtype=dtype)[shift:].view(rows, C), torch.randint(C, (rows,))
     found = []
     for way in (contextlib.nullcontext, plainly):
         with way(), launched() as launches:
@@ -239,6 +245,32 @@ def replays() -> list[dict[str, Any]]:
     return found
 
 
+#: Of calls that are taped and of one after them, which a tape must not serve: arguments of ``both_ways``.
+UNLIKE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "smoothing": ({}, {"label_smoothing": 0.1}),
+    "no smoothing": ({"label_smoothing": 0.1}, {}),
+    "softcap": ({"normalizer": 7.0}, {"normalizer": 7.0, "softcap": 20.0}),  # as many numbers, and another kernel
+    "no normalizer": ({"normalizer": 7.0}, {}),
+    "8 bytes further": ({}, {"shift": 2}),
+    "4 bytes further": ({}, {"shift": 1}),
+    "a number that float32 does not hold": (
+        {"dtype": torch.float64, "z_loss": 0.25}, {"dtype": torch.float64, "z_loss": 0.1}
+    ),
+}  # fmt: skip
+
+
+def unlike() -> dict[str, bool]:
+    """Whether a call is launched as plainly, though one that is almost like it was taped."""
+    found = {}
+    for what, (taped, called) in UNLIKE.items():
+        replay.forget()
+        for _ in range(3):
+            both_ways("modulated", **taped)
+        played, plain = both_ways("modulated", **called)
+        found[what] = played == plain
+    return found
+
+
 def heads() -> dict[str, Any]:
     """A head of four tiles, the last one narrower: what a call launches, and what is replayed of that."""
 
@@ -250,11 +282,7 @@ def heads() -> dict[str, Any]:
         ).backward()
 
     replay.forget()
-    names: list[str] = []
-    hook = lambda said: names.append(said.get()["name"])
-    triton.knobs.runtime.launch_enter_hook.add(hook)
-    step()
-    triton.knobs.runtime.launch_enter_hook.remove(hook)
+    names = heard(step)
     for _ in range(2):
         step()
     compiled.clear()
@@ -282,11 +310,7 @@ def surroundings() -> dict[str, Any]:
     found["stream"] = stub.latest.stream
     stub.stream = 0
 
-    names: list[str] = []
-    hook = lambda said: names.append(said.get()["name"])
-    triton.knobs.runtime.launch_enter_hook.add(hook)
-    step()
-    triton.knobs.runtime.launch_enter_hook.remove(hook)
+    names = heard(step)
     found["hooked"], seen = Counter(names)["visit"], len(names)
     step()
     found["hooked afterwards"] = len(names) - seen
@@ -377,6 +401,7 @@ if __name__ == "__main__":
                     "orders": orders(),
                     "data": data(),
                     "replays": replays(),
+                    "unlike": unlike(),
                     "heads": heads(),
                     "surroundings": surroundings(),
                     "microseconds": microseconds(),

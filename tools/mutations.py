@@ -60,6 +60,7 @@ SUBJECTS: dict[str, Subject] = {
         "signed_label|batch_of|factors_of|store_unread|run_with_gradients",
     ),
     "cuda": Subject(("csrc/cuda/*",), _of("cuda"), build="python csrc/build.py --simt"),
+    "distributed": Subject(("mlkernels/distributed/*.py",), _of("class_parallel")),
     "failures": Subject(
         (_reference, _checks),
         _of("failures", *_REFERENCE),
@@ -80,6 +81,9 @@ SUBJECTS: dict[str, Subject] = {
         ("csrc/call.h", "csrc/cpu/call.h", "csrc/library_cpu.cpp", "csrc/cpu/kernels.cpp"),
         _of("layouts", *_CPU),
         "layout_of|gradient_like|array_of|gather_rows|scatter_rows|each_piece|run_.*",
+    ),
+    "linear": Subject(
+        ("mlkernels/linear/*.py",), (*_of("linear"), *_of("pairs"), *_of("tile_update"), *_of("sampling"))
     ),
     "no_sync": Subject(
         (_softmax, _checks),
