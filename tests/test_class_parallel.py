@@ -593,6 +593,21 @@ def test_other_numbers_of_ranks_and_lost_ones(tmp_path: Path) -> None:
     processes.run(between_ranks, RANKS, str(tmp_path))
 
 
+@pytest.mark.parametrize("max_norm", [0.0, 1.0, 13.0, 20.0, math.inf])
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, math.inf])
+def test_clipping_plain_gradients_is_torchs(max_norm: float, norm_type: float) -> None:
+    ours, theirs = ([nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))] for _ in range(2))
+    for parameter, gradient in zip(ours + theirs, 2 * [[3.0, 4.0], [12.0]], strict=True):
+        parameter.grad = torch.tensor(gradient)
+    wanted = nn.utils.clip_grad_norm_(theirs, max_norm, norm_type)
+    assert torch.equal(clip_grad_norm_(ours, max_norm, norm_type), wanted)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-6, atol=0)
+    for wrong in ({"max_norm": -1.0}, {"max_norm": 1.0, "norm_type": 0.0}, {"max_norm": math.nan}):
+        with pytest.raises(ValueError, match="max_norm must be >= 0 and norm_type > 0"):
+            clip_grad_norm_(ours, **wrong)
+
+
 def test_checksums_notice_changes() -> None:
     """Of large tensors too, which are read again only where they have changed."""
     for size in (5, 5000):

@@ -344,3 +344,22 @@ def test_a_head_in_a_graph(name, normalize, reduction, stats):
         upstream = [torch.ones_like(found[0]), None, found[2], found[3]]
         operator = torch.ops.mlkernels.linear_loss_backward.default
         torch.library.opcheck(operator, (*head, upstream, known), test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference", "triton"])
+def test_what_a_head_in_a_graph_returns_lies_apart(name):
+    """Nothing shares memory, which operators must not; Triton's kernels write statistics side by side."""
+    if name not in usable_backends():
+        pytest.skip(f"no {name}")
+    loss = next(loss for loss in FEW if loss.name == "two_scale_norm")
+    (x, target, numbers, params), _ = flattened(loss, "shared", Reduction.NONE)
+    needs = [True, True, False, *(False for _ in params)]
+    params = [
+        p.reshape(-1, 1) if slot == Slot.ROW_WEIGHT else p
+        for slot, p in zip(ops.slots_of(numbers), params, strict=True)
+    ]
+    found = torch.ops.mlkernels.linear_loss(
+        x, torch.randn(6, 6), None, target, params, numbers, 1 << Slot.ROW_WEIGHT, False, True, None, None, False, name,
+        needs,
+    )  # fmt: skip
+    assert len(found) == 8 and len({t.untyped_storage().data_ptr() for t in found}) == len(found)
