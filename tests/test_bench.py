@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 import types
@@ -828,20 +827,22 @@ def test_the_limits_of_the_steps_add_up(call):
         assert {name: int(seconds) for name, seconds, _ in steps}["measure"] > BUDGET
 
 
-def fake_machine(tmp_path, call, fails, library=True):
-    """The script in a folder of its own, with a "python" that says what it was asked for and fails at some of it."""
+def fake_machine(tmp_path, call, fails, library=True, hangs="nothing", changed=lambda script: script):
+    """The script, changed, in a folder of its own; a "python" says what it was asked for, and fails or hangs at it."""
     tools, place = tmp_path / "tools", tmp_path / "project"
     tools.mkdir()
     (place / "bench").mkdir(parents=True)
     (place / "mlkernels/backends/triton").mkdir(parents=True)
     for table in ("triton/sizes.json", "choice.json"):
         (place / "mlkernels/backends" / table).write_text("{}")
-    shutil.copy(SCRIPT, place / "bench/gpu.sh")
+    (place / "bench/gpu.sh").write_text(changed(Path(SCRIPT).read_text()))
+    (place / "bench/gpu.sh").chmod(0o755)
     built = "touch mlkernels/_cuda.abi3.so" if library else "echo 'nvcc failed: no space' > mlkernels/_cuda.error.txt"
     (tools / "python").write_text(
         f"""#!/bin/sh
 echo "asked: $* for $MLKERNELS_CUDA_ARCHS, $MLKERNELS_CUDA"
-case "$*" in {fails}) exit 3 ;; csrc/build.py) {built} ;; *--out*) touch "$OUT/a.json" "$OUT/a.png" ;; esac
+case "$*" in {hangs}) exec sleep 30 ;; {fails}) exit 3 ;; esac
+case "$*" in csrc/build.py) {built} ;; *--out*) touch "$OUT/a.json" "$OUT/a.png" ;; esac
 """
     )
     (tools / "compute-sanitizer").write_text('#!/bin/sh\necho "sanitizer: $*"\n')
@@ -898,29 +899,17 @@ def test_without_a_library_nothing_more_is_run(tmp_path):
 
 def test_a_step_that_hangs_is_stopped(tmp_path):
     """And what comes after the call's limit is not begun."""
-    script = Path(SCRIPT).read_text().replace("step machine 10", "step machine 1")
-    script = script.replace("step smoke-cuda", "SECONDS=206\n        step smoke-cuda")  # as late as that
-    (tmp_path / "bench").mkdir()
-    (tmp_path / "mlkernels").mkdir()
-    (tmp_path / "bench/gpu.sh").write_text(script)
-    fake = tmp_path / "python"
-    fake.write_text(
-        """#!/bin/sh
-case "$*" in
-    csrc/build.py) touch mlkernels/_cuda.abi3.so ;;
-    "-m mlkernels") echo begun; exec sleep 30 ;;
-esac
-"""
-    )
-    fake.chmod(0o755)
-    environment = {**os.environ, "OUT": str(tmp_path / "out"), "PYTHON": str(fake), "PATH": "/usr/bin:/bin"}
-    environment["MLKERNELS_CUDA_ARCHS"] = "90"
-    command = ["bash", str(tmp_path / "bench/gpu.sh"), "first"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+
+    def late(script):
+        script = script.replace("step machine 10", "step machine 1")
+        return script.replace("step smoke-cuda", "SECONDS=206\n        step smoke-cuda")  # as late as that
+
+    done, files = fake_machine(tmp_path, "first", "nothing", hangs="'-m mlkernels'", changed=late)
     assert "machine: stopped after 1 s" in done.stdout
     assert "smoke-cuda: no time left" in done.stdout and "tests: no time left" in done.stdout
     assert done.returncode == 1 and "FAILED: machine smoke-cuda smoke-triton" in done.stdout.splitlines()[-1]
-    assert "begun" in (tmp_path / "out/first.log").read_text()  # a step that is cut off has kept what it had
+    # A step that is cut off has kept what it had.
+    assert files == ["first.log"] and "asked: -m mlkernels" in (tmp_path / "out/first.log").read_text()
 
 
 REHEARSED = """#!/bin/sh
