@@ -1175,7 +1175,7 @@ def test_tune_writes_what_the_choice_reads(tmp_path, monkeypatch, capsys):
     assert max(map(len, path.read_text().splitlines())) < 130
     # As the package reads it.
     monkeypatch.setattr(backends, "architecture", lambda device: "sm_90")
-    monkeypatch.setattr(backends, "_why_not", lambda name: None)
+    monkeypatch.setattr(backends, "_why_not_on", lambda device, name: None)
     device = torch.device("cuda", 0)
     backends._preferred.cache_clear()
     try:
