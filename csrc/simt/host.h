@@ -11,14 +11,14 @@ namespace mlkernels {
 
 struct Simt {
   int thread() const { return self().thread; }
-  int threads() const { return machine().threads(); }
+  int threads() const { return machine().threads; }
   int lane() const { return self().thread % LANES; }
   int warp() const { return self().thread / LANES; }
-  int warps() const { return machine().threads() / LANES; }
+  int warps() const { return machine().threads / LANES; }
   int block() const { return self().block->index; }
-  int blocks() const { return machine().blocks(); }
+  int blocks() const { return machine().blocks; }
   int rank() const { return self().block->rank; }
-  int ranks() const { return machine().cluster(); }
+  int ranks() const { return machine().cluster; }
 
   template <class V>
   V exchange(V x, int from) const {
@@ -34,11 +34,11 @@ struct Simt {
     ++self().warp_epoch;
   }
   void block_sync() const {
-    machine().meet(self().block->waiting, machine().threads());
+    machine().meet(self().block->waiting, machine().threads);
     ++self().block_epoch;
   }
   void cluster_sync() const {
-    machine().meet(machine().at_cluster_sync(), machine().threads() * machine().cluster());
+    machine().meet(machine().at_cluster_sync, machine().threads * machine().cluster);
     ++self().block_epoch;
     ++self().cluster_epoch;
   }
@@ -51,7 +51,7 @@ struct Simt {
     ++f.accesses;
     for (int i = at; i < at + int(sizeof(V)); i += 2) {
       simt::Cell& cell = cell_of(*f.block, i);
-      if (cell.launch != machine().launch() || (cell.writer.thread == -1 && cell.barrier < 0))
+      if (cell.launch != machine().cluster_launch || (cell.writer.thread == -1 && cell.barrier < 0))
         machine().fail("shared memory is read that nobody wrote, at " + std::to_string(i));
       if (cell.barrier >= 0) {
         const auto seen = f.seen.find(cell.barrier);
@@ -75,11 +75,7 @@ struct Simt {
   }
   void store_remote(int rank, int at, double value) const {
     check_place<double>(at);
-    simt::Block& block = machine().neighbour(rank);
-    if (ranks() > 1 && self().cluster_epoch < 2)
-      machine().fail("another block is reached before the first cluster_sync");
-    if (block.finished == machine().threads()) machine().fail("a block is reached that has ended");
-    write(block, at, &value, sizeof value);
+    write(reach(rank), at, &value, sizeof value);
   }
 
   bool comes_last(uint32_t* counter, uint32_t count) const {
@@ -105,11 +101,10 @@ struct Simt {
     if (found->second.busy || (found->second.completed > 0 && f.seen[barrier] < found->second.completed))
       machine().fail("a copy is asked for before the barrier's earlier one was waited for");
     if (reinterpret_cast<uintptr_t>(from) % 16 || to % 16) machine().fail("a copy from or to a place not at 16 bytes");
-    if (to < 0 || to + 16 * vectors > machine().shared_bytes())
-      machine().fail("a copy beyond the end of shared memory");
+    if (to < 0 || to + 16 * vectors > machine().shared_bytes) machine().fail("a copy beyond the end of shared memory");
     for (int at = to; at < to + 16 * vectors; at += 2) {
       simt::Cell& cell = cell_of(block, at);
-      if (cell.launch == machine().launch()) {
+      if (cell.launch == machine().cluster_launch) {
         if (cell.arriving) machine().fail("two copies to one place at once");
         if (cell.barrier < 0 && cell.writer.thread != -1 && !ordered(cell.writer, true))
           machine().fail("a copy overwrites what another thread is writing, at " + std::to_string(at));
@@ -117,7 +112,7 @@ struct Simt {
           machine().fail("a copy overwrites what another thread is reading, at " + std::to_string(at));
       }
       cell = simt::Cell();
-      cell.launch = machine().launch();
+      cell.launch = machine().cluster_launch;
       cell.barrier = barrier;
       cell.arriving = true;
     }
@@ -127,13 +122,11 @@ struct Simt {
   template <class V>
   void store_async(int rank, int at, V value, int barrier) const {
     check_place<V>(at);
-    if (self().cluster_epoch < 2) machine().fail("a store to another block before the first cluster_sync");
-    simt::Block& block = machine().neighbour(rank);
-    if (block.finished == machine().threads()) machine().fail("a store to a block that has ended");
+    simt::Block& block = reach(rank);
     const auto found = block.barriers.find(barrier);
     if (found == block.barriers.end()) machine().fail("an asynchronous store without barrier_init");
     const simt::Cell& cell = cell_of(block, at);
-    if (cell.launch == machine().launch() && cell.barrier == barrier && cell.phase == found->second.completed + 1)
+    if (cell.launch == machine().cluster_launch && cell.barrier == barrier && cell.phase == found->second.completed + 1)
       machine().fail("two asynchronous stores to one place");
     simt::Copy copy{&block, barrier, at, nullptr, int(sizeof(V)), {}};
     std::memcpy(copy.value, &value, sizeof(V));
@@ -181,9 +174,17 @@ struct Simt {
 
   template <class V>
   void check_place(int at) const {
-    if (at < 0 || at + int(sizeof(V)) > machine().shared_bytes())
+    if (at < 0 || at + int(sizeof(V)) > machine().shared_bytes)
       machine().fail("an access beyond the end of shared memory, at " + std::to_string(at));
     if (at % int(sizeof(V))) machine().fail("a misaligned access to shared memory, at " + std::to_string(at));
+  }
+
+  static simt::Block& reach(int rank) {
+    simt::Block& block = machine().neighbour(rank);
+    if (machine().cluster > 1 && self().cluster_epoch < 2)
+      machine().fail("another block is reached before the first cluster_sync");
+    if (block.finished == machine().threads) machine().fail("a block is reached that has ended");
+    return block;
   }
 
   static simt::Cell& cell_of(simt::Block& block, int at) { return block.cells[size_t(at / 2)]; }
@@ -192,18 +193,16 @@ struct Simt {
   // excepted, nor is this one's own order of any use: the copy engine does not know it.
   bool ordered(const simt::Touch& touch, bool whole_warp = false) const {
     const simt::Fiber& f = self();
-    const int me = f.block->rank * machine().threads() + f.thread;
-    if (touch.thread == me && !whole_warp) return true;
-    const int rank = touch.warp >= 0 ? touch.warp * LANES / machine().threads() : f.block->rank;
+    if (touch.thread == f.number && !whole_warp) return true;
+    const int rank = touch.warp >= 0 ? touch.warp * LANES / machine().threads : f.block->rank;
     if (rank != f.block->rank) return touch.cluster_epoch < f.cluster_epoch;
     if (touch.block_epoch < f.block_epoch) return true;
-    return touch.warp == me / LANES && touch.warp_epoch < f.warp_epoch;
+    return touch.warp == f.number / LANES && touch.warp_epoch < f.warp_epoch;
   }
 
   simt::Touch now() const {
     const simt::Fiber& f = self();
-    const int me = f.block->rank * machine().threads() + f.thread;
-    return {me, me / LANES, f.block_epoch, f.warp_epoch, f.cluster_epoch};
+    return {f.number, f.number / LANES, f.block_epoch, f.warp_epoch, f.cluster_epoch};
   }
 
   void note_reader(simt::Cell& cell) const {
@@ -222,7 +221,7 @@ struct Simt {
     ++self().accesses;
     for (int i = at; i < at + int(bytes); i += 2) {
       simt::Cell& cell = cell_of(block, i);
-      if (cell.launch == m.launch()) {
+      if (cell.launch == m.cluster_launch) {
         if (cell.barrier >= 0) {
           const auto seen = self().seen.find(cell.barrier);
           if (cell.arriving || &block != self().block || seen == self().seen.end() || seen->second < cell.phase)
@@ -231,11 +230,11 @@ struct Simt {
           m.fail("two threads write without a barrier between, at " + std::to_string(i));
         }
         if (cell.reader.thread != -1 && !ordered(cell.reader) &&
-            !(cell.reader.thread == now().thread && &block == self().block))
+            !(cell.reader.thread == self().number && &block == self().block))
           m.fail("shared memory is overwritten that another thread reads, at " + std::to_string(i));
       } else {
         cell = simt::Cell();
-        cell.launch = m.launch();
+        cell.launch = m.cluster_launch;
       }
       cell.barrier = -1;
       cell.writer = now();

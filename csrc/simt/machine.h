@@ -57,7 +57,7 @@ struct Fiber {
   std::unique_ptr<char[]> stack;
   Context place{};
   Block* block = nullptr;
-  int thread = 0;
+  int thread = 0, number = 0;  // in its block, in its cluster
   // How many barriers this thread has passed: what lies before one is ordered before what lies after it.
   uint32_t block_epoch = 0, warp_epoch = 0, cluster_epoch = 0;
   uint32_t collectives = 0;
@@ -153,6 +153,10 @@ class Machine {
   bool counts_banks = false;
   Banks banks;
   uint64_t launches = 0;  // so far
+  // Of the running one: of a block; of all; of a cluster; of a block's memory.
+  int threads = 0, blocks = 0, cluster = 0, shared_bytes = 0;
+  uint64_t cluster_launch = 0;  // its number: every cluster is a launch of its own
+  std::vector<Fiber*> at_cluster_sync;
 
   static Machine& get() {
     static Machine machine;
@@ -160,23 +164,19 @@ class Machine {
   }
 
   template <class Body>
-  void run(int blocks, int warps, int cluster, int shared, Body body) {
+  void run(int all_blocks, int warps, int cluster_size, int shared, Body body) {
     std::lock_guard<std::mutex> one_at_a_time(mutex_);
     ++launches;
-    if (blocks % cluster != 0) throw std::runtime_error("simt: blocks must fill their clusters");
+    if (all_blocks % cluster_size != 0) throw std::runtime_error("simt: blocks must fill their clusters");
     body_ = std::ref(body);
-    threads_ = warps * LANES;
-    blocks_ = blocks;
-    cluster_ = cluster;
+    threads = warps * LANES;
+    blocks = all_blocks;
+    cluster = cluster_size;
+    shared_bytes = shared;
     state_ = seed * 0x9E3779B97F4A7C15ull + 1;
-    for (int first = 0; first < blocks; first += cluster) run_cluster(first, warps, shared);
+    for (int first = 0; first < blocks; first += cluster) run_cluster(first);
   }
 
-  int threads() const { return threads_; }
-  int blocks() const { return blocks_; }
-  int cluster() const { return cluster_; }
-  int shared_bytes() const { return shared_bytes_; }
-  uint64_t launch() const { return launch_; }
   Fiber& running() const { return *running_; }
   Block& neighbour(int rank) { return *team_[size_t(rank)]; }
 
@@ -204,8 +204,6 @@ class Machine {
     else
       wait(in);
   }
-
-  std::vector<Fiber*>& at_cluster_sync() { return at_cluster_sync_; }
 
   // One lane's part of a request.
   void note(Fiber& fiber, int at, int bytes) {
@@ -241,41 +239,42 @@ class Machine {
  private:
   std::mutex mutex_;
   std::function<void()> body_;
-  int threads_ = 0, blocks_ = 0, cluster_ = 0, shared_bytes_ = 0, unfinished_ = 0;
-  uint64_t state_ = 1, launch_ = 0;
+  int unfinished_ = 0;
+  uint64_t state_ = 1;
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::vector<std::unique_ptr<Block>> team_;
-  std::vector<Fiber*> ready_, at_cluster_sync_;
+  std::vector<Fiber*> ready_;
   std::vector<Copy> copies_;
   Fiber* running_ = nullptr;
   std::string error_;
   Context home_{};
 
-  void run_cluster(int first, int warps, int shared) {
-    ++launch_;
+  void run_cluster(int first) {
+    ++cluster_launch;
     ready_.clear();
-    at_cluster_sync_.clear();
+    at_cluster_sync.clear();
     copies_.clear();
     error_.clear();
-    while (int(team_.size()) < cluster_) team_.push_back(std::make_unique<Block>());
-    while (int(fibers_.size()) < cluster_ * threads_) fibers_.push_back(std::make_unique<Fiber>());
-    for (int rank = 0; rank < cluster_; ++rank) {
+    while (int(team_.size()) < cluster) team_.push_back(std::make_unique<Block>());
+    while (int(fibers_.size()) < cluster * threads) fibers_.push_back(std::make_unique<Fiber>());
+    for (int rank = 0; rank < cluster; ++rank) {
       Block& block = *team_[size_t(rank)];
       block.index = first + rank;
       block.rank = rank;
-      if (int(block.shared.size()) < shared) {
-        block.shared.resize(size_t(shared) + 16);
-        block.cells.resize(size_t(shared) / 2 + 8);
+      if (int(block.shared.size()) < shared_bytes) {
+        block.shared.resize(size_t(shared_bytes) + 16);
+        block.cells.resize(size_t(shared_bytes) / 2 + 8);
       }
       block.barriers.clear();
-      block.warps.resize(size_t(warps));
+      block.warps.resize(size_t(threads / LANES));
       for (Warp& warp : block.warps) warp.waiting.clear();
       block.waiting.clear();
       block.finished = 0;
-      for (int thread = 0; thread < threads_; ++thread) {
-        Fiber& f = *fibers_[size_t(rank * threads_ + thread)];
+      for (int thread = 0; thread < threads; ++thread) {
+        Fiber& f = *fibers_[size_t(rank * threads + thread)];
         f.block = &block;
         f.thread = thread;
+        f.number = rank * threads + thread;
         f.block_epoch = f.warp_epoch = f.cluster_epoch = 1;
         f.collectives = 0;
         f.accesses = f.fenced = f.together = 0;
@@ -284,12 +283,11 @@ class Machine {
         ready_.push_back(&f);
       }
     }
-    shared_bytes_ = shared;
-    unfinished_ = cluster_ * threads_;
+    unfinished_ = cluster * threads;
     running_ = ready_.back();
     ready_.pop_back();
     change(home_, running_->place);
-    for (int rank = 0; rank < cluster_; ++rank)
+    for (int rank = 0; rank < cluster; ++rank)
       for (Warp& warp : team_[size_t(rank)]->warps) settle(warp);
     if (!error_.empty()) throw std::runtime_error(error_);
   }
@@ -326,7 +324,7 @@ class Machine {
       cell.arriving = false;
       cell.phase = barrier.completed + 1;
       if (copy.from) continue;
-      cell.launch = launch_;
+      cell.launch = cluster_launch;
       cell.barrier = copy.barrier;
     }
     if (!copy.from) {
@@ -360,26 +358,23 @@ class Machine {
     change(self->place, next->place);
   }
 
-#if defined(__x86_64__)
   void prepare(Fiber& f) {
     if (!f.stack) f.stack.reset(new char[Fiber::STACK]);
+#if defined(__x86_64__)
     // As mlkernels_switch leaves it: six registers, and where to go; at the entry of a function rsp + 8 is a multiple of 16.
     uintptr_t top = reinterpret_cast<uintptr_t>(f.stack.get() + Fiber::STACK) / 16 * 16 - 8;
     void** at = reinterpret_cast<void**>(top);
     *--at = reinterpret_cast<void*>(&Machine::entry);
     for (int i = 0; i < 6; ++i) *--at = nullptr;
     f.place = at;
-  }
 #else
-  void prepare(Fiber& f) {
-    if (!f.stack) f.stack.reset(new char[Fiber::STACK]);
     getcontext(&f.place);
     f.place.uc_stack.ss_sp = f.stack.get();
     f.place.uc_stack.ss_size = Fiber::STACK;
     f.place.uc_link = nullptr;
     makecontext(&f.place, &Machine::entry, 0);
-  }
 #endif
+  }
 };
 
 }  // namespace simt

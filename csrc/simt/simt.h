@@ -187,18 +187,14 @@ struct Simt {
   // Until the barrier's phase of this parity (0 for the first copy, then 1, 0, ...) is complete.
   MLK_DEVICE void copy_wait(int barrier, int parity) const {
 #if __CUDA_ARCH__ >= 900
-    asm volatile(
-        "{\n.reg .pred done;\nWAIT:\n"
-        "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n@!done bra WAIT;\n}" ::"r"(local(barrier)),
-        "r"(parity)
-        : "memory");
+#define MLK_ASK "mbarrier.try_wait"
 #else
-    asm volatile(
-        "{\n.reg .pred done;\nWAIT:\n"
-        "mbarrier.test_wait.parity.shared.b64 done, [%0], %1;\n@!done bra WAIT;\n}" ::"r"(local(barrier)),
-        "r"(parity)
-        : "memory");
+#define MLK_ASK "mbarrier.test_wait"
 #endif
+    asm volatile("{\n.reg .pred done;\nWAIT:\n" MLK_ASK
+                 ".parity.shared.b64 done, [%0], %1;\n@!done bra WAIT;\n}" ::"r"(local(barrier)),
+                 "r"(parity)
+                 : "memory");
   }
 
  private:
