@@ -12,18 +12,19 @@ namespace MLKERNELS_ISA {
 
 // The C library's functions by overload; std:: ones are inline with external linkage, which see spec.h. Where there are
 // polynomials instead, tools/polynomials.py computes them.
-MLK_FN float m_exp(float x) { return ::expf(x); }
-MLK_FN double m_exp(double x) { return ::exp(x); }
-MLK_FN float m_expm1(float x) { return ::expm1f(x); }
-MLK_FN double m_expm1(double x) { return ::expm1(x); }
-MLK_FN float m_log(float x) { return ::logf(x); }
-MLK_FN double m_log(double x) { return ::log(x); }
-MLK_FN float m_log1p(float x) { return ::log1pf(x); }
-MLK_FN double m_log1p(double x) { return ::log1p(x); }
+#define MLK_BOTH(NAME, FUNCTION)                          \
+  MLK_FN float NAME(float x) { return ::FUNCTION##f(x); } \
+  MLK_FN double NAME(double x) { return ::FUNCTION(x); }
+MLK_BOTH(m_exp, exp)
+MLK_BOTH(m_expm1, expm1)
+MLK_BOTH(m_log, log)
+MLK_BOTH(m_log1p, log1p)
+MLK_BOTH(m_sqrt, sqrt)
+MLK_BOTH(m_floor, floor)
+MLK_BOTH(m_acos, acos)
+MLK_BOTH(m_abs, fabs)
 MLK_FN float c_pow(float x, float y) { return ::powf(x, y); }
 MLK_FN double c_pow(double x, double y) { return ::pow(x, y); }
-MLK_FN float m_sqrt(float x) { return ::sqrtf(x); }
-MLK_FN double m_sqrt(double x) { return ::sqrt(x); }
 // 1 / x for 1 <= x < 2^100; NaN stays. On a device without the cases that do not occur, to half a unit in the last place.
 MLK_FN float m_inverse(float x) {
 #ifdef __CUDA_ARCH__
@@ -51,8 +52,6 @@ MLK_FN float m_log1p_of_part(float x) {
 MLK_FN float m_log1p_of_part(float x) { return m_log1p(x); }
 #endif
 MLK_FN double m_log1p_of_part(double x) { return m_log1p(x); }
-MLK_FN float m_floor(float x) { return ::floorf(x); }
-MLK_FN double m_floor(double x) { return ::floor(x); }
 #ifdef MLK_SIMT
 // sin(x + quarters pi / 2) for |x| < 10^4. CUDA's own keeps an array in local memory, for angles that no margin has.
 template <class T>
@@ -86,15 +85,10 @@ MLK_FN double m_sin(double x) { return sine(x, 0); }
 MLK_FN float m_cos(float x) { return sine(x, 1); }
 MLK_FN double m_cos(double x) { return sine(x, 1); }
 #else
-MLK_FN float m_sin(float x) { return ::sinf(x); }
-MLK_FN double m_sin(double x) { return ::sin(x); }
-MLK_FN float m_cos(float x) { return ::cosf(x); }
-MLK_FN double m_cos(double x) { return ::cos(x); }
+MLK_BOTH(m_sin, sin)
+MLK_BOTH(m_cos, cos)
 #endif
-MLK_FN float m_acos(float x) { return ::acosf(x); }
-MLK_FN double m_acos(double x) { return ::acos(x); }
-MLK_FN float m_abs(float x) { return ::fabsf(x); }
-MLK_FN double m_abs(double x) { return ::fabs(x); }
+#undef MLK_BOTH
 
 template <class T>
 MLK_FN T infinity() {

@@ -16,14 +16,18 @@ struct float16 {
 
 namespace MLKERNELS_ISA {
 
+// The same bits as another type.
+template <class To, class From>
+MLK_FN To bits_as(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "as many bits");
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+
 MLK_FN float widen(float x) { return x; }
 MLK_FN double widen(double x) { return x; }
-MLK_FN float widen(bfloat16 x) {
-  const uint32_t bits = uint32_t(x.bits) << 16;
-  float out;
-  memcpy(&out, &bits, sizeof out);
-  return out;
-}
+MLK_FN float widen(bfloat16 x) { return bits_as<float>(uint32_t(x.bits) << 16); }
 MLK_FN float widen(float16 x) {
 #ifdef __CUDA_ARCH__
   float out;
@@ -32,14 +36,9 @@ MLK_FN float widen(float16 x) {
 #else
   // Branch-free, exact: the exponent is rebased by a multiplication, which normalises subnormals too.
   const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13, sign = uint32_t(x.bits & 0x8000) << 16;
-  float value;
-  memcpy(&value, &magnitude, sizeof value);
-  value *= 5.192296858534828e33f;  // 2^112
-  uint32_t bits;
-  memcpy(&bits, &value, sizeof bits);
-  bits |= sign | (magnitude >= 0x0f800000u ? 0x7f800000u : 0u);  // inf and NaN
-  memcpy(&value, &bits, sizeof value);
-  return value;
+  const float value = bits_as<float>(magnitude) * 5.192296858534828e33f;  // 2^112
+  const uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;   // inf and NaN
+  return bits_as<float>(bits_as<uint32_t>(value) | sign | special);
 #endif
 }
 
@@ -48,23 +47,16 @@ MLK_FN void narrow(double x, double& out) { out = x; }
 #ifndef __CUDACC__
 // Round to nearest, ties to even; NaN stays NaN.
 MLK_FN void narrow(float x, bfloat16& out) {
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof bits);
+  const uint32_t bits = bits_as<uint32_t>(x);
   const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   out.bits = uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
 }
 MLK_FN void narrow(float x, float16& out) {
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof bits);
+  const uint32_t bits = bits_as<uint32_t>(x);
   const uint32_t sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
   // Normal results: rebase the exponent and round the 13 lost bits. Subnormal ones: adding 1/2 aligns and rounds.
   const uint32_t normal = (magnitude - 0x38000000u + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-  float aligned;
-  memcpy(&aligned, &magnitude, sizeof aligned);
-  aligned += 0.5f;
-  uint32_t small;
-  memcpy(&small, &aligned, sizeof small);
-  small -= 0x3f000000u;
+  const uint32_t small = bits_as<uint32_t>(bits_as<float>(magnitude) + 0.5f) - 0x3f000000u;
   uint32_t out_bits = magnitude < 0x38800000u ? small : normal;
   out_bits = magnitude >= 0x47800000u ? 0x7c00u : out_bits;  // 2^16 and above: inf (65520 rounds there by itself)
   out_bits = magnitude > 0x7f800000u ? 0x7e00u : out_bits;

@@ -1,11 +1,11 @@
 // The CPU implementations of mlkernels/ops.py: tensors to a Problem, rows to threads, row results to tensors.
 #include <cstdlib>
+#include <cstring>
 
 #include "cpu/call.h"
 #include "cpu/direct.h"
 #include "cpu/heads.h"
 #include "operators.h"
-#include "schemas.h"
 
 namespace mlkernels {
 namespace {
@@ -22,17 +22,11 @@ int choose_isa() {
     best = 2;
   if (best == 2 && __builtin_cpu_supports("avx512bf16")) best = 3;
 #endif
-  const char* forced = std::getenv("MLKERNELS_CPU");
-  if (forced && *forced) {
-    const std::string name = forced;
-    const int wanted = name == "baseline"      ? 0
-                       : name == "avx2"        ? 1
-                       : name == "avx512"      ? 2
-                       : name == "avx512_bf16" ? 3
-                                               : -1;
-    // Never an instruction that the machine lacks: an unknown or impossible wish is answered by the best there is.
-    if (wanted >= 0 && wanted <= best) return wanted;
-  }
+  const char* const names[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+  const char* const forced = std::getenv("MLKERNELS_CPU");
+  // Never an instruction that the machine lacks: an unknown or impossible wish is answered by the best there is.
+  for (int isa = 0; forced && isa <= best; ++isa)
+    if (std::strcmp(forced, names[isa]) == 0) return isa;
   return best;
 }
 
@@ -76,7 +70,7 @@ struct RowCall : Call<T> {
   Tensor loss_like(const Tensor& target) {
     const bool reduces = p.spec.reduction != Reduction::NONE;
     Tensor loss = reduces ? empty({}, type_of<T>()) : empty_of(target, type_of<T>());
-    p.losses = static_cast<T*>(loss.data_ptr());
+    p.losses = data_of<T>(loss);
     if (!reduces) return loss;
     reduced = p.losses;
     losses.reset(new T[size_t(p.rows) + 1]);
@@ -88,16 +82,14 @@ struct RowCall : Call<T> {
   int64_t saved_rows() const { return p.rows; }
   Tensor save_rows() {
     Tensor saved = empty({p.rows, 2}, type_of<T>());
-    p.save = static_cast<T*>(saved.data_ptr());
+    p.save = data_of<T>(saved);
     return saved;
   }
   static void prepare_backward(const Tensor&, bool) {}
-  void take(const std::optional<Tensor>& tensor, const T*& data, int64_t& stride) {
-    if (!tensor) return;
-    Array<T>& array = upstream[taken++];
-    array = array_of<T>(*tensor);
-    data = array.data;
-    stride = array.stride;
+  PerRow<T> per_row(const std::optional<Tensor>& tensor) {
+    if (!tensor) return {};
+    Array<T>& array = upstream[taken++] = array_of<T>(*tensor);
+    return {array.data, array.stride};
   }
 
   void run() {
@@ -119,7 +111,6 @@ struct RowCall : Call<T> {
   // Runs the rows and collects the gradients that are needed, in the order of their bits.
   std::vector<Tensor> run_with_gradients(const Tensor& input, int64_t needs) {
     const ByParameter<T> parameters(*this, needs);
-    if (p.up_entropy) p.want_shift = true;
     Tensor grad;
     if (needs >> INPUT & 1) {
       grad = gradient_like(input);
@@ -145,11 +136,15 @@ Tensor owned(AtenTensorHandle borrowed) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(borrowed, &handle));
   return Tensor(handle);
 }
+std::optional<Tensor> owned_if_any(AtenTensorHandle borrowed) {
+  return borrowed ? std::optional<Tensor>(owned(borrowed)) : std::nullopt;
+}
 
-AtenTensorHandle handed_out(const Tensor& tensor) {
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(tensor.get(), &handle));
-  return handle;
+void hand_out(const Tensor& tensor, AtenTensorHandle* to) {
+  TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(tensor.get(), to));
+}
+void hand_out(const std::vector<Tensor>& tensors, AtenTensorHandle* to) {
+  for (const Tensor& tensor : tensors) hand_out(tensor, to++);
 }
 
 // Calls with(input, target, numbers, params).
@@ -173,7 +168,7 @@ bool directly(const DirectCall& call, const DirectHead& head, With with) {
   return directly(call, [&](const Tensor& x, const Tensor& target, const std::vector<double>& numbers,
                             const std::vector<Tensor>& params) {
     const Tensor weight = owned(head.weight);
-    const std::optional<Tensor> bias = head.bias ? std::optional<Tensor>(owned(head.bias)) : std::nullopt;
+    const std::optional<Tensor> bias = owned_if_any(head.bias);
     const std::vector<int64_t> plan(head.plan, head.plan + 5);
     with(HeadArguments{x, weight, bias, head.normalize, target, head.workspace, plan, numbers, params});
   });
@@ -184,58 +179,50 @@ const Direct direct{
     sizeof(Direct),
     SCHEMAS,
     [](const DirectCall& call, bool save, AtenTensorHandle* loss, AtenTensorHandle* saved) {
-      return directly(call, [&](const Tensor& input, const Tensor& target, std::vector<double> numbers,
-                                std::vector<Tensor> params) {
-        const auto [result, statistics] =
-            RowOperators::softmax_loss(input, target, std::move(numbers), std::move(params), save);
-        *loss = handed_out(result);
-        *saved = handed_out(statistics);
+      return directly(call, [&](auto&&... arguments) {
+        const auto [result, statistics] = RowOperators::softmax_loss(std::move(arguments)..., save);
+        hand_out(result, loss);
+        hand_out(statistics, saved);
       });
     },
     [](const DirectCall& call, int64_t needs, AtenTensorHandle* loss, AtenTensorHandle* gradients) {
-      return directly(call, [&](const Tensor& input, const Tensor& target, std::vector<double> numbers,
-                                std::vector<Tensor> params) {
-        const auto [result, made] =
-            RowOperators::softmax_loss_with_gradients(input, target, std::move(numbers), std::move(params), needs);
-        *loss = handed_out(result);
-        for (const Tensor& gradient : made) *gradients++ = handed_out(gradient);
+      return directly(call, [&](auto&&... arguments) {
+        const auto [result, made] = RowOperators::softmax_loss_with_gradients(std::move(arguments)..., needs);
+        hand_out(result, loss);
+        hand_out(made, gradients);
       });
     },
     [](const DirectCall& call, AtenTensorHandle grad_loss, AtenTensorHandle saved, int64_t needs,
        AtenTensorHandle* gradients) {
-      return directly(call, [&](const Tensor& input, const Tensor& target, std::vector<double> numbers,
-                                std::vector<Tensor> params) {
-        for (const Tensor& gradient :
-             RowOperators::softmax_loss_backward(owned(grad_loss), {}, {}, {}, input, target, std::move(numbers),
-                                                 std::move(params), owned(saved), needs))
-          *gradients++ = handed_out(gradient);
+      return directly(call, [&](auto&&... arguments) {
+        hand_out(RowOperators::softmax_loss_backward(owned(grad_loss), {}, {}, {}, std::move(arguments)...,
+                                                     owned(saved), needs),
+                 gradients);
       });
     },
     [](const DirectCall& call, const DirectHead& head, int64_t needs, AtenTensorHandle* loss,
        AtenTensorHandle* gradients) {
       return directly(call, head, [&](const HeadArguments& arguments) {
         const auto [result, made] = linear_loss_with_gradients(arguments, needs);
-        *loss = handed_out(result);
-        for (const Tensor& gradient : made) *gradients++ = handed_out(gradient);
+        hand_out(result, loss);
+        hand_out(made, gradients);
       });
     },
     [](const DirectCall& call, const DirectHead& head, AtenTensorHandle* loss, AtenTensorHandle* saved,
        AtenTensorHandle* rows) {
       return directly(call, head, [&](const HeadArguments& arguments) {
         const auto [result, known, stats] = linear_rows(arguments, rows);
-        *loss = handed_out(result);
-        *saved = handed_out(known);
-        for (const Tensor& one : stats) *rows++ = handed_out(one);
+        hand_out(result, loss);
+        hand_out(known, saved);
+        hand_out(stats, rows);
       });
     },
     [](const DirectCall& call, const DirectHead& head, AtenTensorHandle saved, AtenTensorHandle const* upstream,
        int64_t needs, AtenTensorHandle* gradients) {
       return directly(call, head, [&](const HeadArguments& arguments) {
         std::array<std::optional<Tensor>, 4> given;
-        for (size_t i = 0; i < 4; ++i)
-          if (upstream[i]) given[i] = owned(upstream[i]);
-        for (const Tensor& gradient : linear_rows_backward(arguments, owned(saved), given, needs))
-          *gradients++ = handed_out(gradient);
+        for (size_t i = 0; i < 4; ++i) given[i] = owned_if_any(upstream[i]);
+        hand_out(linear_rows_backward(arguments, owned(saved), given, needs), gradients);
       });
     },
 };
@@ -243,16 +230,8 @@ const Direct direct{
 }  // namespace
 }  // namespace mlkernels
 
-extern "C" __attribute__((visibility("default"))) const mlkernels::Direct* mlkernels_cpu_direct() {
-  return &mlkernels::direct;
-}
-extern "C" __attribute__((visibility("default"))) int mlkernels_cpu_isa() { return mlkernels::isa; }
-extern "C" __attribute__((visibility("default"))) size_t mlkernels_cpu_release_buffers() {
-  return mlkernels::release_buffers();
-}
-// Of which numbers: a library that is older than numbering.py would take one loss for another.
-extern "C" __attribute__((visibility("default"))) const char* mlkernels_numbering() { return mlkernels::NUMBERING; }
-// Of which schemas: it would take one argument for another.
-extern "C" __attribute__((visibility("default"))) const char* mlkernels_schemas() { return mlkernels::SCHEMAS; }
+MLK_EXPORT const mlkernels::Direct* mlkernels_cpu_direct() { return &mlkernels::direct; }
+MLK_EXPORT int mlkernels_cpu_isa() { return mlkernels::isa; }
+MLK_EXPORT size_t mlkernels_cpu_release_buffers() { return mlkernels::release_buffers(); }
 
 STABLE_TORCH_LIBRARY_IMPL(mlkernels, CPU, m) { mlkernels::RowOperators::implement(m); }

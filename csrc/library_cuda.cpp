@@ -2,22 +2,13 @@
 // here looks at a number in a tensor, so nothing waits for the device, and all of it can be captured in a CUDA graph.
 //
 // Compiled without CUDA (MLK_HOST) it runs the same kernels on the CPU's memory by simt/host.h, for the tests.
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
-#include <array>
 #include <memory>
-#include <stdexcept>
-#include <string>
-#include <vector>
 
 #include "cuda/device.h"
-#include "cuda/kernels.h"
 #include "operators.h"
-#include "schemas.h"
 
 namespace mlkernels {
 
@@ -27,33 +18,14 @@ namespace {
 
 using namespace MLKERNELS_ISA;
 
-// ---- tensors -----------------------------------------------------------------------------------------------------------
-
-Index index_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::Long: return Index::INT64;
-    case ScalarType::Int: return Index::INT32;
-    case ScalarType::Short: return Index::INT16;
-    case ScalarType::Char: return Index::INT8;
-    case ScalarType::Byte: return Index::UINT8;
-    case ScalarType::UInt16: return Index::UINT16;
-    case ScalarType::UInt32: return Index::UINT32;
-    case ScalarType::UInt64: return Index::UINT64;
-    default: throw std::runtime_error("labels must be integers");
-  }
-}
-
 // ---- a call ------------------------------------------------------------------------------------------------------------
 
 template <class T>
-const RowKernels<T>& kernels_of(Storage storage);
-template <>
-const RowKernels<float>& kernels_of<float>(Storage storage) {
-  return storage == Storage::FLOAT ? rows_float : storage == Storage::BFLOAT16 ? rows_bfloat16 : rows_float16;
-}
-template <>
-const RowKernels<double>& kernels_of<double>(Storage) {
-  return rows_double;
+const RowKernels<T>& kernels_of(Storage storage) {
+  if constexpr (sizeof(T) == 8)
+    return rows_double;
+  else
+    return storage == Storage::FLOAT ? rows_float : storage == Storage::BFLOAT16 ? rows_bfloat16 : rows_float16;
 }
 
 // A launch costs more than a look at so many labels, or at so many classes' weights.
@@ -81,26 +53,22 @@ struct Call {
     for (int64_t d = 0; d < input.dim(); ++d) reach += (input.size(d) - 1) * input.stride(d);
     p.begin = static_cast<const char*>(p.input);
     p.end = p.begin + (reach + 1) * int64_t(input.element_size());
-    p.label = plain(target, target.scalar_type()).data_ptr();
-    p.label_type = index_of(target.scalar_type());
-
+    p.label = indices_of(target);
+    if (tensors[GROUP]) p.group = indices_of(*tensors[GROUP]);
     for (int slot = 0; slot < LOSS_SLOTS; ++slot) {
       if (!arguments.is_tensor_number(slot)) continue;
-      const Tensor& tensor = *tensors[slot];
-      const Tensor& number = plain(tensor, tensor.scalar_type());
-      p.values[slot] = {T(0), number.data_ptr(), mode_of(tensor), storage_of(tensor.scalar_type())};
+      const Tensor& number = as_it_is(*tensors[slot]);
+      p.values[slot] = {T(0), number.data_ptr(), mode_of(number), storage_of(number.scalar_type())};
     }
-    lay_out_classes(p, arguments, [&](int slot) { return vector_of(slot); });
-    if (const Tensor* weight = tensors[ROW_WEIGHT]) take(*weight, p.row_weight, p.row_weight_stride);
+    const auto vector_of = [&](int slot) -> const T* {
+      return tensors[slot] ? data_of<T>(plain(*tensors[slot], type_of<T>())) : nullptr;
+    };
+    lay_out_classes(p, arguments, vector_of);
+    lay_out_tables(p, arguments, vector_of);
+    if (const Tensor* weight = tensors[ROW_WEIGHT]) p.row_weight = per_row(*weight);
     p.normalizer = {arguments.numbers[NORMALIZER], nullptr, Mode::BY_VALUE, Storage::DOUBLE};
     if (const Tensor* given = tensors[NORMALIZER])
       p.normalizer = {0, given->data_ptr(), Mode::SHARED, storage_of(given->scalar_type())};
-    if (p.spec.transform == Transform::PIECEWISE) p.t = tables(TRANSFORM_A, TRANSFORM_B);
-    if (p.spec.head == Head::TAU) p.tau = tables(HEAD_A, HEAD_B);
-    if (tensors[GROUP]) {
-      p.group = plain(*tensors[GROUP], tensors[GROUP]->scalar_type()).data_ptr();
-      p.group_type = index_of(tensors[GROUP]->scalar_type());
-    }
   }
   Call(const Call&) = delete;
 
@@ -116,36 +84,23 @@ struct Call {
     Tensor out = empty_of(tensor, dtype);
     return keep(torch::stable::copy_(out, tensor));
   }
+  const Tensor& as_it_is(const Tensor& tensor) { return plain(tensor, tensor.scalar_type()); }
+  Indices indices_of(const Tensor& tensor) { return {as_it_is(tensor).data_ptr(), *index_of(tensor.scalar_type())}; }
   const Tensor& keep(Tensor tensor) {
     if (kept.capacity() == 0) kept.reserve(2 * SLOTS + 16);  // references into it stay good
     STD_TORCH_CHECK(kept.size() < kept.capacity(), "a call keeps too many tensors");
     kept.push_back(std::move(tensor));
     return kept.back();
   }
-  double* numbers_of(int64_t count) {
-    return static_cast<double*>(keep(empty({count}, ScalarType::Double)).data_ptr());
-  }
+  double* doubles(int64_t count) { return data_of<double>(keep(empty({count}, ScalarType::Double))); }
 
-  bool is_table(int slot) const { return mlkernels::is_table(p.spec, slot); }
-  const T* vector_of(int slot) {
-    return tensors[slot] ? static_cast<const T*>(plain(*tensors[slot], type_of<T>()).data_ptr()) : nullptr;
-  }
-  Tables<T> tables(int slope, int bias) {
-    const Tensor& table = *tensors[slope];
-    const int64_t groups = table.dim() == 2 ? table.size(0) : 0;
-    return {vector_of(slope), vector_of(bias), int(table.size(table.dim() - 1)), groups};
-  }
-
-  // An upstream gradient as T, where it lies if it can be read there.
-  void take(const std::optional<Tensor>& tensor, const T*& data, int64_t& stride) {
-    if (!tensor) return;
+  // Numbers as T, where they lie if they can be read there.
+  PerRow<T> per_row(const std::optional<Tensor>& tensor) {
+    if (!tensor) return {};
     bool flat = true;  // every element is the same one
     for (const int64_t step : tensor->strides()) flat &= step == 0;
-    stride = flat ? 0 : 1;
-    if (flat && tensor->scalar_type() == type_of<T>())
-      data = static_cast<const T*>(keep(*tensor).data_ptr());
-    else
-      data = static_cast<const T*>(plain(*tensor, type_of<T>()).data_ptr());
+    const bool lies = flat && tensor->scalar_type() == type_of<T>();
+    return {data_of<T>(lies ? keep(*tensor) : plain(*tensor, type_of<T>())), flat ? 0 : 1};
   }
 
   // What is known of each row, for a backward, and behind it what all rows share: what "mean" makes of their terms, and
@@ -156,7 +111,7 @@ struct Call {
   }
   Tensor save_rows() {
     Tensor saved = empty({saved_rows(), 2}, type_of<T>());
-    p.save = static_cast<T*>(saved.data_ptr());
+    p.save = data_of<T>(saved);
     if (shared_rows()) p.shared = p.save + 2 * p.rows;
     return saved;
   }
@@ -180,7 +135,7 @@ struct Call {
     const bool adds = is_weight_summed(p) && p.classes > FEW && !p.known && !p.weight_total;
     if (p.parts > 0 || adds) {
       const int parts = std::max(p.parts, 0), blocks = parts + adds;
-      double* sums = numbers_of(2 * blocks + 1);
+      double* sums = doubles(2 * blocks + 1);
       p.divisors = sums;
       if (adds) p.weight_total = sums + 2 * parts;
       if (reduced) p.arrived = reinterpret_cast<uint32_t*>(sums + 2 * blocks);
@@ -191,7 +146,7 @@ struct Call {
     if (reduced && !alone) {
       const bool by_warp = choice.path == Path::SHORT || choice.path == Path::STRIDED;
       partials = by_warp ? int64_t(blocks) * choice.warps : blocks / choice.cluster;
-      p.partials = numbers_of(partials);
+      p.partials = doubles(partials);
     }
     kernels.run(p, device, choice, blocks);
     if (partials > 0 && !p.arrived) launch_sums<TotalLoss<T>>(device, 1, {partials}, p);
@@ -199,16 +154,16 @@ struct Call {
 
   Tensor loss_like(const Tensor& target) {
     Tensor loss = p.spec.reduction == Reduction::NONE ? empty_of(target, type_of<T>()) : empty({}, type_of<T>());
-    p.losses = static_cast<T*>(loss.data_ptr());
+    p.losses = data_of<T>(loss);
     return loss;
   }
   std::tuple<Tensor> factors() {
     Tensor shared = empty({shared_rows(), 2}, type_of<T>());
-    if (shared_rows()) p.shared = static_cast<T*>(shared.data_ptr());
+    if (shared_rows()) p.shared = data_of<T>(shared);
     return {shared};
   }
   void prepare_backward(Tensor& saved, bool of_entropy) {
-    if (saved.numel() > 0 && shared_rows()) p.known = static_cast<const T*>(saved.data_ptr()) + 2 * p.rows;
+    if (saved.numel() > 0 && shared_rows()) p.known = data_of<T>(saved) + 2 * p.rows;
     if (!of_entropy || saved.numel() > 0) return;
     saved = keep(save_rows());  // its derivative by s adds up what needs the maximum first
     run();
@@ -217,69 +172,62 @@ struct Call {
 
   // The visit, and the gradients that are needed in the order of their bits.
   std::vector<Tensor> run_with_gradients(const Tensor& input, int64_t needs) {
-    check_needs(arguments, needs);
-    std::vector<Tensor> gradients;
-    std::array<T*, TRAINABLE_SLOTS> values{};
-    int* bins = nullptr;
-    const int64_t rows = p.rows;
+    lay_out_needs(p, arguments, needs);
     for (int slot = 0; slot < TRAINABLE_SLOTS; ++slot) {
       if (!(needs >> slot & 1)) continue;
-      p.want_parameters = true;
-      if (OF_SCALE >> slot & 1) p.want_shift = true, p.want_square = p.up_entropy;
-      values[size_t(slot)] = static_cast<T*>(keep(empty({rows}, type_of<T>())).data_ptr());
-      p.by_parameter[slot] = values[size_t(slot)];
-      if (!is_table(slot) || bins) continue;
-      bins = static_cast<int*>(keep(empty({2, rows}, ScalarType::Int)).data_ptr());
-      p.t_bin = bins;
-      p.tau_bin = bins + rows;
+      p.by_parameter[slot] = data_of<T>(keep(empty({p.rows}, type_of<T>())));
+      if (!arguments.is_table(slot) || p.t_bin) continue;
+      p.t_bin = data_of<int>(keep(empty({2, p.rows}, ScalarType::Int)));
+      p.tau_bin = p.t_bin + p.rows;
     }
-    if (p.up_entropy) p.want_shift = true;
-    std::vector<Tensor> grad;
+    Tensor grad;
     if (needs >> INPUT & 1) {
-      grad.push_back(torch::stable::empty_like(input));
-      p.grad = grad[0].data_ptr();
-      p.out = layout_of(grad[0]);
+      grad = torch::stable::empty_like(input);
+      p.grad = grad.data_ptr();
+      p.out = layout_of(grad);
     }
     run();
+    std::vector<Tensor> gradients;
     for (int slot = 0; slot < TRAINABLE_SLOTS; ++slot) {
       if (!(needs >> slot & 1)) continue;
       const Tensor& tensor = *tensors[size_t(slot)];
       gradients.push_back(empty_of(tensor, tensor.scalar_type()));
-      reduce(slot, values[size_t(slot)], gradients.back());
+      reduce(slot, gradients.back());
     }
-    if (!grad.empty()) gradients.push_back(std::move(grad[0]));
+    if (needs >> INPUT & 1) gradients.push_back(std::move(grad));
     return gradients;
   }
 
   // A parameter's gradient from those of the rows.
-  void reduce(int slot, const T* values, const Tensor& out) {
+  void reduce(int slot, const Tensor& out) {
     const Storage storage = storage_of(out.scalar_type());
     const int64_t count = out.numel(), rows = p.rows;
+    const T* const values = p.by_parameter[slot];
+    const bool is_table = arguments.is_table(slot), of_t = arguments.is_table_of_t(slot);
     const auto store = [&](const auto* sums, int terms) {
       using Sum = std::decay_t<decltype(*sums)>;
       launch_sums<StoreSums<Sum>>(device, blocks_for(terms > 1 ? count * LANES : count, device),
                                   {sums, count, terms, out.data_ptr(), storage});
     };
-    if (!is_table(slot) && out.dim() >= 2) {
+    if (!is_table && out.dim() >= 2) {
       if (count > 0) store(values, 1);
       return;
     }
-    if (!is_table(slot) && out.dim() == 1) {
+    if (!is_table && out.dim() == 1) {
       if (!keys) sort_labels();
-      Tensor sums = empty({count}, ScalarType::Double);
+      Tensor sums = keep(empty({count}, ScalarType::Double));
       torch::stable::zero_(sums);
-      double* at = static_cast<double*>(keep(std::move(sums)).data_ptr());
+      double* const at = data_of<double>(sums);
       if (rows > 0) launch_sums<SumRuns<T>>(device, blocks_for(rows * LANES, device), {values, keys, order, at}, p);
       store(at, 1);
       return;
     }
-    const bool of_t = is_table_of_t(p.spec, slot);
-    const int* bins = !is_table(slot) ? nullptr : of_t ? p.t_bin : p.tau_bin;
+    const int* bins = !is_table ? nullptr : of_t ? p.t_bin : p.tau_bin;
     const int per_group = of_t ? p.t.bins : p.tau.bins;
     // Blocks are numbered by an int.
     const int chunks =
         int(std::clamp<int64_t>((rows + 4095) / 4096, 1, std::clamp<int64_t>((1 << 20) / (count + 1), 1, 64)));
-    double* sums = numbers_of(count * chunks);
+    double* sums = doubles(count * chunks);
     launch_sums<SumBuckets<T>>(device, count * chunks, {values, bins, per_group, chunks, sums}, p);
     store(sums, chunks);
   }
@@ -287,14 +235,13 @@ struct Call {
   // Rows in the order of their labels. The sort is stable: the same order, and so the same sums, on every run.
   void sort_labels() {
     Tensor labels = empty({p.rows}, ScalarType::Long);
-    if (p.rows > 0)
-      launch_sums<SortKeys<T>>(device, blocks_for(p.rows, device), {static_cast<int64_t*>(labels.data_ptr())}, p);
+    if (p.rows > 0) launch_sums<SortKeys<T>>(device, blocks_for(p.rows, device), {data_of<int64_t>(labels)}, p);
     std::array<StableIValue, 4> stack{torch::stable::detail::from(labels),
                                       torch::stable::detail::from(std::optional<bool>(true)),
                                       torch::stable::detail::from(int64_t(-1)), torch::stable::detail::from(false)};
     TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
-    keys = static_cast<const int64_t*>(keep(torch::stable::detail::to<Tensor>(stack[0])).data_ptr());
-    order = static_cast<const int64_t*>(keep(torch::stable::detail::to<Tensor>(stack[1])).data_ptr());
+    keys = data_of<int64_t>(keep(torch::stable::detail::to<Tensor>(stack[0])));
+    order = data_of<int64_t>(keep(torch::stable::detail::to<Tensor>(stack[1])));
   }
 };
 
@@ -308,14 +255,12 @@ void softmax_loss_refresh(const Tensor& grad_loss, const Tensor& factors, const 
     STD_TORCH_CHECK(
         factors.numel() == 2 * call.shared_rows() && factors.is_contiguous() && factors.scalar_type() == type_of<T>(),
         "factors must be what the loss returned");
-    if (call.shared_rows()) call.p.known = static_cast<const T*>(factors.data_ptr());
-    call.take(grad_loss, call.p.up_loss, call.p.up_loss_stride);
-    call.p.up_loss_stride = 0;
-    call.p.unless_one = call.p.up_loss;
+    if (call.shared_rows()) call.p.known = data_of<T>(factors);
+    call.p.up_loss = {call.per_row(grad_loss).data, 0};
+    call.p.unless_one = call.p.up_loss.data;
     call.p.grad = gradient.data_ptr();
     call.p.out = layout_of(gradient);
     call.run();
-    return 0;
   });
 }
 
@@ -363,30 +308,25 @@ std::pair<int32_t, int32_t> device_of_tensor(const Tensor& tensor) {
 // Not where the kernels run.
 bool on_host(const Tensor& tensor) { return device_of_tensor(tensor).first != device_type(); }
 
-void check_pairs(const std::vector<Tensor>& dst, const std::vector<Tensor>& src, const std::optional<Tensor>& flag) {
-  const auto require = [](bool good, const std::string& what) {
-    if (!good) throw std::runtime_error(what);
-  };
-  require(dst.size() == src.size(), "src must hold one tensor per tensor of dst, " + std::to_string(dst.size()) +
-                                        ", got " + std::to_string(src.size()));
+// ops.py's check_copies says which and why.
+void check_copies(const std::vector<Tensor>& dst, const std::vector<Tensor>& src, const std::optional<Tensor>& flag) {
+  STD_TORCH_CHECK(dst.size() == src.size(), "src must hold one tensor per tensor of dst");
+  STD_TORCH_CHECK(!flag || (flag->scalar_type() == ScalarType::Bool && flag->numel() == 1), "flag takes one boolean");
   for (size_t i = 0; i < dst.size(); ++i) {
-    const std::string names = "src[" + std::to_string(i) + "] must have the ";
-    bool same = dst[i].dim() == src[i].dim();
-    for (int64_t d = 0; same && d < dst[i].dim(); ++d) same = dst[i].size(d) == src[i].size(d);
-    require(same, names + "shape of dst[" + std::to_string(i) + "]");
-    require(dst[i].scalar_type() == src[i].scalar_type(), names + "dtype of dst[" + std::to_string(i) + "]");
-    require(device_of_tensor(dst[i]) == device_of_tensor(src[i]), names + "device of dst[" + std::to_string(i) + "]");
-    if (flag && !on_host(*flag))
-      require(device_of_tensor(dst[i]) == device_of_tensor(*flag),
-              "dst[" + std::to_string(i) + "] must be on flag's device");
+    const auto here = dst[i].sizes(), there = src[i].sizes();
+    STD_TORCH_CHECK(std::equal(here.begin(), here.end(), there.begin(), there.end()) &&
+                        dst[i].scalar_type() == src[i].scalar_type() &&
+                        device_of_tensor(dst[i]) == device_of_tensor(src[i]),
+                    "src[", i, "] must have the shape, dtype and device of dst[", i, "]");
+    STD_TORCH_CHECK(!flag || on_host(*flag) || device_of_tensor(dst[i]) == device_of_tensor(*flag), "dst[", i,
+                    "] must be on flag's device");
   }
-  if (flag) require(flag->scalar_type() == ScalarType::Bool && flag->numel() == 1, "flag takes one boolean");
 }
 
 void multi_copy_(std::vector<Tensor> dst, std::vector<Tensor> src, std::optional<Tensor> flag) {
-  check_pairs(dst, src, flag);
+  check_copies(dst, src, flag);
   if (flag && on_host(*flag)) {
-    if (!*static_cast<const bool*>(flag->data_ptr())) return;
+    if (!*data_of<bool>(*flag)) return;
     flag.reset();
   }
   // By device, in the order in which they come; the arguments of a launch are too large for some stacks.
@@ -401,14 +341,11 @@ void multi_copy_(std::vector<Tensor> dst, std::vector<Tensor> src, std::optional
     }
     const DeviceGuard here(dst[first]);
     const Device device = device_of(index.second);
-    table->flag = flag ? static_cast<const bool*>(flag->data_ptr()) : nullptr;
-    table->count = 0;
-    table->pieces = 0;
-    std::vector<Tensor> kept;
+    table->flag = flag ? data_of<bool>(*flag) : nullptr;
+    table->count = table->pieces = 0;
     const auto launch = [&] {
       if (table->pieces > 0) copy_many(*table, device);
-      table->count = 0;
-      table->pieces = 0;
+      table->count = table->pieces = 0;
     };
     for (size_t i = first; i < dst.size(); ++i) {
       if (done[i] || device_of_tensor(dst[i]) != index) continue;
@@ -419,11 +356,8 @@ void multi_copy_(std::vector<Tensor> dst, std::vector<Tensor> src, std::optional
         copy_apart(dst[i], src[i], flag);
         continue;
       }
-      table->to[table->count] = static_cast<char*>(dst[i].data_ptr());
-      table->from[table->count] = static_cast<const char*>(src[i].data_ptr());
-      table->bytes[table->count] = bytes;
       table->pieces += (bytes + CopyTable::PIECE - 1) / CopyTable::PIECE;
-      table->end[table->count] = table->pieces;
+      table->copies[table->count] = {data_of<char>(dst[i]), data_of<char>(src[i]), bytes, table->pieces};
       if (++table->count == CopyTable::MOST) launch();
     }
     launch();
@@ -441,29 +375,18 @@ STABLE_TORCH_LIBRARY_IMPL(MLK_LIBRARY_OF_COPIES, MLK_KEY, m) {
   m.impl("multi_copy_", TORCH_BOX(&mlkernels::multi_copy_));
 }
 
-// Of which numbers: a library that is older than numbering.py would take one loss for another.
-extern "C" __attribute__((visibility("default"))) const char* mlkernels_numbering() { return mlkernels::NUMBERING; }
-// Of which schemas: it would take one argument for another.
-extern "C" __attribute__((visibility("default"))) const char* mlkernels_schemas() { return mlkernels::SCHEMAS; }
-
 #ifndef MLK_HOST
 // Why the kernels do not run on a device; null: they do.
-extern "C" __attribute__((visibility("default"))) const char* mlkernels_cuda_unusable(int index) {
-  return mlkernels::why_unusable(index);
-}
-#endif
-
-#ifdef MLK_HOST
+MLK_EXPORT const char* mlkernels_cuda_unusable(int index) { return mlkernels::why_unusable(index); }
+#else
 // For the tests: launches of a given shape, and the order of the fibers.
-extern "C" __attribute__((visibility("default"))) void mlkernels_simt_force(int path, int warps, int cluster, int chunk,
-                                                                            int slots, int tile_rows, int teams,
-                                                                            uint64_t seed) {
+MLK_EXPORT void mlkernels_simt_force(int path, int warps, int cluster, int chunk, int slots, int tile_rows, int teams,
+                                     uint64_t seed) {
   mlkernels::forced = {path, warps, cluster, chunk, slots, tile_rows, teams};
   mlkernels::simt::Machine::get().seed = seed;
 }
 // Counts from now on how shared memory is accessed, or reports: the turns that it took, and those that it had to.
-extern "C" __attribute__((visibility("default"))) void mlkernels_simt_banks(int counts, uint64_t* turns,
-                                                                            uint64_t* least) {
+MLK_EXPORT void mlkernels_simt_banks(int counts, uint64_t* turns, uint64_t* least) {
   mlkernels::simt::Machine& machine = mlkernels::simt::Machine::get();
   *turns = machine.banks.turns;
   *least = machine.banks.least;
@@ -471,11 +394,7 @@ extern "C" __attribute__((visibility("default"))) void mlkernels_simt_banks(int 
   machine.banks = {};
 }
 // How many launches there were so far.
-extern "C" __attribute__((visibility("default"))) uint64_t mlkernels_simt_launches() {
-  return mlkernels::simt::Machine::get().launches;
-}
+MLK_EXPORT uint64_t mlkernels_simt_launches() { return mlkernels::simt::Machine::get().launches; }
 // A device that the kernels do not run on, for this reason; null: they do.
-extern "C" __attribute__((visibility("default"))) void mlkernels_simt_unusable(const char* why) {
-  mlkernels::pretended_fault = why ? why : "";
-}
+MLK_EXPORT void mlkernels_simt_unusable(const char* why) { mlkernels::pretended_fault = why ? why : ""; }
 #endif

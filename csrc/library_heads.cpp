@@ -53,14 +53,13 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> row_finish(
     FinishedRows<T> out{f, f + n, f + 2 * n, f + 3 * n, f + 4 * n};
     if (c) out.factor = c, out.slope = c + n, out.spread = c + 2 * n;
     if (c) out.target = c + 3 * n, out.scale = c + 4 * n, out.top = c + 5 * n;
-    p.row_weight = nullptr;  // these are in the upstream gradients
+    p.row_weight = {};  // these are in the upstream gradients
     p.by_class_factor = p.by_row_factor = 0;
     out.up_by_class = some(by_class, n);
     out.up_by_row = some(by_row, n);
-    p.up_logsumexp = some(logsumexp, n);
-    p.up_log_prob = some(log_prob, n);
-    p.up_entropy = some(entropy, n);
-    p.up_logsumexp_stride = p.up_log_prob_stride = p.up_entropy_stride = 1;
+    p.up_logsumexp = {some(logsumexp, n), 1};
+    p.up_log_prob = {some(log_prob, n), 1};
+    p.up_entropy = {some(entropy, n), 1};
     p.up_value = 1;
     p.grad = c;
     const ByParameter<T> parameters(call, needs);
@@ -524,18 +523,14 @@ std::vector<Tensor> gradients_of_rows(const HeadArguments& of, const Tensor& sav
   STD_TORCH_CHECK(
       saved.numel() == head.numbers() * head.n && saved.is_contiguous() && saved.scalar_type() == type_of<T>(),
       "saved must be what the forward returned");
-  const std::array<const T**, 4> to{&p.up_loss, &p.up_logsumexp, &p.up_log_prob, &p.up_entropy};
-  const std::array<int64_t*, 4> strides{&p.up_loss_stride, &p.up_logsumexp_stride, &p.up_log_prob_stride,
-                                        &p.up_entropy_stride};
+  const std::array<PerRow<T>*, 4> to{&p.up_loss, &p.up_logsumexp, &p.up_log_prob, &p.up_entropy};
   std::array<Array<T>, 4> arrays;
   for (size_t i = 0; i < 4; ++i) {
     if (!upstream[i]) continue;
     arrays[i] = array_of<T>(*upstream[i]);
-    *to[i] = arrays[i].data;
-    *strides[i] = arrays[i].stride;
+    *to[i] = {arrays[i].data, arrays[i].stride};
   }
-  if (head.call.reduction != Reduction::NONE) p.up_loss_stride = 0;
-  if (p.up_entropy) p.want_shift = true;
+  if (head.call.reduction != Reduction::NONE) p.up_loss.stride = 0;
   HeadGradients<T> gradients(head, needs);
   T* const numbers = static_cast<T*>(saved.data_ptr());
   for (int64_t first = 0; first < head.left; first += of.plan[3])

@@ -1,11 +1,13 @@
-// The operators of mlkernels/ops.py that both libraries implement, over what each makes of their arguments: its Call.
+// What both libraries export: the operators of mlkernels/ops.py that both implement, over what each makes of their
+// arguments, its Call; and what they say of themselves. Included once by each.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
 
-#include "call.h"
+#include "arguments.h"
+#include "schemas.h"
 
 namespace mlkernels {
 
@@ -51,7 +53,7 @@ struct Operators {
       const Tensor loss = call.loss_like(target), saved = call.save_rows();
       const auto of = [&](auto*& data) {
         Tensor made = call.empty_of(target, type_of<std::decay_t<decltype(*data)>>());
-        data = static_cast<std::decay_t<decltype(data)>>(made.data_ptr());
+        data = data_of<std::decay_t<decltype(*data)>>(made);
         return made;
       };
       const Tensor logsumexp = of(call.p.logsumexp), log_prob = of(call.p.log_prob), entropy = of(call.p.entropy);
@@ -75,12 +77,12 @@ struct Operators {
       check_backward(call.arguments, target, grad_loss, {&grad_logsumexp, &grad_log_prob, &grad_entropy}, saved,
                      call.saved_rows(), type_of<T>());
       call.prepare_backward(saved, grad_entropy.has_value());
-      call.take(grad_loss, p.up_loss, p.up_loss_stride);
-      call.take(grad_logsumexp, p.up_logsumexp, p.up_logsumexp_stride);
-      call.take(grad_log_prob, p.up_log_prob, p.up_log_prob_stride);
-      call.take(grad_entropy, p.up_entropy, p.up_entropy_stride);
-      if (p.spec.reduction != Reduction::NONE) p.up_loss_stride = 0;
-      if (saved.numel() > 0) p.saved = static_cast<const T*>(saved.data_ptr());
+      p.up_loss = call.per_row(grad_loss);
+      p.up_logsumexp = call.per_row(grad_logsumexp);
+      p.up_log_prob = call.per_row(grad_log_prob);
+      p.up_entropy = call.per_row(grad_entropy);
+      if (p.spec.reduction != Reduction::NONE) p.up_loss.stride = 0;
+      if (saved.numel() > 0) p.saved = data_of<T>(saved);
       return call.run_with_gradients(input, needs);
     });
   }
@@ -96,3 +98,10 @@ struct Operators {
 };
 
 }  // namespace mlkernels
+
+#define MLK_EXPORT extern "C" __attribute__((visibility("default")))
+
+// Of which numbers: a library that is older than numbering.py would take one loss for another.
+MLK_EXPORT const char* mlkernels_numbering() { return mlkernels::NUMBERING; }
+// Of which schemas: it would take one argument for another.
+MLK_EXPORT const char* mlkernels_schemas() { return mlkernels::SCHEMAS; }

@@ -8,6 +8,8 @@
 namespace mlkernels {
 
 enum class Storage : int { FLOAT, DOUBLE, BFLOAT16, FLOAT16 };
+// Of labels and groups.
+enum class Index : int { INT64, INT32, INT16, INT8, UINT8, UINT16, UINT32, UINT64 };
 
 // Where the rows of an (N, C, d1, ...) tensor lie, in elements.
 struct Layout {
@@ -35,6 +37,16 @@ struct Parameter {
   const void* data;  // null: BY_VALUE
   Mode mode;
   Storage storage;
+};
+
+// A number for each row, or one for all of them, or none.
+template <class T>
+struct PerRow {
+  const T* data;   // null: none
+  int64_t stride;  // 0: one for all
+
+  MLK_FN explicit operator bool() const { return data; }
+  MLK_FN T operator[](int64_t row) const { return data[row * stride]; }
 };
 
 template <class T>
@@ -68,9 +80,8 @@ struct Problem {
   Layout out;
   Parameter<T> values[LOSS_SLOTS];
   Tables<T> t, tau;
-  const T* weight;      // (classes) or null
-  const T* row_weight;  // (rows), each row_weight_stride after the one before, or null
-  int64_t row_weight_stride;
+  const T* weight;  // (classes) or null
+  PerRow<T> row_weight;
   Preparation<T> preparation;
   T weight_sum, smoothing, z_loss;
 
@@ -80,10 +91,9 @@ struct Problem {
   T *logsumexp, *log_prob, *entropy, *confidence;  // (rows)
   int64_t *prediction, *rank;                      // (rows)
 
-  // Upstream gradients; each is a pointer with a stride of 0 or 1 rows, or null: the loss's is up_value then.
+  // Upstream gradients; where up_loss is none it is up_value.
   T up_value;
-  const T *up_loss, *up_logsumexp, *up_log_prob, *up_entropy;
-  int64_t up_loss_stride, up_logsumexp_stride, up_log_prob_stride, up_entropy_stride;
+  PerRow<T> up_loss, up_logsumexp, up_log_prob, up_entropy;
   T* by_parameter[TRAINABLE_SLOTS];               // (rows) each, where that parameter's gradient is wanted
   bool want_parameters, want_shift, want_square;  // any of them; sums of Statistics
   int *t_bin, *tau_bin;                           // (rows), with the tables' gradients
@@ -137,7 +147,7 @@ MLK_FN Batch<T> batch_of(const Problem<T>& p) {
 template <bool BARE = false, class T>
 MLK_FN Factors<T> factors_of(const Problem<T>& p, const Factors<T>& shared, int64_t row) {
   if (BARE || !p.row_weight) return shared;
-  const T weight = p.row_weight[row * p.row_weight_stride];
+  const T weight = p.row_weight[row];
   return {shared.by_class * weight, shared.by_row * weight};
 }
 
@@ -169,15 +179,15 @@ MLK_FN T finish_row(const Problem<T>& p, const Spec& spec, const Batch<T>& batch
   }
   if (!p.grad && !(PARAMETERS && p.want_parameters)) return loss;
   Upstream<T> up{0, 0, 0, 0};
-  const T g_loss = !BARE && p.up_loss ? p.up_loss[row * p.up_loss_stride] : p.up_value;
+  const T g_loss = !BARE && p.up_loss ? p.up_loss[row] : p.up_value;
   up.by_class = g_loss * factors.by_class;
   up.by_row = g_loss * factors.by_row;
-  if (!BARE && p.up_logsumexp) up.lse = p.up_logsumexp[row * p.up_logsumexp_stride];
-  if (!BARE && p.up_log_prob) up.log_prob = p.up_log_prob[row * p.up_log_prob_stride];
+  if (!BARE && p.up_logsumexp) up.lse = p.up_logsumexp[row];
+  if (!BARE && p.up_log_prob) up.log_prob = p.up_log_prob[row];
   gradient = coefficients(batch, r, at, head, up, weight);
   T of_entropy = 0;
   if (PARAMETERS && p.up_entropy) {
-    const T g = p.up_entropy[row * p.up_entropy_stride];
+    const T g = p.up_entropy[row];
     add_entropy(r, at, g, gradient);
     if (p.want_square) of_entropy = g * entropy_by_scale(r, at);
   }

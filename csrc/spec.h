@@ -11,16 +11,12 @@
 #define MLKERNELS_ISA host
 #endif
 
+// MLK_SELDOM: what a host seldom does, out of the way of what it always does.
 #ifdef __CUDACC__
 #define MLK_FN __host__ __device__ inline
+#define MLK_SELDOM MLK_FN
 #else
 #define MLK_FN inline
-#endif
-
-// What a host seldom does, out of the way of what it always does.
-#ifdef __CUDACC__
-#define MLK_SELDOM __host__ __device__ inline
-#else
 #define MLK_SELDOM __attribute__((noinline)) inline
 #endif
 

@@ -262,7 +262,11 @@ def multi_copy_(dst: Sequence[Tensor], src: Sequence[Tensor], flag: Tensor | Non
         >>> a
         tensor([1., 1., 1.])
     """
-    torch.ops.mlkernels.multi_copy_.default(dst, src, flag)
+    try:
+        torch.ops.mlkernels.multi_copy_.default(dst, src, flag)
+    except RuntimeError:  # a kernel says that it refuses, not why
+        check_copies(dst, src, flag)
+        raise
 
 
 class Kernels(NamedTuple):

@@ -485,6 +485,12 @@ def test_multi_copy_over_several_pieces(offset):
     assert not bool(to[:7].any()) and not bool(to[7 + 250_001 :].any())
 
 
-def test_multi_copy_says_what_is_wrong():
-    with pytest.raises(RuntimeError, match=r"src\[1\] must have the shape of dst\[1\]"):
-        simt.operator("multi_copy_")([torch.zeros(2), torch.zeros(2)], [torch.ones(2), torch.ones(3)], None)
+def test_multi_copy_says_what_is_wrong(monkeypatch):
+    """The operator refuses, and Python finds the words."""
+    dst, src = [torch.zeros(2), torch.zeros(2)], [torch.ones(2), torch.ones(3)]
+    with pytest.raises(RuntimeError, match=r"src\[1\] must have the shape, dtype and device of dst\[1\]"):
+        simt.operator("multi_copy_")(dst, src, None)
+    monkeypatch.setattr(torch.ops.mlkernels.multi_copy_, "default", simt.operator("multi_copy_"))
+    with pytest.raises(ValueError, match=r"the shape of dst\[1\], torch.Size\(\[2\]\), got torch.Size\(\[3\]\)"):
+        ops.multi_copy_(dst, src)
+    assert not any(map(torch.count_nonzero, dst))

@@ -78,7 +78,7 @@ SUBJECTS: dict[str, Subject] = {
         "_shape|_collapsed|_unit|exact|_reach|row_offset|offsets|places|of_row|read_logits",
     ),
     "layouts_cpu": _cpu(
-        ("csrc/call.h", "csrc/cpu/call.h", "csrc/library_cpu.cpp", "csrc/cpu/kernels.cpp"),
+        ("csrc/arguments.h", "csrc/cpu/call.h", "csrc/library_cpu.cpp", "csrc/cpu/kernels.cpp"),
         _of("layouts", *_CPU),
         "layout_of|gradient_like|array_of|gather_rows|scatter_rows|each_piece|run_.*",
     ),
@@ -94,7 +94,7 @@ SUBJECTS: dict[str, Subject] = {
         (_ops,), _of("opcheck"), "needed|slots_of|_gradients|_loss_like|_softmax.*|_with_factors|_of_mean"
     ),
     "operators": _cpu(
-        ("csrc/rows.h", "csrc/call.h", "csrc/library_cpu.cpp"),
+        ("csrc/rows.h", "csrc/arguments.h", "csrc/library_cpu.cpp"),
         _of("operators"),
         "signed_label|batch_of|factors_of|store_unread|read_spec|kind_of|run_with_gradients",
     ),

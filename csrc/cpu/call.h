@@ -8,7 +8,7 @@
 #include <cmath>
 #include <memory>
 
-#include "../call.h"
+#include "../arguments.h"
 #include "buffers.h"
 #include "problem.h"
 
@@ -129,7 +129,6 @@ struct Call {
   std::array<Array<T>, SLOTS> arrays;
   const Arguments arguments;
   const std::array<const Tensor*, SLOTS>& tensors;
-  int64_t groups = 0;
   double weight_total = 0, kept = 0;  // over the rows that are not ignored
   Reduction reduction;
 
@@ -151,12 +150,9 @@ struct Call {
       p.values[slot] = {T(0), arrays[slot].data, mode, sizeof(T) == 8 ? Storage::DOUBLE : Storage::FLOAT};
       if (mode != Mode::SHARED) p.uniform = false;
     }
-    lay_out_classes(p, arguments, [&](int slot) {
-      arrays[slot].repeat(p.classes);
-      return arrays[slot].data;
-    });
-    p.row_weight = arrays[ROW_WEIGHT].data;
-    p.row_weight_stride = arrays[ROW_WEIGHT].stride;
+    lay_out_classes(p, arguments, [&](int slot) { return vector_of(slot, p.classes); });
+    lay_out_tables(p, arguments, [&](int slot) { return vector_of(slot, tensors[slot]->numel()); });
+    p.row_weight = {arrays[ROW_WEIGHT].data, arrays[ROW_WEIGHT].stride};
     if (p.weight) {
       double sum = 0;
       for (int64_t j = 0; j < p.classes; ++j) sum += double(p.weight[j]);
@@ -164,19 +160,13 @@ struct Call {
     }
     read_labels(target);
     set_factors();
-    if (p.spec.transform == Transform::PIECEWISE) p.t = tables(TRANSFORM_A, TRANSFORM_B);
-    if (p.spec.head == Head::TAU) p.tau = tables(HEAD_A, HEAD_B);
     if (tensors[GROUP]) read_groups();
   }
   Call(const Call&) = delete;
 
-  bool is_table(int slot) const { return mlkernels::is_table(p.spec, slot); }
-
-  Tables<T> tables(int slope, int bias) {
-    const Tensor& table = *tensors[slope];
-    for (const int slot : {slope, bias}) arrays[slot].repeat(tensors[slot]->numel());
-    if (table.dim() == 2) groups = table.size(0);
-    return {arrays[slope].data, arrays[bias].data, int(table.size(table.dim() - 1)), groups};
+  const T* vector_of(int slot, int64_t count) {
+    arrays[slot].repeat(count);
+    return arrays[slot].data;
   }
 
   void read_labels(const Tensor& target) {
@@ -199,6 +189,7 @@ struct Call {
     group = array_of<int64_t>(*tensors[GROUP]);
     group.repeat(p.rows);
     p.group = group.data;
+    const int64_t groups = std::max(p.t.groups, p.tau.groups);
     for (int64_t i = 0; i < p.rows; ++i)
       if (p.group[i] < 0 || p.group[i] >= groups) out_of_range("group", *tensors[GROUP], p.group[i], i, groups);
   }
@@ -239,17 +230,15 @@ struct ByParameter {
   std::unique_ptr<int[]> t_bin, tau_bin;
 
   ByParameter(Call<T>& call_, int64_t needs_) : call(call_), needs(needs_) {
-    check_needs(call.arguments, needs);
+    lay_out_needs(call.p, call.arguments, needs);
     CpuProblem<T>& p = call.p;
     const size_t rows = size_t(p.rows);
     for (int slot = 0; slot < TRAINABLE_SLOTS; ++slot) {
       if (!(needs >> slot & 1)) continue;
       by_row[slot].reset(new T[rows + 1]);
       p.by_parameter[slot] = by_row[slot].get();
-      p.want_parameters = true;
-      if (OF_SCALE >> slot & 1) p.want_shift = true, p.want_square = p.up_entropy;
-      if (!call.is_table(slot)) continue;
-      const bool of_t = is_table_of_t(p.spec, slot);
+      if (!call.arguments.is_table(slot)) continue;
+      const bool of_t = call.arguments.is_table_of_t(slot);
       std::unique_ptr<int[]>& bin = of_t ? t_bin : tau_bin;
       bin.reset(new int[rows + 1]);
       (of_t ? p.t_bin : p.tau_bin) = bin.get();
@@ -299,8 +288,8 @@ struct ByParameter {
       }
       std::vector<double> total(size_t(count), 0.0);
       const T* values = by_row[slot].get();
-      if (call.is_table(slot)) {
-        const bool of_t = is_table_of_t(p.spec, slot);
+      if (call.arguments.is_table(slot)) {
+        const bool of_t = call.arguments.is_table_of_t(slot);
         const int bins = of_t ? p.t.bins : p.tau.bins;
         const int* bin = of_t ? t_bin.get() : tau_bin.get();
         for (size_t i = 0; i < rows; ++i) {

@@ -4,7 +4,7 @@
 #include <array>
 #include <tuple>
 
-#include "../call.h"
+#include "../arguments.h"
 #include "pieces.h"
 
 namespace mlkernels {

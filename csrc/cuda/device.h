@@ -43,41 +43,44 @@ struct DeviceGuard {
 
 inline int32_t device_type() { return aoti_torch_device_type_cuda(); }
 
-// Why the kernels do not run on a device, or null: the library's CUDA runtime may be too new for the driver, or there may be
-// no code for the device. Losses, copies and the choice of a backend all go by this.
-inline const char* why_unusable(int index) {
-  static std::string known[MOST_DEVICES];
-  static std::once_flag once[MOST_DEVICES];
-  if (index < 0 || index >= MOST_DEVICES) return "its number is beyond 64";
-  std::call_once(once[index], [&] {
-    const int status = probe(index);
-    if (status != 0)
-      known[index] =
-          std::string("built for " MLK_ARCHS "; CUDA says: ") + cudaGetErrorString(static_cast<cudaError_t>(status));
+// A device as it said it was when first asked, and why the kernels do not run on it, or nothing: the library's CUDA runtime
+// may be too new for the driver, or there may be no code for the device.
+struct AskedDevice {
+  std::once_flag once;
+  Device device{};
+  std::string fault;
+};
+inline AskedDevice& asked_device(int index) {
+  static AskedDevice known[MOST_DEVICES];
+  AskedDevice& found = known[index];
+  std::call_once(found.once, [&] {
+    found.device.index = index;
+    int status = probe(index);
+    const auto ask = [&](int& to, cudaDeviceAttr what) {
+      if (status == cudaSuccess) status = cudaDeviceGetAttribute(&to, what, index);
+    };
+    ask(found.device.multiprocessors, cudaDevAttrMultiProcessorCount);
+    ask(found.device.major, cudaDevAttrComputeCapabilityMajor);
+    ask(found.device.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    if (status == cudaSuccess) return;
+    (void)cudaGetLastError();
+    found.fault =
+        std::string("built for " MLK_ARCHS "; CUDA says: ") + cudaGetErrorString(static_cast<cudaError_t>(status));
   });
-  return known[index].empty() ? nullptr : known[index].c_str();
+  return found;
+}
+
+// The same, or null. Losses, copies and the choice of a backend all go by this.
+inline const char* why_unusable(int index) {
+  if (index < 0 || index >= MOST_DEVICES) return "its number is beyond 64";
+  const std::string& fault = asked_device(index).fault;
+  return fault.empty() ? nullptr : fault.c_str();
 }
 
 inline Device device_of(int index) {
-  static Device known[MOST_DEVICES];
-  static std::once_flag once[MOST_DEVICES];
   if (const char* why = why_unusable(index))
     throw std::runtime_error("the CUDA kernels do not run on cuda:" + std::to_string(index) + ": " + why);
-  std::call_once(once[index], [&] {
-    Device found{};
-    found.index = index;
-    const auto ask = [&](int& to, cudaDeviceAttr what) {
-      const cudaError_t status = cudaDeviceGetAttribute(&to, what, index);
-      if (status == cudaSuccess) return;
-      (void)cudaGetLastError();
-      throw std::runtime_error(std::string("CUDA: the device does not say what it has: ") + cudaGetErrorString(status));
-    };
-    ask(found.multiprocessors, cudaDevAttrMultiProcessorCount);
-    ask(found.major, cudaDevAttrComputeCapabilityMajor);
-    ask(found.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-    known[index] = found;
-  });
-  Device out = known[index];
+  Device out = asked_device(index).device;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &out.stream));
   return out;
 }

@@ -8,18 +8,21 @@
 
 namespace mlkernels {
 
+struct TensorCopy {
+  char* to;
+  const char* from;
+  int64_t bytes;
+  int64_t end;  // the pieces of this tensor and of those before it
+};
+
 // Up to MOST tensors; a launch sends the whole table.
 template <int MOST_>
 struct CopyTableOf {
   static constexpr int MOST = MOST_;
   static constexpr int64_t PIECE = int64_t(1) << 15;  // bytes
   const bool* flag;                                   // or null: copy
-  int count;
-  int64_t pieces;  // of all tensors
-  char* to[MOST];
-  const char* from[MOST];
-  int64_t bytes[MOST];
-  int64_t end[MOST];  // the pieces of this tensor and of those before it
+  int64_t count, pieces;                              // of all tensors
+  TensorCopy copies[MOST];
 };
 using CopyTable = CopyTableOf<1000>;
 using SmallCopyTable = CopyTableOf<48>;
@@ -34,17 +37,18 @@ struct CopyMany {
   static MLK_DEVICE void run(const Simt& simt, const CopyTableOf<MOST>& table) {
     if (table.flag && !*table.flag) return;
     for (int64_t piece = simt.block(); piece < table.pieces; piece += simt.blocks()) {
-      int low = 0, high = table.count - 1;  // the tensor of this piece
+      int low = 0, high = int(table.count) - 1;  // the tensor of this piece
       while (low < high) {
         const int middle = (low + high) / 2;
-        if (piece < table.end[middle])
+        if (piece < table.copies[middle].end)
           high = middle;
         else
           low = middle + 1;
       }
-      const int64_t begin = (piece - (low > 0 ? table.end[low - 1] : 0)) * CopyTable::PIECE;
-      const int64_t left = table.bytes[low] - begin;
-      copy(simt, table.to[low] + begin, table.from[low] + begin, left < CopyTable::PIECE ? left : CopyTable::PIECE);
+      const TensorCopy& one = table.copies[low];
+      const int64_t begin = (piece - (low > 0 ? table.copies[low - 1].end : 0)) * CopyTable::PIECE;
+      const int64_t left = one.bytes - begin;
+      copy(simt, one.to + begin, one.from + begin, left < CopyTable::PIECE ? left : CopyTable::PIECE);
     }
   }
 

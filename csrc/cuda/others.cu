@@ -24,14 +24,8 @@ MLK_INSTANTIATE(double)
 void copy_many(const CopyTable& table, const Device& device) {
   const int blocks = int(std::max<int64_t>(1, std::min<int64_t>(table.pieces, 8 * device.multiprocessors)));
   if (table.count > SmallCopyTable::MOST) return launch<CopyMany>(device, blocks, SUM_WARPS, 1, 0, table);
-  SmallCopyTable few{};
-  few.flag = table.flag;
-  few.count = table.count;
-  few.pieces = table.pieces;
-  std::copy_n(table.to, table.count, few.to);
-  std::copy_n(table.from, table.count, few.from);
-  std::copy_n(table.bytes, table.count, few.bytes);
-  std::copy_n(table.end, table.count, few.end);
+  SmallCopyTable few{table.flag, table.count, table.pieces, {}};
+  std::copy_n(table.copies, table.count, few.copies);
   launch<CopyMany>(device, blocks, SUM_WARPS, 1, 0, few);
 }
 

@@ -47,18 +47,25 @@ constexpr int64_t BYTES_OF_A_WARP = 8192;  // of a long row
 constexpr int CHUNK = 256;                 // vectors: 4 kB; every chunk costs a warp some 70 instructions a pass
 constexpr int64_t ALONE_ROWS = 4096, ALONE_ELEMENTS = 1 << 19;  // one cluster is quicker than three launches up to here
 
+// What the tests on a host ask for, else our own choice.
+int either(int asked, int64_t own) { return asked ? asked : int(own); }
+
+int64_t row_bytes(const Visit<T>& v) { return v.classes * int64_t(sizeof(S)); }
+int tile_bytes(const Visit<T>& v, const Choice& c) {
+  return tile_shared_bytes(c.tiles, row_bytes(v), c.warps, c.cluster);
+}
+
 bool plan_short(const Visit<T>& v, const Device& device, Choice& out) {
   out.path = Path::SHORT;
-  out.warps = forced.warps ? forced.warps : 4;
-  const int64_t row_bytes = v.classes * int64_t(sizeof(S));
+  out.warps = either(forced.warps, 4);
   TilePlan& tiles = out.tiles;
   const int held = v.classes <= FEW_COLUMNS ? FEW : MANY;
   tiles.shift = 0;
   while (held << tiles.shift < v.classes) ++tiles.shift;
   const int together = LANES >> tiles.shift;
-  tiles.rows = int(std::max<int64_t>(1, std::min<int64_t>(TILE_BYTES / row_bytes, 512) / together)) * together;
-  if (forced.tile_rows) tiles.rows = forced.tile_rows * together;
-  tiles.slots = forced.slots ? forced.slots : 2;
+  const int64_t groups = std::max<int64_t>(1, std::min<int64_t>(TILE_BYTES / row_bytes(v), 512) / together);
+  tiles.rows = either(forced.tile_rows, groups) * together;
+  tiles.slots = either(forced.slots, 2);
   tiles.alone = 0;
   out.cluster = 1;
   if (v.rows <= ALONE_ROWS && v.rows * v.classes <= ALONE_ELEMENTS) {
@@ -75,7 +82,7 @@ bool plan_short(const Visit<T>& v, const Device& device, Choice& out) {
     tiles.alone = forced.cluster > 0;
     out.cluster = std::max(1, forced.cluster);
   }
-  return tile_shared_bytes(tiles, row_bytes, out.warps, out.cluster) <= device.shared;
+  return tile_bytes(v, out) <= device.shared;
 }
 
 // A row's worth of vectors: of its own size alone, never of where it lies, as all that its sums depend on.
@@ -84,7 +91,7 @@ int64_t vectors_of(const Visit<T>& v) { return (v.classes + PER_VECTOR<S> - 1) /
 // Equal shares for the warps, in chunks of equal size but for the last one; in whole passes of a warp's lanes also where
 // a chunk has a vector more because rows begin within one, as they do where the classes are no multiple of a vector.
 void share_out(Choice& out, const Visit<T>& v, int cluster) {
-  const int64_t longest = (forced.chunk ? forced.chunk : CHUNK) / LANES, parts = out.warps * cluster;
+  const int64_t longest = either(forced.chunk, CHUNK) / LANES, parts = out.warps * cluster;
   const int64_t wanted = (vectors_of(v) + parts - 1) / parts, spare = v.classes % PER_VECTOR<S> != 0;
   int64_t passes = (wanted + LANES - 1) / LANES;
   const auto chunks = [&] { return (passes + longest - 1) / longest; };
@@ -103,14 +110,11 @@ int64_t most_slots(const Choice& c, const Device& device) {
 // Rows that `cluster` blocks hold; false if they do not.
 bool plan_long(const Visit<T>& v, const Device& device, int cluster, Choice& out) {
   out.path = Path::LONG;
-  const int64_t vectors = vectors_of(v);
   out.cluster = cluster;
   const int most_warps =
       (general(v) ? RowsLong<T, S, true, false>::THREADS : RowsLong<T, S, false, false>::THREADS) / LANES;
-  out.warps = forced.warps
-                  ? forced.warps
-                  : int(std::min<int64_t>(most_warps,
-                                          power_of_two_from((vectors * 16 + BYTES_OF_A_WARP - 1) / BYTES_OF_A_WARP)));
+  const int wanted = power_of_two_from((vectors_of(v) * 16 + BYTES_OF_A_WARP - 1) / BYTES_OF_A_WARP);
+  out.warps = either(forced.warps, std::min(most_warps, wanted));
   share_out(out, v, cluster);
   const int64_t most = most_slots(out, device);
   out.rows.slots = int(std::min<int64_t>(most, 2 * out.rows.chunks));
@@ -127,7 +131,7 @@ Choice plan_streamed(const Visit<T>& v, const Device& device) {
   out.path = Path::STREAMED;
   out.warps = std::min(out.warps, RowsLong<T, S, true, true>::THREADS / LANES);
   share_out(out, v, 1);
-  out.rows.slots = forced.slots ? forced.slots : int(most_slots(out, device));
+  out.rows.slots = either(forced.slots, most_slots(out, device));
   return out;
 }
 
@@ -147,21 +151,14 @@ StridedPlan strided_plan(const Visit<T>& v) {
 template <class With>
 auto dispatch(const Visit<T>& v, const Choice& c, With with) {
   const bool g = general(v);
-  const int64_t row_bytes = v.classes * int64_t(sizeof(S));
-  const int tile_bytes = c.path == Path::SHORT ? tile_shared_bytes(c.tiles, row_bytes, c.warps, c.cluster) : 0;
-  const int ring_bytes =
-      c.path == Path::LONG || c.path == Path::STREAMED ? long_shared_bytes(c.rows, c.warps, c.cluster) : 0;
+  const auto tiles = [&](auto body) { return with(body, c.tiles, tile_bytes(v, c)); };
+  const auto rings = [&](auto body) { return with(body, c.rows, long_shared_bytes(c.rows, c.warps, c.cluster)); };
   switch (c.path) {
     case Path::SHORT:
-      if (v.classes <= FEW_COLUMNS)
-        return g ? with(ShortFew<true>(), c.tiles, tile_bytes) : with(ShortFew<false>(), c.tiles, tile_bytes);
-      return g ? with(ShortMany<true>(), c.tiles, tile_bytes) : with(ShortMany<false>(), c.tiles, tile_bytes);
-    case Path::LONG:
-      return g ? with(RowsLong<T, S, true, false>(), c.rows, ring_bytes)
-               : with(RowsLong<T, S, false, false>(), c.rows, ring_bytes);
-    case Path::STREAMED:
-      return g ? with(RowsLong<T, S, true, true>(), c.rows, ring_bytes)
-               : with(RowsLong<T, S, false, true>(), c.rows, ring_bytes);
+      if (v.classes <= FEW_COLUMNS) return g ? tiles(ShortFew<true>()) : tiles(ShortFew<false>());
+      return g ? tiles(ShortMany<true>()) : tiles(ShortMany<false>());
+    case Path::LONG: return g ? rings(RowsLong<T, S, true, false>()) : rings(RowsLong<T, S, false, false>());
+    case Path::STREAMED: return g ? rings(RowsLong<T, S, true, true>()) : rings(RowsLong<T, S, false, true>());
     default: return with(RowsStrided<T, S>(), strided_plan(v), 0);
   }
 }
@@ -178,8 +175,8 @@ int blocks_of(const Visit<T>& v, const Device& device, const Choice& c) {
   const int64_t work = c.path == Path::SHORT     ? ((v.rows + c.tiles.rows - 1) / c.tiles.rows + c.warps - 1) / c.warps
                        : c.path == Path::STRIDED ? (v.rows + c.warps * LANES - 1) / (c.warps * LANES)
                                                  : v.rows;
-  const int teams = forced.teams ? forced.teams : teams_of(v, device, c);
-  return int(std::max<int64_t>(1, std::min<int64_t>(work, teams))) * c.cluster;
+  const int64_t teams = forced.teams ? forced.teams : teams_of(v, device, c);
+  return int(std::max<int64_t>(1, std::min(work, teams))) * c.cluster;
 }
 
 Choice choose(const Visit<T>& v, const Device& any) {
@@ -187,7 +184,7 @@ Choice choose(const Visit<T>& v, const Device& any) {
   Device device = any;
   device.major = compiled_major<RowsLong<T, S, true, false>, Visit<T>, RowPlan>(any);
   const bool grad = v.grad != nullptr;
-  const Choice strided{Path::STRIDED, forced.warps ? forced.warps : 8, 1, {}, {}};
+  const Choice strided{Path::STRIDED, either(forced.warps, 8), 1, {}, {}};
   const bool together =
       (v.in.class_stride == 1 || v.classes == 1) && (!grad || v.out.class_stride == 1 || v.classes == 1);
   if (!together || forced.path == int(Path::STRIDED) + 1) return strided;
@@ -215,7 +212,6 @@ Choice choose(const Visit<T>& v, const Device& any) {
 void run(const Visit<T>& v, const Device& device, const Choice& c, int blocks) {
   dispatch(v, c, [&](auto body, const auto& plan, int shared) {
     launch<decltype(body)>(device, blocks, c.warps, c.cluster, shared, v, plan);
-    return 0;
   });
 }
 

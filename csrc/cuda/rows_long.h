@@ -140,8 +140,7 @@ struct RowsLong {
     // element has to be looked at twice. Not where softcap would make a number of it.
     MLK_DEVICE void blank(const Chunk& chunk, int64_t y) const {
       if (GENERAL) return;
-      S nothing;
-      narrow(-INF, nothing);
+      const S nothing = narrowed<S>(-INF);
       const auto put = [&](int element) { simt.store(chunk.ring + element * int(sizeof(S)), nothing); };
       if (reads(chunk, y)) put(int(y - chunk.first()));
       if (chunk.count == 0) return;
@@ -250,9 +249,7 @@ struct RowsLong {
     // The largest other logit of a chunk and of m, by lane; and the first class that has it.
     MLK_DEVICE void search(const Chunk& chunk, int64_t y, T& m, int64_t& first) const {
       if constexpr (sizeof(S) == 2 && !GENERAL) {  // in pairs, as they lie
-        S nothing;
-        narrow(-INF, nothing);
-        uint32_t pair = all_of<S, uint32_t>(nothing);
+        uint32_t pair = all_of<S, uint32_t>(narrowed<S>(-INF));
         int from = chunk.ring + 16 * simt.lane();
         for (int i = simt.lane(); i < chunk.count; i += LANES, from += 16 * LANES) {
           const Vec16 u = simt.template load<Vec16>(from);
@@ -473,12 +470,11 @@ struct RowsLong {
         });
         // By the lane that wrote what lay there before.
         if (reads(chunk, y)) {
-          S narrowed;
-          narrow(at_target, narrowed);
+          const S value = narrowed<S>(at_target);
           if (together)
-            g[y] = narrowed;
+            g[y] = value;
           else
-            simt.store(chunk.ring + int(y - chunk.first()) * int(sizeof(S)), narrowed);
+            simt.store(chunk.ring + int(y - chunk.first()) * int(sizeof(S)), value);
         }
         if (!together) {
           simt.warp_sync();
@@ -584,9 +580,8 @@ struct RowsLong {
       }
       if (stores) store_skipped(v, shared, row, label.status, loss);
       if (v.grad)
-        fill(static_cast<S*>(v.grad) + v.out.offset(row), v.classes,
-             label.status == LabelStatus::INVALID ? nan<T>() : T(0), team.part * LANES + simt.lane(),
-             team.parts * LANES);
+        fill(static_cast<S*>(v.grad) + v.out.offset(row), v.classes, value_of<T>(label.status),
+             team.part * LANES + simt.lane(), team.parts * LANES);
     }
     if (stores && v.partials) v.partials[first] = loss;
     if (simt.rank() == 0) reduce_partials(simt, v, team.teams, team.teams);

@@ -94,9 +94,7 @@ struct RowsShort {
     const Split split = split_of(v, shift, own);
     double loss = 0;
     int slot = 0, parity = 0;
-    const auto label_at = [&](int64_t row) {
-      return row < v.rows ? read_index(v.label, v.label_type, row) : int64_t(0);
-    };
+    const auto label_at = [&](int64_t row) { return row < v.rows ? read_index(v.label, row) : int64_t(0); };
     int64_t next = label_at(mine * plan.rows + own);
     for (int64_t tile = mine; tile < tiles; tile += every) {
       simt.copy_wait(at.barriers + 8 * slot, parity);
@@ -194,9 +192,7 @@ struct RowsShort {
         MLK_UNROLL
         for (int e = 0; e < int(sizeof(Piece) / sizeof(S)); ++e)
           each[e] = simt.template load<S>(at + e * int(sizeof(S)));
-        Piece out;
-        memcpy(&out, each, sizeof(Piece));
-        return out;
+        return bits_as<Piece>(each);
       }
     }
     return simt.template load<Piece>(at);
@@ -234,8 +230,7 @@ struct RowsShort {
 
     RowState<T> state;
     state.target = 0;
-    S nothing;
-    narrow(-INF, nothing);
+    const S nothing = narrowed<S>(-INF);
     if (kept && sub == 0) {
       state.target = T(widen(simt.template load<S>(target_at)));
       // -inf in its place: no element has to be asked whether it is the target. Softcap would make a number of it.
@@ -380,16 +375,12 @@ struct RowsShort {
         }
       });
     } else if (exists) {
-      S value;
-      narrow(label.status == LabelStatus::INVALID ? nan<T>() : T(0), value);
+      const S value = narrowed<S>(value_of<T>(label.status));
       for (int j = sub; j < int(v.classes); j += lanes) simt.store(at + j * int(sizeof(S)), value);
     }
     if (lanes > 1) simt.warp_sync();  // the target's place is another lane's
-    if (kept && sub == 0) {
-      S narrowed;
-      narrow(GENERAL ? unprepare(v.preparation, c.target, state.target, y) : c.target, narrowed);
-      simt.store(target_at, narrowed);
-    }
+    if (kept && sub == 0)
+      simt.store(target_at, narrowed<S>(GENERAL ? unprepare(v.preparation, c.target, state.target, y) : c.target));
   }
 };
 

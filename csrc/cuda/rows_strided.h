@@ -51,7 +51,7 @@ struct RowsStrided {
                                                int64_t row, const Label& label, T (&u)[MOST], double& loss) {
     const int classes = int(v.classes), y = int(label.y);
     if (label.status != LabelStatus::VALID) {
-      const T value = label.status == LabelStatus::INVALID ? nan<T>() : T(0);
+      const T value = value_of<T>(label.status);
       store_skipped(v, shared, row, label.status, loss);
       MLK_UNROLL
       for (int j = 0; j < MOST; ++j) u[j] = value;
@@ -90,8 +90,8 @@ struct RowsStrided {
     using Pair = PieceOf<sizeof(S) == 2 ? 4 : 8>;
     const int classes = int(v.classes);
     const S* x = static_cast<const S*>(v.input) + v.in.offset(row);
-    Label label[2] = {label_of<true>(v, row, read_index(v.label, v.label_type, row)),
-                      label_of<true>(v, row + 1, read_index(v.label, v.label_type, row + 1))};
+    const Label label[2] = {label_of<true>(v, row, read_index(v.label, row)),
+                            label_of<true>(v, row + 1, read_index(v.label, row + 1))};
     T u[2][MOST];
     MLK_UNROLL
     for (int j = 0; j < MOST; ++j) {
@@ -126,8 +126,7 @@ struct RowsStrided {
     const Label label = label_of(v, row);
     if (label.status != LabelStatus::VALID) {
       store_skipped(v, shared, row, label.status, loss);
-      S value;
-      narrow(label.status == LabelStatus::INVALID ? nan<T>() : T(0), value);
+      const S value = narrowed<S>(value_of<T>(label.status));
       if (g)
         for (int64_t j = 0; j < v.classes; ++j) g[j * out_step] = value;
       return;
@@ -191,9 +190,7 @@ struct RowsStrided {
         const T d = u - m;
         T out = gradient_at(v, c, c.factor, exp2_of(d * scale2), d, j);
         if (j == y) out = c.target;
-        S value;
-        narrow(unprepare(v.preparation, out, u, j), value);
-        g[j * out_step] = value;
+        g[j * out_step] = narrowed<S>(unprepare(v.preparation, out, u, j));
       });
   }
 };

@@ -7,11 +7,14 @@
 namespace mlkernels {
 namespace MLKERNELS_ISA {
 
+struct SumKernel {
+  static constexpr int THREADS = 256, BLOCKS = 2;
+};
+
 // Ahead of a visit, (blocks, 2): the sums of the kept rows' class weights, and of the kept rows, in `parts`; then, by one
 // block more where it is asked for, the sum of all class weights.
 template <class T>
-struct Prologue {
-  static constexpr int THREADS = 256, BLOCKS = 2;
+struct Prologue : SumKernel {
   struct Plan {
     int parts;
     double* out;
@@ -39,8 +42,7 @@ struct Prologue {
 
 // The reduced loss from the teams' partial sums, by one block: where no launch before the teams' could set a counter.
 template <class T>
-struct TotalLoss {
-  static constexpr int THREADS = 256, BLOCKS = 2;
+struct TotalLoss : SumKernel {
   struct Plan {
     int64_t partials;
   };
@@ -57,8 +59,7 @@ struct TotalLoss {
 // A parameter's gradient from those of the rows, per bucket: block (bucket, chunk) adds up the chunk's rows of its bucket.
 // bins null: one bucket for all; else the bucket is the row's bin, of its group's.
 template <class T>
-struct SumBuckets {
-  static constexpr int THREADS = 256, BLOCKS = 2;
+struct SumBuckets : SumKernel {
   struct Plan {
     const T* values;  // (rows)
     const int* bins;
@@ -77,8 +78,8 @@ struct SumBuckets {
       read_ahead(plan.values, row, every, v.rows, value);
       if (plan.bins) {
         read_ahead(plan.bins, row, every, v.rows, bin);
-        read_indices(v.label, v.label_type, row, every, v.rows, y);
-        if (v.group) read_indices(v.group, v.group_type, row, every, v.rows, group);
+        read_indices(v.label, row, every, v.rows, y);
+        if (v.group) read_indices(v.group, row, every, v.rows, group);
       }
       MLK_UNROLL
       for (int k = 0; k < AT_ONCE; ++k) {
@@ -98,8 +99,7 @@ struct SumBuckets {
 
 // Labels as the sort of SumRuns wants them: those that are none, or are ignored, come last.
 template <class T>
-struct SortKeys {
-  static constexpr int THREADS = 256, BLOCKS = 2;
+struct SortKeys : SumKernel {
   struct Plan {
     int64_t* out;  // (rows)
   };
@@ -108,8 +108,8 @@ struct SortKeys {
     const int64_t every = int64_t(simt.blocks()) * simt.threads();
     for (int64_t row = int64_t(simt.block()) * simt.threads() + simt.thread(); row < v.rows; row += AT_ONCE * every) {
       int64_t y[AT_ONCE], group[AT_ONCE] = {};
-      read_indices(v.label, v.label_type, row, every, v.rows, y);
-      if (v.group) read_indices(v.group, v.group_type, row, every, v.rows, group);
+      read_indices(v.label, row, every, v.rows, y);
+      if (v.group) read_indices(v.group, row, every, v.rows, group);
       MLK_UNROLL
       for (int k = 0; k < AT_ONCE; ++k) {
         if (row + k * every >= v.rows) break;
@@ -124,8 +124,7 @@ struct SortKeys {
 
 // out[i] = the sum of in[i * terms ...], as a parameter's type.
 template <class T>
-struct StoreSums {
-  static constexpr int THREADS = 256, BLOCKS = 2;
+struct StoreSums : SumKernel {
   struct Plan {
     const T* in;
     int64_t count;
@@ -155,8 +154,7 @@ struct StoreSums {
 
 // Per class: the rows in the order of their labels, a warp for each row that begins a class. out is zero before.
 template <class T>
-struct SumRuns {
-  static constexpr int THREADS = 256, BLOCKS = 2;
+struct SumRuns : SumKernel {
   static constexpr int RUN_AT_ONCE = 4;  // most classes have a few rows
   struct Plan {
     const T* values;       // (rows)

@@ -10,15 +10,17 @@
 
 namespace mlkernels {
 
-enum class Index : int { INT64, INT32, INT16, INT8, UINT8, UINT16, UINT32, UINT64 };
+// Labels, or groups.
+struct Indices {
+  const void* data;  // (rows), contiguous, or null
+  Index type;
+  MLK_FN explicit operator bool() const { return data; }
+};
 
 // A visit whose labels and numbers only the device knows.
 template <class T>
 struct Visit : Problem<T> {
-  const void* label;  // (rows), contiguous
-  Index label_type;
-  const void* group;  // (rows), contiguous, or null
-  Index group_type;
+  Indices label, group;
   const char *begin, *end;     // the memory of the logits: nothing outside is read
   const double* weight_total;  // the sum of all class weights, or null: few are added up by whoever needs them
   // What "mean" divides by where it is given (value 0 and no data: it is not), else the sums of the kept rows' weights and
@@ -74,13 +76,11 @@ MLK_DEVICE void read_ahead(const I* in, int64_t at, int64_t every, int64_t end, 
       out[k] = O(found[k]);
   }
 }
-// Of labels or groups, of whatever type.
 template <int COUNT>
-MLK_DEVICE void read_indices(const void* data, Index type, int64_t at, int64_t every, int64_t end,
-                             int64_t (&out)[COUNT]) {
-  const auto as = [&](auto kind) { read_ahead(static_cast<const decltype(kind)*>(data), at, every, end, out); };
-  if (type == Index::INT64) return as(int64_t());  // nearly always: before any jump
-  switch (type) {
+MLK_DEVICE void read_indices(Indices in, int64_t at, int64_t every, int64_t end, int64_t (&out)[COUNT]) {
+  const auto as = [&](auto kind) { read_ahead(static_cast<const decltype(kind)*>(in.data), at, every, end, out); };
+  if (in.type == Index::INT64) return as(int64_t());  // nearly always: before any jump
+  switch (in.type) {
     case Index::INT32: return as(int32_t());
     case Index::INT16: return as(int16_t());
     case Index::INT8: return as(int8_t());
@@ -90,9 +90,9 @@ MLK_DEVICE void read_indices(const void* data, Index type, int64_t at, int64_t e
     default: return as(uint64_t());
   }
 }
-MLK_DEVICE int64_t read_index(const void* data, Index type, int64_t at) {
+MLK_DEVICE int64_t read_index(Indices in, int64_t at) {
   int64_t out[1];
-  read_indices(data, type, at, 0, at + 1, out);
+  read_indices(in, at, 0, at + 1, out);
   return out[0];
 }
 
@@ -102,6 +102,11 @@ struct Label {
   int64_t y, group;
   LabelStatus status;
 };
+// What the results and the gradient are of a row that is not looked at.
+template <class T>
+MLK_DEVICE T value_of(LabelStatus status) {
+  return status == LabelStatus::INVALID ? nan<T>() : T(0);
+}
 
 template <bool SIMPLE = false, class T>
 MLK_DEVICE Label checked_label(const Visit<T>& v, int64_t y, int64_t group) {
@@ -114,11 +119,11 @@ MLK_DEVICE Label checked_label(const Visit<T>& v, int64_t y, int64_t group) {
 template <bool SIMPLE = false, class T>
 MLK_DEVICE Label label_of(const Visit<T>& v, int64_t row, int64_t y) {
   const bool grouped = !SIMPLE && v.group && y != v.spec.ignore_index;
-  return checked_label<SIMPLE>(v, y, grouped ? read_index(v.group, v.group_type, row) : 0);
+  return checked_label<SIMPLE>(v, y, grouped ? read_index(v.group, row) : 0);
 }
 template <class T>
 MLK_DEVICE Label label_of(const Visit<T>& v, int64_t row) {
-  return label_of(v, row, read_index(v.label, v.label_type, row));
+  return label_of(v, row, read_index(v.label, row));
 }
 
 // ---- elements --------------------------------------------------------------------------------------------------------
@@ -129,6 +134,13 @@ MLK_DEVICE void narrow(float x, S& out) {
   out.bits = uint16_t(narrow_pair(x, 0.0f, S()));
 }
 #endif
+
+template <class S, class T>
+MLK_DEVICE S narrowed(T x) {
+  S out;
+  narrow(x, out);
+  return out;
+}
 
 template <class S>
 constexpr int PER_VECTOR = 16 / int(sizeof(S));
@@ -150,24 +162,16 @@ MLK_DEVICE Piece all_of(S element) {
   S all[sizeof(Piece) / sizeof(S)];
   MLK_UNROLL
   for (S& each : all) each = element;
-  Piece out;
-  memcpy(&out, all, sizeof(Piece));
-  return out;
+  return bits_as<Piece>(all);
 }
 template <class T, class S, class Piece>
 MLK_DEVICE T element_of(const Piece& piece, int e) {
   if constexpr (sizeof(S) == 2) {
     return widen(S{uint16_t(word_of(piece, e / 2) >> 16 * (e % 2))});
   } else if constexpr (sizeof(S) == 4) {
-    const uint32_t bits = word_of(piece, e);
-    T out;
-    memcpy(&out, &bits, 4);
-    return out;
+    return bits_as<T>(word_of(piece, e));
   } else {
-    const uint64_t bits = uint64_t(word_of(piece, 2 * e)) | uint64_t(word_of(piece, 2 * e + 1)) << 32;
-    T out;
-    memcpy(&out, &bits, 8);
-    return out;
+    return bits_as<T>(uint64_t(word_of(piece, 2 * e)) | uint64_t(word_of(piece, 2 * e + 1)) << 32);
   }
 }
 template <class T, class S>
@@ -177,20 +181,18 @@ MLK_DEVICE void unpack(const Vec16& in, T (&out)[PER_VECTOR<S>]) {
 }
 template <class S, class Piece, class T>
 MLK_DEVICE Piece piece_from(const T* in) {
-  Piece out;
   if constexpr (sizeof(Piece) == 2) {
-    S one;
-    narrow(in[0], one);
-    memcpy(&out, &one, 2);
+    return narrowed<S>(in[0]).bits;
   } else if constexpr (sizeof(S) == 2) {
     uint32_t words[sizeof(Piece) / 4];
     MLK_UNROLL
     for (int w = 0; w < int(sizeof(Piece) / 4); ++w) words[w] = narrow_pair(in[2 * w], in[2 * w + 1], S());
-    memcpy(&out, words, sizeof(Piece));
+    return bits_as<Piece>(words);
   } else {
+    Piece out;
     memcpy(&out, in, sizeof(Piece));
+    return out;
   }
-  return out;
 }
 
 // How many elements lie between an address and the 16-byte boundary before it.
@@ -269,7 +271,7 @@ MLK_DEVICE void count_rows(const Visit<T>& v, int64_t at, int64_t every, double&
   for (; at < v.rows; at += AT_ONCE * every) {
     int64_t y[AT_ONCE];
     T weight[AT_ONCE];
-    read_indices(v.label, v.label_type, at, every, v.rows, y);
+    read_indices(v.label, at, every, v.rows, y);
     MLK_UNROLL
     for (int k = 0; k < AT_ONCE; ++k) {
       // A label that is none makes the loss NaN, whatever its weight.
@@ -484,7 +486,7 @@ MLK_DEVICE void reduce_partials(const Simt& simt, const Visit<T>& v, int blocks,
 template <class T>
 MLK_DEVICE void store_skipped(const Visit<T>& v, const Factors<T>& shared, int64_t row, LabelStatus status,
                               double& total) {
-  const T value = status == LabelStatus::INVALID ? nan<T>() : T(0);
+  const T value = value_of<T>(status);
   store_unread(static_cast<const Problem<T>&>(v), row, value);
   store_loss(v, row, value * shared.by_class, total);
 }
@@ -534,7 +536,7 @@ MLK_DEVICE void write_out(const Simt& simt, int at, S* to, int64_t count) {
       S each[V];
       MLK_UNROLL
       for (int e = 0; e < V; ++e) each[e] = one(j + e);
-      memcpy(&vector, each, sizeof vector);
+      vector = bits_as<Vec16>(each);
     }
     store_vector(to + j, vector);
   }
@@ -549,8 +551,7 @@ MLK_DEVICE void fill(S* to, int64_t count, T value, int mine, int every) {
   int64_t head = phase ? V - phase : 0;
   if (head > count) head = count;
   const int64_t vectors = (count - head) / V, tail = head + vectors * V;
-  S one;
-  narrow(value, one);
+  const S one = narrowed<S>(value);
   const Vec16 vector = all_of<S, Vec16>(one);
   for (int64_t j = mine; j < head; j += every) to[j] = one;
   for (int64_t i = mine; i < vectors; i += every) store_vector(to + head + V * i, vector);

@@ -1,4 +1,5 @@
-// What both libraries make of the arguments that their operators share; see mlkernels/ops.py. For the host alone.
+// The arguments that operators share, checked, and what all libraries make of them; see mlkernels/ops.py. For the host
+// alone.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -32,6 +33,25 @@ inline Storage storage_of(ScalarType type) {
     case ScalarType::Half: return Storage::FLOAT16;
     default: throw std::runtime_error("a tensor must be float16, bfloat16, float32 or float64");
   }
+}
+// None: these are no integers.
+inline std::optional<Index> index_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Long: return Index::INT64;
+    case ScalarType::Int: return Index::INT32;
+    case ScalarType::Short: return Index::INT16;
+    case ScalarType::Char: return Index::INT8;
+    case ScalarType::Byte: return Index::UINT8;
+    case ScalarType::UInt16: return Index::UINT16;
+    case ScalarType::UInt32: return Index::UINT32;
+    case ScalarType::UInt64: return Index::UINT64;
+    default: return std::nullopt;
+  }
+}
+
+template <class U>
+U* data_of(const Tensor& tensor) {
+  return static_cast<U*>(tensor.data_ptr());
 }
 
 // A new tensor, contiguous.
@@ -97,12 +117,6 @@ inline Spec read_spec(const std::vector<double>& numbers) {
           int64_t(numbers[IGNORE_INDEX])};
 }
 
-// Whether a slot holds a table: of t, or of t or tau.
-inline bool is_table_of_t(const Spec& spec, int slot) { return TRANSFORM_TABLES[int(spec.transform)] >> slot & 1; }
-inline bool is_table(const Spec& spec, int slot) {
-  return (TRANSFORM_TABLES[int(spec.transform)] | HEAD_TABLES[int(spec.head)]) >> slot & 1;
-}
-
 constexpr int INPUT = SLOTS;  // the bit of `needs` that stands for the logits
 
 // The numbers and tensors of a call, by slot.
@@ -127,28 +141,18 @@ struct Arguments {
     STD_TORCH_CHECK(next == params.size(), "params holds more tensors than the mask says");
   }
 
-  // Whether a slot holds a number of the loss in a tensor.
-  bool is_tensor_number(int slot) const { return slot < LOSS_SLOTS && tensors[size_t(slot)] && !is_table(spec, slot); }
+  // Whether a slot holds a table of t, of either of t and tau, a number of the loss in a tensor.
+  bool is_table_of_t(int slot) const { return TRANSFORM_TABLES[int(spec.transform)] >> slot & 1; }
+  bool is_table(int slot) const { return is_table_of_t(slot) || HEAD_TABLES[int(spec.head)] >> slot & 1; }
+  bool is_tensor_number(int slot) const { return slot < LOSS_SLOTS && tensors[size_t(slot)] && !is_table(slot); }
 };
 
 inline Mode mode_of(const Tensor& number) {
   return number.dim() == 0 ? Mode::SHARED : number.dim() == 1 ? Mode::PER_CLASS : Mode::PER_ROW;
 }
 
+// ---- checks ----------------------------------------------------------------------------------------------------------
 // Python checks arguments with better words. These keep whoever calls an operator itself within its memory.
-inline bool is_integer(ScalarType type) {
-  switch (type) {
-    case ScalarType::Long:
-    case ScalarType::Int:
-    case ScalarType::Short:
-    case ScalarType::Char:
-    case ScalarType::Byte:
-    case ScalarType::UInt16:
-    case ScalarType::UInt32:
-    case ScalarType::UInt64: return true;
-    default: return false;
-  }
-}
 
 inline void check_table(const Tensor& slope, const Tensor& bias, const Tensor* group, int64_t& groups) {
   const int64_t dims = slope.dim();
@@ -169,19 +173,19 @@ inline int64_t check_shapes(const Tensor& input, const Tensor& target) {
   return input.size(1);
 }
 
-inline void check_tensors(const Arguments& call, const Tensor& target, int64_t classes) {
-  STD_TORCH_CHECK(is_integer(target.scalar_type()), "target must hold integers");
+inline void check_tensors(const Arguments& arguments, const Tensor& target, int64_t classes) {
+  STD_TORCH_CHECK(index_of(target.scalar_type()), "target must hold integers");
   STD_TORCH_CHECK(classes >= 0, "there are less than no classes");
   const int64_t rows = target.numel();
-  const auto& tensors = call.tensors;
+  const auto& tensors = arguments.tensors;
   for (int slot = 0; slot < LOSS_SLOTS; ++slot) {
     if (!tensors[size_t(slot)]) continue;
     const Tensor& number = *tensors[size_t(slot)];
     (void)storage_of(number.scalar_type());
-    const int64_t count = is_table(call.spec, slot) ? number.numel()
-                          : number.dim() == 0       ? 1
-                          : number.dim() == 1       ? classes
-                                                    : rows;
+    const int64_t count = arguments.is_table(slot) ? number.numel()
+                          : number.dim() == 0      ? 1
+                          : number.dim() == 1      ? classes
+                                                   : rows;
     STD_TORCH_CHECK(number.numel() == count, "a loss's own tensor must have one element, one per class or one per row");
   }
   for (const Extra& extra : EXTRAS) {
@@ -190,27 +194,21 @@ inline void check_tensors(const Arguments& call, const Tensor& target, int64_t c
                     " numbers");
   }
   const Tensor* const group = tensors[GROUP];
-  STD_TORCH_CHECK(!group || is_integer(group->scalar_type()), "group must hold integers");
+  STD_TORCH_CHECK(!group || index_of(group->scalar_type()), "group must hold integers");
   int64_t groups = -1;
   const auto check_tables = [&](int slope, int bias) {
     STD_TORCH_CHECK(tensors[size_t(slope)] && tensors[size_t(bias)], "a piecewise loss needs its tables");
     check_table(*tensors[size_t(slope)], *tensors[size_t(bias)], group, groups);
   };
-  if (call.spec.transform == Transform::PIECEWISE) check_tables(TRANSFORM_A, TRANSFORM_B);
-  if (call.spec.head == Head::TAU) check_tables(HEAD_A, HEAD_B);
+  if (arguments.spec.transform == Transform::PIECEWISE) check_tables(TRANSFORM_A, TRANSFORM_B);
+  if (arguments.spec.head == Head::TAU) check_tables(HEAD_A, HEAD_B);
 }
 
-inline void check_needs(const Arguments& call, int64_t needs) {
-  int64_t known = int64_t(1) << INPUT;
-  for (int slot = 0; slot < TRAINABLE_SLOTS; ++slot) known |= int64_t(call.tensors[size_t(slot)] != nullptr) << slot;
-  STD_TORCH_CHECK(!(needs & ~known), "needs asks for the gradient of what is no tensor");
-}
-
-inline void check_backward(const Arguments& call, const Tensor& target, const std::optional<Tensor>& of_loss,
+inline void check_backward(const Arguments& arguments, const Tensor& target, const std::optional<Tensor>& of_loss,
                            std::initializer_list<const std::optional<Tensor>*> of_rows, const Tensor& saved,
                            int64_t saved_rows, ScalarType accumulated) {
   const int64_t rows = target.numel();
-  STD_TORCH_CHECK(!of_loss || of_loss->numel() == (call.spec.reduction == Reduction::NONE ? rows : 1),
+  STD_TORCH_CHECK(!of_loss || of_loss->numel() == (arguments.spec.reduction == Reduction::NONE ? rows : 1),
                   "grad_loss must have the loss's shape");
   for (const auto* one : of_rows) STD_TORCH_CHECK(!*one || (*one)->numel() == rows, "an upstream gradient per row");
   STD_TORCH_CHECK(saved.numel() == 0 ||
@@ -220,16 +218,27 @@ inline void check_backward(const Arguments& call, const Tensor& target, const st
 
 // What of a problem is said by shapes and numbers.
 template <class T>
-void lay_out(Problem<T>& p, const Arguments& call, const Tensor& target, int64_t classes) {
-  check_tensors(call, target, classes);
-  p.spec = call.spec;
+void lay_out(Problem<T>& p, const Arguments& arguments, const Tensor& target, int64_t classes) {
+  check_tensors(arguments, target, classes);
+  p.spec = arguments.spec;
   p.rows = target.numel();
   p.classes = classes;
   for (int slot = 0; slot < LOSS_SLOTS; ++slot)
-    p.values[slot] = {T(call.numbers[size_t(slot)]), nullptr, Mode::BY_VALUE, Storage::DOUBLE};
-  p.smoothing = T(call.numbers[SMOOTHING]);
-  p.z_loss = T(call.numbers[Z_LOSS]);
+    p.values[slot] = {T(arguments.numbers[size_t(slot)]), nullptr, Mode::BY_VALUE, Storage::DOUBLE};
+  p.smoothing = T(arguments.numbers[SMOOTHING]);
+  p.z_loss = T(arguments.numbers[Z_LOSS]);
   p.weight_sum = T(p.classes);
+}
+// What the gradients that `needs` asks for take of a visit, whose upstream gradients are laid out.
+template <class T>
+void lay_out_needs(Problem<T>& p, const Arguments& arguments, int64_t needs) {
+  int64_t known = 0;
+  for (int slot = 0; slot < TRAINABLE_SLOTS; ++slot)
+    known |= int64_t(arguments.tensors[size_t(slot)] != nullptr) << slot;
+  STD_TORCH_CHECK(!(needs & ~(known | int64_t(1) << INPUT)), "needs asks for the gradient of what is no tensor");
+  p.want_parameters = needs & known;
+  p.want_shift |= needs & OF_SCALE || p.up_entropy;
+  p.want_square = needs & OF_SCALE && p.up_entropy;
 }
 template <class T>
 void lay_out_input(Problem<T>& p, const Tensor& input) {
@@ -240,9 +249,21 @@ void lay_out_input(Problem<T>& p, const Tensor& input) {
 
 // What the loops over classes see of a call: vector_of(slot) has a number for each of their classes, or is null.
 template <class T, template <class> class Kind, class VectorOf>
-void lay_out_classes(Kind<T>& p, const Arguments& call, VectorOf vector_of) {
+void lay_out_classes(Kind<T>& p, const Arguments& arguments, VectorOf vector_of) {
   p.weight = vector_of(WEIGHT);
-  p.preparation = {T(call.numbers[SOFTCAP]), vector_of(ADJUSTMENT)};
+  p.preparation = {T(arguments.numbers[SOFTCAP]), vector_of(ADJUSTMENT)};
+}
+
+// The tables of piecewise functions, whose numbers vector_of(slot) has.
+template <class T, class VectorOf>
+void lay_out_tables(Problem<T>& p, const Arguments& arguments, VectorOf vector_of) {
+  const auto tables = [&](int slope, int bias) -> Tables<T> {
+    const Tensor& table = *arguments.tensors[size_t(slope)];
+    const int64_t dims = table.dim();
+    return {vector_of(slope), vector_of(bias), int(table.size(dims - 1)), dims == 2 ? table.size(0) : 0};
+  };
+  if (p.spec.transform == Transform::PIECEWISE) p.t = tables(TRANSFORM_A, TRANSFORM_B);
+  if (p.spec.head == Head::TAU) p.tau = tables(HEAD_A, HEAD_B);
 }
 
 // Calls with(T{}) for the accumulation type.
