@@ -17,13 +17,13 @@ BUFFER_FROM = 4 << 20
 
 def serves(nbytes: int, *tensors: Tensor) -> bool:
     """Whether so much memory shall come from here: of plain tensors on the CPU, whose autograd is the usual one."""
+    if observed(*tensors) or nbytes < BUFFER_FROM:  # in this order: sizes may be symbols
+        return False
     return (
         all(tensor.device.type == "cpu" for tensor in tensors)
         and native.cpu_missing is None
         and functorch_level() is None
         and forward_ad._current_level < 0
-        and not observed(*tensors)  # before sizes, which may be symbols
-        and nbytes >= BUFFER_FROM
         and not any(map(is_batched, tensors))
     )
 

@@ -46,8 +46,9 @@ _HEAD_C, _HEAD_D = int(Slot.HEAD_C), int(Slot.HEAD_D)
 _M1 = int(Slot.TRANSFORM_A)
 _TRAINABLE = frozenset(map(int, TRAINABLE))
 
-_PLAIN = frozenset({float, int, str, type(None)})
-_MOST_CALLS = 1024
+#: Types of numbers that a call is remembered by, and how many calls are.
+PLAIN = frozenset({float, int, str, type(None)})
+MOST_CALLS = 1024
 _BFLOAT16, _FLOAT16 = torch.bfloat16, torch.float16
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
@@ -156,7 +157,7 @@ def bind(
     needs = ONLY_INPUT if grad and input.requires_grad else 0
     shared = (reduction, ignore_index, label_smoothing, z_loss, softcap)  # and normalizer: in the order of _NUMBERS
     numbers: tuple[Any, ...] = (*shared, normalizer, *values)
-    plain = _PLAIN.issuperset(map(type, numbers))
+    plain = PLAIN.issuperset(map(type, numbers))
     tensors: dict[int, Tensor] = {}
     params: list[Tensor] = []
     mask, half_param = 0, False
@@ -166,7 +167,7 @@ def bind(
             spec, values, input, target, group, per_class, row_weight, normalizer, reduction
         )
         numbers = (*shared, normalizer, *own)
-        plain = _PLAIN.issuperset(map(type, numbers))
+        plain = PLAIN.issuperset(map(type, numbers))
         for slot in sorted(tensors):
             tensor = tensors[slot]
             params.append(tensor)
@@ -192,7 +193,7 @@ def bind(
     if call is None:
         call = Call(_numbers(spec, mask, *numbers), needs, half, apart, ops.kernels(chosen, observed))
         if plain:
-            if len(_calls) >= _MOST_CALLS:  # scheduled numbers: each is used a few times and never again
+            if len(_calls) >= MOST_CALLS:  # scheduled numbers: each is used a few times and never again
                 _calls.clear()
             _calls[key] = call
     if chosen != "cpu":  # the CPU's kernels look at the indices while they read them

@@ -29,6 +29,7 @@ from .loss_module import Loss
 from .numbering import TransformKind
 from .positional import positional_arguments
 from .spec import BackendName, Number, ReductionName, spec
+from .tracing import traced
 
 _GIVEN = spec(TransformKind.GIVEN)
 
@@ -96,11 +97,15 @@ def lgm_loss(
     classes = means.shape[0]
     with full_precision(input.device):
         label = target.long()
-        kept = label != ignore_index
-        legal = (label >= 0) & (label < classes)
-        y = torch.where(legal, label, 0)
-        # An ignored row is not read: whatever it holds, it holds no gradient.
-        x = torch.where(kept.unsqueeze(1), input, 0).to(accumulate)
+        plain = _all_kept(input, label, classes, ignore_index)
+        if plain:
+            x, y = input.to(accumulate), label
+        else:
+            kept = label != ignore_index
+            legal = (label >= 0) & (label < classes)
+            y = torch.where(legal, label, 0)
+            # An ignored row is not read: whatever it holds, it holds no gradient.
+            x = torch.where(kept.unsqueeze(1), input, 0).to(accumulate)
         mu = means.to(accumulate)
         log_var = None if log_variance is None else log_variance.to(accumulate)
 
@@ -123,19 +128,31 @@ def lgm_loss(
             "weight": weight, "ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing,
             "backend": backend,
         }  # fmt: skip
-        loss, _ = softmax.apply(_GIVEN, (target_logit.unsqueeze(1), 1.0), logits, target, None, options)
+        loss = softmax.loss(_GIVEN, (target_logit.unsqueeze(1), 1.0), logits, target, None, options)
         if lambda_ == 0:
             return loss
-        poison = torch.where(legal | ~kept, 1.0, math.nan).to(accumulate)
-        likelihood = torch.where(kept, likelihood * poison, 0)
-        omega = torch.ones_like(distance) if weight is None else weight.detach().to(accumulate)[y]
-        likelihood = likelihood * omega
+        if not plain:
+            poison = torch.where(legal | ~kept, 1.0, math.nan).to(accumulate)
+            likelihood = torch.where(kept, likelihood * poison, 0)
+        omega = None
+        if weight is not None or not plain:
+            omega = torch.ones_like(distance) if weight is None else weight.detach().to(accumulate)[y]
+            likelihood = likelihood * omega
         if reduction == "none":
             return loss + lambda_ * likelihood
         total = likelihood.sum()
         if reduction == "mean":
-            total = total / torch.where(kept, omega, 0).sum()
+            divisor = omega if plain or omega is None else torch.where(kept, omega, 0)
+            total = total / (len(label) if divisor is None else divisor.sum())
         return loss + lambda_ * total
+
+
+def _all_kept(input: Tensor, label: Tensor, classes: int, ignore_index: int) -> bool:
+    """Whether every label is seen to be a class and none is ignored: no row is masked then."""
+    if not input.is_cpu or traced(input, label) or label.numel() == 0 or 0 <= ignore_index < classes:
+        return False
+    low, high = label.aminmax()
+    return int(low) >= 0 and int(high) < classes
 
 
 def class_logits(x: Tensor, mu: Tensor, log_var: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy as torchs_cross_entropy  # its own, whatever mlkernels.patch does
 
 from .backends.reference import PREPARATION, full_precision, prepared
-from .call import COMMON, Common, check_loss
+from .call import COMMON, MOST_CALLS, PLAIN, Common, Options, check_loss
 from .checks import (
     accumulated,
     check_class_vector,
@@ -25,6 +26,10 @@ from .numbering import PER_CLASS
 from .spec import Number, spec
 
 CROSS_ENTROPY = spec(function="cross_entropy")
+
+#: What a call is remembered by, as :mod:`mlkernels.call` does: of its numbers nothing is looked at twice.
+_PLAIN_OPTIONS = ("ignore_index", "reduction", "label_smoothing", "z_loss", "softcap", "backend")
+_checked: set[tuple[object, ...]] = set()
 
 
 def soft_cross_entropy(
@@ -44,18 +49,15 @@ def soft_cross_entropy(
             f"a floating target holds class probabilities and must have input's shape {tuple(input.shape)}, got "
             f"{tuple(target.shape)}; class indices are integers: target.long()"
         )
-    backend, ignored = given["backend"], given["ignore_index"]
-    if backend not in (None, "reference"):
-        raise TypeError(
-            f"target holds class probabilities, which only the reference backend serves; got backend={backend!r}"
-        )
-    if check_index("ignore_index", ignored) >= 0:
-        raise ValueError(
-            f"ignore_index has no meaning where target holds class probabilities: it must be < 0, got {ignored}"
-        )
+    options = tuple(given[name] for name in _PLAIN_OPTIONS)
+    plain = type(scale) is float and type(options[0]) is int and PLAIN.issuperset(map(type, options))
+    plain = plain and not torch.compiler.is_compiling()
+    if not plain or (scale, *options) not in _checked:
+        _check(scale, given)
+        if plain and len(_checked) < MOST_CALLS:
+            _checked.add((scale, *options))
     check_device("target", target, input)
-    row_weight, normalizer = given.pop("row_weight"), given.pop("normalizer")
-    check_loss(CROSS_ENTROPY, (scale,), **given)
+    row_weight, normalizer = given["row_weight"], given["normalizer"]
     classes = 1 if input.dim() > 1 else 0
     for name in PER_CLASS.values():
         if given[name] is not None:
@@ -67,6 +69,20 @@ def soft_cross_entropy(
         check_row_weight(row_weight, input, input.select(classes, 0).shape)
     with full_precision(input.device):
         return _loss(input, target, classes, scale, given, row_weight, normalizer)
+
+
+def _check(scale: Number, given: dict[str, Any]) -> None:
+    """Everything but how the tensors fit the batch."""
+    backend, ignored = given["backend"], given["ignore_index"]
+    if backend not in (None, "reference"):
+        raise TypeError(
+            f"target holds class probabilities, which only the reference backend serves; got backend={backend!r}"
+        )
+    if check_index("ignore_index", ignored) >= 0:
+        raise ValueError(
+            f"ignore_index has no meaning where target holds class probabilities: it must be < 0, got {ignored}"
+        )
+    check_loss(CROSS_ENTROPY, (scale,), **{name: given[name] for name in Options.__annotations__})
 
 
 def _loss(

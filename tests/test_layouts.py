@@ -5,6 +5,7 @@ import torch
 from table import BY_NAME, F64, FEW, TABLES, draw, leaves, run
 
 import mlkernels
+from mlkernels.backends import native
 
 
 def flat(input):
@@ -323,3 +324,22 @@ def test_row_dimensions_in_any_order(backend, reduction, upstream):
     assert found[1].stride() == x.stride()
     torch.testing.assert_close(found[0].double(), wanted[0], rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(found[1].double(), wanted[1], rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, F64])
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"label_smoothing": 0.1}])
+def test_rows_that_share_cache_lines_are_each_their_own(dtype, options):
+    """Many classes that lie apart, neighbouring rows together: bit by bit what each row gives alone."""
+    if native.cpu_missing:
+        pytest.skip(native.cpu_missing)
+    torch.manual_seed(0)
+    rows, classes = 21, 8209
+    x = torch.randn(classes, rows).to(dtype).t().requires_grad_()
+    target = torch.randint(classes, (rows,))
+    target[4] = -100
+    loss = mlkernels.cross_entropy(x, target, reduction="none", **options)
+    (gradient,) = torch.autograd.grad(loss.sum(), x)
+    for i in range(rows):
+        alone = mlkernels.cross_entropy(x[i : i + 1], target[i : i + 1], reduction="none", **options)
+        assert torch.equal(alone[0], loss[i])
+        assert torch.equal(torch.autograd.grad(alone.sum(), x)[0][i], gradient[i])

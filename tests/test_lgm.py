@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mlkernels
+from mlkernels import lgm
 
 F64 = torch.float64
 N, C, D = 7, 4, 3
@@ -248,3 +249,40 @@ def test_kept_memory_changes_no_bit(diagonal, kept_memory):
     x64, m64 = x.detach()[5:].double().requires_grad_(), means.detach().double().requires_grad_()
     of_leaves = lambda x, m: mlkernels.lgm_loss(1e-3 * x, target[4:6], m)
     assert torch.autograd.gradgradcheck(of_leaves, (x64, m64))
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_masks_change_no_bit(reduction, weighted, diagonal, monkeypatch):
+    """Labels that are seen to be classes need none; and none is made."""
+    x, _, means, log_variance, weight = draw(torch.float32)
+    target = torch.randint(C, (N,), dtype=torch.uint8)
+    leaves = [x.requires_grad_(), means.requires_grad_()]
+    options = {"weight": weight if weighted else None, "log_variance": log_variance if diagonal else None}
+
+    def go():
+        loss = mlkernels.lgm_loss(x, target, means, reduction=reduction, **options)
+        return loss.detach(), *torch.autograd.grad(loss, leaves, torch.linspace(0.5, 2, loss.numel()).view_as(loss))
+
+    masks = []
+    real = torch.where
+    monkeypatch.setattr(torch, "where", lambda *of: masks.append(of) or real(*of))
+    plain = go()
+    assert not masks
+    monkeypatch.setattr(lgm, "_all_kept", lambda *of: False)
+    assert all(torch.equal(got, wanted) for got, wanted in zip(plain, go(), strict=True))
+    assert masks
+
+
+@pytest.mark.parametrize(("label", "ignored"), [(C, -100), (-1, -100), (0, 0), (-100, -100), (200, 200)])
+def test_labels_that_need_masks(label, ignored):
+    """Bad ones by name, ignored ones as such, also where the label to ignore is a class."""
+    x, _, means, _, _ = draw()
+    target = torch.arange(N) % (C - 1) + 1
+    target[1] = label
+    if label != ignored:
+        with pytest.raises(IndexError, match=rf"target {label} at row 1 is out of range"):
+            mlkernels.lgm_loss(x, target, means, ignore_index=ignored)
+    else:
+        assert mlkernels.lgm_loss(x, target, means, ignore_index=ignored, reduction="none")[1] == 0

@@ -12,6 +12,7 @@ from torch import nn
 
 import mlkernels
 from mlkernels import functional as F
+from mlkernels import soft_targets
 from mlkernels.call import COMMON as COMMON_DEFAULTS
 
 F64 = torch.float64
@@ -131,6 +132,41 @@ def test_class_probabilities_with_weights_of_rows_and_a_divisor():
     ]:
         with pytest.raises(error, match=words):
             F.cross_entropy(input, target, **bad)
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad", "error"),
+    [
+        ("ignore_index", -100, -100.0, TypeError),
+        ("ignore_index", -1, 1, ValueError),
+        ("label_smoothing", 0.0, False, TypeError),
+        ("label_smoothing", 1, True, TypeError),
+        ("z_loss", 0.1, -0.1, ValueError),
+        ("backend", None, "cpu", TypeError),
+        ("reduction", "mean", "means", ValueError),
+        ("scale", 1.0, True, TypeError),
+        ("scale", 2.0, -2.0, ValueError),
+    ],
+)
+def test_options_of_class_probabilities_that_are_remembered(name, good, bad, error):
+    """A call that was legal makes none legal that only compares equal to it."""
+    input, target = torch.randn(N, C), torch.rand(N, C).softmax(1)
+    for _ in range(2):
+        F.cross_entropy(input, target, **{name: good})
+    for _ in range(2):
+        with pytest.raises(error, match=name):
+            F.cross_entropy(input, target, **{name: bad})
+
+
+def test_options_of_class_probabilities_are_looked_at_once(monkeypatch):
+    input, target = torch.randn(N, C), torch.rand(N, C).softmax(1)
+    monkeypatch.setattr(soft_targets, "_checked", set())
+    looked = []
+    real = soft_targets.check_loss
+    monkeypatch.setattr(soft_targets, "check_loss", lambda *of, **options: looked.append(of) or real(*of, **options))
+    for z_loss in (0.1, 0.1, 0.2, 0.1):
+        F.cross_entropy(input, target, z_loss=z_loss)
+    assert len(looked) == 2
 
 
 @pytest.mark.parametrize(("module", "own", "function"), TWINS)

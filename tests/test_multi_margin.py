@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mlkernels
 
@@ -132,3 +133,48 @@ def test_forward_mode(p):
         value, found = forward_ad.unpack_dual(loss(forward_ad.make_dual(input, tangent)))
         torch.testing.assert_close(value, loss(input))
         torch.testing.assert_close(found, (wanted * tangent).sum())
+
+
+def _recorded(call):
+    """The operators that a call runs."""
+    seen = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Record():
+        call()
+    return seen
+
+
+def test_labels_are_looked_at_once():
+    """By torch's kernel: nobody looks at them before."""
+    f, target = torch.randn(N, C), torch.randint(C, (N,))
+    assert _recorded(lambda: mlkernels.multi_margin_loss(f, target)) == [torch.ops.aten.multi_margin_loss.default]
+
+
+@pytest.mark.parametrize("bad", [-1, C, -(2**40)])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("kind", ["plain", "trained", "kept", "dual", "no gradient"])
+def test_bad_labels_by_name_whoever_finds_them(bad, reduction, kind, monkeypatch):
+    f, target = torch.randn(N, C, requires_grad=kind in ("trained", "kept")), torch.randint(C, (N,))
+    target[2] = bad
+    words = rf"^target {bad} at row 2 is out of range \[0, {C}\)$"
+    if kind == "kept":
+        monkeypatch.setattr(buffers, "BUFFER_FROM", 0)
+    with torch.set_grad_enabled(kind != "no gradient"), forward_ad.dual_level():
+        if kind == "dual":
+            f = forward_ad.make_dual(f, torch.randn(N, C))
+        with pytest.raises(IndexError, match=words):
+            mlkernels.multi_margin_loss(f, target, 2, weight=torch.rand(C), reduction=reduction)
+
+
+def test_errors_of_others_stay_theirs(monkeypatch):
+    def broken(*arguments, **options):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(F, "multi_margin_loss", broken)
+    with pytest.raises(RuntimeError, match=r"^no memory$"):
+        mlkernels.multi_margin_loss(torch.randn(N, C), torch.randint(C, (N,)))

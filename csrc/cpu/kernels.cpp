@@ -15,66 +15,6 @@ namespace mlkernels {
 namespace MLKERNELS_ISA {
 namespace {
 
-// ---- between storage and scratch -------------------------------------------------------------------------------------
-
-// R rows of class stride `stride` into scratch rows `pitch` apart.
-template <class T, class S>
-void gather_rows(const S* const* rows, int count, int64_t stride, int64_t classes, T* out, int64_t pitch) {
-  if (stride == 1) {
-    for (int b = 0; b < count; ++b) {
-      const S* in = rows[b];
-      T* to = out + b * pitch;
-#pragma omp simd
-      for (int64_t j = 0; j < classes; ++j) to[j] = widen(in[j]);
-    }
-    return;
-  }
-  for (int64_t j = 0; j < classes; ++j)
-    for (int b = 0; b < count; ++b) out[b * pitch + j] = widen(rows[b][j * stride]);
-}
-
-// n contiguous elements, and the largest of them and of `top`: a row is widened and searched in one sweep.
-template <class T, class S>
-Vec<T> sweep_widen(const S* in, T* out, int64_t n, Vec<T> top) {
-  constexpr int W = WIDTH<T>;
-  Vec<T> other = top;
-  const auto one = [&](int64_t j, Vec<T>& largest) {
-    const Vec<T> x = get(in + j);
-    store(out + j, x);
-    largest = larger(largest, x);
-  };
-  int64_t j = 0;
-  for (; j + 2 * W <= n; j += 2 * W) {
-    one(j, top);
-    one(j + W, other);
-  }
-  if (n >= W) {  // the last vector may begin in the one before
-    if (j + W < n) one(j, top);
-    if (j < n) one(n - W, other);
-  } else {
-    for (; j < n; ++j) {
-      out[j] = widen(in[j]);
-      top[0] = out[j] > top[0] ? out[j] : top[0];
-    }
-  }
-  return larger(top, other);
-}
-
-template <class T, class S>
-void scatter_rows(S* const* rows, int count, int64_t stride, int64_t classes, const T* from, int64_t pitch) {
-  if (stride == 1) {
-    for (int b = 0; b < count; ++b) {
-      S* to = rows[b];
-      const T* in = from + b * pitch;
-#pragma omp simd
-      for (int64_t j = 0; j < classes; ++j) narrow(in[j], to[j]);
-    }
-    return;
-  }
-  for (int64_t j = 0; j < classes; ++j)
-    for (int b = 0; b < count; ++b) narrow(from[b * pitch + j], rows[b][j * stride]);
-}
-
 // ---- a row -----------------------------------------------------------------------------------------------------------
 
 // A row on its way: what each stage leaves for the next. The stages are apart so that the transcendental functions of
@@ -276,6 +216,7 @@ bool stays_in_cache(const CpuProblem<T>& p) {
 }
 
 constexpr int64_t FIRST_CACHE = 1 << 15, SECOND_CACHE = 1 << 20;  // bytes
+constexpr int64_t SHARED_LINES = 1 << 23;                         // bytes of scratch, where rows share cache lines
 
 // As many rows as stay in a cache with what is made of them.
 int64_t tile_of(int64_t row_bytes, int64_t cache = FIRST_CACHE) {
@@ -357,8 +298,12 @@ void run_in_place(const CpuProblem<T>& p, int64_t begin, int64_t end) {
 template <class T, class S>
 void run_through_scratch(const CpuProblem<T>& p, int64_t begin, int64_t end) {
   constexpr int W = WIDTH<T>;
-  const int64_t pitch = (p.classes + W - 1) / W * W;
-  const int64_t size = tile_of(pitch * int64_t(sizeof(T)));  // where classes are far apart, rows share cache lines
+  const int64_t padded = (p.classes + W - 1) / W * W;
+  // Rows that are neighbours share the cache lines of each class: then as many as a line has go together, a vector of
+  // padding keeping them out of each other's way in the first cache.
+  const bool shared = p.rows > 1 && std::abs(p.in.offset(1) - p.in.offset(0)) < p.in.class_stride;
+  const int64_t pitch = padded + (shared ? W : 0);
+  const int64_t size = tile_of(padded * int64_t(sizeof(T)), shared ? SHARED_LINES : FIRST_CACHE);
   const bool streamed = p.streamed && size == 1 && p.grad && p.preparation.softcap <= 0 && p.out.class_stride == 1;
   // Logits and gradients; one half is being written while the other leaves.
   const bool capped = p.preparation.softcap > 0;
@@ -396,7 +341,7 @@ void run_through_scratch(const CpuProblem<T>& p, int64_t begin, int64_t end) {
         u[y] = widen(from[b][y]);
       }
       prepare_row(p.preparation, u, slopes ? slopes + b * pitch : nullptr, p.classes);
-      for (int64_t j = p.classes; j < pitch; ++j) u[j] = -infinity<T>();
+      for (int64_t j = p.classes; j < padded; ++j) u[j] = -infinity<T>();
       target[b] = u[tile[b].y];
       u[tile[b].y] = -infinity<T>();
       tile[b].u = u;

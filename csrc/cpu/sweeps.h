@@ -327,6 +327,80 @@ void prepare_row(const Preparation<T>& p, T* u, T* slope, int64_t n) {
   }
   if (p.adjustment) sweep_add(u, p.adjustment, n, T(1));
 }
+
+// ---- between storage and scratch -------------------------------------------------------------------------------------
+
+// Classes that lie apart are on pages of their own, which the processor does not foresee. At most two lines hold rows that
+// are neighbours.
+constexpr int64_t CLASSES_AHEAD = 32;
+
+template <int WRITTEN, class S>
+inline void fetch_class(S* const* rows, int count, int64_t offset) {
+  __builtin_prefetch(rows[0] + offset, WRITTEN);
+  __builtin_prefetch(rows[count - 1] + offset, WRITTEN);
+}
+
+// Rows of class stride `stride` into scratch rows `pitch` apart.
+template <class T, class S>
+void gather_rows(const S* const* rows, int count, int64_t stride, int64_t classes, T* out, int64_t pitch) {
+  if (stride == 1) {
+    for (int b = 0; b < count; ++b) {
+      const S* in = rows[b];
+      T* to = out + b * pitch;
+#pragma omp simd
+      for (int64_t j = 0; j < classes; ++j) to[j] = widen(in[j]);
+    }
+    return;
+  }
+  for (int64_t j = 0; j < classes; ++j) {
+    fetch_class<0>(rows, count, (j + CLASSES_AHEAD) * stride);
+    for (int b = 0; b < count; ++b) out[b * pitch + j] = widen(rows[b][j * stride]);
+  }
+}
+
+// n contiguous elements, and the largest of them and of `top`: a row is widened and searched in one sweep.
+template <class T, class S>
+Vec<T> sweep_widen(const S* in, T* out, int64_t n, Vec<T> top) {
+  constexpr int W = WIDTH<T>;
+  Vec<T> other = top;
+  const auto one = [&](int64_t j, Vec<T>& largest) {
+    const Vec<T> x = get(in + j);
+    store(out + j, x);
+    largest = larger(largest, x);
+  };
+  int64_t j = 0;
+  for (; j + 2 * W <= n; j += 2 * W) {
+    one(j, top);
+    one(j + W, other);
+  }
+  if (n >= W) {  // the last vector may begin in the one before
+    if (j + W < n) one(j, top);
+    if (j < n) one(n - W, other);
+  } else {
+    for (; j < n; ++j) {
+      out[j] = widen(in[j]);
+      top[0] = out[j] > top[0] ? out[j] : top[0];
+    }
+  }
+  return larger(top, other);
+}
+
+template <class T, class S>
+void scatter_rows(S* const* rows, int count, int64_t stride, int64_t classes, const T* from, int64_t pitch) {
+  if (stride == 1) {
+    for (int b = 0; b < count; ++b) {
+      S* to = rows[b];
+      const T* in = from + b * pitch;
+#pragma omp simd
+      for (int64_t j = 0; j < classes; ++j) narrow(in[j], to[j]);
+    }
+    return;
+  }
+  for (int64_t j = 0; j < classes; ++j) {
+    fetch_class<1>(rows, count, (j + CLASSES_AHEAD) * stride);
+    for (int b = 0; b < count; ++b) narrow(from[b * pitch + j], rows[b][j * stride]);
+  }
+}
 }  // namespace
 }  // namespace MLKERNELS_ISA
 }  // namespace mlkernels

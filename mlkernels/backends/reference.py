@@ -303,8 +303,11 @@ def _has_autocast(device_type: str) -> bool:
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[None]:
-    """No autocast, where the device has such a thing."""
-    return torch.autocast(device.type, enabled=False) if _has_autocast(device.type) else nullcontext()
+    """No autocast, where the device has such a thing and, unless a compiler asks, it is on."""
+    kind = device.type
+    if not _has_autocast(kind) or not (torch.compiler.is_compiling() or torch.is_autocast_enabled(kind)):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 def softmax_loss(
