@@ -27,6 +27,7 @@ void record(at::RecordFunction& guard, const char* name, const Arguments& of) {
 // Undefined: the call was refused, and Python says why.
 Tensor run(const Call& call, const Arguments& of, std::vector<Tensor>& stats) {
   std::vector<Tensor> params;
+  params.reserve(size_t(__builtin_popcountll(uint64_t(of.key.mask))));
   for (int slot = 0; slot < SLOTS; ++slot)
     if (of.key.mask >> slot & 1) params.push_back(of.by_slot[size_t(slot)]);
   const Handles handles(*call, of.input, of.target, params);
@@ -61,6 +62,7 @@ Tensor run(const Call& call, const Arguments& of, std::vector<Tensor>& stats) {
   }
   Tensor result = taken(loss);
   std::vector<Tensor> kept;
+  kept.reserve(size_t(count));
   for (int i = 0; i < count; ++i) kept.push_back(taken(made[size_t(i)]));
   for (size_t i = 0; call->stats && i < described.size(); ++i) stats.push_back(taken(described[i]));
   return call->needs ? with_history(call, of, params, std::move(result), stats, std::move(kept)) : result;

@@ -223,7 +223,7 @@ def _tensors(
 ) -> tuple[dict[int, Tensor], float | None, Sequence[Number | None]]:
     """All tensors, checked, by slot; the normalizer and the values that are none, with None in the places of others."""
     tensors: dict[int, Tensor] = {}
-    if group is not None or normalizer is not None or spec.tables or not _PLAIN.issuperset(map(type, values)):
+    if group is not None or normalizer is not None or spec.tables or not PLAIN.issuperset(map(type, values)):
         tensors, values = _parted(spec, values)
         if normalizer is not None:
             normalizer = check_normalizer(normalizer, input, reduction)

@@ -151,6 +151,22 @@ def watched(x):
     yield lambda: mlkernels.cross_entropy(plain, TARGET, backend="reference")
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_what_is_kept_is_not_to_be_changed(served, reduction):
+    x, scale = logits(6, 5), torch.tensor(2.0, requires_grad=True)
+    value = mlkernels.cross_entropy(x, TARGET, scale=scale, reduction=reduction)
+    assert served.pop()
+    value.sum().backward(retain_graph=True)
+    first = x.grad.clone()
+    value.sum().backward(retain_graph=True)
+    assert torch.equal(x.grad, 2 * first)
+    made = value.grad_fn.saved_tensors[0]
+    assert made is not x
+    made.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.sum().backward()
+
+
 def test_what_is_watched_is_left_to_python(served):
     for index, call in enumerate(watched(logits(6, 5))):
         call()

@@ -114,8 +114,9 @@ inline void write(const Tensor& to, const double* from) {
   by_dtype(to.scalar_type(), [&](auto element) {
     using S = decltype(element);
     S* const out = static_cast<S*>(to.data_ptr());
+    const int64_t count = to.numel();
     if constexpr (!std::is_integral_v<S>)
-      for (int64_t i = 0; i < to.numel(); ++i) MLKERNELS_ISA::narrow(from[i], out[i]);
+      for (int64_t i = 0; i < count; ++i) MLKERNELS_ISA::narrow(from[i], out[i]);
   });
 }
 
@@ -226,17 +227,21 @@ template <class T>
 struct ByParameter {
   Call<T>& call;
   const int64_t needs;
-  std::unique_ptr<T[]> by_row[TRAINABLE_SLOTS];
+  std::unique_ptr<T[]> all;  // derivatives, a slot's after the other's
   std::unique_ptr<int[]> t_bin, tau_bin;
 
   ByParameter(Call<T>& call_, int64_t needs_) : call(call_), needs(needs_) {
     lay_out_needs(call.p, call.arguments, needs);
     CpuProblem<T>& p = call.p;
     const size_t rows = size_t(p.rows);
+    const int count = __builtin_popcountll(uint64_t(needs & ((int64_t(1) << TRAINABLE_SLOTS) - 1)));
+    if (count == 0) return;
+    all.reset(new T[size_t(count) * rows + 1]);
+    T* next = all.get();
     for (int slot = 0; slot < TRAINABLE_SLOTS; ++slot) {
       if (!(needs >> slot & 1)) continue;
-      by_row[slot].reset(new T[rows + 1]);
-      p.by_parameter[slot] = by_row[slot].get();
+      p.by_parameter[slot] = next;
+      next += rows;
       if (!call.arguments.is_table(slot)) continue;
       const bool of_t = call.arguments.is_table_of_t(slot);
       std::unique_ptr<int[]>& bin = of_t ? t_bin : tau_bin;
@@ -255,8 +260,9 @@ struct ByParameter {
     for (int i = count; i < count + 3; ++i) slots[i] = count > 0 ? slots[0] : 0;
     for (int first = 0; first < count; first += 4) {
       const int* const these = slots.data() + first;
-      const T *const a = by_row[these[0]].get(), *const b = by_row[these[1]].get(), *const c = by_row[these[2]].get(),
-                     *const d = by_row[these[3]].get();
+      const auto& by_row = call.p.by_parameter;
+      const T *const a = by_row[these[0]], *const b = by_row[these[1]], *const c = by_row[these[2]],
+                     *const d = by_row[these[3]];
       double total[4] = {};
       for (int64_t i = 0; i < call.p.rows; ++i) {
         total[0] += double(a[i]);
@@ -276,6 +282,7 @@ struct ByParameter {
     const size_t rows = size_t(p.rows);
     const std::array<double, TRAINABLE_SLOTS> shared = sums_of_shared();
     std::vector<Tensor> gradients;
+    gradients.reserve(size_t(__builtin_popcountll(uint64_t(needs))));
     for (int slot = 0; slot < TRAINABLE_SLOTS; ++slot) {
       if (!(needs >> slot & 1)) continue;
       const Tensor& tensor = *call.tensors[slot];
@@ -287,7 +294,7 @@ struct ByParameter {
         continue;
       }
       std::vector<double> total(size_t(count), 0.0);
-      const T* values = by_row[slot].get();
+      const T* values = p.by_parameter[slot];
       if (call.arguments.is_table(slot)) {
         const bool of_t = call.arguments.is_table_of_t(slot);
         const int bins = of_t ? p.t.bins : p.tau.bins;
