@@ -7,6 +7,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mlkernels
+from mlkernels import buffers
 
 F64 = torch.float64
 N, C = 6, 5

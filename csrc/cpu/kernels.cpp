@@ -216,7 +216,7 @@ bool stays_in_cache(const CpuProblem<T>& p) {
 }
 
 constexpr int64_t FIRST_CACHE = 1 << 15, SECOND_CACHE = 1 << 20;  // bytes
-constexpr int64_t SHARED_LINES = 1 << 23;                         // bytes of scratch, where rows share cache lines
+constexpr int64_t SHARED_LINES = 1 << 22;  // bytes of scratch, which every thread keeps, where rows share cache lines
 
 // As many rows as stay in a cache with what is made of them.
 int64_t tile_of(int64_t row_bytes, int64_t cache = FIRST_CACHE) {
@@ -303,7 +303,8 @@ void run_through_scratch(const CpuProblem<T>& p, int64_t begin, int64_t end) {
   // padding keeping them out of each other's way in the first cache.
   const bool shared = p.rows > 1 && std::abs(p.in.offset(1) - p.in.offset(0)) < p.in.class_stride;
   const int64_t pitch = padded + (shared ? W : 0);
-  const int64_t size = tile_of(padded * int64_t(sizeof(T)), shared ? SHARED_LINES : FIRST_CACHE);
+  const int64_t row_bytes = padded * int64_t(sizeof(T));
+  const int64_t size = shared ? std::min(tile_of(row_bytes, SHARED_LINES), end - begin) : tile_of(row_bytes);
   const bool streamed = p.streamed && size == 1 && p.grad && p.preparation.softcap <= 0 && p.out.class_stride == 1;
   // Logits and gradients; one half is being written while the other leaves.
   const bool capped = p.preparation.softcap > 0;
