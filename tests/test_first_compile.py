@@ -181,6 +181,9 @@ def main(backend, part, parts):
         child = os.fork()
         if child == 0:
             try:
+                # A fork's first to set it makes a new pool of threads. Were that autograd's own, several at once where
+                # torch has CUDA, one might find none: "Invalid thread pool!", pytorch#178535.
+                torch.set_num_threads(1)
                 first(make)
                 os._exit(0)
             except BaseException:
