@@ -216,41 +216,51 @@ void add_pairs(const Chunk<T>& chunk, const typename Chunk<T>::Tile& tile, const
         if (dx) chunk.pairs->add(dx + i * width, weight + j * chunk.all.stride, rest, width);
         if (dw) chunk.pairs->add(dw + j * width, chunk.halves + i * width, rest, width);
       }
+      const int64_t y = chunk.label[i] - chunk.offset - tile.start;
+      if (dw && y >= 0 && y < classes) chunk.pairs->add(dw + y * width, chunk.halves + i * width, out.target[i], width);
     }
   }
 }
 
-// What a tile's gradient contributes: to the part's own sum of dx, and to its classes.
+// to += the sum of some rows, 16 of them at a time and these sums by 16, as a short sum rounds less. scratch: two rows.
 template <class T>
-void add_tile(const Chunk<T>& chunk, const typename Chunk<T>::Tile& tile, const ChunkGradients<T>& out, T* dx,
-              bool begins, int64_t row, int64_t rows) {
-  const int64_t width = chunk.width, classes = tile.classes;
-  const T* const g = tile.block(row);
-  const bool adds = row > 0 || !out.first;
-  T* const dw = out.weight ? out.weight + tile.start * width : nullptr;
-  if (chunk.pairs) {
-    add_pairs(chunk, tile, out, dx, !begins, dw, adds, row, rows);
-  } else {
-    if (dx)
-      run<T>(Product<T>{dx + row * width, width, g, classes, 1, tile.weight, tile.weight_stride, rows, width, classes,
-                        !begins});
-    if (dw) run<T>(Product<T>{dw, width, g, 1, classes, chunk.x + row * width, width, classes, width, rows, adds});
+void add_columns(T* to, const T* from, int64_t rows, int64_t columns, T* scratch) {
+  T *const few = scratch, *const many = scratch + columns;
+  std::fill(many, many + columns, T(0));
+  for (int64_t row = 0; row < rows; row += 16) {
+    std::copy(from + row * columns, from + (row + 1) * columns, few);
+    for (int64_t i = row + 1; i < std::min(row + 16, rows); ++i)
+      kernels<T>().add(few, from + i * columns, T(1), columns);
+    kernels<T>().add(many, few, T(1), columns);
+    if (row % 256 != 240 && row + 16 < rows) continue;
+    kernels<T>().add(to, many, T(1), columns);
+    std::fill(many, many + columns, T(0));
   }
-  if (!out.bias) return;
-  T* const sums = out.bias + tile.start;
-  if (!adds) std::fill(sums, sums + classes, T(0));
-  for (int64_t i = 0; i < rows; ++i) kernels<T>().add(sums, g + i * classes, T(1), classes);
 }
 
-// What the targets among a tile's classes contribute to these.
+// What a tile's gradient contributes: to the part's own sum of dx, and to its classes, to these the targets' with the
+// others': apart both sums would be large where what they leave is small.
 template <class T>
-void add_targets(const Chunk<T>& chunk, const typename Chunk<T>::Tile& tile, const ChunkGradients<T>& out) {
-  for (int64_t i = 0; i < chunk.rows; ++i) {
-    const int64_t y = chunk.label[i] - chunk.offset;
-    if (y < tile.start || y >= tile.start + tile.classes) continue;
-    if (out.weight) chunk.add_features(out.weight + y * chunk.width, i, out.target[i]);
-    if (out.bias) out.bias[y] += out.target[i];
+void add_tile(const Chunk<T>& chunk, const typename Chunk<T>::Tile& tile, const ChunkGradients<T>& out, T* dx,
+              bool begins, int64_t row, int64_t rows, T* scratch) {
+  const int64_t width = chunk.width, classes = tile.classes;
+  T* const g = tile.block(row);
+  const bool adds = row > 0 || !out.first;
+  T* const dw = out.weight ? out.weight + tile.start * width : nullptr;
+  if (chunk.pairs)
+    add_pairs(chunk, tile, out, dx, !begins, dw, adds, row, rows);
+  else if (dx)
+    run<T>(Product<T>{dx + row * width, width, g, classes, 1, tile.weight, tile.weight_stride, rows, width, classes,
+                      !begins});
+  for (int64_t i = row; i < row + rows; ++i) {
+    const int64_t y = chunk.label[i] - chunk.offset - tile.start;
+    if (y >= 0 && y < classes) g[(i - row) * classes + y] = out.target[i];
   }
+  if (dw && !chunk.pairs)
+    run<T>(Product<T>{dw, width, g, 1, classes, chunk.x + row * width, width, classes, width, rows, adds});
+  if (!out.bias) return;
+  if (!adds) std::fill(out.bias + tile.start, out.bias + tile.start + classes, T(0));
+  add_columns(out.bias + tile.start, g, rows, classes, scratch);
 }
 
 }  // namespace
@@ -268,6 +278,7 @@ void gradients_of(const ChunkArguments<T>& of, const PieceGradient<T>& p, const 
     T* const dx = !out.x ? nullptr : part == 0 ? out.x : chunk.partial(part);
     const int64_t begin = chunk.first_tile(part), end = chunk.first_tile(part + 1);
     if (dx && begin == end) std::fill(dx, dx + chunk.rows * width, T(0));
+    std::vector<T> scratch(size_t(out.bias ? 2 * chunk.tile : 0));
     // Last first: what was kept last may be in the caches yet.
     for (int64_t index = end; index-- > begin;) {
       const typename Chunk<T>::Tile tile(chunk, part, index, !chunk.keeps, true);
@@ -275,9 +286,8 @@ void gradients_of(const ChunkArguments<T>& of, const PieceGradient<T>& p, const 
         if (!chunk.keeps) tile.multiply(row, rows);
         tile.describe(own, row);
         tile.differentiate(own, out.target, rows);
-        add_tile(chunk, tile, out, dx, index == end - 1, row, rows);
+        add_tile(chunk, tile, out, dx, index == end - 1, row, rows, scratch.data());
       });
-      add_targets(chunk, tile, out);
       if (out.weight && out.last && chunk.inverse)
         kernels<T>().along_length(out.weight + tile.start * width, tile.weight, chunk.inverse + tile.start,
                                   tile.classes, width);

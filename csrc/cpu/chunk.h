@@ -280,14 +280,6 @@ struct Chunk {
     }
   };
 
-  // to += factor x_row
-  void add_features(T* to, int64_t row, T factor) const {
-    if constexpr (std::is_same_v<T, float>) {
-      if (pairs) return pairs->add(to, halves + row * width, factor, width);
-    }
-    kernels<T>().add(to, x + row * width, factor, width);
-  }
-
   template <class Body>
   void each_part(Body body) const {
     torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include <tuple>
+#include <type_traits>
 
 #include "../rows.h"
 
@@ -67,6 +68,9 @@ struct Product {
   int64_t b_stride;  // between rows; 0: `panels` has made it
   int64_t rows, columns, inner;
   bool add;
+  // So much is summed up by itself before it joins the rest, as a short sum rounds less: as exact as torch's products.
+  // Results of products of bfloat16 are rounded to that in the end.
+  static constexpr int64_t DEPTH = std::is_same_v<T, E> ? 64 : INT64_MAX;
 };
 
 template <class T>

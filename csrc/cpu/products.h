@@ -40,28 +40,38 @@ constexpr int PANEL = VECTORS * WIDTH<T>;
 // n: columns of the last of N vectors.
 template <int M, int N, bool PART, class T, class E>
 void block(const Product<T, E>& p, const E* a, const E* b, int64_t stride, T* out, int n) {
-  Vec<T> sums[M][N]{};
-  for (int64_t k = 0; k < p.inner; ++k, a += p.a_inner, b += stride) {
-    decltype(load(b)) columns[N];
-    for (int j = 0; j < N; ++j)
-      columns[j] = PART && j == N - 1 ? load_first(b + j * WIDTH<T>, n, E{}) : load(b + j * WIDTH<T>);
-    for (int i = 0; i < M; ++i) {
-      const auto row = splat(a[i * p.a_row]);
-      for (int j = 0; j < N; ++j) sums[i][j] = multiply_add(row, columns[j], sums[i][j]);
-    }
-  }
+  Vec<T> sums[M][N], earlier[M][N];
   // Else the sums of a part would live in memory, where an index can find them.
+  const auto each = [](auto body) {
 #pragma GCC unroll 8
-  for (int i = 0; i < M; ++i) {
+    for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 8
-    for (int j = 0; j < N; ++j) {
-      T* const to = out + i * p.out_stride + j * WIDTH<T>;
-      if (PART && j == N - 1)
-        store_first(to, n, p.add ? load_first(to, n, T(0)) + sums[i][j] : sums[i][j]);
-      else
-        store(to, p.add ? load(to) + sums[i][j] : sums[i][j]);
+      for (int j = 0; j < N; ++j) body(i, j);
     }
+  };
+  for (int64_t k = 0; k == 0 || k < p.inner;) {
+    if (k > 0) each([&](int i, int j) { earlier[i][j] = k > p.DEPTH ? earlier[i][j] + sums[i][j] : sums[i][j]; });
+    each([&](int i, int j) { sums[i][j] = Vec<T>{}; });
+    const int64_t end = p.inner - k > p.DEPTH ? k + p.DEPTH : p.inner;
+    for (; k < end; ++k, a += p.a_inner, b += stride) {
+      decltype(load(b)) columns[N];
+      for (int j = 0; j < N; ++j)
+        columns[j] = PART && j == N - 1 ? load_first(b + j * WIDTH<T>, n, E{}) : load(b + j * WIDTH<T>);
+      for (int i = 0; i < M; ++i) {
+        const auto row = splat(a[i * p.a_row]);
+        for (int j = 0; j < N; ++j) sums[i][j] = multiply_add(row, columns[j], sums[i][j]);
+      }
+    }
+    if (p.inner == 0) break;
   }
+  if (p.inner > p.DEPTH) each([&](int i, int j) { sums[i][j] += earlier[i][j]; });
+  each([&](int i, int j) {
+    T* const to = out + i * p.out_stride + j * WIDTH<T>;
+    if (PART && j == N - 1)
+      store_first(to, n, p.add ? load_first(to, n, T(0)) + sums[i][j] : sums[i][j]);
+    else
+      store(to, p.add ? load(to) + sums[i][j] : sums[i][j]);
+  });
 }
 
 template <int N, bool PART, class T, class E>
