@@ -29,7 +29,7 @@ from .loss_module import Loss
 from .numbering import TransformKind
 from .positional import positional_arguments
 from .spec import BackendName, Number, ReductionName, spec
-from .tracing import traced
+from .tracing import is_jit_tracing, traced
 
 _GIVEN = spec(TransformKind.GIVEN)
 
@@ -149,7 +149,9 @@ def lgm_loss(
 
 def _all_kept(input: Tensor, label: Tensor, classes: int, ignore_index: int) -> bool:
     """Whether every label is seen to be a class and none is ignored: no row is masked then."""
-    if not input.is_cpu or traced(input, label) or label.numel() == 0 or 0 <= ignore_index < classes:
+    if not input.is_cpu or traced(input, label) or is_jit_tracing():
+        return False
+    if label.numel() == 0 or 0 <= ignore_index < classes:
         return False
     low, high = label.aminmax()
     return int(low) >= 0 and int(high) < classes

@@ -615,6 +615,8 @@ def compiled(one: Launch) -> dict[str, Any]:
     if "input" in given and row["wide_loads"] and not given["MODES"] and all(given[name] is None for name in others):
         # Labels and sums are wide too; but where little else is read there are fewer narrow loads than logits.
         row["narrow_limit"] = row["wide_loads"] * 16
+        if given["divisors"] is not None and given["losses"] is not None:  # the last program reads the others' losses
+            row["narrow_limit"] += 4 * sums.GROUP.value // (TARGETS[one.target].warp_size * one.options["num_warps"])
     once = one.plain and given["ON_CHIP"] and not given["CONDITIONAL"]
     if once and not given["ACROSS"] and given["classes"] >= 256 and given["UNIT"] >= 8:
         threads = TARGETS[one.target].warp_size * one.options["num_warps"]

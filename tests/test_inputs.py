@@ -403,7 +403,7 @@ def test_what_is_remembered_of_a_call_is_checked_all_the_same(backend, monkeypat
         x, y, gamma=1.0, reduction="sum", backend=backend
     )  # without the weight of the call before
     assert float(weighted) == pytest.approx(3.5 * float(again))
-    monkeypatch.setattr(door, "_MOST_CALLS", 20)
+    monkeypatch.setattr(door, "MOST_CALLS", 20)
     door._calls.clear()
     for step in range(30):  # a schedule: no number comes twice, and nothing grows without end
         mlkernels.focal_loss(x, y, gamma=1.0 + step, backend=backend)
