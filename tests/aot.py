@@ -623,6 +623,8 @@ def compiled(one: Launch) -> dict[str, Any]:
         row["elements"] = given["ROWS"] * given["classes"] / threads  # of a thread
         if given["divisors"] is None and given["normalizer"] is None and given["REDUCTION"] == Reduction.MEAN:
             row["labels"] = sums.FEW.value // threads  # that it counts
+        if given["divisors"] is not None and given["losses"] is not None:
+            row["added"] = sums.GROUP.value // threads  # losses, by the last program; `executed` takes each for it
     if "input" in given and one.pairs:
         # Beside the logits it is the label's own logit that is read alone, one per row.
         threads = TARGETS[one.target].warp_size * one.options["num_warps"]
