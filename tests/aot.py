@@ -478,20 +478,22 @@ def of_case(name: str, case: Case | HeadCase) -> list[Launch]:
 
 
 def executed(sass: str) -> int:
-    """The fewest instructions from a kernel's entry to its end: what a loss without branches of its own takes."""
+    """The fewest instructions from a kernel's entry to its end: what a loss without branches of its own takes. A
+    program that has counted itself and is not the last ends there."""
     code = [
         (int(address, 16), bool(guard), text)
         for address, guard, text in re.findall(r"(?m)^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+)?\s*([A-Z].*?);", sass)
     ]
     index = {address: i for i, (address, _, _) in enumerate(code)}
-    reached, wave, count, ends = {0}, [0], 0, 0
+    reached, wave, count, ends, counted = {0}, [0], 0, 0, False
     while wave:
         count += 1
         following = set()
         for i in wave:
             _, guarded, text = code[i]
+            counted |= text.startswith("ATOM")
             if text.startswith("EXIT"):
-                if not guarded:
+                if not guarded or counted:
                     return count
                 ends = count  # where nothing else ends it, the last of these does
             if text.startswith("BRA"):
@@ -581,9 +583,9 @@ def measured(target: GPUTarget, assembly: dict[str, Any]) -> dict[str, int]:
         "fused": fused(assembly["ptx"]),
         "in_flight": in_flight(code),
         "halves": len(re.findall(r"\bLDG\.E\S*\.U16\b", code)),
-        # Bytes; 32 bits are what has no suffix.
+        # Bytes; 32 bits are what has no suffix, and STRONG what the last program alone reads, of the others.
         "narrow": 2 * len(re.findall(r"\bLDG\.E\S*\.U16\b", code))
-        + 4 * len(re.findall(r"\bLDG\.E(?!\S*\.(?:[US]?8|[US]?16|64|128|256)\b)", code)),
+        + 4 * len(re.findall(r"\bLDG\.E(?!\S*\.(?:[US]?8|[US]?16|64|128|256|STRONG)\b)", code)),
     }
 
 
@@ -615,16 +617,12 @@ def compiled(one: Launch) -> dict[str, Any]:
     if "input" in given and row["wide_loads"] and not given["MODES"] and all(given[name] is None for name in others):
         # Labels and sums are wide too; but where little else is read there are fewer narrow loads than logits.
         row["narrow_limit"] = row["wide_loads"] * 16
-        if given["divisors"] is not None and given["losses"] is not None:  # the last program reads the others' losses
-            row["narrow_limit"] += 4 * sums.GROUP.value // (TARGETS[one.target].warp_size * one.options["num_warps"])
     once = one.plain and given["ON_CHIP"] and not given["CONDITIONAL"]
     if once and not given["ACROSS"] and given["classes"] >= 256 and given["UNIT"] >= 8:
         threads = TARGETS[one.target].warp_size * one.options["num_warps"]
         row["elements"] = given["ROWS"] * given["classes"] / threads  # of a thread
         if given["divisors"] is None and given["normalizer"] is None and given["REDUCTION"] == Reduction.MEAN:
             row["labels"] = sums.FEW.value // threads  # that it counts
-        if given["divisors"] is not None and given["losses"] is not None:
-            row["added"] = sums.GROUP.value // threads  # losses, by the last program; `executed` takes each for it
     if "input" in given and one.pairs:
         # Beside the logits it is the label's own logit that is read alone, one per row.
         threads = TARGETS[one.target].warp_size * one.options["num_warps"]

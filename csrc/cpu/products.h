@@ -49,7 +49,8 @@ void block(const Product<T, E>& p, const E* a, const E* b, int64_t stride, T* ou
       for (int j = 0; j < N; ++j) body(i, j);
     }
   };
-  for (int64_t k = 0; k == 0 || k < p.inner;) {
+  int64_t k = 0;
+  do {
     if (k > 0) each([&](int i, int j) { earlier[i][j] = k > p.DEPTH ? earlier[i][j] + sums[i][j] : sums[i][j]; });
     each([&](int i, int j) { sums[i][j] = Vec<T>{}; });
     const int64_t end = p.inner - k > p.DEPTH ? k + p.DEPTH : p.inner;
@@ -62,8 +63,7 @@ void block(const Product<T, E>& p, const E* a, const E* b, int64_t stride, T* ou
         for (int j = 0; j < N; ++j) sums[i][j] = multiply_add(row, columns[j], sums[i][j]);
       }
     }
-    if (p.inner == 0) break;
-  }
+  } while (k < p.inner);
   if (p.inner > p.DEPTH) each([&](int i, int j) { sums[i][j] += earlier[i][j]; });
   each([&](int i, int j) {
     T* const to = out + i * p.out_stride + j * WIDTH<T>;

@@ -280,7 +280,10 @@ class Foreign(NamedTuple):
 
     def rebuild(self) -> Any:
         """What it was at save(), the live tensors among it being restored; the receiver may keep it."""
-        kept = lambda _, value: value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)  # noqa: E731
+
+        def kept(_: str, value: Any) -> Any:
+            return value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+
         return _map(kept, "", self.tree)
 
 
