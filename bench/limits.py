@@ -29,7 +29,7 @@ from torch import Tensor
 import mlkernels
 from mlkernels import Affine, Margin, Modulated, Truncated, TwoScale
 
-from . import small_heads
+from . import small_linear
 from .cases import Problem, make_inputs
 from .measure import BURST, Step, announce, cpu_clock, in_fresh_process, take_turns, training_step
 from .report import Outcome, describe, markdown, write_json
@@ -149,7 +149,7 @@ def small(seconds: float) -> Found:
 
 def heads(seconds: float) -> Found:
     """Small heads, ours and the chain written out by turns."""
-    return {"×".join(map(str, shape)): _best(small_heads.steps(shape), seconds) for shape in small_heads.SHAPES}
+    return {"×".join(map(str, shape)): _best(small_linear.steps(shape), seconds) for shape in small_linear.SHAPES}
 
 
 def large(seconds: float) -> Found:

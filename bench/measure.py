@@ -30,7 +30,7 @@ from torch import Tensor
 import mlkernels
 from mlkernels.ops import multi_copy_
 
-from . import heads, peers
+from . import linear, peers
 from .cases import FIRST, Inputs, Problem, input_sets, make_inputs
 
 Step = Callable[[], object]
@@ -326,9 +326,9 @@ def comparison_of(problem: Problem, plan: Plan) -> Comparison:
     """A loss's, or a head's."""
     device = plan.device
     if problem.features:
-        names = [name for name in plan.names if name in heads.LOSSES]
-        reference = {name: heads.whole(name, device)["reference"] for name in names}
-        return Comparison(heads.candidates(device, names, plan.peers), reference, dict.fromkeys(names, False))
+        names = [name for name in plan.names if name in linear.LOSSES]
+        reference = {name: linear.whole(name, device)["reference"] for name in names}
+        return Comparison(linear.candidates(device, names, plan.peers), reference, dict.fromkeys(names, False))
     cosines = {name: loss.cosines for name, loss in peers.losses(device).items()}
     everybody = peers.candidates(problem, device, plan.backends, plan.names, plan.peers)
     return Comparison(everybody, dict(peers.ours(device, "reference")), cosines)
@@ -354,7 +354,7 @@ def _steps(candidate: peers.Candidate, problem: Problem, sets: list[Inputs], pla
 def _floors(problem: Problem, inputs: Inputs) -> dict[Key, Step]:
     """A head's three products; of logits on a CPU, their copy into fresh memory, which a gradient is."""
     if problem.features:
-        return {Key(problem, "-", "step", "products"): functools.partial(heads.products, inputs)}
+        return {Key(problem, "-", "step", "products"): functools.partial(linear.products, inputs)}
     (logits,) = inputs.leaves
     return {} if logits.is_cuda else {Key(problem, "-", "step", "clone"): logits.detach().clone}
 

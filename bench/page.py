@@ -7,7 +7,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from . import heads
+from . import linear
 from .cases import Problem
 from .charts import time_text
 from .measure import Key
@@ -59,7 +59,7 @@ def _cells(results: Report, key: Key, peers: list[str]) -> dict[str, str]:
     dtype = "" if problem.dtype == "float32" else f" {problem.dtype}"
     cells = {
         "logits": "×".join(map(str, problem.sizes)) + dtype,
-        "loss": f"`{key.loss}`" + (f", {key.by}" if key.by in heads.STRATEGIES else ""),
+        "loss": f"`{key.loss}`" + (f", {key.by}" if key.by in linear.STRATEGIES else ""),
         "ours": time_text(statistics.median(times)),
         "best … worst": f"{time_text(min(times))} … {time_text(max(times))}",
         "copy": time_text(results.copy(problem)),
@@ -118,7 +118,7 @@ def section(results: Report) -> list[str]:
         problems = [one for one in results.problems() if bool(one.features) == of_heads]
         problems.sort(key=lambda one: (one.dtype != "float32", one.classes, one.rows))
         if problems:
-            lines += [*table(results, problems, list(heads.STRATEGIES) if of_heads else header["backends"]), ""]
+            lines += [*table(results, problems, list(linear.STRATEGIES) if of_heads else header["backends"]), ""]
     targets = header.get("targets") or []
     missed = [one for one in targets if not one["reached"]]
     if targets:

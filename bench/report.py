@@ -22,7 +22,7 @@ import torch
 import mlkernels
 from mlkernels.backends import native
 
-from . import heads
+from . import linear
 from .cases import MODES, Problem, floor_bytes
 from .measure import Key, Run, Timing
 from .options import ON_GPU
@@ -30,7 +30,7 @@ from .peers import HEADLINE
 from .peers import PEERS as LOSS_PEERS
 
 OF_COPY = ": of copy"
-PEERS = [*dict.fromkeys([*LOSS_PEERS, *heads.PEERS])]
+PEERS = [*dict.fromkeys([*LOSS_PEERS, *linear.PEERS])]
 FOLDER = Path(__file__).parent / "results"  # what the page, its pictures and compare read
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mlkernels.ops import multi_copy_
 
-from . import smoke_heads
+from . import smoke_linear
 from .ahead import SECONDS, compile_ahead, specialised
 from .cases import LOSSES, MODES, Problem, make_inputs
 from .measure import first_line
@@ -157,9 +157,9 @@ def smoke(
         for problem, name in itertools.product(problems, names):
             account.losses(problem, name, backends, modes)
         for name, by in itertools.product(heads, backends):
-            if by in smoke_heads.SERVED:
-                what = f"{by} head {name} ({smoke_heads.ROWS}x{smoke_heads.WIDTH}x{smoke_heads.CLASSES})"
-                check = functools.partial(smoke_heads.check, by, name, device)
+            if by in smoke_linear.SERVED:
+                what = f"{by} head {name} ({smoke_linear.ROWS}x{smoke_linear.WIDTH}x{smoke_linear.CLASSES})"
+                check = functools.partial(smoke_linear.check, by, name, device)
                 account.attempt(what, f"--backends {by} --heads {name}", check)
         if problems:
             account.attempt("multi_copy_", None, functools.partial(copies, device))
@@ -172,7 +172,7 @@ def main(given: list[str] | None = None) -> int:
     """Runs and says; the exit status."""
     parser = parser_of("bench.smoke", "Every loss on tiny problems against float64.", MODES)
     parser.add_argument("--problems", type=names_of(list(TINY)), help=",".join(TINY))
-    heads = list(smoke_heads.STEPS)
+    heads = list(smoke_linear.STEPS)
     parser.add_argument("--heads", type=names_of(heads), help=f"these alone, of loss-strategy-dtype: {heads[0]}...")
     options = parser.parse_args(given)
     # Whoever asks for some steps has no others.
@@ -192,7 +192,7 @@ def main(given: list[str] | None = None) -> int:
     names, modes = options.losses or LOSSES, options.modes or MODES
     if "triton" in backends and is_gpu(device):
         work = specialised([TINY[name] for name in options.problems], names, device.type, modes)
-        work += [functools.partial(smoke_heads.check, "triton", name, device) for name in options.heads]
+        work += [functools.partial(smoke_linear.check, "triton", name, device) for name in options.heads]
         compile_ahead(work, SECONDS, print)
     if options.compile:
         return 0

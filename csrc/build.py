@@ -230,7 +230,7 @@ def make_cpu() -> Path:
     ]
     units.append(compiled(here / "buffers.o", CSRC / "cpu" / "buffers.cpp", command))
     library = compiling_library(torch, compiler)
-    names = ("library_cpu", "library_heads", "library_pieces")
+    names = ("library_cpu", "library_linear", "library_pieces")
     units += [compiled(here / f"{name}.o", CSRC / f"{name}.cpp", library) for name in names]
     options = [f"-L{torch / 'lib'}", "-ltorch_cpu"]
     if sys.platform == "linux":

@@ -4,7 +4,7 @@
 
 #include "cpu/call.h"
 #include "cpu/direct.h"
-#include "cpu/heads.h"
+#include "cpu/linear.h"
 #include "operators.h"
 
 namespace mlkernels {

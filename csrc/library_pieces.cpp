@@ -4,7 +4,7 @@
 #include <tuple>
 
 #include "cpu/chunk.h"
-#include "cpu/heads.h"
+#include "cpu/linear.h"
 
 namespace mlkernels {
 namespace {

@@ -21,16 +21,16 @@ from bench import (
     ahead,
     cases,
     charts,
-    heads,
     limits,
+    linear,
     measure,
     options,
     peers,
     report,
     schedule,
-    small_heads,
+    small_linear,
     smoke,
-    smoke_heads,
+    smoke_linear,
     tune,
 )
 from bench.__main__ import BUDGET, main, plan_of
@@ -310,9 +310,9 @@ def test_heads(dtype, monkeypatch):
     run, _ = measured(plan(backends=["cpu"], names=LOSSES, problems=[problem], peers=["eager", "chunked64"]))
     assert run.failures == [] and all(apart < peers.TOLERANCE[dtype] for apart in run.apart.values())
     asked = {(key.loss, key.by) for key in run.timings}
-    ours = {(loss, by) for loss in heads.LOSSES for by in heads.STRATEGIES}
+    ours = {(loss, by) for loss in linear.LOSSES for by in linear.STRATEGIES}
     others = {("cross_entropy", "eager"), ("arcface", "eager")}
-    if heads.chunked(64) is not None:  # torch 2.11 has no such function
+    if linear.chunked(64) is not None:  # torch 2.11 has no such function
         others.add(("cross_entropy", "chunked64"))
     assert asked == ours | others | {("-", "products")}
     assert (
@@ -630,7 +630,7 @@ def test_smoke_of_heads(monkeypatch, capsys):
     if mlkernels.available_backends()["cpu"] is not None:
         pytest.skip("no cpu")
     said = []
-    assert smoke.smoke(CPU, ["cpu", "cuda"], [], [], [], said.append, list(smoke_heads.STEPS)) == (27, 0)
+    assert smoke.smoke(CPU, ["cpu", "cuda"], [], [], [], said.append, list(smoke_linear.STEPS)) == (27, 0)
     assert said == []
     right = mlkernels.linear_softmax_loss
     monkeypatch.setattr(mlkernels, "linear_softmax_loss", lambda x, *rest, **options: right(x * 1.01, *rest, **options))
@@ -649,9 +649,9 @@ def test_smoke_of_heads_on_triton(monkeypatch):
     if mlkernels.available_backends()["triton"] is not None:
         pytest.skip("no Triton")
     for name, value in (("ROWS", 16), ("WIDTH", 8), ("CLASSES", 61), ("MEMORY", 3000)):
-        monkeypatch.setattr(smoke_heads, name, value)
+        monkeypatch.setattr(smoke_linear, name, value)
     for name in ("two_scale-tiles-float16", "arcface-stored-bfloat16"):
-        assert smoke_heads.check("triton", name, CPU) is None
+        assert smoke_linear.check("triton", name, CPU) is None
 
 
 def test_smoke_says_what_is_wrong_and_how_to_go_on(monkeypatch):
@@ -1209,14 +1209,14 @@ def test_limits_take_every_loss_in_every_form(monkeypatch):
 
 
 def test_small_heads_agree_with_what_is_written_out(monkeypatch):
-    monkeypatch.setattr(small_heads, "SHAPES", ((8, 4, 5),))
+    monkeypatch.setattr(small_linear, "SHAPES", ((8, 4, 5),))
     found = limits.heads(0.0)["8×4×5"]
     ours = [name for name in found if not name.endswith(": eager")]
     assert set(found) == {name + by for name in ours for by in ("", ": eager")}
     assert len(ours) == 17 and {'focal, "none", bias', "log-probability and entropy"} < set(ours)
-    monkeypatch.setitem(small_heads.KINDS, "focal", small_heads.KINDS["focal"]._replace(eager=F.cross_entropy))
+    monkeypatch.setitem(small_linear.KINDS, "focal", small_linear.KINDS["focal"]._replace(eager=F.cross_entropy))
     with pytest.raises(AssertionError, match="focal"):
-        small_heads.steps((8, 4, 5))
+        small_linear.steps((8, 4, 5))
     part = {"part": "heads", "others_busy": 0.0, "found": {"8×4×5": {"a": 3.0, "a: eager": 2.0}}}
     (verdict,) = limits.verdicts([part])
     assert verdict.missed == 1 and verdict.outcome.value == 1.5 and "| a | 1.50 |" in limits.text([part])

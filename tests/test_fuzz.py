@@ -8,7 +8,7 @@ import pytest
 import table
 import torch
 
-from tools import fuzz, fuzz_heads
+from tools import fuzz, fuzz_linear
 
 FEW = {"cpu": (40, 1200), "triton": (6, 24)}
 
@@ -63,20 +63,20 @@ def test_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     """No call fails, and one does whose features' gradient is wrong by a thousandth in one place."""
     threads = torch.get_num_threads()
     try:
-        cases = [fuzz_heads.drawn(seed) for seed in range(25)]
+        cases = [fuzz_linear.drawn(seed) for seed in range(25)]
         for case in cases:
-            assert fuzz_heads.wrong(case) is None, case
-        called = fuzz_heads.called
+            assert fuzz_linear.wrong(case) is None, case
+        called = fuzz_linear.called
 
-        def faulty(case: fuzz_heads.Case) -> tuple[list[fuzz_heads.Check], int]:
+        def faulty(case: fuzz_linear.Case) -> tuple[list[fuzz_linear.Check], int]:
             checks, rows = called(case)
             at = next(check for check in checks if check.name == "x")
             at.got.flatten()[at.right.abs().argmax()] *= 1.001
             return checks, rows
 
-        monkeypatch.setattr(fuzz_heads, "called", faulty)
+        monkeypatch.setattr(fuzz_linear, "called", faulty)
         seen = [case for case in cases if case.frozen != "x" and case.dtype == torch.float64]
-        found = [fuzz_heads.wrong(case) for case in seen]
+        found = [fuzz_linear.wrong(case) for case in seen]
         assert sum(word is not None and word.startswith("x: 1 of") for word in found) > 0.8 * len(seen) > 2, found
     finally:
         torch.set_num_threads(threads)

@@ -15,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mlkernels
-from bench import head_errors
+from bench import linear_errors
 from mlkernels import linear_cross_entropy, linear_softmax_loss
 from mlkernels.checks import accumulated
 from mlkernels.linear.plan import DevicePlanner, Plan, Planner, ThreadsPlanner
@@ -278,14 +278,14 @@ def test_no_worse_than_the_unfused_chain_in_float32(strategy, confident):
 
 
 @pytest.mark.parametrize("strategy", ["stored", "tiles"])
-@pytest.mark.parametrize("kind", head_errors.KINDS)
+@pytest.mark.parametrize("kind", linear_errors.KINDS)
 def test_sums_that_cancel_are_those_of_the_chain_in_float32(kind, strategy):
     """A class has what its labels contribute and what all rows do: with these summed up apart dW was 5.7 times as far
     off where features are alike, 3.3 times where rows are the same."""
-    of = head_errors.problem(kind)
+    of = linear_errors.problem(kind)
     of = of._replace(x=of.x.float(), weight=of.weight.float())
-    found = head_errors.errors(functools.partial(linear_cross_entropy, strategy=strategy), of)
-    limit = head_errors.errors(head_errors.chain, of)
+    found = linear_errors.errors(functools.partial(linear_cross_entropy, strategy=strategy), of)
+    limit = linear_errors.errors(linear_errors.chain, of)
     assert found.loss < 2e-7
     assert not found.x > 1.1 * limit.x and found.weight <= 1.1 * limit.weight  # a fresh one's dX is 0
 

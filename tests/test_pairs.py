@@ -12,7 +12,7 @@ import torch
 from table import plain_numbers
 from torch import Tensor
 
-from bench import head_errors
+from bench import linear_errors
 from mlkernels import linear_cross_entropy, linear_softmax_loss
 from mlkernels.backends import native
 from mlkernels.linear.plan import Plan, ThreadsPlanner, workspace
@@ -173,13 +173,13 @@ def test_hardly_worse_than_float32_rounded_once(width, spread):
 
 
 @pytest.mark.parametrize("strategy", ["stored", "tiles"])
-@pytest.mark.parametrize("kind", head_errors.KINDS)
+@pytest.mark.parametrize("kind", linear_errors.KINDS)
 def test_hardly_worse_than_the_chain_in_float32(kind, strategy):
     """With numbers to the nearest dW would be off 2.3 times as much in the last; without the products of what is lost
     with the means dX 11 times where classes are alike."""
-    of = head_errors.problem(kind)
-    found = head_errors.errors(functools.partial(linear_cross_entropy, strategy=strategy), of)
-    limit = head_errors.errors(lambda x, weight, y: head_errors.chain(x.float(), weight.float(), y), of)
+    of = linear_errors.problem(kind)
+    found = linear_errors.errors(functools.partial(linear_cross_entropy, strategy=strategy), of)
+    limit = linear_errors.errors(lambda x, weight, y: linear_errors.chain(x.float(), weight.float(), y), of)
     assert found.loss < 1e-6
     assert not found.x > 1.02 * limit.x and found.weight <= 1.02 * limit.weight  # a fresh one's dX is 0
 

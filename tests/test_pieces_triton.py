@@ -15,7 +15,7 @@ from test_no_sync import Forbid
 from test_pieces import CLASSES, OPTIONS, by_kernels, check_pieces, whole_rows
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import head_errors
+from bench import linear_errors
 from mlkernels import CrossEntropyLoss, LinearLoss, TileSGD, linear_softmax_loss, tracing
 from mlkernels.linear.pieces import TRITON
 
@@ -94,17 +94,17 @@ def test_what_rounding_loses_does_not_add_up(kind, gradient, monkeypatch):
     monkeypatch.setattr("mlkernels.backends.triton.tiles.piece", lambda *_: Tile(4, 256, 16, 1, 1, False))
     cut = {"strategy": "tiles", "memory": 256 * 6 * 60}  # a tile's place among the classes counts
     loss = functools.partial(linear_softmax_loss, backend="triton", **cut)
-    assert getattr(head_errors.errors(loss, head_errors.problem(kind, rows=256)), gradient) < 1.8e-3
+    assert getattr(linear_errors.errors(loss, linear_errors.problem(kind, rows=256)), gradient) < 1.8e-3
 
 
 def test_nor_where_the_weight_steps(monkeypatch):
     """What classes had in common before the first of them stepped, which leaves little of that."""
     monkeypatch.setattr("mlkernels.backends.triton.tiles.piece", lambda *_: Tile(4, 256, 16, 1, 1, False))
-    of = head_errors.problem("classes alike but for 1 %", rows=256)
+    of = linear_errors.problem("classes alike but for 1 %", rows=256)
     leaves = [of.x.double().requires_grad_(), of.weight.double().requires_grad_()]
-    wanted = torch.autograd.grad(head_errors.chain(*leaves, of.label), leaves)[0]
+    wanted = torch.autograd.grad(linear_errors.chain(*leaves, of.label), leaves)[0]
     head = LinearLoss(
-        CrossEntropyLoss(backend="triton"), head_errors.WIDTH, head_errors.CLASSES,
+        CrossEntropyLoss(backend="triton"), linear_errors.WIDTH, linear_errors.CLASSES,
         weight=torch.nn.Parameter(of.weight), tile_update=TileSGD(1.0, weight_decay=1.0),
         memory=256 * 6 * 60 + 60 * 64 * 8,
     )  # fmt: skip

@@ -14,7 +14,7 @@ from collections import defaultdict
 import pytest
 
 from tools import vgpu
-from tools.vgpu import cases, count, faults, heads, worker
+from tools.vgpu import cases, count, faults, linear, worker
 from tools.vgpu.cases import Case
 
 FULL = os.environ.get("MLKERNELS_FULL") == "1"
@@ -101,7 +101,7 @@ def test_triton(run, target, case):
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize("dtype, everything", [("bfloat16", False), ("float32", True)])
 def test_heads(process, dtype, everything):
-    process("triton", "sm_90", heads.check, "sm_90", dtype, everything)
+    process("triton", "sm_90", linear.check, "sm_90", dtype, everything)
 
 
 @pytest.mark.parametrize("target,case", CUDA, ids=str)

@@ -5,7 +5,7 @@
 #include <type_traits>
 
 #include "call.h"
-#include "heads.h"
+#include "linear.h"
 
 extern "C" int mlkernels_cpu_isa();
 

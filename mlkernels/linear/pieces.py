@@ -173,18 +173,18 @@ class TritonPieces:
         return torch.bfloat16 if {*dtypes} == {torch.bfloat16} else None
 
     def begin(self, u_y: Tensor, values: Values, want: Want) -> Rows:
-        from ..backends.triton import heads
+        from ..backends.triton import linear
 
-        return heads.begin(u_y.shape[0], values, u_y.device, want.second)
+        return linear.begin(u_y.shape[0], values, u_y.device, want.second)
 
     def statistics(self, tile: Tile, u_y: Tensor, values: Values, known: Rows, scales: Tensor, want: Want) -> Rows:
-        from ..backends.triton import heads
+        from ..backends.triton import linear
 
-        assert isinstance(known, heads.KnownRows)
-        heads.STATISTICS(
+        assert isinstance(known, linear.KnownRows)
+        linear.STATISTICS(
             tile.f, values.target, u_y, scales, *(tile.factors or (None, None)), known.reals, known.wholes,
             values.numbers, self.vectors(values), values.classes, want.shift, want.second, want.ranks,
-            math.gcd(heads.ALIGNMENT, tile.start), tile.start,
+            math.gcd(linear.ALIGNMENT, tile.start), tile.start,
         )  # fmt: skip
         return known
 
@@ -196,26 +196,26 @@ class TritonPieces:
     def finish(
         self, known: Rows, u_y: Tensor, values: Values, upstream: Finished | None, slots: Sequence[int], want: Want
     ) -> tuple[Finished, Coefficients | None, dict[int, Tensor]]:
-        from ..backends.triton import heads
+        from ..backends.triton import linear
 
-        return heads.row_finish(known, u_y, values, upstream, slots, want.shift)
+        return linear.row_finish(known, u_y, values, upstream, slots, want.shift)
 
     def gradient(self, tile: Tile, row: Coefficients, values: Values, seen: bool, out: Tensor | None) -> Tensor:
-        from ..backends.triton import heads
+        from ..backends.triton import linear
 
-        assert isinstance(row, heads.RowCoefficients)
-        heads.GRADIENT(
+        assert isinstance(row, linear.RowCoefficients)
+        linear.GRADIENT(
             tile.f, out, values.target, row.packed, *(tile.factors or (None, None)), values.numbers,
-            self.vectors(values), values.classes, row.slope is not None, math.gcd(heads.ALIGNMENT, tile.start),
+            self.vectors(values), values.classes, row.slope is not None, math.gcd(linear.ALIGNMENT, tile.start),
             tile.start,
         )  # fmt: skip
         return tile.f if out is None else out
 
     def add_lost(self, sum: Tensor | None, part: slice, row: Coefficients, common: Tensor | None) -> None:
-        from ..backends.triton import heads
+        from ..backends.triton import linear
 
         if sum is not None and common is not None:
-            assert isinstance(row, heads.RowCoefficients)
+            assert isinstance(row, linear.RowCoefficients)
             sum[part].addr_(row.lost, common)
 
 

@@ -69,7 +69,7 @@ struct HeadArguments {
   const std::vector<Tensor>& params;
 };
 
-// Of library_heads.cpp; see mlkernels/schemas.py.
+// Of library_linear.cpp; see mlkernels/schemas.py.
 std::tuple<Tensor, std::vector<Tensor>> linear_loss_with_gradients(const HeadArguments& of, int64_t needs);
 std::tuple<Tensor, Tensor, std::vector<Tensor>> linear_rows(const HeadArguments& of, bool stats);
 std::vector<Tensor> linear_rows_backward(const HeadArguments& of, const Tensor& saved,

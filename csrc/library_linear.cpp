@@ -5,7 +5,7 @@
 #include <tuple>
 
 #include "cpu/call.h"
-#include "cpu/heads.h"
+#include "cpu/linear.h"
 #include "cpu/row_finish.h"
 
 namespace mlkernels {

@@ -1,6 +1,6 @@
-"""Random calls of heads on the CPU against whole logits in float64: ``python -m tools.fuzz_heads --minutes 10``.
+"""Random calls of heads on the CPU against whole logits in float64: ``python -m tools.fuzz_linear --minutes 10``.
 
-    python -m tools.fuzz_heads --case 1234          # one call again
+    python -m tools.fuzz_linear --case 1234          # one call again
 
 A call is a seed: sizes, dtype, loss and the form of its parameters, options, bias or cosines, strategy, memory, threads
 and labels. Features and weight are small multiples of 1/8, whose products every format holds: the logits of both sides
@@ -199,7 +199,7 @@ def wrong(case: Case) -> str | None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="fuzz_heads", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="fuzz_linear", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--calls", type=float, default=float("inf"))
     parser.add_argument("--minutes", type=float, default=10.0)

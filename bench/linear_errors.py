@@ -1,9 +1,9 @@
-"""``python -m bench.head_errors [backend [rows]]``: relative errors of heads in bfloat16 (docs/heads.md).
+"""``python -m bench.linear_errors [backend [rows]]``: relative errors of heads in bfloat16 (docs/heads.md).
 
 Beside them those of the chain on logits in float32, of the same features and weight, and of the chain in bfloat16. The
 truth is the chain in float64. All gradients are rounded to bfloat16 in the end, which by itself is 1.7e-3. No error of
 dX is shown where dX is 0. Triton's kernels, interpreted, take minutes: ``TRITON_INTERPRET=1 python -m
-bench.head_errors triton 256``.
+bench.linear_errors triton 256``.
 """
 
 from __future__ import annotations
