@@ -162,15 +162,15 @@ bool directly(const DirectCall& call, With with) {
   }
 }
 
-// Calls with(HeadArguments).
+// Calls with(LinearArguments).
 template <class With>
-bool directly(const DirectCall& call, const DirectHead& head, With with) {
+bool directly(const DirectCall& call, const DirectLinear& linear, With with) {
   return directly(call, [&](const Tensor& x, const Tensor& target, const std::vector<double>& numbers,
                             const std::vector<Tensor>& params) {
-    const Tensor weight = owned(head.weight);
-    const std::optional<Tensor> bias = owned_if_any(head.bias);
-    const std::vector<int64_t> plan(head.plan, head.plan + 5);
-    with(HeadArguments{x, weight, bias, head.normalize, target, head.workspace, plan, numbers, params});
+    const Tensor weight = owned(linear.weight);
+    const std::optional<Tensor> bias = owned_if_any(linear.bias);
+    const std::vector<int64_t> plan(linear.plan, linear.plan + 5);
+    with(LinearArguments{x, weight, bias, linear.normalize, target, linear.workspace, plan, numbers, params});
   });
 }
 
@@ -200,26 +200,26 @@ const Direct direct{
                  gradients);
       });
     },
-    [](const DirectCall& call, const DirectHead& head, int64_t needs, AtenTensorHandle* loss,
+    [](const DirectCall& call, const DirectLinear& linear, int64_t needs, AtenTensorHandle* loss,
        AtenTensorHandle* gradients) {
-      return directly(call, head, [&](const HeadArguments& arguments) {
+      return directly(call, linear, [&](const LinearArguments& arguments) {
         const auto [result, made] = linear_loss_with_gradients(arguments, needs);
         hand_out(result, loss);
         hand_out(made, gradients);
       });
     },
-    [](const DirectCall& call, const DirectHead& head, AtenTensorHandle* loss, AtenTensorHandle* saved,
+    [](const DirectCall& call, const DirectLinear& linear, AtenTensorHandle* loss, AtenTensorHandle* saved,
        AtenTensorHandle* rows) {
-      return directly(call, head, [&](const HeadArguments& arguments) {
+      return directly(call, linear, [&](const LinearArguments& arguments) {
         const auto [result, known, stats] = linear_rows(arguments, rows);
         hand_out(result, loss);
         hand_out(known, saved);
         hand_out(stats, rows);
       });
     },
-    [](const DirectCall& call, const DirectHead& head, AtenTensorHandle saved, AtenTensorHandle const* upstream,
+    [](const DirectCall& call, const DirectLinear& linear, AtenTensorHandle saved, AtenTensorHandle const* upstream,
        int64_t needs, AtenTensorHandle* gradients) {
-      return directly(call, head, [&](const HeadArguments& arguments) {
+      return directly(call, linear, [&](const LinearArguments& arguments) {
         std::array<std::optional<Tensor>, 4> given;
         for (size_t i = 0; i < 4; ++i) given[i] = owned_if_any(upstream[i]);
         hand_out(linear_rows_backward(arguments, owned(saved), given, needs), gradients);

@@ -34,29 +34,29 @@ Tensor run(const Call& call, const Arguments& of, std::vector<Tensor>& stats) {
   AtenTensorOpaque* loss;
   std::array<AtenTensorOpaque*, SLOTS + 3> made;
   const bool at_once = call->needs && !call->apart, later = call->needs && call->apart;
-  const bool rows = call->head && (later || call->stats);
-  const int count = at_once ? __builtin_popcountll(uint64_t(call->needs)) : call->head && !rows ? 0 : 1;
+  const bool rows = call->linear && (later || call->stats);
+  const int count = at_once ? __builtin_popcountll(uint64_t(call->needs)) : call->linear && !rows ? 0 : 1;
   std::array<AtenTensorOpaque*, 6> described;
   const bool one = call->needs == int64_t(1) << INPUT;
   {
     at::RecordFunction function(at::RecordScope::FUNCTION), kernels(at::RecordScope::FUNCTION);
-    if (call->needs || call->head)
-      record(function, call->head ? "_LinearLoss" : at_once ? "_LossWithGradients" : "_SoftmaxLoss", of);
+    if (call->needs || call->linear)
+      record(function, call->linear ? "_LinearLoss" : at_once ? "_LossWithGradients" : "_SoftmaxLoss", of);
     record(kernels,
-           rows         ? "mlkernels::linear_rows"
-           : call->head ? "mlkernels::linear_loss_with_gradients"
-           : !at_once   ? "mlkernels::softmax_loss"
-           : one        ? "mlkernels::softmax_loss_with_gradient"
-                        : "mlkernels::softmax_loss_with_gradients",
+           rows           ? "mlkernels::linear_rows"
+           : call->linear ? "mlkernels::linear_loss_with_gradients"
+           : !at_once     ? "mlkernels::softmax_loss"
+           : one          ? "mlkernels::softmax_loss_with_gradient"
+                          : "mlkernels::softmax_loss_with_gradients",
            of);
     const bool unlocked = of.target.numel() * of.classes >= UNLOCK_FROM;
-    const DirectHead head = head_of(*call, of.weight, of.bias);
+    const DirectLinear linear = linear_of(*call, of.weight, of.bias);
     PyThreadState* const state = unlocked ? PyEval_SaveThread() : nullptr;
     const bool good =
-        rows ? direct->linear_rows(handles.call, head, &loss, made.data(), call->stats ? described.data() : nullptr)
-        : call->head ? direct->linear_loss_with_gradients(handles.call, head, call->needs, &loss, made.data())
-        : at_once    ? direct->loss_with_gradients(handles.call, call->needs, &loss, made.data())
-                     : direct->loss(handles.call, later, &loss, made.data());
+        rows ? direct->linear_rows(handles.call, linear, &loss, made.data(), call->stats ? described.data() : nullptr)
+        : call->linear ? direct->linear_loss_with_gradients(handles.call, linear, call->needs, &loss, made.data())
+        : at_once      ? direct->loss_with_gradients(handles.call, call->needs, &loss, made.data())
+                       : direct->loss(handles.call, later, &loss, made.data());
     if (unlocked) PyEval_RestoreThread(state);
     if (!good) return Tensor();
   }
@@ -93,15 +93,15 @@ PyObject* loss(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// (type, attribute, method, backward): heads are served from now on.
-PyObject* serve_heads(PyObject*, PyObject* arguments) {
+// (type, attribute, method, backward): linear heads are served from now on.
+PyObject* serve_linear(PyObject*, PyObject* arguments) {
   PyObject *type, *name, *method, *left;
-  if (!PyArg_ParseTuple(arguments, HEADS, &type, &name, &method, &left)) return nullptr;
+  if (!PyArg_ParseTuple(arguments, LINEAR, &type, &name, &method, &left)) return nullptr;
   Py_INCREF(arguments);  // and all that it holds, for ever
-  head_type = type;
+  linear_type = type;
   plain_name = name;
   take_stats = method;
-  head_backward = left;
+  linear_backward = left;
   Py_RETURN_NONE;
 }
 
@@ -139,9 +139,10 @@ PyObject* set_up(PyObject*, PyObject* arguments) {
   static PyGetSetDef properties[] = {THP_FUNCTION_DEFAULT_PROPERTIES,
                                      {"saved_tensors", saved_tensors, nullptr, nullptr, nullptr},
                                      {nullptr, nullptr, nullptr, nullptr, nullptr}};
-  static PyTypeObject made, later, head;
-  torch::autograd::registerCppFunction(typeid(GradientsOfHead), torch::autograd::_initFunctionPyTypeObject(
-                                                                    head, "_LinearLossBackward", properties, nullptr));
+  static PyTypeObject made, later, linear;
+  torch::autograd::registerCppFunction(
+      typeid(GradientsOfLinear),
+      torch::autograd::_initFunctionPyTypeObject(linear, "_LinearLossBackward", properties, nullptr));
   torch::autograd::registerCppFunction(
       typeid(GradientsMade),
       torch::autograd::_initFunctionPyTypeObject(made, "_LossWithGradientsBackward", properties, nullptr));
@@ -154,7 +155,7 @@ PyObject* set_up(PyObject*, PyObject* arguments) {
 PyMethodDef methods[] = {
     {"loss", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(loss)), METH_FASTCALL, nullptr},
     {"set_up", set_up, METH_VARARGS, nullptr},
-    {"serve_heads", serve_heads, METH_VARARGS, nullptr},
+    {"serve_linear", serve_linear, METH_VARARGS, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 PyModuleDef module{PyModuleDef_HEAD_INIT, "_fast_path", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};

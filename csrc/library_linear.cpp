@@ -1,4 +1,4 @@
-// The CPU's operators for heads (mlkernels/linear) that know a loss.
+// The CPU's operators for linear heads (mlkernels/linear) that know a loss.
 #include <torch/csrc/stable/library.h>
 
 #include <cstring>
@@ -73,7 +73,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> row_finish(
   });
 }
 
-// ---- a head whose gradients are made with its loss -------------------------------------------------------------------
+// ---- a linear head whose gradients are made with its loss -----------------------------------------------------------
 
 // Some rows of a contiguous (rows) or (rows, width).
 Tensor rows_of(const Tensor& all, int64_t first, int64_t count) {
@@ -130,9 +130,9 @@ T length_of(T squares) {
   return squares < MLKERNELS_ISA::infinity<T>() ? std::sqrt(squares) : MLKERNELS_ISA::nan<T>();
 }
 
-// All classes of a weight and all rows: what the operators of a whole head share.
+// All classes of a weight and all rows: what the operators of a whole linear head share.
 template <class T>
-struct WholeHead {
+struct WholeLinear {
   Tensor x;  // the rows that are left; their directions, where cosines are wanted
   const Tensor& weight;
   const std::optional<Tensor>& bias;
@@ -152,7 +152,7 @@ struct WholeHead {
   std::optional<Tensor> halves;
   std::vector<T> row_factor;
 
-  WholeHead(const HeadArguments& of)
+  WholeLinear(const LinearArguments& of)
       : x(of.x),
         weight(of.weight),
         bias(of.bias),
@@ -171,7 +171,7 @@ struct WholeHead {
     if (left < n) leave_out();
     if (of.normalize) take_directions();
   }
-  WholeHead(const WholeHead&) = delete;
+  WholeLinear(const WholeLinear&) = delete;
 
   // How many classes there are.
   int64_t checked() const {
@@ -357,35 +357,35 @@ struct WholeHead {
 
 // Its gradients: of parameters by the bits of their slots, then of x, weight and bias.
 template <class T>
-struct HeadGradients {
-  const WholeHead<T>& head;
+struct LinearGradients {
+  const WholeLinear<T>& linear;
   CpuProblem<T>& p;
   const bool tiles;  // of whose gradient anything is needed
   const ByParameter<T> parameters;
   std::optional<Tensor> dx, dw, db;
 
-  HeadGradients(WholeHead<T>& head_, int64_t needs)
-      : head(head_), p(head_.p), tiles(needs >> INPUT & 7), parameters(head_.call, needs & PARAMETERS) {
-    STD_TORCH_CHECK(!(needs >> (INPUT + 3)) && (head.bias || !(needs >> BIAS_BIT & 1)),
+  LinearGradients(WholeLinear<T>& linear_, int64_t needs)
+      : linear(linear_), p(linear_.p), tiles(needs >> INPUT & 7), parameters(linear_.call, needs & PARAMETERS) {
+    STD_TORCH_CHECK(!(needs >> (INPUT + 3)) && (linear.bias || !(needs >> BIAS_BIT & 1)),
                     "needs asks for the gradient of what is no tensor");
-    if (needs >> INPUT & 1) dx = empty({head.left, head.width}, type_of<T>());
-    if (needs >> WEIGHT_BIT & 1) dw = buffer_of({head.classes, head.width}, type_of<T>(), sizeof(T));
-    if (needs >> BIAS_BIT & 1) db = empty({head.classes}, type_of<T>());
+    if (needs >> INPUT & 1) dx = empty({linear.left, linear.width}, type_of<T>());
+    if (needs >> WEIGHT_BIT & 1) dw = buffer_of({linear.classes, linear.width}, type_of<T>(), sizeof(T));
+    if (needs >> BIAS_BIT & 1) db = empty({linear.classes}, type_of<T>());
     for (const auto& sum : {dw, db})
-      if (sum && head.left == 0) std::memset(sum->data_ptr(), 0, size_t(sum->numel()) * sizeof(T));
-    if (head.left < head.n)
-      for (int64_t row = 0; row < head.n; ++row)
+      if (sum && linear.left == 0) std::memset(sum->data_ptr(), 0, size_t(sum->numel()) * sizeof(T));
+    if (linear.left < linear.n)
+      for (int64_t row = 0; row < linear.n; ++row)
         if (p.label[row] == p.spec.ignore_index) MLKERNELS_ISA::store_parameters(p, row, T(0));
     p.grad = tiles ? &p : nullptr;  // that one is wanted: where it goes the tiles know
   }
 
   // Those of a chunk. kept: its products are in the workspace.
-  void add(int64_t first, int64_t count, const typename WholeHead<T>::Known& known, bool kept) const {
+  void add(int64_t first, int64_t count, const typename WholeLinear<T>::Known& known, bool kept) const {
     FinishedRows<T> out{};
     std::vector<T> coefficients(size_t(6 * count));
     T** const places[] = {&out.factor, &out.slope, &out.spread, &out.target, &out.scale, &out.top};
     for (int i = 0; i < 6; ++i) *places[i] = coefficients.data() + i * count;
-    head.finish(first, count, known, out);
+    linear.finish(first, count, known, out);
     if (!tiles) return;
     if (const T softcap = p.preparation.softcap; softcap > 0) {
       std::vector<T> f_y(known.at(0), known.at(0) + count), slope(size_t(count), T(0));
@@ -400,15 +400,15 @@ struct HeadGradients {
     piece.scale = out.scale;
     piece.top = out.top;
     const auto data = [](const std::optional<Tensor>& sum) { return sum ? static_cast<T*>(sum->data_ptr()) : nullptr; };
-    const Tensor rows = rows_of(head.x, first, count), labels = rows_of(head.label, first, count);
-    gradients_of<T>(head.chunk(first, rows, labels, kept), piece,
-                    {dx ? data(dx) + first * head.width : nullptr, data(dw), data(db), out.target, out.factor,
-                     first == 0, first + count == head.left});
+    const Tensor rows = rows_of(linear.x, first, count), labels = rows_of(linear.label, first, count);
+    gradients_of<T>(linear.chunk(first, rows, labels, kept), piece,
+                    {dx ? data(dx) + first * linear.width : nullptr, data(dw), data(db), out.target, out.factor,
+                     first == 0, first + count == linear.left});
   }
 
   std::vector<Tensor> all() {
-    if (dx && head.inverse) along_lengths();
-    if (dx && head.left < head.n) dx = scattered(*dx);
+    if (dx && linear.inverse) along_lengths();
+    if (dx && linear.left < linear.n) dx = scattered(*dx);
     std::vector<Tensor> gradients = parameters.sums();
     for (const auto& one : {dx, dw, db})
       if (one) gradients.push_back(*one);
@@ -417,25 +417,25 @@ struct HeadGradients {
 
   // The gradient of the features from that of their directions.
   void along_lengths() const {
-    const int64_t width = head.width;
-    const T* const directions = static_cast<const T*>(head.x.data_ptr());
+    const int64_t width = linear.width;
+    const T* const directions = static_cast<const T*>(linear.x.data_ptr());
     T* const gradients = static_cast<T*>(dx->data_ptr());
-    head.each(head.left, [&](int64_t i) {
+    linear.each(linear.left, [&](int64_t i) {
       const T* const direction = directions + i * width;
       T* const gradient = gradients + i * width;
-      const T along = dot<T>(gradient, direction, width), length = head.length[size_t(i)];
+      const T along = dot<T>(gradient, direction, width), length = linear.length[size_t(i)];
       for (int64_t k = 0; k < width; ++k) gradient[k] = (gradient[k] - along * direction[k]) / length;
     });
   }
 
   // Rows that were left at the places of all.
   Tensor scattered(const Tensor& rows) const {
-    const int64_t width = head.width;
-    Tensor all = empty({head.n, width}, type_of<T>());
+    const int64_t width = linear.width;
+    Tensor all = empty({linear.n, width}, type_of<T>());
     const T* from = static_cast<const T*>(rows.data_ptr());
     T* const to = static_cast<T*>(all.data_ptr());
-    std::fill(to, to + head.n * width, T(0));
-    for (const int64_t row : head.index) {
+    std::fill(to, to + linear.n * width, T(0));
+    for (const int64_t row : linear.index) {
       std::copy(from, from + width, to + row * width);
       from += width;
     }
@@ -444,84 +444,84 @@ struct HeadGradients {
 };
 
 template <class T>
-std::tuple<Tensor, std::vector<Tensor>> at_once(const HeadArguments& of, int64_t needs) {
-  WholeHead<T> head(of);
-  STD_TORCH_CHECK(!needs || head.call.reduction != Reduction::NONE, "gradients are made with a loss that is reduced");
-  const Tensor losses = head.losses();
-  HeadGradients<T> gradients(head, needs);
+std::tuple<Tensor, std::vector<Tensor>> at_once(const LinearArguments& of, int64_t needs) {
+  WholeLinear<T> linear(of);
+  STD_TORCH_CHECK(!needs || linear.call.reduction != Reduction::NONE, "gradients are made with a loss that is reduced");
+  const Tensor losses = linear.losses();
+  LinearGradients<T> gradients(linear, needs);
   const bool keep = gradients.tiles && of.plan[4];
-  const int64_t most = std::min(of.plan[3], head.left);
-  std::vector<T> numbers(size_t(head.numbers() * most));
+  const int64_t most = std::min(of.plan[3], linear.left);
+  std::vector<T> numbers(size_t(linear.numbers() * most));
   std::vector<int64_t> whole(size_t(2 * most));
-  for (int64_t first = 0; first < head.left; first += most) {
-    const int64_t count = std::min(most, head.left - first);
-    const typename WholeHead<T>::Known known{numbers.data(), count};
-    head.statistics(first, count, keep, head.p.want_shift ? Want::SHIFT : 0, known, whole.data());
+  for (int64_t first = 0; first < linear.left; first += most) {
+    const int64_t count = std::min(most, linear.left - first);
+    const typename WholeLinear<T>::Known known{numbers.data(), count};
+    linear.statistics(first, count, keep, linear.p.want_shift ? Want::SHIFT : 0, known, whole.data());
     if (needs)
       gradients.add(first, count, known, keep);
     else
-      head.finish(first, count, known, {});
+      linear.finish(first, count, known, {});
   }
-  return {head.reduced(losses), gradients.all()};
+  return {linear.reduced(losses), gradients.all()};
 }
 
 // Losses, what is known of each row, and where they are wanted RowStats.
 template <class T>
-std::tuple<Tensor, Tensor, std::vector<Tensor>> losses_and_rows(const HeadArguments& of, bool stats) {
-  WholeHead<T> head(of);
-  CpuProblem<T>& p = head.p;
+std::tuple<Tensor, Tensor, std::vector<Tensor>> losses_and_rows(const LinearArguments& of, bool stats) {
+  WholeLinear<T> linear(of);
+  CpuProblem<T>& p = linear.p;
   bool scaled = false;
-  for (int slot = 0; slot < SLOTS; ++slot) scaled |= (OF_SCALE >> slot & 1) && head.call.tensors[slot];
+  for (int slot = 0; slot < SLOTS; ++slot) scaled |= (OF_SCALE >> slot & 1) && linear.call.tensors[slot];
   p.want_shift = stats;
-  const int64_t n = head.n, left = head.left;
+  const int64_t n = linear.n, left = linear.left;
   const int64_t want =
       (stats || scaled ? Want::SHIFT : 0) + (stats && scaled ? Want::SECOND : 0) + (stats ? Want::RANKS : 0);
-  const Tensor losses = head.losses();
-  Tensor saved = empty({head.numbers(), n}, type_of<T>());
+  const Tensor losses = linear.losses();
+  Tensor saved = empty({linear.numbers(), n}, type_of<T>());
   T* const numbers = static_cast<T*>(saved.data_ptr());
-  if (left < n) std::fill(numbers, numbers + head.numbers() * n, T(0));
+  if (left < n) std::fill(numbers, numbers + linear.numbers() * n, T(0));
   std::vector<Tensor> rows;
   T* reals[4] = {};
   int64_t* wholes[2] = {};
   if (stats) {
-    for (int i = 0; i < 3; ++i) rows.push_back(head.for_rows(T(0), reals[i]));
-    rows.push_back(head.for_rows(int64_t(-1), wholes[0]));
-    rows.push_back(head.for_rows(T(0), reals[3]));
-    rows.push_back(head.for_rows(int64_t(0), wholes[1]));
+    for (int i = 0; i < 3; ++i) rows.push_back(linear.for_rows(T(0), reals[i]));
+    rows.push_back(linear.for_rows(int64_t(-1), wholes[0]));
+    rows.push_back(linear.for_rows(T(0), reals[3]));
+    rows.push_back(linear.for_rows(int64_t(0), wholes[1]));
   }
   for (int64_t first = 0; first < left; first += of.plan[3]) {
     const int64_t count = std::min(of.plan[3], left - first);
-    const typename WholeHead<T>::Known known{numbers + first, n};
+    const typename WholeLinear<T>::Known known{numbers + first, n};
     std::vector<int64_t> whole(size_t(2 * count));
-    head.statistics(first, count, false, want, known, whole.data());
+    linear.statistics(first, count, false, want, known, whole.data());
     std::vector<T> finished(size_t(stats ? 5 * count : 0));
     FinishedRows<T> out{};
     T** const places[] = {&out.by_class, &out.by_row, &out.logsumexp, &out.log_prob, &out.entropy};
     for (int i = 0; stats && i < 5; ++i) *places[i] = finished.data() + i * count;
-    head.finish(first, count, known, out);
+    linear.finish(first, count, known, out);
     const int64_t *const lowest = whole.data(), *const above = lowest + count;
     for (int64_t i = 0; stats && i < count; ++i) {
-      const int64_t row = head.place(first + i), y = p.label[row];
+      const int64_t row = linear.place(first + i), y = p.label[row];
       const T u_y = known.at(1)[i], top = known.at(2)[i];
       for (int k = 0; k < 3; ++k) reals[k][row] = finished[size_t((2 + k) * count + i)];
       const int64_t best = u_y > top ? y : u_y == top ? std::min(y, lowest[i]) : lowest[i];
-      wholes[0][row] = best < head.classes && u_y == u_y ? best : -1;
+      wholes[0][row] = best < linear.classes && u_y == u_y ? best : -1;
       reals[3][row] = u_y - top;
       wholes[1][row] = above[i];
     }
   }
-  return {head.reduced(losses), saved, rows};
+  return {linear.reduced(losses), saved, rows};
 }
 
 template <class T>
-std::vector<Tensor> gradients_of_rows(const HeadArguments& of, const Tensor& saved,
+std::vector<Tensor> gradients_of_rows(const LinearArguments& of, const Tensor& saved,
                                       const std::array<std::optional<Tensor>, 4>& upstream, int64_t needs) {
-  WholeHead<T> head(of);
-  CpuProblem<T>& p = head.p;
-  check_backward(head.call.arguments, of.target, upstream[0], {&upstream[1], &upstream[2], &upstream[3]},
+  WholeLinear<T> linear(of);
+  CpuProblem<T>& p = linear.p;
+  check_backward(linear.call.arguments, of.target, upstream[0], {&upstream[1], &upstream[2], &upstream[3]},
                  empty({0}, type_of<T>()), 0, type_of<T>());
   STD_TORCH_CHECK(
-      saved.numel() == head.numbers() * head.n && saved.is_contiguous() && saved.scalar_type() == type_of<T>(),
+      saved.numel() == linear.numbers() * linear.n && saved.is_contiguous() && saved.scalar_type() == type_of<T>(),
       "saved must be what the forward returned");
   const std::array<PerRow<T>*, 4> to{&p.up_loss, &p.up_logsumexp, &p.up_log_prob, &p.up_entropy};
   std::array<Array<T>, 4> arrays;
@@ -530,32 +530,32 @@ std::vector<Tensor> gradients_of_rows(const HeadArguments& of, const Tensor& sav
     arrays[i] = array_of<T>(*upstream[i]);
     *to[i] = {arrays[i].data, arrays[i].stride};
   }
-  if (head.call.reduction != Reduction::NONE) p.up_loss.stride = 0;
-  HeadGradients<T> gradients(head, needs);
+  if (linear.call.reduction != Reduction::NONE) p.up_loss.stride = 0;
+  LinearGradients<T> gradients(linear, needs);
   T* const numbers = static_cast<T*>(saved.data_ptr());
-  for (int64_t first = 0; first < head.left; first += of.plan[3])
-    gradients.add(first, std::min(of.plan[3], head.left - first), {numbers + first, head.n}, false);
+  for (int64_t first = 0; first < linear.left; first += of.plan[3])
+    gradients.add(first, std::min(of.plan[3], linear.left - first), {numbers + first, linear.n}, false);
   return gradients.all();
 }
 
 }  // namespace
 
-std::tuple<Tensor, std::vector<Tensor>> linear_loss_with_gradients(const HeadArguments& of, int64_t needs) {
+std::tuple<Tensor, std::vector<Tensor>> linear_loss_with_gradients(const LinearArguments& of, int64_t needs) {
   return by_type(of.x, [&](auto zero) { return at_once<decltype(zero)>(of, needs); });
 }
 
-std::tuple<Tensor, Tensor, std::vector<Tensor>> linear_rows(const HeadArguments& of, bool stats) {
+std::tuple<Tensor, Tensor, std::vector<Tensor>> linear_rows(const LinearArguments& of, bool stats) {
   return by_type(of.x, [&](auto zero) { return losses_and_rows<decltype(zero)>(of, stats); });
 }
 
-std::vector<Tensor> linear_rows_backward(const HeadArguments& of, const Tensor& saved,
+std::vector<Tensor> linear_rows_backward(const LinearArguments& of, const Tensor& saved,
                                          const std::array<std::optional<Tensor>, 4>& upstream, int64_t needs) {
   return by_type(of.x, [&](auto zero) { return gradients_of_rows<decltype(zero)>(of, saved, upstream, needs); });
 }
 
 namespace {
 
-// The operators, whose arguments HeadArguments are.
+// The operators, whose arguments LinearArguments are.
 auto loss_with_gradients(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, bool normalize,
                          const Tensor& target, int64_t workspace, std::vector<int64_t> plan,
                          std::vector<double> numbers, std::vector<Tensor> params, int64_t needs) {

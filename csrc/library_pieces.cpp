@@ -1,4 +1,4 @@
-// The CPU's operators for heads (mlkernels/linear): of pieces of rows, and of all classes of a chunk of rows at once.
+// The CPU's operators for linear heads (mlkernels/linear): of pieces of rows, and of all classes of a chunk of rows.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>

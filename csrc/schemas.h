@@ -7,10 +7,10 @@ namespace mlkernels {
 constexpr char DESCRIBED[] = "ippddd";
 constexpr char RESOLVED[] = "OO!LppO!";
 constexpr char SET_UP[] = "KO!O!O!OOO";
-constexpr char HEADS[] = "OOOO";
+constexpr char LINEAR[] = "OOOO";
 constexpr char PLAIN[] = "OOOpp";
 
 // Of this and of the operators' schemas: a library says of which they are.
-constexpr char SCHEMAS[] = "42a8742c";
+constexpr char SCHEMAS[] = "4f2391f9";
 
 }  // namespace mlkernels

@@ -37,22 +37,22 @@ def _describe(spec: Spec) -> list[tuple[int, bool, bool, float, float, float]]:
     return [(slot, slot in spec.tables, slot in TRAINABLE, *range_of(name)) for slot, name in spec.slots]
 
 
-#: A call, its numbers, needs, half and apart, and of a head the numbers of its plan and how much workspace it takes.
+#: A call, its numbers, needs, half and apart, and of a linear head those of its plan and how much workspace it takes.
 Resolved: TypeAlias = tuple[Any, list[float], int, bool, bool, tuple[int, ...]]
 
 
 def _resolve(
     spec: Spec,
     values: Sequence[Number | None],
-    input: Any,  # logits, or those of a head
+    input: Any,  # logits, or those of a linear head
     target: Tensor,
     group: Tensor | None,
     common: Common,
 ) -> Resolved | None:
     """What a call of a kind that was not seen before comes to; None where other kernels than the CPU's serve it."""
     if not isinstance(input, Tensor):
-        of_head: Resolved | None = input.resolved(spec, values, target, group, common)
-        return of_head
+        of_linear: Resolved | None = input.resolved(spec, values, target, group, common)
+        return of_linear
     call = bind(spec, values, input, target, group, **common)[0]
     if call.kernels is not ops.CPU:
         return None
@@ -84,7 +84,7 @@ def _load() -> tuple[Any, str | None]:
             table, _SHARED, tuple(COMMON[name] for name in _SHARED), get_args(ReductionName), _describe, _resolve,
             autograd.fast_path_backward,
         )  # fmt: skip
-        return (library, None) if hasattr(library, "serve_heads") else (None, older)
+        return (library, None) if hasattr(library, "serve_linear") else (None, older)
     except TypeError:  # it is set up with something else
         return None, older
     except (ImportError, RuntimeError) as error:
@@ -97,8 +97,8 @@ _library, missing = _load()
 loss: Callable[..., Tensor | None] | None = None if _library is None else _library.loss
 
 
-def serve_heads(kind: type, take_stats: Callable[..., Any], left: Callable[..., Any]) -> None:
+def serve_linear(kind: type, take_stats: Callable[..., Any], left: Callable[..., Any]) -> None:
     """From now on logits of this type, which have ``plain`` and ``resolved``, are served too; left: of their backward,
     (what ``resolved`` called the call, tensors, saved, upstream gradients), what is not plain."""
     if _library is not None:
-        _library.serve_heads(kind, "plain", take_stats, left)
+        _library.serve_linear(kind, "plain", take_stats, left)

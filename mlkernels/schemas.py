@@ -31,8 +31,8 @@ _OF_GPUS = (
     # Writes a gradient that was made for an upstream gradient of 1 anew, unless the device finds that it is 1.
     f"softmax_loss_refresh(Tensor grad_loss, Tensor factors, {_COMMON}, Tensor(a!) gradient) -> ()",
 )
-# Of heads (mlkernels/linear): what a tile of classes adds to what is known of its rows, and its gradient, in place, as
-# statistics and gradient of backends/reference.py have them. Of numbers and params those of classes are read.
+# Of linear heads (mlkernels/linear): what a tile of classes adds to what is known of its rows, and its gradient, in
+# place, as statistics and gradient of backends/reference.py have them. Of numbers and params those of classes are read.
 _TILE = "Tensor(a!) tile, {}Tensor label, int start, {}float[] numbers, Tensor[] params"
 # The same for all classes of a weight and a chunk of rows, the products included: what is known of each row, that is
 # (3 + 3 scales, rows) of M, V, W, S, T, the second moment and (2, rows) of first and above; the gradients of rows and
@@ -42,11 +42,11 @@ _CLASSES = (
     "Tensor[] params, Tensor(a!) workspace, bool kept, int[] plan"
 )
 # And for all rows of a loss, those that are ignored left out; workspace: how many numbers it takes.
-_HEAD = (
+_LINEAR = (
     "Tensor x, Tensor weight, Tensor? bias, bool normalize, Tensor target, int workspace, int[] plan, "
     "float[] numbers, Tensor[] params"
 )
-_OF_HEADS = (
+_OF_LINEAR = (
     (f"piece_statistics({_TILE.format('Tensor target_logit, ', 'Tensor scales, ')}, Tensor(b!) top, Tensor(c!) total, "
      "Tensor(d!)? shift, Tensor(e!)? second, Tensor(f!)? weighted, Tensor(g!)? weights, Tensor(h!) first, "
      "Tensor(i!) above) -> ()"),
@@ -55,13 +55,13 @@ _OF_HEADS = (
     f"linear_statistics({_CLASSES}, Tensor target_logit, Tensor scales, int classes, int want) -> (Tensor, Tensor)",
     (f"linear_gradient({_CLASSES}, Tensor factor, Tensor? slope, Tensor? spread, Tensor target, Tensor scale, "
      "Tensor top, Tensor(b!)? dx, Tensor(c!)? dw, Tensor(d!)? db, bool first, bool last) -> ()"),
-    # Both, and the finish between them, of a head: the loss, and for an upstream of 1 the gradients that `needs` asks
-    # for, of parameters by the bits of their slots, then of x, weight and bias.
-    f"linear_loss_with_gradients({_HEAD}, int needs) -> (Tensor, Tensor[])",
+    # Both, and the finish between them, of a linear head: the loss, and for an upstream of 1 the gradients that `needs`
+    # asks for, of parameters by the bits of their slots, then of x, weight and bias.
+    f"linear_loss_with_gradients({_LINEAR}, int needs) -> (Tensor, Tensor[])",
     # The same gradients made later: the loss, what is known of each row, that is (numbers, rows) of f_y, u_y and the
     # reals of above, and RowStats where wanted; then the gradients for any upstream ones.
-    f"linear_rows({_HEAD}, bool stats) -> (Tensor, Tensor, Tensor[])",
-    f"linear_rows_backward({_HEAD}, Tensor saved, {_UPSTREAM}, int needs) -> Tensor[]",
+    f"linear_rows({_LINEAR}, bool stats) -> (Tensor, Tensor, Tensor[])",
+    f"linear_rows_backward({_LINEAR}, Tensor saved, {_UPSTREAM}, int needs) -> Tensor[]",
     # From there to what backends/finish.py's Finished holds, (5, rows); with `derive` also to the coefficients of the
     # gradient, (6, rows), and for whatever `needs` asks, given the upstream gradients of what is finished.
     ("row_finish(Tensor target, Tensor target_logit, Tensor top, Tensor total, Tensor? shift, Tensor? second, "
@@ -72,10 +72,10 @@ _OF_HEADS = (
     "multi_copy_(Tensor(a!)[] dst, Tensor[] src, Tensor? flag=None) -> ()",
 )  # fmt: skip
 #: By the library that they are defined in. What C++ implements: those of linear/graph.py are Python's own.
-SCHEMAS = {"mlkernels": (*_OF_LOSSES, *_OF_HEADS), "mlkernels_cuda": _OF_GPUS, "mlkernels_triton": _OF_GPUS}
+SCHEMAS = {"mlkernels": (*_OF_LOSSES, *_OF_LINEAR), "mlkernels_cuda": _OF_GPUS, "mlkernels_triton": _OF_GPUS}
 
-#: What Python tells the fast path (fast_path.py, and a head's `plain`), as PyArg_ParseTuple reads it.
-FORMATS = {"DESCRIBED": "ippddd", "RESOLVED": "OO!LppO!", "SET_UP": "KO!O!O!OOO", "HEADS": "OOOO", "PLAIN": "OOOpp"}
+#: What Python tells the fast path (fast_path.py, and a linear head's `plain`), as PyArg_ParseTuple reads it.
+FORMATS = {"DESCRIBED": "ippddd", "RESOLVED": "OO!LppO!", "SET_UP": "KO!O!O!OOO", "LINEAR": "OOOO", "PLAIN": "OOOpp"}
 
 
 def signature() -> str:

@@ -1,4 +1,4 @@
-// A chunk of rows and all classes of a head, as threads share the classes: what library_pieces.cpp's loops walk through.
+// A chunk of rows and all classes of a linear head, as threads share these: what library_pieces.cpp's loops go through.
 #pragma once
 
 #include <array>

@@ -17,8 +17,8 @@ struct DirectCall {
   int64_t params_size;
 };
 
-// A head: the call's input is its features.
-struct DirectHead {
+// A linear head: the call's input is its features.
+struct DirectLinear {
   AtenTensorOpaque *weight, *bias;  // the bias may be null
   bool normalize;
   const int64_t* plan;  // the five numbers of the operator
@@ -35,13 +35,13 @@ struct Direct {
   bool (*loss_with_gradients)(const DirectCall&, int64_t needs, AtenTensorOpaque** loss, AtenTensorOpaque** gradients);
   bool (*loss_backward)(const DirectCall&, AtenTensorOpaque* grad_loss, AtenTensorOpaque* saved, int64_t needs,
                         AtenTensorOpaque** gradients);
-  bool (*linear_loss_with_gradients)(const DirectCall&, const DirectHead&, int64_t needs, AtenTensorOpaque** loss,
+  bool (*linear_loss_with_gradients)(const DirectCall&, const DirectLinear&, int64_t needs, AtenTensorOpaque** loss,
                                      AtenTensorOpaque** gradients);
   // rows: null, or where the six of RowStats go.
-  bool (*linear_rows)(const DirectCall&, const DirectHead&, AtenTensorOpaque** loss, AtenTensorOpaque** saved,
+  bool (*linear_rows)(const DirectCall&, const DirectLinear&, AtenTensorOpaque** loss, AtenTensorOpaque** saved,
                       AtenTensorOpaque** rows);
   // upstream: of the loss, logsumexp, log_prob and entropy, each of which may be null.
-  bool (*linear_rows_backward)(const DirectCall&, const DirectHead&, AtenTensorOpaque* saved,
+  bool (*linear_rows_backward)(const DirectCall&, const DirectLinear&, AtenTensorOpaque* saved,
                                AtenTensorOpaque* const* upstream, int64_t needs, AtenTensorOpaque** gradients);
 };
 

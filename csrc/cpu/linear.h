@@ -1,4 +1,4 @@
-// The operators of heads that the libraries' other files call too; see mlkernels/ops.py.
+// The operators of linear heads that the libraries' other files call too; see mlkernels/ops.py.
 #pragma once
 
 #include <array>
@@ -56,9 +56,9 @@ void gradients_of(const ChunkArguments<T>& of, const PieceGradient<T>& p, const 
 // needs: the bits of slots, then those of x, weight and bias.
 constexpr int WEIGHT_BIT = INPUT + 1, BIAS_BIT = INPUT + 2;
 
-// What the operators of a whole head share. workspace: how many numbers it takes. plan: parts, classes, block; rows of a
-// chunk; whether its products are kept.
-struct HeadArguments {
+// What the operators of a whole linear head share. workspace: how many numbers it takes. plan: parts, classes, block;
+// rows of a chunk; whether its products are kept.
+struct LinearArguments {
   const Tensor &x, &weight;
   const std::optional<Tensor>& bias;
   bool normalize;
@@ -70,9 +70,9 @@ struct HeadArguments {
 };
 
 // Of library_linear.cpp; see mlkernels/schemas.py.
-std::tuple<Tensor, std::vector<Tensor>> linear_loss_with_gradients(const HeadArguments& of, int64_t needs);
-std::tuple<Tensor, Tensor, std::vector<Tensor>> linear_rows(const HeadArguments& of, bool stats);
-std::vector<Tensor> linear_rows_backward(const HeadArguments& of, const Tensor& saved,
+std::tuple<Tensor, std::vector<Tensor>> linear_loss_with_gradients(const LinearArguments& of, int64_t needs);
+std::tuple<Tensor, Tensor, std::vector<Tensor>> linear_rows(const LinearArguments& of, bool stats);
+std::vector<Tensor> linear_rows_backward(const LinearArguments& of, const Tensor& saved,
                                          const std::array<std::optional<Tensor>, 4>& upstream, int64_t needs);
 
 // Contiguous, with anything in it; large ones in memory that earlier ones have left.

@@ -24,14 +24,14 @@ namespace mlkernels {
 
 using at::Tensor;
 
-constexpr int INPUT = SLOTS;  // the bit of `needs` that stands for the logits, or for a head's features
+constexpr int INPUT = SLOTS;  // the bit of `needs` that stands for the logits, or a linear head's features
 constexpr int WEIGHT_BIT = INPUT + 1, BIAS_BIT = INPUT + 2;
 
 // Of mlkernels/fast_path.py.
 inline PyObject *describe, *resolve, *backward;
 // Of mlkernels/linear: the type of logits that are a product, its attribute `plain` and its method that takes RowStats,
 // and what its backward leaves.
-inline PyObject *head_type, *plain_name, *take_stats, *head_backward;
+inline PyObject *linear_type, *plain_name, *take_stats, *linear_backward;
 // The names and the defaults of the shared arguments.
 enum Option { OPT_WEIGHT, IGNORED, REDUCED, SMOOTHED, Z, CAP, ADJUSTED, BACKEND, BY_ROW, DIVISOR, OPTIONS };
 inline std::array<PyObject*, OPTIONS> names, defaults;
@@ -151,8 +151,8 @@ struct Key {
   const Structure* structure;
   int64_t ignore_index, mask, needs;
   int32_t reduction, backend, dtype, half_param;
-  int32_t normalize, stats;               // of a head; else 0
-  int64_t rows, width, classes, threads;  // of a head, which decide how it is cut; else 0
+  int32_t normalize, stats;               // of a linear head; else 0
+  int64_t rows, width, classes, threads;  // of a linear head, which decide how it is cut; else 0
   std::array<double, 4 + LOSS_SLOTS> numbers;
 
   bool operator==(const Key& other) const { return std::memcmp(this, &other, sizeof *this) == 0; }
@@ -173,7 +173,7 @@ struct Resolved {
   std::vector<double> numbers;
   int64_t needs = 0, mask = 0;
   bool half = false, apart = false;
-  bool head = false, normalize = false, stats = false;
+  bool linear = false, normalize = false, stats = false;
   std::array<int64_t, 5> plan{};
   int64_t workspace = 0;
 
@@ -200,7 +200,7 @@ inline Call ask_python(const Key& key, PyObject* const* arguments) {
     if (!PyArg_ParseTuple(found.get(), RESOLVED, &call, &PyList_Type, &numbers, &needs, &half, &apart, &PyTuple_Type,
                           &cut))
       throw python_error();
-    made->head = PyTuple_GET_SIZE(cut) > 0;
+    made->linear = PyTuple_GET_SIZE(cut) > 0;
     made->normalize = key.normalize != 0;
     made->stats = key.stats != 0;
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(cut); ++i)
@@ -247,7 +247,7 @@ inline const Structure& structure_of(PyObject* spec) {
 struct Arguments {
   Key key;
   Tensor input, target;
-  Tensor weight, bias;  // of a head, whose features the input is
+  Tensor weight, bias;  // of a linear head, whose features the input is
   int64_t classes = 0;
   std::array<Tensor, SLOTS> by_slot;
   bool grad = at::GradMode::is_enabled();
@@ -260,8 +260,8 @@ struct Arguments {
     const Tensor* const labels = tensor_of(arguments[3]);
     if (!labels || !is_index(*labels) || !PyTuple_CheckExact(values) || !PyDict_CheckExact(common)) return false;
     target = *labels;
-    if (!(reinterpret_cast<PyObject*>(Py_TYPE(arguments[2])) == head_type ? read_head(arguments[2])
-                                                                          : read_logits(arguments[2])))
+    if (!(reinterpret_cast<PyObject*>(Py_TYPE(arguments[2])) == linear_type ? read_linear(arguments[2])
+                                                                            : read_logits(arguments[2])))
       return false;
     key.structure = &structure_of(arguments[0]);
     key.dtype = int(input.scalar_type());
@@ -286,7 +286,7 @@ struct Arguments {
   }
 
   // Features and weight that products take as they are.
-  bool read_head(PyObject* object) {
+  bool read_linear(PyObject* object) {
     THPObjectPtr plain(PyObject_GetAttr(object, plain_name));
     if (!plain) throw python_error();
     if (plain.get() == Py_None) return false;

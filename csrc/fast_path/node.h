@@ -54,11 +54,11 @@ inline bool run_backward(const Resolved& of, const Tensor& upstream, const Tenso
   return true;
 }
 
-inline DirectHead head_of(const Resolved& of, const Tensor& weight, const Tensor& bias) {
+inline DirectLinear linear_of(const Resolved& of, const Tensor& weight, const Tensor& bias) {
   return {handle_of(weight), bias.defined() ? handle_of(bias) : nullptr, of.normalize, of.plan.data(), of.workspace};
 }
 
-// The same of a head's rows; tensors: features, weight, bias, target, params.
+// The same of a linear head's rows; tensors: features, weight, bias, target, params.
 inline bool run_backward(const Resolved& of, const variable_list& upstream, const variable_list& tensors,
                          const Tensor& saved, variable_list& gradients) {
   std::array<AtenTensorOpaque*, SLOTS + 3> made;
@@ -67,7 +67,7 @@ inline bool run_backward(const Resolved& of, const variable_list& upstream, cons
     if (upstream[i].defined()) ups[i] = handle_of(upstream[i]);
   const std::vector<Tensor> params(tensors.begin() + 4, tensors.end());
   const Handles handles(of, tensors[0], tensors[3], params);
-  if (!direct->linear_rows_backward(handles.call, head_of(of, tensors[1], tensors[2]), handle_of(saved), ups.data(),
+  if (!direct->linear_rows_backward(handles.call, linear_of(of, tensors[1], tensors[2]), handle_of(saved), ups.data(),
                                     of.needs, made.data()))
     return false;
   const int count = __builtin_popcountll(uint64_t(of.needs));
@@ -82,11 +82,11 @@ struct LossNode : Node {
   // Gradients; or what is known of each row. As saved variables they would take a tenth of a microsecond more each.
   variable_list made;
   int64_t versions;  // of these, as they were made
-  // Input, target, params; of a head whose gradients are made later run_backward's.
+  // Input, target, params; of a linear head whose gradients are made later run_backward's.
   std::vector<SavedVariable> arguments;
 
   std::string name() const override {
-    return call->head ? "_LinearLossBackward" : call->apart ? "_SoftmaxLossBackward" : "_LossWithGradientsBackward";
+    return call->linear ? "_LinearLossBackward" : call->apart ? "_SoftmaxLossBackward" : "_LossWithGradientsBackward";
   }
 
   void release_variables() override {
@@ -139,7 +139,7 @@ struct LossNode : Node {
 
   variable_list apply(variable_list&& upstream) override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (call->head && call->apart) return of_rows(upstream);
+    if (call->linear && call->apart) return of_rows(upstream);
     if (!upstream[0].defined()) upstream[0] = input_metadata(0).zeros_like();
     const Tensor& grad = upstream[0];
     if (!at::GradMode::is_enabled() && unwatched() && is_plain(grad)) {
@@ -187,14 +187,14 @@ struct LossNode : Node {
     return all;
   }
 
-  // Of a head (call, tensors, saved, upstream gradients), of a loss (call, tensors, saved, upstream gradient).
+  // Of a linear head (call, tensors, saved, upstream gradients), of a loss (call, tensors, saved, upstream gradient).
   variable_list by_python(const variable_list& upstream) {
-    const variable_list tensors = call->head && !call->apart ? kept() : unpacked();
+    const variable_list tensors = call->linear && !call->apart ? kept() : unpacked();
     const Tensor saved = call->apart ? kept()[0] : Tensor();
     const pybind11::gil_scoped_acquire gil;
     const THPObjectPtr given = wrapped(tensors), statistics(THPVariable_Wrap(saved));
-    const THPObjectPtr ups = call->head ? wrapped(upstream) : THPObjectPtr(THPVariable_Wrap(upstream[0]));
-    THPObjectPtr found(PyObject_CallFunctionObjArgs(call->head ? head_backward : backward, call->call, given.get(),
+    const THPObjectPtr ups = call->linear ? wrapped(upstream) : THPObjectPtr(THPVariable_Wrap(upstream[0]));
+    THPObjectPtr found(PyObject_CallFunctionObjArgs(call->linear ? linear_backward : backward, call->call, given.get(),
                                                     statistics.get(), ups.get(), nullptr));
     if (!found) {
       python_error error;
@@ -213,7 +213,7 @@ struct LossNode : Node {
 // So that Python has a type of either name.
 struct GradientsLater : LossNode {};
 struct GradientsMade : LossNode {};
-struct GradientsOfHead : LossNode {};
+struct GradientsOfLinear : LossNode {};
 
 inline PyObject* saved_tensors(PyObject* self, void*) {
   HANDLE_TH_ERRORS
@@ -240,7 +240,7 @@ NodePointer make_node() {
 // The loss, with its history where a gradient is needed, as stats have theirs.
 inline Tensor with_history(const Call& call, const Arguments& of, const std::vector<Tensor>& params, Tensor loss,
                            std::vector<Tensor>& stats, std::vector<Tensor> made) {
-  const NodePointer pointer = call->head    ? make_node<GradientsOfHead>()
+  const NodePointer pointer = call->linear  ? make_node<GradientsOfLinear>()
                               : call->apart ? make_node<GradientsLater>()
                                             : make_node<GradientsMade>();
   auto& node = static_cast<LossNode&>(*pointer);
@@ -255,10 +255,10 @@ inline Tensor with_history(const Call& call, const Arguments& of, const std::vec
   node.set_next_edges(std::move(edges));
   node.made = std::move(made);
   node.versions = LossNode::versions_of(node.made);
-  if (!call->head || call->apart) {
+  if (!call->linear || call->apart) {
     node.arguments.reserve(4 + params.size());
     node.arguments.emplace_back(of.input, false);
-    if (call->head) {
+    if (call->linear) {
       node.arguments.emplace_back(of.weight, false);
       node.arguments.emplace_back(of.bias, false);
     }

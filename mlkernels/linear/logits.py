@@ -238,7 +238,7 @@ for _name in (
     setattr(LinearLogits, f"__{_name}__", _refused)
 
 
-fast_path.serve_heads(LinearLogits, LinearLogits.take_stats, fast_path_backward)
+fast_path.serve_linear(LinearLogits, LinearLogits.take_stats, fast_path_backward)
 
 
 def by_rows(
