@@ -245,7 +245,7 @@ def _parted(spec: Spec, values: Sequence[Number | None]) -> tuple[dict[int, Tens
     """The tensors among the values by slot, and the numbers with None in the places of tensors."""
     tensors: dict[int, Tensor] = {}
     numbers: list[float | None] = []
-    for (slot, _), word, value in zip(spec.slots, spec.words, values, strict=True):
+    for (slot, _, word), value in zip(spec.values, values, strict=True):
         if isinstance(value, Tensor):
             tensors[slot] = value
             numbers.append(None)
@@ -275,7 +275,7 @@ def _numbers(
         if value is not None or COMMON[name] is not None:
             consts[slot] = check_number(name, value)  # type: ignore[arg-type]
             width = SLOTS if consts[slot] else width
-    for (slot, name), word, value in zip(spec.slots, spec.words, values[len(_NUMBERS) :], strict=True):
+    for (slot, name, word), value in zip(spec.values, values[len(_NUMBERS) :], strict=True):
         if not mask >> slot & 1 and (value is not None or slot not in (_NORM, _LOGIT_NORM)):
             takes = "a number or a floating tensor" if slot in _TRAINABLE else "a number"
             consts[slot] = check_number(word, value, name, takes)  # type: ignore[arg-type]
@@ -287,13 +287,14 @@ def _numbers(
         )
     linear = spec.ids.transform == TransformKind.MARGIN and spec.ids.beyond_pi == BeyondPi.LINEAR
     if linear and consts[_M1] != 1 and not mask >> _M1 & 1:
-        raise ValueError(f"beyond_pi='linear' needs {spec.words[0]} = 1, got {spec.words[0]} = {consts[_M1]}")
+        word = spec.values[0][2]
+        raise ValueError(f"beyond_pi='linear' needs {word} = 1, got {word} = {consts[_M1]}")
     return [*map(float, spec.ids), float(reduced), float(ignore_index), float(mask), *consts[:width]]
 
 
 def _check_tensors(spec: Spec, tensors: dict[int, Tensor], input: Tensor, target: Tensor) -> None:
     """The loss's own tensors and its group by slot, each replaced by what backends read."""
-    for (slot, name), word in zip(spec.slots, spec.words, strict=True):
+    for slot, name, word in spec.values:
         tensor = tensors.get(slot)
         if tensor is not None and type(tensor) not in PLAIN_TENSORS:
             check_plain(word, tensor, f"fully_shard makes it one within forward(); else {word}.full_tensor()")
@@ -342,7 +343,7 @@ def check_loss(spec: Spec, values: Sequence[Number | None], **options: Unpack[Op
         if given[name] is not None:
             check_class_vector(name, given[name])
     table_groups(spec, tensors)
-    for (slot, name), word in zip(spec.slots, spec.words, strict=True):
+    for slot, name, word in spec.values:
         tensor = tensors.get(slot)
         if tensor is not None and slot not in spec.tables:
             check_floating(word, tensor)

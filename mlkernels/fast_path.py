@@ -34,7 +34,7 @@ _SHARED = (
 
 def _describe(spec: Spec) -> list[tuple[int, bool, bool, float, float, float]]:
     """Of each number of a structure: its slot, whether it is a table, whether it can be trained, and its range."""
-    return [(slot, slot in spec.tables, slot in TRAINABLE, *range_of(name)) for slot, name in spec.slots]
+    return [(slot, slot in spec.tables, slot in TRAINABLE, *range_of(name)) for slot, name, _ in spec.values]
 
 
 #: A call, its numbers, needs, half and apart, and of a linear head those of its plan and how much workspace it takes.

@@ -274,6 +274,12 @@ class Structure(NamedTuple):
     clamp: int
 
     @property
+    def values(self) -> tuple[Value, ...]:
+        """The numbers of a loss, in the order in which they are passed."""
+        of_transform, of_scale = TRANSFORM_VALUES[_T(self.transform)], SCALE_VALUES[_S(self.row_scale)]
+        return of_transform + of_scale + HEAD_VALUES[_H(self.head)]
+
+    @property
     def tables(self) -> frozenset[Slot]:
         """The slots that hold tables."""
         return TRANSFORM_TABLES[self.transform] | HEAD_TABLES[self.head]

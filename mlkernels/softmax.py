@@ -97,7 +97,7 @@ def apply(
     common: Common,
     return_stats: bool = False,
 ) -> tuple[Tensor, RowStats | None]:
-    """Any loss of the family: ``values`` are its numbers and tensors, in the order of ``spec.slots``."""
+    """Any loss of the family: ``values`` are its numbers and tensors, in the order of ``spec.values``."""
     if type(input) not in PLAIN_TENSORS:
         if type(input).__name__ == "DTensor":
             input, target = _of_dtensor(input, target)

@@ -18,6 +18,7 @@ from typing_extensions import Self
 
 from .numbering import (
     HEAD_VALUES,
+    KINDS,
     SCALE_VALUES,
     TRANSFORM_VALUES,
     BeyondPi,
@@ -56,60 +57,36 @@ def option(name: str, value: str | None, choices: type[_E]) -> _E:
     return member
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Spec:
-    """The structure of a loss. Build it with :func:`spec`, which caches."""
+    """The structure of a loss, in the words of a function. Build it with :func:`spec`, which caches."""
 
-    transform: TransformKind = TransformKind.IDENTITY
-    scale: ScaleKind = ScaleKind.SINGLE
-    head: HeadKind = HeadKind.LOG
-    beyond_pi: BeyondPi = BeyondPi.AUTO
-    gradient: MarginGradient = MarginGradient.EXACT
-    clamp: Clamp = Clamp.MIN
-    #: Whose structure it is: the public function of this name; only words depend on it.
-    function: str = field(default="softmax_loss", repr=False, compare=False)
+    #: As it crosses an op boundary.
+    ids: Structure
+    #: The public function of this name; only words depend on it.
+    function: str = field(compare=False)
 
-    #: (slot, name) of each value, in the order in which values are passed.
-    slots: tuple[tuple[int, str], ...] = field(init=False, repr=False, compare=False)
-    #: What the caller of the function calls each of them.
-    words: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    #: (slot, name, word) of each value in the order in which they are passed: the word is the function's.
+    values: tuple[tuple[int, str, str], ...] = field(init=False, compare=False)
     #: The slots that hold tables: a slope and a bias, and again where there are two.
-    tables: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    tables: tuple[int, ...] = field(init=False, compare=False)
     #: How many of the consts are not zero by default: no more of them need to cross an op boundary.
-    width: int = field(init=False, repr=False, compare=False)
-    #: The structure flattened, as it crosses an op boundary.
-    ids: Structure = field(init=False, repr=False, compare=False)
+    width: int = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
-        values = TRANSFORM_VALUES[self.transform] + SCALE_VALUES[self.scale] + HEAD_VALUES[self.head]
-        kinds = (self.transform, self.scale, self.head, self.beyond_pi, self.gradient, self.clamp)
-        single = _MARGINS.get(self.function)
+        values, single = self.ids.values, _MARGINS.get(self.function)
         words = (
             value.composed if self.function == "softmax_loss" else "margin" if value.name == single else value.name
             for value in values
         )
-        object.__setattr__(self, "slots", tuple((int(value.slot), value.name) for value in values))
-        object.__setattr__(self, "words", tuple(words))
+        named = tuple((int(value.slot), value.name, word) for value, word in zip(values, words, strict=True))
+        object.__setattr__(self, "values", named)
         object.__setattr__(self, "tables", tuple(int(value.slot) for value in values if value.is_table))
         object.__setattr__(self, "width", max(value.slot for value in values) + 1)
-        object.__setattr__(self, "ids", Structure(*map(int, kinds)))
 
-    def __str__(self) -> str:
-        names: dict[int, str] = dict(self.slots)
-        parts = []
-        if self.transform is not TransformKind.IDENTITY:
-            options = []
-            if self.transform is TransformKind.MARGIN:
-                options = [f"beyond_pi={self.beyond_pi.name.lower()}", f"gradient={self.gradient.name.lower()}"]
-            own = [names[value.slot] for value in TRANSFORM_VALUES[self.transform]]
-            parts.append(f"{self.transform.name.lower()}({', '.join(dict.fromkeys(own + options))})")
-        own = [value.name for value in SCALE_VALUES[self.scale]]
-        parts.append("scale" if self.scale is ScaleKind.SINGLE else f"two_scale({', '.join(own)})")
-        own = [value.name for value in HEAD_VALUES[self.head]]
-        if self.head is HeadKind.TAU:
-            own.append(f"clamp={self.clamp.name.lower()}")
-        parts.append(f"{self.head.name.lower()}({', '.join(own)})" if own else "-log p")
-        return " -> ".join(parts)
+    def __repr__(self) -> str:
+        kinds = (f"{word}={kind(number).name}" for (kind, word), number in zip(KINDS.values(), self.ids, strict=False))
+        return f"Spec({', '.join(kinds)}; {', '.join(name for _, name, _ in self.values)})"
 
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -140,38 +117,25 @@ def spec(
     """The one Spec of this structure, in the words of a public function."""
     key = (transform, scale, head, beyond_pi, gradient, clamp, function)
     try:
-        found = _specs.get(key)
-    except TypeError:  # an option that cannot be hashed is none
-        found = None
-    if found is None:
-        found = _specs[key] = Spec(
-            transform,
-            scale,
-            head,
-            option("beyond_pi", beyond_pi, BeyondPi),
-            option("gradient", gradient, MarginGradient),
-            option("clamp", clamp, Clamp),
-            function,
-        )
+        return _specs[key]
+    except (KeyError, TypeError):  # a new one, or an option that cannot be hashed, which is none
+        pass
+    kinds = (
+        transform, scale, head, option("beyond_pi", beyond_pi, BeyondPi),
+        option("gradient", gradient, MarginGradient), option("clamp", clamp, Clamp),
+    )  # fmt: skip
+    found = _specs[key] = Spec(Structure(*map(int, kinds)), function)
     return found
 
 
 # ---- the public composition types ------------------------------------------------------------------------------------
 
 
-def _reader(*names: str) -> Callable[[Any], tuple[Any, ...]]:
-    """What reads these attributes: in one expression, as it does at every call, and none that Dynamo does not trace."""
-    read: Callable[[Any], tuple[Any, ...]] = eval(f"lambda part: ({''.join(f'part.{name}, ' for name in names)})")
-    return read
-
-
 class _Part:
     """Of a composition: the numbers of its kind by name, and options. A keyword that it does not take is an error."""
 
-    kind: ClassVar[IntEnum]
-    _options: ClassVar[tuple[str, ...]]
+    kind: ClassVar[Any]
     _values: ClassVar[Callable[[Any], tuple[Any, ...]]]
-    _structure: ClassVar[Callable[[Any], tuple[Any, ...]]]
     _takes_fields: ClassVar[bool] = True
 
     def __init_subclass__(cls, kind: TransformKind | ScaleKind | HeadKind | None = None) -> None:
@@ -180,9 +144,9 @@ class _Part:
                 cls._takes_fields = False
             return
         known: Any = {TransformKind: TRANSFORM_VALUES, ScaleKind: SCALE_VALUES, HeadKind: HEAD_VALUES}[type(kind)]
-        cls.kind, numbers = kind, [value.composed.partition(".")[2] for value in known[kind]]
-        cls._options = tuple(name for name in cls.__annotations__ if name not in (*numbers, "_"))
-        cls._values, cls._structure = _reader(*numbers), _reader("__class__", *cls._options)
+        read = "".join(f"part.{value.composed.partition('.')[2]}, " for value in known[kind])
+        # One expression, as it is read at every call, and none that Dynamo does not trace.
+        cls.kind, cls._values = kind, eval(f"lambda part: ({read})")
 
     def __new__(cls, *given: object, **keywords: object) -> Self:
         if not cls._takes_fields:
@@ -200,11 +164,6 @@ class _Part:
     def values(self) -> tuple[Number | None, ...]:
         """The numbers in the order of the slots."""
         return type(self)._values(self)
-
-    @property
-    def structure(self) -> tuple[Any, ...]:
-        """What is no number: the class and its options."""
-        return type(self)._structure(self)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -350,6 +309,8 @@ def _names(parts: tuple[type, ...]) -> str:
     return f"{', '.join(others)} or {last}"
 
 
+# Members of an enumeration are found slowly.
+_IDENTITY, _SINGLE, _TWO_SCALE, _LOG = TransformKind.IDENTITY, ScaleKind.SINGLE, ScaleKind.TWO_SCALE, HeadKind.LOG
 _TRANSFORMS, _HEADS = get_args(Transform), get_args(Head)
 _TRANSFORM_NAMES, _HEAD_NAMES = _names(_TRANSFORMS), _names(_HEADS)
 
@@ -359,7 +320,7 @@ def compose(
 ) -> tuple[Spec, tuple[Number | None, ...]]:
     """The Spec and the values of a composition."""
     values: tuple[Number | None, ...] = ()
-    of_transform: Any = None
+    of_transform, of_head, beyond_pi, gradient, clamp = _IDENTITY, _LOG, None, "exact", "min"
     if target_logit is not None:
         if transform is not None:
             raise ValueError(
@@ -367,42 +328,26 @@ def compose(
             )
         of_transform, values = TransformKind.GIVEN, (target_logit,)
     elif isinstance(transform, _TRANSFORMS):
-        of_transform, values = transform.structure, transform.values
+        of_transform, values = type(transform).kind, transform.values
+        if isinstance(transform, Margin):
+            beyond_pi, gradient = transform.beyond_pi, transform.gradient
     elif transform is not None:
         raise TypeError(
             f"transform takes {_TRANSFORM_NAMES}, got {kind_of(transform)}; a transform of your own goes through "
             "target_logit"
         )
-    values += scale.values if isinstance(scale, TwoScale) else (scale,)
-    of_head: Any = None
+    of_scale = _SINGLE
+    if isinstance(scale, TwoScale):
+        of_scale, values = _TWO_SCALE, values + scale.values
+    else:
+        values += (scale,)
     if isinstance(head, _HEADS):
-        of_head, values = head.structure, values + head.values
+        of_head, values = type(head).kind, values + head.values
+        if isinstance(head, Tau):
+            clamp = head.clamp
     elif head is not None:
         raise TypeError(
             f"head takes {_HEAD_NAMES}, got {kind_of(head)}; a head of your own is a function of the result with "
             'reduction="none"'
         )
-    return _composed(of_transform, isinstance(scale, TwoScale), of_head), values
-
-
-_compositions: dict[tuple[object, ...], Spec] = {}
-
-
-@constant_when_compiled
-def _composed(transform: Any, two_scale: bool, head: Any) -> Spec:
-    """The one Spec of a transform's structure, or its kind, and a head's."""
-    key = (transform, two_scale, head)
-    try:
-        return _compositions[key]
-    except (KeyError, TypeError):  # a new one, or an option that cannot be hashed
-        pass
-    kinds: dict[str, Any] = {"scale": ScaleKind.TWO_SCALE} if two_scale else {}
-    for name, part in (("transform", transform), ("head", head)):
-        if isinstance(part, TransformKind):
-            kinds[name] = part
-        elif part is not None:
-            kind, *options = part
-            kinds |= {name: kind.kind, **dict(zip(kind._options, options, strict=True))}
-    found = spec(**kinds)
-    _compositions[key] = found
-    return found
+    return spec(of_transform, of_scale, of_head, beyond_pi, gradient, clamp), values

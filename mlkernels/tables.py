@@ -51,7 +51,7 @@ def _pair(name: str, slope: Tensor | None, bias: Tensor | None) -> tuple[Tensor 
 
 def table_groups(spec: Spec, params: Mapping[int, Tensor]) -> int | None:
     """Piecewise tables: slope and bias alike, (M,) or (G, M); returns the number of groups, None where all are (M,)."""
-    names = {slot: word for (slot, _), word in zip(spec.slots, spec.words, strict=True)}
+    names = {slot: word for slot, _, word in spec.values}
     counts = []
     for first, second in zip(spec.tables[::2], spec.tables[1::2], strict=True):
         for slot in (first, second):
@@ -75,7 +75,7 @@ def check_tables(spec: Spec, params: dict[int, Tensor], input: Tensor, target: T
     """The tables, and their group exactly when one is (G, M), as read. A pair that is (M,) is every group's."""
     group = params.get(Slot.GROUP)
     count = table_groups(spec, params)
-    for (slot, _), word in zip(spec.slots, spec.words, strict=True):
+    for slot, _, word in spec.values:
         if slot in spec.tables:
             check_device(word, params[slot], input)
     if group is None:

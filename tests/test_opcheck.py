@@ -36,7 +36,7 @@ def flattened(loss, form="shared", reduction=1, dtype=torch.float32, shape=None)
     parts = {"transform": None, "scale": 1.0, "head": None, "target_logit": None} | loss.compose(params)
     structure, values = compose(parts["transform"], parts["scale"], parts["head"], parts["target_logit"])
     consts, tensors = DEFAULTS.copy(), {}
-    for (slot, _), value in zip(structure.slots, values, strict=True):
+    for (slot, _, _), value in zip(structure.values, values, strict=True):
         if isinstance(value, torch.Tensor):
             tensors[slot] = value
         elif value is not None:

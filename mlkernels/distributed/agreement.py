@@ -13,17 +13,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..numbering import (
     EXTRAS,
-    HEAD_VALUES,
     IGNORE_INDEX,
     KINDS,
     MASK,
     NONE_AT_0,
-    SCALE_VALUES,
-    TRANSFORM_VALUES,
-    HeadKind,
-    ScaleKind,
     Slot,
-    TransformKind,
     consts_of,
     structure_of,
 )
@@ -32,13 +26,8 @@ from ..numbering import (
 @lru_cache(maxsize=1024)
 def _words(numbers: tuple[float, ...]) -> tuple[dict[str, Any], dict[int, str]]:
     """The structure and the numbers of a loss by name, and the name of each slot."""
-    structure = structure_of(numbers)
-    values = (
-        *TRANSFORM_VALUES[TransformKind(structure.transform)],
-        *SCALE_VALUES[ScaleKind(structure.row_scale)],
-        *HEAD_VALUES[HeadKind(structure.head)],
-    )
-    names = {int(value.slot): value.name for value in values} | {int(s): name for s, (name, _) in EXTRAS.items()}
+    names = {int(value.slot): value.name for value in structure_of(numbers).values}
+    names |= {int(slot): name for slot, (name, _) in EXTRAS.items()}
     said: dict[str, Any] = {word: kind(int(numbers[at])).name.lower() for at, (kind, word) in KINDS.items()}
     said["ignore_index"] = int(numbers[IGNORE_INDEX])
     consts = consts_of(numbers)
