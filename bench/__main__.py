@@ -18,7 +18,7 @@ from .options import backends_of, device_of, is_gpu, names_of, parser_of
 from .peers import HEADLINE
 from .report import PEERS
 
-SUITES = ["losses", "state", "heads"]
+SUITES = ["losses", "state", "linear"]
 BUDGET = 172.0  # seconds for a GPU, which is paid by the minute
 
 
@@ -39,14 +39,14 @@ def _options(given: list[str] | None) -> Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="fewer problems and losses, no torch.compile")
     parser.add_argument("--set", choices=cases.SETS, help="another list of problems: other benchmarks', or edges")
-    parser.add_argument("--shapes", type=_shapes, help="for instance 256x1000,8x19x512x512; of heads NxDxC")
+    parser.add_argument("--shapes", type=_shapes, help="for instance 256x1000,8x19x512x512; of linear heads NxDxC")
     parser.add_argument("--dtype", type=names_of(DTYPES), help=",".join(DTYPES))
     parser.add_argument("--peers", type=names_of(PEERS), help=",".join(PEERS))
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes half of the time")
     parser.add_argument(
         "--processes",
         type=int,
-        help="fresh ones, whose best and worst are reported; default: 4, on a GPU and for heads 1",
+        help="fresh ones, whose best and worst are reported; default: 4, on a GPU and for linear heads 1",
     )
     parser.add_argument("--seconds", type=float, help="for the whole run; default: as it comes, on a GPU 172")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out", help="where JSON and picture go")
@@ -58,11 +58,11 @@ def plan_of(options: Namespace, device: torch.device, backends: list[str]) -> Pl
     gpu = is_gpu(device)
     suites = options.suites or (SUITES[:2] if gpu and options.shapes is None else ["losses"])
     problems = cases.problems(gpu, options.quick) if "losses" in suites else []
-    problems += cases.heads(gpu, options.quick) if "heads" in suites else []
+    problems += cases.linear(gpu, options.quick) if "linear" in suites else []
     if options.shapes or options.dtype:
         shapes = options.shapes or list(dict.fromkeys(one.sizes for one in problems))
         problems = [Problem(shape, dtype) for dtype in options.dtype or ["float32"] for shape in shapes]
-        if suites == ["heads"]:
+        if suites == ["linear"]:
             problems = [
                 Problem((rows, classes), one.dtype, size) for one in problems for rows, size, classes in [one.shape]
             ]

@@ -20,7 +20,7 @@ SMALL = 2**19  # elements: below, a step is all launches and calls
 
 
 class Problem(NamedTuple):
-    """Logits of one shape, classes in dimension 1, and one dtype; of a head, also the features that make them."""
+    """Logits of one shape, classes in dimension 1, and one dtype; of a linear head also the features that make them."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -31,7 +31,7 @@ class Problem(NamedTuple):
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """The shape; of a head N, D and C."""
+        """The shape; of a linear head N, D and C."""
         return (self.shape[0], self.features, self.classes) if self.features else self.shape
 
     @property
@@ -81,8 +81,8 @@ FIRST = [1000, 8192, 32768, 50257, 128256, 10]
 CLASSES = [*FIRST, 4096, 16384, 128255, 262144, 256, 2, 100]
 SEGMENTATION = (8, 19, 1024, 2048)
 ELEMENTS = 2**30  # of a GPU's problem
-#: A head's rows, features and classes: as others publish them, and for a CPU.
-GPU_HEADS = [
+#: A linear head's rows, features and classes: as others publish them, and for a CPU.
+GPU_LINEAR = [
     (8192, 4096, 128256),
     (8192, 4096, 151936),
     (4096, 1024, 131072),
@@ -91,7 +91,7 @@ GPU_HEADS = [
     (1024, 512, 10000000),
 ]
 #: The last two are small: what a call costs beside its products is seen there.
-CPU_HEADS = [
+CPU_LINEAR = [
     *((shape, dtype) for dtype in ("float32", "bfloat16") for shape in ((1024, 64, 200000), (512, 512, 50000))),
     *((shape, "float32") for shape in ((256, 512, 10000), (128, 64, 1000))),
 ]
@@ -122,9 +122,9 @@ def problems(gpu: bool, quick: bool = False) -> list[Problem]:
     return [*first, *of(rest, "bfloat16"), *of(CLASSES, "float32"), Problem(SEGMENTATION, "float32")]
 
 
-def heads(gpu: bool, quick: bool = False) -> list[Problem]:
+def linear(gpu: bool, quick: bool = False) -> list[Problem]:
     """The same for classifiers and losses in one."""
-    found = [(shape, "bfloat16") for shape in GPU_HEADS] if gpu else CPU_HEADS
+    found = [(shape, "bfloat16") for shape in GPU_LINEAR] if gpu else CPU_LINEAR
     found = found[: 1 if quick else None]
     return [Problem((rows, classes), dtype, features) for (rows, features, classes), dtype in found]
 
@@ -170,7 +170,7 @@ SETS = {
 class Inputs(NamedTuple):
     """One set of inputs."""
 
-    leaves: tuple[Tensor, ...]  # the logits; or a head's features and weight
+    leaves: tuple[Tensor, ...]  # the logits; or a linear head's features and weight
     target: Tensor
     upstream: Tensor  # of the row losses
 

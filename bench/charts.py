@@ -59,7 +59,7 @@ def _steps(results: Report) -> list[Key]:
 
 def _who(results: Report, keys: Sequence[Key]) -> list[str]:
     found = dict.fromkeys(key.by for key in keys)
-    return sorted(found, key=lambda by: (by not in results.header["backends"] and by not in ("head", "tiles"), by))
+    return sorted(found, key=lambda by: (by not in results.header["backends"] and by not in ("linear", "tiles"), by))
 
 
 def _color(loss: str) -> str:
@@ -113,7 +113,7 @@ def times(results: Report, axes: Axes, dtype: str = "float32") -> None:
 
 
 def memory(results: Report, axes: Axes) -> None:
-    """The most bytes that a head's step had beside its inputs, against the number of classes."""
+    """The most bytes that a linear head's step had beside its inputs, against the number of classes."""
     found = {key: size for key, size in results.memory().items() if key.mode == "step" and size > 0}
     dtype = next(iter(found)).problem.dtype  # the first, or lines would join what is no series
     found = {key: size for key, size in found.items() if key.problem.dtype == dtype}

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in calls that each end by themselves and leave three or four files in $OUT.
 #
-#   bench/gpu.sh first       at most 210 s: builds and stops if there is no library; losses and heads, tiny, against
-#                            float64; the most valuable measurements; the kernel tests in the time that is left
+#   bench/gpu.sh first       at most 210 s: builds and stops if there is no library; losses and linear heads, tiny,
+#                            against float64; the most valuable measurements; the kernel tests in the time that is left
 #   bench/gpu.sh second      at most 420 s: all measurements, most valuable first; Triton's tests; memcheck of CUDA
-#   bench/gpu.sh heads       at most 300 s: classifiers and losses in one, beside their peers and the three products
+#   bench/gpu.sh linear      at most 300 s: classifiers and losses in one, beside their peers and the three products
 #   bench/gpu.sh racecheck   at most 200 s: races on shared memory
 #   bench/gpu.sh tune        at most 300 s: launch sizes and the choice of the backend, into sizes.json and choice.json
 #   bench/gpu.sh CALL --dry-run    says what it would run and why, and runs nothing
@@ -23,13 +23,13 @@ dry_run=
 case $call in
     first) limit=210 ;;
     second) limit=420 ;;
-    heads) limit=300 ;;
+    linear) limit=300 ;;
     racecheck) limit=200 ;;
     tune) limit=300 ;;
     *) call= ;;
 esac
 if [ -z "$call" ] || [ $# -gt $((1 + ${dry_run:-0})) ]; then
-    echo "usage: bench/gpu.sh first|second|heads|racecheck|tune [--dry-run]" >&2
+    echo "usage: bench/gpu.sh first|second|linear|racecheck|tune [--dry-run]" >&2
     exit 2
 fi
 
@@ -146,7 +146,7 @@ case $call in
         finish
         step machine 10 "versions, devices, backends" "$python" -m mlkernels
         step smoke-cuda 25 "every loss, tiny, against float64" "$python" -m bench.smoke $on --backends cuda
-        step smoke-triton 30 "the same, and heads cut in every way" "$python" -m bench.smoke $on --backends triton
+        step smoke-triton 30 "the same, linear heads cut in every way" "$python" -m bench.smoke $on --backends triton
         step measure-quick 50 "share of the copy bandwidth, smaller problems; JSON kept as it goes" \
             "$python" -m bench $on --quick --seconds 36 --out "$out"
         step tests 60 "the property table and what only a GPU shows, as far as the time goes" \
@@ -165,10 +165,10 @@ case $call in
             "${tests[@]}" --seconds "$(seconds_of 72)" -k triton
         sanitized memcheck 45 memcheck
         ;;
-    heads)
+    linear)
         build
-        step measure-heads 205 "time and memory beside the unfused chain, torch's chunks and the products; JSON as it goes" \
-            "$python" -m bench $on --suites heads --seconds 180 --out "$out"
+        step measure-linear 205 "time and memory beside eager, torch's chunks and the products; JSON as it goes" \
+            "$python" -m bench $on --suites linear --seconds 180 --out "$out"
         ;;
     racecheck)
         build

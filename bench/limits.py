@@ -2,9 +2,9 @@
 
 *Small* calls, loss and ``backward()``, against ``F.cross_entropy`` by turns in one process: numbers as numbers, as
 tensors, and trained. *Large* ones against a copy into memory that was written before, and against the same steps in
-processes whose allocator is made to keep its memory (``mallopt``, without our own buffers). Small *heads* against the
-chain written out. A verdict per target on the worst process; about twelve minutes on two cores. ``--parts small
---processes 1 --seconds 5`` is the table alone.
+processes whose allocator is made to keep its memory (``mallopt``, without our own buffers). Small *linear* heads
+against the chain written out. A verdict per target on the worst process; about twelve minutes on two cores. ``--parts
+small --processes 1 --seconds 5`` is the table alone.
 """
 
 from __future__ import annotations
@@ -147,8 +147,8 @@ def small(seconds: float) -> Found:
     return found
 
 
-def heads(seconds: float) -> Found:
-    """Small heads, ours and the chain written out by turns."""
+def linear(seconds: float) -> Found:
+    """Small linear heads, ours and the chain written out by turns."""
     return {"×".join(map(str, shape)): _best(small_linear.steps(shape), seconds) for shape in small_linear.SHAPES}
 
 
@@ -176,7 +176,7 @@ def kept(seconds: float) -> Found:
     return large(seconds)
 
 
-PARTS = {"small": small, "large": large, "kept": kept, "heads": heads}
+PARTS = {"small": small, "large": large, "kept": kept, "linear": linear}
 
 
 def _alone(part: str, seconds: float, threads: int) -> dict[str, Any]:
@@ -215,7 +215,7 @@ def _ratios(runs: Sequence[Found], problem: str, others: Mapping[str, str]) -> d
 
 
 def _of_chain(runs: Sequence[Found]) -> dict[str, dict[str, list[float]]]:
-    """By head and step, ours over the chain written out."""
+    """By linear head and step, ours over the chain written out."""
     return {
         problem: _ratios(runs, problem, {name: f"{name}: eager" for name in found if not name.endswith(": eager")})
         for problem, found in (runs[0].items() if runs else ())
@@ -233,9 +233,9 @@ def verdicts(processes: Sequence[dict[str, Any]]) -> list[Verdict]:
     """Every target that was measured, on the worst process of each loss."""
     by_part = {part: [one["found"] for one in processes if one["part"] == part] for part in PARTS}
     found = []
-    for problem, ratios in _of_chain(by_part["heads"]).items():
+    for problem, ratios in _of_chain(by_part["linear"]).items():
         worst = {name: max(each) for name, each in ratios.items()}
-        found.append(_verdict(f"{problem}, heads: of the chain written out", worst, 1.0))
+        found.append(_verdict(f"{problem}, linear: of the chain written out", worst, 1.0))
     runs = by_part["small"]
     for shape in SMALL if runs else ():
         problem = str(Problem(shape, "float32"))
@@ -280,7 +280,7 @@ def table(runs: Sequence[Found]) -> str:
     return "\n".join(lines)
 
 
-def table_of_heads(runs: Sequence[Found]) -> str:
+def table_of_linear(runs: Sequence[Found]) -> str:
     """As docs/heads.md has it: of the chain written out, the median of the processes."""
     found = _of_chain(runs)
     medians = {name: [statistics.median(each[name]) for each in found.values()] for name in next(iter(found.values()))}
@@ -291,7 +291,7 @@ def table_of_heads(runs: Sequence[Found]) -> str:
 def text(processes: Sequence[dict[str, Any]]) -> str:
     """All of it, to be read."""
     by_part = {part: [one["found"] for one in processes if one["part"] == part] for part in PARTS}
-    parts = [make(by_part[part]) for part, make in (("small", table), ("heads", table_of_heads)) if by_part[part]]
+    parts = [make(by_part[part]) for part, make in (("small", table), ("linear", table_of_linear)) if by_part[part]]
     parts += map(str, verdicts(processes))
     busy = max(one["others_busy"] for one in processes)
     if busy > 0.1:
@@ -302,7 +302,7 @@ def text(processes: Sequence[dict[str, Any]]) -> str:
 def main(given: Sequence[str] | None = None) -> int:
     """Measures, prints, writes; 0 where every target was reached."""
     parser = argparse.ArgumentParser(prog="python -m bench.limits", description=__doc__)
-    parser.add_argument("--parts", default="small,large,heads", help="small, large, heads; default all")
+    parser.add_argument("--parts", default="small,large,linear", help="small, large, linear; default all")
     parser.add_argument("--processes", type=int, default=4, help="fresh ones of each part")
     parser.add_argument("--seconds", type=float, default=6.0, help="for each problem of a process")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -311,7 +311,7 @@ def main(given: Sequence[str] | None = None) -> int:
     started = time.time()
     jobs = []
     for index in range(options.processes):
-        jobs += [part for part in ("small", "large", "heads") if part in options.parts]
+        jobs += [part for part in ("small", "large", "linear") if part in options.parts]
         jobs += ["kept"] * ("large" in options.parts and index % 2 == 0)
     processes: list[dict[str, Any]] = []
     for part in jobs:

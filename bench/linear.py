@@ -14,15 +14,15 @@ import mlkernels
 from .cases import Inputs
 from .peers import ANGLE, SCALE, Candidate, Function, installed, losses
 
-#: Of the family, the head that everybody has and one that none has: a margin on cosines.
+#: Of the family, the linear head that everybody has and one that none has: a margin on cosines.
 LOSSES = ["cross_entropy", "arcface"]
 #: By name: what the package picks, and the one that keeps no logits from statistics to gradient.
-STRATEGIES: dict[str, str | None] = {"head": None, "tiles": "tiles"}
+STRATEGIES: dict[str, str | None] = {"linear": None, "tiles": "tiles"}
 CHUNKS = {"chunked64": 64, "chunked256": 256}  # rows, of torch's own; its automatic choice was slower on a CPU
 
 
 def ours(strategy: str | None) -> dict[str, Function]:
-    """The package's heads."""
+    """The package's linear heads."""
     arcface = mlkernels.ArcFaceLoss(margin=ANGLE, scale=SCALE)
     margin = functools.partial(mlkernels.linear_softmax_loss, loss=arcface, normalize=True, strategy=strategy)
     return {
@@ -86,7 +86,7 @@ def candidates(device: torch.device, names: Sequence[str], peers: Sequence[str])
 
 
 def products(inputs: Inputs) -> object:
-    """What no head that does not recompute can be faster than: logits, and from a gradient of theirs dX and dW."""
+    """What no linear head that keeps its logits can be faster than: these, and from a gradient of theirs dX and dW."""
     features, weight = (leaf.detach() for leaf in inputs.leaves)
     logits = features @ weight.T
     return logits @ weight, logits.T @ features

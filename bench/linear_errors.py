@@ -1,4 +1,4 @@
-"""``python -m bench.linear_errors [backend [rows]]``: relative errors of heads in bfloat16 (docs/heads.md).
+"""``python -m bench.linear_errors [backend [rows]]``: relative errors of linear heads in bfloat16 (docs/heads.md).
 
 Beside them those of the chain on logits in float32, of the same features and weight, and of the chain in bfloat16. The
 truth is the chain in float64. All gradients are rounded to bfloat16 in the end, which by itself is 1.7e-3. No error of
@@ -103,7 +103,7 @@ def table(backend: str | None, device: torch.device, rows: int = ROWS) -> str:
         cells = [f"{value:.0e}" for value in (e.loss for e in each)]
         cells += [f"{1e3 * value:.2f}e-3" for value in (*(e.x for e in each), *(e.weight for e in each))]
         rows_of.append([kind, *("" if "nan" in cell else cell for cell in cells)])
-    titles = ["", *(title for what in ("loss", "dX", "dW") for title in (f"{what}: head", "float32", "bfloat16"))]
+    titles = ["", *(title for what in ("loss", "dX", "dW") for title in (f"{what}: linear", "float32", "bfloat16"))]
     return "\n".join(markdown(titles, rows_of))
 
 

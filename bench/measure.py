@@ -323,7 +323,7 @@ class Comparison(NamedTuple):
 
 
 def comparison_of(problem: Problem, plan: Plan) -> Comparison:
-    """A loss's, or a head's."""
+    """A loss's, or a linear head's."""
     device = plan.device
     if problem.features:
         names = [name for name in plan.names if name in linear.LOSSES]
@@ -352,7 +352,7 @@ def _steps(candidate: peers.Candidate, problem: Problem, sets: list[Inputs], pla
 
 
 def _floors(problem: Problem, inputs: Inputs) -> dict[Key, Step]:
-    """A head's three products; of logits on a CPU, their copy into fresh memory, which a gradient is."""
+    """A linear head's three products; of logits on a CPU, their copy into fresh memory, which a gradient is."""
     if problem.features:
         return {Key(problem, "-", "step", "products"): functools.partial(linear.products, inputs)}
     (logits,) = inputs.leaves
@@ -360,7 +360,7 @@ def _floors(problem: Problem, inputs: Inputs) -> dict[Key, Step]:
 
 
 def measure_problem(problem: Problem, plan: Plan, copied: tuple[Tensor, Tensor] | None, run: Run) -> None:
-    """Everybody's steps of a problem, in turns with a copy; of a head also the memory that they take."""
+    """Everybody's steps of a problem, in turns with a copy; of a linear head also the memory that they take."""
     device, cuda = plan.device, plan.device.type == "cuda"
     # Logits that are small come from the cache, as they do in training.
     cache = torch.cuda.get_device_properties(device).L2_cache_size if cuda and not problem.small else 0

@@ -26,21 +26,22 @@ held against the reference; on a machine that others use too, what can be compar
   drawn anew in each. A ratio is the median of the ratios within each process, *least* the smallest; over 1 ours is
   faster.
 - *eager* is the loss as a careful user writes it (`bench/peers.py`), *compile* that chain under `torch.compile`.
-- Of heads, `head` is what the package picks by itself, `tiles` the strategy that keeps no logits; *MB* is the most that
-  a step takes beyond input, weight and their gradients.
+- Of linear heads, `linear` is what the package picks by itself, `tiles` the strategy that keeps no logits; *MB* is the
+  most that a step takes beyond input, weight and their gradients.
 - *copy* is `copy_` of as many bytes as the logits have: a step that reads the logits once and writes a gradient has as
   much to move.
 
 On your own machine:
 
     python -m bench --quick            # under a minute
-    python -m bench                    # some minutes; --help lists losses, shapes, peers, heads
+    python -m bench                    # some minutes; --help lists losses, shapes, peers
+    python -m bench --suites linear    # linear heads; the runs below know the suite by its old name, heads
     python -m bench compare A B        # two results, line by line
     python -m bench.page               # this page
 
-Nothing has been measured on a GPU yet; what is predicted stands in `bench/NOTES.md`, of heads with its assumptions in
-[heads](heads.md), and `bench/gpu.sh first` measures it. Tiles of a head's logits are float32: in half precision they
-are not built, as no table measured on a GPU says where that would cost no accuracy.
+Nothing has been measured on a GPU yet; what is predicted stands in `bench/NOTES.md`, of [linear heads](heads.md) with
+its assumptions on their page, and `bench/gpu.sh first` measures it. Tiles of their logits are float32: in half
+precision they are not built, as no table measured on a GPU says where that would cost no accuracy.
 """
 
 
@@ -114,11 +115,11 @@ def section(results: Report) -> list[str]:
     for caveat in header["caveats"]:
         lines += ["", f"**{caveat}**"]
     lines += ["", f"<!-- chart: {header['name']} -->", ""]
-    for of_heads in (False, True):
-        problems = [one for one in results.problems() if bool(one.features) == of_heads]
+    for of_linear in (False, True):
+        problems = [one for one in results.problems() if bool(one.features) == of_linear]
         problems.sort(key=lambda one: (one.dtype != "float32", one.classes, one.rows))
         if problems:
-            lines += [*table(results, problems, list(linear.STRATEGIES) if of_heads else header["backends"]), ""]
+            lines += [*table(results, problems, list(linear.STRATEGIES) if of_linear else header["backends"]), ""]
     targets = header.get("targets") or []
     missed = [one for one in targets if not one["reached"]]
     if targets:

@@ -67,20 +67,20 @@ def in_turns(candidates: dict[str, Callable[[], object]], turns: int) -> dict[st
     return took
 
 
-def heads(options: argparse.Namespace) -> None:
+def linear(options: argparse.Namespace) -> None:
     """Each rank has its rows and its classes; rank 0 alone has all rows and classes, and as many threads as ranks."""
     rank, ranks, rows = dist.get_rank(), dist.get_world_size(), options.rows // dist.get_world_size()
     torch.manual_seed(0)
     x, target = torch.randn(options.rows, options.width), torch.randint(options.classes, (options.rows,))
     loss = mlkernels.ArcFaceLoss()
-    head = ClassParallelLoss(loss, options.width, options.classes, normalize=True)
+    spread = ClassParallelLoss(loss, options.width, options.classes, normalize=True)
     dense = mlkernels.LinearLoss(loss, options.width, options.classes, normalize=True) if rank == 0 else None
     own = x[rank * rows : (rank + 1) * rows].clone().requires_grad_()
     every = x.clone().requires_grad_()
 
     def parallel() -> None:
-        own.grad = head.weight.grad = None
-        head(own, target[rank * rows : (rank + 1) * rows]).backward()
+        own.grad = spread.weight.grad = None
+        spread(own, target[rank * rows : (rank + 1) * rows]).backward()
 
     def alone() -> None:
         if dense is not None:
@@ -96,15 +96,15 @@ def heads(options: argparse.Namespace) -> None:
         _all_gather(torch.empty(ranks * options.rows * 3), torch.empty(options.rows * 3))
         dist.all_to_all_single(torch.empty_like(parts), parts)
 
-    head.communication()
+    spread.communication()
     parallel()
-    sent = head.communication()
+    sent = spread.communication()
     took = in_turns({"parallel": parallel, "alone": alone, "collectives": collectives}, options.turns)
     if rank == 0:
         least = {name: 1e3 * min(each) for name, each in took.items()}
         middle = {name: 1e3 * statistics.median(each) for name, each in took.items()}
         ratios = sorted(a / b for a, b in zip(took["parallel"], took["alone"], strict=True))
-        print(f"head {options.rows} x {options.width} x {options.classes}, ArcFace, {ranks} ranks of one thread")
+        print(f"linear head {options.rows} x {options.width} x {options.classes}, ArcFace, {ranks} ranks of one thread")
         for name in took:
             print(f"  {name:12} least {least[name]:8.1f} ms, median {middle[name]:8.1f} ms")
         print(f"  parallel / alone ({ranks} threads): of the least {least['parallel'] / least['alone']:.2f}, "
@@ -163,7 +163,7 @@ def _rank(rank: int, port: int, options: argparse.Namespace) -> None:
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=options.ranks)
     try:
-        for suite in (heads, vocabulary):
+        for suite in (linear, vocabulary):
             suite(options)
     finally:
         dist.destroy_process_group()

@@ -129,7 +129,7 @@ class Report:
         return statistics.median(found) if (found := self.ratios(key, other)) else None
 
     def fractions(self, key: Key) -> list[float]:
-        """Of the floor, in each process: a copy's time for the bytes of a step, or the products of a head."""
+        """Of the floor, in each process: a copy's time for the bytes of a step, or the products of a linear head."""
         if key.problem.features:
             return self.ratios(key, Key(key.problem, "-", "step", "products"))
         need = floor_bytes(key.problem, key.mode)
@@ -238,27 +238,27 @@ def _cpu_outcomes(report: Report) -> Iterator[Outcome]:
                 yield Outcome(f"{problem}, {loss}: cpu / {floor[0]}", 1 / found, floor[1], False)
 
 
-#: A head's rows, features, classes and dtype; the loss; who; at most how many times another's time, or bytes in MB.
-HEAD_TARGETS: list[tuple[str, str, str, str, float]] = [
-    ("1024x64x200000 float32", "cross_entropy", "head", "eager", 0.40),
-    ("1024x64x200000 float32", "cross_entropy", "head", "chunked64", 1.0),
-    ("1024x64x200000 float32", "cross_entropy", "head", "chunked256", 1.0),
-    ("1024x64x200000 float32", "cross_entropy", "head", "MB", 110),
+#: A linear head's rows, features, classes and dtype; the loss; who; at most how many times another's time, or MB.
+LINEAR_TARGETS: list[tuple[str, str, str, str, float]] = [
+    ("1024x64x200000 float32", "cross_entropy", "linear", "eager", 0.40),
+    ("1024x64x200000 float32", "cross_entropy", "linear", "chunked64", 1.0),
+    ("1024x64x200000 float32", "cross_entropy", "linear", "chunked256", 1.0),
+    ("1024x64x200000 float32", "cross_entropy", "linear", "MB", 110),
     ("1024x64x200000 float32", "cross_entropy", "tiles", "eager", 0.5),
     ("1024x64x200000 float32", "cross_entropy", "tiles", "MB", 20),
-    ("1024x64x200000 float32", "arcface", "head", "eager", 0.18),
-    ("512x512x50000 float32", "cross_entropy", "head", "eager", 0.82),
-    ("1024x64x200000 bfloat16", "cross_entropy", "head", "eager", 0.6),
-    ("512x512x50000 bfloat16", "cross_entropy", "head", "eager", 0.9),
-    ("8192x4096x128256 bfloat16", "cross_entropy", "head", "products", 1.1),
-    ("8192x4096x151936 bfloat16", "cross_entropy", "head", "products", 1.6),
-    ("8192x4096x151936 bfloat16", "cross_entropy", "head", "MB", 6442),
+    ("1024x64x200000 float32", "arcface", "linear", "eager", 0.18),
+    ("512x512x50000 float32", "cross_entropy", "linear", "eager", 0.82),
+    ("1024x64x200000 bfloat16", "cross_entropy", "linear", "eager", 0.6),
+    ("512x512x50000 bfloat16", "cross_entropy", "linear", "eager", 0.9),
+    ("8192x4096x128256 bfloat16", "cross_entropy", "linear", "products", 1.1),
+    ("8192x4096x151936 bfloat16", "cross_entropy", "linear", "products", 1.6),
+    ("8192x4096x151936 bfloat16", "cross_entropy", "linear", "MB", 6442),
 ]
 
 
-def _head_outcomes(report: Report) -> Iterator[Outcome]:
+def _linear_outcomes(report: Report) -> Iterator[Outcome]:
     problems = {str(problem): problem for problem in report.problems()}
-    for problem, loss, by, other, bound in HEAD_TARGETS:
+    for problem, loss, by, other, bound in LINEAR_TARGETS:
         if problem not in problems:
             continue
         key = Key(problems[problem], loss, "step", by)
@@ -320,7 +320,7 @@ def _gpu_outcomes(report: Report) -> Iterator[Outcome]:
 def check(report: Report) -> list[Outcome]:
     """What was asked for and this run measured."""
     on_device = _gpu_outcomes if report.header["device_type"] == "cuda" else _cpu_outcomes
-    return [*on_device(report), *_head_outcomes(report)]
+    return [*on_device(report), *_linear_outcomes(report)]
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------
@@ -378,7 +378,7 @@ def text(report: Report) -> str:
     stolen = max((run.load.stolen for run in report.runs), default=0.0)
     lines = [f"{where}; {versions}; {commit}; {header['date']}"]
     lines.append(
-        "A step is a loss and its backward(). Its floor is a copy of as many bytes, or a head's three products."
+        "A step is a loss and its backward(). Its floor is a copy of as many bytes, or a linear head's three products."
     )
     lines.append(f"Medians of {report.processes} processes; {stolen:.2f} CPUs went to other machines.")
     lines += [f"WARNING: {caveat}" for caveat in report.caveats()]
@@ -445,7 +445,8 @@ def _problem(line: dict[str, Any]) -> Problem:
 
 
 def _key(line: dict[str, Any]) -> Key:
-    return Key(_problem(line), line["loss"], line["mode"], line["by"])
+    by = "linear" if line["by"] == "head" else line["by"]  # as it was called in files of 0.1.0
+    return Key(_problem(line), line["loss"], line["mode"], by)
 
 
 def load(path: Path) -> Report:

@@ -1,4 +1,4 @@
-"""Small heads beside the chain written out: what a call costs beside its products. A part of ``bench.limits``."""
+"""Small linear heads beside the chain written out: what a call costs beside its products. Part of ``bench.limits``."""
 
 from __future__ import annotations
 
@@ -98,10 +98,10 @@ def steps(shape: tuple[int, int, int]) -> dict[str, Step]:
         lambda: F.cross_entropy(F.linear(x, weight), ignored), weight,
     )  # fmt: skip
     layer = torch.nn.Linear(features, classes)
-    head, module = mlkernels.LinearLoss.from_linear(mlkernels.CrossEntropyLoss(), layer), torch.nn.CrossEntropyLoss()
+    linear, module = mlkernels.LinearLoss.from_linear(mlkernels.CrossEntropyLoss(), layer), torch.nn.CrossEntropyLoss()
     add(
         "cross entropy, modules, bias",
-        lambda: head(x, target), lambda: module(layer(x), target), layer.weight, layer.bias,
+        lambda: linear(x, target), lambda: module(layer(x), target), layer.weight, layer.bias,
     )  # fmt: skip
 
     def statistics() -> Tensor:

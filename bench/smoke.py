@@ -1,8 +1,8 @@
 """``python -m bench.smoke``: the first thing to run on a GPU that nobody knows, step by step, each against float64.
 
-Every loss and mode on problems so small that they take no time, one for each way that the kernels have to a row; heads
-cut in every way. A step that fails or is wrong is named, with the command that repeats it alone and what its error
-usually means; where it broke the device nothing can run after it, and the rest is left.
+Every loss and mode on problems so small that they take no time, one for each way that the kernels have to a row;
+linear heads cut in every way. A step that fails or is wrong is named, with the command that repeats it alone and what
+its error usually means; where it broke the device nothing can run after it, and the rest is left.
 """
 
 from __future__ import annotations
@@ -149,18 +149,18 @@ def smoke(
     names: Sequence[str],
     modes: Sequence[str],
     say: Callable[[str], None],
-    heads: Sequence[str] = (),
+    linear: Sequence[str] = (),
 ) -> tuple[int, int]:
     """How many steps ran, and how many of them failed; each is said."""
     account = Account(device, say)
     try:
         for problem, name in itertools.product(problems, names):
             account.losses(problem, name, backends, modes)
-        for name, by in itertools.product(heads, backends):
+        for name, by in itertools.product(linear, backends):
             if by in smoke_linear.SERVED:
-                what = f"{by} head {name} ({smoke_linear.ROWS}x{smoke_linear.WIDTH}x{smoke_linear.CLASSES})"
+                what = f"{by} linear head {name} ({smoke_linear.ROWS}x{smoke_linear.WIDTH}x{smoke_linear.CLASSES})"
                 check = functools.partial(smoke_linear.check, by, name, device)
-                account.attempt(what, f"--backends {by} --heads {name}", check)
+                account.attempt(what, f"--backends {by} --linear {name}", check)
         if problems:
             account.attempt("multi_copy_", None, functools.partial(copies, device))
     except Broken:
@@ -172,12 +172,12 @@ def main(given: list[str] | None = None) -> int:
     """Runs and says; the exit status."""
     parser = parser_of("bench.smoke", "Every loss on tiny problems against float64.", MODES)
     parser.add_argument("--problems", type=names_of(list(TINY)), help=",".join(TINY))
-    heads = list(smoke_linear.STEPS)
-    parser.add_argument("--heads", type=names_of(heads), help=f"these alone, of loss-strategy-dtype: {heads[0]}...")
+    linear = list(smoke_linear.STEPS)
+    parser.add_argument("--linear", type=names_of(linear), help=f"these alone, of loss-strategy-dtype: {linear[0]}...")
     options = parser.parse_args(given)
     # Whoever asks for some steps has no others.
-    if options.heads is None:
-        options.heads = heads if options.problems is options.losses is options.modes is None else []
+    if options.linear is None:
+        options.linear = linear if options.problems is options.losses is options.modes is None else []
         options.problems = options.problems or list(TINY)
     else:
         options.problems = options.problems or []
@@ -192,11 +192,11 @@ def main(given: list[str] | None = None) -> int:
     names, modes = options.losses or LOSSES, options.modes or MODES
     if "triton" in backends and is_gpu(device):
         work = specialised([TINY[name] for name in options.problems], names, device.type, modes)
-        work += [functools.partial(smoke_linear.check, "triton", name, device) for name in options.heads]
+        work += [functools.partial(smoke_linear.check, "triton", name, device) for name in options.linear]
         compile_ahead(work, SECONDS, print)
     if options.compile:
         return 0
-    ran, failed = smoke(device, backends, options.problems, names, modes, print, options.heads)
+    ran, failed = smoke(device, backends, options.problems, names, modes, print, options.linear)
     said = f"{failed} of {ran} steps failed" if failed else f"{ran} steps are right"
     print(f"smoke: {said} on {device_name(device)} ({', '.join(backends) or 'no backend'})")
     return 1 if failed or missing or not backends else 0

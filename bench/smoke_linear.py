@@ -1,4 +1,4 @@
-"""The heads' part of the smoke test: every way to cut the work, a few losses, each dtype, against float64."""
+"""The linear heads' part of the smoke test: every way to cut the work, a few losses, each dtype, against float64."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROWS, WIDTH, CLASSES, MEMORY = 150, 16, 3001, 600_000
 ERROR = {"float32": 1e-3, "bfloat16": 6e-3, "float16": 2e-3}
 #: Of losses and statistics, which are float32's.
 LOSS_ERROR = 1e-4
-#: The kernels that serve a head, by the names that the smoke test has.
+#: The kernels that serve a linear head, by the names that the smoke test has.
 SERVED = {name: name for name in ("triton", "cpu", "reference")}
 #: What :func:`mlkernels.softmax_loss` takes; two of these want row statistics, whose gradients are looked at too.
 LOSSES: dict[str, dict[str, Any]] = {

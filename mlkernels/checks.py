@@ -199,7 +199,7 @@ def wrong_type(word: str, takes: str, value: object) -> TypeError:
     if type(value).__name__ == "Proxy":  # of torch.fx, which has whatever it is asked for
         hint = ": symbolic_trace sees no numbers; make the loss a leaf of its Tracer, or take make_fx or torch.export"
     elif hasattr(value, "instead"):  # a ProductLogits
-        return TypeError(f"loss calculates with the logits of a head: {value.instead}")
+        return TypeError(f"loss calculates with the logits of a linear head: {value.instead}")
     elif isinstance(value, (list, tuple)) or hasattr(value, "__array_interface__"):
         hint = f": write torch.as_tensor({word})" if "tensor" in takes or "number" not in takes else ""
     return TypeError(f"{word} takes {takes}, got {kind_of(value)}{hint}")

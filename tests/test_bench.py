@@ -302,8 +302,8 @@ def test_what_fails_or_is_another_loss_is_said_and_the_rest_measured(stand_in, m
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_heads(dtype, monkeypatch):
-    """Everybody's head is held against the whole chain; time, memory and the products stand together."""
+def test_linear(dtype, monkeypatch):
+    """Everybody's linear head is held against the whole chain; time, memory and the products stand together."""
     monkeypatch.setattr(Plan, "seconds", lambda plan, problem: 0.0)
     monkeypatch.setattr(peers, "CHUNK", 1000)
     problem = Problem((64, 300), dtype, 16)
@@ -319,7 +319,7 @@ def test_heads(dtype, monkeypatch):
         set(run.memory) == {key for key in run.timings if key.loss != "-"} or not Path("/proc/self/clear_refs").exists()
     )
     found = Report(report.describe(CPU, ["cpu"]), [run])
-    key = Key(problem, "cross_entropy", "step", "head")
+    key = Key(problem, "cross_entropy", "step", "linear")
     products = run.timings[Key(problem, "-", "step", "products")].median
     assert found.fraction(key) == pytest.approx(products / run.timings[key].median)
     assert re.search(r"arcface +tiles ", text(found)) and "products" in text(found)
@@ -327,14 +327,14 @@ def test_heads(dtype, monkeypatch):
 
 def test_targets_of_a_head():
     problem = Problem((1024, 200000), "float32", 64)
-    ours, tiles, eager = (Key(problem, "cross_entropy", "step", by) for by in ("head", "tiles", "eager"))
+    ours, tiles, eager = (Key(problem, "cross_entropy", "step", by) for by in ("linear", "tiles", "eager"))
     products = Key(problem, "-", "step", "products")
     run = Run({ours: timing(1.0), tiles: timing(4.0), eager: timing(5.0), products: timing(0.9)}, {problem: 1e9})
     run.memory = {ours: 200_000_000, tiles: 10_000_000}
     wanted = {one.what.split(": ")[1]: (one.value, one.reached) for one in check(Report(ON_CPU, [run]))}
     assert wanted == {
-        "head / eager": (0.2, True),
-        "head in MB": (200.0, False),
+        "linear / eager": (0.2, True),
+        "linear in MB": (200.0, False),
         "tiles / eager": (0.8, False),
         "tiles in MB": (10.0, True),
     }
@@ -625,7 +625,7 @@ def test_smoke(by):
     assert said == []
 
 
-def test_smoke_of_heads(monkeypatch, capsys):
+def test_smoke_of_linear(monkeypatch, capsys):
     """Each as in float64, in several chunks and tiles; what is wrong is named, with what repeats it."""
     if mlkernels.available_backends()["cpu"] is not None:
         pytest.skip("no cpu")
@@ -635,16 +635,16 @@ def test_smoke_of_heads(monkeypatch, capsys):
     right = mlkernels.linear_softmax_loss
     monkeypatch.setattr(mlkernels, "linear_softmax_loss", lambda x, *rest, **options: right(x * 1.01, *rest, **options))
     assert (
-        smoke.main(["--device", "cpu", "--backends", "cpu", "--heads", "arcface-tiles-float16"]) == 0
+        smoke.main(["--device", "cpu", "--backends", "cpu", "--linear", "arcface-tiles-float16"]) == 0
     )  # of directions
-    assert smoke.main(["--device", "cpu", "--backends", "cpu", "--heads", "two_scale-rows-bfloat16"]) == 1
+    assert smoke.main(["--device", "cpu", "--backends", "cpu", "--linear", "two_scale-rows-bfloat16"]) == 1
     text = capsys.readouterr().out
     assert "1 steps are right" in text and "1 of 1 steps failed" in text
-    assert "FAILED cpu head two_scale-rows-bfloat16 (150x16x3001): wrong loss: off by" in text
-    assert "python -m bench.smoke --backends cpu --heads two_scale-rows-bfloat16" in text
+    assert "FAILED cpu linear head two_scale-rows-bfloat16 (150x16x3001): wrong loss: off by" in text
+    assert "python -m bench.smoke --backends cpu --linear two_scale-rows-bfloat16" in text
 
 
-def test_smoke_of_heads_on_triton(monkeypatch):
+def test_smoke_of_linear_on_triton(monkeypatch):
     """The kernels, interpreted, of little."""
     if mlkernels.available_backends()["triton"] is not None:
         pytest.skip("no Triton")
@@ -775,7 +775,7 @@ def test_without_a_gpu_it_says_so(module, capsys):
 
 
 SCRIPT = str(ROOT / "bench/gpu.sh")
-LIMITS = {"first": 210, "second": 420, "heads": 300, "racecheck": 200, "tune": 300}
+LIMITS = {"first": 210, "second": 420, "linear": 300, "racecheck": 200, "tune": 300}
 
 
 def dry_run(call, **more):
@@ -798,7 +798,7 @@ def test_dry_run_of_the_script(tmp_path):
         "compute-sanitizer --tool racecheck",
         "a-python -m bench.schedule",
         "a-python -m bench.tune",
-        "a-python -m bench --device cuda --suites heads",
+        "a-python -m bench --device cuda --suites linear",
         f"a-python -m bench --device cuda --seconds 172 --out {tmp_path / 'out'}",
     ):
         assert what in said, what
@@ -863,7 +863,7 @@ case "$*" in csrc/build.py) {built} ;; *--out*) touch "$OUT/a.json" "$OUT/a.png"
         ("first", "nothing", None),
         ("second", "*--compile*", "compile"),  # beside the build, and waited for
         ("second", "nothing", None),
-        ("heads", "nothing", None),
+        ("linear", "nothing", None),
         ("tune", "*bench.tune*", "tune"),
         ("racecheck", "nothing", None),
     ],
@@ -878,7 +878,7 @@ def test_a_failing_step_does_not_stop_the_script(tmp_path, call, fails, failed):
     order = {
         "first": ["build", "compile", "machine", "smoke-cuda", "smoke-triton", "measure-quick", "tests"],
         "second": ["build", "compile", "measure", "schedule", "tests-triton", "memcheck"],
-        "heads": ["build", "measure-heads"],
+        "linear": ["build", "measure-linear"],
         "racecheck": ["build", "racecheck"],
         "tune": ["build", "tune"],
     }[call]
@@ -886,7 +886,7 @@ def test_a_failing_step_does_not_stop_the_script(tmp_path, call, fails, failed):
     assert places == sorted(places) and places[0] > 0
     # At most eight come back from a machine.
     assert len(files) <= 4 and f"{call}.log" in files
-    assert ("a.json" in files) == (call in ("first", "second", "heads")) and ("sizes.json" in files) == (call == "tune")
+    assert ("a.json" in files) == (call in ("first", "second", "linear")) and ("sizes.json" in files) == (call == "tune")
     assert ("sanitizer: --tool" in done.stdout) == (call in ("second", "racecheck"))
 
 
@@ -1208,16 +1208,16 @@ def test_limits_take_every_loss_in_every_form(monkeypatch):
     assert set(limits.large(0.0)["4x5 bfloat16"]) == {"copy", *limits.family()}
 
 
-def test_small_heads_agree_with_what_is_written_out(monkeypatch):
+def test_small_linear_heads_agree_with_what_is_written_out(monkeypatch):
     monkeypatch.setattr(small_linear, "SHAPES", ((8, 4, 5),))
-    found = limits.heads(0.0)["8×4×5"]
+    found = limits.linear(0.0)["8×4×5"]
     ours = [name for name in found if not name.endswith(": eager")]
     assert set(found) == {name + by for name in ours for by in ("", ": eager")}
     assert len(ours) == 17 and {'focal, "none", bias', "log-probability and entropy"} < set(ours)
     monkeypatch.setitem(small_linear.KINDS, "focal", small_linear.KINDS["focal"]._replace(eager=F.cross_entropy))
     with pytest.raises(AssertionError, match="focal"):
         small_linear.steps((8, 4, 5))
-    part = {"part": "heads", "others_busy": 0.0, "found": {"8×4×5": {"a": 3.0, "a: eager": 2.0}}}
+    part = {"part": "linear", "others_busy": 0.0, "found": {"8×4×5": {"a": 3.0, "a: eager": 2.0}}}
     (verdict,) = limits.verdicts([part])
     assert verdict.missed == 1 and verdict.outcome.value == 1.5 and "| a | 1.50 |" in limits.text([part])
 

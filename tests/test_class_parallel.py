@@ -31,7 +31,7 @@ import mlkernels
 from mlkernels import TileSGD
 from mlkernels.distributed import ClassParallelLoss, agreement, clip_grad_norm_
 from mlkernels.distributed.group import Group
-from mlkernels.linear.loop import Head
+from mlkernels.linear.loop import Linear
 from mlkernels.linear.pieces import TORCH
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo")
@@ -181,7 +181,7 @@ def compacted(group: dist.ProcessGroup) -> None:
         for compact in (False, True):
             head = head_of(group, loss, weight, normalize=True, memory=3000, compact=compact)
             features = x[own].clone().requires_grad_()
-            with mock.patch.object(Head, "chunks", autospec=True, side_effect=Head.chunks) as chunks:
+            with mock.patch.object(Linear, "chunks", autospec=True, side_effect=Linear.chunks) as chunks:
                 found = head(features, target[own])
             seen = chunks.call_args[0][0].x
             assert len(seen) == ROWS - 1 if compact else len(seen) >= ROWS
@@ -279,11 +279,11 @@ def stepping_in_tiles(group: dist.ProcessGroup) -> None:
             agrees(features.grad, ranks * leaf_grad[own])
             assert head.weight.grad is None
         agrees(head.state_dict()["update.momentum_buffer"].full_tensor(), optimizer.state[w]["momentum_buffer"])
-    with pytest.raises(RuntimeError, match="two losses of a head with tile_update wait"):
+    with pytest.raises(RuntimeError, match="two losses of a linear head with tile_update wait"):
         (head(x[own], target[own]) + head(x[own], target[own])).backward()
     with pytest.raises(ValueError, match=r"tile_update must be the same on all ranks: rank 0 has None, rank 1 \{'lr'"):
         ClassParallelLoss(loss, WIDTH, 6, process_group=group, tile_update=TileSGD(0.1) if rank == 1 else None)
-    with pytest.raises(ValueError, match=r"tile_update takes a TileSGD of its own for every head"):
+    with pytest.raises(ValueError, match=r"tile_update takes a TileSGD of its own for every linear head"):
         ClassParallelLoss(loss, WIDTH, 6, process_group=group, tile_update=sgd if rank == 1 else TileSGD(0.1))
     sgd.param_groups[0]["lr"] += rank == 1  # a scheduler that has gone another way here
     with pytest.raises(ValueError, match=r"tile_update must be the same on .* has \{'lr': 0.03.*rank 1 \{'lr': 1.03"):
@@ -398,11 +398,15 @@ def copied_and_compiled(group: dist.ProcessGroup) -> None:
     features = x[own].requires_grad_()
     run = lambda features: head(features, target[own])
     for record in (torch.func.grad(run), make_fx(run), make_fx(lambda features: head.topk(features, 2))):
-        with pytest.raises(RuntimeError, match=r"^class-parallel heads know no torch\.func transforms.* no make_fx"):
+        with pytest.raises(
+            RuntimeError, match=r"^class-parallel linear heads know no torch\.func transforms.* no make_fx"
+        ):
             record(features)
-    with pytest.raises(RuntimeError, match=r"^class-parallel heads have no backward for many upstream gradients"):
+    with pytest.raises(
+        RuntimeError, match=r"^class-parallel linear heads have no backward for many upstream gradients"
+    ):
         torch.autograd.grad(run(features), features, torch.arange(3.0, dtype=F64), is_grads_batched=True)
-    with pytest.raises(RuntimeError, match=r"^class-parallel heads have no second-order gradients"):
+    with pytest.raises(RuntimeError, match=r"^class-parallel linear heads have no second-order gradients"):
         torch.autograd.grad(run(features), features, create_graph=True)
 
 

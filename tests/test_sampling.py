@@ -258,7 +258,7 @@ BAD = [
         lambda f, y: mlkernels.two_scale_cross_entropy(f, y, 1.0, 3.0), sample_correction="importance")(x, y)),
     (ValueError, "sample_correction takes one scale for all rows", lambda x, y: make(
         mlkernels.CrossEntropyLoss(scale=VECTOR), sample_correction="importance")(x, y)),
-    (RuntimeError, "leave the head out of the checkpoint", lambda x, y: torch.utils.checkpoint.checkpoint(
+    (RuntimeError, "leave the linear head out of the checkpoint", lambda x, y: torch.utils.checkpoint.checkpoint(
         make(), x, y, use_reentrant=False)),
     (IndexError, "target 23 at row 0 is out of range", lambda x, y: make()(x, torch.full_like(y, CLASSES))),
 ]  # fmt: skip

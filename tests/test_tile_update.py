@@ -162,7 +162,7 @@ def test_checkpointed_and_compiled(reentrant):
         for ours, theirs in zip(other, results[0], strict=True):
             assert torch.equal(ours, theirs)
     torch._dynamo.reset()  # or what was compiled with a break is used again
-    with pytest.raises(Exception, match="a head with tile_update or sample is no graph"):
+    with pytest.raises(Exception, match="a linear head with tile_update or sample is no graph"):
         torch.compile(head, backend="eager", fullgraph=True)(*batch())
 
 
@@ -312,13 +312,13 @@ def test_one_backward_per_step():
     head, _ = pair(OPTIONS["heavy"])
     x, target = batch()
     before = head.weight.detach().clone()
-    with pytest.raises(RuntimeError, match="two losses of a head with tile_update wait for a backward"):
+    with pytest.raises(RuntimeError, match="two losses of a linear head with tile_update wait for a backward"):
         (head(x, target) + head(x, target)).backward()
     twice = LinearLoss(
         lambda f, y: mlkernels.cross_entropy(f, y) + mlkernels.focal_loss(f, y), WIDTH, CLASSES, dtype=F64,
         tile_update=TileSGD(0.1),
     )  # fmt: skip
-    with pytest.raises(RuntimeError, match="two losses of a head"):
+    with pytest.raises(RuntimeError, match="two losses of a linear head"):
         twice(x, target).backward()
     with pytest.raises(RuntimeError, match="no second-order gradients"):
         torch.autograd.grad(head(x, target), x, create_graph=True)
@@ -361,7 +361,7 @@ def test_wrappers_that_want_a_gradient(monkeypatch):
         module, parameters_to_ignore = head, set()
 
     monkeypatch.setattr(DistributedDataParallel, "_active_ddp_module", Active)
-    with pytest.raises(RuntimeError, match="tile_update refuses DistributedDataParallel around a head"):
+    with pytest.raises(RuntimeError, match="tile_update refuses DistributedDataParallel around a linear head"):
         head(x, target)
     Active.parameters_to_ignore = {"weight"}
     head(x, target)
@@ -382,8 +382,8 @@ BAD = [
     (ValueError, "momentum must be >= 0, got -1", lambda: TileSGD(0.1, momentum=-1)),
     (ValueError, "nesterov takes momentum > 0 and dampening 0", lambda: TileSGD(0.1, nesterov=True)),
     (RuntimeError, "TileSGD steps in the loss's backward", lambda: TileSGD(0.1).step()),
-    (RuntimeError, "TileSGD steps the weight of one head", lambda: SHARED.add_param_group({"params": []})),
-    (ValueError, "tile_update takes a TileSGD of its own for every head", lambda: make(tile_update=SHARED)),
+    (RuntimeError, "TileSGD steps the weight of one linear head", lambda: SHARED.add_param_group({"params": []})),
+    (ValueError, "tile_update takes a TileSGD of its own for every linear head", lambda: make(tile_update=SHARED)),
     (TypeError, "tile_update takes a TileSGD, got SGD",
      lambda: make(tile_update=torch.optim.SGD(KEPT.parameters(), 0.1))),
     (ValueError, "tile by tile: strategy takes", lambda: make(tile_update=TileSGD(0.1), strategy="stored")),

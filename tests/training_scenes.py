@@ -134,7 +134,7 @@ def plain_ddp(group: dist.ProcessGroup) -> None:
 def scaled_losses(group: dist.ProcessGroup) -> None:
     """autocast and GradScaler: an overflow of one rank's shard is a step that none makes."""
     x, weight, target = problem()
-    with pytest.raises(ValueError, match=r"^module has nothing but class-parallel heads"):
+    with pytest.raises(ValueError, match=r"^module has nothing but class-parallel linear heads"):
         data_parallel(ClassParallelLoss(mlkernels.CrossEntropyLoss(), WIDTH, CLASSES, process_group=group))
     rank, part = dist.get_rank(group), parts(group)[0]
     rows = sum(MICRO[dist.get_world_size(group)][0])

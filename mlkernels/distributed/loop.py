@@ -1,4 +1,4 @@
-"""The loop of a head, over classes of which this rank has a part.
+"""The loop of a linear head, over classes of which this rank has a part.
 
 Features and labels are gathered; each rank's loop takes all rows and its own classes; what it knows of the rows is
 combined, so that every rank finishes all of them alike; the gradients of the features go home.
@@ -19,7 +19,7 @@ from torch import Tensor
 from ..backends import reference
 from ..backends.reference import Rows, Values
 from ..linear.autograd import by_argument, check_upstream, dtypes_of, later, makes_at_once, placed, save, scaled
-from ..linear.loop import SCALES, Call, Head, Inputs, Known, Wanted, forward, numbers_of
+from ..linear.loop import SCALES, Call, Inputs, Known, Linear, Wanted, forward, numbers_of
 from ..linear.products import along_length, lengths
 from ..numbering import IGNORE_INDEX, REDUCTION, Reduction, Slot
 from .group import Group, padded
@@ -54,7 +54,7 @@ def gathered(call: Call, shard: Shard, inputs: Inputs) -> Inputs:
     return inputs._replace(x=shard.all_rows(inputs.x, 0, "features"), params=every)
 
 
-class PartHead(Head):
+class LinearPart(Linear):
     """Of all rows this rank has some of the classes."""
 
     alone = False
@@ -94,7 +94,7 @@ class PartHead(Head):
         return rows, f_y if stats else found
 
 
-class _ShardHead(PartHead):
+class _LinearShard(LinearPart):
     """All ranks' rows, and the classes of one; a row that pads is an ignored one."""
 
     def __init__(self, call: Call, shard: Shard, inputs: Inputs):
@@ -131,7 +131,7 @@ class _ClassParallelLoss(torch.autograd.Function):
         at_once, inputs = makes_at_once(call, wanted), Inputs.of(tensors)
         with reference.full_precision(inputs.x.device):
             inputs = gathered(call, shard, inputs)
-            results, known, gradients = forward(_ShardHead(call, shard, inputs), wanted if at_once else None)
+            results, known, gradients = forward(_LinearShard(call, shard, inputs), wanted if at_once else None)
         ctx.call, ctx.shard, ctx.wanted, ctx.at_once, ctx.dtypes = call, shard, wanted, at_once, dtypes_of(tensors)
         ctx.set_materialize_grads(False)
         results = tuple(r if r.dim() == 0 else r[shard.mine] for r in results)
@@ -144,7 +144,7 @@ class _ClassParallelLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
-        check_upstream(upstream, "class-parallel heads have")
+        check_upstream(upstream, "class-parallel linear heads have")
         call: Call = ctx.call
         shard: Shard = ctx.shard
         if call.update is not None:
@@ -156,9 +156,9 @@ class _ClassParallelLoss(torch.autograd.Function):
             tensors = ctx.saved_tensors
             inputs, numbers = Inputs.of(tensors[: len(ctx.dtypes)]), placed(ctx, tensors[len(ctx.dtypes) :])
             with reference.full_precision(inputs.x.device):
-                head = _ShardHead(call, shard, inputs)
-                sums = head.sums(ctx.wanted)
-                later(sums, head, Known.of(numbers), _all_upstream(call, shard, head, upstream))
+                linear = _LinearShard(call, shard, inputs)
+                sums = linear.sums(ctx.wanted)
+                later(sums, linear, Known.of(numbers), _all_upstream(call, shard, linear, upstream))
                 gradients = [*sums.finished()]
         if gradients[0] is not None:
             gradients[0] = gradients[0] * shard.group.size
@@ -169,12 +169,12 @@ class _ClassParallelLoss(torch.autograd.Function):
         return (None, None, None, *by_argument(call, ctx.wanted, gradients, ctx.dtypes))
 
 
-def _all_upstream(call: Call, shard: Shard, head: Head, upstream: Sequence[Tensor | None]) -> list[Tensor | None]:
+def _all_upstream(call: Call, shard: Shard, linear: Linear, upstream: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The upstream gradients of all ranks, each with its part of J: all that there may be, on every rank, whichever
     outputs this one has used."""
     loss, *rows = (upstream[i] if i < len(upstream) else None for i in range(4))
     ranks = shard.group.size
-    zero = head.x.new_zeros((), dtype=call.dtype)
+    zero = linear.x.new_zeros((), dtype=call.dtype)
     nothing = zero.expand(shard.sizes[shard.group.rank])
     if call.numbers[REDUCTION] == Reduction.NONE:
         of_loss = shard.all_rows((nothing if loss is None else loss).to(zero.dtype), 0, "upstream") / ranks

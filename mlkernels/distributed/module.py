@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 
 from ..backends.reference import RowStats
 from ..linear.functional import Strategy, check_call, check_classifier, loss_of
-from ..linear.module import HeadModule, check_k, streamed_topk
+from ..linear.module import LinearModule, check_k, streamed_topk
 from ..linear.plan import Cut
 from ..linear.sampling import ClassSampler, Correction, check_sample
 from ..linear.update import TileSGD, TileUpdate, averaged_by_ddp
@@ -31,7 +31,7 @@ from .weights import Source
 
 
 @by_name
-class ClassParallelLoss(HeadModule):
+class ClassParallelLoss(LinearModule):
     r"""A classifier and a loss of the family on its output, the classes spread over ranks: no rank has all of the
     weight, and nobody has the logits.
 
@@ -175,7 +175,7 @@ class ClassParallelLoss(HeadModule):
         if torch.compiler.is_compiling():  # a graph break: collectives and the loop are no graph
             result = torch.compiler.disable(self.forward)(input, target, **per_call)
             return result
-        check_untraced("class-parallel heads know", input, target)
+        check_untraced("class-parallel linear heads know", input, target)
         return_stats = per_call.pop("return_stats", False)
         with self._group.telling():
             if averaged_by_ddp(self.weight):
@@ -200,7 +200,7 @@ class ClassParallelLoss(HeadModule):
         """The k largest logits of each of this rank's rows over the classes of all ranks, and these classes, (..., k)
         each, largest first; on all ranks, k and the width alike."""
         group = self._group
-        check_untraced("class-parallel heads know", input)
+        check_untraced("class-parallel linear heads know", input)
         with group.telling():
             check_classifier(input, *self._own(), self.normalize, module=True, shard=True)
             k = check_k(k, self.num_classes)
@@ -253,11 +253,11 @@ class ClassParallelLoss(HeadModule):
         """Takes over a weight of the same width: a tensor (C, D); a safetensors file, or one of ``torch.save``, with
         one, alone or as ``weight`` of a state dict; or shards of either kind in the order of their classes, as
         insightface's ranks write them. What a file holds tells its kind, not its name. Files are mapped: a rank reads
-        its own rows. Where there are fewer classes than this head has, the others stay as they are: as
+        its own rows. Where there are fewer classes than this one has, the others stay as they are: as
         :meth:`reset_parameters` drew them. On all ranks, alike; where it raises, on all of them, no class has changed.
 
         Raises:
-            TypeError, ValueError: what is no weight, is not of this head's sizes, is cut off, or overflows in its
+            TypeError, ValueError: what is no weight, is not of this module's sizes, is cut off, or overflows in its
                 dtype. OSError: a file that cannot be read.
         """
         (own, _), placed = self._own(), []

@@ -23,7 +23,7 @@ from ..checks import accumulated, check_class_indices, check_input, check_plain,
 from ..linear.autograd import check_upstream, has_hooks, later, placed, save
 from ..linear.functional import loss_of
 from ..linear.logits import by_rows
-from ..linear.loop import Call, Head, Inputs, Known, Sums, Wanted, forward, kept_rows, numbers_of
+from ..linear.loop import Call, Inputs, Known, Linear, Sums, Wanted, forward, kept_rows, numbers_of
 from ..linear.pieces import pieces_for
 from ..linear.plan import TILE, Plan
 from ..numbering import TRAINABLE
@@ -33,11 +33,11 @@ from ..tracing import is_dual
 from . import agreement
 from .group import Group, check_untraced, group_of
 from .logits import PartLogits
-from .loop import PartHead, Shard
+from .loop import LinearPart, Shard
 
 
-class _SliceHead(PartHead):
-    """A head of no features, whose products are there already."""
+class _LinearSlice(LinearPart):
+    """A linear head of no features, whose products are there already."""
 
     def __init__(self, call: Call, shard: Shard, logits: Tensor, target: Tensor, params: Sequence[Tensor]):
         #: What stands behind the last class pads: it is not read.
@@ -69,26 +69,26 @@ class _SliceHead(PartHead):
 class _SliceSums(Sums):
     """The gradient of the slice, a tile at a time."""
 
-    def __init__(self, head: Head, wanted: Wanted):
-        super().__init__(head, wanted)
-        assert isinstance(head, _SliceHead)
-        new = torch.empty_like if head.index is None else torch.zeros_like
-        self.logits = new(head.logits, memory_format=torch.contiguous_format) if wanted.input else None
+    def __init__(self, linear: Linear, wanted: Wanted):
+        super().__init__(linear, wanted)
+        assert isinstance(linear, _LinearSlice)
+        new = torch.empty_like if linear.index is None else torch.zeros_like
+        self.logits = new(linear.logits, memory_format=torch.contiguous_format) if wanted.input else None
 
     def add_tile(self, part: slice, start: int, weight: Tensor, gradient: Tensor) -> None:
         assert self.logits is not None
-        tile, index = self.logits[:, start : start + weight.shape[0]], self.head.index
+        tile, index = self.logits[:, start : start + weight.shape[0]], self.linear.index
         if index is None:
             tile[part] = gradient
         else:
             tile.index_copy_(0, index[part], gradient.to(tile.dtype))
 
     def add_target(self, part: slice, label: Tensor, gradient: Tensor) -> None:
-        head = self.head
-        assert isinstance(head, _SliceHead) and self.logits is not None
-        if head.classes:
-            own, label = head.owned(label)
-            row = head.rows_of(part)
+        linear = self.linear
+        assert isinstance(linear, _LinearSlice) and self.logits is not None
+        if linear.classes:
+            own, label = linear.owned(label)
+            row = linear.rows_of(part)
             there = self.logits[row, label]
             self.logits[row, label] = torch.where(own, gradient.to(there.dtype), there)
 
@@ -102,7 +102,7 @@ class _SlicedLoss(torch.autograd.Function):
         ctx: Any, call: Call, shard: Shard, logits: Tensor, target: Tensor, *params: Tensor
     ) -> tuple[Tensor, ...]:
         with reference.full_precision(logits.device):
-            results, known, _ = forward(_SliceHead(call, shard, logits, target, params), None)
+            results, known, _ = forward(_LinearSlice(call, shard, logits, target, params), None)
         ctx.call, ctx.shard = call, shard
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*results[4:])
@@ -118,9 +118,9 @@ class _SlicedLoss(torch.autograd.Function):
         needs = ctx.needs_input_grad
         slots = tuple(slot for slot, need in zip(call.slots, needs[4:], strict=True) if need and slot in TRAINABLE)
         with reference.full_precision(logits.device):
-            head = _SliceHead(call, ctx.shard, logits, target, params)
-            sums = head.sums(Wanted(needs[2], False, False, slots))
-            later(sums, head, known, upstream)
+            linear = _LinearSlice(call, ctx.shard, logits, target, params)
+            sums = linear.sums(Wanted(needs[2], False, False, slots))
+            later(sums, linear, known, upstream)
             gradient, *of_params = sums.finished()
         if gradient is not None and gradient.shape != logits.shape:
             gradient = torch.nn.functional.pad(gradient, (0, logits.shape[1] - gradient.shape[1]))

@@ -102,7 +102,7 @@ def opened(source: Source | Sequence[Source]) -> list[tuple[str, Tensor]]:
 
 
 def check_fits(name: str, rows: Tensor, first: int, dtype: torch.dtype) -> None:
-    """Whether what is finite in these classes stays so in a head's dtype."""
+    """Whether what is finite in these classes stays so in a linear head's dtype."""
     if torch.finfo(rows.dtype).max <= torch.finfo(dtype).max:
         return
     lost = sum(int((part.isfinite() & ~part.to(dtype).isfinite()).sum()) for part in rows.split(_ROWS))

@@ -16,8 +16,8 @@ def sharded_parameters(module: nn.Module) -> set[nn.Parameter]:
     Its shards belong to one rank each, and its loss's own parameters come out equal on all ranks by themselves:
     ``fully_shard(model, ignored_params=sharded_parameters(model))``.
     """
-    heads = (part for part in module.modules() if isinstance(part, ClassParallelLoss))
-    return {parameter for head in heads for parameter in head.parameters()}
+    parts = (part for part in module.modules() if isinstance(part, ClassParallelLoss))
+    return {parameter for part in parts for parameter in part.parameters()}
 
 
 def data_parallel(module: nn.Module, **options: Any) -> DistributedDataParallel:
@@ -25,7 +25,7 @@ def data_parallel(module: nn.Module, **options: Any) -> DistributedDataParallel:
     replicated is averaged, and what is sharded is left alone.
 
     Args:
-        module: a model and its head. options: torch's own, by keyword; ``process_group`` is that of the head.
+        module: a model and its linear head. options: torch's own, by keyword; ``process_group`` is that of the head.
 
     Example:
         >>> import torch, mlkernels
@@ -46,9 +46,9 @@ def data_parallel(module: nn.Module, **options: Any) -> DistributedDataParallel:
     """
     if sharded_parameters(module).issuperset(module.parameters()):
         raise ValueError(
-            "module has nothing but class-parallel heads, which need no wrapper: their gradients are whole"
+            "module has nothing but class-parallel linear heads, which need no wrapper: their gradients are whole"
         )
-    heads = [(name, part) for name, part in module.named_modules() if isinstance(part, ClassParallelLoss)]
-    names = [f"{name}.{own}" for name, head in heads for own, _ in (*head.named_parameters(), *head.named_buffers())]
+    parts = [(name, part) for name, part in module.named_modules() if isinstance(part, ClassParallelLoss)]
+    names = [f"{name}.{own}" for name, part in parts for own, _ in (*part.named_parameters(), *part.named_buffers())]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
     return DistributedDataParallel(module, **options)

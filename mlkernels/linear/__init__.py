@@ -1,4 +1,7 @@
-"""Heads: classifier and loss in one, the logits never whole. See :func:`linear_softmax_loss`."""
+"""Linear heads, "heads" for short in this package: classifier and loss in one, the logits never whole.
+
+See :func:`linear_softmax_loss`. The ``head=`` of a loss, the function of log p that it is, is something else.
+"""
 
 from .functional import linear_cross_entropy, linear_softmax_loss
 from .module import LinearLoss

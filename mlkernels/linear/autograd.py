@@ -1,4 +1,4 @@
-"""The autograd of a head: when gradients are made, and for which upstream ones."""
+"""The autograd of a linear head: when gradients are made, and for which upstream ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..backends.reference import Finished
 from ..numbering import REDUCTION, TRAINABLE, Reduction
 from ..tracing import functorch_level, is_batched, is_dual, traced
 from . import loop, threads
-from .loop import Call, Head, Inputs, Known, Sums, Wanted
+from .loop import Call, Inputs, Known, Linear, Sums, Wanted
 
 _saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
@@ -80,7 +80,7 @@ class _LinearLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
-        check_upstream(upstream, "heads have", ctx.at_once)
+        check_upstream(upstream, "linear heads have", ctx.at_once)
         call: Call = ctx.call
         if call.update is not None:
             call.update.check()
@@ -133,7 +133,7 @@ def made(
         results, saved = whole.rows()
         return results, None, (saved,)
     with reference.full_precision(inputs.x.device):
-        results, known, gradients = loop.forward(Head(call, inputs), wanted if at_once else None)
+        results, known, gradients = loop.forward(Linear(call, inputs), wanted if at_once else None)
     return results, gradients, loop.numbers_of(known)
 
 
@@ -146,34 +146,36 @@ def gradients_of(
         assert rows is not None
         return threads.Whole(call, inputs).backward(wanted, rows, upstream)
     with reference.full_precision(inputs.x.device):
-        head = Head(call, inputs)
-        sums = head.sums(wanted)
-        later(sums, head, Known.of(saved), upstream)
+        linear = Linear(call, inputs)
+        sums = linear.sums(wanted)
+        later(sums, linear, Known.of(saved), upstream)
         return sums.finished()
 
 
-def later(sums: Sums, head: Head, known: Known | None, upstream: Sequence[Tensor | None]) -> None:
+def later(sums: Sums, linear: Linear, known: Known | None, upstream: Sequence[Tensor | None]) -> None:
     """The gradients once the upstream ones are known; known: of the rows, if there are any."""
-    if head.call.update is not None:
-        head.call.update.later(sums, head, known, upstream)
+    if linear.call.update is not None:
+        linear.call.update.later(sums, linear, known, upstream)
     elif known is not None:
-        for part, of_part, of_results in chunks_of(head, known, upstream):
-            values = head.of(part)
-            _, row = loop.finish_chunk(head, part, values, of_part, sums, of_results)
+        for part, of_part, of_results in chunks_of(linear, known, upstream):
+            values = linear.of(part)
+            _, row = loop.finish_chunk(linear, part, values, of_part, sums, of_results)
             assert row is not None
-            loop.add_chunk(sums, head, part, values, [], row)
+            loop.add_chunk(sums, linear, part, values, [], row)
 
 
-def chunks_of(head: Head, known: Known, upstream: Sequence[Tensor | None]) -> Iterator[tuple[slice, Known, Finished]]:
+def chunks_of(
+    linear: Linear, known: Known, upstream: Sequence[Tensor | None]
+) -> Iterator[tuple[slice, Known, Finished]]:
     """By chunk what is known of its rows, and the upstream gradients of what they give."""
     loss, *rows = (upstream[i] if i < len(upstream) else None for i in range(4))
-    dtype = head.call.dtype
-    loss = loss if loss is None else loss.to(dtype) if loss.dim() == 0 else head.gathered(loss.to(dtype))
-    rows = [head.gathered(g if g is None else g.to(dtype)) for g in rows]
-    for part in head.chunks():
+    dtype = linear.call.dtype
+    loss = loss if loss is None else loss.to(dtype) if loss.dim() == 0 else linear.gathered(loss.to(dtype))
+    rows = [linear.gathered(g if g is None else g.to(dtype)) for g in rows]
+    for part in linear.chunks():
         of_part = Known.of([None if n is None else n[..., part] for n in loop.numbers_of(known)])
         assert of_part is not None
-        yield part, of_part, loop.upstream_of(head, part, loss, rows)
+        yield part, of_part, loop.upstream_of(linear, part, loss, rows)
 
 
 def handed_out(gradient: Tensor, dtype: torch.dtype) -> Tensor:
@@ -191,7 +193,7 @@ def fast_path_backward(
     of: of a call, and whether its gradients, which are the tensors then, were made at once.
     """
     call, wanted, at_once = of
-    check_upstream(upstream, "heads have", at_once)
+    check_upstream(upstream, "linear heads have", at_once)
     if at_once:
         of_loss = upstream[0]
         if of_loss is not None and traced(of_loss):

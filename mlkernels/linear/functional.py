@@ -265,7 +265,7 @@ def logits_of(
     sampler: ClassSampler | None = None,
     module: bool = False,
 ) -> LinearLogits:
-    """Checks what a head adds to a loss's arguments."""
+    """Checks what a linear head adds to a loss's arguments."""
     check_classifier(input, weight, bias, normalize, module)
     cut = check_call(input, target, cut)
     if input.dim() == 1:
@@ -276,7 +276,7 @@ def logits_of(
 
 
 def check_call(input: Tensor, target: Tensor, cut: Cut) -> Cut:
-    """What a head takes beside a classifier and a loss's own arguments; how its work is cut, as it is read."""
+    """What a linear head takes beside a classifier and a loss's own arguments; how its work is cut, as it is read."""
     check_class_indices(target, "cross_entropy of whole logits")
     check_plain("target", target, "pass target.to_local(), beside features of this rank's rows")
     if target.shape != input.shape[:-1]:
@@ -288,7 +288,7 @@ def check_call(input: Tensor, target: Tensor, cut: Cut) -> Cut:
 
 
 def check_plan(cut: Cut, tile_update: TileSGD | None = None) -> Cut:
-    """How a head's work is to be cut, as it is read."""
+    """How a linear head's work is to be cut, as it is read."""
     strategy, memory, compact = cut
     if tile_update is not None and not isinstance(tile_update, TileSGD):
         raise TypeError(f"tile_update takes a TileSGD, got {type(tile_update).__name__}")

@@ -1,4 +1,4 @@
-"""A head as two operators, for those who make graphs: torch.compile sees them whole, with their gradients.
+"""A linear head as two operators, for those who make graphs: torch.compile sees them whole, with their gradients.
 
 Eagerly a head is an ``autograd.Function`` (see :mod:`.autograd`), which knows at less cost what is wanted of it.
 """
@@ -24,15 +24,15 @@ from .plan import Cut
 
 #: The arguments of both, see :class:`mlkernels.linear.loop.Call`; per_row has a bit for each slot, and needs says which
 #: of x, weight, bias and params have a gradient.
-_HEAD = (
+_LINEAR = (
     "Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor[] params, float[] numbers, int per_row, "
     "bool normalize, bool return_stats, str? strategy, int? memory, bool compact, str? backend, bool[] needs"
 )
 _SCHEMAS = (
     # Loss, and RowStats where wanted; then the gradients for an upstream one of 1, or what is known of each row.
-    f"linear_loss({_HEAD}) -> Tensor[]",
+    f"linear_loss({_LINEAR}) -> Tensor[]",
     # The gradients, for the upstream ones of loss, logsumexp, log_prob and entropy.
-    f"linear_loss_backward({_HEAD}, Tensor?[] upstream, Tensor saved) -> Tensor[]",
+    f"linear_loss_backward({_LINEAR}, Tensor?[] upstream, Tensor saved) -> Tensor[]",
 )
 
 
@@ -99,9 +99,9 @@ def _linear_loss(*arguments: Any) -> list[Tensor]:
 
 
 def _linear_loss_backward(*arguments: Any) -> list[Tensor]:
-    *of_head, upstream, saved = arguments
+    *of_linear, upstream, saved = arguments
     with _loop(arguments[0].device):
-        problem = _Problem(*of_head)
+        problem = _Problem(*of_linear)
         gradients = gradients_of(*problem.given, problem.wanted, _unpacked(problem, saved), upstream)
         return [g for g in gradients if g is not None]
 
@@ -197,7 +197,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
 
 def _backward(ctx: Any, upstream: Sequence[Tensor | None]) -> Any:
     needs = ctx.rest[-1]
-    check_upstream(upstream, "heads have", True)  # dispatch answers for what is batched
+    check_upstream(upstream, "linear heads have", True)  # dispatch answers for what is batched
     if ctx.at_once:
         grad = upstream[0]
         found = [torch.zeros_like(g) if grad is None else (g * grad).masked_fill(g == 0, 0) for g in ctx.saved_tensors]

@@ -28,7 +28,7 @@ from .update import Updating
 
 
 def _refused(self: ProductLogits, *_: object) -> Never:
-    raise TypeError(f"loss calculates with the logits of a head: {self.instead}")
+    raise TypeError(f"loss calculates with the logits of a linear head: {self.instead}")
 
 
 class LinearLogits(ProductLogits):
@@ -68,11 +68,11 @@ class LinearLogits(ProductLogits):
         self.visits = 0
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"loss reads .{name} of the logits of a head, which have none: {self.instead}")
+        raise AttributeError(f"loss reads .{name} of the logits of a linear head, which have none: {self.instead}")
 
     @classmethod
     def __torch_function__(cls, function: Callable[..., Any], *_: Any) -> Never:
-        raise TypeError(f"loss calls {function.__name__}() on the logits of a head: {cls.instead}")
+        raise TypeError(f"loss calls {function.__name__}() on the logits of a linear head: {cls.instead}")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -96,15 +96,15 @@ class LinearLogits(ProductLogits):
         if not compiled and (
             functorch_level() is not None or (forward_ad._current_level >= 0 and any(map(is_dual, given)))
         ):
-            raise RuntimeError(f"heads know no torch.func transforms and no forward-mode AD: {WHOLE}")
+            raise RuntimeError(f"linear heads know no torch.func transforms and no forward-mode AD: {WHOLE}")
         if not compiled and is_jit_tracing():
-            raise RuntimeError(f"heads know no torch.jit.trace, only torch.compile and torch.export; else {WHOLE}")
+            raise RuntimeError(f"linear heads know no torch.jit.trace, only torch.compile and torch.export: {WHOLE}")
         if traced(*given) and self.graphs():
             return self.in_graph(target, asked)
         if traced(*given) and not compiled:
             raise RuntimeError(
-                "a head with tile_update= or sample= looks at numbers as it runs, which fake tensors and those that "
-                "make_fx records do not show: trace it without"
+                "a linear head with tile_update= or sample= looks at numbers as it runs, which fake tensors and those "
+                "that make_fx records do not show: trace it without"
             )
         pieces = pieces_for(target.device, backend)
         self.visits += 1
@@ -116,7 +116,7 @@ class LinearLogits(ProductLogits):
         if self.sampler is not None and torch.is_grad_enabled() and has_hooks():
             raise RuntimeError(
                 "sample= draws classes in each forward, and hooks on saved tensors (checkpointing) would have them "
-                "drawn again: leave the head out of the checkpoint"
+                "drawn again: leave the linear head out of the checkpoint"
             )
         classes = self.most(target.numel(), call, flat)
         label = self.labels(call, target.reshape(-1))

@@ -1,4 +1,4 @@
-"""The loop of a head: for chunks of rows and tiles of classes, products, statistics, finish, gradients, products.
+"""The loop of a linear head: chunks of rows, tiles of classes, products, statistics, finish, gradients, products.
 
     for a chunk of rows:
         for a tile of classes: product, statistics        (kept under "stored")
@@ -117,7 +117,7 @@ def numbers_of(known: Known | None) -> Sequence[Tensor | None]:
     return () if known is None else (*known.rows, known.f_y, known.u_y)
 
 
-class Head:
+class Linear:
     """A call's tensors as the loop reads them: ignored rows left out, or masked where nobody knows which they are."""
 
     #: Where the classes of this head begin among those of the loss, and whether it has them all.
@@ -289,20 +289,20 @@ class Head:
 class Sums:
     """The gradients, as they are summed up."""
 
-    def __init__(self, head: Head, wanted: Wanted):
-        self.head, self.wanted = head, wanted
-        dtype = head.call.dtype
-        self.input = torch.zeros_like(head.x, dtype=dtype) if wanted.input else None
-        common = wanted.input and head.gradient_workspace is not None and head.classes > 0  # where tiles are rounded
-        self.common = head.weight.mean(0, dtype=dtype) if common else None  # before any class steps
+    def __init__(self, linear: Linear, wanted: Wanted):
+        self.linear, self.wanted = linear, wanted
+        dtype = linear.call.dtype
+        self.input = torch.zeros_like(linear.x, dtype=dtype) if wanted.input else None
+        common = wanted.input and linear.gradient_workspace is not None and linear.classes > 0  # tiles are rounded
+        self.common = linear.weight.mean(0, dtype=dtype) if common else None  # before any class steps
         self.weight: Tensor | None = None
-        if wanted.weight and head.call.update is None:  # the first chunk of rows writes it
-            x, shape = head.x, head.weight.shape
-            self.weight = buffers.empty(x, shape, dtype) if head.call.plan.parts else x.new_empty(shape, dtype=dtype)
-            if head.x.shape[0] == 0:
+        if wanted.weight and linear.call.update is None:  # the first chunk of rows writes it
+            x, shape = linear.x, linear.weight.shape
+            self.weight = buffers.empty(x, shape, dtype) if linear.call.plan.parts else x.new_empty(shape, dtype=dtype)
+            if linear.x.shape[0] == 0:
                 self.weight.zero_()
-        self.bias = head.x.new_zeros(head.classes, dtype=dtype) if wanted.bias else None
-        self.slots = {slot: torch.zeros_like(head.params[slot]) for slot in wanted.slots}
+        self.bias = linear.x.new_zeros(linear.classes, dtype=dtype) if wanted.bias else None
+        self.slots = {slot: torch.zeros_like(linear.params[slot]) for slot in wanted.slots}
 
     def add_tile(self, part: slice, start: int, weight: Tensor, gradient: Tensor) -> None:
         """What a tile's gradient contributes."""
@@ -311,62 +311,62 @@ class Sums:
             add_product(self.input[part], gradient, weight)
         if self.weight is not None:
             make = multiply_into if part.start == 0 else add_product
-            make(self.weight[classes], gradient.T, self.head.x[part])
+            make(self.weight[classes], gradient.T, self.linear.x[part])
         if self.bias is not None:
             self.bias[classes] += gradient.sum(0, dtype=self.bias.dtype)
 
     def add_target(self, part: slice, label: Tensor, gradient: Tensor) -> None:
         """What the targets' own gradients contribute."""
-        head = self.head
-        if head.classes == 0:
+        linear = self.linear
+        if linear.classes == 0:
             return
-        label, gradient = head.own_target(part, label, gradient)
+        label, gradient = linear.own_target(part, label, gradient)
         column = gradient.unsqueeze(1)
         if self.input is not None:
-            self.input[part] += column * head.part(label)
+            self.input[part] += column * linear.part(label)
         if self.weight is not None:
-            add_at(self.weight, label, column * head.x[part])
+            add_at(self.weight, label, column * linear.x[part])
         if self.bias is not None:
             add_at(self.bias, label, gradient)
 
     def finished(self) -> tuple[Tensor | None, ...]:
         """Of features, weight, bias and parameters: those of lengths follow from those of directions."""
-        head = self.head
-        if self.weight is not None and head.inverse is not None and not head.call.plan.parts:
-            for start, vectors in head.tiles():
-                head.along_lengths(self.weight[start : start + vectors.shape[0]], start, vectors)
-        return head.gradients(self.input, self.weight, self.bias, self.slots)
+        linear = self.linear
+        if self.weight is not None and linear.inverse is not None and not linear.call.plan.parts:
+            for start, vectors in linear.tiles():
+                linear.along_lengths(self.weight[start : start + vectors.shape[0]], start, vectors)
+        return linear.gradients(self.input, self.weight, self.bias, self.slots)
 
 
-def _known(head: Head, part: slice, values: Values, want: Want, keep: bool) -> tuple[Known, list[Tensor]]:
+def _known(linear: Linear, part: slice, values: Values, want: Want, keep: bool) -> tuple[Known, list[Tensor]]:
     """The statistics of a chunk over all classes, and its logits by tile where they are kept."""
-    f_y = head.of_target(part, values)
+    f_y = linear.of_target(part, values)
     u_y = reference.final_target(f_y, values)
-    scales, pieces = reference.scales(values), head.call.pieces
+    scales, pieces = reference.scales(values), linear.call.pieces
     kept: list[Tensor] = []
-    if head.call.plan.parts:
-        rows = threads.statistics(head, part, values, u_y, scales, want, keep)
-        kept.append(head.workspace)
+    if linear.call.plan.parts:
+        rows = threads.statistics(linear, part, values, u_y, scales, want, keep)
+        kept.append(linear.workspace)
     else:
         rows = pieces.begin(u_y, values, want)
-        for start, weight in head.tiles():
-            f = head.product(part, start, weight)
-            rows = pieces.statistics(head.tile(part, start, f), u_y, values, rows, scales, want)
+        for start, weight in linear.tiles():
+            f = linear.product(part, start, weight)
+            rows = pieces.statistics(linear.tile(part, start, f), u_y, values, rows, scales, want)
             kept.append(f)
-    rows, f_y = head.combined(rows, f_y, scales)
+    rows, f_y = linear.combined(rows, f_y, scales)
     return Known(rows, f_y, reference.final_target(f_y, values)), kept if keep else []
 
 
 def finish_chunk(
-    head: Head, part: slice, values: Values, known: Known, sums: Sums | None, upstream: Finished | None
+    linear: Linear, part: slice, values: Values, known: Known, sums: Sums | None, upstream: Finished | None
 ) -> tuple[Finished, Coefficients | None]:
     """What follows of a chunk's rows, and with an upstream gradient what its tiles take for theirs, the targets' those
     by their products; parameters get theirs."""
-    slots = () if sums is None else sums.wanted.slots
-    finished, row, by_slot = head.call.pieces.finish(known.rows, known.u_y, values, upstream, slots, want(head.call))
+    call, slots = linear.call, () if sums is None else sums.wanted.slots
+    finished, row, by_slot = call.pieces.finish(known.rows, known.u_y, values, upstream, slots, want(call))
     for slot, gradient in by_slot.items():
         assert sums is not None
-        if slot in head.call.per_row:
+        if slot in call.per_row:
             sums.slots[slot][part] = gradient
         else:
             sums.slots[slot] += gradient
@@ -375,25 +375,25 @@ def finish_chunk(
     return finished, row
 
 
-def add_chunk(sums: Sums, head: Head, part: slice, values: Values, kept: list[Tensor], row: Coefficients) -> None:
+def add_chunk(sums: Sums, linear: Linear, part: slice, values: Values, kept: list[Tensor], row: Coefficients) -> None:
     """A chunk's gradients."""
     if not (sums.wanted.input or sums.wanted.weight or sums.wanted.bias):
         return
-    if head.call.plan.parts:
-        threads.gradients(sums, head, part, values, row, bool(kept))
+    if linear.call.plan.parts:
+        threads.gradients(sums, linear, part, values, row, bool(kept))
         return
-    for index, (start, weight) in enumerate(head.tiles()):
-        f = kept[index] if kept else head.product(part, start, weight)
-        sums.add_tile(part, start, weight, head.gradient(part, values, start, f, row, bool(kept)))
-    head.call.pieces.add_lost(sums.input, part, row, sums.common)
+    for index, (start, weight) in enumerate(linear.tiles()):
+        f = kept[index] if kept else linear.product(part, start, weight)
+        sums.add_tile(part, start, weight, linear.gradient(part, values, start, f, row, bool(kept)))
+    linear.call.pieces.add_lost(sums.input, part, row, sums.common)
     sums.add_target(part, values.label, row.target)
 
 
-def upstream_of(head: Head, part: slice, loss: Tensor | None, rows: Sequence[Tensor | None]) -> Finished:
+def upstream_of(linear: Linear, part: slice, loss: Tensor | None, rows: Sequence[Tensor | None]) -> Finished:
     """The upstream gradients of what finish returns, of a chunk: those of the loss with the reduction's factors."""
     by_class = by_row = None
     if loss is not None:
-        of_class, of_row = (factor[part] for factor in reference.factors(head.values))
+        of_class, of_row = (factor[part] for factor in reference.factors(linear.values))
         g = loss if loss.dim() == 0 else loss[part]
         by_class, by_row = g * of_class, g * of_row
     return Finished(by_class, by_row, *(None if g is None else g[part] for g in rows))
@@ -413,32 +413,32 @@ def want(call: Call) -> Want:
 
 
 def forward(
-    head: Head, wanted: Wanted | None
+    linear: Linear, wanted: Wanted | None
 ) -> tuple[tuple[Tensor, ...], Known | None, tuple[Tensor | None, ...] | None]:
     """The results; what is known of each row, which gradients made later take; and where they are wanted at once, the
     gradients at an upstream of 1."""
-    call = head.call
-    sums = None if wanted is None else head.sums(wanted)
-    one = torch.ones((), dtype=call.dtype, device=head.x.device)
+    call = linear.call
+    sums = None if wanted is None else linear.sums(wanted)
+    one = torch.ones((), dtype=call.dtype, device=linear.x.device)
     finished: list[Finished] = []
     every: list[Known] = []
-    for part in head.chunks():
-        values = head.of(part)
-        known, kept = _known(head, part, values, want(call), call.plan.stored and sums is not None)
-        upstream = None if sums is None else upstream_of(head, part, one, (None, None, None))
-        each, row = finish_chunk(head, part, values, known, sums, upstream)
+    for part in linear.chunks():
+        values = linear.of(part)
+        known, kept = _known(linear, part, values, want(call), call.plan.stored and sums is not None)
+        upstream = None if sums is None else upstream_of(linear, part, one, (None, None, None))
+        each, row = finish_chunk(linear, part, values, known, sums, upstream)
         finished.append(each)
         every.append(known)
         if sums is not None and row is not None:
-            add_chunk(sums, head, part, values, kept, row)
-    nothing = head.x.new_zeros(0, dtype=call.dtype)
+            add_chunk(sums, linear, part, values, kept, row)
+    nothing = linear.x.new_zeros(0, dtype=call.dtype)
     whole = Finished(*_joined(finished)) if finished else Finished(nothing, nothing)
     all_rows = Known.of(_joined([numbers_of(known) for known in every])) if every else None
-    loss = reference.reduced(whole, head.values)
-    results: tuple[Tensor, ...] = (head.scattered(loss) if loss.dim() else loss,)
+    loss = reference.reduced(whole, linear.values)
+    results: tuple[Tensor, ...] = (linear.scattered(loss) if loss.dim() else loss,)
     if call.return_stats:
         stats = RowStats(nothing, nothing, nothing, nothing.long(), nothing, nothing.long())
         if all_rows is not None:
-            stats = reference.row_stats(all_rows.rows, all_rows.u_y, whole, head.values)
-        results += tuple(head.scattered(row, -1 if row is stats.prediction else 0) for row in stats)
+            stats = reference.row_stats(all_rows.rows, all_rows.u_y, whole, linear.values)
+        results += tuple(linear.scattered(row, -1 if row is stats.prediction else 0) for row in stats)
     return results, all_rows, None if sums is None else sums.finished()

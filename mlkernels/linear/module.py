@@ -21,8 +21,8 @@ from .sampling import ClassSampler, Correction, check_sample
 from .update import TileSGD, TileUpdate
 
 
-class HeadModule(nn.Module):
-    """What a head and one over ranks share: what was asked for, checked and kept."""
+class LinearModule(nn.Module):
+    """What a linear head and one over ranks share: what was asked for, checked and kept."""
 
     weight: nn.Parameter
     bias: nn.Parameter | None
@@ -69,7 +69,7 @@ class HeadModule(nn.Module):
 
 
 @by_name
-class LinearLoss(HeadModule):
+class LinearLoss(LinearModule):
     r"""A classifier and a loss of the family on its output, which is never whole; see :func:`linear_softmax_loss`.
 
     Args:
@@ -149,7 +149,7 @@ class LinearLoss(HeadModule):
 
     @classmethod
     def from_linear(cls, loss: Callable[..., Tensor], linear: nn.Linear, **options: Any) -> Self:
-        """A head on the weight and the bias of a layer, shared with it.
+        """A linear head on the weight and the bias of a layer, shared with it.
 
         Example:
             >>> import torch, mlkernels
@@ -161,12 +161,12 @@ class LinearLoss(HeadModule):
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear takes an nn.Linear, got {type(linear).__name__}")
         weight = cast(nn.Parameter, linear.weight)
-        head = cls(loss, linear.in_features, linear.out_features, weight=weight, **options)
+        made = cls(loss, linear.in_features, linear.out_features, weight=weight, **options)
         if linear.bias is not None:
-            if head.normalize:
+            if made.normalize:
                 raise ValueError("linear has a bias, which has no meaning beside normalize=True")
-            head.bias, head._shares_bias = linear.bias, True
-        return head
+            made.bias, made._shares_bias = linear.bias, True
+        return made
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -184,7 +184,7 @@ class LinearLoss(HeadModule):
         ``row_weight``, ``normalizer``), but for ``return_stats``."""
         run = self._called
         if (self.update is not None or self.sampler is not None) and torch.compiler.is_compiling():
-            run = torch.compiler.disable(run, reason="a head with tile_update or sample is no graph")
+            run = torch.compiler.disable(run, reason="a linear head with tile_update or sample is no graph")
         return run(input, target, **per_call)
 
     def _called(

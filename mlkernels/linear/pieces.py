@@ -225,7 +225,7 @@ TORCH, CPU, TRITON = TorchPieces(), CpuPieces(), TritonPieces()
 def pieces_for(device: torch.device, backend: str | None) -> Pieces:
     """Whose pieces serve a device's tiles."""
     if backend == "cuda":
-        raise ValueError("heads take backend=None, 'reference', 'cpu' or 'triton', got 'cuda'")
+        raise ValueError("linear heads take backend=None, 'reference', 'cpu' or 'triton', got 'cuda'")
     if backend is None:
         names = ("cpu",) if device.type == "cpu" else ("triton",)
         backend = next((name for name in names if refusal(device, name) is None), "reference")

@@ -1,4 +1,4 @@
-"""How a head's work is cut: which rows and classes are together, and how much memory that takes."""
+"""How a linear head's work is cut: which rows and classes are together, and how much memory that takes."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from .pieces import CPU, TRITON, Want, rows_of
 from .plan import DEFAULT_MEMORY, DEVICE_MEMORY, Cut, DevicePlanner, Plan, Planner, ThreadsPlanner, workspace
 
 if TYPE_CHECKING:
-    from .loop import Call, Head, Inputs, Sums, Wanted
+    from .loop import Call, Inputs, Linear, Sums, Wanted
 
 ops = torch.ops.mlkernels
 
@@ -119,30 +119,32 @@ def _needs(wanted: Wanted) -> int:
 
 
 def _placed(found: Sequence[Tensor], wanted: Wanted) -> tuple[Tensor | None, ...]:
-    """Gradients in the order of :meth:`Head.gradients`."""
+    """Gradients in the order of :meth:`Linear.gradients`."""
     made = iter(found)
     by_slot = {slot: next(made) for slot in sorted(wanted.slots)}
     of_tiles = (next(made) if needed else None for needed in (wanted.input, wanted.weight, wanted.bias))
     return *of_tiles, *(by_slot[slot] for slot in wanted.slots)
 
 
-def statistics(head: Head, part: slice, values: Values, u_y: Tensor, scales: Tensor, want: Want, keep: bool) -> Rows:
+def statistics(
+    linear: Linear, part: slice, values: Values, u_y: Tensor, scales: Tensor, want: Want, keep: bool
+) -> Rows:
     """What is known of a chunk's rows over the head's classes; keep: their products stay in the head's workspace."""
     smoothed = values.smoothing > 0
     wanted = want.shift + 2 * want.second + 4 * want.ranks + 8 * smoothed
-    reals, whole = ops.linear_statistics(*_of(head, part, values, keep), u_y, scales, values.classes, wanted)
+    reals, whole = ops.linear_statistics(*_of(linear, part, values, keep), u_y, scales, values.classes, wanted)
     return rows_of(reals, whole, smoothed, want.second)
 
 
-def gradients(sums: Sums, head: Head, part: slice, values: Values, row: Coefficients, kept: bool) -> None:
+def gradients(sums: Sums, linear: Linear, part: slice, values: Values, row: Coefficients, kept: bool) -> None:
     """A chunk's gradients of features, weight and bias; row.target: by the target's product."""
     dx = None if sums.input is None else sums.input[part]
-    first, last = part.start == 0, part.stop == head.x.shape[0]
-    ops.linear_gradient(*_of(head, part, values, kept), *row, dx, sums.weight, sums.bias, first, last)
+    first, last = part.start == 0, part.stop == linear.x.shape[0]
+    ops.linear_gradient(*_of(linear, part, values, kept), *row, dx, sums.weight, sums.bias, first, last)
 
 
 def of_classes(
-    head: Head,
+    linear: Linear,
     part: slice,
     values: Values,
     row: Coefficients,
@@ -152,24 +154,24 @@ def of_classes(
     db: Tensor | None,
 ) -> None:
     """The same of some classes alone; a chunk's gradient of features is written, not added to."""
-    first, last = part.start == 0, part.stop == head.x.shape[0]
-    ops.linear_gradient(*_of(head, part, values, False, classes), *row, dx, dw, db, first, last)
+    first, last = part.start == 0, part.stop == linear.x.shape[0]
+    ops.linear_gradient(*_of(linear, part, values, False, classes), *row, dx, dw, db, first, last)
 
 
-def _of(head: Head, part: slice, values: Values, keep: bool, classes: slice = slice(0, None)) -> Sequence[Any]:
+def _of(linear: Linear, part: slice, values: Values, keep: bool, classes: slice = slice(0, None)) -> Sequence[Any]:
     """What these take."""
-    x, plan = head.x[part], head.call.plan
-    weight, bias, inverse = (None if t is None else t[classes] for t in (head.weight, head.bias, head.inverse))
+    x, plan = linear.x[part], linear.call.plan
+    weight, bias, inverse = (None if t is None else t[classes] for t in (linear.weight, linear.bias, linear.inverse))
     return (
-        x, weight, bias, inverse, values.label, head.offset + classes.start, values.numbers,
-        [*values.params.values()], workspace_of(head, keep, x.shape[0]), keep, [plan.parts, plan.classes, plan.block],
+        x, weight, bias, inverse, values.label, linear.offset + classes.start, values.numbers,
+        [*values.params.values()], workspace_of(linear, keep, x.shape[0]), keep, [plan.parts, plan.classes, plan.block],
     )  # fmt: skip
 
 
-def workspace_of(head: Head, keep: bool, rows: int) -> Tensor:
+def workspace_of(linear: Linear, keep: bool, rows: int) -> Tensor:
     """What a chunk of so many rows takes, the same for all of a head's chunks."""
-    plan, (classes, width), pairs = head.call.plan, head.weight.shape, head.x.dtype == torch.bfloat16
-    size = workspace(plan, keep, rows, classes, width, head.copies, pairs)
-    if head.workspace.numel() < size:
-        head.workspace = buffers.empty(head.x, [size], head.call.dtype)
-    return head.workspace
+    plan, (classes, width), pairs = linear.call.plan, linear.weight.shape, linear.x.dtype == torch.bfloat16
+    size = workspace(plan, keep, rows, classes, width, linear.copies, pairs)
+    if linear.workspace.numel() < size:
+        linear.workspace = buffers.empty(linear.x, [size], linear.call.dtype)
+    return linear.workspace

@@ -16,7 +16,7 @@ from ..backends.reference import Finished
 from ..positional import by_name
 from . import threads
 from .autograd import chunks_of
-from .loop import Head, Known, Sums, finish_chunk
+from .loop import Known, Linear, Sums, finish_chunk
 from .products import add_at, add_product, multiply_into
 from .sampling import Draws
 
@@ -29,7 +29,7 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 @by_name
 class TileSGD(Optimizer):
-    r"""SGD for the weight of a head, which steps in the loss's backward: the weight's gradient is never whole.
+    r"""SGD for the weight of a linear head, which steps in the loss's backward: the weight's gradient is never whole.
 
     The backward goes through tiles of classes. As soon as a tile's gradient g is complete, and all products that read
     its part w of the weight are made, w steps, as by ``torch.optim.SGD``, to the bit:
@@ -103,7 +103,7 @@ class TileSGD(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused: it steps the weight of one head."""
         if self.param_groups:
-            raise RuntimeError("TileSGD steps the weight of one head: give other parameters to an optimizer of theirs")
+            raise RuntimeError("TileSGD steps the weight of one linear head: give others to an optimizer of theirs")
         super().add_param_group(param_group)
 
     def step(self, closure: Any = None) -> NoReturn:
@@ -115,7 +115,7 @@ class TileSGD(Optimizer):
     def check_free(self) -> None:
         """Whether no head has it yet."""
         if self.param_groups[0]["params"]:
-            raise ValueError("tile_update takes a TileSGD of its own for every head, got one that another head has")
+            raise ValueError("tile_update takes a TileSGD of its own for every linear head, got one that another has")
 
     def bind(self, weight: nn.Parameter) -> None:
         """Makes a head's weight the one that is stepped."""
@@ -197,9 +197,9 @@ class TileUpdate(nn.Module):
         (bound,) = self.optimizer.param_groups[0]["params"]
         if bound is not parameter:
             raise RuntimeError(
-                "tile_update steps the Parameter that its head was made with, and weight is another one now: FSDP and "
-                "fully_shard, which replace it, are refused (ClassParallelLoss spreads a weight over ranks), and so is "
-                "load_state_dict(assign=True)"
+                "tile_update steps the Parameter that its linear head was made with, and weight is another one now: "
+                "FSDP and fully_shard, which replace it, are refused (ClassParallelLoss spreads a weight over ranks), "
+                "and so is load_state_dict(assign=True)"
             )
         self._check_dtype(weight)
         if self.interrupted is not None:
@@ -217,8 +217,8 @@ class TileUpdate(nn.Module):
             )
         if averaged_by_ddp(parameter):
             raise RuntimeError(
-                "tile_update refuses DistributedDataParallel around a head: each rank would step its own copy of the "
-                "weight. Wrap the backbone alone and spread the classes, ClassParallelLoss(..., tile_update=...)"
+                "tile_update refuses DistributedDataParallel around a linear head: each rank would step its own copy "
+                "of the weight. Wrap the backbone alone and spread the classes, ClassParallelLoss(..., tile_update=...)"
             )
         return Updating(self, weight.detach())
 
@@ -284,11 +284,11 @@ class Updating:
         # Those of an older weight have no backward any more.
         if sum(not other.done and other.version == self.version for other in _waiting[self.update]) > 1:
             raise RuntimeError(
-                "two losses of a head with tile_update wait for a backward: gradients do not accumulate. One loss per "
-                "step; evaluate under torch.no_grad(), or delete a loss that is not to be differentiated"
+                "two losses of a linear head with tile_update wait for a backward: gradients do not accumulate. One "
+                "loss per step; evaluate under torch.no_grad(), or delete a loss that is not to be differentiated"
             )
 
-    def later(self, sums: Sums, head: Head, known: Known | None, upstream: Sequence[Tensor | None]) -> None:
+    def later(self, sums: Sums, linear: Linear, known: Known | None, upstream: Sequence[Tensor | None]) -> None:
         """All gradients but the weight's, and its step."""
         update, loss = self.update, upstream[0]
         if loss is not None and loss.dim() == 0 and loss.device.type == "cpu" and abs(loss.item()) >= SCALER_FROM:
@@ -296,16 +296,16 @@ class Updating:
                 f"tile_update refuses an upstream gradient of {loss.item():g}: a GradScaler's factor cannot be taken "
                 "back from a step that was taken"
             )
-        kind = _Shared if head.call.plan.parts else _Chunk
-        chunks = [] if known is None else [kind(sums, head, *each) for each in chunks_of(head, known, upstream)]
+        kind = _Shared if linear.call.plan.parts else _Chunk
+        chunks = [] if known is None else [kind(sums, linear, *each) for each in chunks_of(linear, known, upstream)]
         generator = None
         if update.optimizer.stochastic_rounding:
             generator = update.draws.generator(self.weight.device)
-        step = max(1, min(head.classes, self.at_once or head.call.plan.classes))
-        gradient = head.x.new_empty((step, head.x.shape[1]), dtype=head.call.dtype)
+        step = max(1, min(linear.classes, self.at_once or linear.call.plan.classes))
+        gradient = linear.x.new_empty((step, linear.x.shape[1]), dtype=linear.call.dtype)
         self.done = True
-        for start in range(0, head.classes, step):
-            tile = slice(start, min(start + step, head.classes))
+        for start in range(0, linear.classes, step):
+            tile = slice(start, min(start + step, linear.classes))
             of_tile = gradient[: tile.stop - start]
             for chunk in chunks:
                 chunk.add(tile, of_tile)
@@ -322,9 +322,9 @@ class Updating:
 class _Shared:
     """A chunk of rows on its way through all tiles, where threads share the classes of each."""
 
-    def __init__(self, sums: Sums, head: Head, part: slice, known: Known, upstream: Finished):
-        self.sums, self.head, self.part, self.values = sums, head, part, head.of(part)
-        _, row = finish_chunk(head, part, self.values, known, sums, upstream)
+    def __init__(self, sums: Sums, linear: Linear, part: slice, known: Known, upstream: Finished):
+        self.sums, self.linear, self.part, self.values = sums, linear, part, linear.of(part)
+        _, row = finish_chunk(linear, part, self.values, known, sums, upstream)
         assert row is not None
         self.row = row
         self.of_features = None if sums.input is None else torch.empty_like(sums.input[part])
@@ -333,7 +333,7 @@ class _Shared:
         """A tile's gradient: to the features and the bias, and to that of the tile's weight."""
         sums, part = self.sums, self.part
         db = None if sums.bias is None else sums.bias[tile]
-        threads.of_classes(self.head, part, self.values, self.row, tile, self.of_features, of_tile, db)
+        threads.of_classes(self.linear, part, self.values, self.row, tile, self.of_features, of_tile, db)
         if sums.input is not None and self.of_features is not None:
             sums.input[part] += self.of_features
 
@@ -344,40 +344,40 @@ class _Shared:
 class _Chunk(_Shared):
     """The same by pieces, a tile of the plan at a time."""
 
-    def __init__(self, sums: Sums, head: Head, part: slice, known: Known, upstream: Finished):
-        super().__init__(sums, head, part, known, upstream)
-        self.label, self.target = head.own_target(part, self.values.label, self.row.target)
+    def __init__(self, sums: Sums, linear: Linear, part: slice, known: Known, upstream: Finished):
+        super().__init__(sums, linear, part, known, upstream)
+        self.label, self.target = linear.own_target(part, self.values.label, self.row.target)
         # Of the old weight, and added in the end, as everywhere.
-        wanted = sums.input is not None and head.classes > 0
-        self.of_features = self.target.unsqueeze(1) * head.part(self.label) if wanted else None
+        wanted = sums.input is not None and linear.classes > 0
+        self.of_features = self.target.unsqueeze(1) * linear.part(self.label) if wanted else None
         self.bounds: Tensor | None = None
         self.order = torch.arange(0)
-        if head.x.device.type == "cpu":
+        if linear.x.device.type == "cpu":
             ascending, self.order = self.label.sort(stable=True)
-            step = head.call.plan.classes
-            self.bounds = torch.searchsorted(ascending, torch.arange(0, head.classes + step, step))
+            step = linear.call.plan.classes
+            self.bounds = torch.searchsorted(ascending, torch.arange(0, linear.classes + step, step))
 
     def add(self, tile: slice, of_tile: Tensor) -> None:
-        head, start, weight, x = self.head, tile.start, self.head.part(tile), self.head.x[self.part]
-        f = head.product(self.part, start, weight)
-        gradient = head.gradient(self.part, self.values, start, f, self.row, False)
+        linear, start, weight, x = self.linear, tile.start, self.linear.part(tile), self.linear.x[self.part]
+        f = linear.product(self.part, start, weight)
+        gradient = linear.gradient(self.part, self.values, start, f, self.row, False)
         self.sums.add_tile(self.part, start, weight, gradient)
         (multiply_into if self.part.start == 0 else add_product)(of_tile, gradient.T, x)
         label, target = self.label - start, self.target
         if self.bounds is not None:
-            at = start // head.call.plan.classes
+            at = start // linear.call.plan.classes
             rows = self.order[self.bounds[at] : self.bounds[at + 1]]
             label, target, features = label[rows], target[rows], x[rows]
         else:
             here = (label >= 0) & (label < of_tile.shape[0])
             label, target, features = torch.where(here, label, 0), torch.where(here, target, 0), x
         add_at(of_tile, label, target.unsqueeze(1) * features)
-        if head.inverse is not None and self.part.stop == head.x.shape[0]:
-            head.along_lengths(of_tile, start, weight)
+        if linear.inverse is not None and self.part.stop == linear.x.shape[0]:
+            linear.along_lengths(of_tile, start, weight)
 
     def finish(self) -> None:
         sums = self.sums
-        self.head.call.pieces.add_lost(sums.input, self.part, self.row, sums.common)
+        self.linear.call.pieces.add_lost(sums.input, self.part, self.row, sums.common)
         if sums.input is not None and self.of_features is not None:
             sums.input[self.part] += self.of_features
         if sums.bias is not None and sums.bias.numel():
@@ -418,7 +418,7 @@ def _trained_elsewhere(weight: Tensor) -> None:
     weight.grad = None
     raise RuntimeError(
         "weight is stepped by tile_update, and has got a gradient from elsewhere: a weight that is tied may be trained "
-        "by its head alone (detach it there), or without tile_update"
+        "by its linear head alone (detach it there), or without tile_update"
     )
 
 
