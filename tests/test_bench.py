@@ -886,7 +886,8 @@ def test_a_failing_step_does_not_stop_the_script(tmp_path, call, fails, failed):
     assert places == sorted(places) and places[0] > 0
     # At most eight come back from a machine.
     assert len(files) <= 4 and f"{call}.log" in files
-    assert ("a.json" in files) == (call in ("first", "second", "linear")) and ("sizes.json" in files) == (call == "tune")
+    assert ("a.json" in files) == (call in ("first", "second", "linear"))
+    assert ("sizes.json" in files) == (call == "tune")
     assert ("sanitizer: --tool" in done.stdout) == (call in ("second", "racecheck"))
 
 
