@@ -21,7 +21,7 @@ from .checks import (
     check_tensors,
     unknown_keywords,
 )
-from .loss_module import Loss
+from .loss_module import Loss, classes_of, reduced
 from .positional import positional_arguments
 from .spec import ReductionName
 from .tracing import traced
@@ -73,11 +73,9 @@ def center_loss(
         own = F.embedding(label, centers).to(accumulate)
         total = F.mse_loss(input.to(accumulate), own, reduction="sum")  # one kernel each way
         return total * (0.5 / input.shape[0] if reduction == "mean" else 0.5)
-    legal = (label >= 0) & (label < classes)
-    own = F.embedding(torch.where(legal, label, 0), centers).to(accumulate)
-    rows = 0.5 * (input.to(accumulate) - own).square().sum(1)
-    rows = rows * torch.where(legal, 1.0, torch.nan).to(accumulate)
-    return rows if reduction == "none" else rows.mean() if reduction == "mean" else rows.sum()
+    legal, y = classes_of(label, classes)
+    own = F.embedding(y, centers).to(accumulate)
+    return reduced(0.5 * (input.to(accumulate) - own).square().sum(1), reduction, legal=legal)
 
 
 class CenterLoss(Loss):
@@ -172,9 +170,7 @@ class CenterLoss(Loss):
         sums = self._zeros()
         classes, accumulate = self.centers.shape[0], sums.dtype
         centers = self.centers.to(accumulate)
-        label = target.long()
-        legal = (label >= 0) & (label < classes)
-        y = torch.where(legal, label, 0)
+        legal, y = classes_of(target.long(), classes)
         # A bad label moves nothing: on a GPU its row is already NaN in the loss.
         gap = torch.where(legal.unsqueeze(1), centers[y] - input.to(accumulate), 0)
         sums.index_add_(0, y, torch.cat((gap, legal.to(accumulate).unsqueeze(1)), 1))

@@ -25,7 +25,7 @@ from .checks import (
     check_tensors,
     unknown_keywords,
 )
-from .loss_module import Loss
+from .loss_module import Loss, classes_of, reduced
 from .numbering import TransformKind
 from .positional import positional_arguments
 from .spec import BackendName, Number, ReductionName, spec
@@ -102,8 +102,7 @@ def lgm_loss(
             x, y = input.to(accumulate), label
         else:
             kept = label != ignore_index
-            legal = (label >= 0) & (label < classes)
-            y = torch.where(legal, label, 0)
+            legal, y = classes_of(label, classes)
             # An ignored row is not read: whatever it holds, it holds no gradient.
             x = torch.where(kept.unsqueeze(1), input, 0).to(accumulate)
         mu = means.to(accumulate)
@@ -138,13 +137,11 @@ def lgm_loss(
         if weight is not None or not plain:
             omega = torch.ones_like(distance) if weight is None else weight.detach().to(accumulate)[y]
             likelihood = likelihood * omega
-        if reduction == "none":
-            return loss + lambda_ * likelihood
-        total = likelihood.sum()
+        divisor: float | Tensor | None = None
         if reduction == "mean":
-            divisor = omega if plain or omega is None else torch.where(kept, omega, 0)
-            total = total / (len(label) if divisor is None else divisor.sum())
-        return loss + lambda_ * total
+            weights = omega if plain or omega is None else torch.where(kept, omega, 0)
+            divisor = len(label) if weights is None else weights.sum()
+        return loss + lambda_ * reduced(likelihood, reduction, divisor)
 
 
 def _all_kept(input: Tensor, label: Tensor, classes: int, ignore_index: int) -> bool:

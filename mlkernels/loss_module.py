@@ -1,4 +1,4 @@
-"""What the modules of losses have in common: arguments that are checked once, kept, put back and shown."""
+"""Losses as modules: arguments that are checked once, kept, put back and shown; and what those in plain torch share."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .numbering import PER_CLASS
 from .positional import by_name
 from .signatures import show_module
 from .softmax import NO_BATCH
+from .spec import Number
 
 _PLAIN: frozenset[type] = frozenset({int, float, bool})
 
@@ -110,6 +111,26 @@ class Loss(nn.Module):
             if isinstance(value, Tensor) or value != defaults[name]:
                 shown[name] = value
         return ", ".join(f"{name}={_shown(value)}" for name, value in shown.items())
+
+
+# ---- losses in plain torch -------------------------------------------------------------------------------------------
+
+
+def classes_of(label: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """Whether each int64 label is a class; and the labels, with 0 in the place of those that are none."""
+    legal = (label >= 0) & (label < classes)
+    return legal, torch.where(legal, label, 0)
+
+
+def reduced(rows: Tensor, reduction: str, normalizer: Number | None = None, legal: Tensor | None = None) -> Tensor:
+    """The losses of rows as they are returned; NaN those whose labels are not legal."""
+    if legal is not None:
+        rows = rows * torch.where(legal, 1.0, torch.nan).to(rows.dtype)
+    if reduction == "none":
+        return rows
+    if reduction == "sum":
+        return rows.sum()
+    return rows.mean() if normalizer is None else rows.sum() / normalizer
 
 
 def _shown(value: object) -> str:

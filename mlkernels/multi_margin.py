@@ -21,7 +21,7 @@ from .checks import (
     check_tensors,
     unknown_keywords,
 )
-from .loss_module import Loss
+from .loss_module import Loss, classes_of, reduced
 from .positional import positional_arguments
 from .spec import ReductionName
 from .tracing import is_dual, traced
@@ -90,15 +90,9 @@ def multi_margin_loss(
             check_indices("target", target, classes)
             raise
         return loss.reshape(shape) if reduction == "none" else loss
-    legal = (label >= 0) & (label < classes)
-    y = torch.where(legal, label, 0)
-    rows = _losses(input, y, int(p), margin, weight, accumulate, "none")
-    rows = (rows * torch.where(legal, 1.0, torch.nan).to(rows.dtype)).reshape(shape)
-    return _reduced(rows, reduction)
-
-
-def _reduced(rows: Tensor, reduction: ReductionName) -> Tensor:
-    return rows if reduction == "none" else rows.mean() if reduction == "mean" else rows.sum()
+    legal, y = classes_of(label, classes)
+    loss = reduced(_losses(input, y, int(p), margin, weight, accumulate, "none"), reduction, legal=legal)
+    return loss.reshape(shape) if reduction == "none" else loss
 
 
 def _losses(
@@ -111,10 +105,10 @@ def _losses(
     reduction: ReductionName,
 ) -> Tensor:
     if forward_ad._current_level >= 0 and is_dual(input):  # torch's kernel has no tangents
-        return _reduced(_in_plain_torch(input.to(accumulate), y, p, margin, weight), reduction)
+        return reduced(_in_plain_torch(input.to(accumulate), y, p, margin, weight), reduction)
     alone = input.requires_grad and torch.is_grad_enabled() and not (weight is not None and weight.requires_grad)
     if alone and buffers.serves(input.numel() * input.element_size(), input):
-        return _reduced(_kept_rows(input, y, p, margin, weight), reduction)
+        return reduced(_kept_rows(input, y, p, margin, weight), reduction)
     return F.multi_margin_loss(input.to(accumulate), y, p, margin, weight, reduction=reduction)
 
 

@@ -22,6 +22,7 @@ from .checks import (
     check_scalar,
     unknown_keywords,
 )
+from .loss_module import reduced
 from .numbering import PER_CLASS
 from .spec import Number, spec
 
@@ -114,8 +115,4 @@ def _loss(
         rows = rows + given["z_loss"] * logits.logsumexp(classes).square()
     if row_weight is not None:
         rows = rows * row_weight.to(rows.dtype)
-    if reduction == "none":
-        return rows
-    if reduction == "sum":
-        return rows.sum()
-    return rows.mean() if normalizer is None else rows.sum() / normalizer
+    return reduced(rows, reduction, normalizer)
