@@ -251,7 +251,7 @@ void lay_out_input(Problem<T>& p, const Tensor& input) {
 template <class T, template <class> class Kind, class VectorOf>
 void lay_out_classes(Kind<T>& p, const Arguments& arguments, VectorOf vector_of) {
   p.weight = vector_of(WEIGHT);
-  p.preparation = {T(arguments.numbers[SOFTCAP]), vector_of(ADJUSTMENT)};
+  p.preparation = Preparation<T>::of(arguments.numbers, vector_of);
 }
 
 // The tables of piecewise functions, whose numbers vector_of(slot) has.

@@ -105,26 +105,28 @@ PyObject* serve_linear(PyObject*, PyObject* arguments) {
   Py_RETURN_NONE;
 }
 
-// (address of mlkernels_cpu_direct's result, names, defaults, reductions, describe, resolve, backward)
+// (address of mlkernels_cpu_direct's result, defaults by name, reductions, describe, resolve, backward)
 PyObject* set_up(PyObject*, PyObject* arguments) {
   HANDLE_TH_ERRORS
   unsigned long long address;
-  PyObject *given_names, *given_defaults, *given_reductions;
-  if (!PyArg_ParseTuple(arguments, SET_UP, &address, &PyTuple_Type, &given_names, &PyTuple_Type, &given_defaults,
-                        &PyTuple_Type, &given_reductions, &describe, &resolve, &backward))
+  PyObject *common, *given_reductions;
+  if (!PyArg_ParseTuple(arguments, SET_UP, &address, &PyDict_Type, &common, &PyTuple_Type, &given_reductions, &describe,
+                        &resolve, &backward))
     return nullptr;
   Py_INCREF(arguments);  // and all that it holds, for ever
   direct = reinterpret_cast<const Direct*>(address);
   TORCH_CHECK(std::strcmp(direct->numbering, NUMBERING) == 0 && direct->size == sizeof(Direct) &&
                   std::strcmp(direct->schemas, SCHEMAS) == 0,
               "the two libraries were built from different sources");
-  TORCH_CHECK(PyTuple_GET_SIZE(given_names) == OPTIONS && PyTuple_GET_SIZE(given_defaults) == OPTIONS &&
-                  PyTuple_GET_SIZE(given_reductions) == Py_ssize_t(reductions.size()),
-              "other arguments than those of mlkernels/call.py");
+  Py_ssize_t known = 0;
   for (size_t i = 0; i < OPTIONS; ++i) {
-    names[i] = PyTuple_GET_ITEM(given_names, Py_ssize_t(i));
-    defaults[i] = PyTuple_GET_ITEM(given_defaults, Py_ssize_t(i));
+    PyObject* const name = PyUnicode_InternFromString(i < EXTRA ? OTHERS[i] : EXTRAS[i - EXTRA].name);
+    defaults[i] = Py_XNewRef(PyDict_GetItem(common, name));
+    names[i] = defaults[i] ? name : nullptr;
+    known += names[i] != nullptr;
   }
+  TORCH_CHECK(known == PyDict_GET_SIZE(common) && PyTuple_GET_SIZE(given_reductions) == Py_ssize_t(reductions.size()),
+              "other arguments than those of mlkernels/call.py");
   for (size_t i = 0; i < reductions.size(); ++i) reductions[i] = PyTuple_GET_ITEM(given_reductions, Py_ssize_t(i));
   cpu = PyUnicode_InternFromString("cpu");
   {

@@ -301,8 +301,8 @@ struct WholeLinear {
     of_targets(first, count, f_y);
     std::copy(f_y, u_y, u_y);
     if (p.preparation.softcap > 0) cap<T>(u_y, nullptr, count, p.preparation.softcap);
-    if (const T* const adjustment = p.preparation.adjustment)
-      for (int64_t i = 0; i < count; ++i) u_y[i] += adjustment[p.label[place(first + i)]];
+    if (p.preparation.adds())
+      for (int64_t i = 0; i < count; ++i) u_y[i] += MLKERNELS_ISA::added(p.preparation, p.label[place(first + i)]);
     scales_of(first, count, scales);
     const Tensor rows = rows_of(x, first, count), labels = rows_of(label, first, count);
     statistics_of<T>(chunk(first, rows, labels, keep), u_y, scales, several, classes,

@@ -57,13 +57,20 @@ struct Tables {
   int64_t groups;
 };
 
-// What happens to a logit before a loss sees it: c tanh(f / c), then its class's number is added.
+// What happens to a logit before a loss sees it: c tanh(f / c), then its class's number is added. What that is, is said
+// here and in `added` alone.
 template <class T>
 struct Preparation {
   T softcap;            // 0: none
   const T* adjustment;  // (classes) or null
 
-  MLK_FN bool none() const { return !(softcap > 0) && !adjustment; }
+  MLK_FN bool adds() const { return adjustment; }
+  MLK_FN bool none() const { return !(softcap > 0) && !adds(); }
+  // Of a number and a vector for each slot.
+  template <class Numbers, class VectorOf>
+  static Preparation of(const Numbers& numbers, VectorOf vector_of) {
+    return {T(numbers[SOFTCAP]), vector_of(ADJUSTMENT)};
+  }
   // Of the classes from `start` on.
   Preparation from(int64_t start) const { return {softcap, adjustment ? adjustment + start : nullptr}; }
 };
@@ -233,16 +240,21 @@ MLK_FN T cap_slope(T y, T c) {
   return (1 - t) * (1 + t);
 }
 
+// What is added to the logit of class j, where adds() says that something is.
+template <class T>
+MLK_FN T added(const Preparation<T>& p, int64_t j) {
+  return p.adjustment[j];
+}
 // A logit as the loss sees it.
 template <class T>
 MLK_FN T prepare(const Preparation<T>& p, T x, int64_t j) {
   if (p.softcap > 0) x = cap(x, p.softcap);
-  return p.adjustment ? x + p.adjustment[j] : x;
+  return p.adds() ? x + added(p, j) : x;
 }
 // A gradient's way back through that, where it was u.
 template <class T>
 MLK_FN T unprepare(const Preparation<T>& p, T gradient, T u, int64_t j) {
-  return p.softcap > 0 ? gradient * cap_slope(p.adjustment ? u - p.adjustment[j] : u, p.softcap) : gradient;
+  return p.softcap > 0 ? gradient * cap_slope(p.adds() ? u - added(p, j) : u, p.softcap) : gradient;
 }
 
 }  // namespace MLKERNELS_ISA

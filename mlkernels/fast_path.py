@@ -25,11 +25,6 @@ from .numbering import TRAINABLE
 from .spec import Number, ReductionName, Spec
 
 _PACKAGE = Path(__file__).resolve().parent
-#: Of the arguments that losses share, in the order in which the library takes them.
-_SHARED = (
-    "weight", "ignore_index", "reduction", "label_smoothing", "z_loss", "softcap", "logit_adjustment", "backend",
-    "row_weight", "normalizer",
-)  # fmt: skip
 
 
 def _describe(spec: Spec) -> list[tuple[int, bool, bool, float, float, float]]:
@@ -80,10 +75,7 @@ def _load() -> tuple[Any, str | None]:
         spec = importlib.util.spec_from_file_location("mlkernels._fast_path", path)
         assert spec is not None and spec.loader is not None
         library = importlib.util.module_from_spec(spec)
-        library.set_up(
-            table, _SHARED, tuple(COMMON[name] for name in _SHARED), get_args(ReductionName), _describe, _resolve,
-            autograd.fast_path_backward,
-        )  # fmt: skip
+        library.set_up(table, COMMON, get_args(ReductionName), _describe, _resolve, autograd.fast_path_backward)
         return (library, None) if hasattr(library, "serve_linear") else (None, older)
     except TypeError:  # it is set up with something else
         return None, older

@@ -75,7 +75,7 @@ _OF_LINEAR = (
 SCHEMAS = {"mlkernels": (*_OF_LOSSES, *_OF_LINEAR), "mlkernels_cuda": _OF_GPUS, "mlkernels_triton": _OF_GPUS}
 
 #: What Python tells the fast path (fast_path.py, and a linear head's `plain`), as PyArg_ParseTuple reads it.
-FORMATS = {"DESCRIBED": "ippddd", "RESOLVED": "OO!LppO!", "SET_UP": "KO!O!O!OOO", "LINEAR": "OOOO", "PLAIN": "OOOpp"}
+FORMATS = {"DESCRIBED": "ippddd", "RESOLVED": "OO!LppO!", "SET_UP": "KO!O!OOO", "LINEAR": "OOOO", "PLAIN": "OOOpp"}
 
 
 def signature() -> str:

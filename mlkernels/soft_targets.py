@@ -29,7 +29,7 @@ from .spec import Number, spec
 CROSS_ENTROPY = spec(function="cross_entropy")
 
 #: What a call is remembered by, as :mod:`mlkernels.call` does: of its numbers nothing is looked at twice.
-_PLAIN_OPTIONS = ("ignore_index", "reduction", "label_smoothing", "z_loss", "softcap", "backend")
+_PLAIN_OPTIONS = tuple(name for name in Options.__annotations__ if name not in PER_CLASS.values())
 _checked: set[tuple[object, ...]] = set()
 
 
@@ -51,7 +51,7 @@ def soft_cross_entropy(
             f"{tuple(target.shape)}; class indices are integers: target.long()"
         )
     options = tuple(given[name] for name in _PLAIN_OPTIONS)
-    plain = type(scale) is float and type(options[0]) is int and PLAIN.issuperset(map(type, options))
+    plain = type(scale) is float and type(given["ignore_index"]) is int and PLAIN.issuperset(map(type, options))
     plain = plain and not torch.compiler.is_compiling()
     if not plain or (scale, *options) not in _checked:
         _check(scale, given)

@@ -391,8 +391,8 @@ template <class T>
 void prepare_lanes(const Preparation<T>& p, T* u, T* slope, int64_t classes) {
   constexpr int W = WIDTH<T>;
   prepare_row(Preparation<T>{p.softcap, nullptr}, u, slope, classes * W);
-  if (!p.adjustment) return;
-  for (int64_t j = 0; j < classes; ++j) store(u + j * W, load(u + j * W) + p.adjustment[j]);
+  if (!p.adds()) return;
+  for (int64_t j = 0; j < classes; ++j) store(u + j * W, load(u + j * W) + added(p, j));
 }
 
 // Short rows, and rows whose classes lie apart: a vector holds one class of W rows. Every sweep is then C vectors long

@@ -325,7 +325,9 @@ void prepare_row(const Preparation<T>& p, T* u, T* slope, int64_t n) {
       if (slope) store_first(slope + j, int(n - j), x.slope);
     }
   }
-  if (p.adjustment) sweep_add(u, p.adjustment, n, T(1));
+  if (!p.adds()) return;
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) u[j] += added(p, j);
 }
 
 // ---- between storage and scratch -------------------------------------------------------------------------------------

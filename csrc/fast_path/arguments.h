@@ -32,8 +32,10 @@ inline PyObject *describe, *resolve, *backward;
 // Of mlkernels/linear: the type of logits that are a product, its attribute `plain` and its method that takes RowStats,
 // and what its backward leaves.
 inline PyObject *linear_type, *plain_name, *take_stats, *linear_backward;
-// The names and the defaults of the shared arguments.
-enum Option { OPT_WEIGHT, IGNORED, REDUCED, SMOOTHED, Z, CAP, ADJUSTED, BACKEND, BY_ROW, DIVISOR, OPTIONS };
+// The names and the defaults of the shared arguments: these three, then EXTRAS; null where it is passed apart.
+enum Option { IGNORED, REDUCED, BACKEND, EXTRA };
+constexpr const char* OTHERS[] = {"ignore_index", "reduction", "backend"};
+constexpr size_t OPTIONS = EXTRA + std::size(EXTRAS);
 inline std::array<PyObject*, OPTIONS> names, defaults;
 inline std::array<PyObject*, 3> reductions;
 // Also where it was read from a file, and is another object.
@@ -153,7 +155,7 @@ struct Key {
   int32_t reduction, backend, dtype, half_param;
   int32_t normalize, stats;               // of a linear head; else 0
   int64_t rows, width, classes, threads;  // of a linear head, which decide how it is cut; else 0
-  std::array<double, 4 + LOSS_SLOTS> numbers;
+  std::array<double, WEIGHT> numbers;     // of the loss, one after another, then of EXTRAS by their slots
 
   bool operator==(const Key& other) const { return std::memcmp(this, &other, sizeof *this) == 0; }
   size_t hash() const {
@@ -338,21 +340,20 @@ struct Arguments {
     while (key.reduction < 3 && !is_word(given[REDUCED], reductions[size_t(key.reduction)])) ++key.reduction;
     key.backend = is_word(given[BACKEND], cpu);
     if (overflow || key.reduction == 3 || (!key.backend && given[BACKEND] != Py_None)) return false;
-    size_t at = 0;
-    for (const Option option : {SMOOTHED, Z, CAP, DIVISOR})
-      if (!number_of(given[option], key.numbers[at++])) return false;
-    return read_vector(given[OPT_WEIGHT], WEIGHT) && read_vector(given[ADJUSTED], ADJUSTMENT) &&
-           read_vector(given[BY_ROW], ROW_WEIGHT);
+    for (size_t i = 0; i < std::size(EXTRAS); ++i)
+      if (names[EXTRA + i] && !read_extra(given[EXTRA + i], EXTRAS[i])) return false;
+    return true;
   }
 
-  // One entry per class or, of row_weight, per row.
-  bool read_vector(PyObject* object, int slot) {
+  // A number, or a tensor with one per class or row.
+  bool read_extra(PyObject* object, const Extra& extra) {
+    if (extra.slot < WEIGHT) return number_of(object, key.numbers[extra.slot]);
     if (object == Py_None) return true;
     const Tensor* const vector = tensor_of(object);
     if (!vector || !is_real(*vector) || vector->requires_grad()) return false;
-    const bool fits =
-        slot == ROW_WEIGHT ? vector->sizes() == target.sizes() : vector->dim() == 1 && vector->size(0) == classes;
-    if (fits) take(*vector, slot);
+    const bool fits = extra.per == Mode::PER_ROW ? vector->sizes() == target.sizes()
+                                                 : vector->dim() == 1 && vector->size(0) == classes;
+    if (fits) take(*vector, extra.slot);
     return fits;
   }
 
@@ -367,10 +368,10 @@ struct Arguments {
     for (size_t i = 0; i < known.size(); ++i) {
       PyObject* const object = PyTuple_GET_ITEM(values, Py_ssize_t(i));
       const Value& value = known[i];
-      if (!value.table && number_of(object, key.numbers[4 + i])) continue;
+      if (!value.table && number_of(object, key.numbers[i])) continue;
       const Tensor* const tensor = tensor_of(object);
       if (!tensor || !(value.table ? is_real(*tensor) : is_legal(value, *tensor, classes, target))) return false;
-      key.numbers[4 + i] = 0;
+      key.numbers[i] = 0;
       take(*tensor, value.slot);
       if (!grad || !value.trainable || !tensor->requires_grad()) continue;
       key.needs |= int64_t(1) << value.slot;
