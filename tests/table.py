@@ -16,6 +16,7 @@ from oracle import TABLES, Structure
 
 import mlkernels
 from mlkernels import Affine, Margin, Modulated, PiecewiseLinear, Tau, Truncated, TwoScale
+from mlkernels.backends.reference import PREPARATION
 from mlkernels.call import DEFAULTS
 from mlkernels.numbering import IGNORE_INDEX, Slot
 
@@ -36,9 +37,22 @@ def usable_backends() -> list[str]:
     return usable
 
 
+def extras(classes: int) -> dict[str, object]:
+    """What every loss may keep beside its own numbers, where it shows. A new one is one entry (and its formula in
+    ``oracle.py``): the tests of values, pieces, heads, modules and of the fast path take all of them from here."""
+    weights = torch.tensor([0.5, 1.5, 0.0, 2.0, 0.75, 1.25], dtype=F64)
+    return {
+        "weight": weights[torch.arange(classes) % len(weights)],
+        "label_smoothing": 0.1,
+        "z_loss": 0.01,
+        "softcap": 6.0,
+        "logit_adjustment": torch.linspace(-0.5, 0.75, classes, dtype=F64).roll(2),
+    }
+
+
 def preparation(classes: int) -> dict[str, object]:
     """All that may happen to a logit first, at once."""
-    return {"softcap": 6.0, "logit_adjustment": torch.linspace(-0.5, 0.75, classes, dtype=F64).roll(2)}
+    return {name: value for name, value in extras(classes).items() if name in PREPARATION}
 
 
 def numbers_of(structure: mlkernels.spec.Spec, consts: list[float], mask: int = 0, reduction: int = 0) -> list[float]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from table import BY_NAME, F64, FEW, INF, LOSSES, NAN, TABLES, draw, numbers_of, run
+from table import BY_NAME, F64, FEW, INF, LOSSES, NAN, TABLES, draw, extras, numbers_of, run
 
 import mlkernels
 
@@ -445,7 +445,7 @@ def test_soft_targets(backend):
 def test_nothing_is_mutated(loss, backend):
     input, target, params = draw(loss, form="shared")
     target[1] = -100
-    options = dict(OPTIONS["weighted smoothing"], z_loss=0.1, logit_adjustment=WEIGHT.clone())
+    options = extras(CLASSES)
     if loss.groups:
         options["group"] = loss.group(target)
     held = [input, target, *(v for v in (*params.values(), *options.values()) if isinstance(v, torch.Tensor))]

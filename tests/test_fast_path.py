@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from table import BY_NAME, LOSSES, draw, run
+from table import BY_NAME, LOSSES, draw, extras, run
 from table import leaves as leaves_of
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
@@ -59,13 +59,11 @@ def test_bits_are_those_of_python(loss, form, served):
         pytest.skip("not for this loss")
     input, target, params = draw(loss, rows=7, form=form, classes=5)
     target[2] = -100
-    vector = torch.linspace(0.5, 2, 5)
-    both = {"weight": vector, "logit_adjustment": vector, "label_smoothing": 0.1, "z_loss": 0.01}
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         for options in (
             {},
             {"reduction": "none"},
-            {"reduction": "sum", **both},
+            {"reduction": "sum", **extras(5)},
             {"row_weight": torch.linspace(-1, 2, 7)},
         ):
             upstream = torch.linspace(0.5, 2, 7) if options.get("reduction") == "none" else 1.5
@@ -190,6 +188,7 @@ BAD = [
     {"label_smoothing": 2},
     {"backend": "none"},
     {"unknown": 1},
+    {"group": None},  # softmax_loss has one, which comes by itself
     {"normalizer": 1.0, "reduction": "sum"},
     {"target": TARGET + 3},
     {"target": TARGET.float().bool()},
@@ -333,12 +332,11 @@ def same(go):
 
 @pytest.mark.parametrize("loss", LOSSES, ids=str)
 def test_heads_are_those_of_python(loss, served):
-    vector = torch.linspace(0.5, 2, 5)
-    both = {"weight": vector, "logit_adjustment": vector, "label_smoothing": 0.1, "z_loss": 0.01, "softcap": 3.0}
     by_row = {"row_weight": torch.linspace(-1, 2, 7)}
     kinds = [
-        ({}, False, False), ({"reduction": "sum", **both}, False, False), (by_row, True, False),
-        ({"reduction": "none", **both}, False, True), ({"reduction": "none", **by_row}, True, False), ({}, True, True),
+        ({}, False, False), ({"reduction": "sum", **extras(5)}, False, False), (by_row, True, False),
+        ({"reduction": "none", **extras(5)}, False, True), ({"reduction": "none", **by_row}, True, False),
+        ({}, True, True),
     ]  # fmt: skip
     for shift, form in enumerate(loss.forms):
         _, target, params = draw(loss, rows=7, form=form, classes=5)

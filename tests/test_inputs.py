@@ -11,6 +11,7 @@ from table import FEW, INF, LOSSES, NAN, draw, run, usable_backends
 import mlkernels
 import mlkernels.call as door
 from mlkernels import Affine, Margin, Modulated, PiecewiseLinear, Tau, Truncated, TwoScale
+from mlkernels.numbering import PER_CLASS
 
 N, C = 4, 3
 T = torch.tensor
@@ -120,8 +121,7 @@ CASES = [
     ),
     case("target|cpu|meta", ValueError, lambda x, y, **o: ce(x, y.to("meta"), **o)),
     # the options of every function
-    *wrong_tensor("weight", ce),
-    *wrong_tensor("logit_adjustment", ce),
+    *(case for name in PER_CLASS.values() for case in wrong_tensor(name, ce)),
     case("ignore_index|int|float", TypeError, lambda x, y, **o: ce(x, y, ignore_index=1.5, **o)),
     case(
         "ignore_index|representable|9007199254740993",

@@ -8,14 +8,15 @@ import re
 
 import pytest
 import torch
+from table import F64, extras
 from torch import nn
 
 import mlkernels
 from mlkernels import functional as F
 from mlkernels import soft_targets
 from mlkernels.call import COMMON as COMMON_DEFAULTS
+from mlkernels.numbering import PER_CLASS
 
-F64 = torch.float64
 N, C = 6, 4
 PER_CALL = ("row_weight", "normalizer")
 TABLE = torch.tensor([0.9, 1.1]), torch.tensor([0.1, -0.05])
@@ -45,16 +46,7 @@ TWINS = [
     ),
     (mlkernels.MultiMarginLoss, {"p": 2, "margin": 0.5}, F.multi_margin_loss),
 ]
-COMMON = {
-    "weight": torch.tensor([0.5, 1.0, 2.0, 0.7]),
-    "ignore_index": 3,
-    "reduction": "sum",
-    "label_smoothing": 0.1,
-    "z_loss": 0.01,
-    "softcap": 5.0,
-    "logit_adjustment": torch.tensor([0.1, -0.2, 0.3, 0.0]),
-    "backend": "reference",
-}
+COMMON = {"ignore_index": 3, "reduction": "sum", **extras(C), "backend": "reference"}
 
 
 def draw(dtype=torch.float32):
@@ -343,7 +335,7 @@ def test_modulated_has_one_order():
         assert order(of) == ["beta", "gamma", "alpha", "kappa"]
 
 
-@pytest.mark.parametrize("name", ["scale", "weight", "logit_adjustment"])
+@pytest.mark.parametrize("name", ["scale", *PER_CLASS.values()])
 def test_a_gradient_that_no_optimizer_would_see_is_refused(name):
     with pytest.raises(ValueError, match=rf"{name} .*{name}\.detach\(\)") as caught:
         mlkernels.CrossEntropyLoss(**{name: torch.ones(C, requires_grad=True)})

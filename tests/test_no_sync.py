@@ -7,7 +7,7 @@ tensors with the CPU's own label check taken out.
 
 import pytest
 import torch
-from table import BY_NAME, FEW, LOSSES, draw, leaves
+from table import BY_NAME, FEW, LOSSES, draw, extras, leaves
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mlkernels
@@ -26,10 +26,10 @@ def test_a_device_without_numbers(loss):
     input, target, params = draw(loss, rows=4, form="shared")
     own = {k: to_meta(v) for k, v in leaves(params).items()}
     options = {"group": to_meta(loss.group(target))} if loss.groups else {}
-    options |= {"weight": torch.ones(6, device=META), "logit_adjustment": torch.ones(6, device=META)}
+    options |= {name: to_meta(value) for name, value in extras(6).items()}
     x = input.float().to(META).requires_grad_()
     options |= {"row_weight": torch.ones(4, device=META), "normalizer": torch.ones((), device=META)}
-    value = loss(x, to_meta(target), own, label_smoothing=0.1, z_loss=0.1, softcap=5.0, **options)
+    value = loss(x, to_meta(target), own, **options)
     assert value.device == META
     value.backward(torch.ones_like(value))
     assert x.grad.shape == x.shape

@@ -262,7 +262,7 @@ def test_pieces(dtype):
     """They write the tile and the numbers of the rows, and nothing else."""
     rows = lambda *shape: torch.zeros(*shape, 3, dtype=dtype)
     tile, label, weight = torch.randn(3, 4, dtype=dtype), torch.tensor([0, 2, 5]), torch.rand(6, dtype=dtype)
-    of_classes = (plain_numbers(*PER_CLASS, SOFTCAP=5.0), [weight, weight])
+    of_classes = (plain_numbers(*PER_CLASS, SOFTCAP=5.0), [weight] * len(PER_CLASS))
     numbers = (rows() - torch.inf, rows(2), rows(2), rows(2), rows(), rows(), label * 0 + 6, label * 0)
     torch.library.opcheck(
         torch.ops.mlkernels.piece_statistics.default,
@@ -293,7 +293,7 @@ def test_all_classes_of_a_head(dtype):
         label,
         1,
         plain_numbers(*PER_CLASS, SOFTCAP=5.0),
-        [classes, classes],
+        [classes] * len(PER_CLASS),
         workspace,
         True,
         [2, 2, 2],

@@ -2,17 +2,14 @@
 
 import pytest
 import torch
-from table import BY_NAME, F64, FEW, INF, LOSSES, NAN, ROW_KINDS, check, draw, expected, preparation
+from table import BY_NAME, F64, FEW, INF, LOSSES, NAN, ROW_KINDS, check, draw, expected, extras, preparation
 
 import mlkernels
+from mlkernels.call import Options
 from mlkernels.numbering import HeadKind, ScaleKind, TransformKind
 
-EVERYTHING = {
-    "weight": torch.tensor([0.5, 1.5, 0.0, 2.0, 0.75, 1.25], dtype=F64),
-    "label_smoothing": 0.1,
-    "z_loss": 0.01,
-}
 CAPPED = preparation(6)
+EVERYTHING = {name: value for name, value in extras(6).items() if name not in CAPPED}
 #: Smoothing a masked class costs infinitely much; test_conventions.py is about that.
 UNMASKED = tuple(k for k in ROW_KINDS if k != "masked")
 
@@ -29,6 +26,14 @@ def test_forms(loss, form, backend, dtype):
     input, target, params = draw(loss, form=form)
     reduction = {"number": "mean", "shared": "sum"}.get(form, "none")
     check(loss, backend, input, target, params, dtype, upstream_for(reduction, len(target)), reduction=reduction)
+
+
+@pytest.mark.parametrize("name", extras(6))
+def test_alone(name, backend):
+    """Each option in a call that has nothing else."""
+    option = {name: extras(6)[name]}
+    input, target, _ = draw(BY_NAME["cross_entropy"], kinds=UNMASKED, seed=6)
+    check(BY_NAME["cross_entropy"], backend, input, target, {}, F64, upstream_for("mean", len(target)), **option)
 
 
 def check_everything(loss, backend, reduction, weighted=False, check=check):
@@ -186,10 +191,11 @@ def test_named_functions_are_compositions(loss):
 
 
 def test_the_table_is_complete():
-    """Every function of the family is in the table, and every kind of transform, scale and head."""
+    """Every function of the family is in the table, every kind of transform, scale and head, and every option."""
     called = {loss.call.__name__ for loss in LOSSES}
     family = {n for n in mlkernels.functional.__all__ if n not in ("center_loss", "lgm_loss", "multi_margin_loss")}
     assert family - {"softmax_loss"} <= called
+    assert extras(6).keys() == Options.__annotations__.keys() - {"ignore_index", "reduction", "backend"}
     kinds = {(s.transform, s.scale, s.head) for s in (loss.structure for loss in LOSSES)}
     assert {t for t, _, _ in kinds} == {k.name.lower() for k in TransformKind}
     assert {s for _, s, _ in kinds} == {k.name.lower() for k in ScaleKind}
