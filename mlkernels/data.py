@@ -35,7 +35,6 @@ _DTYPES = {
     0x0D: torch.float32,
     0x0E: torch.float64,
 }
-_DATA_SETS = ("digits", "fashion-mnist", "mnist")
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,7 +231,7 @@ def load(name: str, directory: str | PathLike[str] | None = None, *, normalize: 
         if directory is None:
             raise ValueError("mnist needs the directory with its four idx files, got None")
         return mnist(directory, normalize=normalize)
-    raise ValueError(f"name must be one of {', '.join(map(repr, _DATA_SETS))}, got {name!r}")
+    raise ValueError(f"name must be one of 'digits', 'fashion-mnist', 'mnist', got {name!r}")
 
 
 def batches(

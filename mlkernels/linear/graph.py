@@ -148,10 +148,6 @@ def _unpacked(problem: _Problem, packed: Tensor) -> Sequence[Tensor | None]:
 # ---- what they return without being run ------------------------------------------------------------------------------
 
 
-def _leaves(x: Tensor, weight: Tensor, bias: Tensor | None, params: Sequence[Tensor]) -> list[Tensor | None]:
-    return [x, weight, bias, *params]
-
-
 def _gradients_like(x: Tensor, leaves: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
     dtype = accumulated(x.dtype)
     return [x.new_empty(t.shape, dtype=dtype) for t, need in zip(leaves, needs, strict=True) if need and t is not None]
@@ -169,7 +165,7 @@ def _linear_loss_fake(
         whole = (3, 5)  # prediction and rank
         found += [x.new_empty(rows, dtype=torch.int64 if i in whole else dtype) for i in range(6)]
     if makes_at_once(numbers, return_stats, needs):
-        return found + _gradients_like(x, _leaves(x, weight, bias, params), needs)
+        return found + _gradients_like(x, (x, weight, bias, *params), needs)
     if any(needs):
         found.append(x.new_empty(5 + 3 * structure_of(numbers).scales, rows, dtype=dtype))
     return found
@@ -178,7 +174,7 @@ def _linear_loss_fake(
 def _linear_loss_backward_fake(
     x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, params: Sequence[Tensor], *rest: Any
 ) -> list[Tensor]:
-    return _gradients_like(x, _leaves(x, weight, bias, params), rest[-3])
+    return _gradients_like(x, (x, weight, bias, *params), rest[-3])
 
 
 # ---- autograd --------------------------------------------------------------------------------------------------------
@@ -190,7 +186,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
     ctx.results = results(rest[3])
     saved = output[ctx.results :]
     ctx.mark_non_differentiable(*output[4 : ctx.results], *saved)
-    ctx.rest, ctx.leaves = rest, [None if t is None else t.dtype for t in _leaves(x, weight, bias, params)]
+    ctx.rest, ctx.leaves = rest, [None if t is None else t.dtype for t in (x, weight, bias, *params)]
     ctx.at_once = makes_at_once(rest[0], rest[3], rest[-1])
     ctx.save_for_backward(*(saved if ctx.at_once else (x, weight, bias, target, *params, *saved)))
 

@@ -14,7 +14,7 @@ from .. import fast_path
 from ..backends.reference import RowStats
 from ..call import Common, bind
 from ..checks import accumulated, check_flag
-from ..numbering import IGNORE_INDEX, INPUT, REDUCTION, Reduction, Slot, slots_of
+from ..numbering import IGNORE_INDEX, REDUCTION, Reduction, Slot, slots_of
 from ..softmax import Asked, ProductLogits
 from ..spec import Number, Spec
 from ..tracing import functorch_level, is_dual, is_jit_tracing, traced
@@ -146,15 +146,16 @@ class LinearLogits(ProductLogits):
         later = self.return_stats or reduction == Reduction.NONE
         grad = torch.is_grad_enabled()
         tiles = [grad and t is not None and t.requires_grad for t in (self.input, self.weight, self.bias)]
-        needs = bound.needs + sum(1 << INPUT + i for i, needed in enumerate(tiles) if needed)
+        slots = tuple(slots_of(bound.numbers))
+        wanted = Wanted(tiles[0], tiles[1], tiles[2], tuple(s for s in slots if bound.needs >> s & 1))
+        needs = threads.needs_of(wanted)
         if pieces is not CPU or bound.half or (needs and bound.apart and reduction != Reduction.NONE):
             return None
-        x, weight, slots = self.input, self.weight, tuple(slots_of(bound.numbers))
+        x, weight = self.input, self.weight
         call = Call(bound.numbers, slots, frozenset(), self.normalize, self.return_stats, pieces, x.dtype)
         plan = threads.planned(target.numel(), weight.shape[0], x, weight, call, DEFAULT)
         keep, rows = plan.stored and any(tiles) and not later, min(plan.rows, x.shape[0])
         size = workspace(plan, keep, rows, weight.shape[0], x.shape[1], int(self.normalize))
-        wanted = Wanted(tiles[0], tiles[1], tiles[2], tuple(s for s in slots if bound.needs >> s & 1))
         of_backward = call._replace(plan=plan), wanted, not later
         return of_backward, bound.numbers, needs, False, later, (*threads.cut(plan), size)
 

@@ -274,13 +274,6 @@ class Linear:
             return rows
         return rows.new_full((self.count, *rows.shape[1:]), fill).index_copy_(0, self.index, rows)
 
-    def gradients(
-        self, dx: Tensor | None, dw: Tensor | None, db: Tensor | None, by_slot: dict[int, Tensor]
-    ) -> tuple[Tensor | None, ...]:
-        """As they are handed out, those of the parameters in the order of their slots."""
-        slots = (self.scattered(g) if slot in self.call.per_row else g for slot, g in by_slot.items())
-        return (None if dx is None else self.of_features(dx), dw, db, *slots)
-
     def gathered(self, upstream: Tensor | None) -> Tensor | None:
         """An upstream gradient (N,) of the rows that are left."""
         return upstream if upstream is None or self.index is None else upstream[self.index]
@@ -335,7 +328,8 @@ class Sums:
         if self.weight is not None and linear.inverse is not None and not linear.call.plan.parts:
             for start, vectors in linear.tiles():
                 linear.along_lengths(self.weight[start : start + vectors.shape[0]], start, vectors)
-        return linear.gradients(self.input, self.weight, self.bias, self.slots)
+        slots = (linear.scattered(g) if slot in linear.call.per_row else g for slot, g in self.slots.items())
+        return (None if self.input is None else linear.of_features(self.input), self.weight, self.bias, *slots)
 
 
 def _known(linear: Linear, part: slice, values: Values, want: Want, keep: bool) -> tuple[Known, list[Tensor]]:
@@ -380,7 +374,8 @@ def add_chunk(sums: Sums, linear: Linear, part: slice, values: Values, kept: lis
     if not (sums.wanted.input or sums.wanted.weight or sums.wanted.bias):
         return
     if linear.call.plan.parts:
-        threads.gradients(sums, linear, part, values, row, bool(kept))
+        dx = None if sums.input is None else sums.input[part]
+        threads.gradients(linear, part, values, row, dx, sums.weight, sums.bias, bool(kept))
         return
     for index, (start, weight) in enumerate(linear.tiles()):
         f = kept[index] if kept else linear.product(part, start, weight)

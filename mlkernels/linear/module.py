@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ..backends.reference import RowStats, full_precision
-from ..checks import accumulated, check_flag, check_size
+from ..checks import accumulated, check_flag, check_kind, check_size
 from ..positional import by_name
 from .functional import Strategy, check_callable, check_classifier, check_cosines, check_plan, logits_of, loss_of
 from .plan import TILE, Cut
@@ -158,8 +158,7 @@ class LinearLoss(LinearModule):
             >>> head.weight is layer.weight and head.bias is layer.bias
             True
         """
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linear takes an nn.Linear, got {type(linear).__name__}")
+        check_kind("linear", linear, nn.Linear, "an nn.Linear")
         weight = cast(nn.Parameter, linear.weight)
         made = cls(loss, linear.in_features, linear.out_features, weight=weight, **options)
         if linear.bias is not None:

@@ -62,15 +62,10 @@ class Sample(NamedTuple):
     share: Tensor
     unique: tuple[Tensor, Tensor, Tensor]
 
-    @property
-    def start(self) -> int:
-        """Where this rank's classes begin."""
-        return self.starts[self.rank]
-
     def others(self) -> tuple[Tensor, Tensor]:
         """Which of this rank's classes are no positives, and their numbers among the sampled ones."""
         index = torch.arange(len(self.classes), device=self.classes.device)
-        return index >= self.positives, index + self.start
+        return index >= self.positives, index + self.starts[self.rank]
 
     def vector(self, of_classes: Tensor) -> Tensor:
         """(C,) of all classes to those that are sampled: right at labels, which is what gradients need, and at this

@@ -20,9 +20,10 @@ from .pieces import CPU, TRITON, Want, rows_of
 from .plan import DEFAULT_MEMORY, DEVICE_MEMORY, Cut, DevicePlanner, Plan, Planner, ThreadsPlanner, workspace
 
 if TYPE_CHECKING:
-    from .loop import Call, Inputs, Linear, Sums, Wanted
+    from .loop import Call, Inputs, Linear, Wanted
 
 ops = torch.ops.mlkernels
+ALL = slice(0, None)
 
 
 def count() -> int:
@@ -98,7 +99,7 @@ class Whole:
     def at_once(self, wanted: Wanted | None) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:
         """The loss, and the gradients of features, weight, bias and parameters for an upstream of 1."""
         tiles = wanted is not None and (wanted.input or wanted.weight or wanted.bias)
-        needs = 0 if wanted is None else _needs(wanted)
+        needs = 0 if wanted is None else needs_of(wanted)
         loss, found = ops.linear_loss_with_gradients(*self._given(self.call.plan.stored and tiles), needs)
         return loss, None if wanted is None else _placed(found, wanted)
 
@@ -109,17 +110,18 @@ class Whole:
 
     def backward(self, wanted: Wanted, saved: Tensor, upstream: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         """The gradients, given those of the results."""
-        rest = (saved, *upstream[:4], *[None] * (4 - len(upstream)), _needs(wanted))
+        rest = (saved, *upstream[:4], *[None] * (4 - len(upstream)), needs_of(wanted))
         return _placed(ops.linear_rows_backward(*self._given(False), *rest), wanted)
 
 
-def _needs(wanted: Wanted) -> int:
+def needs_of(wanted: Wanted) -> int:
+    """What is asked of an operator, as a number; the weight's bit and the bias's come behind the features'."""
     of_tiles = (wanted.input, wanted.weight, wanted.bias)
     return sum(1 << slot for slot in wanted.slots) + sum(1 << INPUT + i for i, needed in enumerate(of_tiles) if needed)
 
 
 def _placed(found: Sequence[Tensor], wanted: Wanted) -> tuple[Tensor | None, ...]:
-    """Gradients in the order of :meth:`Linear.gradients`."""
+    """Gradients in the order of :meth:`Sums.finished`."""
     made = iter(found)
     by_slot = {slot: next(made) for slot in sorted(wanted.slots)}
     of_tiles = (next(made) if needed else None for needed in (wanted.input, wanted.weight, wanted.bias))
@@ -136,29 +138,17 @@ def statistics(
     return rows_of(reals, whole, smoothed, want.second)
 
 
-def gradients(sums: Sums, linear: Linear, part: slice, values: Values, row: Coefficients, kept: bool) -> None:
-    """A chunk's gradients of features, weight and bias; row.target: by the target's product."""
-    dx = None if sums.input is None else sums.input[part]
+def gradients(
+    linear: Linear, part: slice, values: Values, row: Coefficients, dx: Tensor | None, dw: Tensor | None,
+    db: Tensor | None, kept: bool = False, classes: slice = ALL,
+) -> None:  # fmt: skip
+    """A chunk's gradients of features, which is written, and of weight and bias, of all classes or some; row.target: by
+    the target's product."""
     first, last = part.start == 0, part.stop == linear.x.shape[0]
-    ops.linear_gradient(*_of(linear, part, values, kept), *row, dx, sums.weight, sums.bias, first, last)
+    ops.linear_gradient(*_of(linear, part, values, kept, classes), *row, dx, dw, db, first, last)
 
 
-def of_classes(
-    linear: Linear,
-    part: slice,
-    values: Values,
-    row: Coefficients,
-    classes: slice,
-    dx: Tensor | None,
-    dw: Tensor,
-    db: Tensor | None,
-) -> None:
-    """The same of some classes alone; a chunk's gradient of features is written, not added to."""
-    first, last = part.start == 0, part.stop == linear.x.shape[0]
-    ops.linear_gradient(*_of(linear, part, values, False, classes), *row, dx, dw, db, first, last)
-
-
-def _of(linear: Linear, part: slice, values: Values, keep: bool, classes: slice = slice(0, None)) -> Sequence[Any]:
+def _of(linear: Linear, part: slice, values: Values, keep: bool, classes: slice = ALL) -> Sequence[Any]:
     """What these take."""
     x, plan = linear.x[part], linear.call.plan
     weight, bias, inverse = (None if t is None else t[classes] for t in (linear.weight, linear.bias, linear.inverse))

@@ -333,7 +333,7 @@ class _Shared:
         """A tile's gradient: to the features and the bias, and to that of the tile's weight."""
         sums, part = self.sums, self.part
         db = None if sums.bias is None else sums.bias[tile]
-        threads.of_classes(self.linear, part, self.values, self.row, tile, self.of_features, of_tile, db)
+        threads.gradients(self.linear, part, self.values, self.row, self.of_features, of_tile, db, classes=tile)
         if sums.input is not None and self.of_features is not None:
             sums.input[part] += self.of_features
 

@@ -16,7 +16,7 @@ from ..joint import JointLoss
 from ..linear import LinearLoss
 from ..loss_module import FamilyLoss
 
-Loss: TypeAlias = Callable[..., Tensor]
+LossFunction: TypeAlias = Callable[..., Tensor]
 Counts: TypeAlias = Sequence[float | Tensor] | None
 
 #: What a function says of its mean, and what holds where it says nothing.
@@ -48,7 +48,7 @@ ADDED_UP = Shares(None)
 
 
 @contextmanager
-def shares(name: str, loss: Loss, targets: Sequence[Any], counts: Counts) -> Iterator[Shares]:
+def shares(name: str, loss: LossFunction, targets: Sequence[Any], counts: Counts) -> Iterator[Shares]:
     """By the counts given, or by what the loss's mean over each batch is divided by."""
     means = _means(name, loss) if counts is None else _Means()
     if means is None:
@@ -92,7 +92,7 @@ class _Means(NamedTuple):
     takes_normalizer: bool = False
 
 
-def _means(name: str, loss: Loss) -> _Means | None:
+def _means(name: str, loss: LossFunction) -> _Means | None:
     """None: it divides by nothing."""
     if isinstance(loss, functools.partial):
         given = {key: value for key, value in loss.keywords.items() if key in _SAID}

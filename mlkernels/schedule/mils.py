@@ -14,11 +14,11 @@ from torch.utils.data import Dataset
 
 from ..checks import check_function, check_generator, check_number, check_several
 from ..positional import by_name
-from .batches import observe
-from .means import Counts, Loss
+from .means import Counts, LossFunction
 from .modes import Randomness, evaluation
+from .observation import Batch, observe
 from .snapshot import Snapshot
-from .update import Batch, Update
+from .update import Update
 
 #: Flips of the coin that are drawn at once: an iteration without an attempt takes one from a list.
 _COINS = 256
@@ -135,8 +135,8 @@ class MILS:
         model: nn.Module,
         optimizer: Optimizer | Sequence[Optimizer],
         *,
-        primary: Loss,
-        auxiliary: Loss | Sequence[Loss] | Mapping[str, Loss],
+        primary: LossFunction,
+        auxiliary: LossFunction | Sequence[LossFunction] | Mapping[str, LossFunction],
         observation: Callable[[], Batch] | Batch | tuple[Dataset[Any], int],
         participation: float = 0.01,
         accept: Literal["improves", "not_worse"] = "improves",
@@ -410,7 +410,7 @@ def _name(loss: Any) -> str:
     return str(getattr(loss, "__name__", type(loss).__name__))
 
 
-def _named(auxiliary: Any) -> dict[str, Loss]:
+def _named(auxiliary: Any) -> dict[str, LossFunction]:
     """The auxiliary losses by names."""
     if isinstance(auxiliary, Mapping):
         named = dict(auxiliary)
@@ -435,6 +435,6 @@ def _named(auxiliary: Any) -> dict[str, Loss]:
 class _Others(nn.Module):
     """Losses that are no modules, for a snapshot: an object among them may have attributes that change."""
 
-    def __init__(self, losses: Iterable[Loss]) -> None:
+    def __init__(self, losses: Iterable[LossFunction]) -> None:
         super().__init__()
         self.losses = list(losses)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from ..checks import check_function, check_kind
-from .means import ADDED_UP, Counts, Loss, Shares, shares
-
-Batch: TypeAlias = tuple[Any, Any]
+from .means import ADDED_UP, Counts, LossFunction, Shares, shares
+from .observation import Batch
 
 
 class Update:
@@ -43,42 +42,36 @@ class Update:
             check_kind("autocast", autocast, torch.autocast, "a torch.autocast")
         if scaler is not None:
             check_kind("scaler", scaler, torch.amp.GradScaler, "a torch.amp.GradScaler")
-        self._closure = isinstance(optimizers[0], LBFGS)
         if any(isinstance(one, LBFGS) for one in optimizers) and (len(optimizers) > 1 or scaler is not None):
             raise ValueError("optimizer must be alone and without a scaler if it is LBFGS, which steps by a closure")
         self.model, self.optimizers, self.scaler = model, list(optimizers), scaler
         self.forward, self.before_step = forward, before_step
         self.autocast: AbstractContextManager[Any] = nullcontext() if autocast is None else autocast
 
-    def __call__(self, name: str, loss_function: Loss, batches: list[Batch], counts: Counts) -> Tensor:
+    def __call__(self, name: str, loss_function: LossFunction, batches: list[Batch], counts: Counts) -> Tensor:
         """One step of every optimizer by the loss of the batches, which it returns."""
-        if self._closure:
-            return self._lbfgs(name, loss_function, batches, counts)
-        loss = self._gradients(name, loss_function, batches, counts)
-        if self.before_step is not None:
-            if self.scaler is not None:
-                for optimizer in self.optimizers:
-                    self.scaler.unscale_(optimizer)
-            self.before_step()
-        for optimizer in self.optimizers:
-            optimizer.step() if self.scaler is None else self.scaler.step(optimizer)
-        if self.scaler is not None:
-            self.scaler.update()
-        return loss
-
-    def _lbfgs(self, name: str, loss_function: Loss, batches: list[Batch], counts: Counts) -> Tensor:
         losses: list[Tensor] = []
 
         def closure() -> Tensor:
             losses.append(self._gradients(name, loss_function, batches, counts))
             if self.before_step is not None:
+                if self.scaler is not None:
+                    for optimizer in self.optimizers:
+                        self.scaler.unscale_(optimizer)
                 self.before_step()
             return losses[-1]
 
-        self.optimizers[0].step(cast(Any, closure))
+        if isinstance(self.optimizers[0], LBFGS):
+            self.optimizers[0].step(cast(Any, closure))
+            return losses[0]
+        closure()
+        for optimizer in self.optimizers:
+            optimizer.step() if self.scaler is None else self.scaler.step(optimizer)
+        if self.scaler is not None:
+            self.scaler.update()
         return losses[0]
 
-    def _gradients(self, name: str, loss_function: Loss, batches: list[Batch], counts: Counts) -> Tensor:
+    def _gradients(self, name: str, loss_function: LossFunction, batches: list[Batch], counts: Counts) -> Tensor:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         if len(batches) == 1:
@@ -97,7 +90,9 @@ class Update:
         loss = torch.stack(parts).sum()
         return torch.where(of_all.kept > 0, loss, math.nan) if isinstance(of_all.kept, Tensor) else loss
 
-    def _backward(self, name: str, loss_function: Loss, batch: Batch, of_all: Shares = ADDED_UP, k: int = 0) -> Tensor:
+    def _backward(
+        self, name: str, loss_function: LossFunction, batch: Batch, of_all: Shares = ADDED_UP, k: int = 0
+    ) -> Tensor:
         input, target = batch
         with self.autocast:
             loss = loss_function(self.output(input), target, **of_all.keywords)

@@ -112,8 +112,8 @@ class Population(nn.Module):
         multi_copy_(live, [stacked[index] for stacked in found])
         for parameter, twin in self._twins.items():
             if twin in self.optimizer.state:
-                values = self.optimizer.state[twin]
-                put(optimizer.state[parameter], {k: _unstack(k, v, index) for k, v in values.items()})
+                state = self.optimizer.state[twin]
+                put(optimizer.state[parameter], {k: v[index] if _is_stacked(k, v) else v for k, v in state.items()})
         for group, stacked in zip(optimizer.param_groups, self.optimizer.param_groups, strict=True):
             put(group, without(stacked, _NAMES), keep=_NAMES)
 
@@ -209,8 +209,9 @@ def _stack(tensor: Tensor, size: int) -> Tensor:
     return tensor.detach().expand(size, *tensor.shape).clone(memory_format=torch.contiguous_format)
 
 
-def _unstack(key: str, value: Any, index: int) -> Any:
-    return value[index] if isinstance(value, Tensor) and key not in _PER_PARAMETER else value
+def _is_stacked(key: str, value: Any) -> bool:
+    """Of an optimizer's state."""
+    return isinstance(value, Tensor) and key not in _PER_PARAMETER
 
 
 def _stack_optimizer(
@@ -226,7 +227,7 @@ def _stack_optimizer(
     for parameter, twin in twins.items():
         if parameter in optimizer.state:
             stacked.state[twin] = {
-                k: _stack(v, size) if isinstance(v, Tensor) and k not in _PER_PARAMETER else copy.deepcopy(v)
+                k: _stack(v, size) if _is_stacked(k, v) else copy.deepcopy(v)
                 for k, v in optimizer.state[parameter].items()
             }
     return stacked

@@ -1,4 +1,4 @@
-"""Batches: the observation set."""
+"""The observation set, by which an attempt is judged."""
 
 from __future__ import annotations
 
