@@ -16,7 +16,6 @@ import json
 import math
 import multiprocessing
 import os
-import random
 import re
 import subprocess
 import tempfile
@@ -29,6 +28,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from allpairspy import AllPairs
 from table import BY_NAME, LOSSES
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
@@ -263,33 +263,8 @@ FEWER = AXES | {
 }
 
 
-def pairs(axes: dict[str, list[Any]], seed: int = 0) -> Iterator[dict[str, Any]]:
-    """Choices such that any two values of two axes come together once: the best of a few random ones, again and again.
-
-    What is left at the end is put together directly, so that this ends.
-    """
-    names = list(axes)
-    missing = {
-        ((a, x), (b, y))
-        for a, b in itertools.combinations(range(len(names)), 2)
-        for x in range(len(axes[names[a]]))
-        for y in range(len(axes[names[b]]))
-    }
-    generator = random.Random(seed)
-    while missing:
-        best: tuple[set, list[int]] = (set(), [])
-        start = min(missing)
-        for _ in range(100):
-            choice = [generator.randrange(len(axes[name])) for name in names]
-            for axis, value in start:
-                choice[axis] = value
-            covered = missing.intersection(itertools.combinations(enumerate(choice), 2))
-            best = max(best, (covered, choice), key=lambda found: len(found[0]))
-        missing -= best[0]
-        yield {name: axes[name][value] for name, value in zip(names, best[1], strict=True)}
-
-
 def paired(architecture: str, axes: dict[str, list[Any]]) -> Iterator[Case]:
+    """Any two values of two axes come together once."""
     shapes = {
         "short": (16, 4096, "rows"),
         "odd": (1001, 77, "rows"),
@@ -300,7 +275,8 @@ def paired(architecture: str, axes: dict[str, list[Any]]) -> Iterator[Case]:
         "sliced": (1000, 4096, "sliced"),
         "huge": (131072, 17000, "rows"),
     }
-    for choice in pairs(axes):
+    for values in AllPairs(list(axes.values())):
+        choice = dict(zip(axes, values, strict=True))
         classes, rows, layout = shapes[choice.pop("shape")]
         yield Case(classes, rows, layout, **choice)
 

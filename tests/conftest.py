@@ -1,8 +1,9 @@
 import hashlib
+import itertools
 import os
 import random
 import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,12 @@ def pytest_terminal_summary(terminalreporter, config):
         if table and table.exists():
             terminalreporter.section(f"{title} ahead of time")
             terminalreporter.write_line("\n".join(sorted(table.read_text().splitlines())))
+    seconds = Counter()
+    for report in itertools.chain(*terminalreporter.stats.values()):
+        if isinstance(report, pytest.TestReport):
+            seconds[report.nodeid.split("::")[0]] += report.duration
+    terminalreporter.section("seconds by file, over all processes")
+    terminalreporter.write_line("\n".join(f"{spent:8.1f} {name}" for name, spent in seconds.most_common()))
 
 
 @pytest.fixture(autouse=True)

@@ -37,6 +37,10 @@ constexpr int ROWS = BYTES == 64 ? 6 : 4, VECTORS = BYTES == 64 ? 4 : 3;
 template <class T>
 constexpr int PANEL = VECTORS * WIDTH<T>;
 
+#if !defined(__clang__)  // gcc does not see that what is read of `earlier` was written
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
 // n: columns of the last of N vectors.
 template <int M, int N, bool PART, class T, class E>
 void block(const Product<T, E>& p, const E* a, const E* b, int64_t stride, T* out, int n) {
