@@ -445,7 +445,7 @@ def _problem(line: dict[str, Any]) -> Problem:
 
 
 def _key(line: dict[str, Any]) -> Key:
-    by = "linear" if line["by"] == "head" else line["by"]  # as it was called in files of 0.1.0
+    by = "linear" if line["by"] == "head" else line["by"]  # as older files have it
     return Key(_problem(line), line["loss"], line["mode"], by)
 
 

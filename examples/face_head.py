@@ -6,7 +6,7 @@
 
 An identity is a direction in 32 dimensions, a sample of it is drawn from the von Mises-Fisher distribution around it
 and seen through a fixed nonlinearity; labels are long-tailed (Zipf). A small network embeds the samples, and ArcFace
-trains it over all classes; the head's weight is stepped in each of these ways from one start, on the same batches:
+trains it over all classes; the classifier's weight steps in each of these ways from one start, on the same batches:
 
     stored      a gradient of the weight's size, and torch.optim.SGD
     tile        TileSGD: within the backward, a tile at a time; the gradient never exists
@@ -95,17 +95,17 @@ def train(way: str, means: Tensor, options: argparse.Namespace) -> Result:
     model = nn.Sequential(nn.Linear(WIDTH, 256), nn.ReLU(), nn.Linear(256, options.features))
     half = way == "bfloat16"
     start = nn.Linear(options.features, options.classes, bias=False).weight.detach()  # bfloat16 would draw others
-    head = mlkernels.LinearLoss(
+    classifier = mlkernels.LinearLoss(
         mlkernels.ArcFaceLoss(margin=0.3, scale=24.0), options.features, options.classes, normalize=True,
         weight=nn.Parameter(start.bfloat16() if half else start),
         tile_update=None if way == "stored" else mlkernels.TileSGD(**numbers, stochastic_rounding=half),
         sample=options.sample if way == "sample" else None,
     )  # fmt: skip
-    stepped = [*model.parameters(), *(head.parameters() if way == "stored" else [])]
+    stepped = [*model.parameters(), *(classifier.parameters() if way == "stored" else [])]
     optimizer = torch.optim.SGD(stepped, **numbers)
     schedulers = [
         torch.optim.lr_scheduler.OneCycleLR(each, options.lr, total_steps=options.steps + 1, cycle_momentum=False)
-        for each in (optimizer, head.tile_update)
+        for each in (optimizer, classifier.tile_update)
         if each is not None
     ]
     frequency = 1 / torch.arange(1, options.classes + 1, dtype=torch.float64)
@@ -116,7 +116,7 @@ def train(way: str, means: Tensor, options: argparse.Namespace) -> Result:
         label = torch.searchsorted(cumulated, torch.rand(options.batch, generator=generator, dtype=torch.float64))
         label = label.clamp(max=options.classes - 1)
         features = model(samples(means[label], options.concentration, generator))
-        loss = head(features.bfloat16() if half else features, label)
+        loss = classifier(features.bfloat16() if half else features, label)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -125,7 +125,8 @@ def train(way: str, means: Tensor, options: argparse.Namespace) -> Result:
         if step % max(1, options.steps // 3) == 0:
             print(f"  {way} step {step:5d}: loss {loss.item():.3f}")
     took = (time.perf_counter() - start) / options.steps
-    held = [head.weight, head.weight.grad, *optimizer.state.get(head.weight, {}).values(), *head.buffers()]
+    weight = classifier.weight
+    held = [weight, weight.grad, *optimizer.state.get(weight, {}).values(), *classifier.buffers()]
     total = sum(t.nbytes for t in held if isinstance(t, Tensor) and len(t) == options.classes)
     return Result(total / options.classes, 1e3 * took, before, verification(model, options.concentration))
 

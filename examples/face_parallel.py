@@ -62,19 +62,19 @@ def train(options: argparse.Namespace) -> tuple[float, float]:
     identities = F.normalize(torch.randn(options.classes, WIDTH), dim=1)
     model = nn.Sequential(nn.Linear(WIDTH, 256), nn.ReLU(), nn.Linear(256, options.features)).to(device)
     backbone = DistributedDataParallel(model)
-    head = ClassParallelLoss(
+    classifier = ClassParallelLoss(
         mlkernels.ArcFaceLoss(margin=0.3, scale=24.0), options.features, options.classes, normalize=True, device=device
     )
-    parameters = [*backbone.parameters(), *head.parameters()]
+    parameters = [*backbone.parameters(), *classifier.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=options.lr, momentum=0.9, weight_decay=1e-4)
     frequency = 1 / torch.arange(1, options.classes + 1, dtype=torch.float64) ** 0.5
     generator = torch.Generator().manual_seed(options.seed + 1 + rank)  # each rank has its own samples
     before = verification(model, options.spread)
-    head.communication()
+    classifier.communication()
     start = time.perf_counter()
     for step in range(1, options.steps + 1):
         label = torch.multinomial(frequency, options.batch, replacement=True, generator=generator)
-        loss = head(backbone(samples(identities[label], options.spread, generator).to(device)), label.to(device))
+        loss = classifier(backbone(samples(identities[label], options.spread, generator).to(device)), label.to(device))
         optimizer.zero_grad()
         loss.backward()
         clip_grad_norm_(parameters, 5.0)
@@ -84,8 +84,9 @@ def train(options: argparse.Namespace) -> tuple[float, float]:
     took = (time.perf_counter() - start) / options.steps
     after = verification(model, options.spread)
     if rank == 0:
-        sent = sum(head.communication().bytes.values()) / options.steps
-        print(f"{ranks} ranks, {options.classes} classes, {head.last_class - head.first_class} of them on rank 0")
+        sent = sum(classifier.communication().bytes.values()) / options.steps
+        own = classifier.last_class - classifier.first_class
+        print(f"{ranks} ranks, {options.classes} classes, {own} of them on rank 0")
         print(f"verification {before:.3f} -> {after:.3f}")
         print(f"{1e3 * took:.1f} ms a step, a rank sends {sent / 1024:.0f} KiB")
     return before, after

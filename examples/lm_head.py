@@ -1,13 +1,13 @@
-"""Train a small language model on Python's own standard library, its softmax over thousands of words through a head.
+"""Train a small language model on Python's standard library, its softmax over thousands of words by a linear head.
 
     python examples/lm_head.py
     python examples/lm_head.py --words 32000 --width 128 --steps 1000 --threads 2
 
 Text is cut into words, spaces and signs; the most frequent are tokens, all others are spelled in bytes, so that nothing
-is lost. A GRU reads the tokens, and the head's weight is the embedding's. Each loss trains the same model on the same
+is lost. A GRU reads the tokens, and the embedding's weight is the classifier's. Each loss trains one model on the same
 batches: cross entropy, focal, and cross entropy with a z-loss, which holds log Z = logsumexp near 0. All are scored on
 every tenth file, held out: perplexity, bits per byte of text, mean |log Z|; beside them what the tokens' frequencies
-alone score. At the end stand a step's time and, on Linux, its peak memory, with the head and with whole logits.
+alone score. At the end stand a step's time and, on Linux, its peak memory, with the linear head and with whole logits.
 """
 
 from __future__ import annotations
@@ -47,18 +47,18 @@ def tokens_of(paths: Sequence[Path], count: int) -> tuple[Tensor, Tensor, Tensor
 
 
 class LanguageModel(nn.Module):
-    """A GRU over embedded tokens; the head's weight is the embedding's."""
+    """A GRU over embedded tokens; the classifier's weight is the embedding's."""
 
     def __init__(self, words: int, width: int, loss: nn.Module) -> None:
         super().__init__()
         self.embedding = nn.Embedding(words, width)
         nn.init.normal_(self.embedding.weight, std=width**-0.5)
         self.body = nn.GRU(width, width, batch_first=True)
-        self.head = mlkernels.LinearLoss(loss, width, words, weight=self.embedding.weight)
+        self.classifier = mlkernels.LinearLoss(loss, width, words, weight=self.embedding.weight)
 
     def forward(self, tokens: Tensor, **per_call: bool) -> Tensor | tuple[Tensor, mlkernels.RowStats]:
         """The loss of each of (B, T) tokens, but for the first, by those before it."""
-        return self.head(self.body(self.embedding(tokens[:, :-1]))[0], tokens[:, 1:], **per_call)
+        return self.classifier(self.body(self.embedding(tokens[:, :-1]))[0], tokens[:, 1:], **per_call)
 
 
 def train(model: LanguageModel, tokens: Tensor, options: argparse.Namespace) -> None:
@@ -120,10 +120,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, tuple[float, float
         nats, log_z = -rows.log_prob.mean().item(), rows.logsumexp.abs().mean().item()
         print(f"{name:14} {math.exp(nats):10.1f} {nats * per_byte:10.3f} {log_z:8.2f}")
         found[name] = math.exp(nats), log_z
-    x, y, weight = torch.randn(4096, options.width, requires_grad=True), tokens[:4096], model.head.weight
+    x, y, weight = torch.randn(4096, options.width, requires_grad=True), tokens[:4096], model.classifier.weight
     print(f"\n4096 tokens, whose logits are {4096 * words * 4 / 2**20:.0f} MB\n{'':14}    ms  MB more")
     for name, step in {
-        "head": lambda: mlkernels.linear_cross_entropy(x, weight, y).backward(),
+        "linear head": lambda: mlkernels.linear_cross_entropy(x, weight, y).backward(),
         "whole logits": lambda: nn.functional.cross_entropy(x @ weight.T, y).backward(),
     }.items():
         found[name] = measured(step)

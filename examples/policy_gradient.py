@@ -1,4 +1,4 @@
-"""Learn from clicks which of thousands of items to show: policy gradients through a head, logits never stored.
+"""Learn from clicks which of thousands of items to show: policy gradients through a linear head, logits never stored.
 
     python examples/policy_gradient.py
     python examples/policy_gradient.py --gradient row_weight --items 20000
@@ -7,8 +7,8 @@ A contextual bandit. A visitor and an item have attributes; the visitor clicks w
 gives of the two. The policy embeds both and shows one item, drawn from softmax(x·w / temperature); all it learns from
 is the click on that. It climbs advantage · log_prob + entropy; the advantage is the click less the recent rate of them.
 The gradient comes in two ways, which agree: through the rows' ``log_prob``, of which it could be any function (say a
-clipped ratio to an older policy), and as the head's own loss with the advantage as ``row_weight=``. Prints how often
-visitors click on what is drawn and on what the policy thinks best, its entropy, and the median rank of the best item.
+clipped ratio to an older policy), and as the linear head's own loss with the advantage as ``row_weight=``. Prints how
+often visitors click on what is drawn and on what the policy thinks best, its entropy, and the best item's median rank.
 """
 
 from __future__ import annotations

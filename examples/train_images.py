@@ -50,7 +50,7 @@ class Cosine(nn.Linear):
         return F.linear(F.normalize(input), F.normalize(self.weight))
 
 
-HEADS: dict[str, Callable[[int, int], nn.Module]] = {
+CLASSIFIERS: dict[str, Callable[[int, int], nn.Module]] = {
     "linear": nn.Linear,
     "cosine": Cosine,
     "none": lambda features, classes: nn.Identity(),  # the loss itself holds what the features are compared with
@@ -58,9 +58,9 @@ HEADS: dict[str, Callable[[int, int], nn.Module]] = {
 
 
 class Network(nn.Module):
-    """Convolutions that halve the image until it is at most 4 x 4, a feature vector, a head."""
+    """Convolutions that halve the image until it is at most 4 x 4, a feature vector, a classifier."""
 
-    def __init__(self, images: Tensor, classes: int, head: str) -> None:
+    def __init__(self, images: Tensor, classes: int, classifier: str) -> None:
         super().__init__()
         channels, *size = images.shape[1:]
         width = 16 if max(size) > 16 else 32
@@ -74,19 +74,19 @@ class Network(nn.Module):
             ]
             channels, width, size = width, min(2 * width, 64), [math.ceil(n / 2) for n in size]
         self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * math.prod(size), FEATURES))
-        self.head = HEADS[head](FEATURES, classes)
+        self.classifier = CLASSIFIERS[classifier](FEATURES, classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, FEATURES) features, and what the head makes of them."""
+        """(N, FEATURES) features, and what the classifier makes of them."""
         features = self.body(images)
-        return features, self.head(features)
+        return features, self.classifier(features)
 
 
 # ---- the losses ------------------------------------------------------------------------------------------------------
 
 
 class Objective(nn.Module):
-    """A loss of the head's output, and the probabilities by which the network is judged."""
+    """A loss of the classifier's output, and the probabilities by which the network is judged."""
 
     def __init__(self, loss: nn.Module, scale: float = 1.0) -> None:
         super().__init__()
@@ -172,7 +172,7 @@ def piecewise(classes: int, network: Network, backend: str | None) -> Objective:
 
 
 Build = Callable[[int, Network, "str | None"], Objective]
-#: By name: the head that it needs; the loss, from the number of classes, the network at its start and the backend.
+#: By name: the classifier that it needs; the loss, from the number of classes, the network at its start, the backend.
 LOSSES: dict[str, tuple[str, Build]] = {
     "cross_entropy": ("linear", lambda c, n, b: Objective(mlkernels.CrossEntropyLoss(backend=b))),
     "focal": ("linear", lambda c, n, b: Objective(mlkernels.FocalLoss(gamma=2.0, backend=b))),
@@ -220,7 +220,7 @@ class Stopwatch:
         self.since = time.perf_counter()
 
     def stop(self, gradient: Tensor | None = None) -> None:
-        """The loss ends; as a hook it is called when the gradient of the head's output is there."""
+        """The loss ends; as a hook it is called when the gradient of the classifier's output is there."""
         self.seconds += time.perf_counter() - self.since
 
 
@@ -237,8 +237,8 @@ def train(name: str, images: data.Images, options: argparse.Namespace) -> tuple[
     """Train with one loss; returns also features and log-probabilities of the test images."""
     torch.manual_seed(options.seed)
     order = torch.Generator().manual_seed(options.seed)
-    head, build = LOSSES[name]
-    network = Network(images.train_images, images.classes, head)
+    classifier, build = LOSSES[name]
+    network = Network(images.train_images, images.classes, classifier)
     objective = build(images.classes, network, options.backend)
     # A loss with parameters of its own (R1 and R2, centers, means) is trained with the network. Decay is for weights.
     groups: list[dict[str, Any]] = [

@@ -130,8 +130,8 @@ class Case:
 
 
 @dataclass(frozen=True)
-class HeadCase:
-    """A call of a head, and the backward pass after it: the kernels of pieces."""
+class LinearCase:
+    """A call of a linear head, and the backward pass after it: the kernels of pieces."""
 
     dtype: str = "bf16"
     loss: str = "cross_entropy"
@@ -158,12 +158,12 @@ class HeadCase:
         torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
 
 
-def heads(everywhere: bool) -> Iterator[HeadCase]:
+def linear(everywhere: bool) -> Iterator[LinearCase]:
     """Tiles of float32 whose gradient is bfloat16; and with all there is."""
-    yield HeadCase(loss="two_scale_margin_modulated", dtype="fp32", everything=True)
+    yield LinearCase(loss="two_scale_margin_modulated", dtype="fp32", everything=True)
     if not everywhere:
-        yield HeadCase()
-        yield HeadCase(loss="piecewise_groups", dtype="fp32")
+        yield LinearCase()
+        yield LinearCase(loss="piecewise_groups", dtype="fp32")
 
 
 def _rows(classes: int) -> int:
@@ -281,10 +281,10 @@ def paired(architecture: str, axes: dict[str, list[Any]]) -> Iterator[Case]:
         yield Case(classes, rows, layout, **choice)
 
 
-def cases(name: str, full: bool, spread: bool = False) -> Iterator[Case | HeadCase]:
-    yield from heads(everywhere=name != "sm_90" and not full)
+def cases(name: str, full: bool, spread: bool = False) -> Iterator[Case | LinearCase]:
+    yield from linear(everywhere=name != "sm_90" and not full)
     if full:
-        yield HeadCase(loss="two_scale_margin_modulated", dtype="fp64", everything=True)
+        yield LinearCase(loss="two_scale_margin_modulated", dtype="fp64", everything=True)
         yield from essentials(name)
         yield from every_tile(name, True)
         yield from paired(name, AXES)
@@ -385,7 +385,7 @@ class Launch:
         return [self.arguments[f"{which}_{name}"] for name in ("class", "outer", "middle", "inner")]
 
     def wide_tile(self, name: str) -> int:
-        """The same of a head's tile, whose rows are aligned; a gradient of fewer bytes is written as narrower."""
+        """The same of a linear head's tile, whose rows are aligned; a gradient of fewer bytes is written narrower."""
         tensor, given = self.arguments.get(name), self.arguments
         if tensor is None or "tile" not in given or given["VECTOR"] * tensor.element_size() < 16:
             return 0
@@ -440,7 +440,7 @@ def launches(name: str, calls: Callable[[], None]) -> list[Launch]:
     return found
 
 
-def of_case(name: str, case: Case | HeadCase) -> list[Launch]:
+def of_case(name: str, case: Case | LinearCase) -> list[Launch]:
     if case.tile is None:
         return launches(name, case.run)
     kept, tiles.tile = tiles.tile, lambda *_: case.tile  # type: ignore[assignment]

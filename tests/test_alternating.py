@@ -68,9 +68,9 @@ def test_the_plain_loop_to_the_bit(periods):
 def test_one_loss_does_not_move_what_is_anothers():
     """The classifier's loss gives the body a gradient, which the body's optimizer must not see."""
     model, _, _ = parts()
-    body, head = model[0], model[2]
+    body, classifier = model[0], model[2]
     turns = [
-        (mlkernels.CrossEntropyLoss(), torch.optim.SGD(head.parameters(), lr=0.1)),
+        (mlkernels.CrossEntropyLoss(), torch.optim.SGD(classifier.parameters(), lr=0.1)),
         (lambda output, target: 0.0 * output.sum(), torch.optim.SGD(body.parameters(), lr=0.1)),
     ]
     alternating = mlkernels.Alternating(model, turns)

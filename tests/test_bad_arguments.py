@@ -480,7 +480,7 @@ def test_symbolic_tracing_is_told_what_sees_a_loss(loss):
         lambda: mlkernels.MultiMarginLoss(num_classes=3),
     ],
 )
-def test_what_no_head_takes_is_sent_to_none(make):
+def test_what_no_linear_head_takes_is_sent_to_none(make):
     with pytest.raises(TypeError, match="; there are ") as caught:
         make()
     assert "LinearLoss" not in str(caught.value)

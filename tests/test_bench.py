@@ -325,7 +325,7 @@ def test_linear(dtype, monkeypatch):
     assert re.search(r"arcface +tiles ", text(found)) and "products" in text(found)
 
 
-def test_targets_of_a_head():
+def test_targets_of_a_linear_head():
     problem = Problem((1024, 200000), "float32", 64)
     ours, tiles, eager = (Key(problem, "cross_entropy", "step", by) for by in ("linear", "tiles", "eager"))
     products = Key(problem, "-", "step", "products")

@@ -123,7 +123,7 @@ def test_small_gradients_are_not_kept():
     assert mlkernels.empty_cache() == 0
 
 
-def test_half_gradients_of_heads_too():
+def test_half_gradients_of_linear_heads_too():
     x, weight = torch.randn(2, 512).bfloat16(), torch.randn(4096, 512).bfloat16().requires_grad_()
     step = lambda: torch.autograd.grad(mlkernels.linear_cross_entropy(x, weight, torch.tensor([0, 1])), weight)[0]
     place = step().data_ptr()

@@ -51,18 +51,18 @@ def problem(seed: int = 0, classes: int = CLASSES) -> tuple[torch.Tensor, ...]:
     return x, weight, bias, target
 
 
-def head_of(
+def linear_of(
     group: dist.ProcessGroup, loss: Any, weight: torch.Tensor, bias: torch.Tensor | None = None, **options: Any
 ):
-    """A head with a given weight."""
-    head = ClassParallelLoss(
+    """A linear head with a given weight."""
+    linear = ClassParallelLoss(
         loss, weight.shape[1], len(weight), process_group=group, bias=bias is not None, dtype=weight.dtype, **options
     )
-    head.load_weight(weight)
+    linear.load_weight(weight)
     if bias is not None:
         with torch.no_grad():
-            head.bias.to_local().copy_(bias[head.first_class : head.last_class])
-    return head
+            linear.bias.to_local().copy_(bias[linear.first_class : linear.last_class])
+    return linear
 
 
 def own_rows(group: dist.ProcessGroup) -> slice:
@@ -91,10 +91,10 @@ def every_loss(group: dist.ProcessGroup) -> None:
         local = {k: v[own] if k in per_row else v for k, v in options.items()} | {k: v[own] for k, v in groups.items()}
         budget = (None, 3000, 900)[index % 3]
         whole = lambda logits, y: loss(logits, y, mine, **local)
-        head = head_of(group, whole, weight, bias, normalize=normalize, memory=budget,
+        linear = linear_of(group, whole, weight, bias, normalize=normalize, memory=budget,
                        strategy=(None, "stored", "tiles")[index % 3])  # fmt: skip
         features = x[own].clone().requires_grad_()
-        found = head(features, target[own])
+        found = linear(features, target[own])
 
         leaves = [t.clone().requires_grad_() for t in ((x, weight) if bias is None else (x, weight, bias))]
         logits = unfused(leaves[0], leaves[1], None if bias is None else leaves[2], normalize)
@@ -110,11 +110,11 @@ def every_loss(group: dist.ProcessGroup) -> None:
             found.backward(upstream[rank])
             total = wanted * upstream.mean()
         grads = torch.autograd.grad(total, [*leaves, *params.values()])
-        shard = slice(head.first_class, head.last_class)
+        shard = slice(linear.first_class, linear.last_class)
         agrees(features.grad, ranks * grads[0][own])
-        agrees(head.weight.grad.to_local(), grads[1][shard])
+        agrees(linear.weight.grad.to_local(), grads[1][shard])
         if bias is not None:
-            agrees(head.bias.grad.to_local(), grads[2][shard])
+            agrees(linear.bias.grad.to_local(), grads[2][shard])
         for key, wanted_grad in zip(params, grads[len(leaves) :], strict=True):
             agrees(mine[key].grad, wanted_grad if mine[key] is params[key] else ranks * wanted_grad[own])
             params[key].grad = None
@@ -128,9 +128,9 @@ def statistics(group: dist.ProcessGroup) -> None:
         params = leaves_of(loss, "number", target)
         both = {"reduction": "mean", "return_stats": True, **loss.compose(params)}
         plain = {**both, "return_stats": False}
-        head = head_of(group, lambda logits, y: mlkernels.softmax_loss(logits, y, **plain), weight, memory=3000)
+        linear = linear_of(group, lambda logits, y: mlkernels.softmax_loss(logits, y, **plain), weight, memory=3000)
         features = x[own].clone().requires_grad_()
-        value, rows = head(features, target[own], return_stats=True)
+        value, rows = linear(features, target[own], return_stats=True)
         leaf, w = x.clone().requires_grad_(), weight.clone().requires_grad_()
         wanted, whole = mlkernels.softmax_loss(unfused(leaf, w, None), target, backend="reference", **both)
         agrees(value, wanted)
@@ -145,24 +145,24 @@ def statistics(group: dist.ProcessGroup) -> None:
         total = wanted * 2 + (whole.log_prob @ g + whole.entropy @ (g * used)) / ranks
         of_x, of_w = torch.autograd.grad(total, [leaf, w])
         agrees(features.grad, ranks * of_x[own])
-        agrees(head.weight.grad.to_local(), of_w[head.first_class : head.last_class])
+        agrees(linear.weight.grad.to_local(), of_w[linear.first_class : linear.last_class])
 
 
 def batches_of_nothing(group: dist.ProcessGroup) -> None:
     """No rows that count on any rank: the loss is NaN and the gradients are 0; fewer classes than ranks."""
     x, weight, _, _ = problem(classes=3)
-    head = head_of(group, mlkernels.CrossEntropyLoss(), weight)
+    linear = linear_of(group, mlkernels.CrossEntropyLoss(), weight)
     features = x[own_rows(group)].clone().requires_grad_()
-    loss = head(features, torch.full((len(features),), -100))
+    loss = linear(features, torch.full((len(features),), -100))
     loss.backward()
     assert loss.isnan()
     assert not features.grad.any()
-    assert not head.weight.grad.to_local().any()
+    assert not linear.weight.grad.to_local().any()
     own = own_rows(group)
     target = torch.arange(ROWS) % 3
     x[2] = 1.0
-    agrees(head(x[own], target[own]), mlkernels.cross_entropy(x @ weight.T, target))
-    stepping = head_of(group, mlkernels.CrossEntropyLoss(), weight, tile_update=TileSGD(0.1, momentum=0.9), sample=2)
+    agrees(linear(x[own], target[own]), mlkernels.cross_entropy(x @ weight.T, target))
+    stepping = linear_of(group, mlkernels.CrossEntropyLoss(), weight, tile_update=TileSGD(0.1, momentum=0.9), sample=2)
     stepping.eval()(x[own], target[own]).backward()
     w = weight.clone().requires_grad_()
     mlkernels.cross_entropy(x @ w.T, target).backward()
@@ -179,42 +179,45 @@ def compacted(group: dist.ProcessGroup) -> None:
     wanted.backward(up)
     with mock.patch.object(TORCH, "masks", True):
         for compact in (False, True):
-            head = head_of(group, loss, weight, normalize=True, memory=3000, compact=compact)
+            linear = linear_of(group, loss, weight, normalize=True, memory=3000, compact=compact)
             features = x[own].clone().requires_grad_()
             with mock.patch.object(Linear, "chunks", autospec=True, side_effect=Linear.chunks) as chunks:
-                found = head(features, target[own])
+                found = linear(features, target[own])
             seen = chunks.call_args[0][0].x
             assert len(seen) == ROWS - 1 if compact else len(seen) >= ROWS
             agrees(found, wanted[own])
             found.backward(up[own])
             agrees(features.grad, leaf.grad[own])
-            agrees(head.weight.grad.to_local() * dist.get_world_size(group), w.grad[head.first_class : head.last_class])
+            agrees(
+                linear.weight.grad.to_local() * dist.get_world_size(group),
+                w.grad[linear.first_class : linear.last_class],
+            )
 
 
 def gathered_by_its_own_wrap(group: dist.ProcessGroup) -> None:
     """LinearLoss under fully_shard: its forward has the whole weight, the mean of the ranks' gradients is cut again."""
     (x, weight, _, target), own = problem(), own_rows(group)
-    head = mlkernels.LinearLoss(mlkernels.CrossEntropyLoss(reduction="sum"), WIDTH, CLASSES, dtype=F64)
+    linear = mlkernels.LinearLoss(mlkernels.CrossEntropyLoss(reduction="sum"), WIDTH, CLASSES, dtype=F64)
     with torch.no_grad():
-        head.weight.copy_(weight)
-    fully_shard(head, mesh=DeviceMesh.from_group(group, "cpu"))
+        linear.weight.copy_(weight)
+    fully_shard(linear, mesh=DeviceMesh.from_group(group, "cpu"))
     features = x[own].clone().requires_grad_()
-    head(features, target[own]).backward()
+    linear(features, target[own]).backward()
     leaf, w = x.clone().requires_grad_(), weight.clone().requires_grad_()
     mlkernels.cross_entropy(unfused(leaf, w, None), target, reduction="sum").backward()
     agrees(features.grad, leaf.grad[own])
-    agrees(head.weight.grad.full_tensor() * dist.get_world_size(group), w.grad)
-    head.reshard()
+    agrees(linear.weight.grad.full_tensor() * dist.get_world_size(group), w.grad)
+    linear.reshard()
     with pytest.raises(TypeError, match=r"^weight takes a plain tensor.*fully_shard makes it one within forward"):
-        head.logits(x[own])
+        linear.logits(x[own])
 
 
 def half_precision(group: dist.ProcessGroup) -> None:
     x, weight, _, target = problem()
     own = own_rows(group)
     features = x[own].bfloat16().requires_grad_()
-    head = head_of(group, mlkernels.CosFaceLoss(scale=8.0), weight.bfloat16(), normalize=True)
-    loss = head(features, target[own])
+    linear = linear_of(group, mlkernels.CosFaceLoss(scale=8.0), weight.bfloat16(), normalize=True)
+    loss = linear(features, target[own])
     loss.backward()
     leaf, w = x.bfloat16().double().requires_grad_(), weight.bfloat16().double().requires_grad_()
     wanted = mlkernels.cosface_loss(unfused(leaf, w, None, True), target, scale=8.0)
@@ -233,22 +236,22 @@ def averaged_backbones(group: dist.ProcessGroup) -> None:
     own = own_rows(group)
 
     model, alone = DistributedDataParallel(training_scenes.network(), process_group=group), training_scenes.network()
-    head = head_of(group, mlkernels.ArcFaceLoss(scale=4.0), weight, normalize=True)
+    linear = linear_of(group, mlkernels.ArcFaceLoss(scale=4.0), weight, normalize=True)
     w = weight.clone().requires_grad_()
     for _ in range(2):
-        head(model(x[own]), target[own]).backward()
+        linear(model(x[own]), target[own]).backward()
         mlkernels.arcface_loss(unfused(alone(x), w, None, True), target, scale=4.0).backward()
-    shard = slice(head.first_class, head.last_class)
+    shard = slice(linear.first_class, linear.last_class)
     for mine, wanted in zip(model.parameters(), alone.parameters(), strict=True):
         agrees(mine.grad, wanted.grad)
-    agrees(head.weight.grad.to_local(), w.grad[shard])
+    agrees(linear.weight.grad.to_local(), w.grad[shard])
     w = nn.Parameter(w.detach(), requires_grad=True)
-    w.grad = head.export_weight() * 0 + head.weight.grad.full_tensor()
+    w.grad = linear.export_weight() * 0 + linear.weight.grad.full_tensor()
     for norm_type in (2.0, math.inf):
-        found = clip_grad_norm_([*model.parameters(), *head.parameters()], 0.1, norm_type)
+        found = clip_grad_norm_([*model.parameters(), *linear.parameters()], 0.1, norm_type)
         agrees(found, nn.utils.clip_grad_norm_([*alone.parameters(), w], 0.1, norm_type))
-        agrees(head.weight.grad.to_local(), w.grad[shard])
-    few = head_of(group, mlkernels.CrossEntropyLoss(), weight[:2])  # of more ranks than two, some have no class
+        agrees(linear.weight.grad.to_local(), w.grad[shard])
+    few = linear_of(group, mlkernels.CrossEntropyLoss(), weight[:2])  # of more ranks than two, some have no class
     few(x[own], target[own].clamp(min=0) % 2).backward()
     largest = few.weight.grad.full_tensor().abs().max()
     agrees(clip_grad_norm_(few.parameters(), 0.1, math.inf), largest)
@@ -261,13 +264,13 @@ def stepping_in_tiles(group: dist.ProcessGroup) -> None:
     x, weight, of_classes, target = problem()
     for bias, loss in ((of_classes, mlkernels.FocalLoss(reduction="none")), (None, mlkernels.ArcFaceLoss(scale=4.0))):
         sgd = TileSGD(**numbers)
-        head = head_of(group, loss, weight, bias, normalize=bias is None, memory=5000, tile_update=sgd)
+        linear = linear_of(group, loss, weight, bias, normalize=bias is None, memory=5000, tile_update=sgd)
         w = nn.Parameter(weight.clone())
         optimizer = torch.optim.SGD([w], **numbers)
         for step in range(3):
             sgd.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
             features, leaf = x[own].clone().requires_grad_(), x.clone().requires_grad_()
-            found, wanted = head(features, target[own]), loss(unfused(leaf, w, bias, bias is None), target)
+            found, wanted = linear(features, target[own]), loss(unfused(leaf, w, bias, bias is None), target)
             g = torch.linspace(-1, 2, ROWS, dtype=F64)
             upstream = torch.linspace(-1, 2, ranks, dtype=F64)
             found.backward(g[own] if found.dim() else upstream[rank])
@@ -275,19 +278,19 @@ def stepping_in_tiles(group: dist.ProcessGroup) -> None:
                 (wanted * g).sum() / ranks if found.dim() else wanted * upstream.mean(), [w, leaf]
             )
             optimizer.step()
-            agrees(head.export_weight(), w.detach())
+            agrees(linear.export_weight(), w.detach())
             agrees(features.grad, ranks * leaf_grad[own])
-            assert head.weight.grad is None
-        agrees(head.state_dict()["update.momentum_buffer"].full_tensor(), optimizer.state[w]["momentum_buffer"])
+            assert linear.weight.grad is None
+        agrees(linear.state_dict()["update.momentum_buffer"].full_tensor(), optimizer.state[w]["momentum_buffer"])
     with pytest.raises(RuntimeError, match="two losses of a linear head with tile_update wait"):
-        (head(x[own], target[own]) + head(x[own], target[own])).backward()
+        (linear(x[own], target[own]) + linear(x[own], target[own])).backward()
     with pytest.raises(ValueError, match=r"tile_update must be the same on all ranks: rank 0 has None, rank 1 \{'lr'"):
         ClassParallelLoss(loss, WIDTH, 6, process_group=group, tile_update=TileSGD(0.1) if rank == 1 else None)
     with pytest.raises(ValueError, match=r"tile_update takes a TileSGD of its own for every linear head"):
         ClassParallelLoss(loss, WIDTH, 6, process_group=group, tile_update=sgd if rank == 1 else TileSGD(0.1))
     sgd.param_groups[0]["lr"] += rank == 1  # a scheduler that has gone another way here
     with pytest.raises(ValueError, match=r"tile_update must be the same on .* has \{'lr': 0.03.*rank 1 \{'lr': 1.03"):
-        head(x[own], target[own])
+        linear(x[own], target[own])
 
 
 def sampled(group: dist.ProcessGroup) -> None:
@@ -302,25 +305,25 @@ def sampled(group: dist.ProcessGroup) -> None:
             f, y, transform=mlkernels.Margin(m2=r, m3=m), scale=2.0, logit_adjustment=a
         )
         sgd = TileSGD(0.1, momentum=0.9, weight_decay=0.1)
-        heads = [
-            head_of(group, loss, weight, bias, sample=sample, sample_correction=correction, tile_update=update)
+        both = [
+            linear_of(group, loss, weight, bias, sample=sample, sample_correction=correction, tile_update=update)
             for update in (None, sgd)
         ]
-        heads[1].sampler.load_state_dict(heads[0].sampler.state_dict())
+        both[1].sampler.load_state_dict(both[0].sampler.state_dict())
         drawn = []
         for other in range(ranks):
-            sampler = copy.deepcopy(heads[0].sampler)
+            sampler = copy.deepcopy(both[0].sampler)
             sampler.rank = other
             drawn.append(sampler.draw(target, -100))
         classes = torch.cat([each.classes + each.first for each in drawn])
         label = torch.where(target == -100, target, drawn[0].label)
         shares = torch.cat([torch.where(each.others()[0], -each.share.log() / 2, 0) for each in drawn])
         found = []
-        for head in heads:
+        for linear in both:
             margins[0].grad, features = None, x[own].clone().requires_grad_()
-            value, rows = head(features, target[own], return_stats=True)
+            value, rows = linear(features, target[own], return_stats=True)
             value.backward(upstream[rank])
-            found.append((value.detach(), features.grad, head.bias.grad.to_local(), margins[0].grad))
+            found.append((value.detach(), features.grad, linear.bias.grad.to_local(), margins[0].grad))
         leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
         logits = unfused(leaves[0], leaves[1][classes], leaves[2][classes])
         added = adjustment[classes] + (shares if correction else 0)
@@ -329,17 +332,17 @@ def sampled(group: dist.ProcessGroup) -> None:
             logit_adjustment=added, return_stats=True,
         )  # fmt: skip
         (wanted * upstream.mean()).backward()
-        shard = slice(heads[0].first_class, heads[0].last_class)
+        shard = slice(both[0].first_class, both[0].last_class)
         for ours in found:
             theirs = (wanted.detach(), ranks * leaves[0].grad[own], leaves[2].grad[shard], margins[1].grad)
             for mine, other in zip(ours, theirs, strict=True):
                 agrees(mine, other)
         at = whole.prediction[own]
         assert torch.equal(rows.prediction, torch.where(at < 0, at, classes[at.clamp(min=0)]))
-        agrees(heads[0].weight.grad.to_local(), leaves[1].grad[shard])
+        agrees(both[0].weight.grad.to_local(), leaves[1].grad[shard])
         moved = torch.where(leaves[1].grad.any(1, keepdim=True), weight - 0.1 * (leaves[1].grad + 0.1 * weight), weight)
         moved[classes] = (weight - 0.1 * (leaves[1].grad + 0.1 * weight))[classes]
-        agrees(heads[1].export_weight(), moved)
+        agrees(both[1].export_weight(), moved)
 
 
 def lost_late(group: dist.ProcessGroup) -> None:
@@ -353,9 +356,9 @@ def lost_late(group: dist.ProcessGroup) -> None:
             raise RuntimeError("lost")
         return gathered(self, tensor, what)
 
-    head = head_of(group, mlkernels.CrossEntropyLoss(), weight, sample=2)
+    linear = linear_of(group, mlkernels.CrossEntropyLoss(), weight, sample=2)
     with mock.patch.object(Group, "gathered", failing), pytest.raises(RuntimeError, match=r"^lost$"):
-        head(x[own], target[own], return_stats=True)
+        linear(x[own], target[own], return_stats=True)
     assert seen.count("sizes") == 1 and seen[-1] == "classes"
 
 
@@ -365,39 +368,39 @@ def recomputed(group: dist.ProcessGroup) -> None:
     own = own_rows(group)
     grads = []
     for checkpointed in (False, False, True):
-        head = head_of(group, mlkernels.CrossEntropyLoss(), weight)
+        linear = linear_of(group, mlkernels.CrossEntropyLoss(), weight)
         features = x[own].clone().requires_grad_()
         if checkpointed:
-            loss = torch.utils.checkpoint.checkpoint(head, features, target[own], use_reentrant=False)
+            loss = torch.utils.checkpoint.checkpoint(linear, features, target[own], use_reentrant=False)
         else:
-            loss = head(features, target[own])
+            loss = linear(features, target[own])
             loss.backward(retain_graph=True)
-            features.grad = head.weight.grad = None
+            features.grad = linear.weight.grad = None
         loss.backward()
-        grads.append((features.grad, head.weight.grad.to_local()))
+        grads.append((features.grad, linear.weight.grad.to_local()))
     for first, again, second in zip(*grads, strict=True):
         assert torch.equal(first, again)
         agrees(first, second)
 
 
 def copied_and_compiled(group: dist.ProcessGroup) -> None:
-    """A copy is of the same ranks, and so is a head of their mesh; compiled, a head is left out of the graph."""
+    """A copy is of the same ranks, and so is a linear head of their mesh; compiled, it is left out of the graph."""
     x, weight, _, target = problem()
     own = own_rows(group)
-    head = head_of(group, mlkernels.CrossEntropyLoss(), weight)
-    loss = head(x[own], target[own])
-    agrees(copy.deepcopy(head)(x[own], target[own]), loss)
+    linear = linear_of(group, mlkernels.CrossEntropyLoss(), weight)
+    loss = linear(x[own], target[own])
+    agrees(copy.deepcopy(linear)(x[own], target[own]), loss)
     mesh = DeviceMesh.from_group(group, "cpu")
     of_mesh = ClassParallelLoss(mlkernels.CrossEntropyLoss(), WIDTH, CLASSES, device_mesh=mesh, dtype=F64)
     of_mesh.load_weight(weight)
     agrees(of_mesh(x[own], target[own]), loss)
     with pytest.raises(ValueError, match="device_mesh and process_group say the same"):
-        ClassParallelLoss(head.loss, WIDTH, CLASSES, device_mesh=mesh, process_group=group)
+        ClassParallelLoss(linear.loss, WIDTH, CLASSES, device_mesh=mesh, process_group=group)
     if dist.get_world_size(group) == 2:
-        agrees(torch.compile(head, backend="eager")(x[own], target[own]), loss)
+        agrees(torch.compile(linear, backend="eager")(x[own], target[own]), loss)
     features = x[own].requires_grad_()
-    run = lambda features: head(features, target[own])
-    for record in (torch.func.grad(run), make_fx(run), make_fx(lambda features: head.topk(features, 2))):
+    run = lambda features: linear(features, target[own])
+    for record in (torch.func.grad(run), make_fx(run), make_fx(lambda features: linear.topk(features, 2))):
         with pytest.raises(
             RuntimeError, match=r"^class-parallel linear heads know no torch\.func transforms.* no make_fx"
         ):
@@ -415,19 +418,19 @@ def sharded_tensors(group: dist.ProcessGroup) -> None:
     x, weight, bias, target = problem()
     mesh = DeviceMesh.from_group(group, "cpu")
     shard = lambda tensor: DTensor.from_local(tensor, mesh, [Shard(0)])
-    head, ones = mlkernels.linear_cross_entropy, torch.ones(ROWS)
+    linear, ones = mlkernels.linear_cross_entropy, torch.ones(ROWS)
     gamma, of_classes = (
         DTensor.from_local(t, mesh, [Replicate()]) for t in (torch.tensor(2.0, dtype=F64), torch.ones(CLASSES))
     )
     split = distribute_tensor(torch.ones(ROWS, CLASSES, dtype=F64), mesh, [Shard(1)])
     for name, call in {
-        "input": lambda: head(shard(x), weight, target),
-        "linear_weight": lambda: head(x, shard(weight), target),
-        "linear_bias": lambda: head(x, weight, target, linear_bias=DTensor.from_local(bias, mesh, [Replicate()])),
-        "target": lambda: head(x, weight, shard(target)),
+        "input": lambda: linear(shard(x), weight, target),
+        "linear_weight": lambda: linear(x, shard(weight), target),
+        "linear_bias": lambda: linear(x, weight, target, linear_bias=DTensor.from_local(bias, mesh, [Replicate()])),
+        "target": lambda: linear(x, weight, shard(target)),
         "gamma": lambda: mlkernels.focal_loss(split, target, gamma=gamma),
         "weight": lambda: mlkernels.cross_entropy(split, target, weight=of_classes),
-        "logit_adjustment": lambda: head(x, weight, target, logit_adjustment=of_classes),
+        "logit_adjustment": lambda: linear(x, weight, target, logit_adjustment=of_classes),
         "row_weight": lambda: mlkernels.cross_entropy(x, target, row_weight=shard(ones)),
         "normalizer": lambda: mlkernels.cross_entropy(
             x, target, normalizer=DTensor.from_local(ones[0], mesh, [Replicate()])
@@ -441,33 +444,33 @@ def errors_everywhere(group: dist.ProcessGroup) -> None:
     """What is wrong on one rank is said on all, and the next call works."""
     rank, own = dist.get_rank(group), own_rows(group)
     x, weight, _, target = problem()
-    head = head_of(group, mlkernels.CrossEntropyLoss(), weight)
+    linear = linear_of(group, mlkernels.CrossEntropyLoss(), weight)
     prefix = "" if rank == 1 else "rank 1: "
     features, labels = x[own], target[own]
     if rank == 1:
         features, labels = x[:2], torch.tensor([3, CLASSES])
     with pytest.raises(IndexError, match=rf"^{prefix}target {CLASSES} at row 1 is out of range \[0, {CLASSES}\)"):
-        head(features, labels)
+        linear(features, labels)
     with pytest.raises(TypeError, match=rf"^{prefix}input must have weight's dtype torch.float64, got torch.float32"):
-        head(features.float() if rank == 1 else features, target[: len(features)])
-    head.strategy = "tiles" if rank == 1 else None
+        linear(features.float() if rank == 1 else features, target[: len(features)])
+    linear.strategy = "tiles" if rank == 1 else None
     with pytest.raises(ValueError, match=r"^strategy must be the same on all ranks: rank 0 has None, rank 1 tiles$"):
-        head(features, target[: len(features)])
-    head.strategy = None
+        linear(features, target[: len(features)])
+    linear.strategy = None
     with pytest.raises(ValueError, match=r"^normalizer must be the same on all ranks: rank 0 has 3.0, rank 1 4.0$"):
-        head(features, target[: len(features)], normalizer=torch.tensor(4.0 if rank == 1 else 3.0))
+        linear(features, target[: len(features)], normalizer=torch.tensor(4.0 if rank == 1 else 3.0))
     with pytest.raises(ValueError, match=r"^num_classes must be the same on all ranks: rank 0 has 5, rank 1 6$"):
         ClassParallelLoss(mlkernels.CrossEntropyLoss(), WIDTH, 6 if rank == 1 else 5, process_group=group)
-    agrees(head(x[own], target[own]), mlkernels.cross_entropy(unfused(x, weight, None), target))
+    agrees(linear(x[own], target[own]), mlkernels.cross_entropy(unfused(x, weight, None), target))
 
 
 def best_classes(group: dist.ProcessGroup) -> None:
     x, weight, bias, _ = problem()
     x[2] = 1.0
-    head = head_of(group, mlkernels.CrossEntropyLoss(), weight, bias)
+    linear = linear_of(group, mlkernels.CrossEntropyLoss(), weight, bias)
     own = own_rows(group)
     for k in (1, 8, CLASSES):
-        values, classes = head.topk(x[own], k)
+        values, classes = linear.topk(x[own], k)
         wanted = (x @ weight.T + bias)[own].topk(k, 1)
         agrees(values, wanted.values)
         assert torch.equal(classes, wanted.indices)
@@ -476,29 +479,29 @@ def best_classes(group: dist.ProcessGroup) -> None:
 def from_one_device(group: dist.ProcessGroup) -> None:
     """A state_dict of LinearLoss, whose tensors are whole, the momentum of its tile update among them."""
     x, weight, _, target = problem()
-    heads = [
+    both = [
         made(mlkernels.CrossEntropyLoss(), WIDTH, CLASSES, bias=True, dtype=F64, tile_update=TileSGD(0.1, momentum=0.9))
         for made in (mlkernels.LinearLoss, functools.partial(ClassParallelLoss, process_group=group))
     ]
-    heads[0](x, target).backward()
-    heads[1].load_state_dict(heads[0].state_dict())
-    for name, value in heads[1].state_dict().items():
-        wanted = heads[0].state_dict()[name]
+    both[0](x, target).backward()
+    both[1].load_state_dict(both[0].state_dict())
+    for name, value in both[1].state_dict().items():
+        wanted = both[0].state_dict()[name]
         assert torch.equal(value.full_tensor(), wanted) if isinstance(value, DTensor) else value == wanted
     with pytest.raises(RuntimeError, match="size mismatch for weight"):
-        heads[1].load_state_dict({**heads[0].state_dict(), "weight": weight[:4]})
+        both[1].load_state_dict({**both[0].state_dict(), "weight": weight[:4]})
 
 
 def bytes_as_promised(group: dist.ProcessGroup) -> None:
     """One packed collective of statistics, features out, gradients home; docs/distributed.md says how many bytes."""
     ranks, own = dist.get_world_size(group), own_rows(group)
     x, weight, _, target = problem()
-    head = head_of(group, mlkernels.FocalLoss(), weight)
-    head.communication()
-    head(x[own].clone().requires_grad_(), target[own]).backward()
+    linear = linear_of(group, mlkernels.FocalLoss(), weight)
+    linear.communication()
+    linear(x[own].clone().requires_grad_(), target[own]).backward()
     most, others = max(SIZES[ranks]), ranks - 1
     kept = sum(label != -100 for label in target.tolist())
-    found = head.communication()
+    found = linear.communication()
     assert found.bytes == {
         "sizes": 4 * 8 * others,
         "labels": 8 * most * others,
@@ -517,17 +520,19 @@ def checkpoints(folder: Path) -> None:
 
     x, weight, _, target = problem()
     world = dist.group.WORLD
-    head = head_of(world, mlkernels.CrossEntropyLoss(), weight)
-    optimizer = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9)
-    head(x[own_rows(world)], target[own_rows(world)]).backward()
+    linear = linear_of(world, mlkernels.CrossEntropyLoss(), weight)
+    optimizer = torch.optim.SGD(linear.parameters(), lr=0.1, momentum=0.9)
+    linear(x[own_rows(world)], target[own_rows(world)]).backward()
     optimizer.step()
-    dcp.save({"weight": head.weight, "momentum": optimizer.state[head.weight]["momentum_buffer"]}, checkpoint_id=folder)
-    saved = head.export_weight()
+    dcp.save(
+        {"weight": linear.weight, "momentum": optimizer.state[linear.weight]["momentum_buffer"]}, checkpoint_id=folder
+    )
+    saved = linear.export_weight()
     assert not torch.equal(saved, weight)
     for ranks in (3, 2, 1):
         group = GROUPS[ranks]
         if dist.get_rank() < ranks:
-            other = head_of(group, mlkernels.CrossEntropyLoss(), torch.zeros_like(weight))
+            other = linear_of(group, mlkernels.CrossEntropyLoss(), torch.zeros_like(weight))
             state = {"weight": other.weight.detach(), "momentum": torch.zeros_like(other.weight.detach())}
             dcp.load(state, checkpoint_id=folder, process_group=group)
             agrees(other.export_weight(), saved)
@@ -537,14 +542,14 @@ def checkpoints(folder: Path) -> None:
     def made(group: dist.ProcessGroup, scale: float, weight: torch.Tensor) -> ClassParallelLoss:
         loss = mlkernels.ArcFaceLoss(scale=nn.Parameter(torch.tensor(scale, dtype=F64)))
         bias, sgd = torch.zeros(len(weight), dtype=F64), TileSGD(0.1, momentum=0.9)
-        return head_of(group, loss, weight, bias, tile_update=sgd, sample=2)
+        return linear_of(group, loss, weight, bias, tile_update=sgd, sample=2)
 
-    head = made(world, 2.0, weight[:5])
+    linear = made(world, 2.0, weight[:5])
     for _ in range(2):
-        head(x[own_rows(world)], target[own_rows(world)].clamp(max=4)).backward()
-    dcp.save(head.state_dict(), checkpoint_id=folder / "stepping")
+        linear(x[own_rows(world)], target[own_rows(world)].clamp(max=4)).backward()
+    dcp.save(linear.state_dict(), checkpoint_id=folder / "stepping")
     whole = lambda value: value.full_tensor() if isinstance(value, DTensor) else value
-    saved_state = {name: whole(value) for name, value in head.state_dict().items()}
+    saved_state = {name: whole(value) for name, value in linear.state_dict().items()}
     assert saved_state["update.momentum_buffer"].any() and saved_state["sampler._extra_state"]["count"] == 2
     for ranks in (3, 2, 1):
         if dist.get_rank() < ranks:

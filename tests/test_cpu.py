@@ -98,7 +98,7 @@ for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
             assert (a.double() - b).norm() < min(eps, 2e-3) * b.norm(), (dtype, width)
 """
 
-# What softcap makes of logits shows as a confidence over 0, its slope in gradients: of rows, of two classes, of a head.
+# What softcap makes of logits shows as a confidence over 0, its slope in gradients: rows, two classes, a linear head.
 SOFTCAP = """
 import numpy as np, torch, mlkernels
 from mlkernels.backends import native

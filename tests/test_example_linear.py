@@ -1,4 +1,4 @@
-"""The scripts that train through a head: a policy and a language model learn, with memory to spare."""
+"""The scripts that train through a linear head: a policy and a language model learn, with memory to spare."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_policy_gradient(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_language_model(capsys: pytest.CaptureFixture[str]) -> None:
-    """Better than the words' frequencies with every loss; a z-loss holds log Z; the head takes less memory."""
+    """Better than the words' frequencies with every loss; a z-loss holds log Z; the linear head takes less memory."""
     found = script("lm_head").main(["--words", "4096", "--width", "32", "--steps", "60"])
     perplexity = {name: values[0] for name, values in found.items()}
     losses = ("cross entropy", "focal", "z-loss")
@@ -37,7 +37,7 @@ def test_language_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["z-loss"][1] < found["cross entropy"][1] - 1
     assert "|log Z|" in capsys.readouterr().out
     if sys.platform.startswith("linux"):
-        assert 0 < found["head"][1] < found["whole logits"][1] / 2  # the logits are 64 MB
+        assert 0 < found["linear head"][1] < found["whole logits"][1] / 2  # the logits are 64 MB
 
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo")

@@ -208,14 +208,14 @@ def test_errors_are_those_of_python(bad):
 
 
 def test_degrees_after_radians(served):
-    """What tensors hold is looked at again in a call that is remembered, a head's too; lost ones are NaN rows."""
-    head = mlkernels.LinearLoss(mlkernels.MarginLoss(scale=4.0), 5, 7, normalize=True)
+    """What tensors hold is looked at again in a call remembered, a linear head's too; lost ones are NaN rows."""
+    linear = mlkernels.LinearLoss(mlkernels.MarginLoss(scale=4.0), 5, 7, normalize=True)
     x, target = logits(6, 5), TARGET.clamp(0)
     arcface = lambda margin: mlkernels.arcface_loss(x, target, margin=margin)
-    of_head = lambda margin: mlkernels.linear_softmax_loss(
-        x, head.weight, target, normalize=True, loss=lambda f, y: mlkernels.arcface_loss(f, y, margin=margin)
+    of_linear = lambda margin: mlkernels.linear_softmax_loss(
+        x, linear.weight, target, normalize=True, loss=lambda f, y: mlkernels.arcface_loss(f, y, margin=margin)
     )
-    for call, classes in ((arcface, 5), (of_head, 7)):
+    for call, classes in ((arcface, 5), (of_linear, 7)):
         for shape in ((), (classes,), (6, 1)):
             for dtype in (torch.float32, torch.bfloat16):
                 assert call(torch.full(shape, 0.5, dtype=dtype)).isfinite() and served[-1]
@@ -289,7 +289,7 @@ def test_a_compiled_backward_takes_no_number_for_another(served):
 def test_a_compiled_backward_takes_no_product_for_a_cosine(served):
     import torch._dynamo.compiled_autograd
 
-    x, weight, _ = head()
+    x, weight, _ = linear()
     for normalize in (False, True):
         value = lambda by=normalize: mlkernels.linear_softmax_loss(
             x, weight, TARGET, normalize=by, reduction="none"
@@ -312,10 +312,10 @@ def test_a_profiler_sees_the_same_names():
     assert names() == by_python(names) >= {"_LossWithGradients", "mlkernels::softmax_loss_with_gradient"}
 
 
-# ---- heads -----------------------------------------------------------------------------------------------------------
+# ---- linear heads ----------------------------------------------------------------------------------------------------
 
 
-def head(rows=6, classes=5, width=4, dtype=torch.float32):
+def linear(rows=6, classes=5, width=4, dtype=torch.float32):
     """Features, weight and bias whose logits are cosines' size."""
     torch.default_generator.manual_seed(2)
     return [
@@ -331,7 +331,7 @@ def same(go):
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=str)
-def test_heads_are_those_of_python(loss, served):
+def test_linear_heads_are_those_of_python(loss, served):
     by_row = {"row_weight": torch.linspace(-1, 2, 7)}
     kinds = [
         ({}, False, False), ({"reduction": "sum", **extras(5)}, False, False), (by_row, True, False),
@@ -342,7 +342,7 @@ def test_heads_are_those_of_python(loss, served):
         _, target, params = draw(loss, rows=7, form=form, classes=5)
         for index, (options, cosines, stats) in enumerate(kinds):
             dtype = torch.float64 if (index + shift) % 2 else torch.float32
-            x, weight, bias = head(7, dtype=dtype)
+            x, weight, bias = linear(7, dtype=dtype)
             own = leaves_of(params, dtype)
             options = options | ({"group": loss.group(target)} if loss.groups else {})
             leaves = [t for t in (x, weight, None if cosines else bias, *own.values()) if isinstance(t, torch.Tensor)]
@@ -362,20 +362,20 @@ def test_heads_are_those_of_python(loss, served):
             assert served[-1], (options, cosines, stats)
 
 
-def test_which_heads_are_served(served):
+def test_which_linear_heads_are_served(served):
     """Plain ones, whatever needs a gradient; what a call has in its key is one of each number of rows and classes."""
     call, y = mlkernels.linear_cross_entropy, TARGET.clamp(0)
     for rows, classes in ((6, 5), (3, 5), (6, 7), (0, 5)):
-        x, weight, bias = head(rows, classes)
+        x, weight, bias = linear(rows, classes)
         for leaves in ([x, weight], [x.detach(), weight], [x, weight.detach()]):
             for options in ({}, {"linear_bias": bias}, {"linear_bias": bias.detach(), "reduction": "sum"}):
                 value = lambda leaves=leaves, options=options: call(*leaves, y[:rows], **options)
                 asked = [t for t in (*leaves, bias) if t.requires_grad]
                 same(lambda value=value, asked=asked: torch.autograd.grad(value(), asked, materialize_grads=True))
     with torch.no_grad():
-        same(lambda: [call(*head()[:2], y), call(*head()[:2], y, reduction="none")])
+        same(lambda: [call(*linear()[:2], y), call(*linear()[:2], y, reduction="none")])
     for labels in (TARGET, torch.full((6,), -100)):
-        x, weight, bias = head()
+        x, weight, bias = linear()
         with torch.no_grad():
             x[labels == -100] = torch.nan
         norms = (torch.arange(6.0) + 1).unsqueeze(1).requires_grad_()
@@ -394,7 +394,7 @@ def test_which_heads_are_served(served):
             same(lambda x=x, w=weight, y=labels: [call(x, w, y), call(x, w, y, reduction="none")])
             same(lambda rows=rows: [*rows()[1]])
     assert all(served)
-    x, weight, _ = head()
+    x, weight, _ = linear()
     left = [
         lambda: call(x, weight.T.contiguous().T, y),
         lambda: call(x, weight, y, memory=10_000), lambda: call(x, weight, y, strategy="rows"),
@@ -414,9 +414,9 @@ def test_which_heads_are_served(served):
         assert said[0] == said[1]
 
 
-def test_unusual_backwards_of_heads(served):
+def test_unusual_backwards_of_linear_heads(served):
     """Batched, without an upstream gradient, infinite, kept: in both ways the same; differentiated: refused."""
-    x, weight, bias = leaves = head()
+    x, weight, bias = leaves = linear()
     value = lambda: mlkernels.linear_cross_entropy(x, weight, TARGET.clamp(0), linear_bias=bias)
     upstream = torch.linspace(0, 1, 3)
     same(lambda: torch.autograd.grad(value(), leaves, upstream, is_grads_batched=True))
@@ -432,9 +432,9 @@ def test_unusual_backwards_of_heads(served):
     assert all(served) and kept.grad_fn.name() == "_LinearLossBackward"
 
 
-def test_unusual_backwards_of_the_rows_of_heads(served):
+def test_unusual_backwards_of_the_rows_of_linear_heads(served):
     """Their gradients are made later: from what was saved, which may not have changed, once for each upstream one."""
-    x, weight, bias = leaves = head()
+    x, weight, bias = leaves = linear()
     value = lambda: mlkernels.linear_cross_entropy(x, weight, TARGET, linear_bias=bias, reduction="none")
     upstream = torch.linspace(0, 1, 6)
     same(lambda: torch.autograd.grad(value() * torch.inf, leaves, upstream + 1))
@@ -485,7 +485,7 @@ def test_a_library_for_another_torch_is_not_loaded(monkeypatch):
     assert fast_path._load() == (None, "switched off by MLKERNELS_FAST_PATH=0")
 
 
-@pytest.mark.parametrize("set_up", [lambda *arguments: None, lambda one: None], ids=["no heads", "other arguments"])
+@pytest.mark.parametrize("set_up", [lambda *arguments: None, lambda one: None], ids=["no linear", "other arguments"])
 def test_a_library_of_older_sources_is_not_used(monkeypatch, set_up):
     monkeypatch.setattr(fast_path.importlib.util, "module_from_spec", lambda spec: SimpleNamespace(set_up=set_up))
     library, why = fast_path._load()

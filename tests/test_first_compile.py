@@ -74,15 +74,15 @@ class WithSecond(nn.Module):
         return self.loss(x, y, self.second(x))
 
 
-class WithHead(nn.Module):
-    """A head whose loss takes the weight's norm."""
+class WithLinear(nn.Module):
+    """A linear head whose loss takes the weight's norm."""
 
-    def __init__(self, head):
+    def __init__(self, linear):
         super().__init__()
-        self.head = head
+        self.linear = linear
 
     def forward(self, x, y):
-        return self.head(x, y, logit_norm=self.head.weight.norm())
+        return self.linear(x, y, logit_norm=self.linear.weight.norm())
 
 
 M = mlkernels
@@ -111,7 +111,7 @@ MODULES = {
     "LGMLoss diagonal": lambda: M.LGMLoss(num_features=C, num_classes=C, diagonal=True),
     "LinearLoss": lambda: M.LinearLoss(M.CrossEntropyLoss(reduction="none"), C, 9, bias=True),
     "LinearLoss normalized": lambda: M.LinearLoss(M.ArcFaceLoss(margin=trained(0.3)), C, 9, normalize=True),
-    "LinearLoss TwoScaleLoss": lambda: WithHead(M.LinearLoss(M.TwoScaleLoss(3.0), C, 9)),
+    "LinearLoss TwoScaleLoss": lambda: WithLinear(M.LinearLoss(M.TwoScaleLoss(3.0), C, 9)),
     "LinearLoss PiecewiseLoss": lambda: M.LinearLoss(
         M.PiecewiseLoss(t_slope=trained([0.9, 1.1]), t_bias=BIAS, tau_slope=SLOPE, tau_bias=BIAS), C, 9, normalize=True
     ),
@@ -129,7 +129,7 @@ def statistics():
     return function, *logits()
 
 
-def head_statistics():
+def linear_statistics():
     weight = nn.Parameter(torch.linspace(-1, 1, 9 * C).reshape(9, C).sin())
 
     def function(x, y):
@@ -150,7 +150,7 @@ def cases(backend):
         found |= {name: of_module(make) for name, make in MODULES.items()}
         transforms = {loss.structure.transform: (loss, index) for index, loss in enumerate(LOSSES)}
         found |= {f"{name} (reference)": of_table(*one, "reference") for name, one in transforms.items()}
-        found |= {"statistics": statistics, "soft targets": soft_targets, "head statistics": head_statistics}
+        found |= {"statistics": statistics, "soft targets": soft_targets, "linear statistics": linear_statistics}
     return found
 
 

@@ -59,7 +59,7 @@ def test_a_fault_is_found_and_shrunk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif("cpu" not in table.usable_backends(), reason="no CPU kernels")
-def test_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_linear_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     """No call fails, and one does whose features' gradient is wrong by a thousandth in one place."""
     threads = torch.get_num_threads()
     try:

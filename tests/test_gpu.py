@@ -509,7 +509,7 @@ def test_snapshot_of_every_optimizer(name, options, before):
 def test_a_flag_on_the_device_decides(name, options, reject, no_sync):
     torch.cuda.set_sync_debug_mode("default")
     run = made(name, options)
-    layers = torch.nn.ModuleList([run.model.embedding, run.model.inner, run.model.norm, run.model.head])
+    layers = torch.nn.ModuleList([run.model.embedding, run.model.inner, run.model.norm, run.model.classifier])
     snapshot = Snapshot(layers, run.optimizer)
     snapshot.save()
     saved = run.state()

@@ -1,4 +1,4 @@
-"""Heads: a loss of the family on a classifier's output that is never whole, against the unfused chain in float64."""
+"""Linear heads: a loss of the family on a classifier's output that is never whole, against the chain in float64."""
 
 import functools
 import operator
@@ -410,12 +410,12 @@ def test_compacted_as_masked(reduction, ignored, monkeypatch):
     assert products[1] == 0 if ignored == "all" else products[1] <= products[0]
     stepped = []
     for compact in (False, True):
-        head = mlkernels.LinearLoss(
+        linear = mlkernels.LinearLoss(
             functools.partial(mlkernels.cosface_loss, **run), WIDTH, CLASSES,
             weight=nn.Parameter(weight.detach().clone()), tile_update=mlkernels.TileSGD(0.1), compact=compact,
         )  # fmt: skip
-        head(x, target).sum().backward()
-        stepped.append(head.weight.detach())
+        linear(x, target).sum().backward()
+        stepped.append(linear.weight.detach())
     torch.testing.assert_close(*stepped)
 
 
@@ -457,7 +457,7 @@ def test_a_graph_that_is_kept_gives_the_same_twice(reduction):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_what_heads_cannot_do_they_refuse(reduction):
+def test_what_linear_heads_cannot_do_they_refuse(reduction):
     x, weight, _, target = problem(bias=False)
     loss = linear_cross_entropy(x, weight, target, reduction=reduction)
     with pytest.raises(RuntimeError, match="no second-order gradients"):
@@ -467,9 +467,9 @@ def test_what_heads_cannot_do_they_refuse(reduction):
     with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode"):
         linear_cross_entropy(torch.autograd.forward_ad.make_dual(x.detach(), x.detach()), weight, target)
     for kind in ({"sample": 7}, {"tile_update": mlkernels.TileSGD(0.1)}):
-        head = mlkernels.LinearLoss(mlkernels.FocalLoss(reduction=reduction), WIDTH, CLASSES, dtype=F64, **kind)
+        linear = mlkernels.LinearLoss(mlkernels.FocalLoss(reduction=reduction), WIDTH, CLASSES, dtype=F64, **kind)
         with pytest.raises(RuntimeError, match=r"a linear head with tile_update= or sample= .* make_fx"):
-            make_fx(functools.partial(head, target=target))(x)
+            make_fx(functools.partial(linear, target=target))(x)
     again = lambda x: torch.autograd.grad(linear_cross_entropy(x, weight, target).exp(), x, create_graph=True)[0]
     with pytest.raises(RuntimeError, match="no second-order gradients"):
         make_fx(again)(x)
@@ -516,7 +516,7 @@ def test_hooks_on_saved_tensors_meet_no_gradient():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compiled_a_head_is_in_the_graph(reduction):
+def test_compiled_a_linear_head_is_in_the_graph(reduction):
     """With what stands around it, ignored rows included; results are the same, and refused is what is eagerly."""
     torch._dynamo.reset()
     x, weight, bias, target = problem()
@@ -564,32 +564,32 @@ def test_checkpointing_and_shapes():
 # ---- modules ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_head_ties_and_takes_over():
+def test_a_linear_head_ties_and_takes_over():
     embedding = torch.nn.Embedding(CLASSES, WIDTH)
     tied = mlkernels.LinearLoss(mlkernels.CrossEntropyLoss(), WIDTH, CLASSES, weight=embedding.weight)
     assert tied.weight is embedding.weight
     layer = torch.nn.Linear(WIDTH, CLASSES)
     before, before_bias = layer.weight.detach().clone(), layer.bias.detach().clone()
-    head = mlkernels.LinearLoss.from_linear(mlkernels.FocalLoss(), layer)
-    assert head.weight is layer.weight and head.bias is layer.bias
-    head.reset_parameters()
+    linear = mlkernels.LinearLoss.from_linear(mlkernels.FocalLoss(), layer)
+    assert linear.weight is layer.weight and linear.bias is layer.bias
+    linear.reset_parameters()
     assert torch.equal(before, layer.weight) and torch.equal(before_bias, layer.bias)
     x, _, _, target = problem(dtype=torch.float32, ignored=False)
-    torch.testing.assert_close(head(x, target), mlkernels.FocalLoss()(layer(x), target))
-    torch.testing.assert_close(head.logits(x), layer(x))
+    torch.testing.assert_close(linear(x, target), mlkernels.FocalLoss()(layer(x), target))
+    torch.testing.assert_close(linear.logits(x), layer(x))
     other = mlkernels.LinearLoss(mlkernels.FocalLoss(), WIDTH, CLASSES, bias=True)
-    other.load_state_dict(head.state_dict())
-    torch.testing.assert_close(other(x, target), head(x, target))
+    other.load_state_dict(linear.state_dict())
+    torch.testing.assert_close(other(x, target), linear(x, target))
 
 
 @pytest.mark.parametrize("normalize", [False, True])
 def test_the_best_classes_without_logits(normalize, monkeypatch):
     monkeypatch.setattr(mlkernels.linear.module, "TILE", 50)
-    head = mlkernels.LinearLoss(mlkernels.ArcFaceLoss(), WIDTH, 101, normalize=normalize, dtype=F64)
+    linear = mlkernels.LinearLoss(mlkernels.ArcFaceLoss(), WIDTH, 101, normalize=normalize, dtype=F64)
     x = torch.randn(3, 4, WIDTH, dtype=F64)
     for k in (1, 7, 101):
-        values, classes = head.topk(x, k)
-        wanted, at = head.logits(x).topk(k)
+        values, classes = linear.topk(x, k)
+        wanted, at = linear.logits(x).topk(k)
         torch.testing.assert_close(values, wanted.detach())
         assert torch.equal(classes, at)
 
@@ -598,29 +598,30 @@ def test_losses_take_what_belongs_to_the_batch():
     """A model's norm, groups and norms of rows pass through; trained scales of a loss get their gradients."""
     x, _, _, target = problem(dtype=F64, ignored=False)
     two = mlkernels.TwoScaleLoss(3.0)
-    head = mlkernels.LinearLoss(two, WIDTH, CLASSES, dtype=F64)
-    head(x, target, logit_norm=torch.tensor(2.5)).backward()
-    ours = two.scale_low.grad.clone(), head.weight.grad.clone()
-    two.zero_grad(), head.zero_grad()
-    two(F.linear(x, head.weight), target, torch.tensor(2.5)).backward()
-    torch.testing.assert_close(ours, (two.scale_low.grad, head.weight.grad))
+    linear = mlkernels.LinearLoss(two, WIDTH, CLASSES, dtype=F64)
+    linear(x, target, logit_norm=torch.tensor(2.5)).backward()
+    ours = two.scale_low.grad.clone(), linear.weight.grad.clone()
+    two.zero_grad(), linear.zero_grad()
+    two(F.linear(x, linear.weight), target, torch.tensor(2.5)).backward()
+    torch.testing.assert_close(ours, (two.scale_low.grad, linear.weight.grad))
     tables = {k: torch.tensor(v, dtype=F64) for k, v in BY_NAME["piecewise_groups"].params.items() if k in TABLES}
     piecewise = mlkernels.PiecewiseLoss(**tables)
-    head, group = mlkernels.LinearLoss(piecewise, WIDTH, CLASSES, dtype=F64), torch.arange(ROWS) % 2
-    torch.testing.assert_close(head(x, target, group=group), piecewise(F.linear(x, head.weight), target, group))
+    linear, group = mlkernels.LinearLoss(piecewise, WIDTH, CLASSES, dtype=F64), torch.arange(ROWS) % 2
+    torch.testing.assert_close(linear(x, target, group=group), piecewise(F.linear(x, linear.weight), target, group))
     norm = torch.full((ROWS, 1), 9.0, dtype=F64)
-    head = mlkernels.LinearLoss(mlkernels.MarginLoss(m2=0.2, scale=1.0), WIDTH, CLASSES, dtype=F64)
-    torch.testing.assert_close(head(x, target, norm=norm), head.loss(F.linear(x, head.weight), target, norm))
-    loss, rows = head(x, target, norm=norm, return_stats=True)
+    linear = mlkernels.LinearLoss(mlkernels.MarginLoss(m2=0.2, scale=1.0), WIDTH, CLASSES, dtype=F64)
+    torch.testing.assert_close(linear(x, target, norm=norm), linear.loss(F.linear(x, linear.weight), target, norm))
+    loss, rows = linear(x, target, norm=norm, return_stats=True)
     assert rows.rank.shape == (ROWS,) and loss.shape == ()
     weights = torch.linspace(-1, 2, ROWS, dtype=F64)
-    logits = F.linear(x, head.weight)
+    logits = F.linear(x, linear.weight)
     torch.testing.assert_close(
-        head(x, target, row_weight=weights, normalizer=3), head.loss(logits, target, row_weight=weights, normalizer=3)
+        linear(x, target, row_weight=weights, normalizer=3),
+        linear.loss(logits, target, row_weight=weights, normalizer=3),
     )
-    one = linear_softmax_loss(x[0], head.weight, target[0], loss=mlkernels.FocalLoss(), row_weight=weights[0])
+    one = linear_softmax_loss(x[0], linear.weight, target[0], loss=mlkernels.FocalLoss(), row_weight=weights[0])
     torch.testing.assert_close(one, mlkernels.focal_loss(logits[0], target[0], row_weight=weights[0]))
-    one = linear_cross_entropy(x[0], head.weight, target[0], row_weight=weights[0])
+    one = linear_cross_entropy(x[0], linear.weight, target[0], row_weight=weights[0])
     torch.testing.assert_close(one, mlkernels.cross_entropy(logits[0], target[0], row_weight=weights[0]))
 
 
@@ -632,8 +633,8 @@ def test_no_features(strategy):
     wanted = F.cross_entropy(bias.expand(ROWS, CLASSES), target)
     torch.testing.assert_close(loss, wanted)
     torch.testing.assert_close(*(torch.autograd.grad(each, bias) for each in (loss, wanted)))
-    head = mlkernels.LinearLoss(mlkernels.CrossEntropyLoss(), 0, CLASSES, bias=True, dtype=F64)
-    torch.testing.assert_close(head.topk(x, 3), tuple(head.logits(x).topk(3)))
+    linear = mlkernels.LinearLoss(mlkernels.CrossEntropyLoss(), 0, CLASSES, bias=True, dtype=F64)
+    torch.testing.assert_close(linear.topk(x, 3), tuple(linear.logits(x).topk(3)))
 
 
 @pytest.mark.parametrize("strategy", ["stored", "tiles"])
@@ -659,7 +660,7 @@ def test_cosines_of_any_length_are_right_or_nan(strategy):
 
 X, W, B, Y, _META = *problem(ignored=False), torch.device("meta")
 stored = functools.partial(linear_cross_entropy, strategy="stored")
-head = functools.partial(mlkernels.LinearLoss, mlkernels.FocalLoss())
+linear = functools.partial(mlkernels.LinearLoss, mlkernels.FocalLoss())
 BAD = [
     (TypeError, "input takes a floating tensor, got list", lambda: linear_cross_entropy([1.0], W, Y)),
     (TypeError, r"linear_weight takes a floating tensor \(C, D\), got list", lambda: linear_cross_entropy(X, [1], Y)),
@@ -673,27 +674,28 @@ BAD = [
     (ValueError, r"target must be \(10,\), .* got \(4,\)", lambda: linear_cross_entropy(X, W, Y[:4])),
     (TypeError, "target must hold integer class indices", lambda: linear_cross_entropy(X, W, Y.double())),
     (TypeError, r"^target .*, got torch\.float32; write target\.long\(\), or take cross_entropy of whole logits",
-        lambda: head(5, 23)(X.float(), Y.float())),
+        lambda: linear(5, 23)(X.float(), Y.float())),
     (TypeError, r"^target must hold .* write target\.long\(\)", lambda: mlkernels.LinearLoss(
         mlkernels.CrossEntropyLoss(), 5, 23)(X.float(), X.float())),
     (TypeError, r"^target .*, got torch\.bool; write target\.long\(\)$", lambda: linear_cross_entropy(X, W, Y > 0)),
-    (ValueError, r"^input must be \(\.\.\., 5\), got \(10, 4\)$", lambda: head(5, 23)(X.float()[:, :4], Y)),
-    (TypeError, "^input must have weight's dtype torch.float32, got torch.float64$", lambda: head(5, 23)(X, Y)),
-    (ValueError, "^input must be on weight's device cpu, got meta$", lambda: head(5, 23).topk(X.float().to(_META), 2)),
+    (ValueError, r"^input must be \(\.\.\., 5\), got \(10, 4\)$", lambda: linear(5, 23)(X.float()[:, :4], Y)),
+    (TypeError, "^input must have weight's dtype torch.float32, got torch.float64$", lambda: linear(5, 23)(X, Y)),
+    (ValueError, "^input must be on weight's device cpu, got meta$", lambda: linear(5, 23).topk(
+        X.float().to(_META), 2)),
     (IndexError, "target 23 at row 0 is out of range", lambda: linear_cross_entropy(X, W, torch.full_like(Y, 23))),
     (ValueError, "strategy must be one of 'stored', 'tiles'", lambda: linear_cross_entropy(X, W, Y, strategy="fast")),
     (ValueError, "memory must be an integer >= 1, got -1", lambda: linear_cross_entropy(X, W, Y, memory=-1)),
     (TypeError, "memory takes an int, got float", lambda: linear_cross_entropy(X, W, Y, memory=1e6)),
     (TypeError, "compact takes True or False, got 1", lambda: linear_cross_entropy(X, W, Y, compact=1)),
-    (TypeError, "compact takes True or False", lambda: head(5, 23, compact=None)),
+    (TypeError, "compact takes True or False", lambda: linear(5, 23, compact=None)),
     (ValueError, "memory=7 is too small for one row", lambda: stored(X, W, Y, memory=7)),
     (ValueError, "memory=7 is too small for one logit", lambda: linear_cross_entropy(X, W, Y, memory=7)),
     (ValueError, "backend=None, 'reference', 'cpu' or 'triton'", lambda: linear_cross_entropy(X, W, Y, backend="cuda")),
     (TypeError, "takes no options", lambda: linear_cross_entropy(X, W, Y, options=None)),
     (TypeError, "normalize takes True or False, got 1", lambda: linear_softmax_loss(X, W, Y, normalize=1)),
-    (TypeError, "normalize takes True or False", lambda: head(5, 23, normalize="yes")),
-    (TypeError, "bias takes True or False", lambda: head(5, 23, bias=B)),
-    (TypeError, "k takes an int, got float", lambda: head(5, 23).topk(X.float(), 1.5)),
+    (TypeError, "normalize takes True or False", lambda: linear(5, 23, normalize="yes")),
+    (TypeError, "bias takes True or False", lambda: linear(5, 23, bias=B)),
+    (TypeError, "k takes an int, got float", lambda: linear(5, 23).topk(X.float(), 1.5)),
     (TypeError, r"linear takes an nn\.Linear, got Tensor", lambda: mlkernels.LinearLoss.from_linear(
         mlkernels.FocalLoss(), W)),
     (TypeError, r"^linear_cross_entropy\(\) takes no 'bias'; there are linear_bias, strategy, memory, compact, scale",
@@ -706,32 +708,32 @@ BAD = [
     (ValueError, "weight must have one entry per class", lambda: linear_cross_entropy(X, W, Y, weight=VECTOR[:3])),
     (TypeError, "loss has its own scale: give it to the loss, or leave loss=None", lambda: linear_softmax_loss(
         X, W, Y, loss=mlkernels.FocalLoss(), scale=2.0)),
-    (TypeError, "loss has its own weight: give it to the loss$", lambda: head(5, 23)(X.float(), Y, weight=VECTOR)),
+    (TypeError, "loss has its own weight: give it to the loss$", lambda: linear(5, 23)(X.float(), Y, weight=VECTOR)),
     (TypeError, "loss takes a loss module or function", lambda: linear_softmax_loss(X, W, Y, loss=3)),
     (TypeError, "loss takes a loss module or function.*: call CrossEntropyLoss", lambda: linear_softmax_loss(
         X, W, Y, loss=mlkernels.CrossEntropyLoss)),
     (TypeError, "loss must return a tensor, got float", lambda: linear_softmax_loss(X, W, Y, loss=lambda f, y: 3.0)),
     (ValueError, "looks at the logits once", lambda: linear_softmax_loss(
         X, W, Y, loss=lambda f, y: mlkernels.cross_entropy(f, y) + mlkernels.focal_loss(f, y), return_stats=True)),
-    (ValueError, "normalize=True", lambda: head(5, 23, bias=True, normalize=True)),
-    (ValueError, "strategy must be one of", lambda: head(5, 23, strategy="tile")),
-    (ValueError, "memory must be an integer >= 1", lambda: head(5, 23, memory=0)),
-    (TypeError, r"weight takes the nn\.Parameter", lambda: head(5, 23, weight=X)),
-    (ValueError, r"k must be an integer in \[1, 23\], got 24", lambda: head(5, 23).topk(X.float(), 24)),
-    (ValueError, "in_features must be an integer >= 0, got -5", lambda: head(-5, 23)),
-    (TypeError, "in_features takes an int, got float", lambda: head(5.0, 23)),
-    (ValueError, "num_classes must be an integer >= 1, got 0", lambda: head(5, 0)),
-    (TypeError, "num_classes takes an int, got bool", lambda: head(5, True)),
-    (ValueError, "dtype has no meaning beside weight", lambda: head(5, 23, weight=nn.Parameter(W), dtype=F64)),
-    (TypeError, "return_stats takes True or False, got 'yes'", lambda: head(5, 23)(X.float(), Y, return_stats="yes")),
-    (ValueError, "device has no meaning beside weight", lambda: head(5, 23, weight=nn.Parameter(W), device="cpu")),
+    (ValueError, "normalize=True", lambda: linear(5, 23, bias=True, normalize=True)),
+    (ValueError, "strategy must be one of", lambda: linear(5, 23, strategy="tile")),
+    (ValueError, "memory must be an integer >= 1", lambda: linear(5, 23, memory=0)),
+    (TypeError, r"weight takes the nn\.Parameter", lambda: linear(5, 23, weight=X)),
+    (ValueError, r"k must be an integer in \[1, 23\], got 24", lambda: linear(5, 23).topk(X.float(), 24)),
+    (ValueError, "in_features must be an integer >= 0, got -5", lambda: linear(-5, 23)),
+    (TypeError, "in_features takes an int, got float", lambda: linear(5.0, 23)),
+    (ValueError, "num_classes must be an integer >= 1, got 0", lambda: linear(5, 0)),
+    (TypeError, "num_classes takes an int, got bool", lambda: linear(5, True)),
+    (ValueError, "dtype has no meaning beside weight", lambda: linear(5, 23, weight=nn.Parameter(W), dtype=F64)),
+    (TypeError, "return_stats takes True or False, got 'yes'", lambda: linear(5, 23)(X.float(), Y, return_stats="yes")),
+    (ValueError, "device has no meaning beside weight", lambda: linear(5, 23, weight=nn.Parameter(W), device="cpu")),
     (ValueError, "dtype has no meaning beside weight", lambda: mlkernels.LinearLoss.from_linear(
         mlkernels.FocalLoss(), nn.Linear(5, 23), dtype=F64)),
 ]  # fmt: skip
 
 
 def test_margins_beside_products():
-    """Angles of what is no cosine: said where the head is made, by the line that makes it."""
+    """Angles of what is no cosine: said where the linear head is made, by the line that makes it."""
     for loss in (mlkernels.ArcFaceLoss(), mlkernels.CosFaceLoss(), mlkernels.SphereFaceLoss()):
         with pytest.warns(UserWarning, match=f"{type(loss).__name__} takes cosines: pass normalize=True") as said:
             mlkernels.LinearLoss(loss, 5, 23)
@@ -758,16 +760,16 @@ def test_margins_beside_products():
         mlkernels.JointLoss([mlkernels.CrossEntropyLoss(), mlkernels.MultiMarginLoss()]),
     ],
 )  # fmt: skip
-def test_losses_that_a_head_does_not_take(loss):
+def test_losses_that_a_linear_head_does_not_take(loss):
     """They read logits, of which there are never all at once."""
     with pytest.raises(
-        (TypeError, AttributeError), match=r"head.*losses of the softmax family.*mlkernels\.softmax_loss"
+        (TypeError, AttributeError), match=r"linear head.*losses of the softmax family.*mlkernels\.softmax_loss"
     ):
         linear_softmax_loss(X, W, Y, loss=loss)
 
 
-def test_errors_of_losses_pass_through_heads():
-    """What a loss refuses of its own arguments it refuses in a head, in the same words."""
+def test_errors_of_losses_pass_through_linear_heads():
+    """What a loss refuses of its own arguments it refuses in a linear head, in the same words."""
     x, y, same = torch.linspace(-1, 1, 12).reshape(4, 3), torch.tensor([0, 2, 1, 0]), 0
     for words, error, call in (case.values for case in BAD_ARGUMENTS):
         # These calculate with the logits.

@@ -28,16 +28,16 @@ class Network(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3))
-        self.head = nn.Linear(8, CLASSES)
+        self.classifier = nn.Linear(8, CLASSES)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return self.head(self.body(input))
+        return self.classifier(self.body(input))
 
 
 class Both(Network):
     def forward(self, input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
         features = self.body(input)
-        return features, self.head(features)
+        return features, self.classifier(features)
 
 
 class Around(nn.Module):
@@ -848,7 +848,7 @@ def test_an_exception_restores_before_it_propagates(where: str) -> None:
     if where == "model":
         model.body[1].register_forward_hook(lambda *_: fail() if torch.is_grad_enabled() else None)
     if where == "save":
-        optimizer.state[model.head.weight]["own"] = iter([1])
+        optimizer.state[model.classifier.weight]["own"] = iter([1])
     for parameter in mils.model.parameters():
         parameter.grad = None
     kept = mils.state_dict()

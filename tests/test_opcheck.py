@@ -232,25 +232,25 @@ def test_malformed_backwards_are_refused(kernels):
 
 
 @pytest.mark.skipif("cpu" not in usable_backends(), reason="no library")
-def test_malformed_heads_are_refused():
+def test_malformed_linear_heads_are_refused():
     x, weight, label, rows = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 2, 4]), torch.rand(3)
     workspace, huge = torch.zeros(400), 2**62
-    head = [x, weight, None, None, label, 0, plain_numbers(), [], workspace, False, [2, 2, 2]]
+    linear = [x, weight, None, None, label, 0, plain_numbers(), [], workspace, False, [2, 2, 2]]
     statistics = torch.ops.mlkernels.linear_statistics.default
-    wanted = statistics(*head, rows, torch.ones(1, 3), 5, 15)
+    wanted = statistics(*linear, rows, torch.ones(1, 3), 5, 15)
     for plan in ([huge, 2, 2], [1, huge, 2], [2, 2, huge]):  # no more than there is
-        for one, other in zip(statistics(*head[:-1], plan, rows, torch.ones(1, 3), 5, 15), wanted, strict=True):
+        for one, other in zip(statistics(*linear[:-1], plan, rows, torch.ones(1, 3), 5, 15), wanted, strict=True):
             torch.testing.assert_close(one, other)
     every_second = torch.randn(1, 8)[:, ::2]
     for at, value in ((1, every_second), (5, 2**63 - 1), (7, [rows]), (8, workspace[:2])):
         with pytest.raises(RuntimeError):
-            statistics(*head[:at], value, *head[at + 1 :], rows, torch.ones(1, 3), 5, 15)
+            statistics(*linear[:at], value, *linear[at + 1 :], rows, torch.ones(1, 3), 5, 15)
     for slot in PER_CLASS:  # of fewer classes than there are
         with pytest.raises(RuntimeError, match="a number for each class"):
-            statistics(*head[:6], plain_numbers(slot), [rows], *head[8:], rows, torch.ones(1, 3), 5, 15)
+            statistics(*linear[:6], plain_numbers(slot), [rows], *linear[8:], rows, torch.ones(1, 3), 5, 15)
     for scales in (torch.ones(0, 3), torch.ones(1, 2), torch.ones(3)):
         with pytest.raises(RuntimeError):
-            statistics(*head, rows, scales, 5, 15)
+            statistics(*linear, rows, scales, 5, 15)
     for sizes in ([-1], [huge, 8]):
         with pytest.raises(RuntimeError):
             torch.ops.mlkernels.buffer_like.default(x, sizes)
@@ -279,13 +279,13 @@ def test_pieces(dtype):
 
 @pytest.mark.skipif("cpu" not in usable_backends(), reason="no library")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_all_classes_of_a_head(dtype):
+def test_all_classes_of_a_linear_head(dtype):
     """They write the workspace and the gradients, and nothing else."""
     torch.manual_seed(0)
     x, weight, label = torch.randn(3, 2, dtype=dtype), torch.randn(5, 2, dtype=dtype), torch.tensor([0, 2, 5])
     rows, classes = torch.rand(3, dtype=dtype), torch.rand(6, dtype=dtype)
     workspace, scales = torch.zeros(40, dtype=dtype), torch.ones(2, 3, dtype=dtype)
-    head = (
+    linear = (
         x,
         weight,
         classes[:5],
@@ -299,10 +299,10 @@ def test_all_classes_of_a_head(dtype):
         [2, 2, 2],
     )
     check = functools.partial(torch.library.opcheck, test_utils=CHECKS)
-    check(torch.ops.mlkernels.linear_statistics.default, (*head, rows, scales, 6, 15))
+    check(torch.ops.mlkernels.linear_statistics.default, (*linear, rows, scales, 6, 15))
     grads = x.clone(), weight.clone(), classes[:5].clone()
     for wanted in (grads, (None, None, grads[2])):
-        given = (*head, rows, rows, None, rows, rows, rows, *wanted, True, True)
+        given = (*linear, rows, rows, None, rows, rows, rows, *wanted, True, True)
         check(torch.ops.mlkernels.linear_gradient.default, given)
     finish = torch.ops.mlkernels.row_finish.default
     sums, numbers = scales[:1] + 1, plain_numbers(Slot.SCALE, reduction=Reduction.MEAN)
@@ -322,7 +322,7 @@ def test_all_classes_of_a_head(dtype):
 
 @pytest.mark.parametrize("name, normalize", [("piecewise_groups", True), ("two_scale_norm", False)])
 @pytest.mark.parametrize("reduction, stats", [(Reduction.MEAN, False), (Reduction.NONE, True)])
-def test_a_head_in_a_graph(name, normalize, reduction, stats):
+def test_a_linear_head_in_a_graph(name, normalize, reduction, stats):
     """Its autograd, too; what is known of rows has a place for those that are ignored."""
     loss = next(loss for loss in FEW if loss.name == name)
     (x, target, numbers, params), needs = flattened(loss, "shared", reduction, torch.float64)
@@ -335,19 +335,19 @@ def test_a_head_in_a_graph(name, normalize, reduction, stats):
         p.reshape(-1, 1) if slot in (Slot.GROUP, Slot.ROW_WEIGHT) else p for slot, p in zip(slots, params, strict=True)
     ]
     rows = 1 << Slot.GROUP | 1 << Slot.ROW_WEIGHT
-    head = (x, weight, None, target, params, numbers, rows, normalize, stats, None, None, False, None, wanted)
+    linear = (x, weight, None, target, params, numbers, rows, normalize, stats, None, None, False, None, wanted)
     checks = (*CHECKS, "test_autograd_registration", "test_aot_dispatch_static")
-    torch.library.opcheck(torch.ops.mlkernels.linear_loss.default, head, test_utils=checks)
+    torch.library.opcheck(torch.ops.mlkernels.linear_loss.default, linear, test_utils=checks)
     if stats:
         with torch.no_grad():
-            *found, known = torch.ops.mlkernels.linear_loss(*head)
+            *found, known = torch.ops.mlkernels.linear_loss(*linear)
         upstream = [torch.ones_like(found[0]), None, found[2], found[3]]
         operator = torch.ops.mlkernels.linear_loss_backward.default
-        torch.library.opcheck(operator, (*head, upstream, known), test_utils=CHECKS)
+        torch.library.opcheck(operator, (*linear, upstream, known), test_utils=CHECKS)
 
 
 @pytest.mark.parametrize("name", ["cpu", "reference", "triton"])
-def test_what_a_head_in_a_graph_returns_lies_apart(name):
+def test_what_a_linear_head_in_a_graph_returns_lies_apart(name):
     """Nothing shares memory, which operators must not; Triton's kernels write statistics side by side."""
     if name not in usable_backends():
         pytest.skip(f"no {name}")

@@ -1,4 +1,4 @@
-"""Products of bfloat16 by pairs (csrc/cpu/bfloat16.cpp): the operators of a head on numbers whose sums are exact.
+"""Products of bfloat16 by pairs (csrc/cpu/bfloat16.cpp): a linear head's operators on numbers whose sums are exact.
 
 With a scale of 0 every exponential is 1, and a tile's gradient is factor - spread * weight: whole numbers too.
 """
@@ -42,7 +42,7 @@ class Problem:
         self.factor, self.spread = whole(rows) * 8, whole(rows)
         self.class_weight, self.target = whole(classes), whole(rows)
 
-    def head(self, keep: bool, more: int = 0) -> list[object]:
+    def linear(self, keep: bool, more: int = 0) -> list[object]:
         rows, classes, width = self.sizes
         size = workspace(
             Plan(keep, rows, self.plan[1], self.plan[0], self.plan[2]), keep, rows, classes, width, 1, True
@@ -56,7 +56,7 @@ class Problem:
     def statistics(self, keep: bool = True, more: int = 0) -> tuple[Tensor, Tensor]:
         """The row numbers, and the products, which are kept by tile."""
         rows, classes, _ = self.sizes
-        known, _ = ops.linear_statistics(*self.head(keep, more), torch.zeros(rows), torch.ones(1, rows), classes, 0)
+        known, _ = ops.linear_statistics(*self.linear(keep, more), torch.zeros(rows), torch.ones(1, rows), classes, 0)
         tiles = self.workspace[: rows * classes].split(rows * self.plan[1])
         return known, torch.cat([tile.view(rows, -1) for tile in tiles], 1)
 
@@ -64,7 +64,7 @@ class Problem:
         rows, classes, width = self.sizes
         dx, dw = (torch.full((n, width), float("nan")) for n in (rows, classes))
         row = self.factor, None, self.spread, self.target, self.factor * 0, self.factor * 0
-        ops.linear_gradient(*self.head(False), *row, dx, dw, None, True, True)
+        ops.linear_gradient(*self.linear(False), *row, dx, dw, None, True, True)
         return dx, dw
 
     def exact(self) -> tuple[Tensor, Tensor]:
@@ -130,13 +130,13 @@ def test_what_is_not_finite_stays_in_its_row(bad):
 
 def test_who_is_refused():
     problem = Problem(5, 7, 6, (1, 7, 5))
-    head, rest = problem.head(True, 100), (torch.zeros(5), torch.ones(1, 5), 7, 0)
+    linear, rest = problem.linear(True, 100), (torch.zeros(5), torch.ones(1, 5), 7, 0)
     odd = problem.x[:, :5].contiguous(), problem.weight[:, :5]
     for changed in (
-        [problem.x, problem.weight.float(), *head[2:]],
-        [*odd, *head[2:]],
-        [*head[:3], torch.ones(7), *head[4:]],
-        [problem.x.T.contiguous().T, *head[1:]],
+        [problem.x, problem.weight.float(), *linear[2:]],
+        [*odd, *linear[2:]],
+        [*linear[:3], torch.ones(7), *linear[4:]],
+        [problem.x.T.contiguous().T, *linear[1:]],
     ):
         with pytest.raises(RuntimeError, match="avx512_bf16"):
             ops.linear_statistics(*changed, *rest)

@@ -104,9 +104,9 @@ def by_pieces(input, target, numbers, tensors, needs, cuts, together, upstream):
 
 
 def by_kernels(pieces, input, target, numbers, tensors, needs, cuts, upstream):
-    """The same by those of a head (linear/pieces.py), of tiles that hold NaN at the target; cuts are spans."""
+    """The same by those of a linear head (linear/pieces.py), of tiles that hold NaN at the target; cuts are spans."""
     values = Values(numbers, tensors, target, CLASSES, F64)
-    # Who masks ignored rows lets the tiles hold what they like; else they are no rows of a head.
+    # Who masks ignored rows lets the tiles hold what they like; else they are no rows of a linear head.
     held = input if pieces.masks else torch.where(values.kept[:, None], input, 0)
     f_y = torch.where(values.kept, input.gather(1, values.label[:, None])[:, 0], 0)
     want = Want(True, True, True)

@@ -54,11 +54,11 @@ def test_pieces_are_the_whole_row(index, monkeypatch):
     check_pieces(by_kernels(TRITON, *arguments, partition(index), upstream), wanted, loss, rtol=1e-9, atol=1e-10)
 
 
-# ---- heads -----------------------------------------------------------------------------------------------------------
+# ---- linear heads ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("normalize, confident", [(True, False), (False, True)], ids=["cosines", "confident"])
-def test_bfloat16_heads(normalize, confident, monkeypatch):
+def test_bfloat16_linear_heads(normalize, confident, monkeypatch):
     """Products of what there is, into float32; gradients of tiles in bfloat16, the target's apart. Nothing looks at a
     number, labels left to the kernels as on a GPU."""
     monkeypatch.setattr(tracing, "traced", lambda *tensors: True)
@@ -103,15 +103,15 @@ def test_nor_where_the_weight_steps(monkeypatch):
     of = linear_errors.problem("classes alike but for 1 %", rows=256)
     leaves = [of.x.double().requires_grad_(), of.weight.double().requires_grad_()]
     wanted = torch.autograd.grad(linear_errors.chain(*leaves, of.label), leaves)[0]
-    head = LinearLoss(
+    linear = LinearLoss(
         CrossEntropyLoss(backend="triton"), linear_errors.WIDTH, linear_errors.CLASSES,
         weight=torch.nn.Parameter(of.weight), tile_update=TileSGD(1.0, weight_decay=1.0),
         memory=256 * 6 * 60 + 60 * 64 * 8,
     )  # fmt: skip
     x = of.x.clone().requires_grad_()
-    head(x, of.label).backward()
+    linear(x, of.label).backward()
     assert float((x.grad.double() - wanted).norm() / wanted.norm()) < 1.8e-3
-    assert float(head.weight.detach().norm() / leaves[1].detach().norm()) < 0.1
+    assert float(linear.weight.detach().norm() / leaves[1].detach().norm()) < 0.1
 
 
 def test_what_a_row_loses_is_summed(monkeypatch):

@@ -29,9 +29,9 @@ def batch(seed: int = 0) -> tuple[Tensor, Tensor]:
     return x.requires_grad_(), target
 
 
-def next_sample(head: LinearLoss, target: Tensor, ignored: int = -100) -> tuple[Tensor, Tensor]:
+def next_sample(linear: LinearLoss, target: Tensor, ignored: int = -100) -> tuple[Tensor, Tensor]:
     """The classes that the next call will see, and the labels among them."""
-    sample = copy.deepcopy(head.sampler).draw(target, ignored)
+    sample = copy.deepcopy(linear.sampler).draw(target, ignored)
     return sample.classes, torch.where(sample.label == IGNORED, -100, sample.label)
 
 
@@ -106,17 +106,17 @@ def test_as_over_the_drawn_classes_alone(name, sample):
     """Loss, statistics and all gradients; a class that was not drawn has none. Two are fewer than the positives."""
     margins = MARGINS.clone().requires_grad_()
     normalize = name in ("margins", "rows")
-    head = make(losses(None, margins)[name], sample, normalize=normalize, bias=not normalize)
+    linear = make(losses(None, margins)[name], sample, normalize=normalize, bias=not normalize)
     x, target = batch()
-    classes, label = next_sample(head, target)
-    loss, rows = head(x, target, return_stats=True)
+    classes, label = next_sample(linear, target)
+    loss, rows = linear(x, target, return_stats=True)
     theirs, leaf = x.detach().clone().requires_grad_(), margins.detach().clone().requires_grad_()
-    weight = head.weight.detach().clone().requires_grad_()
-    logits = unfused(theirs, weight[classes], None if normalize else head.bias.detach()[classes], normalize)
+    weight = linear.weight.detach().clone().requires_grad_()
+    logits = unfused(theirs, weight[classes], None if normalize else linear.bias.detach()[classes], normalize)
     wanted = losses(classes, leaf)[name](logits, label)
     torch.testing.assert_close(loss, wanted)
     loss.sum().backward(), wanted.sum().backward()
-    torch.testing.assert_close((x.grad, head.weight.grad), (theirs.grad, weight.grad))
+    torch.testing.assert_close((x.grad, linear.weight.grad), (theirs.grad, weight.grad))
     if name == "margins":
         torch.testing.assert_close(margins.grad, leaf.grad)
     best = logits + (VECTOR.log()[classes] if name == "options" else 0)
@@ -126,24 +126,24 @@ def test_as_over_the_drawn_classes_alone(name, sample):
 
 def test_another_ignore_index():
     """One that is among the numbers of the sampled classes."""
-    head = make(mlkernels.CrossEntropyLoss(ignore_index=1), 5)
+    linear = make(mlkernels.CrossEntropyLoss(ignore_index=1), 5)
     x, target = batch()
     x = x.detach().nan_to_num()
     target[2], target[3] = 1, 14
-    classes, label = next_sample(head, target, 1)
-    torch.testing.assert_close(head(x, target), F.cross_entropy(x @ head.weight[classes].T, label))
+    classes, label = next_sample(linear, target, 1)
+    torch.testing.assert_close(linear(x, target), F.cross_entropy(x @ linear.weight[classes].T, label))
 
 
 def test_all_classes_where_nothing_is_trained():
-    head = make(sample=4).eval()
+    linear = make(sample=4).eval()
     x, target = batch()
-    assert torch.equal(head(x, target), make(sample=None)(x, target))
-    head.train()
+    assert torch.equal(linear(x, target), make(sample=None)(x, target))
+    linear.train()
     with torch.no_grad():
-        first = head(x, target)
-        assert head(x, target) == first  # not counted
-    assert head(x, target) == first  # the one that a checkpoint makes again
-    assert head(x, target) != first
+        first = linear(x, target)
+        assert linear(x, target) == first  # not counted
+    assert linear(x, target) == first  # the one that a checkpoint makes again
+    assert linear(x, target) != first
 
 
 def test_importance_is_right_on_average():
@@ -155,8 +155,8 @@ def test_importance_is_right_on_average():
         exact = make(loss, None)(x, target, return_stats=True)[1].logsumexp.exp()
         found = {}
         for correction in (None, "importance"):
-            head = make(loss, 12, sample_correction=correction)
-            sums = torch.stack([head(x, target, return_stats=True)[1].logsumexp.exp() for _ in range(100)]).detach()
+            linear = make(loss, 12, sample_correction=correction)
+            sums = torch.stack([linear(x, target, return_stats=True)[1].logsumexp.exp() for _ in range(100)]).detach()
             found[correction] = (sums.mean(0) - exact) / exact, sums.std(0) / exact / 10
         kept = target != -100
         error, deviation = (each[kept] for each in found["importance"])
@@ -172,13 +172,13 @@ def test_partial_fc():
     the margin to angles that have no gradient of their own."""
     numbers = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
     arcface = mlkernels.ArcFaceLoss(margin=0.5, scale=8.0, gradient="straight_through", beyond_pi="none")
-    head = make(arcface, 8, normalize=True, tile_update=TileSGD(**numbers))
-    weight, momentum = head.weight.detach().clone(), torch.zeros(CLASSES, WIDTH, dtype=F64)
+    linear = make(arcface, 8, normalize=True, tile_update=TileSGD(**numbers))
+    weight, momentum = linear.weight.detach().clone(), torch.zeros(CLASSES, WIDTH, dtype=F64)
     for step in range(6):
         x, target = batch(step)
         x = x.detach().nan_to_num(0.5).requires_grad_()
         target[2] = 3 * step
-        index, label = next_sample(head, target)
+        index, label = next_sample(linear, target)
         sub = nn.Parameter(weight[index])
         optimizer = torch.optim.SGD([sub], **numbers)
         optimizer.state[sub]["momentum_buffer"] = momentum[index].clone()
@@ -191,61 +191,61 @@ def test_partial_fc():
         F.cross_entropy(8.0 * (cosines + moved), label).backward()
         optimizer.step()
         weight[index], momentum[index] = sub.detach(), optimizer.state[sub]["momentum_buffer"]
-        head(x, target).backward()
-        torch.testing.assert_close(head.weight.detach(), weight, rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(head.update.momentum_buffer, momentum, rtol=1e-10, atol=1e-12)
+        linear(x, target).backward()
+        torch.testing.assert_close(linear.weight.detach(), weight, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(linear.update.momentum_buffer, momentum, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(x.grad, leaf.grad)
 
 
 def test_others_do_not_move():
     """Not by momentum, not by decay; a row's first step is its own, whenever that is."""
     numbers = {"lr": 0.1, "momentum": 0.9, "dampening": 0.5, "weight_decay": 0.1}
-    head = make(sample=6, tile_update=TileSGD(**numbers), bias=True, memory=3000)
+    linear = make(sample=6, tile_update=TileSGD(**numbers), bias=True, memory=3000)
     seen: set[int] = set()
     for step in range(4):
         x, target = batch(step)
-        classes, label = next_sample(head, target)
-        before = head.weight.detach().clone(), head.update.momentum_buffer.clone()
+        classes, label = next_sample(linear, target)
+        before = linear.weight.detach().clone(), linear.update.momentum_buffer.clone()
         w = before[0][classes].requires_grad_()
-        F.cross_entropy(x.detach().nan_to_num() @ w.T + head.bias.detach()[classes], label).backward()
+        F.cross_entropy(x.detach().nan_to_num() @ w.T + linear.bias.detach()[classes], label).backward()
         gradient = w.grad + 0.1 * before[0][classes]
         fresh = torch.tensor([int(c) not in seen for c in classes])[:, None]
         momentum = torch.where(fresh, gradient, 0.9 * before[1][classes] + 0.5 * gradient)
-        head(x, target).backward()
+        linear(x, target).backward()
         seen |= set(classes.tolist())
         others = torch.tensor([c not in classes for c in range(CLASSES)])
-        for now, then in zip((head.weight, head.update.momentum_buffer), before, strict=True):
+        for now, then in zip((linear.weight, linear.update.momentum_buffer), before, strict=True):
             assert torch.equal(now[others], then[others])
-        torch.testing.assert_close(head.update.momentum_buffer[classes], momentum)
-        torch.testing.assert_close(head.weight[classes].detach(), before[0][classes] - 0.1 * momentum)
-        assert head.weight.grad is None and not head.bias.grad[others].any()
-        head.bias.grad = None
+        torch.testing.assert_close(linear.update.momentum_buffer[classes], momentum)
+        torch.testing.assert_close(linear.weight[classes].detach(), before[0][classes] - 0.1 * momentum)
+        assert linear.weight.grad is None and not linear.bias.grad[others].any()
+        linear.bias.grad = None
 
 
 def test_memory_is_that_of_the_sample():
-    head = LinearLoss(
+    linear = LinearLoss(
         mlkernels.CosFaceLoss(scale=4.0), 64, 4000, normalize=True, sample=200, memory=100_000,
         tile_update=TileSGD(0.1, momentum=0.9),
     )  # fmt: skip
     x, target = torch.randn(16, 64, requires_grad=True), torch.arange(16)
     with Watched() as watched:
-        head(x, target).backward()
+        linear(x, target).backward()
     assert watched.peak < 300_000  # the drawn rows: 51,200; the weight: 1,024,000
 
 
 def test_draws_are_state():
     """Loaded, copied or put back, the same classes are drawn again."""
-    head, (x, target) = make(), batch()
-    snapshot = Snapshot(head)
-    head(x, target)
+    linear, (x, target) = make(), batch()
+    snapshot = Snapshot(linear)
+    linear(x, target)
     snapshot.save()
     other = make()
-    other.load_state_dict(head.state_dict())
-    copied = copy.deepcopy(head)
-    losses = [each(x, target) for each in (head, other, copied)]
-    later = head(x, target)
+    other.load_state_dict(linear.state_dict())
+    copied = copy.deepcopy(linear)
+    losses = [each(x, target) for each in (linear, other, copied)]
+    later = linear(x, target)
     snapshot.restore()
-    assert losses[0] == losses[1] == losses[2] == head(x, target) != later
+    assert losses[0] == losses[1] == losses[2] == linear(x, target) != later
 
 
 BAD = [

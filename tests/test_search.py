@@ -369,22 +369,22 @@ def test_rewards_are_taken_in_evaluation_without_gradients():
 
 def test_extras_are_put_back_too():
     """A trained scale of another loss, a scheduler stepped by the epoch's batches."""
-    model, head = network(), mlkernels.CrossEntropyLoss(scale=nn.Parameter(torch.tensor(2.0, dtype=F64)))
-    optimizer = torch.optim.SGD([*model.parameters(), *head.parameters()], lr=0.1)
+    model, scaled = network(), mlkernels.CrossEntropyLoss(scale=nn.Parameter(torch.tensor(2.0, dtype=F64)))
+    optimizer = torch.optim.SGD([*model.parameters(), *scaled.parameters()], lr=0.1)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
     seen = []
 
     def both(model, optimizer, loss):
-        seen.append((head.scale.item(), scheduler.last_epoch, optimizer.param_groups[0]["lr"]))
+        seen.append((scaled.scale.item(), scheduler.last_epoch, optimizer.param_groups[0]["lr"]))
         x, y = data()
         optimizer.zero_grad()
         output = model(x)
-        (loss(output, y) + head(output, y)).backward()
+        (loss(output, y) + scaled(output, y)).backward()
         optimizer.step()
         scheduler.step()
 
     search = the_search()
-    search.run(model, optimizer, both, reward, epochs=2, extras=(head, scheduler))
+    search.run(model, optimizer, both, reward, epochs=2, extras=(scaled, scheduler))
     assert len(set(seen[:4])) == 1
     assert len(set(seen[4:])) == 1
     assert seen[0] != seen[4]

@@ -73,9 +73,9 @@ class Network(nn.Module):
         self.embedding = nn.Embedding(12, 6, sparse=sparse)
         self.inner = nn.Linear(6, 6, bias=biases)
         self.norm = nn.BatchNorm1d(6, affine=biases)
-        self.head = nn.Linear(6, 12, bias=biases)
+        self.classifier = nn.Linear(6, 12, bias=biases)
         if not sparse:
-            self.head.weight = self.embedding.weight
+            self.classifier.weight = self.embedding.weight
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64), persistent=False)
         self.register_buffer("ones", torch.ones(1).expand(6))
         self.register_buffer("seen", None)
@@ -84,7 +84,7 @@ class Network(nn.Module):
         self.calls += 1
         self.seen = input.float().mean()  # rebound each time, and None before the first
         hidden = self.norm(self.inner(self.embedding(input))) * self.ones
-        return self.head(nn.functional.dropout(hidden.relu(), 0.5, self.training))
+        return self.classifier(nn.functional.dropout(hidden.relu(), 0.5, self.training))
 
 
 class Training:
@@ -195,7 +195,7 @@ def test_an_undone_attempt_leaves_no_trace(name: str, options: dict[str, Any], b
 def test_a_flag_decides(name: str, options: dict[str, Any], reject: bool) -> None:
     run = Training(name, options)
     run.step(run.batches)
-    layers = nn.ModuleList([run.model.embedding, run.model.inner, run.model.norm, run.model.head])
+    layers = nn.ModuleList([run.model.embedding, run.model.inner, run.model.norm, run.model.classifier])
     snapshot = snapshot_of(layers, run.optimizer)  # not the buffer that is rebound: about that a flag cannot decide
     saved = copy.deepcopy((layers.state_dict(), run.optimizer.state_dict()))
     run.optimizer.zero_grad()

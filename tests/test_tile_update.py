@@ -1,4 +1,4 @@
-"""SGD within the backward of a head: the steps of torch.optim.SGD without its gradient, or a refusal by name."""
+"""SGD within the backward of a linear head: the steps of torch.optim.SGD without its gradient, or a refusal by name."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def batch(seed: int = 0, dtype: torch.dtype = F64, rows: int = ROWS) -> tuple[Te
 
 
 def pair(options: dict[str, Any], dtype: torch.dtype = F64, loss: Any = None, **more: Any) -> tuple[LinearLoss, ...]:
-    """A head that steps by itself, and the same with a gradient."""
+    """A linear head that steps by itself, and the same with a gradient."""
     torch.manual_seed(0)
     loss = loss or mlkernels.CrossEntropyLoss()
     ours = LinearLoss(loss, WIDTH, CLASSES, dtype=dtype, tile_update=TileSGD(**options), **more)
@@ -43,10 +43,10 @@ def pair(options: dict[str, Any], dtype: torch.dtype = F64, loss: Any = None, **
     return ours, theirs
 
 
-def stepped(head: LinearLoss, seed: int = 0) -> LinearLoss:
-    x, target = batch(seed, head.weight.dtype)
-    head(x, target).backward()
-    return head
+def stepped(linear: LinearLoss, seed: int = 0) -> LinearLoss:
+    x, target = batch(seed, linear.weight.dtype)
+    linear(x, target).backward()
+    return linear
 
 
 # ---- the step --------------------------------------------------------------------------------------------------------
@@ -71,11 +71,11 @@ def test_steps_are_those_of_torch(options, backend, monkeypatch):
                 if step == 2:
                     target.fill_(-100)  # nothing but momentum and decay
                 results = []
-                for head in (ours, theirs):
-                    head.zero_grad()
-                    value, rows = head(x, target, return_stats=True)
+                for linear in (ours, theirs):
+                    linear.zero_grad()
+                    value, rows = linear(x, target, return_stats=True)
                     upstream = torch.linspace(-1, 2, value.numel(), dtype=F64).reshape(value.shape)
-                    leaves = [x, *(p for p in head.parameters() if p is not head.weight)]
+                    leaves = [x, *(p for p in linear.parameters() if p is not linear.weight)]
                     total = (value * upstream).nansum() + 0.1 * rows.entropy.sum()
                     total.backward()
                     results.append([leaf.grad.clone() for leaf in leaves])
@@ -97,8 +97,8 @@ def test_steps_are_those_of_torch(options, backend, monkeypatch):
 @pytest.mark.parametrize("options", OPTIONS)
 def test_to_the_bit_given_the_gradient(options, dtype, monkeypatch):
     """What torch.optim.SGD makes of the gradients of all tiles together; a half one is rounded once, as everywhere."""
-    head, _ = pair(OPTIONS[options], dtype, memory=3000)
-    weight = nn.Parameter(head.weight.detach().clone())
+    linear, _ = pair(OPTIONS[options], dtype, memory=3000)
+    weight = nn.Parameter(linear.weight.detach().clone())
     sgd, whole = torch.optim.SGD([weight], **OPTIONS[options]), torch.empty(CLASSES, WIDTH)
     step_of = module.TileUpdate.step
 
@@ -109,61 +109,61 @@ def test_to_the_bit_given_the_gradient(options, dtype, monkeypatch):
     monkeypatch.setattr(module.TileUpdate, "step", recorded)
     for step in range(3):
         whole = whole.double() if dtype == F64 else whole
-        stepped(head, step)
+        stepped(linear, step)
         weight.grad = whole.to(dtype)
         sgd.step()
-        assert torch.equal(head.weight, weight)
+        assert torch.equal(linear.weight, weight)
 
 
 def test_no_buffer_of_the_weights_size():
     """Neither whole nor as many tiles: beside inputs there are a few tiles' worth of numbers."""
     for dtype, options in ((torch.float32, {"momentum": 0.9}), (torch.bfloat16, {"stochastic_rounding": True})):
-        head = LinearLoss(
+        linear = LinearLoss(
             mlkernels.CosFaceLoss(scale=4.0), 64, 4000, normalize=True, dtype=dtype, memory=200_000,
             tile_update=TileSGD(0.1, **options),
         )  # fmt: skip
         x, target = torch.randn(16, 64, dtype=dtype, requires_grad=True), torch.arange(16)
         with Watched() as watched:
-            head(x, target).backward()
+            linear(x, target).backward()
         assert 50_000 < watched.peak < 300_000  # beside 200,000 a few numbers per class; the gradient: 1,024,000
 
 
 def test_only_what_is_to_be_trained_steps():
     """Not under no_grad, not frozen, not without a backward; features need no gradient."""
-    head, _ = pair(OPTIONS["plain"])
-    before = head.weight.detach().clone()
+    linear, _ = pair(OPTIONS["plain"])
+    before = linear.weight.detach().clone()
     x, target = batch()
     with torch.no_grad():
-        head(x, target)
-    head(x, target)
-    head.weight.requires_grad_(False)
-    head(x, target).backward()
-    assert torch.equal(head.weight, before)
-    head.weight.requires_grad_(True)
-    head(x.detach(), target).backward()
-    assert not torch.equal(head.weight, before)
+        linear(x, target)
+    linear(x, target)
+    linear.weight.requires_grad_(False)
+    linear(x, target).backward()
+    assert torch.equal(linear.weight, before)
+    linear.weight.requires_grad_(True)
+    linear(x.detach(), target).backward()
+    assert not torch.equal(linear.weight, before)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed_and_compiled(reentrant):
     results = []
     for kind in ("plain", "checkpointed", "compiled"):
-        head, _ = pair(OPTIONS["heavy"])
-        run = torch.compile(head, backend="eager") if kind == "compiled" else head
+        linear, _ = pair(OPTIONS["heavy"])
+        run = torch.compile(linear, backend="eager") if kind == "compiled" else linear
         for step in range(2):
             x, target = batch(step)
             if kind == "checkpointed":
-                loss = torch.utils.checkpoint.checkpoint(head, x, target, use_reentrant=reentrant)
+                loss = torch.utils.checkpoint.checkpoint(linear, x, target, use_reentrant=reentrant)
             else:
                 loss = run(x, target)
             loss.backward()
-        results.append((head.weight.detach(), x.grad))
+        results.append((linear.weight.detach(), x.grad))
     for other in results[1:]:
         for ours, theirs in zip(other, results[0], strict=True):
             assert torch.equal(ours, theirs)
     torch._dynamo.reset()  # or what was compiled with a break is used again
     with pytest.raises(Exception, match="a linear head with tile_update or sample is no graph"):
-        torch.compile(head, backend="eager", fullgraph=True)(*batch())
+        torch.compile(linear, backend="eager", fullgraph=True)(*batch())
 
 
 # ---- bfloat16 --------------------------------------------------------------------------------------------------------
@@ -192,14 +192,14 @@ def test_small_steps_are_not_lost():
     for kind in ("exact", "nearest", "stochastic"):
         dtype = torch.float32 if kind == "exact" else torch.bfloat16
         sgd = TileSGD(0.02, momentum=0.5, stochastic_rounding=kind == "stochastic")
-        head = LinearLoss(mlkernels.CosFaceLoss(scale=8.0), 32, 100, normalize=True, dtype=dtype, tile_update=sgd)
-        head.weight.data.copy_(start)
+        linear = LinearLoss(mlkernels.CosFaceLoss(scale=8.0), 32, 100, normalize=True, dtype=dtype, tile_update=sgd)
+        linear.weight.data.copy_(start)
         generator = torch.Generator().manual_seed(1)
         for _ in range(200):
             target = torch.randint(100, (64,), generator=generator)
             x = centers[target] + 0.1 * torch.randn(64, 32, generator=generator)
-            head(x.to(dtype), target).backward()
-        weights[kind] = head.weight.detach().float()
+            linear(x.to(dtype), target).backward()
+        weights[kind] = linear.weight.detach().float()
     moved = (weights["exact"] - start.float()).norm()
     errors = {kind: float((weights[kind] - weights["exact"]).norm() / moved) for kind in ("nearest", "stochastic")}
     assert errors["nearest"] > 0.9
@@ -214,68 +214,71 @@ def test_state_goes_on_where_it_was(dtype):
     """Saved after a step and loaded, strictly, or copied: the next step is the same to the bit, draws of roundings and
     the first momentum included."""
     options = {**OPTIONS["heavy"], "stochastic_rounding": dtype == torch.bfloat16}
-    head, _ = pair(options, dtype)
+    linear, _ = pair(options, dtype)
     saved = io.BytesIO()
-    torch.save([stepped(head).state_dict(), head.tile_update.state_dict()], saved)
+    torch.save([stepped(linear).state_dict(), linear.tile_update.state_dict()], saved)
     saved.seek(0)
-    other = LinearLoss(head.loss, WIDTH, CLASSES, dtype=dtype, tile_update=TileSGD(**{**options, "lr": 3.0}))
+    other = LinearLoss(linear.loss, WIDTH, CLASSES, dtype=dtype, tile_update=TileSGD(**{**options, "lr": 3.0}))
     for target, state in zip((other, other.tile_update), torch.load(saved, weights_only=True), strict=True):
         target.load_state_dict(state)
     assert other.tile_update.param_groups[0]["lr"] == options["lr"]
-    copied = copy.deepcopy(head)
+    copied = copy.deepcopy(linear)
     assert copied.tile_update.param_groups[0]["params"][0] is copied.weight
-    weights = [stepped(each, 1).weight for each in (head, other, copied)]
+    weights = [stepped(each, 1).weight for each in (linear, other, copied)]
     assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
-    head.reset_parameters()
-    assert not head.update.momentum_buffer.any() and not head.update.stepped.any()
-    plain = LinearLoss(head.loss, WIDTH, CLASSES, dtype=dtype)
+    linear.reset_parameters()
+    assert not linear.update.momentum_buffer.any() and not linear.update.stepped.any()
+    plain = LinearLoss(linear.loss, WIDTH, CLASSES, dtype=dtype)
     with pytest.raises(RuntimeError, match=r"Missing key.*update\.momentum_buffer"):
         other.load_state_dict(plain.state_dict())
 
 
 def test_a_snapshot_takes_the_step_back():
     options = {**OPTIONS["heavy"], "stochastic_rounding": True}
-    head, _ = pair(options, torch.bfloat16)
-    scheduler = StepLR(head.tile_update, 1, 0.5)
-    snapshot = Snapshot(head, scheduler)
+    linear, _ = pair(options, torch.bfloat16)
+    scheduler = StepLR(linear.tile_update, 1, 0.5)
+    snapshot = Snapshot(linear, scheduler)
     runs = []
     for _ in range(2):
         snapshot.save() if not runs else snapshot.restore()
         for step in range(3):
-            stepped(head, step)
+            stepped(linear, step)
             scheduler.step()
-        runs.append([head.weight.detach().clone(), head.update.momentum_buffer.clone()])
+        runs.append([linear.weight.detach().clone(), linear.update.momentum_buffer.clone()])
     assert torch.equal(runs[0][0], runs[1][0]) and torch.equal(runs[0][1], runs[1][1])
 
 
 def test_attempts_are_taken_back():
-    """MILS with heads for losses: a rejected attempt leaves weight and momentum as if it had not been."""
+    """MILS with linear heads for losses: a rejected attempt leaves weight and momentum as if it had not been."""
     runs = []
     for participation in (0.0, 1.0):
         torch.manual_seed(0)
         body = nn.Linear(WIDTH, WIDTH)
-        head = LinearLoss(mlkernels.CrossEntropyLoss(), WIDTH, CLASSES, tile_update=TileSGD(0.1, momentum=0.9))
+        linear = LinearLoss(mlkernels.CrossEntropyLoss(), WIDTH, CLASSES, tile_update=TileSGD(0.1, momentum=0.9))
         x, target = torch.randn(64, WIDTH), torch.randint(CLASSES, (64,))
         mils = MILS(
-            body, torch.optim.SGD(body.parameters(), 0.1), primary=head, auxiliary=lambda x, y, head=head: -head(x, y),
-            observation=(x, target), participation=participation, logits=head.logits,
+            body, torch.optim.SGD(body.parameters(), 0.1), primary=linear,
+            auxiliary=lambda x, y, linear=linear: -linear(x, y), observation=(x, target), participation=participation,
+            logits=linear.logits,
         )  # fmt: skip
         for at in range(0, 64, 16):
             accepted = mils.step(x[at : at + 16], target[at : at + 16]).accepted
             assert not accepted
         with pytest.raises(ValueError, match=r"primary steps in its backward \(tile_update\), so 2 batches"):
             mils.accumulate([(x[:8], target[:8])] * 2)
-        runs.append([head.weight.detach().clone(), head.update.momentum_buffer.clone(), body.weight.detach().clone()])
+        runs.append(
+            [linear.weight.detach().clone(), linear.update.momentum_buffer.clone(), body.weight.detach().clone()]
+        )
     for plain, tried in zip(*runs, strict=True):
         assert torch.equal(plain, tried)
 
 
 def test_an_interrupted_backward_is_not_forgotten(monkeypatch):
     """What stands before the break has stepped, the rest has not; no forward goes on from there, saved or not."""
-    head, _ = pair({**OPTIONS["heavy"], "stochastic_rounding": False}, memory=1000)
-    snapshot = Snapshot(head)
+    linear, _ = pair({**OPTIONS["heavy"], "stochastic_rounding": False}, memory=1000)
+    snapshot = Snapshot(linear)
     snapshot.save()
-    good, before = copy.deepcopy(head.state_dict()), head.weight.detach().clone()
+    good, before = copy.deepcopy(linear.state_dict()), linear.weight.detach().clone()
     step_of = module.TileUpdate.step
 
     def breaks(self, rows, classes, gradient, generator):
@@ -284,24 +287,24 @@ def test_an_interrupted_backward_is_not_forgotten(monkeypatch):
         step_of(self, rows, classes, gradient, generator)
 
     x, target = batch()
-    for cure in (lambda: head.load_state_dict(good), snapshot.restore):
-        loss = head(x, target)
+    for cure in (lambda: linear.load_state_dict(good), snapshot.restore):
+        loss = linear(x, target)
         monkeypatch.setattr(module.TileUpdate, "step", breaks)
         with pytest.raises(KeyboardInterrupt):
             loss.backward()
         monkeypatch.setattr(module.TileUpdate, "step", step_of)
-        at = head.update.interrupted
+        at = linear.update.interrupted
         assert 0 < at < CLASSES
-        assert not torch.equal(head.weight[:at], before[:at]) and torch.equal(head.weight[at:], before[at:])
+        assert not torch.equal(linear.weight[:at], before[:at]) and torch.equal(linear.weight[at:], before[at:])
         other, _ = pair(OPTIONS["heavy"])
-        other.load_state_dict(head.state_dict())
-        for each in (head, other):
+        other.load_state_dict(linear.state_dict())
+        for each in (linear, other):
             with pytest.raises(RuntimeError, match=rf"interrupted within tile_update: classes from {at} on have not"):
                 each(x, target)
         cure()
-        assert torch.equal(head.weight, before)
-        head(x, target)
-    head(x, target).backward()
+        assert torch.equal(linear.weight, before)
+        linear(x, target)
+    linear(x, target).backward()
 
 
 # ---- what cannot be --------------------------------------------------------------------------------------------------
@@ -309,11 +312,11 @@ def test_an_interrupted_backward_is_not_forgotten(monkeypatch):
 
 def test_one_backward_per_step():
     """Each refused before anything has moved."""
-    head, _ = pair(OPTIONS["heavy"])
+    linear, _ = pair(OPTIONS["heavy"])
     x, target = batch()
-    before = head.weight.detach().clone()
+    before = linear.weight.detach().clone()
     with pytest.raises(RuntimeError, match="two losses of a linear head with tile_update wait for a backward"):
-        (head(x, target) + head(x, target)).backward()
+        (linear(x, target) + linear(x, target)).backward()
     twice = LinearLoss(
         lambda f, y: mlkernels.cross_entropy(f, y) + mlkernels.focal_loss(f, y), WIDTH, CLASSES, dtype=F64,
         tile_update=TileSGD(0.1),
@@ -321,32 +324,32 @@ def test_one_backward_per_step():
     with pytest.raises(RuntimeError, match="two losses of a linear head"):
         twice(x, target).backward()
     with pytest.raises(RuntimeError, match="no second-order gradients"):
-        torch.autograd.grad(head(x, target), x, create_graph=True)
+        torch.autograd.grad(linear(x, target), x, create_graph=True)
     with pytest.raises(RuntimeError, match=r"upstream gradient of 65536: a GradScaler's factor"):
-        torch.amp.GradScaler("cpu").scale(head(x, target)).backward()
+        torch.amp.GradScaler("cpu").scale(linear(x, target)).backward()
     with pytest.raises(RuntimeError, match="upstream gradient of 1024: a GradScaler's"):
-        head(x, target).backward(torch.tensor(1024.0, dtype=F64))
-    assert torch.equal(head.weight, before)
-    loss = head(x, target)
+        linear(x, target).backward(torch.tensor(1024.0, dtype=F64))
+    assert torch.equal(linear.weight, before)
+    loss = linear(x, target)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="has stepped in this loss's backward: a second one"):
         loss.backward()
-    loss = head(x, target)
+    loss = linear(x, target)
     with torch.no_grad():
-        head.weight.mul_(0.5)
+        linear.weight.mul_(0.5)
     with pytest.raises(RuntimeError, match="weight has changed since this loss was computed"):
         loss.backward()
-    head(x, target).backward()
+    linear(x, target).backward()
 
 
-def test_a_tied_weight_is_trained_by_its_head_alone():
+def test_a_tied_weight_is_trained_by_its_linear_head_alone():
     embedding = nn.Embedding(CLASSES, WIDTH)
-    head = LinearLoss(mlkernels.CrossEntropyLoss(), WIDTH, CLASSES, weight=embedding.weight, tile_update=TileSGD(0.1))
+    linear = LinearLoss(mlkernels.CrossEntropyLoss(), WIDTH, CLASSES, weight=embedding.weight, tile_update=TileSGD(0.1))
     tokens, target = torch.arange(ROWS), torch.arange(ROWS) + 1
     before = embedding.weight.detach().clone()
-    head(embedding(tokens).detach(), target).backward()
+    linear(embedding(tokens).detach(), target).backward()
     assert not torch.equal(embedding.weight, before)
-    for each in (head, copy.deepcopy(head)):
+    for each in (linear, copy.deepcopy(linear)):
         with pytest.raises(RuntimeError, match="has got a gradient from elsewhere: a weight that is tied"):
             each(each.weight[tokens], target).backward()
 
@@ -354,20 +357,20 @@ def test_a_tied_weight_is_trained_by_its_head_alone():
 def test_wrappers_that_want_a_gradient(monkeypatch):
     from torch.nn.parallel import DistributedDataParallel
 
-    head, _ = pair(OPTIONS["plain"])
+    linear, _ = pair(OPTIONS["plain"])
     x, target = batch()
 
     class Active:
-        module, parameters_to_ignore = head, set()
+        module, parameters_to_ignore = linear, set()
 
     monkeypatch.setattr(DistributedDataParallel, "_active_ddp_module", Active)
     with pytest.raises(RuntimeError, match="tile_update refuses DistributedDataParallel around a linear head"):
-        head(x, target)
+        linear(x, target)
     Active.parameters_to_ignore = {"weight"}
-    head(x, target)
-    head.weight = nn.Parameter(head.weight.detach())  # as fully_shard does
+    linear(x, target)
+    linear.weight = nn.Parameter(linear.weight.detach())  # as fully_shard does
     with pytest.raises(RuntimeError, match=r"weight is another one now: FSDP and fully_shard"):
-        head(x, target)
+        linear(x, target)
 
 
 def make(**options: Any) -> LinearLoss:
@@ -401,16 +404,16 @@ def test_bad_arguments(error, words, call):
 
 
 def test_a_momentum_that_has_no_buffer():
-    head = make(tile_update=TileSGD(0.1))
-    OneCycleLR(head.tile_update, 0.1, total_steps=10)
+    linear = make(tile_update=TileSGD(0.1))
+    OneCycleLR(linear.tile_update, 0.1, total_steps=10)
     with pytest.raises(ValueError, match="momentum must be > 0 when TileSGD is made"):
-        stepped(head)
+        stepped(linear)
 
 
 def test_half_precision_that_needs_a_scaler():
-    head = make(tile_update=TileSGD(0.1))
+    linear = make(tile_update=TileSGD(0.1))
     x, target = batch(dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.float16), pytest.raises(RuntimeError, match="refuses autocast to float16"):
-        head(x, target)
+        linear(x, target)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        head(x.bfloat16(), target).backward()
+        linear(x.bfloat16(), target).backward()

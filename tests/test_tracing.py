@@ -36,7 +36,7 @@ def _statistics(backend):
     return function, (torch.arange(ROWS) % CLASSES,), (torch.randn(ROWS, CLASSES),)
 
 
-def _head(reduction, backend):
+def _linear(reduction, backend):
     def function(labels, x, weight, margin):
         labels = labels[0].masked_fill(labels[0] == 3, -100)
         return mlkernels.linear_softmax_loss(
@@ -75,8 +75,8 @@ FAMILY = (
     "two_scale_margin_modulated-mean",
     "piecewise_groups-none",
     "statistics",
-    "head-mean",
-    "head-none",
+    "linear-mean",
+    "linear-none",
 )
 BESIDE = ("center", "lgm", "multi_margin", "soft", "metrics")
 CASES = [
@@ -84,7 +84,7 @@ CASES = [
         f"{name}-{backend}"
         for name in FAMILY
         for backend in usable_backends()
-        if (name[:4], backend) != ("head", "cuda")
+        if (name[:6], backend) != ("linear", "cuda")
     ),
     *BESIDE,
 ]
@@ -95,8 +95,8 @@ def case(name):
     if name in BESIDE:
         return _beside(name)
     first, *others, backend = name.split("-")
-    if first == "head":
-        return _head(*others, backend)
+    if first == "linear":
+        return _linear(*others, backend)
     return _statistics(backend) if first == "statistics" else _family(first, *others, backend)
 
 
@@ -132,7 +132,7 @@ def test_recorded_by_make_fx(name):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name.startswith(("cross_entropy", "head-mean"))])
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith(("cross_entropy", "linear-mean"))])
 def test_recorded_with_real_tensors(name):
     """Real numbers are there, but the record is for others; of a backward alone, too."""
     function, labels, tensors = case(name)
@@ -153,7 +153,7 @@ def test_recorded_with_real_tensors(name):
     [
         name
         for name in CASES
-        if name.startswith(("cross_entropy-mean", "two_scale_margin_modulated-mean", "head-mean", "head-none-cpu"))
+        if name.startswith(("cross_entropy-mean", "two_scale_margin_modulated-mean", "linear-mean", "linear-none-cpu"))
         and not name.endswith("reference")
     ],
 )
@@ -283,7 +283,7 @@ def test_a_jit_trace_with_gradients_is_saved_and_right(loss):
         torch.testing.assert_close(*(torch.autograd.grad(one, x)[0] for one in (found, wanted)))
 
 
-def test_a_jit_trace_of_a_head_is_refused():
-    head = mlkernels.LinearLoss(mlkernels.FocalLoss(), 3, 5)
+def test_a_jit_trace_of_a_linear_head_is_refused():
+    linear = mlkernels.LinearLoss(mlkernels.FocalLoss(), 3, 5)
     with pytest.raises(RuntimeError, match=r"^linear heads know no torch\.jit\.trace, only torch\.compile"):
-        torch.jit.trace(head, (torch.randn(4, 3), torch.arange(4)))
+        torch.jit.trace(linear, (torch.randn(4, 3), torch.arange(4)))

@@ -447,17 +447,17 @@ def test_gradient_through_a_saturated_softcap(classes):
         mlkernels.cross_entropy(input, y, softcap=6.0, z_loss=0.01, backend=backend).backward()
         found.append(input.grad[:, 0].double())
     torch.testing.assert_close(*found, rtol=2e-5, atol=0)
-    # A head whose logits are one column of weights: the label's class goes a way of its own.
-    heads = []
+    # A linear head whose logits are one column of weights: the label's class goes a way of its own.
+    gradients = []
     for dtype, backend in ((torch.float32, "triton"), (torch.float32, "reference"), (torch.float64, "reference")):
         weight = x[:1].mT.to(dtype).requires_grad_()
         one = torch.ones(1, 1, dtype=dtype)
         mlkernels.linear_cross_entropy(
             one, weight, y[:1], softcap=6.0, z_loss=0.01, strategy="tiles", memory=2**20, backend=backend
         ).backward()
-        heads.append(weight.grad[0].double())
-    for head in heads[:2]:
-        torch.testing.assert_close(head, heads[2], rtol=2e-5, atol=0)
+        gradients.append(weight.grad[0].double())
+    for gradient in gradients[:2]:
+        torch.testing.assert_close(gradient, gradients[2], rtol=2e-5, atol=0)
 
 
 def test_bad_labels_are_nan_where_nobody_looks(monkeypatch):

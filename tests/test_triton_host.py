@@ -82,9 +82,9 @@ def test_a_tape_serves_no_other_call(seen):
     assert seen["unlike"] == dict.fromkeys(seen["unlike"], True)
 
 
-def test_heads(seen):
+def test_linear_heads(seen):
     """Two launches for each of four tiles and one for the rows; from tapes, of each width one, with another start."""
-    assert seen["heads"] == {
+    assert seen["linear"] == {
         "launches": {"piece_statistics": 4, "row_finish": 1, "piece_gradient": 4},
         "taped": 4, "same": True, "again": 0,
     }  # fmt: skip

@@ -100,7 +100,7 @@ def test_triton(run, target, case):
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize("dtype, everything", [("bfloat16", False), ("float32", True)])
-def test_heads(process, dtype, everything):
+def test_linear_heads(process, dtype, everything):
     process("triton", "sm_90", linear.check, "sm_90", dtype, everything)
 
 

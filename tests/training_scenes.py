@@ -1,4 +1,4 @@
-"""Scenes of test_class_parallel.py: heads in training, with what trainers put around them, and ranks that are lost."""
+"""Scenes of test_class_parallel.py: linear heads in training, with what trainers put around, and lost ranks."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ def agrees(found: torch.Tensor, wanted: torch.Tensor, tolerance: float = 1e-9) -
 
 
 class Training(nn.Module):
-    """A model and its head as one module."""
+    """A model and its linear head as one module."""
 
-    def __init__(self, head: ClassParallelLoss):
+    def __init__(self, linear: ClassParallelLoss):
         super().__init__()
-        self.model, self.head = network(), head
+        self.model, self.linear = network(), linear
 
     def forward(self, x: torch.Tensor, y: torch.Tensor, **per_call: Any) -> Any:
-        return self.head(self.model(x), y, **per_call)
+        return self.linear(self.model(x), y, **per_call)
 
 
 def wrapped(kind: str, group: dist.ProcessGroup, training: Training) -> nn.Module:
@@ -92,10 +92,10 @@ def twenty_steps(group: dist.ProcessGroup) -> None:
             margin = nn.Parameter(torch.full((CLASSES,), 0.2, dtype=F64))
             return mlkernels.ArcFaceLoss(margin=margin, scale=scale)
 
-        head = ClassParallelLoss(loss(), WIDTH, CLASSES, normalize=True, dtype=F64, process_group=group)
-        head.load_weight(weight)
+        linear = ClassParallelLoss(loss(), WIDTH, CLASSES, normalize=True, dtype=F64, process_group=group)
+        linear.load_weight(weight)
         alone, own, w = network(), loss(), nn.Parameter(weight.clone())
-        training = wrapped(kind, group, Training(head))
+        training = wrapped(kind, group, Training(linear))
         mine, others = [*training.parameters()], [*alone.parameters(), w, *own.parameters()]
         first, second = (torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-3) for p in (mine, others))
         for _ in range(20):
@@ -107,28 +107,28 @@ def twenty_steps(group: dist.ProcessGroup) -> None:
             agrees(clip_grad_norm_(mine, 0.5), nn.utils.clip_grad_norm_(others, 0.5))
             first.step()
             second.step()
-        assert (head.loss.scale - 4.0).abs() > 1e-3
+        assert (linear.loss.scale - 4.0).abs() > 1e-3
         for parameter, wanted in zip(mine, others, strict=True):
             agrees(whole(parameter.detach()), wanted.detach())
-        for parameter in head.loss.parameters():
-            for other in head._group.gathered(parameter, "test"):
+        for parameter in linear.loss.parameters():
+            for other in linear._group.gathered(parameter, "test"):
                 assert torch.equal(other, parameter), "ranks have drifted apart"
 
 
 def plain_ddp(group: dist.ProcessGroup) -> None:
-    """DDP that is not told of the shards averages nothing: torch refuses to build it, the head to run within it."""
+    """DDP that is not told of the shards averages nothing: torch refuses to build it, our module to run in it."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     x, y = torch.randn(3, WIDTH, dtype=F64), torch.arange(3)
     for classes in (4 * ranks, 4 * ranks + 1):  # an even split, which torch flattens, and one that it does not
-        head = ClassParallelLoss(mlkernels.CrossEntropyLoss(), WIDTH, classes, dtype=F64, process_group=group)
-        before = head.weight.to_local().detach().clone()
-        for module in (head, Training(head)):
+        linear = ClassParallelLoss(mlkernels.CrossEntropyLoss(), WIDTH, classes, dtype=F64, process_group=group)
+        before = linear.weight.to_local().detach().clone()
+        for module in (linear, Training(linear)):
             with pytest.raises(RuntimeError):
                 DistributedDataParallel(module, process_group=group)
             within = DistributedDataParallel(module, process_group=group, init_sync=False)
             with pytest.raises(RuntimeError, match=r"ClassParallelLoss for replicas.*data_parallel\(module\)"):
                 within(x, y)
-        assert torch.equal(head.weight.to_local(), before) and head.weight.grad is None, rank
+        assert torch.equal(linear.weight.to_local(), before) and linear.weight.grad is None, rank
 
 
 def scaled_losses(group: dist.ProcessGroup) -> None:
@@ -138,30 +138,30 @@ def scaled_losses(group: dist.ProcessGroup) -> None:
         data_parallel(ClassParallelLoss(mlkernels.CrossEntropyLoss(), WIDTH, CLASSES, process_group=group))
     rank, part = dist.get_rank(group), parts(group)[0]
     rows = sum(MICRO[dist.get_world_size(group)][0])
-    head = ClassParallelLoss(mlkernels.CrossEntropyLoss(), WIDTH, CLASSES, process_group=group)
-    head.load_weight(weight.float())
+    linear = ClassParallelLoss(mlkernels.CrossEntropyLoss(), WIDTH, CLASSES, process_group=group)
+    linear.load_weight(weight.float())
     model = DistributedDataParallel(network().float(), process_group=group)
-    optimizer = torch.optim.SGD([*model.parameters(), *head.parameters()], lr=0.5)
+    optimizer = torch.optim.SGD([*model.parameters(), *linear.parameters()], lr=0.5)
     scaler = GradScaler("cpu", process_group=group, init_scale=1024.0, growth_interval=100)
     alone, w = network().float(), weight.float().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        scaler.scale(head(model(x[part].float()), target[part])).backward()
+        scaler.scale(linear(model(x[part].float()), target[part])).backward()
         features = alone(x[:rows].float())
     mlkernels.cross_entropy(features.float() @ w.T, target[:rows]).backward()
-    before = [whole(p.detach()).clone() for p in (*model.parameters(), head.weight)]
+    before = [whole(p.detach()).clone() for p in (*model.parameters(), linear.weight)]
     scaler.step(optimizer)
     scaler.update()
     assert scaler.get_scale() == 1024.0
     wanted = [p.grad for p in (*alone.parameters(), w)]
-    for parameter, old, gradient in zip((*model.parameters(), head.weight), before, wanted, strict=True):
+    for parameter, old, gradient in zip((*model.parameters(), linear.weight), before, wanted, strict=True):
         agrees(whole(parameter.detach()), old - 0.5 * gradient, 2e-2)
-    before = [whole(p.detach()).clone() for p in (*model.parameters(), head.weight)]
+    before = [whole(p.detach()).clone() for p in (*model.parameters(), linear.weight)]
     if rank == 0:
-        head.weight.grad.to_local()[0, 0] = torch.inf
+        linear.weight.grad.to_local()[0, 0] = torch.inf
     scaler.step(optimizer)
     scaler.update()
     assert scaler.get_scale() == 512.0
-    for parameter, old in zip((*model.parameters(), head.weight), before, strict=True):
+    for parameter, old in zip((*model.parameters(), linear.weight), before, strict=True):
         assert torch.equal(whole(parameter.detach()), old)
 
 
@@ -211,19 +211,19 @@ def as_partial_fc(group: dist.ProcessGroup) -> None:
     gradient of its own: the same loss, and the same gradients on every rank."""
     x, weight, target = problem()
     sizes, part = MICRO[dist.get_world_size(group)][0], parts(group)[0]
-    head = ClassParallelLoss(
+    linear = ClassParallelLoss(
         mlkernels.ArcFaceLoss(margin=0.5, scale=8.0, gradient="straight_through", beyond_pi="none"),
         WIDTH, CLASSES, normalize=True, dtype=F64, process_group=group,
     )  # fmt: skip
-    head.load_weight(weight)
+    linear.load_weight(weight)
     x_ours, x_theirs = (x[part].clone().requires_grad_() for _ in range(2))
-    loss = head(x_ours, target[part])
+    loss = linear(x_ours, target[part])
     loss.backward()
 
-    own = weight[head.first_class : head.last_class].clone().requires_grad_()
+    own = weight[linear.first_class : linear.last_class].clone().requires_grad_()
     features = nn.functional.normalize(_Gather.apply(x_theirs, group, sizes))
     cosines = nn.functional.linear(features, nn.functional.normalize(own)).clamp(-1, 1)
-    label = target[: sum(sizes)] - head.first_class
+    label = target[: sum(sizes)] - linear.first_class
     label = torch.where((label >= 0) & (label < len(own)), label, -1)
     moved = cosines.clone()
     with torch.no_grad():
@@ -235,7 +235,7 @@ def as_partial_fc(group: dist.ProcessGroup) -> None:
     theirs.backward()
     agrees(loss, theirs)
     agrees(x_ours.grad, x_theirs.grad)
-    agrees(head.weight.grad.to_local(), own.grad)
+    agrees(linear.weight.grad.to_local(), own.grad)
 
 
 def disagreements(group: dist.ProcessGroup) -> None:
@@ -271,29 +271,29 @@ def disagreements(group: dist.ProcessGroup) -> None:
             lambda: made(num_classes=0 if other else CLASSES))  # fmt: skip
     refused(TypeError, rf"^{prefix}loss takes a loss module or function", lambda: made(3 if other else None))
     margin = nn.Parameter(torch.tensor(0.3, dtype=F64))
-    head = made(mlkernels.ArcFaceLoss(margin=margin), normalize=True)
-    call = lambda **per_call: head(x[part], target[part], **per_call)
+    linear = made(mlkernels.ArcFaceLoss(margin=margin), normalize=True)
+    call = lambda **per_call: linear(x[part], target[part], **per_call)
     refused(ValueError, rf"^{prefix}k must be an integer in \[1, 23\], got 24$",
-            lambda: head.topk(x[part], 24 if other else 2))  # fmt: skip
+            lambda: linear.topk(x[part], 24 if other else 2))  # fmt: skip
     refused(ValueError, r"^k must be the same on all ranks: rank 0 has 2, rank 1 3$",
-            lambda: head.topk(x[part], 2 + other))  # fmt: skip
+            lambda: linear.topk(x[part], 2 + other))  # fmt: skip
     refused(ValueError, rf"^{prefix}source must be \(C, 5\) with C <= 23, got \(23, 4\)",
-            lambda: head.load_weight(weight[:, : WIDTH - other]))  # fmt: skip
+            lambda: linear.load_weight(weight[:, : WIDTH - other]))  # fmt: skip
     refused(ValueError, r"^source must be the same on all ranks: rank 0 has \(23, 5\), rank 1 \(22, 5\)$",
-            lambda: head.load_weight(weight[: CLASSES - other]))  # fmt: skip
+            lambda: linear.load_weight(weight[: CLASSES - other]))  # fmt: skip
     with torch.no_grad():
         margin += 0.1 * other
     refused(ValueError, r"^m2 must be the same on all ranks: rank 0 has 0.3, rank 1 0.4", call)
     with torch.no_grad():
         margin.fill_(0.3)
     if other:
-        head.loss.scale = 32.0
+        linear.loss.scale = 32.0
     refused(ValueError, r"^scale must be the same on all ranks: rank 0 has 64.0, rank 1 32.0$", call)
-    head.loss.scale = 64.0
+    linear.loss.scale = 64.0
     if other:
-        head.loss.reduction = "sum"
+        linear.loss.reduction = "sum"
     refused(ValueError, r"^reduction must be the same on all ranks: rank 0 has mean, rank 1 sum$", call)
-    head.loss.reduction = "mean"
+    linear.loss.reduction = "mean"
     ones = torch.ones(len(x[part]))
     refused(ValueError, r"^row_weight must be the same on all ranks: rank 0 has None, rank 1 one per row$",
             lambda: call(row_weight=ones if other else None))  # fmt: skip
@@ -304,7 +304,7 @@ def disagreements(group: dist.ProcessGroup) -> None:
             lambda: moved(x[part].to(moved.weight.dtype), target[part]))  # fmt: skip
     # Dtypes that do not matter may differ.
     label = target[part].int() if other else target[part]
-    agrees(call(row_weight=ones.half() if other else ones), head(x[part], label))
+    agrees(call(row_weight=ones.half() if other else ones), linear(x[part], label))
 
 
 def lost_ranks(groups: dict[int, dist.ProcessGroup], late: dist.ProcessGroup) -> None:
@@ -314,23 +314,23 @@ def lost_ranks(groups: dict[int, dist.ProcessGroup], late: dist.ProcessGroup) ->
     rank = dist.get_rank()
     store = dist.distributed_c10d._get_default_store()
 
-    def head_in(group: dist.ProcessGroup) -> ClassParallelLoss:
-        head = ClassParallelLoss(mlkernels.CrossEntropyLoss(), WIDTH, CLASSES, dtype=F64, process_group=group)
-        head.load_weight(weight)
-        return head
+    def linear_in(group: dist.ProcessGroup) -> ClassParallelLoss:
+        linear = ClassParallelLoss(mlkernels.CrossEntropyLoss(), WIDTH, CLASSES, dtype=F64, process_group=group)
+        linear.load_weight(weight)
+        return linear
 
-    def fails_in(head: ClassParallelLoss, what: str) -> None:
+    def fails_in(linear: ClassParallelLoss, what: str) -> None:
         features = x.clone().requires_grad_()
         with pytest.raises(RuntimeError, match=rf"^rank 0 of 2 got no answer .* as they exchanged {what}, and no g"):
-            head(features, target).backward()
-        assert features.grad is None and head.weight.grad is None
-        assert torch.equal(head.weight.to_local(), weight[head.first_class : head.last_class])
+            linear(features, target).backward()
+        assert features.grad is None and linear.weight.grad is None
+        assert torch.equal(linear.weight.to_local(), weight[linear.first_class : linear.last_class])
 
     if rank in (0, 3):
-        head = head_in(late)
+        linear = linear_in(late)
         if rank == 0:
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), late)
-            fails_in(head, "sizes")
+            fails_in(linear, "sizes")
             store.set("late", "")
         else:
             store.wait(["late"], timedelta(seconds=90))
@@ -338,13 +338,13 @@ def lost_ranks(groups: dict[int, dist.ProcessGroup], late: dist.ProcessGroup) ->
     for other, phase in dying.items():
         if rank not in (0, other):
             continue
-        head = head_in(groups[other])
+        linear = linear_in(groups[other])
         if rank == 0:
-            fails_in(head, phase)
+            fails_in(linear, phase)
             continue
         sending = Group._sending
         Group._sending = lambda self, what, sent: os._exit(0) if re.match(phase, what) else sending(self, what, sent)
-        head(x.clone().requires_grad_(), target).backward()
+        linear(x.clone().requires_grad_(), target).backward()
 
 
 SCENES = [twenty_steps, plain_ddp, scaled_losses, as_partial_fc, disagreements]

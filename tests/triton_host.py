@@ -271,8 +271,8 @@ def unlike() -> dict[str, bool]:
     return found
 
 
-def heads() -> dict[str, Any]:
-    """A head of four tiles, the last one narrower: what a call launches, and what is replayed of that."""
+def linear() -> dict[str, Any]:
+    """A linear head of four tiles, the last one narrower: what a call launches, and what is replayed of that."""
 
     def step() -> None:
         x, weight = torch.randn(N, 16, requires_grad=True), torch.randn(1000, 16, requires_grad=True)
@@ -402,7 +402,7 @@ if __name__ == "__main__":
                     "data": data(),
                     "replays": replays(),
                     "unlike": unlike(),
-                    "heads": heads(),
+                    "linear": linear(),
                     "surroundings": surroundings(),
                     "microseconds": microseconds(),
                     "warned": [str(one.message) for one in warned],

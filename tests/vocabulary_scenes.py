@@ -129,8 +129,8 @@ def vocabulary_parallel_tensors(group: dist.ProcessGroup) -> None:
         agrees(both.grad.full_tensor(), 0.9 * wanted.grad.full_tensor())  # that has the mean's too
     # Modules, target transforms, labels that are a DTensor too.
     labels = distribute_tensor(target, mesh, [Replicate()])
-    head = mlkernels.ArcFaceLoss(scale=8.0, reduction="none")
-    agrees(head(distribute_tensor(logits / 5, mesh, [Shard(1)]), labels), head(logits / 5, target))
+    arcface = mlkernels.ArcFaceLoss(scale=8.0, reduction="none")
+    agrees(arcface(distribute_tensor(logits / 5, mesh, [Shard(1)]), labels), arcface(logits / 5, target))
     plain = mlkernels.cross_entropy(logits, target)
     if ranks == 2:  # left out of the graph
         agrees(torch.compile(mlkernels.cross_entropy, backend="eager")(found, target), plain)

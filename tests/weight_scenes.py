@@ -21,7 +21,9 @@ def drawn(classes: int = CLASSES, dtype: torch.dtype = torch.float64) -> torch.T
     return torch.randn(classes, WIDTH, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
 
 
-def head_of(group: dist.ProcessGroup, classes: int = CLASSES, dtype: torch.dtype = torch.float64) -> ClassParallelLoss:
+def linear_of(
+    group: dist.ProcessGroup, classes: int = CLASSES, dtype: torch.dtype = torch.float64
+) -> ClassParallelLoss:
     return ClassParallelLoss(mlkernels.CrossEntropyLoss(), WIDTH, classes, process_group=group, dtype=dtype)
 
 
@@ -31,13 +33,13 @@ def files(group: dist.ProcessGroup, folder: Path) -> None:
     for dtype, suffix in ((torch.float64, "safetensors"), (torch.bfloat16, "pt")):
         weight = drawn(dtype=dtype)
         path, second = folder / f"weight-{ranks}.{suffix}", folder / f"second-{rank}.pt"
-        head = head_of(group, dtype=dtype)
-        head.load_weight(weight)
-        assert head.export_weight(path) is None
-        assert torch.equal(head.export_weight(), weight)
+        linear = linear_of(group, dtype=dtype)
+        linear.load_weight(weight)
+        assert linear.export_weight(path) is None
+        assert torch.equal(linear.export_weight(), weight)
         if suffix == "pt":
             assert torch.equal(torch.load(path)["weight"], weight)
-        other = head_of(group, CLASSES + 5, dtype)
+        other = linear_of(group, CLASSES + 5, dtype)
         others = other.export_weight()
         assert len(others.unique(dim=0)) == len(others), "ranks drew the same rows"
         other.load_weight(path)
@@ -55,12 +57,12 @@ def exported(groups: dict[int, dist.ProcessGroup], folder: Path) -> None:
     for classes in (CLASSES, 5, 1):
         for suffix in ("safetensors", "pth"):
             path, weight = folder / f"of-four-{classes}.{suffix}", drawn(classes)
-            head = head_of(groups[4], classes)
-            head.load_weight(weight)
-            head.export_weight(path)
+            linear = linear_of(groups[4], classes)
+            linear.load_weight(weight)
+            linear.export_weight(path)
             for ranks in (3, 2, 1):
                 if dist.get_rank() < ranks:
-                    other = head_of(groups[ranks], classes)
+                    other = linear_of(groups[ranks], classes)
                     other.load_weight(path)
                     assert torch.equal(other.export_weight(), weight)
 
@@ -77,8 +79,8 @@ def refused(group: dist.ProcessGroup, folder: Path) -> None:
     folder = folder / f"{ranks}-{rank}"  # what is in them is the same
     folder.mkdir()
     weight = drawn()
-    head = head_of(group)
-    head.load_weight(weight)
+    linear = linear_of(group)
+    linear.load_weight(weight)
 
     def about(dtype: str = "F64", shape: object = (23, 5), end: object = 920) -> dict[str, object]:
         return {"weight": {"dtype": dtype, "shape": shape, "data_offsets": [0, end]}}
@@ -93,11 +95,11 @@ def refused(group: dist.ProcessGroup, folder: Path) -> None:
 
     whole = saved("whole.pt", {"weight": weight}).read_bytes()
     unaligned = _safetensors(folder / "odd.safetensors", json.dumps(about()).encode() + b"  ", weight.numpy().tobytes())
-    head.load_weight(unaligned)
-    assert torch.equal(head.export_weight(), weight)
+    linear.load_weight(unaligned)
+    assert torch.equal(linear.export_weight(), weight)
     large = weight.clone()
     large[-1, 0] = -1e300
-    single = head_of(group, dtype=torch.float32)
+    single = linear_of(group, dtype=torch.float32)
     before = single.export_weight()
     for source, error, words in (
         # What is no file.
@@ -143,17 +145,17 @@ def refused(group: dist.ProcessGroup, folder: Path) -> None:
         (saved("int.pt", {"weight": weight.long()}), TypeError, "int.pt must be floating, got torch.int64"),
     ):  # fmt: skip
         with pytest.raises(error, match=words):
-            head.load_weight(source)
+            linear.load_weight(source)
         if ranks > 1:  # of one rank alone
             with pytest.raises(error, match=words if rank == 1 else f"rank 1: .*{words}"):
-                head.load_weight(source if rank == 1 else weight[:1])
+                linear.load_weight(source if rank == 1 else weight[:1])
     with pytest.raises(ValueError, match=r"source must fit into torch.float32: 1 finite .*, of classes .* 23\)"):
         single.load_weight(large)
     assert torch.equal(single.export_weight(), before)
     large[-1, 0] = torch.inf  # it is what it is
     single.load_weight(large)
     assert torch.equal(single.export_weight(), large.float())
-    assert torch.equal(head.export_weight(), weight)
+    assert torch.equal(linear.export_weight(), weight)
 
     nowhere = folder.parent / "nowhere"
     for path, error, words in (
@@ -163,11 +165,11 @@ def refused(group: dist.ProcessGroup, folder: Path) -> None:
         (3, TypeError, r"path takes a str or an os.PathLike, got int"),
     ):
         with pytest.raises(error, match=words):
-            head.export_weight(path)
+            linear.export_weight(path)
     there = folder.parent / f"weight-{ranks}.safetensors"
     before = there.read_bytes()
     if ranks > 1:
         with pytest.raises(ValueError, match="path must be the same on all ranks"):
-            head.export_weight(there if rank else None)
+            linear.export_weight(there if rank else None)
     assert there.read_bytes() == before, "an export that is refused leaves the file that was there"
-    assert head_of(group, np.int64(CLASSES)).num_classes == CLASSES
+    assert linear_of(group, np.int64(CLASSES)).num_classes == CLASSES

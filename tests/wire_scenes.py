@@ -50,19 +50,19 @@ def promised(ranks: int, numbers: int) -> int:
 
 
 def wire(rank: int) -> None:
-    """A step of a head and one on sharded logits, as many bytes as promised and 5 % for gloo's headers."""
+    """A step of a linear head and one on sharded logits, as many bytes as promised and 5 % for gloo's headers."""
     ranks = dist.get_world_size()
     generator = torch.Generator().manual_seed(rank)
     x = torch.randn(ROWS, WIDTH, generator=generator, requires_grad=True)
     target = torch.randint(CLASSES, (ROWS,), generator=generator)
-    head = ClassParallelLoss(mlkernels.ArcFaceLoss(), WIDTH, CLASSES, normalize=True)
-    head(x, target).backward()
+    linear = ClassParallelLoss(mlkernels.ArcFaceLoss(), WIDTH, CLASSES, normalize=True)
+    linear(x, target).backward()
     dist.barrier()
-    head.communication()
+    linear.communication()
     before = bytes_sent()
-    head(x, target).backward()
+    linear(x, target).backward()
     dist.barrier()  # what is still in a buffer has not been sent
-    sent, counted = bytes_sent() - before, sum(head.communication().bytes.values())
+    sent, counted = bytes_sent() - before, sum(linear.communication().bytes.values())
     assert counted == promised(ranks, 3)
     assert counted <= sent <= 1.05 * counted, (counted, sent)
 

@@ -1,4 +1,4 @@
-"""Random calls of heads on the CPU against whole logits in float64: ``python -m tools.fuzz_linear --minutes 10``.
+"""Random calls of linear heads on the CPU against logits in float64: ``python -m tools.fuzz_linear --minutes 10``.
 
     python -m tools.fuzz_linear --case 1234          # one call again
 
@@ -68,7 +68,7 @@ class Check(NamedTuple):
 
 
 def served(loss: table.Loss) -> bool:
-    """Losses of a head whose numbers are not decided by the rounding of a cosine."""
+    """Losses of a linear head whose numbers are not decided by the rounding of a cosine."""
     jumps = loss.draws == "cosines" and (table.jumps(loss) or loss.name == "margin_easy")  # where the cosine is 0
     return "target_logit" not in loss.params and "norm" not in loss.params and not jumps
 
@@ -117,16 +117,17 @@ def called(case: Case) -> tuple[list[Check], int]:
     upstream = eighths(*(target.shape if case.reduction == "none" else ())) + 0.5
     values = loss.values(case.form, target, case.classes, case.seed % 1000, F64 if case.dtype == F64 else torch.float32)
 
-    def run(dtype: torch.dtype, head: bool) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-        own = {k: v.to(F64) if isinstance(v, Tensor) and not head else v for k, v in values.items()}
+    def run(dtype: torch.dtype, linear: bool) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        own = {k: v.to(F64) if isinstance(v, Tensor) and not linear else v for k, v in values.items()}
         own = table.leaves(own)
         leaves = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
         leaves = {k: v.to(dtype).clone().requires_grad_(k != case.frozen) for k, v in leaves.items()}
         given = {
-            k: v.float() if head and isinstance(v, Tensor) and v.is_floating_point() else v for k, v in options.items()
+            k: v.float() if linear and isinstance(v, Tensor) and v.is_floating_point() else v
+            for k, v in options.items()
         }
         logits = None
-        if head:
+        if linear:
             bound = lambda f, y, **rest: loss(f, y, own, **given, **rest)  # noqa: E731
             value = mlkernels.linear_softmax_loss(
                 leaves["x"], leaves["weight"], target, linear_bias=leaves.get("bias"), normalize=case.normalize,
@@ -179,7 +180,7 @@ def called(case: Case) -> tuple[list[Check], int]:
 
 
 def wrong(case: Case) -> str | None:
-    """What is wrong with the head's numbers, if anything is."""
+    """What is wrong with the linear head's numbers, if anything is."""
     try:
         checks, _ = called(case)
     except Exception as error:
@@ -211,7 +212,7 @@ def main() -> int:
         print(case, wrong(case), sep="\n")
         return 0
     cases = map(drawn, itertools.count(arguments.seed))
-    return fuzz.ran("heads", cases, wrong, arguments.minutes, most_calls=arguments.calls)
+    return fuzz.ran("linear heads", cases, wrong, arguments.minutes, most_calls=arguments.calls)
 
 
 if __name__ == "__main__":

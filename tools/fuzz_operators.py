@@ -50,7 +50,7 @@ def legal(rng: random.Random) -> tuple[str, list[Any]]:
     """An operator, and arguments that it takes."""
     name = rng.choice([*test_opcheck.OPERATORS * 2, *PER_CALL, "multi_copy_"])
     dtype = rng.choice([torch.float32, torch.float64])
-    # Features and weight of heads in bfloat16, where the machine multiplies these.
+    # Features and weight of linear heads in bfloat16, where the machine multiplies these.
     pairs = dtype == torch.float32 and native.cpu_isa() == "avx512_bf16" and rng.random() < 0.5
     if name in test_opcheck.OPERATORS:
         loss = rng.choice(test_opcheck.FEW)
@@ -100,12 +100,12 @@ def legal(rng: random.Random) -> tuple[str, list[Any]]:
     known = [of(n), of(count, n), of(count, n), of(count, n), of(n), of(n), label + 1, label * 0]
     x, weight = (of(k, width).to(torch.bfloat16 if pairs else dtype) for k in (n, c))
     of_classes = [plain_numbers(*PER_CLASS, SOFTCAP=5.0), [of(c + 1) for _ in PER_CLASS]]
-    head = [x, weight, of(c), None if pairs else of(c), label, 1, *of_classes, of(400), False, [2, 2, 2]]
+    linear = [x, weight, of(c), None if pairs else of(c), label, 1, *of_classes, of(400), False, [2, 2, 2]]
     return name, {
         "piece_statistics": [of(n, c), of(n), label, 1, of(count, n), *of_classes, *known],
         "piece_gradient": [of(n, c), label, 1, False, *of_classes, rows, rows, rows, rows, rows],
-        "linear_statistics": [*head, of(n), of(count, n), c + 1, 15],
-        "linear_gradient": [*head, rows, rows, None, rows, rows, rows, of(n, width), of(c, width), of(c), True, True],
+        "linear_statistics": [*linear, of(n), of(count, n), c + 1, 15],
+        "linear_gradient": [*linear, rows, rows, None, rows, rows, rows, of(n, width), of(c, width), of(c), True, True],
         "buffer_like": [of(n), [n, c]],
         "multi_copy_": [[of(n), of(c, n)], [of(n), of(c, n)], torch.tensor(True)],
     }[name]  # fmt: skip

@@ -64,7 +64,7 @@ def scenes(backend: str | None) -> list[Callable[[int], list[Tensor]]]:
         loss, rows = mlkernels.softmax_loss(x, target, return_stats=True, backend=backend)
         return step(loss + rows.entropy.sum(), x)
 
-    def head(seed: int) -> list[Tensor]:
+    def linear(seed: int) -> list[Tensor]:
         x, target = batch(seed, N, 24)
         weight = batch(seed + 1, C, 24)[0]
         return step(mlkernels.linear_cross_entropy(x, weight, target, backend=backend), x, weight)
@@ -76,7 +76,7 @@ def scenes(backend: str | None) -> list[Callable[[int], list[Tensor]]]:
         loss = mlkernels.cross_entropy(x, torch.arange(512), backend=backend)
         return [g[0].clone() if g.dim() else g for g in step(loss, x)]
 
-    return [cross_entropy, trained, half, statistics, head, large]
+    return [cross_entropy, trained, half, statistics, linear, large]
 
 
 def steps(count: int, backend: str | None) -> int:

@@ -20,7 +20,7 @@ _ENTRY_POINTS: dict[str, dict[str, Any]] = {
     },
     "_cuda": {**_WORDS, "cuda_unusable": ctypes.c_char_p},
 }  # fmt: skip
-#: Each with what the one before it has; the last differs in the heads' products of bfloat16.
+#: Each with what the one before it has; the last differs in the linear heads' products of bfloat16.
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
 
 

@@ -62,10 +62,10 @@ class ClassParallelLoss(LinearModule):
         >>> import torch, mlkernels
         >>> import torch.distributed as dist
         >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        >>> head = mlkernels.distributed.ClassParallelLoss(mlkernels.ArcFaceLoss(), 8, 1000, normalize=True)
+        >>> classifier = mlkernels.distributed.ClassParallelLoss(mlkernels.ArcFaceLoss(), 8, 1000, normalize=True)
         >>> features = torch.randn(4, 8, requires_grad=True)
-        >>> head(features, torch.tensor([1, 2, 3, 999])).backward()
-        >>> head.weight.grad.to_local().shape
+        >>> classifier(features, torch.tensor([1, 2, 3, 999])).backward()
+        >>> classifier.weight.grad.to_local().shape
         torch.Size([1000, 8])
         >>> dist.destroy_process_group()
 

@@ -26,10 +26,10 @@ class GradScaler(torch.amp.GradScaler):
         >>> import torch, mlkernels
         >>> import torch.distributed as dist
         >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        >>> head = mlkernels.distributed.ClassParallelLoss(mlkernels.CrossEntropyLoss(), 8, 100)
-        >>> optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+        >>> classifier = mlkernels.distributed.ClassParallelLoss(mlkernels.CrossEntropyLoss(), 8, 100)
+        >>> optimizer = torch.optim.SGD(classifier.parameters(), lr=0.1)
         >>> scaler = mlkernels.distributed.GradScaler("cpu", init_scale=1024.0)
-        >>> scaler.scale(head(torch.randn(4, 8), torch.arange(4))).backward()
+        >>> scaler.scale(classifier(torch.randn(4, 8), torch.arange(4))).backward()
         >>> _ = scaler.step(optimizer)
         >>> scaler.update()
         >>> dist.destroy_process_group()

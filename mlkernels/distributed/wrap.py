@@ -36,10 +36,10 @@ def data_parallel(module: nn.Module, **options: Any) -> DistributedDataParallel:
         ...     def __init__(self):
         ...         super().__init__()
         ...         self.backbone = torch.nn.Linear(8, 8)
-        ...         self.head = ClassParallelLoss(mlkernels.CrossEntropyLoss(), 8, 100)
+        ...         self.classifier = ClassParallelLoss(mlkernels.CrossEntropyLoss(), 8, 100)
         ...
         ...     def forward(self, input, target):
-        ...         return self.head(self.backbone(input), target)
+        ...         return self.classifier(self.backbone(input), target)
         >>> training = data_parallel(Training())
         >>> training(torch.randn(4, 8), torch.arange(4)).backward()
         >>> dist.destroy_process_group()

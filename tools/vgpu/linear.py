@@ -1,4 +1,4 @@
-"""A head on the emulator, against the reference in float64: Triton's kernels of pieces."""
+"""A linear head on the emulator, against the reference in float64: Triton's kernels of pieces."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .worker import prepare
 
 
 def check(target: str, dtype: str, everything: bool) -> None:
-    """Loss, statistics and gradients of a head of two tiles, one row of it ignored.
+    """Loss, statistics and gradients of a linear head of two tiles, one row of it ignored.
 
     Raises:
         AssertionError: a value or a gradient is wrong.

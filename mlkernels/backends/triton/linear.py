@@ -1,4 +1,4 @@
-"""From a head's tiles to launches: the steps of ``linear/pieces.py`` on any device that Triton serves.
+"""From a linear head's tiles to launches: the steps of ``linear/pieces.py`` on any device that Triton serves.
 
 Nothing here looks at a number in a tensor, and what is launched depends on shapes alone, so that a CUDA graph can have
 captured it. The two launches of a tile are replayed, with another first class each time.

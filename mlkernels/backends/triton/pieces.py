@@ -1,5 +1,5 @@
 """Rows in pieces: what a tile of the classes adds to what is known of its rows, what follows from all of it, and the
-gradient of a tile. For heads (``mlkernels/linear``), whose tiles are products that have just been made.
+gradient of a tile. For linear heads (``mlkernels/linear``), whose tiles are products that have just been made.
 
 A tile (rows, classes) holds the classes from ``start`` on. A program takes a few rows, a warp each, and goes through
 their part of the tile block by block: it is read once, and the gradient written once. What stands at the target does
