@@ -367,7 +367,7 @@ def test_runs_on_the_kernels_themselves(monkeypatch):
 def test_fresh_processes(tmp_path, capsys):
     """Each a process of its own, which imports anew: the best and the worst of them are said."""
     few = ["--shapes", "8x5,6x40", "--dtype", "float32,bfloat16", "--losses", "cross_entropy,poly1", "--peers", "eager"]
-    assert main([*few, "--device", "cpu", "--processes", "2", "--out", str(tmp_path)]) == 0
+    assert main([*few, "--quick", "--device", "cpu", "--processes", "2", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "8x5 float32" in printed and "poly1" in printed and "of 2 processes" in printed
     assert all(title in printed for title in ("best", "worst", "eager/ours", "eager least"))
@@ -953,7 +953,7 @@ def test_in_so_many_seconds_each_function_has_its_turn(tmp_path):
 def test_many(k):
     with open(f"{os.path.dirname(__file__)}/ran", "a") as file:
         file.write(f"{k}\\n")
-    time.sleep(0.2)
+    time.sleep(0.1)
 
 def test_fails():
     assert 1 + 1 == 3, "no"
@@ -978,7 +978,7 @@ def test_hangs(k):
         "-p",
         "bench.spread",
     ]
-    command += ["-n", "2", "--maxschedchunk", "1", "--seconds", "20", "--max-worker-restart", "9"]
+    command += ["-n", "2", "--maxschedchunk", "1", "--seconds", "10", "--max-worker-restart", "9"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=120)
     assert done.returncode != 0
