@@ -144,9 +144,8 @@ for dtype, c in ((torch.float32, 30.0), (torch.float32, 3.3), (torch.float64, 3.
 def test_each_instruction_set(isa):
     if native.ISAS.index(isa) > native.ISAS.index(native.cpu_isa()) and "MLKERNELS_CPU" not in os.environ:
         pytest.skip(f"this machine has no {isa}")
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT + SOFTCAP], env=os.environ | {"MLKERNELS_CPU": isa}, capture_output=True, text=True
-    )
+    command, environment = [sys.executable, "-c", SCRIPT + SOFTCAP], os.environ | {"MLKERNELS_CPU": isa}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == isa
 
