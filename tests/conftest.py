@@ -92,6 +92,7 @@ def pytest_terminal_summary(terminalreporter, config):
 def _reproducible():
     # Not torch.manual_seed: for devices that are not there it keeps a stack trace, 5 ms a test.
     torch.default_generator.manual_seed(0)
+    settings.load_profile("default")  # torch.testing loads one of its own where it is imported
 
 
 @pytest.fixture(scope="session", autouse=True)
