@@ -32,6 +32,7 @@ from mlkernels import Affine, Margin, Modulated, Truncated, TwoScale
 from . import small_linear
 from .cases import Problem, make_inputs
 from .measure import BURST, Step, announce, cpu_clock, in_fresh_process, take_turns, training_step
+from .options import names_of
 from .report import Outcome, describe, markdown, write_json
 
 BASE = "F.cross_entropy"
@@ -177,6 +178,7 @@ def kept(seconds: float) -> Found:
 
 
 PARTS = {"small": small, "large": large, "kept": kept, "linear": linear}
+CHOICES = ["small", "large", "linear"]  # large takes kept along
 
 
 def _alone(part: str, seconds: float, threads: int) -> dict[str, Any]:
@@ -302,7 +304,7 @@ def text(processes: Sequence[dict[str, Any]]) -> str:
 def main(given: Sequence[str] | None = None) -> int:
     """Measures, prints, writes; 0 where every target was reached."""
     parser = argparse.ArgumentParser(prog="python -m bench.limits", description=__doc__)
-    parser.add_argument("--parts", default="small,large,linear", help="small, large, linear; default all")
+    parser.add_argument("--parts", type=names_of(CHOICES), default=CHOICES, help=f"{','.join(CHOICES)}; default all")
     parser.add_argument("--processes", type=int, default=4, help="fresh ones of each part")
     parser.add_argument("--seconds", type=float, default=6.0, help="for each problem of a process")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -311,7 +313,7 @@ def main(given: Sequence[str] | None = None) -> int:
     started = time.time()
     jobs = []
     for index in range(options.processes):
-        jobs += [part for part in ("small", "large", "linear") if part in options.parts]
+        jobs += [part for part in CHOICES if part in options.parts]
         jobs += ["kept"] * ("large" in options.parts and index % 2 == 0)
     processes: list[dict[str, Any]] = []
     for part in jobs:

@@ -1209,6 +1209,12 @@ def test_limits_take_every_loss_in_every_form(monkeypatch):
     assert set(limits.large(0.0)["4x5 bfloat16"]) == {"copy", *limits.family()}
 
 
+def test_limits_name_a_part_that_there_is_not(capsys):
+    with pytest.raises(SystemExit):
+        limits.main(["--parts", "small,heads"])
+    assert "argument --parts: 'heads' is not one of small, large, linear" in capsys.readouterr().err
+
+
 def test_small_linear_heads_agree_with_what_is_written_out(monkeypatch):
     monkeypatch.setattr(small_linear, "SHAPES", ((8, 4, 5),))
     found = limits.linear(0.0)["8×4×5"]

@@ -148,6 +148,23 @@ def test_recorded_with_real_tensors(name):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("bad", [-1, CLASSES])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        mlkernels.multi_margin_loss,
+        lambda x, y, **options: mlkernels.center_loss(x, y, torch.ones(CLASSES, CLASSES), **options),
+    ],
+    ids=["multi_margin", "center"],
+)
+def test_a_label_that_is_no_class_is_nan_in_a_recorded_graph(loss, bad, reduction):
+    x, good = torch.randn(3, CLASSES), torch.tensor([0, 1, 2])
+    graph = make_fx(lambda x, y: loss(x, y, reduction=reduction))(x, good)
+    found = graph(x, torch.tensor([0, bad, 2]))
+    assert found.isnan().tolist() == ([False, True, False] if reduction == "none" else True)
+
+
 @pytest.mark.parametrize(
     "name",
     [
