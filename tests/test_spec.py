@@ -179,8 +179,12 @@ def test_compositions_by_structure():
         } | {name: torch.ones(2, 1) for name in ("target_logit",) if name in loss.params})  # fmt: skip
         structure, values = compose(parts["transform"], parts["scale"], parts["head"], parts["target_logit"])
         assert len(values) == len(structure.values), loss
-        assert TransformKind(structure.ids.transform).name.lower() == loss.structure.transform
-        assert HeadKind(structure.ids.head).name.lower() == loss.structure.head
+        for kind, field in (
+            (TransformKind, "transform"), (ScaleKind, "row_scale"), (HeadKind, "head"),
+            (BeyondPi, "beyond_pi"), (MarginGradient, "margin_gradient"), (Clamp, "clamp"),
+        ):  # fmt: skip
+            own = {"row_scale": "scale", "margin_gradient": "gradient"}.get(field, field)
+            assert kind(getattr(structure.ids, field)).name.lower() == (getattr(loss.structure, own) or "auto"), loss
 
 
 def test_changing_a_number_builds_no_structure(monkeypatch):
