@@ -89,9 +89,9 @@ def multi_margin_loss(
         except RuntimeError:
             check_indices("target", target, classes)
             raise
-        return loss.reshape(shape) if reduction == "none" else loss
-    legal, y = classes_of(label, classes)
-    loss = reduced(_losses(input, y, int(p), margin, weight, accumulate, "none"), reduction, legal=legal)
+    else:
+        legal, y = classes_of(label, classes)
+        loss = reduced(_losses(input, y, int(p), margin, weight, accumulate, "none"), reduction, legal=legal)
     return loss.reshape(shape) if reduction == "none" else loss
 
 

@@ -37,6 +37,7 @@ constexpr int ROWS = BYTES == 64 ? 6 : 4, VECTORS = BYTES == 64 ? 4 : 3;
 template <class T>
 constexpr int PANEL = VECTORS * WIDTH<T>;
 
+#pragma GCC diagnostic push
 #if !defined(__clang__)  // gcc does not see that what is read of `earlier` was written
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
@@ -77,6 +78,7 @@ void block(const Product<T, E>& p, const E* a, const E* b, int64_t stride, T* ou
       store(to, p.add ? load(to) + sums[i][j] : sums[i][j]);
   });
 }
+#pragma GCC diagnostic pop
 
 template <int N, bool PART, class T, class E>
 void strip(const Product<T, E>& p, int64_t begin, int64_t end, const E* b, int64_t stride, int64_t column, int n) {
